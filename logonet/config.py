@@ -1,0 +1,153 @@
+"""Configs: frozen dataclasses beside their owners, merged strictly from mappings, YAML and ``a.b=c``.
+
+A config is a dataclass tree. Where a part is chosen by name (a backbone, a method) the tree holds a
+plain mapping ``{"name": ..., **options}`` that its package resolves to the chosen file's ``Config``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, get_type_hints
+
+import dacite
+import yaml
+
+from logonet.errors import UserError
+
+T = TypeVar("T")
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """A plain, JSON-able mapping of a config (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build the dataclass ``cls`` from a mapping, refusing unknown keys and wrong types.
+
+    Raises:
+        UserError: naming the key, and for an unknown one the nearest that exists.
+    """
+    check_keys(cls, values, where)
+    try:
+        return dacite.from_dict(
+            cls, _numbers(cls, values), config=dacite.Config(strict=True, cast=[tuple], check_types=True)
+        )
+    except dacite.WrongTypeError as err:
+        key = f"{where}.{err.field_path}".lstrip(".")
+        raise UserError(
+            f"config key '{key}' is {err.value!r} ({type(err.value).__name__}); it must be {err.field_type}"
+        ) from None
+    except dacite.MissingValueError as err:
+        raise UserError(f"config key '{f'{where}.{err.field_path}'.lstrip('.')}' is missing; set it") from None
+    except (ValueError, TypeError) as err:
+        raise UserError(f"config section '{where or cls.__name__}': {err}") from None
+
+
+def check_keys(cls: type, values: Mapping[str, Any], where: str = "") -> None:
+    """Raise UserError for the first key of ``values`` that ``cls`` (or a nested dataclass) lacks."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"config section '{where}' must be a mapping of keys to values, not {values!r}")
+    hints = get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key, value in values.items():
+        path = f"{where}.{key}".lstrip(".")
+        if key not in names:
+            raise UserError(unknown("config key", path, [f"{where}.{n}".lstrip(".") for n in names]))
+        if dataclasses.is_dataclass(hints[key]):
+            check_keys(hints[key], value, path)
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The sentence for a name that does not exist, with the nearest that does."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"unknown {kind} '{name}'{hint} (known: {', '.join(known) or 'none'})"
+
+
+def _numbers(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Ints where a float is asked for, as YAML users write ``lr: 1``."""
+    hints, out = get_type_hints(cls), dict(values)
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            out[key] = _numbers(hints[key], value)
+        elif hints[key] in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
+            out[key] = float(value)
+        elif isinstance(value, list | tuple) and "float" in str(hints[key]):
+            out[key] = [float(v) if isinstance(v, int) else v for v in value]
+    return out
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``, mapping by mapping. Changing a part's ``name`` drops its old options."""
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            renamed = "name" in value and value["name"] != old.get("name")
+            out[key] = dict(value) if renamed else merge(old, value)
+        else:
+            out[key] = value
+    return out
+
+
+def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+    """Apply ``a.b=c`` settings, left to right; the value is read as YAML."""
+    out = dict(values)
+    for setting in settings:
+        path, eq, text = setting.partition("=")
+        if not eq or not path:
+            raise UserError(f"--set {setting!r} is not of the form section.key=value")
+        value: Any = parse_yaml(text, f"--set {setting}")
+        for part in reversed(path.split(".")):
+            value = {part: value}
+        out = merge(out, value)
+    return out
+
+
+def read_yaml(text: str, source: str) -> dict[str, Any]:
+    """A YAML file's mapping; ``source`` names it in errors."""
+    values = parse_yaml(text, source)
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{source} must hold a mapping of config keys, not {type(values).__name__}")
+    return values
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as err:
+        raise UserError(f"{source} is not valid YAML: {' '.join(str(err).split())}") from None
+    return _yaml_number(value)
+
+
+def _yaml_number(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-4`` as text; people mean the number."""
+    if isinstance(value, dict):
+        return {k: _yaml_number(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_yaml_number(v) for v in value]
+    if isinstance(value, str) and "e" in value.lower() and value[:1] in "+-.0123456789":
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def to_yaml(cfg: Any) -> str:
+    return yaml.safe_dump(to_dict(cfg), sort_keys=False, default_flow_style=None, width=100)
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits that name ``parts`` (configs, mappings, parents' fingerprints) by content."""
+    plain = [to_dict(p) if dataclasses.is_dataclass(p) else p for p in parts]
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
