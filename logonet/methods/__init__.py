@@ -1,0 +1,137 @@
+"""Methods: what turns a backbone and a batch into a loss. One file per pretext or training objective.
+
+The file's name is the method's registered name; files that start with ``_`` are not registered. A new
+file is found, and tested, by existing.
+
+Shapes: B samples, C input channels, X Y Z the crop's axes in RAS order (Z is the slice axis),
+N clusterers, F features.
+
+**A method file has**
+
+``Config``
+    A frozen dataclass of its settings, every field with a default.
+``NEEDS: frozenset[str]``
+    What it wants of a sample, out of ``{"crops", "pseudo_labels", "labels"}``.
+``check(cfg, facts) -> None``
+    Raises UserError for settings that cannot work on this data. Runs before anything is launched.
+``prepare(sample, cfg, rng) -> dict[str, np.ndarray]``
+    Runs on the CPU data workers, in NumPy, and draws from ``rng`` alone: the same sample and the same
+    ``rng`` give the same bits. ``sample`` holds what NEEDS names: ``image_CXYZ`` uint16 (round(65535 *
+    intensity)) for crops, ``labels_NZ`` int16 for pseudo_labels, ``labels_XYZ`` integer for labels.
+    Every array it returns has the same shape and dtype for every sample.
+``build(cfg, backbone, facts) -> nn.Module``
+    The module below.
+
+**The module has**
+
+``forward(batch, progress) -> (loss, metrics)``
+    ``batch``: what ``prepare`` returned, under the same keys, stacked along a new first axis (integers
+    may have been widened on the way). ``progress`` in [0, 1] is the share of the training that is done;
+    it drives every schedule, so no method knows the loop. ``loss``: a scalar, a mean over the samples of
+    the batch. ``metrics``: name -> detached float64 tensor of shape (2, ...) holding (total, count); the
+    loop adds them up over steps and ranks and the epoch's value is total / count, exact however the
+    counted things were spread. One key is special: ``embeddings_BF`` is (B, F) pooled features, from
+    which the loop watches for collapse.
+``backbone``
+    The backbone; its weights are what transfers.
+``after_step(progress)``, optional
+    Runs after each optimizer step (EMA teachers).
+
+What a method does not use of its backbone it freezes, so every parameter that requires a gradient gets
+one at every step and DDP never searches for unused ones.
+
+**Of a backbone** a method may use ``channels``, ``strides``, ``feature_channels``, ``encoder_prefixes``,
+``head_prefixes`` (parameters that only the classifier uses), ``encode(x_BCXYZ) -> feats`` (fine to
+coarse), ``decode_features(x_BCXYZ, feats) -> f_BFXYZ`` (full resolution), ``decode(x_BCXYZ, feats)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from logonet.config import from_dict, unknown
+from logonet.errors import UserError
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a method may know of the data before training.
+
+    Attributes:
+        size_vox: a crop's (X, Y, Z).
+        in_channels: a crop's C.
+        cluster_sizes: for each of the N clusterers its number of clusters.
+        majority_labels: for each of the N clusterers its most frequent pseudo-label; () when unknown.
+        num_classes: classes of the labels, background included; 0 without labels.
+    """
+
+    size_vox: tuple[int, int, int]
+    in_channels: int = 1
+    cluster_sizes: tuple[int, ...] = ()
+    majority_labels: tuple[int, ...] = ()
+    num_classes: int = 0
+
+
+def names() -> list[str]:
+    """The registered methods, sorted."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def config(name: str, options: Mapping[str, Any] | None = None) -> Any:
+    """The method's ``Config`` with ``options`` laid on its defaults.
+
+    Raises:
+        UserError: unknown method, unknown option or wrong type.
+    """
+    return from_dict(_file(name).Config, options or {}, "method")
+
+
+def needs(name: str) -> frozenset[str]:
+    """What the method wants of a sample, out of {"crops", "pseudo_labels", "labels"}."""
+    return _file(name).NEEDS
+
+
+def check(name: str, cfg: Any, facts: Facts) -> None:
+    """Raise UserError when ``cfg`` cannot work on this data."""
+    _file(name).check(cfg, facts)
+
+
+def prepare(name: str) -> Callable[[Mapping[str, Any], Any, np.random.Generator], dict[str, np.ndarray]]:
+    """The method's ``prepare(sample, cfg, rng)``."""
+    return _file(name).prepare
+
+
+def build(
+    name: str, backbone: nn.Module, facts: Facts | None = None, *, cfg: Any = None, **options: Any
+) -> nn.Module:
+    """The method's module on ``backbone``.
+
+    Args:
+        facts: what is known of the data; its fields may be given (or replaced) as keywords instead.
+        cfg: the method's ``Config``; or give its fields as keywords.
+
+    Raises:
+        UserError: unknown method or option, or settings that cannot work on this data.
+    """
+    fields = {f.name for f in dataclasses.fields(Facts)}
+    known = {k: options.pop(k) for k in sorted(fields & options.keys())}
+    facts = dataclasses.replace(facts, **known) if facts is not None else Facts(**known)
+    assert cfg is None or not options, "give cfg or its fields, not both"
+    cfg = config(name, options) if cfg is None else cfg
+    check(name, cfg, facts)
+    return _file(name).build(cfg, backbone, facts)
+
+
+def _file(name: str) -> ModuleType:
+    if name not in names():
+        raise UserError(unknown("method", name, names()))
+    return importlib.import_module(f"{__name__}.{name}")

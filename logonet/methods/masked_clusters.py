@@ -1,0 +1,342 @@
+"""Masked slices, many clusterers: the pretraining of Masked LoGoNet (KDD 2024, sections 3.3 and 4.1).
+
+Patches in chains of slices are hidden; the network predicts, for every slice of a chain, the label each
+of N K-means clusterers gave to the whole slice.
+
+Shapes: B samples, C input channels, F feature channels, X Y Z the crop's axes (Z slices), N clusterers,
+K the largest number of clusters, S masked slices of the batch, P rows (positions), D columns (features).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from logonet import masks
+from logonet.errors import UserError
+from logonet.methods import Facts
+from logonet.methods._parts import freeze, intensity, ratio
+
+NEEDS = frozenset({"crops", "pseudo_labels"})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are the paper's Table 2.
+
+    Attributes:
+        phi1: probability that a slice is chosen.
+        chain_length: M, a chosen slice and its M - 1 predecessors are masked.
+        phi2: probability that a patch of a masked slice is hidden.
+        patch_sizes: sides in voxels; each masked slice draws one that fits.
+        temperature: tau of Eq. 5.
+        reduction: "sum" over clusterers and masked slices (Eq. 4), or "mean".
+        head_chunk_mib: the widest map the head holds at once. Memory only, never results.
+    """
+
+    phi1: float = 0.1
+    chain_length: int = 5
+    phi2: float = 0.7
+    patch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 96)
+    temperature: float = 0.1
+    reduction: Literal["sum", "mean"] = "sum"
+    head_chunk_mib: float = 128.0
+
+
+def check(cfg: Config, facts: Facts) -> None:
+    """Raise UserError when ``cfg`` cannot work on crops and clusterers like these."""
+    masks.check_chains(facts.size_vox[2], cfg.phi1, cfg.chain_length)
+    masks.check_patches(facts.size_vox[:2], cfg.patch_sizes, cfg.phi2)
+    if not cfg.temperature > 0:
+        raise UserError(f"temperature is {cfg.temperature}; set it above 0")
+    if not cfg.head_chunk_mib > 0:
+        raise UserError(f"head_chunk_mib is {cfg.head_chunk_mib}; set it above 0")
+    if not facts.cluster_sizes:
+        raise UserError("masked_clusters predicts pseudo-labels and there are no clusterers; fit them first")
+    if facts.majority_labels and len(facts.majority_labels) != len(facts.cluster_sizes):
+        raise UserError(
+            f"{len(facts.majority_labels)} majority labels for {len(facts.cluster_sizes)} clusterers; "
+            "label the crops again with these clusterers"
+        )
+
+
+def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Draw what to hide.
+
+    Returns:
+        ``image`` uint16 (C, X, Y, Z) untouched, ``hidden`` bool (X, Y, Z), ``chain`` bool (Z,) the masked
+        slices, ``labels`` int16 (N, Z), ``patch_size`` int16 (Z,) in voxels for pictures. The hidden
+        voxels are replaced on the device, because their value is learnt.
+    """
+    image_CXYZ = sample["image_CXYZ"]
+    _, num_x, num_y, num_z = image_CXYZ.shape
+    chain_Z = masks.draw_chains(num_z, cfg.phi1, cfg.chain_length, rng)
+    hidden_XYZ, patch_size_Z = masks.draw_patches((num_x, num_y), chain_Z, cfg.patch_sizes, cfg.phi2, rng)
+    return {
+        "image": image_CXYZ,
+        "hidden": hidden_XYZ,
+        "chain": chain_Z,
+        "labels": sample["labels_NZ"],
+        "patch_size": patch_size_Z,
+    }
+
+
+def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
+    """The pretraining module on ``backbone``."""
+    return MaskedClusters(cfg, backbone, facts)
+
+
+class MaskedClusters(nn.Module):
+    """Backbone, mask token and Algorithm 1's head; ``forward`` as the package's contract says."""
+
+    cluster_sizes: Tensor
+    majority_labels: Tensor
+
+    def __init__(self, cfg: Config, backbone: nn.Module, facts: Facts) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.backbone: Any = backbone
+        freeze(backbone, self.backbone.head_prefixes)
+        # The paper masks "by the method of" SimMIM, whose masked patches carry a learnt token. Before any
+        # embedding a token is one scalar per channel; 0 is the window's darkest value, air in CT.
+        self.mask_token = nn.Parameter(torch.zeros(facts.in_channels))
+        self.head = Head(
+            self.backbone.feature_channels,
+            facts.size_vox,
+            len(facts.cluster_sizes),
+            max(facts.cluster_sizes),
+            cfg.head_chunk_mib,
+        )
+        self.register_buffer("cluster_sizes", torch.tensor(facts.cluster_sizes), persistent=False)
+        self.register_buffer("majority_labels", torch.tensor(facts.majority_labels), persistent=False)
+
+    def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one batch of what ``prepare`` returns; ``progress`` drives nothing here."""
+        chain_BZ, hidden_BXYZ = batch["chain"], batch["hidden"]
+        feats, logits_BZNK = self.predict(intensity(batch["image"]), hidden_BXYZ)
+        logits_SNK = logits_BZNK[chain_BZ]
+        labels_SN = batch["labels"].transpose(1, 2)[chain_BZ].long()
+        nll_SN = cluster_nll(logits_SNK, labels_SN, self.cluster_sizes, self.cfg.temperature)
+        total = nll_SN.sum()
+        # Eq. 4 is one sample's sum. Its mean over samples makes a batch of two on one device equal a
+        # batch of one on two devices, whose gradients are averaged.
+        loss = total / len(chain_BZ) if self.cfg.reduction == "sum" else total / nll_SN.numel()
+        metrics = self._metrics(logits_SNK, labels_SN)
+        metrics["loss"] = ratio(total, nll_SN.numel())
+        metrics["masked_share"] = ratio(hidden_BXYZ.sum(), hidden_BXYZ.numel())
+        metrics["embeddings_BF"] = feats[-1].detach().float().mean(dim=(2, 3, 4))
+        return loss, metrics
+
+    def predict(self, image_BCXYZ: Tensor, hidden_BXYZ: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """Encoder features and logits_BZNK of images in [0, 1] whose hidden voxels the network cannot see."""
+        token_C111 = self.mask_token[:, None, None, None]
+        x_BCXYZ = torch.where(hidden_BXYZ[:, None], token_C111, image_BCXYZ)
+        feats = self.backbone.encode(x_BCXYZ)
+        return feats, self.head(self.backbone.decode_features(x_BCXYZ, feats))
+
+    @torch.no_grad()
+    def _metrics(self, logits_SNK: Tensor, labels_SN: Tensor) -> dict[str, Tensor]:
+        guess_SN = only_own_clusters(logits_SNK, self.cluster_sizes).argmax(-1)
+        right_N, num_slices = guess_SN.eq(labels_SN).sum(0), len(labels_SN)
+        metrics = {
+            "accuracy": ratio(right_N.sum(), labels_SN.numel()),
+            "accuracy_per_clusterer": ratio(right_N, num_slices),
+        }
+        if len(self.majority_labels):
+            # What always answering the most frequent label would score on these very slices.
+            floor = labels_SN.eq(self.majority_labels).sum()
+            metrics["accuracy_floor"] = ratio(floor, labels_SN.numel())
+        return metrics
+
+
+def only_own_clusters(logits_SNK: Tensor, cluster_sizes_N: Tensor) -> Tensor:
+    """The head gives K logits to every clusterer; those beyond a clusterer's own clusters become -inf."""
+    beyond_NK = torch.arange(logits_SNK.shape[-1], device=logits_SNK.device) >= cluster_sizes_N[:, None]
+    return logits_SNK.float().masked_fill(beyond_NK, float("-inf"))
+
+
+def cluster_nll(logits_SNK: Tensor, labels_SN: Tensor, cluster_sizes_N: Tensor, temperature: float) -> Tensor:
+    """-log p_i(e | x_j) of Eq. 5, shape (S, N), for every masked slice j and clusterer i."""
+    scaled_SNK = only_own_clusters(logits_SNK, cluster_sizes_N) / temperature
+    return F.cross_entropy(scaled_SNK.flatten(0, 1), labels_SN.flatten(), reduction="none").view_as(labels_SN)
+
+
+class Head(nn.Module):
+    """Algorithm 1 with 1x1x1 convolutions (the paper gives no kernel; 1 is the only practical one).
+
+    Layers are named after the algorithm's lines. In: features (B, F, X, Y, Z). Out: logits (B, Z, N, K).
+
+    Written plainly, lines 7-11 hold six maps of (B, K, X, N, Z), 1.4 GiB each at K = 500, N = 80 and
+    96^3 in float32, and as many gradients. Here lines 2-5 and 7-12 run in chunks that are recomputed in
+    the backward pass. What stands in the way of chunks is batch normalisation, whose statistics need
+    every position. But a 1x1x1 convolution is linear, so the mean and variance of its output follow from
+    the mean and covariance of its input, which are gathered chunk by chunk before: the results and
+    gradients are those of the plain layers. Doubling the arithmetic buys the memory.
+    """
+
+    def __init__(
+        self,
+        feature_channels: int,
+        size_vox: tuple[int, int, int],
+        num_clusterers: int,
+        num_classes: int,
+        chunk_mib: float,
+    ) -> None:
+        super().__init__()
+        num_x, num_y, num_z = size_vox
+        narrow = max(1, num_x // 16)  # Algorithm 1 says x_dim // 16, which is nothing below 16 voxels
+        self.chunk_bytes = chunk_mib * 2**20
+        self.conv2, self.norm3 = (
+            nn.Conv3d(feature_channels, num_clusterers, 1),
+            nn.BatchNorm3d(num_clusterers),
+        )
+        self.conv4, self.norm5 = nn.Conv3d(num_clusterers, num_clusterers, 1), nn.BatchNorm3d(num_clusterers)
+        self.conv7, self.norm8 = nn.Conv3d(num_y, num_classes, 1), nn.BatchNorm3d(num_classes)
+        self.conv9, self.norm10 = nn.Conv3d(num_classes, num_classes, 1), nn.BatchNorm3d(num_classes)
+        self.conv12, self.norm13 = nn.Conv3d(num_x, narrow, 1), nn.BatchNorm3d(narrow)
+        self.conv14, self.norm15 = nn.Conv3d(narrow, 1, 1), nn.BatchNorm3d(1)
+        self.conv17, self.norm18 = nn.Conv3d(num_z, num_z, 1), nn.BatchNorm3d(num_z)
+        self.conv19 = nn.Conv3d(num_z, num_z, 1)
+
+    def forward(self, f_BFXYZ: Tensor) -> Tensor:
+        y_NBXZY = self._lines_2_to_6(f_BFXYZ)
+        q_NBJZK = self._lines_7_to_12(y_NBXZY)
+        q_BJKNZ = q_NBJZK.permute(1, 2, 4, 0, 3)
+        q_BJKNZ = F.gelu(self.norm13(q_BJKNZ))
+        q_B1KNZ = F.gelu(self.norm15(self.conv14(q_BJKNZ)))
+        q_BZNK1 = q_B1KNZ.permute(0, 4, 3, 2, 1)
+        q_BZNK1 = F.gelu(self.norm18(self.conv17(q_BZNK1)))
+        # squeeze(-1): the algorithm's bare squeeze() would also drop a batch or clusterer axis of 1.
+        return F.relu(self.conv19(q_BZNK1)).squeeze(-1)
+
+    def _lines_2_to_6(self, f_BFXYZ: Tensor) -> Tensor:
+        """Lines 2-5 in chunks along X; line 6 so that line 7 finds its input, Y, last and contiguous."""
+        num_b, _, num_x, num_y, num_z = f_BFXYZ.shape
+
+        def rows(chunk_BFxYZ: Tensor) -> Tensor:
+            return chunk_BFxYZ.permute(0, 2, 3, 4, 1).flatten(0, 3)
+
+        def line_6(y_PN: Tensor) -> Tensor:
+            return y_PN.view(num_b, -1, num_y, num_z, y_PN.shape[1]).permute(4, 0, 1, 3, 2)
+
+        chunks = f_BFXYZ.split(self._chunk(num_b * num_y * num_z * self.conv2.out_channels, num_x), dim=2)
+        return torch.cat(
+            self._two_layers(chunks, rows, self.conv2, self.norm3, self.conv4, self.norm5, line_6), dim=2
+        )
+
+    def _lines_7_to_12(self, y_NBXZY: Tensor) -> Tensor:
+        """Lines 7-12 in chunks along N. Line 12 shrinks X 16 times, so its output is held whole."""
+        num_n, num_b, num_x, num_z, _ = y_NBXZY.shape
+        num_k = self.conv7.out_channels
+        weight_JX, bias_J = self.conv12.weight.flatten(1), self.conv12.bias
+        assert bias_J is not None
+
+        def rows(chunk_nBXZY: Tensor) -> Tensor:
+            return chunk_nBXZY.flatten(0, 3)
+
+        def lines_11_12(g_PK: Tensor) -> Tensor:
+            g_RXM = g_PK.view(-1, num_x, num_z * num_k)  # R = n * B, M = Z * K
+            q_RJM = torch.bmm(weight_JX.expand(len(g_RXM), -1, -1), g_RXM) + bias_J[:, None]
+            return q_RJM.view(-1, num_b, len(bias_J), num_z, num_k)
+
+        chunks = y_NBXZY.split(self._chunk(num_b * num_x * num_z * num_k, num_n), dim=0)
+        return torch.cat(
+            self._two_layers(chunks, rows, self.conv7, self.norm8, self.conv9, self.norm10, lines_11_12)
+        )
+
+    def _chunk(self, widest: int, length: int) -> int:
+        """How many of ``length`` slabs, whose widest map has ``widest`` float32 numbers, go together."""
+        return max(1, min(length, int(self.chunk_bytes // (4 * widest))))
+
+    def _two_layers(
+        self,
+        chunks: Sequence[Tensor],
+        rows: Callable[[Tensor], Tensor],
+        conv_a: nn.Conv3d,
+        norm_a: nn.BatchNorm3d,
+        conv_b: nn.Conv3d,
+        norm_b: nn.BatchNorm3d,
+        then: Callable[[Tensor], Tensor],
+    ) -> list[Tensor]:
+        """``then(gelu(norm_b(conv_b(gelu(norm_a(conv_a(rows(chunk))))))))`` of every chunk."""
+        layer_a = _fold(conv_a, norm_a, chunks, rows)
+
+        def first(chunk: Tensor) -> Tensor:
+            return F.gelu(F.linear(rows(chunk), *layer_a))
+
+        layer_b = _fold(conv_b, norm_b, chunks, first)
+
+        def both(chunk: Tensor) -> Tensor:
+            return then(F.gelu(F.linear(first(chunk), *layer_b)))
+
+        return [_recomputed(both, chunk) for chunk in chunks]
+
+
+def _fold(
+    conv: nn.Conv3d, norm: nn.BatchNorm3d, chunks: Sequence[Tensor], rows: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The one linear layer that ``norm(conv(rows))`` is: weight (out, in) and bias (out,).
+
+    In training mode the statistics are those of all chunks together, with their gradients, and the
+    running ones move as nn.BatchNorm3d moves them.
+    """
+    weight, bias = conv.weight.flatten(1), conv.bias
+    assert bias is not None
+    # Statistics are no place for bfloat16; their matrix products would be if autocast were on.
+    with torch.autocast(weight.device.type, enabled=False):
+        if norm.training:
+            parts = [_recomputed(lambda chunk: _moments(rows(chunk)), chunk) for chunk in chunks]
+            count, mean_D, scatter_DD = _pooled(parts)
+            mean = weight @ mean_D + bias
+            # clamp: rounding may leave the variance of a (nearly) constant output a hair below 0.
+            var = ((weight @ scatter_DD) * weight).sum(1).clamp_min(0) / count
+            _move_running(norm, mean.detach(), var.detach(), count)
+        else:
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            mean, var = norm.running_mean, norm.running_var
+        scale = norm.weight * torch.rsqrt(var + norm.eps)
+        return scale[:, None] * weight, scale * (bias - mean) + norm.bias
+
+
+Moments = tuple[int, Tensor, Tensor]  # number of rows, their mean (D,), their scatter about it (D, D)
+
+
+def _moments(rows_PD: Tensor) -> Moments:
+    with torch.autocast(rows_PD.device.type, enabled=False):
+        rows_PD = rows_PD.to(torch.promote_types(rows_PD.dtype, torch.float32))
+        mean_D = rows_PD.mean(0)
+        centred_PD = rows_PD - mean_D  # E[xx'] - E[x]E[x]' would cancel in float32
+        return len(rows_PD), mean_D, centred_PD.T @ centred_PD
+
+
+def _pooled(parts: Sequence[Moments]) -> Moments:
+    """Moments of all rows from the moments of the parts (Chan, Golub & LeVeque 1979)."""
+    count = sum(n for n, _, _ in parts)
+    mean_D = torch.stack([mean * (n / count) for n, mean, _ in parts]).sum(0)
+    scatters = [scatter + n * torch.outer(mean - mean_D, mean - mean_D) for n, mean, scatter in parts]
+    return count, mean_D, torch.stack(scatters).sum(0)
+
+
+@torch.no_grad()
+def _move_running(norm: nn.BatchNorm3d, mean: Tensor, var: Tensor, count: int) -> None:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    norm.running_mean.lerp_(mean, norm.momentum)
+    norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
+    norm.num_batches_tracked += 1
+
+
+def _recomputed(function: Callable[[Tensor], Any], chunk: Tensor) -> Any:
+    """``function(chunk)``, whose intermediate maps the backward pass computes again instead of keeping."""
+    # No function given here draws random numbers, so their state need not be restored.
+    return checkpoint(function, chunk, use_reentrant=False, preserve_rng_state=False)
