@@ -1,0 +1,352 @@
+"""MLflow tracking against a real SQLite database, a real server and a real bucket."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from logonet import registry
+from logonet.registry import Tracker, catch_up
+
+PARAMS = {"train": {"lr": 1e-4, "epochs": 4, "amp": True}, "method": {"name": "masked", "sizes": [1, 2]}}
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    """One for the file, since creating its tables takes seconds; each test has its own experiment."""
+    return tmp_path_factory.mktemp("mlflow") / "deeper" / "mlflow.db"
+
+
+@pytest.fixture
+def client(database, tmp_path, monkeypatch):
+    """Tracking in SQLite, and a client to look into it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+    monkeypatch.setenv("LOGONET_HOME", str(tmp_path / "home"))
+    for key in registry.MLFLOW_DEFAULTS:
+        monkeypatch.setenv(key, registry.MLFLOW_DEFAULTS[key])
+    return registry._client(registry.tracking_uri())
+
+
+def tracker(experiment, fingerprint="f00d", **given):
+    return Tracker(fingerprint, experiment, "a run", **{"params": PARAMS, "tags": {}, **given})
+
+
+def history(num_epochs):
+    return [
+        {"epoch": e, "step": 10 * e, "loss": 5.0 - e, "accuracy_clusterer": [0.1 * e, 0.2 * e], "rank": None}
+        for e in range(num_epochs)
+    ]
+
+
+def runs(client, experiment):
+    return client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+
+
+def points(client, experiment, name="loss"):
+    (run,) = runs(client, experiment)
+    return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
+
+
+class Flaky:
+    """A client whose first ``failures`` calls of ``method`` raise after ``through`` have passed."""
+
+    def __init__(self, real, method, failures, through=0):
+        self._real, self._method, self.failures, self.through = real, method, failures, through
+
+    def __getattr__(self, name):
+        real = getattr(self._real, name)
+        if name != self._method:
+            return real
+
+        def call(*args, **kwargs):
+            if self.through <= 0 < self.failures:
+                self.failures -= 1
+                raise ConnectionError("https://nurse:hunter2@mlflow.example refused the connection")
+            self.through -= 1
+            return real(*args, **kwargs)
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("variables", "uri"),
+    [
+        ({"LOGONET_HOME": "/data/lgn"}, "sqlite:////data/lgn/mlflow.db"),
+        ({}, f"sqlite:///{os.path.expanduser('~/.logonet/mlflow.db')}"),
+        ({"MLFLOW_TRACKING_URI": "http://mlflow:5000"}, "http://mlflow:5000"),
+        ({"MLFLOW_TRACKING_URI": "sqlite:///runs.db"}, f"sqlite:///{os.path.abspath('runs.db')}"),
+    ],
+)
+def test_tracking_uri_is_absolute_and_the_environment_wins(variables, uri, monkeypatch):
+    for key in ("LOGONET_HOME", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    assert registry.tracking_uri() == uri
+
+
+def test_a_run_holds_params_tags_metrics_and_files(client, tmp_path):
+    t = tracker("whole", tags={"logonet.manifest": "m1", "logonet.git_commit": None})
+    t.sync(history(3))
+    t.log_files({"report.html": b"<p>", "pictures/loss.png": b"\x89PNG"})
+    assert t.close(timeout_s=60)
+
+    (run,) = runs(client, "whole")
+    assert run.info.run_name == "a run"
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {
+        "train.lr": "0.0001",
+        "train.epochs": "4",
+        "train.amp": "true",
+        "method.name": "masked",
+        "method.sizes": "[1, 2]",
+    }
+    assert run.data.tags["logonet.fingerprint"] == "f00d"
+    assert run.data.tags["logonet.manifest"] == "m1"
+    assert "logonet.git_commit" not in run.data.tags
+    assert points(client, "whole") == [(0, 5.0), (10, 4.0), (20, 3.0)]
+    assert points(client, "whole", "accuracy_clusterer/001") == [(0, 0.0), (10, 0.2), (20, 0.4)]
+    assert "rank" not in run.data.metrics
+    folder = pathlib.Path(run.info.artifact_uri)
+    assert folder.is_relative_to(tmp_path / "home" / "mlflow-artifacts")
+    assert (folder / "report.html").read_bytes() == b"<p>"
+    assert (folder / "pictures" / "loss.png").read_bytes() == b"\x89PNG"
+
+
+def test_a_resumed_job_continues_its_run(client):
+    first = tracker("resumed", tags={"logonet.command": "pretrain"})
+    first.sync(history(2))
+    assert first.close("FAILED")
+    # The second attempt runs on other nodes, so a param outside the fingerprint may differ.
+    second = tracker("resumed", params={**PARAMS, "workers": 4, "train": {"lr": 1e-4, "epochs": 9}})
+    second.sync(history(2))
+    second.sync(history(5))
+    assert second.close()
+
+    (run,) = runs(client, "resumed")
+    assert points(client, "resumed") == [(0, 5.0), (10, 4.0), (20, 3.0), (30, 2.0), (40, 1.0)]
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.epochs"] == "4"
+    assert run.data.params["workers"] == "4"
+    assert run.data.tags["logonet.command"] == "pretrain"
+
+    other = tracker("resumed", fingerprint="beef")
+    other.sync(history(1))
+    assert other.close()
+    assert len(runs(client, "resumed")) == 2
+
+
+def test_catch_up_completes_a_run_and_leaves_a_complete_one_alone(client):
+    given = ("f00d", "caught", "a run", PARAMS, {}, None)
+    t = tracker("caught")
+    t.sync(history(1))
+    assert t.close("KILLED")
+    assert catch_up(*given, history(3), {"a.txt": b"a"})
+    (before,) = runs(client, "caught")
+    assert before.info.status == "FINISHED"
+    assert len(points(client, "caught")) == 3
+    assert catch_up(*given, history(3), {"a.txt": b"a"})
+    (after,) = runs(client, "caught")
+    assert after.info.end_time == before.info.end_time
+    assert len(points(client, "caught")) == 3
+
+
+def test_an_epoch_cut_in_two_is_not_lost_and_not_doubled(client, monkeypatch):
+    """1500 metrics an epoch go in two batches; the second one fails once."""
+    flaky = Flaky(client, "log_batch", failures=1, through=2)  # passed: the params, then the first batch
+    monkeypatch.setattr(registry, "_client", lambda uri: flaky)
+    monkeypatch.setattr(registry, "RETRY_S", 0.01)
+    t = tracker("torn")
+    t.sync([{"epoch": e, "step": e, "many": [float(i) for i in range(1500)]} for e in range(2)])
+    assert t.close()
+    assert flaky.failures == 0
+    for name in ("many/000", "many/1499", "epoch"):
+        assert [step for step, _ in points(client, "torn", name)] == [0, 1]
+
+
+def test_an_epochs_own_time_is_kept(client):
+    t = tracker("clock")
+    t.sync([{"epoch": 0, "step": 0, "loss": 1.0, "unix_s": 1_700_000_000.5}])
+    assert t.close()
+    (run,) = runs(client, "clock")
+    (point,) = client.get_metric_history(run.info.run_id, "loss")
+    assert point.timestamp == 1_700_000_000_500
+    assert "unix_s" not in run.data.metrics
+
+
+def test_what_is_not_finite_is_named_not_drawn(client):
+    t = tracker("nan")
+    t.sync([{"epoch": 0, "step": 0, "loss": math.nan, "lr": 0.1}])
+    t.sync(
+        [
+            {"epoch": 0, "step": 0, "loss": math.nan, "lr": 0.1},
+            {"epoch": 1, "step": 1, "loss": math.inf, "lr": 0.2},
+        ]
+    )
+    assert t.close()
+    (run,) = runs(client, "nan")
+    assert "loss" not in run.data.metrics
+    assert run.data.metrics["lr"] == 0.2
+    assert run.data.tags["logonet.non_finite"] == "loss@0, loss@1"
+
+
+def test_training_goes_on_while_the_server_hangs(client, monkeypatch):
+    """sync and log_files come back while the only thread that talks to the server is stuck in it."""
+    stuck, release = threading.Event(), threading.Event()
+
+    def hang(uri):
+        stuck.set()
+        assert release.wait(60)
+        return client
+
+    monkeypatch.setattr(registry, "_client", hang)
+    t = tracker("hung")
+    for num_epochs in range(1, 5):
+        t.sync(history(num_epochs))
+    assert stuck.wait(60)
+    t.sync(history(5))
+    t.log_files({"late.txt": b"x"})
+    assert t.close(timeout_s=0.0) is False
+    assert not release.is_set()
+    release.set()
+    assert t.close(timeout_s=60)
+    assert len(points(client, "hung")) == 5
+
+
+def test_an_outage_is_said_once_and_loses_nothing(client, monkeypatch, caplog):
+    flaky = Flaky(client, "get_run", failures=3)
+    monkeypatch.setattr(registry, "_client", lambda uri: flaky)
+    monkeypatch.setattr(registry, "RETRY_S", 0.01)
+    t = tracker("outage")
+    t.log_files({"kept.txt": b"kept"})
+    with caplog.at_level(logging.WARNING, logger="logonet.registry"):
+        t.sync(history(2))
+        assert t.close()
+    away, back = caplog.messages
+    assert "training goes on" in away
+    assert "hunter2" not in away
+    assert "answers again" in back
+    assert flaky.failures == 0
+    (run,) = runs(client, "outage")
+    assert (pathlib.Path(run.info.artifact_uri) / "kept.txt").read_bytes() == b"kept"
+    assert len(points(client, "outage")) == 2
+
+
+def test_close_says_when_it_did_not_deliver(client, monkeypatch):
+    monkeypatch.setattr(registry, "_client", lambda uri: Flaky(client, "search_runs", failures=10**6))
+    monkeypatch.setattr(registry, "RETRY_S", 0.01)
+    t = tracker("lost")
+    t.sync(history(1))
+    assert t.close(timeout_s=0.2) is False
+
+
+def test_secrets_and_patients_names_stay_out(client, database, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "env-wJalrXUtn")
+    argv = ["logonet", "predict", "s3://b/Miller_Ann.nii.gz", "--set", "store.secret=a,b argv-one"]
+    argv += ["--api-token", "argv-two", "https://u:argv-three@h/x?X-Amz-Signature=argv-four&a=1"]
+    argv += ["--scan=/ward/Ann Miller/t1.nii", "AKIAIOSFODNN7EXAMPLE"]
+    line = registry.command_line(argv)
+    assert line.startswith("logonet predict")
+    assert "a=1" in line
+    params = {"store": {"secret_key": "param-one", "url": "s3://u:param-two@b"}, "scans": ["/x/Miller.dcm"]}
+    t = tracker("secrets", params=params, tags={"logonet.command": line})
+    t.sync(history(1))
+    assert t.close()
+    (run,) = runs(client, "secrets")
+    assert run.data.params == {
+        "store.secret_key": "REDACTED",
+        "store.url": "s3://REDACTED@b",
+        "scans": '["[scan]"]',
+    }
+    assert run.data.tags["logonet.command"] == line
+    written = b"".join(path.read_bytes() for path in database.parent.iterdir())
+    for secret in ("wJalrXUtn", "argv-", "param-one", "param-two", "Miller", "AKIAIOSFODNN7EXAMPLE"):
+        assert secret.encode() not in written, secret
+
+
+def test_commit_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOGONET_GIT_COMMIT", raising=False)
+    assert registry.git_commit(str(tmp_path)) is None
+
+    def git(*words):
+        me = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *me, *words], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-qm", "one", "--no-verify")
+    git("tag", "-a", "v1", "-m", "v1")
+    commit = git("rev-parse", "HEAD")
+    assert registry.git_commit(str(tmp_path)) == commit
+    (tmp_path / "a").write_text("2")
+    assert registry.git_commit(str(tmp_path)) == f"{commit}-dirty"
+    monkeypatch.setenv("LOGONET_GIT_COMMIT", "abc")
+    assert registry.git_commit(str(tmp_path)) == "abc"
+
+
+def test_importing_the_registry_does_not_import_mlflow():
+    code = "import sys, logonet.registry; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_artifacts_of_a_sqlite_run_go_to_the_bucket(client, bucket):
+    t = tracker("bucket", artifact_root=f"{bucket}/mlflow-artifacts")
+    t.sync(history(1))
+    t.log_files({"pictures/a.bin": b"a" * 100_000})
+    assert t.close()
+    (run,) = runs(client, "bucket")
+    assert run.info.artifact_uri.startswith(f"{bucket}/mlflow-artifacts/")
+    (entry,) = client.list_artifacts(run.info.run_id, "pictures")
+    assert entry.path == "pictures/a.bin"
+    assert entry.file_size == 100_000
+
+
+@pytest.mark.slow
+def test_a_run_catches_up_with_a_server_that_comes_late(tmp_path, monkeypatch, caplog):
+    from mlflow import MlflowClient
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    for key in registry.MLFLOW_DEFAULTS:
+        monkeypatch.setenv(key, registry.MLFLOW_DEFAULTS[key])
+    t = tracker("late", artifact_root=str(tmp_path / "not-used-with-a-server"))
+    t.sync(history(2))
+    t.log_files({"pictures/early.png": b"early"})
+    while not caplog.messages:  # the first try has failed
+        time.sleep(0.05)
+
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with open(tmp_path / "server.log", "wb") as out:
+        server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=out)
+    try:
+        t.sync(history(4))
+        assert t.close(timeout_s=120), (tmp_path / "server.log").read_text()
+        client = MlflowClient(tracking_uri=f"http://127.0.0.1:{port}")
+        assert points(client, "late") == [(0, 5.0), (10, 4.0), (20, 3.0), (30, 2.0)]
+        assert points(client, "late", "accuracy_clusterer/000") == [(10 * e, 0.1 * e) for e in range(4)]
+        (run,) = runs(client, "late")
+        assert run.info.status == "FINISHED"
+        got = client.download_artifacts(run.info.run_id, "pictures/early.png", str(tmp_path))
+        assert pathlib.Path(got).read_bytes() == b"early"
+        assert not (tmp_path / "not-used-with-a-server").exists()
+    finally:
+        server.terminate()
+        server.wait(30)
