@@ -63,7 +63,7 @@ def draw_patches(
     phi2: float,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The voxels to hide, bool (X, Y, Z), and each slice's patch side in voxels, int16 (Z,), 0 outside chains.
+    """The voxels to hide, bool (X, Y, Z), and each slice's patch side (0 outside chains), int16 (Z,).
 
     Every slice of a chain draws its patch size from those that fit; a grid of such patches starts at
     voxel (0, 0) and is cut at the far edges; each patch is hidden with probability ``phi2``. So a slice

@@ -99,16 +99,16 @@ class MaskedClusters(nn.Module):
     cluster_sizes: Tensor
     majority_labels: Tensor
 
-    def __init__(self, cfg: Config, backbone: nn.Module, facts: Facts) -> None:
+    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
         super().__init__()
         self.cfg = cfg
         self.backbone: Any = backbone
-        freeze(backbone, self.backbone.head_prefixes)
+        freeze(backbone, backbone.head_prefixes)
         # The paper masks "by the method of" SimMIM, whose masked patches carry a learnt token. Before any
         # embedding a token is one scalar per channel; 0 is the window's darkest value, air in CT.
         self.mask_token = nn.Parameter(torch.zeros(facts.in_channels))
         self.head = Head(
-            self.backbone.feature_channels,
+            backbone.feature_channels,
             facts.size_vox,
             len(facts.cluster_sizes),
             max(facts.cluster_sizes),
