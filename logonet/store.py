@@ -100,7 +100,7 @@ def is_s3(uri: str) -> bool:
 
 def join(root: str, *parts: str) -> str:
     """``root/part/...`` with single slashes between."""
-    return "/".join([root.rstrip("/") or "/" * (root == "/"), *(p.strip("/") for p in parts if p.strip("/"))])
+    return "/".join([root.rstrip("/"), *(p.strip("/") for p in parts if p.strip("/"))])
 
 
 def relative(uri: str, root: str) -> str:
@@ -143,7 +143,7 @@ _client_lock = threading.Lock()  # boto3 sessions are not thread-safe while they
 
 
 def _client() -> Any:
-    """This process's S3 client for the current AWS_* variables; made on first use, never pickled or forked."""
+    """The process's S3 client for the current AWS_* variables: made on first use, never pickled or forked."""
     settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
     with _client_lock:
         return _make_client(os.getpid(), settings)
@@ -340,7 +340,8 @@ def read_json(uri: str) -> Any:
 def _copy_out(
     uri: str, sink: BinaryIO, size_bytes: int | None, sha256: str | None, start: int, length: int | None
 ) -> None:
-    assert start >= 0 and (length is None or length >= 0)
+    assert start >= 0
+    assert length is None or length >= 0
     source = _S3Read if is_s3(uri) else _LocalRead
     source(uri, sink, size_bytes, sha256, start, length).run()
 
@@ -383,19 +384,15 @@ class _Read:
         stop = total if self.length is None else self.start + self.length
         if max(self.start, stop) > total:
             raise IntegrityError(
-                f"{self.uri} holds {total} bytes, but bytes {self.start} to {stop} were asked for; write it again"
+                f"{self.uri} holds {total} bytes but bytes {self.start} to {stop} were asked for; write it again"
             )
         return stop
 
     def wrong_size(self, total: int) -> IntegrityError:
-        return IntegrityError(
-            f"{self.uri} holds {total} bytes instead of {self.size_bytes}; it was replaced or damaged, write it again"
-        )
+        return IntegrityError(f"{self.uri} holds {total} bytes instead of {self.size_bytes}; write it again")
 
     def wrong_digest(self) -> IntegrityError:
-        return IntegrityError(
-            f"{self.uri}: its SHA-256 is not the recorded one; it was replaced or damaged, write it again"
-        )
+        return IntegrityError(f"{self.uri}: its SHA-256 is not the recorded one; write it again")
 
 
 class _LocalRead(_Read):
@@ -459,7 +456,7 @@ class _S3Read(_Read):
             raise _Retry(self.wrong_digest())
 
     def request(self) -> tuple[Any, int]:
-        """A reply that is known to be the pinned object from the byte reached on, and the byte it ends before."""
+        """A reply known to be the pinned object from the byte reached on, and the byte it ends before."""
         bucket, key = _bucket_key(self.uri)
         ranged = self.start > 0 or self.length is not None
         with _plainly(self.uri):
@@ -493,7 +490,7 @@ class _S3Read(_Read):
         self.etag, self.total = head["ETag"], head["ContentLength"]
 
     def check(self, reply: dict[str, Any], first: int, ranged: bool) -> int:
-        """The byte this reply ends before; it must be a reply from the pinned object, starting at ``first``."""
+        """The byte this reply ends before, once it is known to be the pinned object from ``first`` on."""
         not_ours = _Retry(
             IntegrityError(f"{self.uri}: the object store's reply is not this object; check it")
         )
@@ -660,8 +657,13 @@ def _local_listing(prefix_uri: str) -> Iterator[Entry]:
 def _walk(prefix_uri: str) -> Iterator[str]:
     """Paths of all files below a local folder, relative to it."""
     root = local_path(prefix_uri)
+
+    def refuse(err: OSError) -> None:
+        if not isinstance(err, FileNotFoundError):  # as on S3, a folder that is not there is empty
+            raise err
+
     with _plainly(prefix_uri):
-        for folder, _, files in os.walk(root, followlinks=True):
+        for folder, _, files in os.walk(root, onerror=refuse, followlinks=True):
             for name in files:
                 yield os.path.relpath(os.path.join(folder, name), root)
 
@@ -693,9 +695,8 @@ def delete_prefix(uri: str) -> int:
             errors = _client().delete_objects(Bucket=bucket, Delete=objects).get("Errors", [])
             if errors:
                 code = errors[0].get("Code", "unknown")
-                raise UserError(
-                    f"{S3}{bucket}/{errors[0].get('Key', '')}: could not be deleted ({code}); check your rights"
-                )
+                key = errors[0].get("Key", prefix)
+                raise UserError(f"{S3}{bucket}/{key} could not be deleted ({code}); check your rights on it")
             count += len(keys)
     return count
 
