@@ -289,15 +289,15 @@ def _fold(
     """
     weight, bias = conv.weight.flatten(1), conv.bias
     assert bias is not None
-    # Statistics are no place for bfloat16; their matrix products would be if autocast were on.
+    parts = [_recomputed(lambda chunk: _moments(rows(chunk)), c) for c in chunks] if norm.training else []
+    # Statistics are no place for bfloat16, which autocast would give their matrix products.
     with torch.autocast(weight.device.type, enabled=False):
         if norm.training:
-            parts = [_recomputed(lambda chunk: _moments(rows(chunk)), chunk) for chunk in chunks]
             count, mean_D, scatter_DD = _pooled(parts)
             mean = weight @ mean_D + bias
             # clamp: rounding may leave the variance of a (nearly) constant output a hair below 0.
             var = ((weight @ scatter_DD) * weight).sum(1).clamp_min(0) / count
-            _move_running(norm, mean.detach(), var.detach(), count)
+            _move_running(norm, mean, var, count)
         else:
             assert norm.running_mean is not None
             assert norm.running_var is not None
