@@ -1,0 +1,55 @@
+# Every target makes the environment itself when it is missing.
+PYTHON ?= python3.11
+VENV := .venv
+STORE := .venv-store
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: help setup demo test test-all test-real test-chaos test-cuda lint bench clean
+
+help:            ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: $(VENV)/.done $(STORE)/.done   ## make both environments (the package's, the embedded S3 server's)
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(STORE)/.done: constraints-store.txt
+	$(PYTHON) -m venv $(STORE)
+	$(STORE)/bin/python -m pip install --quiet -c constraints-store.txt swift
+	touch $@
+
+demo: setup      ## phantoms in an S3 server -> crops -> clusterers -> pretraining on 2 workers
+	$(BIN)/python jobs/demo.py
+
+test: setup      ## the default tests: CPU only, under 12 minutes on 2 cores
+	$(BIN)/python -m pytest
+
+test-all: setup  ## also the slow ones
+	$(BIN)/python -m pytest -m 'not real and not chaos and not cuda'
+
+test-real: setup ## real scans through 'ray job submit' with 16 workers; wants ../shared/data
+	$(BIN)/python -m pytest -m real
+
+test-chaos: setup ## kills drivers, workers and stores, and compares bit for bit
+	$(BIN)/python -m pytest -m chaos
+
+test-cuda: setup ## wants a GPU
+	$(BIN)/python -m pytest -m cuda
+
+lint: setup      ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup     ## every benchmark; each prints a table and, last, one JSON line
+	for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
+
+clean:           ## environments, caches and the demo's folder
+	rm -rf $(VENV) $(STORE) demo-run build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Scripts that ``ray job submit`` runs, one per stage, and the named configs they take."""

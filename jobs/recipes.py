@@ -1,0 +1,85 @@
+"""Named full configs. A recipe is a function; its docstring says on what data and hardware, in what time
+and with what result it ran. ``python jobs/pretrain.py --list-recipes`` prints them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from logonet import clusterers, crops, train
+from logonet.stages import Pretraining
+
+TINY_LOGONET = {
+    "name": "logonet",
+    "dims": [8, 16, 24, 32],
+    "depths": [1, 1, 1, 1],
+    "mlp_ratios": [2, 2, 2, 2],
+    "full_width": 8,
+}
+
+
+def paper() -> Pretraining:
+    """The paper's Table 2: LoGoNet (normal), 96^3 crops, 80 clusterers of 80 to 500 clusters, 100 epochs, 16
+    workers x 1 crop. Data: thousands of CTs. Hardware: 16 GPUs with 35 GB (the paper's); 24 GiB of memory for
+    one worker on CPU. Hours: not measured by us; one step takes minutes on 2 CPU cores (benchmarks/step.py).
+    Result: not reproduced by us yet.
+    """
+    return Pretraining()
+
+
+def small() -> Pretraining:
+    """A LoGoNet of a tenth of the width for one GPU or a fast CPU machine: 64^3 crops, 24 clusterers of 20 to 100
+    clusters, 50 epochs, global batch 8. Data: tens to hundreds of scans. Hours and result: depend on the data, not
+    measured.
+    """
+    return Pretraining(
+        crops=crops.Config(size_vox=(64, 64, 64)),
+        clusterers=clusterers.Config(n=24, k_min=20, k_max=100, iterations=150),
+        backbone={"name": "logonet", "dims": [16, 32, 64, 128], "depths": [2, 2, 2, 2], "full_width": 16},
+        train=train.Config(epochs=50, global_batch=8, warmup_epochs=5),
+    )
+
+
+def hippocampus() -> Pretraining:
+    """The MSD hippocampus MR scans (35 x 51 x 35 voxels) on 16 workers of a 2-core machine: a tiny LoGoNet,
+    32^3 crops, 16 clusterers of 8 to 40 clusters, 4 epochs.
+    """
+    return Pretraining(
+        crops=crops.Config(size_vox=(32, 32, 32), per_scan=2),
+        clusterers=clusterers.Config(n=16, k_min=8, k_max=40, iterations=100),
+        backbone=TINY_LOGONET,
+        method={"name": "masked_clusters", "chain_length": 5},
+        train=train.Config(epochs=4, global_batch=16, lr=1e-3, warmup_epochs=1),
+    )
+
+
+def real_ct() -> Pretraining:
+    """A handful of real CT and MR scans (trunk, abdomen, head) on 16 workers of a 2-core machine: a tiny LoGoNet,
+    32^3 crops, 16 per scan, 16 clusterers of 8 to 40 clusters, 4 epochs.
+    """
+    return Pretraining(
+        crops=crops.Config(size_vox=(32, 32, 32), per_scan=16),
+        clusterers=clusterers.Config(n=16, k_min=8, k_max=40, iterations=100),
+        backbone=TINY_LOGONET,
+        method={"name": "masked_clusters", "chain_length": 5},
+        train=train.Config(epochs=4, global_batch=16, lr=1e-3, warmup_epochs=1),
+    )
+
+
+def demo() -> Pretraining:
+    """Synthetic phantoms on 2 workers of a 2-core machine: a tiny LoGoNet, 32^3 crops, 8 clusterers of 4 to 12
+    clusters, 10 epochs. ``make demo`` runs it in under 4 minutes; loss falls and the masked accuracy passes its
+    majority-class floor.
+    """
+    return Pretraining(
+        crops=crops.Config(size_vox=(32, 32, 32), per_scan=4),
+        clusterers=clusterers.Config(n=8, k_min=4, k_max=12, iterations=50),
+        backbone=TINY_LOGONET,
+        method={"name": "masked_clusters", "chain_length": 5, "phi1": 0.2},
+        train=train.Config(epochs=10, global_batch=4, batch_size=2, lr=3e-3, warmup_epochs=1),
+    )
+
+
+PRETRAINING: dict[str, Callable[[], Pretraining]] = {
+    f.__name__: f for f in (paper, small, hippocampus, real_ct, demo)
+}

@@ -1,0 +1,201 @@
+"""Checkpoints of a training run: the state after a step, written behind the training's back, trusted only
+after its checksums, and with the one before as fallback.
+
+A checkpoint is an artifact at ``<run>/checkpoints/step-00001234/``: safetensors for tensors, JSON for the
+rest, ``manifest.json`` last. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from logonet import artifacts, store
+from logonet.errors import UserError
+from logonet.store import Stored
+
+log = logging.getLogger(__name__)
+
+STAGE = "checkpoint"
+TENSOR_FILES = ("model", "optimizer", "partial")
+
+
+@dataclass
+class State:
+    """A run after ``step`` optimizer steps.
+
+    Attributes:
+        model: the method module's state dict (its backbone under ``backbone.``).
+        optimizer: ``<moment>/<parameter name>`` -> tensor.
+        partial: per rank, the metric sums of the epoch under way.
+        history: one mapping of metrics per finished epoch.
+        world: ranks that wrote it.
+    """
+
+    step: int
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    partial: list[dict[str, torch.Tensor]]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    world: int = 1
+
+    def groups(self) -> dict[str, dict[str, torch.Tensor]]:
+        partial = {f"{rank}/{name}": t for rank, part in enumerate(self.partial) for name, t in part.items()}
+        return {"model": self.model, "optimizer": self.optimizer, "partial": partial}
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        for group in self.groups().values():
+            yield from group.values()
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the tensors' values, to build a blank copy from on another rank."""
+        shapes = {
+            group: {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+            for group, tensors in self.groups().items()
+        }
+        return {"step": self.step, "history": self.history, "world": self.world, "shapes": shapes}
+
+    @classmethod
+    def blank(cls, description: dict[str, Any]) -> State:
+        groups = {
+            group: {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
+            for group, shapes in description["shapes"].items()
+        }
+        return cls._of(groups, description["step"], description["history"], description["world"])
+
+    @classmethod
+    def _of(
+        cls,
+        groups: Mapping[str, dict[str, torch.Tensor]],
+        step: int,
+        history: list[dict[str, Any]],
+        world: int,
+    ) -> State:
+        partial: list[dict[str, torch.Tensor]] = [{} for _ in range(world)]
+        for name, tensor in groups["partial"].items():
+            rank, _, metric = name.partition("/")
+            partial[int(rank)][metric] = tensor
+        return cls(step, groups["model"], groups["optimizer"], partial, history, world)
+
+
+def save_state(uri: str, fingerprint: str, state: State) -> None:
+    """Write a checkpoint at ``uri``, its manifest last."""
+    files = {
+        f"{group}.safetensors": _write_tensors(store.join(uri, f"{group}.safetensors"), tensors)
+        for group, tensors in state.groups().items()
+    }
+    facts = {"step": state.step, "world": state.world, "history": state.history}
+    artifacts.commit(uri, STAGE, fingerprint, config={}, parents={}, files=files, facts=facts)
+
+
+def load_state(uri: str, fingerprint: str) -> State:
+    """Read a checkpoint, every file against its checksum. UserError where anything is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    artifact = artifacts.find(uri)
+    if artifact is None:
+        raise UserError(f"{uri} holds no finished checkpoint")
+    if artifact.stage != STAGE or artifact.fingerprint != fingerprint:
+        raise UserError(f"{uri} belongs to another run ({artifact.fingerprint}), not to {fingerprint}")
+    try:
+        groups = {group: load(artifact.read(f"{group}.safetensors")) for group in TENSOR_FILES}
+    except SafetensorError as err:
+        raise UserError(f"{uri} cannot be read as safetensors: {err}") from None
+    facts = artifact.facts
+    return State._of(groups, facts["step"], facts["history"], facts["world"])
+
+
+def all_of(run_uri: str) -> list[str]:
+    """The run's checkpoint folders, oldest first; finished or not."""
+    folder = store.join(run_uri, "checkpoints")
+    names = {store.relative(e.uri, folder).split("/")[0] for e in store.listing(folder)}
+    return [store.join(folder, n) for n in sorted(names) if n.startswith("step-")]
+
+
+def newest(run_uri: str, fingerprint: str) -> State | None:
+    """The newest checkpoint that is whole; damaged ones are passed over with a warning, and kept."""
+    for uri in reversed(all_of(run_uri)):
+        try:
+            return load_state(uri, fingerprint)
+        except UserError as err:
+            log.warning("checkpoint passed over: %s; going back to the one before", err)
+    return None
+
+
+class Writer:
+    """Writes checkpoints in a thread of its own, one at a time, and prunes old ones."""
+
+    def __init__(self, run_uri: str, fingerprint: str, keep: int):
+        self.run_uri, self.fingerprint, self.keep = run_uri, fingerprint, keep
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, state: State) -> None:
+        """Take a copy of ``state`` and return; the copy is written while training goes on."""
+        self.wait()
+        copy = State(
+            state.step,
+            _copied(state.model),
+            _copied(state.optimizer),
+            [_copied(p) for p in state.partial],
+            json.loads(json.dumps(state.history)),
+            state.world,
+        )
+        self._thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint", daemon=False)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last save is in the store; raises what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _write(self, state: State) -> None:
+        try:
+            uri = store.join(self.run_uri, "checkpoints", f"step-{state.step:08d}")
+            save_state(uri, self.fingerprint, state)
+            self._prune()
+        except BaseException as err:  # handed to the training thread, which raises it in wait()
+            self._failure = err
+
+    def _prune(self) -> None:
+        finished = [u for u in all_of(self.run_uri) if store.exists(store.join(u, "manifest.json"))]
+        for uri in finished[: -self.keep]:
+            store.delete(store.join(uri, "manifest.json"))  # first, so that no half of it is ever trusted
+            store.delete_prefix(uri)
+
+
+def save_final(run_uri: str, method: nn.Module, history: list[dict[str, Any]]) -> dict[str, Stored]:
+    """The run's results: the backbone's weights, the whole method's, and the history."""
+    return {
+        "backbone.safetensors": _write_tensors(
+            store.join(run_uri, "backbone.safetensors"), dict(method.backbone.state_dict())
+        ),
+        "method.safetensors": _write_tensors(
+            store.join(run_uri, "method.safetensors"), dict(method.state_dict())
+        ),
+        "history.json": store.write_json(store.join(run_uri, "history.json"), history),
+    }
+
+
+def _write_tensors(uri: str, tensors: Mapping[str, torch.Tensor]) -> Stored:
+    from safetensors.torch import save
+
+    return store.write(uri, save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
+
+
+def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in tensors.items()
+    }

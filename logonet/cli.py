@@ -1,0 +1,216 @@
+"""The command line: ``logonet <what>`` for looking after data and runs, and what every job script shares.
+
+Every command ends in one of three ways: status 0; one sentence for the user and status 2; or a traceback
+and status 1, which is our mistake.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import tyro
+
+from logonet import cluster, config, store
+from logonet.cluster import Resources
+from logonet.errors import UserError
+
+
+@dataclass(frozen=True)
+class JobArgs:
+    """What every job script takes.
+
+    Attributes:
+        data: the scans: a folder or s3:// prefix, an MSD dataset.json, or a DICOM series folder.
+        root: folder or s3:// prefix that holds every stage's artifacts; the same root resumes.
+        recipe: a named full config (--list-recipes shows them).
+        config: a YAML file laid on the recipe.
+        set: section.key=value laid on both; may be repeated.
+        resources: what the run may use; never changes a result.
+        experiment: MLflow experiment.
+        show_config: print the resolved config as YAML and stop.
+        list_recipes: print the recipes with their data, hardware, hours and results, and stop.
+    """
+
+    data: str = ""
+    root: str = ""
+    recipe: str = "paper"
+    config: str | None = None
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="A.B=C")] = ()
+    resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
+    experiment: str = "logonet"
+    show_config: tyro.conf.FlagCreatePairsOff[bool] = False
+    list_recipes: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+def job(
+    name: str,
+    description: str,
+    recipes: Mapping[str, Callable[[], Any]],
+    run: Callable[[Any, JobArgs], None],
+    check: Callable[[Any], Any],
+) -> None:
+    """A job script's main: parse, resolve the config, join the cluster, run; errors become sentences.
+
+    Args:
+        check: checks a config and writes its defaults out, without a cluster.
+    """
+    with sentences():
+        args = tyro.cli(JobArgs, prog=name, description=description, config=(tyro.conf.AvoidSubcommands,))
+        if args.list_recipes:
+            for recipe, make in recipes.items():
+                print(f"{recipe}\n    {' '.join((make.__doc__ or '').split())}\n")
+            return
+        cfg = check(job_config(args, recipes))
+        if args.show_config:
+            print(config.to_yaml(cfg), end="")
+            return
+        for flag in ("data", "root"):
+            if not getattr(args, flag):
+                raise UserError(f"--{flag} is missing; see {name} --help")
+        with cluster.connected(args.resources):
+            run(cfg, args)
+
+
+def job_config(args: JobArgs, recipes: Mapping[str, Callable[[], Any]]) -> Any:
+    """Recipe, then file, then --set: each laid on what came before, strictly."""
+    if args.recipe not in recipes:
+        raise UserError(config.unknown("recipe", args.recipe, recipes))
+    base = recipes[args.recipe]()
+    values = config.to_dict(base)
+    if args.config is not None:
+        values = config.merge(values, config.read_yaml(store.read(args.config).decode(), args.config))
+    return config.from_dict(type(base), config.override(values, args.set))
+
+
+@contextlib.contextmanager
+def sentences() -> Iterator[None]:
+    """Turn UserError, also one from a Ray task or worker, into one sentence and exit status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes", file=sys.stderr)
+        sys.exit(130)
+    except Exception as err:
+        sentence = user_error(err)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        sys.exit(2)
+
+
+def user_error(err: BaseException | None) -> str | None:
+    """The UserError behind ``err``, looked for through Ray's wrappers; None when there is none."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [err]
+    while waiting:
+        err = waiting.pop(0)
+        if err is None or id(err) in seen:
+            continue
+        seen.add(id(err))
+        if isinstance(err, UserError):
+            # Ray makes a task's error an instance of its cause's class too, with a traceback for text.
+            cause = getattr(err, "cause", None)
+            return str(cause if isinstance(cause, UserError) else err)
+        waiting += [getattr(err, "cause", None), err.__cause__, err.__context__]
+        waiting += list(getattr(err, "worker_failures", {}).values())
+        waiting += [getattr(err, "controller_failure", None)]
+    return None
+
+
+# ------------------------------------------------------------------------------------------- commands
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command(name="data import")
+def data_import(source: tyro.conf.Positional[str], /, root: str, workers: int = 1) -> None:
+    """Read and check every scan at SOURCE and store one table of them under ROOT/manifest.
+
+    Args:
+        source: a folder or s3:// prefix, an MSD dataset.json, or a DICOM series folder.
+        root: where the artifact goes.
+        workers: parallelism hint where the command starts its own Ray.
+    """
+    from logonet import stages
+
+    resources = Resources(workers=workers)
+    with cluster.connected(resources):
+        table, artifact = stages.import_scans(source, root, cluster.share(resources))
+    print(table.describe())
+    print(f"id {table.id}\n{artifact.uri}")
+
+
+@app.command
+def doctor(root: str = "/tmp/logonet-doctor", nodes: bool = True) -> None:
+    """Check that this machine, or every node of the cluster at RAY_ADDRESS, can run logonet with ROOT.
+
+    Args:
+        root: folder or s3:// prefix in which one object is written, read, listed and deleted.
+        nodes: check every node of the Ray cluster too.
+    """
+    from logonet import doctor as checks
+    from logonet import registry
+
+    with cluster.connected(Resources()) if nodes and cluster.address() else contextlib.nullcontext():
+        rows = checks.preflight(root, nodes=nodes, tracking=registry.check)
+    checks.print_table(rows)
+    if any(row.status == "fail" for row in rows):
+        sys.exit(1)
+
+
+@app.command(name="clusters report")
+def clusters_report(
+    clusterers: tyro.conf.Positional[str], /, out: str, slices: int = 4096, stability: int = 0
+) -> None:
+    """Say how good a clusterer set is, before any GPU hour is spent on it.
+
+    Args:
+        clusterers: a clusterers artifact, ROOT/clusterers/<fingerprint>.
+        out: folder or s3:// prefix for report.html, quality.csv and the contact sheets.
+        slices: how many slices to judge on.
+        stability: refit this many clusterers with another seed and compare; 0 skips it.
+    """
+    from logonet import stages
+
+    resources = Resources()
+    with cluster.connected(resources):
+        stages.clusters_report(clusterers, out, slices, stability, cluster.share(resources))
+
+
+@app.command(name="s3 serve")
+def s3_serve(dir: str, port: int = 9100) -> None:
+    """Run a real S3 server (OpenStack Swift) on loopback, for trying things out; Ctrl-C stops it.
+
+    Args:
+        dir: where it keeps its data.
+        port: first of four ports it takes.
+    """
+    from logonet import s3server
+
+    s3server.serve(dir, port)
+
+
+@app.command
+def phantoms(root: tyro.conf.Positional[str], /, n: int = 8, size: int = 64, seed: int = 0) -> None:
+    """Write N synthetic CT scans with labels to ROOT, in the MSD layout.
+
+    Args:
+        root: folder or s3:// prefix.
+        n: number of scans.
+        size: voxels along each side.
+        seed: of everything drawn.
+    """
+    from logonet import phantom
+
+    print(phantom.write_dataset(root, n, size_vox=(size, size, size), seed=seed))
+
+
+def main() -> None:
+    with sentences():
+        app.cli(prog="logonet", description="Pretrain 3D medical networks from a bucket of scans, on Ray.")

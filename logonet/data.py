@@ -1,0 +1,385 @@
+"""Every Ray Data graph: scans -> manifest rows -> crops -> sample of slices -> pseudo-labels -> batches.
+
+References travel, not voxels: a task that is handed a scan's row reads, cuts and stores by itself and
+returns a few numbers per crop. Only the crops a training step is about to use go through Ray's object
+store. Every graph is deterministic: what a row yields depends on the row, never on who maps it when.
+
+Shapes: R crops of a scan, C channels, X Y Z voxels (RAS), S slices, T = C*X*Y, N clusterers, B batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from logonet import clusterers, crops, draws, manifest, methods, store
+from logonet.cluster import Share
+from logonet.errors import BadScan, UserError
+
+log = logging.getLogger(__name__)
+
+BLOCK_BYTES = 32 << 20  # prepared samples per Ray block: enough to amortise a task, few enough to stream
+MAX_TASKS = 2000  # blocks of a graph over scans: enough to balance, few enough to schedule
+SHARD_DTYPE = "U16"
+
+
+# ------------------------------------------------------------------------------------------- manifest
+
+
+def inspect_scans(sources: list[manifest.Source], share: Share) -> list[manifest.Scan | manifest.Quarantined]:
+    """Read and check every scan, in parallel; the answers are in the order of ``sources``."""
+    return _map_in_order(sources, manifest.inspect, share)
+
+
+# ---------------------------------------------------------------------------------------------- crops
+
+
+@dataclass(frozen=True)
+class CropRef:
+    """Where one crop lies: a byte range of a scan's shard, and the checksum of exactly that range."""
+
+    crop_id: str
+    scan_id: str
+    shard: str
+    offset: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _CutScan:
+    """Cuts one scan into crops and stores them as one shard. Runs on Ray's workers."""
+
+    cfg: crops.Config
+    uri: str
+
+    def __call__(self, scan: manifest.Scan) -> list[CropRef] | manifest.Quarantined:
+        name = f"shards/{scan.scan_id}.safetensors"
+        uri = store.join(self.uri, name)
+        entry = store.stat(uri)
+        if entry is None or not (refs := _shard_index(uri, name, entry.size_bytes)):
+            try:
+                crops_RCXYZ = crops.crops_of(
+                    manifest.load(scan), modality=scan.modality, cfg=self.cfg, scan_id=scan.scan_id
+                )
+            except BadScan as err:
+                return manifest.Quarantined(scan.uri, str(err))
+            blob = _shard_bytes(scan.scan_id, crops_RCXYZ)
+            store.write(uri, blob)
+            refs = _parse_shard_header(name, blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+        return refs
+
+
+def cut_scans(
+    scans: list[manifest.Scan], cfg: crops.Config, uri: str, share: Share
+) -> tuple[list[CropRef], list[manifest.Quarantined]]:
+    """Cut every scan; shards already stored by an interrupted run are kept (they were written atomically)."""
+    refs: list[CropRef] = []
+    bad: list[manifest.Quarantined] = []
+    for answer in _map_in_order(scans, _CutScan(cfg, uri), share):
+        if isinstance(answer, manifest.Quarantined):
+            bad.append(answer)
+        else:
+            refs.extend(answer)
+    return refs, bad
+
+
+def _shard_bytes(scan_id: str, crops_RCXYZ: np.ndarray) -> bytes:
+    """A safetensors file of crops whose header also says each crop's checksum."""
+    from safetensors.numpy import save
+
+    names = [f"{i:05d}" for i in range(len(crops_RCXYZ))]
+    sums = [hashlib.sha256(np.ascontiguousarray(c).tobytes()).hexdigest() for c in crops_RCXYZ]
+    meta = {"scan_id": scan_id, "sha256": json.dumps(dict(zip(names, sums)))}
+    return save({n: np.ascontiguousarray(c) for n, c in zip(names, crops_RCXYZ)}, metadata=meta)
+
+
+def _shard_index(uri: str, name: str, size_bytes: int) -> list[CropRef]:
+    """The crops of a stored shard, from its header alone; empty when it is not a whole shard."""
+    if size_bytes < 8:
+        return []
+    header_bytes = int.from_bytes(store.read(uri, start=0, length=8), "little")
+    if not 0 < header_bytes <= size_bytes - 8:
+        return []
+    refs = _parse_shard_header(name, store.read(uri, start=8, length=header_bytes))
+    return refs if refs and refs[-1].offset + refs[-1].num_bytes == size_bytes else []
+
+
+def _parse_shard_header(name: str, header: bytes) -> list[CropRef]:
+    fields: dict[str, Any] = json.loads(header)
+    meta = fields.pop("__metadata__")
+    sums, scan_id = json.loads(meta["sha256"]), meta["scan_id"]
+    refs = []
+    for key in sorted(fields):
+        assert fields[key]["dtype"] == SHARD_DTYPE
+        begin, end = fields[key]["data_offsets"]
+        offset = 8 + len(header) + begin
+        refs.append(CropRef(f"{scan_id}/{key}", scan_id, name, offset, end - begin, sums[key]))
+    return refs
+
+
+@dataclass(frozen=True)
+class CropTable:
+    """Every crop of a crops artifact, in a fixed order, and how to read one."""
+
+    uri: str
+    size_vox: tuple[int, int, int]
+    in_channels: int
+    refs: tuple[CropRef, ...]
+
+    def __len__(self) -> int:
+        return len(self.refs)
+
+    def read(self, index: int) -> np.ndarray:
+        """Crop ``index`` as uint16 (C, X, Y, Z), checked against its sha256."""
+        ref = self.refs[index]
+        data = store.read(
+            store.join(self.uri, ref.shard), start=ref.offset, length=ref.num_bytes, sha256=ref.sha256
+        )
+        return np.frombuffer(data, np.uint16).reshape(self.in_channels, *self.size_vox)
+
+    def to_parquet(self) -> bytes:
+        out = io.BytesIO()
+        pd.DataFrame([asdict(r) for r in self.refs]).to_parquet(out, index=False)
+        return out.getvalue()
+
+    @staticmethod
+    def refs_from_parquet(data: bytes) -> tuple[CropRef, ...]:
+        rows = pd.read_parquet(io.BytesIO(data)).to_dict("records")
+        return tuple(CropRef(**{str(k): v for k, v in row.items()}) for row in rows)
+
+
+# ------------------------------------------------------------------------------- clusterers and labels
+
+
+def slices_of(crop_CXYZ: np.ndarray) -> np.ndarray:
+    """The slices of a crop along Z as rows, (Z, C*X*Y) (paper section 4.1)."""
+    return np.moveaxis(crop_CXYZ, -1, 0).reshape(crop_CXYZ.shape[-1], -1)
+
+
+def sample_slices(table: CropTable, max_slices: int, seed: int, share: Share) -> np.ndarray:
+    """Slices of randomly drawn whole crops, (S, T) uint16, S <= max_slices, streamed by Ray Data.
+
+    The draw and the row order depend on ``seed`` alone.
+    """
+    depth = table.size_vox[2]
+    num_crops = min(len(table), max(1, max_slices // depth))
+    chosen = np.sort(draws.rng(seed, "sample").permutation(len(table))[:num_crops])
+    length = table.in_channels * table.size_vox[0] * table.size_vox[1]
+    slices_ST = np.empty((num_crops * depth, length), np.uint16)
+
+    def read(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        rows = [slices_of(table.read(int(chosen[i]))) for i in batch["id"]]
+        return {"id": batch["id"], "slices": np.stack(rows)}
+
+    stream = _stream(num_crops, read, row_bytes=depth * length * 2, share=share)
+    for batch in stream.iter_batches(batch_size=1, batch_format="numpy"):
+        i = int(batch["id"][0])
+        slices_ST[i * depth : (i + 1) * depth] = batch["slices"][0]
+    return slices_ST
+
+
+def fit_clusterers(
+    slices_ST: np.ndarray, cfg: clusterers.Config, uri: str, share: Share, note: Callable[[int, int], None]
+) -> list[clusterers.Fitted]:
+    """Fit every clusterer as one Ray task; all tasks read one copy of the sample in shared memory.
+
+    A fitted clusterer is stored at once under ``<uri>/fits/``, so an interrupted fit goes on where it
+    stopped. ``note(done, total)`` is called as tasks end.
+    """
+    import ray
+
+    counts = clusterers.cluster_counts(cfg)
+    sample = ray.put(slices_ST)
+
+    @ray.remote(num_cpus=1, max_retries=3)
+    def fit(slices_ST: np.ndarray, index: int) -> int:
+        fitted = clusterers.fit_one(slices_ST, counts[index], index, cfg)
+        store.write(_fit_uri(uri, index), fitted.to_bytes())
+        return index
+
+    done = {i: f for i in range(len(counts)) if (f := _stored_fit(_fit_uri(uri, i))) is not None}
+    waiting = [fit.remote(sample, i) for i in range(len(counts)) if i not in done]
+    while waiting:
+        ready, waiting = ray.wait(waiting, num_returns=1)
+        index = ray.get(ready[0])
+        stored = _stored_fit(_fit_uri(uri, index))
+        assert stored is not None, f"clusterer {index} was stored and cannot be read back"
+        done[index] = stored
+        note(len(done), len(counts))
+    return [done[i] for i in range(len(counts))]
+
+
+def _fit_uri(uri: str, index: int) -> str:
+    return store.join(uri, "fits", f"{index:05d}.safetensors")
+
+
+def _stored_fit(uri: str) -> clusterers.Fitted | None:
+    if not store.exists(uri):
+        return None
+    try:
+        return clusterers.Fitted.from_bytes(store.read(uri))
+    except UserError as err:
+        log.warning("%s; it is fitted again", err)
+        return None
+
+
+class _LabelCrops:
+    """A Ray Data actor: builds the fused labeller once, on the one shared copy of the centroids."""
+
+    def __init__(self, table: CropTable, centroids_VT: Any, sizes_N: np.ndarray):
+        import ray
+
+        from logonet.labeller import Labeller
+
+        self.table = table
+        self.labeller = Labeller(clusterers.ClustererSet.view(ray.get(centroids_VT[0]), sizes_N))
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        labels = [self.labeller(slices_of(self.table.read(int(i)))).T for i in batch["id"]]
+        return {"id": batch["id"], "labels_NZ": np.stack(labels).astype(np.int16)}
+
+
+def label_crops(table: CropTable, fitted: clusterers.ClustererSet, share: Share) -> np.ndarray:
+    """Every clusterer's label of every slice of every crop, int16 (crops, N, Z)."""
+    import ray
+
+    centroids = ray.put(fitted.centroids_VT)
+    actors = max(1, min(len(table), int(share.data_cpus + share.cpus_per_worker * share.workers)))
+    stream = ray.data.range(len(table), override_num_blocks=min(len(table), 8 * actors)).map_batches(
+        _LabelCrops,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=1,
+        # In a list, so that Ray hands the reference on and does not copy the centroids into the call.
+        fn_constructor_args=(table, [centroids], fitted.sizes_N),
+    )
+    labels_PNZ = np.empty((len(table), len(fitted.sizes_N), table.size_vox[2]), np.int16)
+    for batch in stream.iter_batches(batch_size=16, batch_format="numpy"):
+        labels_PNZ[batch["id"]] = batch["labels_NZ"]
+    return labels_PNZ
+
+
+# -------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which sample stands where: the whole run as one sequence of references.
+
+    Step ``s`` uses positions ``s * global_batch`` up to the next step's; an epoch is a seeded permutation
+    of all samples, filled up from its own start to whole steps. A rank takes a contiguous part of each
+    step, so another number of workers sees the same samples at the same steps.
+    """
+
+    num_samples: int
+    global_batch: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_samples // self.global_batch)
+
+    def at(self, step: int, slot: int) -> tuple[int, int]:
+        """(epoch, sample) of position ``slot`` (0 .. global_batch - 1) of step ``step``."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = _epoch_order(self.seed, epoch, self.num_samples)
+        return epoch, int(order[(within * self.global_batch + slot) % self.num_samples])
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    return draws.epoch_order(seed, epoch, num_samples)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a data task needs to prepare any sample of a run; stored once in Ray's shared memory."""
+
+    table: CropTable
+    labels_PNZ: np.ndarray | None
+    method: str
+    method_config: Any
+    order: Order
+
+    def sample(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+        """Sample ``index`` as the method's ``prepare`` makes it for ``epoch``."""
+        raw: dict[str, Any] = {"image_CXYZ": self.table.read(index)}
+        if self.labels_PNZ is not None:
+            raw["labels_NZ"] = self.labels_PNZ[index]
+        rng = draws.rng(self.order.seed, "prepare", epoch, self.table.refs[index].crop_id)
+        return methods.prepare(self.method)(raw, self.method_config, rng)
+
+
+def batches(
+    feed_ref: Any, *, start_step: int, stop_step: int, rank: int, world: int, batch_size: int, share: Share
+) -> Iterator[dict[str, np.ndarray]]:
+    """This rank's prepared batches from ``start_step`` on, in order; skipped steps are never read.
+
+    One Ray Data execution spans all remaining epochs, so prefetching does not stop between them.
+    """
+    import ray
+
+    feed: Feed = ray.get(feed_ref[0])
+    per_rank = feed.order.global_batch // world
+    rows = (stop_step - start_step) * per_rank
+
+    def prepare(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        feed: Feed = ray.get(feed_ref[0])
+        samples = []
+        for i in batch["id"]:
+            step, slot = start_step + int(i) // per_rank, rank * per_rank + int(i) % per_rank
+            samples.append(feed.sample(*feed.order.at(step, slot)))
+        return {key: np.stack([s[key] for s in samples]) for key in samples[0]}
+
+    row_bytes = 2 * int(np.prod(feed.table.size_vox)) * feed.table.in_channels
+    stream = _stream(rows, prepare, row_bytes=2 * row_bytes, share=share)
+    yield from stream.iter_batches(batch_size=batch_size, prefetch_batches=2, batch_format="numpy")
+
+
+# --------------------------------------------------------------------------------------------- shared
+
+
+def _stream(rows: int, fn: Callable[..., Any], *, row_bytes: int, share: Share) -> Any:
+    """``fn`` over row numbers 0 .. rows - 1, streamed in order."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    per_block = max(1, min(BLOCK_BYTES // max(1, row_bytes), -(-rows // 4)))
+    return ray.data.range(rows, override_num_blocks=-(-rows // per_block)).map_batches(
+        fn, batch_size=per_block, num_cpus=share.cpus_per_data_task
+    )
+
+
+def _map_in_order(items: Iterable[Any], fn: Callable[[Any], Any], share: Share) -> list[Any]:
+    """``fn`` over ``items`` on Ray Data's workers; answers in order, as Python objects."""
+    import pickle
+
+    import ray
+
+    items = list(items)
+
+    def call(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        # Answers are small mixed objects; pickled by us they need no Arrow schema. They never leave Ray.
+        return {"id": batch["id"], "answer": [pickle.dumps(fn(items[int(i)])) for i in batch["id"]]}
+
+    stream = ray.data.range(len(items), override_num_blocks=min(len(items), MAX_TASKS)).map_batches(
+        call, batch_size=None, num_cpus=share.cpus_per_data_task
+    )
+    answers: dict[int, Any] = {}
+    for batch in stream.iter_batches(batch_size=None, batch_format="numpy"):
+        for i, blob in zip(batch["id"], batch["answer"]):
+            answers[int(i)] = pickle.loads(blob)
+    return [answers[i] for i in range(len(items))]

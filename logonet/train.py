@@ -1,0 +1,606 @@
+"""The one loop: a step, a worker, a fit. Any method with any backbone, on 1 to N Ray Train workers.
+
+A run is a sequence of optimizer steps. What step ``s`` does is a pure function of the run's config, the
+data and the state after step ``s - 1``: samples, masks, learning rate and dropout seeds are all computed
+from ``s``. So a checkpoint is the state after a step and nothing else, and a run that was killed equals
+one that was not, bit for bit on CPU at the same number of workers.
+
+Shapes: B batch, P samples of the run, F features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from logonet import backbones, checkpoints, data, draws, methods
+from logonet.cluster import Resources, Share
+from logonet.config import unknown
+from logonet.errors import UserError
+from logonet.methods import Facts
+from logonet.methods._parts import effective_rank
+
+log = logging.getLogger(__name__)
+
+MAX_EMBEDDINGS = 2048  # samples that the effective rank of an epoch is computed on
+
+
+@dataclass(frozen=True)
+class Config:
+    """Training settings; the defaults are the paper's Table 2.
+
+    Attributes:
+        epochs: passes over all crops.
+        global_batch: samples of one optimizer step, over all workers (the paper: 16 GPUs x 1).
+        batch_size: samples a worker puts through the network at once; what batch norm sees. A worker
+            accumulates gradients over global_batch / (workers x batch_size) of them.
+        lr: peak learning rate; linear warm-up over ``warmup_epochs``, then cosine to ``min_lr``.
+        grad_clip: largest gradient norm; None does not clip.
+        precision: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on CPU.
+        compile: torch.compile the network.
+        gradient_sync: "ddp", "flat" (one all-reduce of all gradients) or "auto": ddp on CUDA, flat on CPU.
+        checkpoint_every_steps: also within an epoch; None: at the end of each.
+        keep_checkpoints: newest ones kept.
+        seed: of everything drawn.
+    """
+
+    epochs: int = 100
+    global_batch: int = 16
+    batch_size: int = 1
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    warmup_epochs: float = 10.0
+    weight_decay: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float | None = None
+    precision: str = "auto"
+    compile: bool = False
+    gradient_sync: str = "auto"
+    checkpoint_every_steps: int | None = None
+    keep_checkpoints: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch", "batch_size", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:
+            raise ValueError(
+                f"checkpoint_every_steps is {self.checkpoint_every_steps}; it must be at least 1"
+            )
+        if self.precision not in (known := ("auto", "bf16", "fp32")):
+            raise ValueError(unknown("precision", self.precision, known))
+        if self.gradient_sync not in (known := ("auto", "ddp", "flat")):
+            raise ValueError(unknown("gradient_sync", self.gradient_sync, known))
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs}; it must lie in 0..epochs ({self.epochs})"
+            )
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs, beside the feed. Plain data, so that it travels."""
+
+    uri: str
+    fingerprint: str
+    backbone: dict[str, Any]
+    method: dict[str, Any]
+    train: Config
+    facts: Facts
+    tracking: dict[str, Any] | None = None
+    progress: bool = False
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+def lr_at(step: int, cfg: Config, steps_per_epoch: int) -> float:
+    """Learning rate of optimizer step ``step``: linear warm-up to the peak, then cosine (paper Table 2)."""
+    total, warmup = cfg.epochs * steps_per_epoch, round(cfg.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    share = (step - warmup) / max(1, total - warmup)
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def accumulation(cfg: Config, workers: int) -> int:
+    """Micro-batches per worker and step. UserError when the global batch does not divide."""
+    per_pass = workers * cfg.batch_size
+    if cfg.global_batch % per_pass:
+        near = sorted(
+            {max(1, cfg.global_batch // per_pass) * per_pass, -(-cfg.global_batch // per_pass) * per_pass}
+        )
+        raise UserError(
+            f"train.global_batch {cfg.global_batch} is no multiple of {workers} workers x batch_size "
+            f"{cfg.batch_size}; use --set train.global_batch={' or '.join(map(str, near))}, or other workers"
+        )
+    return cfg.global_batch // per_pass
+
+
+# ------------------------------------------------------------------------------------------------ step
+
+
+def step(
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Iterator[dict[str, torch.Tensor]],
+    *,
+    count: int,
+    progress: float,
+    lr: float,
+    cfg: Config,
+    seeds: Sequence[int],
+    autocast: contextlib.AbstractContextManager[Any],
+    sync: Callable[[list[nn.Parameter]], None],
+) -> dict[str, torch.Tensor]:
+    """One optimizer step over ``count`` micro-batches; returns the method's metrics, summed.
+
+    Args:
+        seeds: one per micro-batch, for whatever the network draws (dropout, drop path).
+        sync: averages the gradients over the workers.
+    """
+    totals: dict[str, torch.Tensor] = {}
+    ddp = isinstance(method, nn.parallel.DistributedDataParallel)
+    optimizer.zero_grad(set_to_none=True)
+    for i in range(count):
+        batch = next(micro_batches)
+        last = i == count - 1
+        torch.manual_seed(seeds[i])  # this process is ours: seeding per step is what makes resuming exact
+        with contextlib.nullcontext() if last or not ddp else method.no_sync():
+            with autocast:
+                loss, metrics = method(batch, progress)
+            if not torch.isfinite(loss):
+                raise UserError(
+                    f"the loss became {loss.item()}; lower train.lr (now {lr:.3g}), set train.grad_clip=1.0 "
+                    "or train.precision=fp32, and run the same command: it resumes from the last checkpoint"
+                )
+            (loss / count).backward()
+        add_metrics(totals, metrics)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    sync(params)
+    if cfg.grad_clip is not None:
+        torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    after = getattr(unwrap(method), "after_step", None)
+    if after is not None:
+        after(progress)
+    return totals
+
+
+def add_metrics(totals: dict[str, torch.Tensor], metrics: dict[str, torch.Tensor]) -> None:
+    """Add (total, count) pairs in float64; embeddings are collected, up to MAX_EMBEDDINGS."""
+    for name, value in metrics.items():
+        if name == "embeddings_BF":
+            value = value.detach().float().cpu()
+            value = torch.cat([totals[name], value]) if name in totals else value
+            totals[name] = value[:MAX_EMBEDDINGS]
+        else:
+            value = value.detach().double().cpu()
+            totals[name] = totals[name] + value if name in totals else value
+
+
+def unwrap(method: nn.Module) -> Any:
+    """The method itself, without DDP's or torch.compile's wrapper."""
+    method = getattr(method, "module", method)
+    return getattr(method, "_orig_mod", method)
+
+
+# ---------------------------------------------------------------------------------------------- worker
+
+
+class Worker:
+    """One rank's state. Ray Train runs ``run`` on every worker."""
+
+    def __init__(self, job: Job, feed: Any, share: Share, *, rank: int, world: int, device: torch.device):
+        self.job, self.cfg, self.feed, self.share = job, job.train, feed, share
+        self.rank, self.world, self.device = rank, world, device
+        self.order = data_order(feed, job)
+        self.count = accumulation(self.cfg, world)
+        self.total_steps = self.cfg.epochs * self.order.steps_per_epoch
+        # Every rank builds from the same seed, so all start alike without a broadcast.
+        torch.manual_seed(draws.integer(self.cfg.seed, "init"))
+        self.method = build_method(job.backbone, job.method, job.facts).to(device).train()
+        self.params = [p for p in self.method.parameters() if p.requires_grad]
+        self.names = [n for n, p in self.method.named_parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.params, lr=self.cfg.lr, betas=self.cfg.betas, weight_decay=self.cfg.weight_decay
+        )
+        self.writer = checkpoints.Writer(job.uri, job.fingerprint, keep=self.cfg.keep_checkpoints)
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self.partial: dict[str, torch.Tensor] = {}
+        self.timing = {"wall_s": 0.0, "wait_s": 0.0, "samples": 0}
+
+    # -- state
+
+    def state(self) -> checkpoints.State:
+        """The state after ``self.step`` steps; every rank must call it (metric sums are gathered)."""
+        optimizer = {}
+        for name, p in zip(self.names, self.params):
+            for key, value in self.optimizer.state[p].items():
+                optimizer[f"{key}/{name}"] = value
+        return checkpoints.State(
+            step=self.step,
+            model=dict(self.method.state_dict()),
+            optimizer=optimizer,
+            partial=self._gather_partial(),
+            history=self.history,
+            world=self.world,
+        )
+
+    def restore(self) -> None:
+        """Go on from the newest sound checkpoint, if there is one. Rank 0 reads, the others receive."""
+        found = checkpoints.newest(self.job.uri, self.job.fingerprint) if self.rank == 0 else None
+        state = self._broadcast_state(found)
+        if state is None:
+            return
+        self.method.load_state_dict(state.model, strict=True)
+        params = dict(zip(self.names, self.params))
+        for key, value in state.optimizer.items():
+            moment, name = key.split("/", 1)
+            # AdamW keeps its step counter on the CPU, and its moments in the parameter's own memory layout.
+            own = value.clone() if moment == "step" else torch.empty_like(params[name])
+            self.optimizer.state[params[name]][moment] = own.copy_(value)
+        self.step, self.history = state.step, list(state.history)
+        self.partial = _own_partial(state, self.rank, self.world)
+        if self.rank == 0:
+            tensors = len(state.model) + len(state.optimizer)
+            lr = lr_at(min(self.step, self.total_steps - 1), self.cfg, self.order.steps_per_epoch)
+            print(
+                f"resumed after step {self.step:,} of {self.total_steps:,} "
+                f"(epoch {self.step // self.order.steps_per_epoch + 1}), lr {lr:.3g}, {tensors:,} tensors",
+                flush=True,
+            )
+
+    def _broadcast_state(self, state: checkpoints.State | None) -> checkpoints.State | None:
+        if self.world == 1:
+            return state
+        import torch.distributed as dist
+
+        # Pickle stays between ranks of one job; nothing unpickled ever came from a store.
+        head: list[Any] = [None if state is None else state.describe()]
+        dist.broadcast_object_list(head, src=0, device=self.device if self.device.type == "cuda" else None)
+        if head[0] is None:
+            return None
+        state = state or checkpoints.State.blank(head[0])
+        for tensor in state.tensors():
+            moved = tensor.to(self.device)
+            dist.broadcast(moved, src=0)
+            tensor.copy_(moved)
+        return state
+
+    def _gather_partial(self) -> list[dict[str, torch.Tensor]]:
+        if self.world == 1:
+            return [self.partial]
+        import torch.distributed as dist
+
+        gathered: list[Any] = [None] * self.world
+        dist.all_gather_object(gathered, self.partial)
+        return gathered
+
+    # -- the loop
+
+    def run(self, report: Callable[[dict[str, Any]], None], tracker: Any = None) -> list[dict[str, Any]]:
+        """Train from the newest checkpoint to the end; returns the history (one mapping per epoch)."""
+        self.restore()
+        if tracker is not None and self.history:
+            tracker.sync(self.history)
+        if self.step >= self.total_steps:
+            return self.history
+        wrapped, sync = self._parallel()
+        steps_per_epoch = self.order.steps_per_epoch
+        batches = _Timed(self._batches())
+        bar = _progress_bar(self.job.progress and self.rank == 0, self.total_steps, self.step)
+        started = time.monotonic()
+        while self.step < self.total_steps:
+            totals = step(
+                wrapped,
+                self.optimizer,
+                batches,
+                count=self.count,
+                progress=self.step / self.total_steps,
+                lr=lr_at(self.step, self.cfg, steps_per_epoch),
+                cfg=self.cfg,
+                seeds=[
+                    draws.integer(self.cfg.seed, "torch", self.step, i, self.rank) for i in range(self.count)
+                ],
+                autocast=_autocast(self.cfg, self.device),
+                sync=sync,
+            )
+            add_metrics(self.partial, totals)
+            self.step += 1
+            self.timing["samples"] += self.cfg.global_batch
+            bar.update(1)
+            epoch_done = self.step % steps_per_epoch == 0
+            every = self.cfg.checkpoint_every_steps
+            if epoch_done:
+                self.timing["wall_s"], started = time.monotonic() - started, time.monotonic()
+                self.timing["wait_s"] = batches.reset()
+                self._end_epoch()
+            if epoch_done or (every is not None and self.step % every == 0):
+                state = self.state()
+                if self.rank == 0:
+                    self.writer.save(state)
+            if epoch_done:
+                if tracker is not None:
+                    tracker.sync(self.history)
+                report(_scalars(self.history[-1]))
+        bar.close()
+        self.writer.wait()
+        return self.history
+
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        arrays = data.batches(
+            self.feed,
+            start_step=self.step,
+            stop_step=self.total_steps,
+            rank=self.rank,
+            world=self.world,
+            batch_size=self.cfg.batch_size,
+            share=self.share,
+        )
+        return to_tensors(arrays, self.device)
+
+    def _parallel(self) -> tuple[nn.Module, Callable[[list[nn.Parameter]], None]]:
+        """The module to call and how gradients are averaged."""
+        module: nn.Module = torch.compile(self.method) if self.cfg.compile else self.method  # type: ignore[assignment]
+        if self.world == 1:
+            return module, lambda params: None
+        mode = self.cfg.gradient_sync
+        if mode == "ddp" or (mode == "auto" and self.device.type == "cuda"):
+            from ray.train.torch import prepare_model
+
+            kwargs = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+            wrapped = prepare_model(module, move_to_device=False, parallel_strategy_kwargs=kwargs)
+            return wrapped, lambda params: None
+        # DDP rebuilds its buckets after the first step, and gloo's ring adds in an order that depends on the
+        # place in the bucket: with 3 or more workers a resumed run would differ in the last bit. One flat
+        # all-reduce has one layout, and on CPU there is nothing for DDP to overlap with.
+        return module, average_gradients
+
+    def _end_epoch(self) -> None:
+        """Turn the epoch's sums, over all ranks, into one entry of the history."""
+        gathered = self._gather_partial()
+        values = reduce_metrics(gathered)
+        epoch = self.step // self.order.steps_per_epoch
+        entry: dict[str, Any] = {
+            "epoch": epoch,
+            "step": self.step,
+            "unix_s": time.time(),
+            "lr": lr_at(self.step - 1, self.cfg, self.order.steps_per_epoch),
+            **values,
+            "samples_per_s": self.timing["samples"] / max(self.timing["wall_s"], 1e-9),
+            "data_wait_share": self.timing["wait_s"] / max(self.timing["wall_s"], 1e-9),
+            "peak_memory_mb": _peak_memory_mb(self.device),
+        }
+        self.history.append(entry)
+        self.partial = {}
+        self.timing = {"wall_s": 0.0, "wait_s": 0.0, "samples": 0}
+        if self.rank == 0:
+            print(epoch_line(entry, self.cfg.epochs), flush=True)
+
+
+def data_order(feed: Any, job: Job) -> data.Order:
+    import ray
+
+    return ray.get(feed[0]).order
+
+
+def build_method(backbone: dict[str, Any], method: dict[str, Any], facts: Facts) -> nn.Module:
+    """The method module of two ``{"name": ..., **options}`` mappings."""
+    b, m = dict(backbone), dict(method)
+    net = backbones.build(
+        b.pop("name"), in_channels=facts.in_channels, num_classes=max(facts.num_classes, 2), **b
+    )
+    return methods.build(m.pop("name"), net, facts, **m)
+
+
+def average_gradients(params: list[nn.Parameter]) -> None:
+    """Average all gradients over the ranks in one all-reduce with a fixed layout."""
+    import torch.distributed as dist
+
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    offset = 0
+    for p, g in zip(params, grads):
+        p.grad = flat[offset : offset + g.numel()].view_as(g)
+        offset += g.numel()
+
+
+def reduce_metrics(gathered: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """total / count over all ranks, and the effective rank of the embeddings."""
+    values: dict[str, Any] = {}
+    for name in gathered[0]:
+        if name == "embeddings_BF":
+            embeddings_PF = torch.cat([g[name] for g in gathered])[:MAX_EMBEDDINGS].numpy()
+            values["effective_rank"] = effective_rank(embeddings_PF)
+            continue
+        total, count = torch.stack([g[name] for g in gathered]).sum(0)
+        value = torch.where(count > 0, total / count.clamp(min=1e-300), torch.nan)
+        values[name] = value.item() if value.ndim == 0 else value.tolist()
+    return values
+
+
+def to_tensors(
+    arrays: Iterator[dict[str, np.ndarray]], device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """NumPy batches as tensors on ``device``; pinned and copied asynchronously for CUDA."""
+    for batch in arrays:
+        # Ray's arrays are read-only views of shared memory: copied here, because torch has no read-only tensors.
+        tensors = {k: torch.from_numpy(np.array(v)) for k, v in batch.items()}
+        if device.type == "cuda":
+            tensors = {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
+        yield tensors
+
+
+class _Timed:
+    """An iterator that adds up the time its consumer waits."""
+
+    def __init__(self, inner: Iterator[Any]):
+        self.inner, self.wait_s = inner, 0.0
+
+    def __iter__(self) -> _Timed:
+        return self
+
+    def __next__(self) -> Any:
+        started = time.monotonic()
+        try:
+            return next(self.inner)
+        finally:
+            self.wait_s += time.monotonic() - started
+
+    def reset(self) -> float:
+        wait_s, self.wait_s = self.wait_s, 0.0
+        return wait_s
+
+
+def _own_partial(state: checkpoints.State, rank: int, world: int) -> dict[str, torch.Tensor]:
+    """A rank's own part of the interrupted epoch's sums; on another number of workers rank 0 takes all."""
+    if state.world == world:
+        return dict(state.partial[rank])
+    merged: dict[str, torch.Tensor] = {}
+    if rank == 0:
+        for part in state.partial:
+            add_metrics(merged, part)
+    return merged
+
+
+def _autocast(cfg: Config, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    scale = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
+def _scalars(entry: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in entry.items() if not isinstance(v, list)}
+
+
+def epoch_line(entry: dict[str, Any], epochs: int) -> str:
+    """What a log shows of one epoch."""
+    parts = [f"epoch {entry['epoch']}/{epochs}", f"loss {entry['loss']:.4f}"]
+    if "accuracy" in entry:
+        parts.append(
+            f"masked accuracy {entry['accuracy']:.3f} (floor {entry.get('accuracy_floor', math.nan):.3f})"
+        )
+    if "effective_rank" in entry:
+        parts.append(f"effective rank {entry['effective_rank']:.1f}")
+    parts.append(f"lr {entry['lr']:.2e}")
+    parts.append(f"{entry['samples_per_s']:.2f} crops/s, {entry['data_wait_share']:.0%} waiting for data")
+    parts.append(f"peak {entry['peak_memory_mb']:,.0f} MB")
+    return "  ".join(parts)
+
+
+def _progress_bar(wanted: bool, total: int, done: int) -> Any:
+    """A bar with an ETA at the driver's terminal, drawn through Ray; silent otherwise."""
+    if not wanted:
+        return _NoBar()
+    from ray.experimental.tqdm_ray import tqdm
+
+    bar = tqdm(desc="pretraining", total=total, unit="step")
+    bar.update(done)
+    return bar
+
+
+class _NoBar:
+    def update(self, n: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+# ------------------------------------------------------------------------------------------------- fit
+
+
+def fit(
+    job: Job, feed: data.Feed, resources: Resources, share: Share, callbacks: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Train ``job`` with Ray Train; returns {"history", "files"}. Run again, it resumes.
+
+    Args:
+        feed: what the data tasks prepare samples from.
+        callbacks: Ray Train callbacks, such as Tune's TuneReportCallback.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    accumulation(job.train, share.workers)
+    trainer = TorchTrainer(
+        train_worker,
+        # References in lists: Ray would otherwise put the values themselves into every worker's arguments.
+        train_loop_config={"job": job, "feed": [ray.put(feed)], "share": share},
+        scaling_config=ScalingConfig(
+            num_workers=share.workers,
+            use_gpu=share.use_gpu,
+            resources_per_worker={"CPU": share.cpus_per_worker, **({"GPU": 1} if share.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            # Checkpoints are ours (verified on load, a torn one falls back); Ray's own records are only of this
+            # attempt, so a run killed while Ray wrote them cannot hinder the next.
+            name=f"{job.fingerprint}-{time.time_ns():x}",
+            storage_path=_scratch(),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+            callbacks=list(callbacks),
+        ),
+    )
+    result = trainer.fit()
+    assert result.return_value is not None
+    return result.return_value
+
+
+def _scratch() -> str:
+    import tempfile
+
+    return f"{tempfile.gettempdir()}/logonet-ray-train"
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs on every worker."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    job: Job = config["job"]
+    share: Share = config["share"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(share.threads_per_worker)
+    tracker = _tracker(job) if rank == 0 else None
+    worker = Worker(job, config["feed"], share, rank=rank, world=world, device=get_device())
+    history = worker.run(ray.train.report, tracker)
+    if rank:
+        return {}
+    files = checkpoints.save_final(job.uri, worker.method, history)
+    delivered = True
+    if tracker is not None:
+        delivered = tracker.close()
+    return {"history": history, "files": {k: asdict(v) for k, v in files.items()}, "tracked": delivered}
+
+
+def _tracker(job: Job) -> Any:
+    if job.tracking is None:
+        return None
+    from logonet.registry import Tracker
+
+    tracker = Tracker(**job.tracking)
+    tracker.log_files(job.files)
+    return tracker

@@ -1,0 +1,86 @@
+"""Configs merge strictly, and say what is wrong in one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from logonet import config
+from logonet.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    lr: float = 1e-4
+    size: tuple[int, int, int] = (1, 2, 3)
+    spacing_mm: tuple[float, float, float] | None = None
+    clip: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    train: Inner = dataclasses.field(default_factory=Inner)
+    method: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "a", "x": 1})
+
+
+BASE = config.to_dict(Outer())
+
+
+def build(*settings: str) -> Outer:
+    return config.from_dict(Outer, config.override(BASE, settings))
+
+
+def test_round_trip_through_dict_and_yaml() -> None:
+    cfg = build("train.lr=1e-3", "train.spacing_mm=[1, 1.5, 2]")
+    assert config.from_dict(Outer, config.to_dict(cfg)) == cfg
+    assert config.from_dict(Outer, config.read_yaml(config.to_yaml(cfg), "x")) == cfg
+
+
+@pytest.mark.parametrize(
+    ("setting", "path", "value"),
+    [
+        ("train.lr=1e-3", "lr", 1e-3),
+        ("train.lr=1", "lr", 1.0),
+        ("train.clip=2", "clip", 2.0),
+        ("train.clip=null", "clip", None),
+        ("train.size=[4, 5, 6]", "size", (4, 5, 6)),
+        ("train.spacing_mm=[1, 1, 2]", "spacing_mm", (1.0, 1.0, 2.0)),
+    ],
+)
+def test_overrides_are_typed(setting: str, path: str, value: Any) -> None:
+    got = getattr(build(setting).train, path)
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_later_settings_win_and_a_new_name_drops_old_options() -> None:
+    assert build("train.lr=1", "train.lr=2").train.lr == 2.0
+    assert build("method.x=5").method == {"name": "a", "x": 5}
+    assert build("method.name=b").method == {"name": "b"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train.lrr=1", "unknown config key 'train.lrr'; did you mean 'train.lr'?"),
+        ("trian.lr=1", "did you mean 'train'?"),
+        ("train.size=[1, 2]", "train.size"),
+        ("train.lr=fast", "train.lr"),
+        ("train=3", "'train' must be a mapping"),
+        ("train.lr", "not of the form section.key=value"),
+        ("train.lr=[1", "not valid YAML"),
+    ],
+)
+def test_mistakes_are_one_sentence(setting: str, said: str) -> None:
+    with pytest.raises(UserError) as err:
+        build(setting)
+    assert said in str(err.value)
+    assert "\n" not in str(err.value)
+
+
+def test_fingerprints_see_every_value_and_no_order() -> None:
+    assert config.fingerprint({"a": 1, "b": 2}) == config.fingerprint({"b": 2, "a": 1})
+    assert config.fingerprint(Outer()) != config.fingerprint(build("train.lr=2e-4"))
+    assert len(config.fingerprint(Outer())) == 16
