@@ -171,9 +171,10 @@ def _make_client(pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
 def _contact(endpoint: str) -> None:
     """Fail in seconds, with a sentence, where nothing listens at ``endpoint``."""
     parts = urlsplit(endpoint)
-    if parts.scheme in urllib.request.getproxies():
+    host = parts.hostname or ""
+    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
         return  # only the proxy can tell
-    address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+    address = (host, parts.port or (443 if parts.scheme == "https" else 80))
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(CONTACT_ATTEMPTS),
         wait=tenacity.wait_random(0.5, 1.5),
@@ -277,15 +278,14 @@ def _transport(err: Exception) -> str:
     return f"the transfer broke off ({type(err).__name__}); check the network, then run again"
 
 
-def _raise_missing(uri: str, err: ClientError) -> NoReturn:
-    """HEAD has no body, so a bare 404 leaves open whether the key or the bucket is missing."""
-    bucket, _ = _bucket_key(uri)
+def _need_bucket(uri: str) -> None:
+    """HEAD has no body, so its bare 404 leaves open whether the key or the bucket is missing."""
     try:
-        _client().head_bucket(Bucket=bucket)
-    except ClientError as bucket_err:
-        if _status(bucket_err) == 404:
+        _client().head_bucket(Bucket=_bucket_key(uri)[0])
+    except ClientError as err:
+        if _status(err) == 404:
             raise UserError(f"{uri}: {_MENDS['NoSuchBucket']}") from err
-    raise UserError(f"{uri}: {_MENDS['NoSuchKey']}") from err
+        raise
 
 
 def _status(err: ClientError) -> int:
@@ -384,7 +384,7 @@ class _Read:
         stop = total if self.length is None else self.start + self.length
         if max(self.start, stop) > total:
             raise IntegrityError(
-                f"{self.uri} holds {total} bytes but bytes {self.start} to {stop} were asked for; write it again"
+                f"{self.uri} holds {total} bytes, not the asked {self.start} to {stop}; write it again"
             )
         return stop
 
@@ -485,7 +485,8 @@ class _S3Read(_Read):
             head = _client().head_object(Bucket=bucket, Key=key)
         except ClientError as err:
             if _status(err) == 404:
-                _raise_missing(self.uri, err)
+                _need_bucket(self.uri)
+                raise UserError(f"{self.uri}: {_MENDS['NoSuchKey']}") from err
             raise
         self.etag, self.total = head["ETag"], head["ContentLength"]
 
@@ -562,6 +563,23 @@ def write_json(uri: str, obj: Any) -> Stored:
     return write(uri, (json.dumps(obj, indent=2) + "\n").encode())
 
 
+def create_bucket(uri: str) -> None:
+    """Make the bucket (or local folder) that ``uri`` names; one that is ours already is no error."""
+    with _plainly(uri):
+        if not is_s3(uri):
+            os.makedirs(local_path(uri), exist_ok=True)
+            return
+        bucket, _ = _bucket_key(uri)
+        region = _client().meta.region_name
+        elsewhere = region not in ("us-east-1", "aws-global")  # the one region that may not be named
+        args: Any = {"CreateBucketConfiguration": {"LocationConstraint": region}} if elsewhere else {}
+        try:
+            _client().create_bucket(Bucket=bucket, **args)
+        except ClientError as err:
+            if err.response["Error"].get("Code") != "BucketAlreadyOwnedByYou":
+                raise
+
+
 def _put(uri: str, data: bytes, stored: Stored) -> None:
     bucket, key = _bucket_key(uri)
     checksum = base64.b64encode(bytes.fromhex(stored.sha256)).decode()
@@ -617,7 +635,7 @@ def stat(uri: str) -> Entry | None:
             except ClientError as err:
                 if _status(err) != 404:
                     raise
-                _client().head_bucket(Bucket=bucket)
+                _need_bucket(uri)
                 return None
         return Entry(uri, head["ContentLength"], head["ETag"].strip('"'))
     with _plainly(uri):
