@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from logonet import artifacts, store
 from logonet.errors import UserError
@@ -176,7 +175,7 @@ class Writer:
             store.delete_prefix(uri)
 
 
-def save_final(run_uri: str, method: nn.Module, history: list[dict[str, Any]]) -> dict[str, Stored]:
+def save_final(run_uri: str, method: Any, history: list[dict[str, Any]]) -> dict[str, Stored]:
     """The run's results: the backbone's weights, the whole method's, and the history."""
     return {
         "backbone.safetensors": _write_tensors(

@@ -67,7 +67,7 @@ def address() -> str | None:
 def connected(resources: Resources) -> Iterator[None]:
     """Join the cluster at ``RAY_ADDRESS``, or start a Ray of our own and stop it at the end."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_INTERVAL_S)
-    # A GPU-less task must not have its CUDA_VISIBLE_DEVICES blanked: Ray's coming default, set here to silence its notice.
+    # Ray's coming default (tasks without GPUs keep CUDA_VISIBLE_DEVICES as it is); set, it stops asking.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -125,7 +125,7 @@ def share(resources: Resources) -> Share:
     if use_gpu and gpus < workers:
         raise UserError(
             f"{workers} GPU workers were asked for but the cluster has {gpus:g} GPUs; "
-            f"use --resources.workers {int(gpus)} or add nodes"
+            f"use --workers {int(gpus)} or add nodes"
         )
     if cpus <= 0:
         raise UserError("the Ray cluster has no CPUs to give; start a node with --num-cpus of at least 1")
@@ -135,7 +135,7 @@ def share(resources: Resources) -> Share:
     if per_worker * workers >= cpus:
         raise UserError(
             f"{workers} workers x {per_worker:g} CPUs leave none of the cluster's {cpus:g} CPUs to the data tasks; "
-            f"use --resources.cpus-per-worker {most:.2g} or fewer workers"
+            f"use --cpus-per-worker {most:.2g} or fewer workers"
         )
     data_cpus = cpus - per_worker * workers
     per_worker = int(per_worker * 1000) / 1000  # Ray resolves resources to 1/10000

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from logonet import clusterers, crops, draws, manifest, methods, store
+from logonet.artifacts import Artifact
 from logonet.cluster import Share
 from logonet.errors import BadScan, UserError
 
@@ -152,10 +153,13 @@ class CropTable:
         pd.DataFrame([asdict(r) for r in self.refs]).to_parquet(out, index=False)
         return out.getvalue()
 
-    @staticmethod
-    def refs_from_parquet(data: bytes) -> tuple[CropRef, ...]:
-        rows = pd.read_parquet(io.BytesIO(data)).to_dict("records")
-        return tuple(CropRef(**{str(k): v for k, v in row.items()}) for row in rows)
+    @classmethod
+    def open(cls, artifact: Artifact) -> CropTable:
+        """The table of a finished crops artifact."""
+        rows = pd.read_parquet(io.BytesIO(artifact.read("crops.parquet"))).to_dict("records")
+        refs = tuple(CropRef(**{str(k): v for k, v in row.items()}) for row in rows)
+        num_x, num_y, num_z = artifact.config["size_vox"]
+        return cls(artifact.uri, (num_x, num_y, num_z), artifact.facts["in_channels"], refs)
 
 
 # ------------------------------------------------------------------------------- clusterers and labels

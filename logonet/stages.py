@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -155,9 +155,9 @@ def make_crops(
         )
         say("crops", f"{len(refs)} crops of {len(table.scans) - len(bad)} scans  {_took(started)}  {uri}")
         return crop_table, found
-    refs = data.CropTable.refs_from_parquet(found.read("crops.parquet"))
-    say("crops", f"{len(refs)} crops  (already there: {uri})")
-    return data.CropTable(uri, cfg.size_vox, found.facts["in_channels"], tuple(refs)), found
+    crop_table = data.CropTable.open(found)
+    say("crops", f"{len(crop_table)} crops  (already there: {uri})")
+    return crop_table, found
 
 
 def make_clusterers(
@@ -233,28 +233,53 @@ LABELS_FILE = "labels.safetensors"
 # --------------------------------------------------------------------------------------------- pretrain
 
 
+@dataclass(frozen=True)
+class Upstream:
+    """What a training run stands on.
+
+    Attributes:
+        crops: the samples.
+        labels_PNZ: their pseudo-labels, or None for a method that needs none.
+        facts: what the method may know of them.
+        parent: the artifact trained on.
+        lineage: fingerprints and ids, from the scans on.
+    """
+
+    crops: data.CropTable
+    labels_PNZ: np.ndarray | None
+    facts: Facts
+    parent: Artifact
+    lineage: dict[str, str]
+
+
+def upstream(cfg: Pretraining, source: str, root: str, share: Share) -> Upstream:
+    """Manifest, crops and, where the method needs them, clusterers and pseudo-labels."""
+    table, _ = import_scans(source, root, share)
+    crop_table, crops_artifact = make_crops(table, cfg.crops, root, share)
+    facts = Facts(size_vox=cfg.crops.size_vox, in_channels=crop_table.in_channels)
+    lineage = {"manifest": table.id, "crops": crops_artifact.fingerprint}
+    if not _pseudo(cfg.method["name"]):
+        return Upstream(crop_table, None, facts, crops_artifact, lineage)
+    fitted, fitted_artifact = make_clusterers(crop_table, crops_artifact, cfg.clusterers, root, share)
+    labels_PNZ, labels = make_labels(crop_table, fitted, [crops_artifact, fitted_artifact], root, share)
+    facts = replace(
+        facts,
+        cluster_sizes=tuple(labels.facts["cluster_sizes"]),
+        majority_labels=tuple(labels.facts["majority_labels"]),
+    )
+    lineage |= {"clusterers": fitted.id, "labels": labels.fingerprint}
+    return Upstream(crop_table, labels_PNZ, facts, labels, lineage)
+
+
 def pretrain(cfg: Pretraining, source: str, root: str, resources: Resources, experiment: str) -> Artifact:
     """All stages from scans at ``source`` to a pretrained network under ``root``. Run again, it resumes."""
     cfg = resolve(cfg)
     train.accumulation(cfg.train, resources.workers)
     share = cluster.share(resources)
-    table, manifest_artifact = import_scans(source, root, share)
-    crop_table, crops_artifact = make_crops(table, cfg.crops, root, share)
-    facts = Facts(size_vox=cfg.crops.size_vox, in_channels=crop_table.in_channels)
-    labels_PNZ, lineage = None, {"manifest": table.id, "crops": crops_artifact.fingerprint}
-    parent = crops_artifact
-    if _pseudo(cfg.method["name"]):
-        fitted, fitted_artifact = make_clusterers(crop_table, crops_artifact, cfg.clusterers, root, share)
-        labels_PNZ, parent = make_labels(crop_table, fitted, [crops_artifact, fitted_artifact], root, share)
-        lineage |= {"clusterers": fitted.id, "labels": parent.fingerprint}
-        facts = Facts(
-            size_vox=cfg.crops.size_vox,
-            in_channels=crop_table.in_channels,
-            cluster_sizes=tuple(parent.facts["cluster_sizes"]),
-            majority_labels=tuple(parent.facts["majority_labels"]),
-        )
+    up = upstream(cfg, source, root, share)
+    crop_table, labels_PNZ, lineage = up.crops, up.labels_PNZ, up.lineage
     own = {"backbone": cfg.backbone, "method": cfg.method, "train": config.to_dict(cfg.train)}
-    parents = {parent.stage: parent.fingerprint}
+    parents = {up.parent.stage: up.parent.fingerprint}
     uri, fingerprint = artifacts.address(root, "pretrain", own, parents)
     name = f"pretrain-{cfg.method['name']}-{cfg.backbone['name']}-{fingerprint[:8]}"
     method_cfg = methods.config(cfg.method["name"], _options(cfg.method))
@@ -286,7 +311,7 @@ def pretrain(cfg: Pretraining, source: str, root: str, resources: Resources, exp
         backbone=cfg.backbone,
         method=cfg.method,
         train=cfg.train,
-        facts=facts,
+        facts=up.facts,
         tracking=tracking,
         progress=sys.stdout.isatty(),
         files={**pictures, "config.yaml": config.to_yaml(cfg).encode()},
@@ -352,7 +377,6 @@ def _pictures(
 def cluster_sheet(table: data.CropTable, labels_PNZ: np.ndarray, which: int, seed: int) -> bytes:
     """A contact sheet of clusterer ``which``: slices of at most 64 crops, a row for each big cluster."""
     chosen = np.linspace(0, len(table) - 1, min(64, len(table))).astype(int)
-    num_x, num_y, num_z = table.size_vox
     slices_SXY = np.concatenate([np.moveaxis(table.read(int(i))[0], -1, 0) for i in chosen])
     labels_S = labels_PNZ[chosen, which].reshape(-1)
     k = int(labels_PNZ[:, which].max()) + 1

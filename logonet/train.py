@@ -149,13 +149,13 @@ def step(
         sync: averages the gradients over the workers.
     """
     totals: dict[str, torch.Tensor] = {}
-    ddp = isinstance(method, nn.parallel.DistributedDataParallel)
+    ddp = method if isinstance(method, nn.parallel.DistributedDataParallel) else None
     optimizer.zero_grad(set_to_none=True)
     for i in range(count):
         batch = next(micro_batches)
         last = i == count - 1
         torch.manual_seed(seeds[i])  # this process is ours: seeding per step is what makes resuming exact
-        with contextlib.nullcontext() if last or not ddp else method.no_sync():
+        with contextlib.nullcontext() if last or ddp is None else ddp.no_sync():
             with autocast:
                 loss, metrics = method(batch, progress)
             if not torch.isfinite(loss):
@@ -425,7 +425,7 @@ def reduce_metrics(gathered: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name in gathered[0]:
         if name == "embeddings_BF":
-            embeddings_PF = torch.cat([g[name] for g in gathered])[:MAX_EMBEDDINGS].numpy()
+            embeddings_PF = torch.cat([g[name] for g in gathered])[:MAX_EMBEDDINGS]
             values["effective_rank"] = effective_rank(embeddings_PF)
             continue
         total, count = torch.stack([g[name] for g in gathered]).sum(0)
@@ -546,7 +546,7 @@ def fit(
 
     accumulation(job.train, share.workers)
     trainer = TorchTrainer(
-        train_worker,
+        train_worker,  # type: ignore[arg-type]  # it may return a value; Ray's annotation forgets that
         # References in lists: Ray would otherwise put the values themselves into every worker's arguments.
         train_loop_config={"job": job, "feed": [ray.put(feed)], "share": share},
         scaling_config=ScalingConfig(
@@ -563,7 +563,7 @@ def fit(
             callbacks=list(callbacks),
         ),
     )
-    result = trainer.fit()
+    result: Any = trainer.fit()  # Ray's stub lacks return_value, what rank 0 returned
     assert result.return_value is not None
     return result.return_value
 
@@ -574,7 +574,7 @@ def _scratch() -> str:
     return f"{tempfile.gettempdir()}/logonet-ray-train"
 
 
-def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     """What Ray Train runs on every worker."""
     import ray.train
     from ray.train.torch import get_device
