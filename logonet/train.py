@@ -32,6 +32,8 @@ from logonet.methods._parts import effective_rank
 
 log = logging.getLogger(__name__)
 
+# What of an epoch's entry is about the machine, not about what was computed.
+TIMINGS = ("unix_s", "samples_per_s", "data_wait_share", "peak_memory_mb")
 MAX_EMBEDDINGS = 2048  # samples that the effective rank of an epoch is computed on
 
 
