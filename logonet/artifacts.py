@@ -104,15 +104,16 @@ def verify(artifact: Artifact, *, full: bool = False) -> list[str]:
     """Names of its files that are missing or damaged: by size, or with ``full`` by reading them all."""
 
     def damaged(name: str) -> bool:
+        entry = store.stat(artifact.uri_of(name))
+        if entry is None or entry.size_bytes != artifact.files[name].size_bytes:
+            return True
         if full:
             try:
                 artifact.read(name)
-            except UserError as err:
+            except store.IntegrityError as err:
                 log.warning("%s", err)
                 return True
-            return False
-        entry = store.stat(artifact.uri_of(name))
-        return entry is None or entry.size_bytes != artifact.files[name].size_bytes
+        return False
 
     # Whole files are held while they are digested: one at a time.
     with ThreadPoolExecutor(1 if full else STAT_THREADS) as pool:

@@ -203,6 +203,12 @@ class S3Server:
             self._port = int(self._kept("port", lambda: str(free_ports())))
             if not _is_free(self._port):
                 self._port = free_ports()
+        if not _is_free(
+            self._port
+        ):  # Swift would wait, and the health check would meet someone else's server
+            raise UserError(
+                f"ports {self._port} to {self._port + len(BACKENDS)} are not all free; name others"
+            )
         (self.directory / "etc" / "port").write_text(str(self._port))
         try:
             self._configure(python)

@@ -65,6 +65,7 @@ REQUEST_ATTEMPTS = (
     7  # botocore, for 5xx and lost connections: about 25 s of backoff, enough for a store's restart
 )
 BODY_ATTEMPTS = 5  # ours, for what botocore never retries: faults after the reply's headers
+BODY_WAIT = tenacity.wait_random_exponential(multiplier=0.2, max=5)
 CONTACT_ATTEMPTS = 3  # first contact with an endpoint: a wrong address should not cost 25 s of backoff
 POOL_CONNECTIONS = 32
 DELETE_BATCH = 1000  # the most keys one DeleteObjects takes
@@ -426,7 +427,7 @@ class _S3Read(_Read):
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Retry),
             stop=tenacity.stop_after_attempt(BODY_ATTEMPTS),
-            wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
+            wait=BODY_WAIT,
             reraise=True,
         )
         try:

@@ -1,0 +1,78 @@
+"""Fixtures shared by all tests. No torch here: a test of one module must not pay for it."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tenacity
+
+from logonet import store
+from logonet.errors import UserError
+from logonet.s3server import S3Server, store_python
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server. In CI its absence is a failure: an integration test that is skipped proves nothing."""
+    try:
+        store_python()
+    except UserError as err:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(err))
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pauses between the store's attempts at a damaged body."""
+    monkeypatch.setattr(store, "BODY_WAIT", tenacity.wait_none())
+
+
+@pytest.fixture
+def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URI of a fresh bucket; the environment names the server, for this process and its children."""
+    for name in [n for n in os.environ if n.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    nowhere = {
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "NO_PROXY": "127.0.0.1",
+    }
+    for name, value in (nowhere | s3_server.env()).items():
+        monkeypatch.setenv(name, value)
+    uri = f"s3://test-{uuid.uuid4().hex}"
+    store.create_bucket(uri)
+    return uri
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real scans beside the checkout."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"real scans are wanted in {folder}; this checkout has none beside it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One Ray for the whole session; its workers know the S3 server and keep MLflow's files to themselves."""
+    from logonet import cluster
+
+    home = tmp_path_factory.mktemp("home")
+    settings = {**s3_server.env(), "LOGONET_HOME": str(home), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+    kept = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    with cluster.connected(cluster.Resources(workers=2, object_store_mb=300)):
+        yield
+    for name, value in kept.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value

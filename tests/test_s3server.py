@@ -1,0 +1,160 @@
+"""The embedded S3 server keeps what it acknowledged, and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from logonet import s3server, store
+from logonet.errors import UserError
+from logonet.s3server import S3Server
+
+
+@pytest.fixture
+def own_server(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """A server to be mistreated; not started. (``s3_server`` skips where the environment is missing.)"""
+    return S3Server(tmp_path / "data")
+
+
+def use(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in server.env().items():
+        monkeypatch.setenv(name, value)
+
+
+def test_it_survives_kill_9_with_all_it_acknowledged(
+    own_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with own_server as server:
+        use(server, monkeypatch)
+        before, pids = server.env(), set(server.pids.values())
+        store.create_bucket("s3://kept")
+        names = [f"s3://kept/{n:02d}" for n in range(20)]
+        stored = [store.write(name, name.encode() * 1000) for name in names]
+        server.kill()
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+        server.start()
+        assert server.env() == before
+        for name, want in zip(names, stored):
+            assert store.read(name, size_bytes=want.size_bytes, sha256=want.sha256) == name.encode() * 1000
+
+
+def test_a_directory_may_move_to_other_ports(own_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with own_server as server:
+        use(server, monkeypatch)
+        store.create_bucket("s3://kept")
+        store.write("s3://kept/x", b"data")
+        old = server.port
+    with socket.socket() as squatter:
+        squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        squatter.bind(("127.0.0.1", old + 2))
+        squatter.listen()
+        with S3Server(own_server.directory) as moved:
+            use(moved, monkeypatch)
+            assert moved.port != old
+            assert store.read("s3://kept/x") == b"data"
+            assert [e.uri for e in store.listing("s3://kept")] == ["s3://kept/x"]
+
+
+def test_stopping_ends_every_process(own_server: S3Server) -> None:
+    with own_server as server:
+        pids = server.pids
+        assert set(pids) == {"object", "container", "account", "proxy", "updater"}
+        assert all(psutil.pid_exists(pid) for pid in pids.values())
+        assert server.failed() is None
+        listening = {
+            c.laddr
+            for pid in pids.values()
+            for c in psutil.Process(pid).net_connections("tcp")
+            if c.status == "LISTEN"
+        }
+        assert listening == {("127.0.0.1", server.port + n) for n in range(4)}
+        assert server.port + 3 < 32768
+        os.kill(pids["proxy"], signal.SIGKILL)
+        psutil.wait_procs([psutil.Process(pids["proxy"])])
+        assert server.failed() == "proxy"
+    assert server.pids == {}
+    assert not any(psutil.pid_exists(pid) for pid in pids.values())
+
+
+def _serve(directory: Path) -> tuple[subprocess.Popen[str], dict[str, str], list[psutil.Process]]:
+    code = "import sys; from logonet import s3server; s3server.serve(sys.argv[1])"
+    parent = subprocess.Popen([sys.executable, "-c", code, str(directory)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    printed = {}
+    while (line := parent.stdout.readline()).startswith("export "):
+        name, _, value = line.removeprefix("export ").strip().partition("=")
+        printed[name] = value
+    return parent, printed, psutil.Process(parent.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_process_outlives_the_one_that_serves(
+    own_server: S3Server, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
+) -> None:
+    parent, printed, children = _serve(own_server.directory)
+    try:
+        for name, value in printed.items():
+            monkeypatch.setenv(name, value)
+        store.create_bucket("s3://made-by-print")
+        assert len(children) == 5
+    finally:
+        parent.send_signal(how)
+        status = parent.wait()
+        assert parent.stdout is not None
+        parent.stdout.close()
+    assert status == (-signal.SIGKILL if how == signal.SIGKILL else 0)
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == []
+
+
+def test_secrets_are_random_kept_and_private(own_server: S3Server) -> None:
+    with own_server as server:
+        secret = server.env()["AWS_SECRET_ACCESS_KEY"]
+        etc = server.directory / "etc"
+        assert etc.stat().st_mode & 0o077 == 0
+        assert (etc / "secret").stat().st_mode & 0o077 == 0
+        shown = [" ".join(psutil.Process(pid).cmdline()) for pid in server.pids.values()]
+        assert not any(secret in line for line in shown)
+    assert len(secret) >= 24
+
+
+def test_a_taken_port_is_a_sentence(s3_server: S3Server, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"ports {s3_server.port} to .* are not all free"):
+        S3Server(tmp_path, port=s3_server.port).start()
+
+
+def test_a_process_that_fails_is_named_with_its_log(
+    own_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3server, "_UPDATER", "raise OSError('no such luck')")
+    with pytest.raises(
+        UserError, match=r"updater process failed \(OSError: no such luck\); see .*updater\.log"
+    ):
+        own_server.start()
+    assert own_server.pids == {}
+
+
+def test_a_missing_environment_says_make_setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGONET_STORE_PYTHON", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="make setup"):
+        S3Server(tmp_path).start()
+    monkeypatch.delenv("LOGONET_STORE_PYTHON")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(s3server, "__file__", str(tmp_path / "a" / "b.py"))
+    with pytest.raises(UserError, match="make setup"):
+        S3Server(tmp_path).start()
+
+
+@pytest.mark.parametrize(
+    "options", [{"user": "no colon"}, {"user": "a:b:c"}, {"secret": "two words"}, {"secret": "%x"}]
+)
+def test_names_that_swift_would_misread_are_refused(tmp_path: Path, options: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="must"):
+        S3Server(tmp_path, **options)  # type: ignore[arg-type]
