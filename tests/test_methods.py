@@ -489,17 +489,30 @@ def test_the_classifier_is_frozen_and_nothing_else():
     assert frozen == {"backbone.classify.weight", "backbone.classify.bias"}
 
 
-def test_loss_falls_on_two_samples():
-    module, batch = masked_clusters()
+def fit(num_steps: int, **options: Any) -> list[dict[str, float]]:
+    """Train on two samples; each step's metrics as plain averages."""
+    module, batch = masked_clusters(**options)
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for step in range(20):
-        loss, _ = module(batch, step / 20)
+    history = []
+    for step in range(num_steps):
+        loss, metrics = module(batch, step / num_steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0], losses
+        history.append({key: (metrics[key][0] / metrics[key][1]).item() for key in ("loss", "accuracy")})
+    return history
+
+
+@pytest.mark.parametrize("final_relu", [True, False])
+def test_loss_falls_on_two_samples(final_relu: bool):
+    history = fit(20, final_relu=final_relu)
+    assert history[-1]["loss"] < 0.7 * history[0]["loss"], history
+
+
+def test_without_the_final_relu_two_samples_are_learnt_by_heart():
+    assert fit(60, final_relu=False)[-1]["accuracy"] == 1.0
+    module, batch = masked_clusters(final_relu=False)
+    assert (module.predict(batch["image"].float() / 65535, batch["hidden"])[1] < 0).any()
 
 
 @pytest.mark.parametrize(

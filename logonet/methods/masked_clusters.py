@@ -38,6 +38,9 @@ class Config:
         patch_sizes: sides in voxels; each masked slice draws one that fits.
         temperature: tau of Eq. 5.
         reduction: "sum" over clusterers and masked slices (Eq. 4), or "mean".
+        final_relu: Algorithm 1, line 20. A slice whose true cluster's logit is not positive sends that
+            logit no gradient, and in tiny runs about a third of the training slices stay unlearnt for
+            good; False lets the logits be negative and the same runs learn every slice.
         head_chunk_mib: the widest map the head holds at once. Memory only, never results.
     """
 
@@ -47,6 +50,7 @@ class Config:
     patch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 96)
     temperature: float = 0.1
     reduction: Literal["sum", "mean"] = "sum"
+    final_relu: bool = True
     head_chunk_mib: float = 128.0
 
 
@@ -113,6 +117,7 @@ class MaskedClusters(nn.Module):
             len(facts.cluster_sizes),
             max(facts.cluster_sizes),
             cfg.head_chunk_mib,
+            cfg.final_relu,
         )
         self.register_buffer("cluster_sizes", torch.tensor(facts.cluster_sizes), persistent=False)
         self.register_buffer("majority_labels", torch.tensor(facts.majority_labels), persistent=False)
@@ -188,11 +193,12 @@ class Head(nn.Module):
         num_clusterers: int,
         num_classes: int,
         chunk_mib: float,
+        final_relu: bool = True,
     ) -> None:
         super().__init__()
         num_x, num_y, num_z = size_vox
         narrow = max(1, num_x // 16)  # Algorithm 1 says x_dim // 16, which is nothing below 16 voxels
-        self.chunk_bytes = chunk_mib * 2**20
+        self.chunk_bytes, self.final_relu = chunk_mib * 2**20, final_relu
         self.conv2, self.norm3 = (
             nn.Conv3d(feature_channels, num_clusterers, 1),
             nn.BatchNorm3d(num_clusterers),
@@ -213,8 +219,9 @@ class Head(nn.Module):
         q_B1KNZ = F.gelu(self.norm15(self.conv14(q_BJKNZ)))
         q_BZNK1 = q_B1KNZ.permute(0, 4, 3, 2, 1)
         q_BZNK1 = F.gelu(self.norm18(self.conv17(q_BZNK1)))
+        logits_BZNK1 = self.conv19(q_BZNK1)
         # squeeze(-1): the algorithm's bare squeeze() would also drop a batch or clusterer axis of 1.
-        return F.relu(self.conv19(q_BZNK1)).squeeze(-1)
+        return (F.relu(logits_BZNK1) if self.final_relu else logits_BZNK1).squeeze(-1)
 
     def _lines_2_to_6(self, f_BFXYZ: Tensor) -> Tensor:
         """Lines 2-5 in chunks along X; line 6 so that line 7 finds its input, Y, last and contiguous."""
@@ -310,11 +317,28 @@ Moments = tuple[int, Tensor, Tensor]  # number of rows, their mean (D,), their s
 
 
 def _moments(rows_PD: Tensor) -> Moments:
-    with torch.autocast(rows_PD.device.type, enabled=False):
-        rows_PD = rows_PD.to(torch.promote_types(rows_PD.dtype, torch.float32))
-        mean_D = rows_PD.mean(0)
-        centred_PD = rows_PD - mean_D  # E[xx'] - E[x]E[x]' would cancel in float32
-        return len(rows_PD), mean_D, centred_PD.T @ centred_PD
+    return len(rows_PD), *_MeanAndScatter.apply(rows_PD.to(torch.promote_types(rows_PD.dtype, torch.float32)))
+
+
+class _MeanAndScatter(torch.autograd.Function):
+    """Mean (D,) and scatter (D, D) about it of rows (P, D). Autograd would take two matrix products to
+    differentiate X'X, and one is enough because both factors are the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_PD: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(rows_PD.device.type, enabled=False):
+            mean_D = rows_PD.mean(0)
+            centred_PD = rows_PD - mean_D  # E[xx'] - E[x]E[x]' would cancel in float32
+            ctx.save_for_backward(centred_PD)
+            return mean_D, centred_PD.T @ centred_PD
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean_D: Tensor, grad_scatter_DD: Tensor) -> Tensor:
+        (centred_PD,) = ctx.saved_tensors
+        with torch.autocast(centred_PD.device.type, enabled=False):
+            # Centring adds nothing: the columns of centred_PD sum to 0.
+            return F.linear(centred_PD, grad_scatter_DD + grad_scatter_DD.T, grad_mean_D / len(centred_PD))
 
 
 def _pooled(parts: Sequence[Moments]) -> Moments:
