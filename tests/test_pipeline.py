@@ -7,11 +7,11 @@ import os
 from typing import Any
 
 import pytest
+from helpers import timeless, tiny_backbone
 
 from logonet import artifacts, checkpoints, cluster, clusterers, crops, phantom, stages, store, train
 from logonet.cluster import Resources
 from logonet.errors import UserError
-from tests.test_train import timeless, tiny_backbone
 
 RESOURCES = Resources(workers=2)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import timeless, tiny_backbone
 
 from logonet import checkpoints, clusterers, crops, data, draws, methods, store, train
 from logonet.cluster import Share
@@ -23,12 +24,6 @@ SHARE = Share(
     workers=1, use_gpu=False, cpus_per_worker=1, threads_per_worker=1, cpus_per_data_task=1, data_cpus=1
 )
 FACTS = Facts(size_vox=SIZE, cluster_sizes=SIZES, majority_labels=(0, 0))
-
-
-def tiny_backbone() -> dict[str, Any]:
-    from logonet.backbones import logonet
-
-    return {"name": "logonet", **logonet.TINY}
 
 
 # ------------------------------------------------------------------------------------------- schedules
@@ -236,10 +231,6 @@ def a_worker(feed: Any, job: train.Job) -> train.Worker:
 
 class Killed(Exception):
     pass
-
-
-def timeless(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in e.items() if k not in train.TIMINGS} for e in history]
 
 
 def test_training_learns_and_logs_what_it_must(feed: Any, tmp_path: Path) -> None:
