@@ -49,6 +49,8 @@ class Config:
             raise UserError("crops.window_hu must be [low, high] with low < high")
         if not 0 <= self.mr_percentiles[0] < self.mr_percentiles[1] <= 100:
             raise UserError("crops.mr_percentiles must be [low, high] with 0 <= low < high <= 100")
+        if not (0 <= self.min_image_share <= 1 and 0 <= self.min_foreground <= 1):
+            raise UserError("crops.min_image_share and crops.min_foreground are shares from 0 to 1")
 
 
 def crops_of(scan: Volume, modality: str, cfg: Config, scan_id: str) -> np.ndarray:

@@ -227,6 +227,23 @@ def encode_nifti(array_XYZ: np.ndarray, affine: np.ndarray) -> bytes:
     return gzip.compress(image.to_bytes(), compresslevel=4, mtime=0)
 
 
+@dataclass(frozen=True)
+class _Slice:
+    """One DICOM slice: the numbers that place it, and the dataset its pixels are decoded from."""
+
+    name: str
+    series: str
+    modality: str
+    rows: int
+    columns: int
+    orientation: np.ndarray  # (6,)
+    position_mm: np.ndarray  # (3,) LPS
+    pixel_mm: np.ndarray  # (2,) between rows, between columns
+    slope: float
+    intercept: float
+    dataset: Any
+
+
 def decode_dicom(files: Sequence[tuple[str, bytes]], *, max_bytes: int = MAX_BYTES) -> Volume:
     """One DICOM series of single-frame slices, given as (name, bytes) in any order.
 
@@ -235,106 +252,112 @@ def decode_dicom(files: Sequence[tuple[str, bytes]], *, max_bytes: int = MAX_BYT
     No patient tag leaves this function.
 
     Raises:
-        BadScan: naming the file or series, for a mixed, incomplete, irregular or unreadable series.
+        BadScan: naming a file, for a mixed, incomplete, irregular or unreadable series.
     """
-    import pydicom
-
     if len(files) < 2:
         raise BadScan(f"{files[0][0] if files else 'DICOM series'}: one slice is not a 3D scan")
-    slices = [_dicom_header(pydicom, name, data) for name, data in files]
-    first_name, first = files[0][0], slices[0]
-    for tag in ("SeriesInstanceUID", "Rows", "Columns", "Modality"):
-        if len({str(s.get(tag)) for s in slices}) > 1:
+    slices = [_dicom_slice(name, data) for name, data in files]
+    first = slices[0]
+    for what in ("series", "modality", "rows", "columns"):
+        if len(values := {getattr(s, what) for s in slices}) > 1:
             raise BadScan(
-                f"{first_name}: its folder mixes slices of different {tag}; keep one series per folder"
+                f"{first.name}: its folder holds slices of {len(values)} different {what} values; keep one series "
+                "per folder"
             )
-    claimed = int(first.Rows) * int(first.Columns) * len(slices) * 4
+    claimed = first.rows * first.columns * len(slices) * 4
     if claimed > max_bytes:
-        raise BadScan(f"{first_name}: the series claims {claimed / 2**30:.1f} GiB, more than allowed")
-    order, affine = _dicom_geometry(slices, first_name)
-    array_XYZ = np.empty((int(first.Columns), int(first.Rows), len(slices)), np.float32, order="F")
-    for k, index in enumerate(order):
-        pixels_YX = _dicom_pixels(slices[index], files[index][0])
-        slope = float(slices[index].get("RescaleSlope", None) or 1.0)
-        array_XYZ[:, :, k] = pixels_YX.T * slope + float(slices[index].get("RescaleIntercept", None) or 0.0)
-    _check_affine(affine, first_name)
-    _check_values(array_XYZ, first_name)
-    return Volume(array_XYZ[None], affine, str(first.get("Modality") or "") or None, pixels_YX.dtype.name)
+        raise BadScan(f"{first.name}: its series claims {claimed / 2**30:.1f} GiB, more than allowed")
+    ordered, affine = _dicom_geometry(slices)
+    _check_affine(affine, first.name)
+    array_XYZ = np.empty((first.columns, first.rows, len(slices)), np.float32, order="F")
+    for k, slice_ in enumerate(ordered):
+        pixels_YX = _dicom_pixels(slice_)
+        array_XYZ[:, :, k] = pixels_YX.T * slice_.slope + slice_.intercept
+    _check_values(array_XYZ, first.name)
+    return Volume(array_XYZ[None], affine, first.modality or None, pixels_YX.dtype.name)
 
 
-def _dicom_header(pydicom: Any, name: str, data: bytes) -> Any:
-    """The dataset of one slice, with everything the geometry needs present."""
+def _dicom_slice(name: str, data: bytes) -> _Slice:
+    import pydicom
+
+    def numbers(tag: str, size: int) -> np.ndarray:
+        values = np.array(dataset[tag].value, np.float64).reshape(size)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{tag} is not finite")
+        return values
+
     try:
-        slice_ = pydicom.dcmread(io.BytesIO(data))
-        missing = [
-            tag
-            for tag in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns")
-            if slice_.get(tag) is None
-        ]
-        colour = (
-            int(slice_.get("SamplesPerPixel", 1)) > 1
-            or slice_.get("PhotometricInterpretation") == "MONOCHROME1"
+        dataset = pydicom.dcmread(io.BytesIO(data))
+        if int(dataset.get("NumberOfFrames") or 1) > 1:
+            raise BadScan(f"{name}: is a multi-frame DICOM; convert it to NIfTI (dcm2niix)")
+        if dataset.PhotometricInterpretation != "MONOCHROME2":
+            raise BadScan(
+                f"{name}: has {dataset.PhotometricInterpretation} pixels; only MONOCHROME2 is usable"
+            )
+        return _Slice(
+            name=name,
+            series=str(dataset.SeriesInstanceUID),
+            modality=str(dataset.get("Modality") or ""),
+            rows=int(dataset.Rows),
+            columns=int(dataset.Columns),
+            orientation=numbers("ImageOrientationPatient", 6),
+            position_mm=numbers("ImagePositionPatient", 3),
+            pixel_mm=numbers("PixelSpacing", 2),
+            slope=float(dataset.get("RescaleSlope") or 1.0),
+            intercept=float(dataset.get("RescaleIntercept") or 0.0),
+            dataset=dataset,
         )
-        frames = int(slice_.get("NumberOfFrames", None) or 1)
+    except BadScan:
+        raise
+    except KeyError as err:
+        raise BadScan(f"{name}: DICOM without {err.args[0]}; is it an image slice?") from None
     except Exception as err:  # pydicom raises a dozen unrelated types on damaged files
-        raise BadScan(f"{name}: unreadable DICOM ({type(err).__name__}: {err})") from None
-    if frames > 1:
-        raise BadScan(f"{name}: is a multi-frame DICOM; convert it to NIfTI (dcm2niix)")
-    if missing:
-        raise BadScan(f"{name}: DICOM without {', '.join(missing)}; is it an image slice?")
-    if colour:
-        raise BadScan(f"{name}: DICOM with colour or inverted grey values; only MONOCHROME2 can be used")
-    return slice_
+        raise BadScan(f"{name}: unreadable DICOM slice ({' '.join(str(err).split())[:200]})") from None
 
 
-def _dicom_geometry(slices: Sequence[Any], name: str) -> tuple[list[int], np.ndarray]:
-    """Order of the slices along their normal, and the affine of array[column, row, slice].
+def _dicom_geometry(slices: Sequence[_Slice]) -> tuple[list[_Slice], np.ndarray]:
+    """The slices in order along their normal, and the affine of array[column, row, slice].
 
     DICOM PS3.3 C.7.6.2.1.1: ImageOrientationPatient holds the direction of growing column index, then that of
     growing row index; PixelSpacing holds the distance between rows, then between columns; mm, LPS.
     """
-    try:
-        orient_N6 = np.array([s.ImageOrientationPatient for s in slices], np.float64).reshape(-1, 6)
-        position_N3 = np.array([s.ImagePositionPatient for s in slices], np.float64).reshape(-1, 3)
-        pixel_N2 = np.array([s.PixelSpacing for s in slices], np.float64).reshape(-1, 2)
-    except (ValueError, TypeError) as err:
-        raise BadScan(f"{name}: unreadable DICOM geometry ({err})") from None
-    if len({len(slices), len(orient_N6), len(position_N3), len(pixel_N2)}) > 1:
-        raise BadScan(f"{name}: unreadable DICOM geometry (wrong number of values)")
-    if np.abs(orient_N6 - orient_N6[0]).max() > 1e-3 or np.abs(pixel_N2 - pixel_N2[0]).max() > 1e-3:
-        raise BadScan(
-            f"{name}: its slices differ in orientation or pixel spacing; keep one series per folder"
-        )
-    column_dir, row_dir = orient_N6[0, :3], orient_N6[0, 3:]
-    along_N = position_N3 @ np.cross(column_dir, row_dir)
-    order = [int(i) for i in np.argsort(along_N, kind="stable")]
-    gaps = np.diff(along_N[order])
+    first, name = slices[0], slices[0].name
+    for other in slices:
+        turned = np.abs(other.orientation - first.orientation).max() > 1e-3
+        if turned or np.abs(other.pixel_mm - first.pixel_mm).max() > 1e-3:
+            raise BadScan(
+                f"{other.name}: differs from the other slices of its folder in orientation or spacing"
+            )
+    column_dir, row_dir = first.orientation[:3], first.orientation[3:]
+    normal = np.cross(column_dir, row_dir)
+    ordered = sorted(slices, key=lambda s: float(s.position_mm @ normal))
+    gaps = np.diff([s.position_mm @ normal for s in ordered])
     gap = float(np.median(gaps))
-    if not gap > 1e-4 or gaps.min() < 0.05 * gap:
-        raise BadScan(f"{name}: two slices of the series lie at the same place; remove the duplicates")
+    if gap < 1e-4 or gaps.min() < 0.05 * gap:
+        raise BadScan(f"{name}: two slices of its series lie at the same place; remove the duplicates")
     if np.abs(gaps - gap).max() > 0.05 * gap:
         k = int(np.abs(gaps - gap).argmax())
         raise BadScan(
-            f"{name}: slices {k} and {k + 1} of the series are {gaps[k]:.2f} mm apart, the others "
-            f"{gap:.2f} mm; a slice is missing"
+            f"{ordered[k].name}: the next slice of its series is {gaps[k]:.2f} mm away, the others {gap:.2f} mm; "
+            "a slice is missing"
         )
     lps = np.eye(4)
-    lps[:3, 0] = column_dir * pixel_N2[0, 1]
-    lps[:3, 1] = row_dir * pixel_N2[0, 0]
+    lps[:3, 0] = column_dir * first.pixel_mm[1]
+    lps[:3, 1] = row_dir * first.pixel_mm[0]
     # from positions, not along the normal: a tilted gantry shears the stack and the affine should say so
-    lps[:3, 2] = (position_N3[order[-1]] - position_N3[order[0]]) / (len(slices) - 1)
-    lps[:3, 3] = position_N3[order[0]]
-    return order, np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
+    lps[:3, 2] = (ordered[-1].position_mm - ordered[0].position_mm) / (len(ordered) - 1)
+    lps[:3, 3] = ordered[0].position_mm
+    return ordered, np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
 
 
-def _dicom_pixels(slice_: Any, name: str) -> np.ndarray:
+def _dicom_pixels(slice_: _Slice) -> np.ndarray:
     try:
-        pixels_YX = slice_.pixel_array
+        pixels_YX = slice_.dataset.pixel_array
     except Exception as err:  # the decoders behind pydicom raise whatever they like on damaged data
-        reason = " ".join(str(err).split())
-        raise BadScan(f"{name}: its DICOM pixels cannot be decoded ({reason})") from None
-    if pixels_YX.shape != (int(slice_.Rows), int(slice_.Columns)):
-        raise BadScan(f"{name}: its DICOM pixels have shape {pixels_YX.shape}, not what its header says")
+        reason = " ".join(str(err).split())[:200]
+        raise BadScan(f"{slice_.name}: its DICOM pixels cannot be decoded ({reason})") from None
+    if pixels_YX.shape != (slice_.rows, slice_.columns):
+        raise BadScan(f"{slice_.name}: its DICOM pixels have shape {pixels_YX.shape}, not its header's")
     return pixels_YX
 
 
