@@ -157,7 +157,10 @@ def _decathlon(uri: str, by_uri: Mapping[str, Entry]) -> list[Source]:
     }
     found = []
     for key, split in SPLITS.items():
-        for item in description.get(key) or []:
+        items = description.get(key) or []
+        if not isinstance(items, list):
+            raise UserError(f"{uri}: '{key}' must be a list of scans, not {items!r}")
+        for item in items:
             # the Decathlon lists its test scans as strings, others as mappings
             pair = {"image": item} if isinstance(item, str) else item
             if not isinstance(pair, dict) or not isinstance(pair.get("image"), str):
