@@ -222,6 +222,51 @@ def test_training_goes_on_while_the_server_hangs(client, monkeypatch):
     assert len(points(client, "hung")) == 5
 
 
+def test_what_arrives_during_the_last_flush_is_not_lost(client, monkeypatch):
+    stuck, release = threading.Event(), threading.Event()
+
+    class Gate:
+        def __getattr__(self, name):
+            return getattr(client, name)
+
+        def set_terminated(self, *args):
+            stuck.set()
+            assert release.wait(60)
+            client.set_terminated(*args)
+
+    monkeypatch.setattr(registry, "_client", lambda uri: Gate())
+    t = tracker("gate")
+    t.sync(history(1))
+    assert t.close(timeout_s=0.0) is False
+    assert stuck.wait(60)
+    t.sync(history(3))
+    release.set()
+    assert t.close()
+    assert len(points(client, "gate")) == 3
+
+
+def test_a_delivered_file_is_not_sent_again_until_it_changes(client, monkeypatch):
+    sent = []
+    upload = Tracker._upload
+
+    def spy(self, name, data):
+        sent.append(data)
+        upload(self, name, data)
+
+    monkeypatch.setattr(Tracker, "_upload", spy)
+    t = tracker("once")
+    t.log_files({"a.txt": b"one"})
+    for num_epochs in (1, 2):
+        t.sync(history(num_epochs))
+        with t._changed:
+            assert t._changed.wait_for(lambda: t._delivered, 60)
+    t.log_files({"a.txt": b"two"})
+    assert t.close()
+    assert sent == [b"one", b"two"]
+    (run,) = runs(client, "once")
+    assert (pathlib.Path(run.info.artifact_uri) / "a.txt").read_bytes() == b"two"
+
+
 def test_an_outage_is_said_once_and_loses_nothing(client, monkeypatch, caplog):
     flaky = Flaky(client, "get_run", failures=3)
     monkeypatch.setattr(registry, "_client", lambda uri: flaky)
