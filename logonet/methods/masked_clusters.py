@@ -183,7 +183,8 @@ class Head(nn.Module):
     the backward pass. What stands in the way of chunks is batch normalisation, whose statistics need
     every position. But a 1x1x1 convolution is linear, so the mean and variance of its output follow from
     the mean and covariance of its input, which are gathered chunk by chunk before: the results and
-    gradients are those of the plain layers. Doubling the arithmetic buys the memory.
+    gradients are those of the plain layers. The price is arithmetic: 7 products of K x K matrices with
+    the widest map instead of 3 (benchmarks/head.py).
     """
 
     def __init__(
@@ -317,28 +318,11 @@ Moments = tuple[int, Tensor, Tensor]  # number of rows, their mean (D,), their s
 
 
 def _moments(rows_PD: Tensor) -> Moments:
-    return len(rows_PD), *_MeanAndScatter.apply(rows_PD.to(torch.promote_types(rows_PD.dtype, torch.float32)))
-
-
-class _MeanAndScatter(torch.autograd.Function):
-    """Mean (D,) and scatter (D, D) about it of rows (P, D). Autograd would take two matrix products to
-    differentiate X'X, and one is enough because both factors are the same.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows_PD: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(rows_PD.device.type, enabled=False):
-            mean_D = rows_PD.mean(0)
-            centred_PD = rows_PD - mean_D  # E[xx'] - E[x]E[x]' would cancel in float32
-            ctx.save_for_backward(centred_PD)
-            return mean_D, centred_PD.T @ centred_PD
-
-    @staticmethod
-    def backward(ctx: Any, grad_mean_D: Tensor, grad_scatter_DD: Tensor) -> Tensor:
-        (centred_PD,) = ctx.saved_tensors
-        with torch.autocast(centred_PD.device.type, enabled=False):
-            # Centring adds nothing: the columns of centred_PD sum to 0.
-            return F.linear(centred_PD, grad_scatter_DD + grad_scatter_DD.T, grad_mean_D / len(centred_PD))
+    with torch.autocast(rows_PD.device.type, enabled=False):
+        rows_PD = rows_PD.to(torch.promote_types(rows_PD.dtype, torch.float32))
+        mean_D = rows_PD.mean(0)
+        centred_PD = rows_PD - mean_D  # E[xx'] - E[x]E[x]' would cancel in float32
+        return len(rows_PD), mean_D, centred_PD.T @ centred_PD
 
 
 def _pooled(parts: Sequence[Moments]) -> Moments:
