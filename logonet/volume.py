@@ -26,6 +26,15 @@ TRAILING_BYTES = 2**20  # some writers pad after the last voxel; more than this 
 CHUNK_BYTES = 4 * 2**20
 AIR_HU = -200.0  # below fat (-100 HU) and above air (-1000 HU)
 AIR_SHARE = 0.005
+DICOM_TAGS = (
+    "SeriesInstanceUID",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "PixelSpacing",
+    "Rows",
+    "Columns",
+    "PhotometricInterpretation",
+)
 
 
 @dataclass(frozen=True)
@@ -290,6 +299,8 @@ def _dicom_slice(name: str, data: bytes) -> _Slice:
         dataset = pydicom.dcmread(io.BytesIO(data))
         if int(dataset.get("NumberOfFrames") or 1) > 1:
             raise BadScan(f"{name}: is a multi-frame DICOM; convert it to NIfTI (dcm2niix)")
+        if missing := [tag for tag in DICOM_TAGS if tag not in dataset]:
+            raise BadScan(f"{name}: DICOM without {', '.join(missing)}; is it an image slice?")
         if dataset.PhotometricInterpretation != "MONOCHROME2":
             raise BadScan(
                 f"{name}: has {dataset.PhotometricInterpretation} pixels; only MONOCHROME2 is usable"
@@ -309,8 +320,6 @@ def _dicom_slice(name: str, data: bytes) -> _Slice:
         )
     except BadScan:
         raise
-    except KeyError as err:
-        raise BadScan(f"{name}: DICOM without {err.args[0]}; is it an image slice?") from None
     except Exception as err:  # pydicom raises a dozen unrelated types on damaged files
         raise BadScan(f"{name}: unreadable DICOM slice ({' '.join(str(err).split())[:200]})") from None
 
