@@ -16,6 +16,7 @@ requests whose method and target match. Kinds:
     reset_body    TCP reset after ``at`` bytes of the body
     short         only ``at`` bytes, and a Content-Length that agrees with them
     flip          the byte at ``at`` inverted
+    header        the reply's header ``name`` says ``value``
     run           ``action()`` is called before byte ``at``, then close_body: what changes while we read
 """
 
@@ -27,7 +28,7 @@ import socket
 import struct
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from urllib.parse import urlsplit
 
@@ -48,6 +49,8 @@ class Rule:
     at: int = 0
     status: int = 503
     code: str = "SlowDown"
+    name: str = ""
+    value: str = ""
     action: Callable[[], None] = lambda: None
 
 
@@ -65,7 +68,14 @@ class Request:
 class _Head:
     raw: bytes
     first: list[str]
-    headers: Headers = field(default_factory=dict)
+    headers: Headers
+
+    def set(self, name: str, value: str) -> None:
+        """Change a header that is there, in what goes on to the client."""
+        assert name.lower() in self.headers, name
+        start, line = f"{name.lower()}:".encode(), f"{name}: {value}".encode()
+        lines = self.raw.split(b"\r\n")
+        self.raw = b"\r\n".join(line if ln.lower().startswith(start) else ln for ln in lines)
 
 
 class FaultProxy:
@@ -159,11 +169,9 @@ class FaultProxy:
                 pass
             return _reset(writer)
         if rule and rule.kind == "short":
-            lines = head.raw.split(b"\r\n")
-            length = f"Content-Length: {rule.at}".encode()
-            head.raw = b"\r\n".join(
-                length if ln.lower().startswith(b"content-length:") else ln for ln in lines
-            )
+            head.set("Content-Length", str(rule.at))
+        if rule and rule.kind == "header":
+            head.set(rule.name, rule.value)
         writer.write(head.raw)
         position = 0
         async for piece in _body(reader, head.headers, empty):
@@ -196,7 +204,7 @@ class FaultProxy:
         return None
 
 
-_REQUEST_FAULTS = ("status", "ok_error", "reset_before", "lost_reply")
+_REQUEST_FAULTS = ("status", "ok_error", "reset_before", "lost_reply", "header")
 _BODY_FAULTS = ("close_body", "reset_body", "short", "flip", "run")
 
 

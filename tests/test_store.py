@@ -395,6 +395,26 @@ def test_a_read_goes_on_from_the_byte_reached(proxy: FaultProxy, bucket: str, tm
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ETag", '"another"'),
+        ("Content-Range", "bytes 500001-2500000/3000000"),
+        ("Content-Range", "bytes */9"),
+    ],
+)
+def test_a_reply_that_is_not_the_one_asked_for_is_not_believed(
+    proxy: FaultProxy, bucket: str, name: str, value: str
+) -> None:
+    """As from a store or cache that ignores If-Match or the range."""
+    uri, data = store.join(bucket, "scan"), pattern(3 * MB)
+    store.write(uri, data)
+    proxy.add("close_body", method="GET", at=0)  # after it, an ETag is pinned
+    proxy.add("header", method="GET", name=name, value=value)
+    assert store.read(uri, start=500_000, length=2 * MB) == data[500_000:2_500_000]
+    assert [r.fault for r in proxy.requests if r.method == "GET"] == ["close_body", "header", None]
+
+
+@pytest.mark.parametrize(
     "fault",
     ["short with a short length", "closed in the body", "a byte flipped", "an error page with status 200"],
 )
