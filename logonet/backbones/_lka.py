@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from logonet.backbones._conv import Conv3d, conv, dense
 from logonet.errors import UserError
-
-LkaRoute = Literal["auto", "polyphase", "plain"]
 
 # Paper Table 12.
 _VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
@@ -40,7 +39,13 @@ class UlkaConfig:
     )
     channels_last: bool = True  # memory layout only; about twice as fast on CPU
     checkpointing: bool = False  # recompute LKA modules and Decs in backward: less memory, more time
-    lka: LkaRoute = "auto"  # how the dilated depthwise convolution runs; every route gives the same numbers
+    lka: Literal["polyphase", "plain"] = (
+        "polyphase"  # convolutions on fast routes, or torch's own: the same numbers
+    )
+
+    @property
+    def plain(self) -> bool:
+        return self.lka == "plain"
 
     def widths(self, blocks: int) -> list[tuple[int, int, int]]:
         """(dim, depth, mlp_ratio) of the first ``blocks`` encoder blocks."""
@@ -56,65 +61,14 @@ class UlkaConfig:
         return list(zip(*columns))
 
 
-class DilatedDepthwiseConv3d(nn.Conv3d):
-    """DiConv3D of eq. 2: depthwise, kernel 7, dilation 3, padding 9.
-
-    thop looks modules up by exact type, so it counts the plain ``nn.Conv3d`` only: count with
-    ``lka="plain"``, or pass this class to thop's ``custom_ops``.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 7, padding=9, dilation=3, groups=channels)
-
-    def forward(self, x_BCXYZ: Tensor) -> Tensor:
-        return dilated_depthwise(x_BCXYZ, self.weight, self.bias)
-
-
-def dilated_depthwise(x_BCXYZ: Tensor, weight_C1KKK: Tensor, bias_C: Tensor | None) -> Tensor:
-    """``F.conv3d(x, weight, bias, padding=9, dilation=3, groups=C)`` for K = 7, exactly.
-
-    The output at voxel p meets only inputs at p + 3*t, so the volume falls apart into 27 interleaved
-    sub-volumes that never meet. Each takes an ordinary convolution, for which there are fast kernels.
-    """
-    sub, size = _split(x_BCXYZ)
-    reach = [min(3, n - 1) for n in sub.shape[2:]]  # taps beyond it only ever meet padding
-    rx, ry, rz = reach
-    weight = weight_C1KKK[:, :, 3 - rx : 4 + rx, 3 - ry : 4 + ry, 3 - rz : 4 + rz]
-    out = F.conv3d(sub, weight, bias_C, padding=reach, groups=x_BCXYZ.shape[1])
-    return _join(out, size)
-
-
-def _split(x_BCXYZ: Tensor) -> tuple[Tensor, torch.Size]:
-    """The 27 stride-3 sub-volumes, stacked into the batch (phases slowest)."""
-    size = x_BCXYZ.shape[2:]
-    px, py, pz = (-n % 3 for n in size)
-    x = F.pad(x_BCXYZ, (0, pz, 0, py, 0, px)) if px or py or pz else x_BCXYZ
-    b, c, nx, ny, nz = x.shape
-    x = x.reshape(b, c, nx // 3, 3, ny // 3, 3, nz // 3, 3).permute(3, 5, 7, 0, 1, 2, 4, 6)
-    return x.reshape(27 * b, c, nx // 3, ny // 3, nz // 3), size
-
-
-def _join(x_PCXYZ: Tensor, size: torch.Size) -> Tensor:
-    """Undo `_split`."""
-    p, c, nx, ny, nz = x_PCXYZ.shape
-    x = x_PCXYZ.reshape(3, 3, 3, p // 27, c, nx, ny, nz).permute(3, 4, 5, 0, 6, 1, 7, 2)
-    x = x.reshape(p // 27, c, nx * 3, ny * 3, nz * 3)
-    return x[:, :, : size[0], : size[1], : size[2]]
-
-
 class LkaAttention(nn.Module):
     """eq. 2: 1x1(DiConv3D(ChConv3D(x)))."""
 
-    def __init__(self, dim: int, lka: LkaRoute) -> None:
+    def __init__(self, dim: int, plain: bool) -> None:
         super().__init__()
-        self.local = nn.Conv3d(dim, dim, 5, padding=2, groups=dim)
-        plain = lka == "plain"
-        self.dilated = (
-            nn.Conv3d(dim, dim, 7, padding=9, dilation=3, groups=dim)
-            if plain
-            else DilatedDepthwiseConv3d(dim)
-        )
-        self.point = nn.Conv3d(dim, dim, 1)
+        self.local = conv(dim, dim, 5, groups=dim, plain=plain)
+        self.dilated = conv(dim, dim, 7, dilation=3, groups=dim, plain=plain)
+        self.point = conv(dim, dim, 1, plain=plain)
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor:
         return self.point(self.dilated(self.local(x_BCXYZ)))
@@ -124,11 +78,11 @@ class Mlp(nn.Module):
     """Algorithm 4. Its line 5 can only act on the hidden width, and only depthwise is affordable there;
     its line 8 defines fc2 without applying it, which must be a slip."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, plain: bool) -> None:
         super().__init__()
-        self.fc1 = nn.Conv3d(dim, hidden, 1)
-        self.depthwise = nn.Conv3d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.fc2 = nn.Conv3d(hidden, dim, 1)
+        self.fc1 = conv(dim, hidden, 1, plain=plain)
+        self.depthwise = conv(hidden, hidden, 3, groups=hidden, plain=plain)
+        self.fc2 = conv(hidden, dim, 1, plain=plain)
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.depthwise(F.gelu(self.fc1(x_BCXYZ)))))
@@ -138,12 +92,12 @@ class LkaModule(nn.Module):
     """Algorithm 3. It overwrites X by the normalised X, so the residual is taken from that
     (``prenorm=False``); ``prenorm=True`` is the usual residual around the normalisation."""
 
-    def __init__(self, dim: int, mlp_ratio: int, prenorm: bool, lka: LkaRoute) -> None:
+    def __init__(self, dim: int, mlp_ratio: int, prenorm: bool, plain: bool) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm3d(dim)
-        self.attention = LkaAttention(dim, lka)
+        self.attention = LkaAttention(dim, plain)
         self.norm2 = nn.BatchNorm3d(dim)
-        self.mlp = Mlp(dim, mlp_ratio * dim)
+        self.mlp = Mlp(dim, mlp_ratio * dim, plain)
         self.prenorm = prenorm
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor:
@@ -165,7 +119,7 @@ class EncoderBlock(nn.Module):
         self.patch = nn.Conv3d(in_channels, dim, kernel, stride, kernel // 2)
         self.patch_norm = nn.BatchNorm3d(dim)
         self.lka = nn.ModuleList(
-            LkaModule(dim, mlp_ratio, cfg.prenorm_residual, cfg.lka) for _ in range(depth)
+            LkaModule(dim, mlp_ratio, cfg.prenorm_residual, cfg.plain) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
         self.checkpointing = cfg.checkpointing
@@ -177,49 +131,65 @@ class EncoderBlock(nn.Module):
         return self.norm(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
 
 
-class ConvBlock(nn.Sequential):
+class ConvBlock(nn.Module):
     """Conv3D, BatchNorm, LeakyReLU (Figure 4)."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(
-            nn.Conv3d(in_channels, out_channels, 3, padding=1),
-            nn.BatchNorm3d(out_channels),
-            nn.LeakyReLU(inplace=True),
-        )
+    def __init__(self, in_channels: int, out_channels: int, plain: bool) -> None:
+        super().__init__()
+        self.conv = conv(in_channels, out_channels, 3, plain=plain)
+        self.norm = nn.BatchNorm3d(out_channels)
+
+    def forward(self, x_BCXYZ: Tensor) -> Tensor:
+        return F.leaky_relu(conv_norm(self.conv, self.norm, x_BCXYZ), 0.01, inplace=True)
 
 
-def dec(in_channels: int, out_channels: int) -> nn.Sequential:
+def conv_norm(conv3d: nn.Conv3d, norm: nn.BatchNorm3d, x_BCXYZ: Tensor) -> Tensor:
+    """``norm(conv3d(x))``. In eval mode the normalisation is a fixed scale and shift, which go into
+    the filter: at full resolution that spares a pass over memory."""
+    if norm.training or not isinstance(conv3d, Conv3d):
+        return norm(conv3d(x_BCXYZ))
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert conv3d.bias is not None
+    scale_O = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    bias_O = (conv3d.bias - norm.running_mean) * scale_O + norm.bias
+    return dense(x_BCXYZ, conv3d.weight * scale_O.view(-1, 1, 1, 1, 1), bias_O)
+
+
+def dec(in_channels: int, out_channels: int, plain: bool) -> nn.Sequential:
     """Three Conv blocks, then sides doubled (Figure 4)."""
     return nn.Sequential(
-        ConvBlock(in_channels, out_channels),
-        ConvBlock(out_channels, out_channels),
-        ConvBlock(out_channels, out_channels),
+        ConvBlock(in_channels, out_channels, plain),
+        ConvBlock(out_channels, out_channels, plain),
+        ConvBlock(out_channels, out_channels, plain),
         nn.Upsample(scale_factor=2, mode="trilinear", align_corners=False),
     )
 
 
-def skip(in_channels: int, out_channels: int) -> nn.Sequential:
+def skip(in_channels: int, out_channels: int, plain: bool) -> nn.Sequential:
     """ "Conv x 2" of Figure 4."""
-    return nn.Sequential(ConvBlock(in_channels, out_channels), ConvBlock(out_channels, out_channels))
+    return nn.Sequential(
+        ConvBlock(in_channels, out_channels, plain), ConvBlock(out_channels, out_channels, plain)
+    )
 
 
 class Decoder(nn.Module):
     """n + 1 Decs for n encoder blocks. A Dec keeps the width of the skip it was joined with; the first
     (the bottleneck) halves its input, the last goes to ``full_width``."""
 
-    def __init__(self, in_channels: int, dims: list[int], full_width: int, checkpointing: bool) -> None:
+    def __init__(self, in_channels: int, dims: list[int], cfg: UlkaConfig) -> None:
         super().__init__()
         coarse_to_fine = dims[-2::-1]
-        self.decs = nn.ModuleList([dec(dims[-1], dims[-1] // 2)])
+        self.decs = nn.ModuleList([dec(dims[-1], dims[-1] // 2, cfg.plain)])
         width = dims[-1] // 2
         for dim in coarse_to_fine:
-            self.decs.append(dec(width + dim, dim))
+            self.decs.append(dec(width + dim, dim, cfg.plain))
             width = dim
-        self.decs.append(dec(width, full_width))
-        self.skips = nn.ModuleList(skip(dim, dim) for dim in coarse_to_fine)
-        self.skip_image = skip(in_channels, full_width)
-        self.last = ConvBlock(2 * full_width, full_width)
-        self.checkpointing = checkpointing
+        self.decs.append(dec(width, cfg.full_width, cfg.plain))
+        self.skips = nn.ModuleList(skip(dim, dim, cfg.plain) for dim in coarse_to_fine)
+        self.skip_image = skip(in_channels, cfg.full_width, cfg.plain)
+        self.last = ConvBlock(2 * cfg.full_width, cfg.full_width, cfg.plain)
+        self.checkpointing = cfg.checkpointing
 
     def forward(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
         f = run(self.decs[0], feats[-1], self.checkpointing)
@@ -242,8 +212,8 @@ class Ulka(nn.Module):
             EncoderBlock(dims[i - 1] if i else in_channels, dim, depth, ratio, i == 0, cfg)
             for i, (dim, depth, ratio) in enumerate(self.columns)
         )
-        self.decoder = Decoder(in_channels, dims, cfg.full_width, cfg.checkpointing)
-        self.output = nn.Conv3d(cfg.full_width, out_channels, 1)
+        self.decoder = Decoder(in_channels, dims, cfg)
+        self.output = conv(cfg.full_width, out_channels, 1, plain=cfg.plain)
         self.dims = tuple(dims)
         self.strides = tuple(4 * 2**i for i in range(blocks))
 
@@ -256,6 +226,19 @@ class Ulka(nn.Module):
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor:
         return self.output(self.decoder(x_BCXYZ, self.encode(x_BCXYZ)))
+
+
+class SegHead(nn.Module):
+    """Conv3D, BatchNorm, GELU, classifier (Figure 1a)."""
+
+    def __init__(self, width: int, num_classes: int, plain: bool) -> None:
+        super().__init__()
+        self.conv = conv(width, width, 3, plain=plain)
+        self.norm = nn.BatchNorm3d(width)
+        self.classifier = conv(width, num_classes, 1, plain=plain)
+
+    def forward(self, f_BFXYZ: Tensor) -> Tensor:
+        return self.classifier(F.gelu(conv_norm(self.conv, self.norm, f_BFXYZ)))
 
 
 def to_layout(x_BCXYZ: Tensor, channels_last: bool) -> Tensor:

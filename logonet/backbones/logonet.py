@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from logonet.backbones import SegOut
-from logonet.backbones._lka import Ulka, UlkaConfig, to_layout
+from logonet.backbones._lka import SegHead, Ulka, UlkaConfig, to_layout
 from logonet.errors import UserError
 
 TINY: dict[str, Any] = {
@@ -62,12 +62,7 @@ class LoGoNet(nn.Module):
         width = cfg.full_width
         self.global_net = Ulka(cfg, cfg.global_blocks, in_channels, width)
         self.local_nets = nn.ModuleList(Ulka(cfg, cfg.local_blocks, in_channels, width) for _ in range(8))
-        self.head = nn.Sequential(
-            nn.Conv3d(width, width, 3, padding=1),
-            nn.BatchNorm3d(width),
-            nn.GELU(),
-            nn.Conv3d(width, num_classes, 1),
-        )
+        self.head = SegHead(width, num_classes, cfg.plain)
         dims, both = self.global_net.dims, cfg.local_blocks
         self.channels = tuple(2 * dim if level < both else dim for level, dim in enumerate(dims))
         self.strides = self.global_net.strides
@@ -96,7 +91,7 @@ class LoGoNet(nn.Module):
             net.output(net.decoder(cube, list(cube_feats)))
             for net, cube, cube_feats in zip(self.locals(), octants(x), zip(*per_level))
         ]
-        return self.global_net.output(self.global_net.decoder(x, whole)) + join_octants(local)
+        return add_octants(self.global_net.output(self.global_net.decoder(x, whole)), local)
 
     def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
         return SegOut(self.head(self.decode_features(x_BCXYZ, feats)), [], None)
@@ -119,3 +114,21 @@ def join_octants(cubes: Sequence[Tensor]) -> Tensor:
     rows = [torch.cat((cubes[n], cubes[n + 1]), dim=4) for n in (0, 2, 4, 6)]
     planes = [torch.cat((rows[n], rows[n + 1]), dim=3) for n in (0, 2)]
     return torch.cat(planes, dim=2)
+
+
+def add_octants(whole_BCXYZ: Tensor, cubes: Sequence[Tensor]) -> Tensor:
+    """``whole + join_octants(cubes)`` in ``whole``'s own memory: at full resolution each copy shows."""
+    return _AddOctants.apply(whole_BCXYZ, *cubes)
+
+
+class _AddOctants(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole_BCXYZ: Tensor, *cubes: Tensor) -> Tensor:
+        for part, cube in zip(octants(whole_BCXYZ), cubes):
+            part.add_(cube)
+        ctx.mark_dirty(whole_BCXYZ)
+        return whole_BCXYZ
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads[0], *octants(grads[0])
