@@ -111,6 +111,8 @@ def test_no_process_outlives_the_one_that_serves(
         parent.stdout.close()
     assert status == (-signal.SIGKILL if how == signal.SIGKILL else 0)
     _, alive = psutil.wait_procs(children, timeout=30)
+    for orphan in alive:
+        orphan.kill()
     assert alive == []
 
 
