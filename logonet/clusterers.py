@@ -1,0 +1,377 @@
+"""Many K-means clusterers over slices: fitting one, keeping them as a set, and how good their labels are.
+
+The pseudo-labels of Masked LoGoNet (KDD 2024, sections 3.3.2 and 4.1): N scikit-learn MiniBatchKMeans,
+each with its own K, each updated 350 times on random tenths of the unlabelled slices.
+
+Shape legend: P crops, S slices, T voxels of a slice (C*X*Y), N clusterers, K codes of one clusterer, V codes of
+all clusterers together, Z slices of a crop. Slices are uint16, 65535 x intensity, as crops are stored.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from logonet import draws
+from logonet.errors import UserError
+from logonet.volume import from_uint16
+
+log = logging.getLogger(__name__)
+
+SET_FORMAT = "logonet-clusterers-1"
+FITTED_FORMAT = "logonet-clusterer-1"
+AGREEMENT_LIMIT = 20
+
+
+@dataclass(frozen=True)
+class Config:
+    """The pretraining settings of section 4.1.
+
+    Attributes:
+        n: number of clusterers.
+        k_min: smallest number of clusters of a clusterer.
+        k_max: largest, inclusive.
+        iterations: partial_fit updates of every clusterer.
+        fraction: share of the sampled slices that one update sees.
+        max_slices: cap of the sample held in memory; 100,000 slices of 96 x 96 voxels are 1.8 GB of uint16
+            and still 10,000 fresh slices per update.
+        seed: of K, of the sampled slices and of K-means.
+    """
+
+    n: int = 80
+    k_min: int = 80
+    k_max: int = 500
+    iterations: int = 350
+    fraction: float = 0.1
+    max_slices: int = 100_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}; at least 1 clusterer is needed")
+        if not 1 <= self.k_min <= self.k_max <= np.iinfo(np.int16).max:
+            raise ValueError(f"1 <= k_min <= k_max <= 32767 must hold, not {self.k_min} and {self.k_max}")
+        if self.iterations < 1 or self.max_slices < 1:
+            raise ValueError(
+                f"iterations ({self.iterations}) and max_slices ({self.max_slices}) must be positive"
+            )
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction is {self.fraction}; it must be in (0, 1]")
+
+
+def cluster_counts(cfg: Config) -> list[int]:
+    """K of every clusterer, drawn uniformly from k_min..k_max (section 4.1)."""
+    return draws.rng(cfg.seed, "cluster_counts").integers(cfg.k_min, cfg.k_max + 1, cfg.n).tolist()
+
+
+# ------------------------------------------------------------------------------------------------ fitting
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """One clusterer: its place in the set, centroids float32 (K, T), and mean squared distance per slice
+    to the nearest centroid over the last update's slices."""
+
+    index: int
+    centroids_KT: np.ndarray
+    inertia: float
+
+    @property
+    def k(self) -> int:
+        return len(self.centroids_KT)
+
+    def to_bytes(self) -> bytes:
+        meta = {"index": self.index, "inertia": self.inertia}
+        return _pack(FITTED_FORMAT, {"centroids_KT": self.centroids_KT}, meta)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = "the fitted clusterer") -> Fitted:
+        """Raises UserError when ``data`` is damaged or something else; ``source`` names it."""
+        arrays, meta = _unpack(FITTED_FORMAT, data, source)
+        return cls(meta["index"], arrays["centroids_KT"], meta["inertia"])
+
+
+def fit_one(slices_ST: np.ndarray, k: int, index: int, cfg: Config) -> Fitted:
+    """Fit clusterer ``index`` with ``k`` clusters: k-means++, then ``cfg.iterations`` updates.
+
+    Pure in its arguments: neither other clusterers nor the number of threads change a bit.
+
+    Args:
+        slices_ST: uint16 slices; may be a read-only view of shared memory. Only the rows of one update are
+            converted to float32 at a time.
+        k: lowered, with a warning, to the number of distinct slices where there are fewer.
+
+    Raises:
+        UserError: there are no slices.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+    from threadpoolctl import threadpool_limits
+
+    S = len(slices_ST)
+    if S == 0:
+        raise UserError(
+            "there are no slices to fit clusterers on; the crop stage must give at least one crop"
+        )
+    distinct = _count_distinct(slices_ST, k)
+    if distinct < k:
+        log.warning(
+            "clusterer %d: only %d distinct slices for %d clusters; K is %d", index, distinct, k, distinct
+        )
+        k = distinct
+    size = max(1, round(cfg.fraction * S))
+    kmeans = MiniBatchKMeans(
+        k,
+        init="k-means++",
+        random_state=draws.integer(cfg.seed, "fit", index),
+        # partial_fit takes whatever it is given, but counts this many rows when it decides whether to move
+        # starved centroids.
+        batch_size=size,
+        # Or every update would label its slices a second time, for an attribute nobody reads.
+        compute_labels=False,
+    )
+    # fit() may stop early, and its max_iter counts epochs; partial_fit is exactly one update. BLAS sums in
+    # an order that depends on its threads.
+    with threadpool_limits(1):
+        for iteration in range(cfg.iterations):
+            # k-means++ starts from k different rows: where a tenth is fewer, the first update alone gets k.
+            rows = max(size, k) if iteration == 0 else size
+            chosen = draws.rng(cfg.seed, "fit", index, iteration).choice(S, rows, replace=False)
+            x_BT = from_uint16(slices_ST[np.sort(chosen)])
+            kmeans.partial_fit(x_BT)
+        inertia = -kmeans.score(x_BT) / len(x_BT)
+    return Fitted(index, kmeans.cluster_centers_.astype(np.float32, copy=False), float(inertia))
+
+
+def _count_distinct(slices_ST: np.ndarray, enough: int) -> int:
+    """Number of different rows, counting no further than ``enough``."""
+    seen: set[bytes] = set()
+    for x_T in slices_ST:
+        seen.add(x_T.tobytes())
+        if len(seen) == enough:
+            break
+    return len(seen)
+
+
+# ---------------------------------------------------------------------------------------------- the set
+
+
+@dataclass(frozen=True, eq=False)
+class ClustererSet:
+    """Fitted clusterers, stacked: centroids float32 (V, T), number of codes int64 (N,), and what made them."""
+
+    centroids_VT: np.ndarray
+    sizes_N: np.ndarray
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def id(self) -> str:
+        """16 hex digits that name centroids, sizes and meta by content."""
+        return _digest({"centroids_VT": self.centroids_VT, "sizes_N": self.sizes_N}, self.meta)[:16]
+
+    @classmethod
+    def from_fitted(cls, fitted: Sequence[Fitted], meta: Mapping[str, Any]) -> ClustererSet:
+        """Stack clusterers 0..N-1, in any order of arrival, and note their inertia and scikit-learn's version."""
+        import sklearn
+
+        fitted = sorted(fitted, key=lambda f: f.index)
+        assert [f.index for f in fitted] == list(range(len(fitted))), "a clusterer is missing or there twice"
+        facts = {"inertia": [f.inertia for f in fitted], "sklearn": sklearn.__version__}
+        return cls(
+            np.concatenate([f.centroids_KT for f in fitted]),
+            np.array([f.k for f in fitted], np.int64),
+            {**meta, **facts},
+        )
+
+    @classmethod
+    def view(cls, centroids_VT: np.ndarray, sizes_N: np.ndarray) -> ClustererSet:
+        """A set over arrays that are already in memory, such as Ray's shared memory. Nothing is copied."""
+        return cls(centroids_VT, np.asarray(sizes_N, np.int64))
+
+    def of(self, n: int) -> np.ndarray:
+        """Centroids (K, T) of clusterer ``n``, a view."""
+        end = int(self.sizes_N[: n + 1].sum())
+        return self.centroids_VT[end - int(self.sizes_N[n]) : end]
+
+    def summary(self) -> dict[str, Any]:
+        """Facts for an artifact's manifest, JSON-able."""
+        return {
+            "codes": len(self.centroids_VT),
+            "cluster_sizes": self.sizes_N.tolist(),
+            "inertia": self.meta.get("inertia"),
+            "sklearn": self.meta.get("sklearn"),
+        }
+
+    def to_bytes(self) -> bytes:
+        """One safetensors file; ``meta`` is JSON in its header."""
+        arrays = {"centroids_VT": self.centroids_VT, "sizes_N": self.sizes_N}
+        return _pack(SET_FORMAT, arrays, self.meta)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = "the clusterer set") -> ClustererSet:
+        """Read ``to_bytes``; the content is checked against its checksum.
+
+        Raises:
+            UserError: ``data`` is damaged or something else; ``source`` names it.
+        """
+        arrays, meta = _unpack(SET_FORMAT, data, source)
+        return cls(arrays["centroids_VT"], arrays["sizes_N"], meta)
+
+
+def _pack(file_format: str, arrays: dict[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
+    from safetensors.numpy import save
+
+    arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    about = {"format": file_format, "sha256": _digest(arrays, meta), "meta": meta}
+    # One entry: safetensors writes several in a random order, and equal sets should be equal files.
+    return save(arrays, metadata={"logonet": _json(about)})
+
+
+def _unpack(file_format: str, data: bytes, source: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        arrays = load(data)
+    except (SafetensorError, KeyError, ValueError) as err:
+        raise UserError(
+            f"{source} is not a whole safetensors file ({err}); fit the clusterers again"
+        ) from None
+    # safetensors reads metadata from files only. load() has just checked this header.
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    about = json.loads(header.get("logonet", "{}"))
+    if about.get("format") != file_format:
+        raise UserError(
+            f"{source} is a safetensors file of another kind, not {file_format}; name the right file"
+        )
+    if about["sha256"] != _digest(arrays, about["meta"]):
+        raise UserError(f"{source} does not match its checksum; fetch it or fit the clusterers again")
+    return arrays, about["meta"]
+
+
+def _digest(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> str:
+    sha = hashlib.sha256(_json(meta).encode())
+    for name in sorted(arrays):
+        a = np.ascontiguousarray(arrays[name])
+        sha.update(f"{name}{a.dtype.str}{a.shape}".encode())
+        sha.update(a.data)
+    return sha.hexdigest()
+
+
+def _json(meta: Mapping[str, Any]) -> str:
+    return json.dumps(meta, sort_keys=True, separators=(",", ":"))
+
+
+# ---------------------------------------------------------------------------------------------- quality
+
+
+def by_slice(labels_PNZ: np.ndarray) -> np.ndarray:
+    """Labels of crops (P, N, Z) as labels of slices (P*Z, N)."""
+    return np.moveaxis(labels_PNZ, 1, 2).reshape(-1, labels_PNZ.shape[1])
+
+
+def majority(labels_PNZ: np.ndarray, sizes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every clusterer's most frequent label (lowest on ties) and the share of slices that have it.
+
+    The share is the accuracy of always answering that label: the floor pretraining must beat.
+    """
+    counts = [np.bincount(labels_PNZ[:, n].ravel(), minlength=k) for n, k in enumerate(sizes_N)]
+    return np.array([c.argmax() for c in counts]), np.array([c.max() / c.sum() for c in counts])
+
+
+def quality(
+    fitted: ClustererSet, labels_SN: np.ndarray, mean_S: np.ndarray | None = None, air_below: float = 0.05
+) -> pd.DataFrame:
+    """How much there is to learn from each clusterer's labels, one row a clusterer.
+
+    Args:
+        mean_S: mean intensity of each slice, in [0, 1]; without it the columns on air are NaN.
+        air_below: slices with a lower mean count as air. In the window -1000..1000 HU soft tissue is 0.5,
+            so 0.05 is a slice of which less than a tenth is body.
+
+    Columns:
+        k: number of codes.
+        inertia: mean squared distance of a slice to its centroid, when fitted (NaN where unknown).
+        perplexity: exp of the entropy of the labels: the effective number of codes in use, 1..k.
+        dead_codes: codes no slice has.
+        air_codes: codes in use most of whose slices are air.
+        air_share: share of slices in such a code.
+        majority_share: share of the most frequent label; what always answering it would score.
+    """
+    inertia = fitted.meta.get("inertia", [np.nan] * len(fitted.sizes_N))
+    rows = []
+    for n, k in enumerate(fitted.sizes_N):
+        counts_K = np.bincount(labels_SN[:, n], minlength=k)
+        share_K = counts_K[counts_K > 0] / counts_K.sum()
+        row = {
+            "k": int(k),
+            "inertia": inertia[n],
+            "perplexity": float(np.exp(-(share_K * np.log(share_K)).sum())),
+            "dead_codes": int((counts_K == 0).sum()),
+            "air_codes": np.nan,
+            "air_share": np.nan,
+            "majority_share": float(share_K.max()),
+        }
+        if mean_S is not None:
+            air_K = np.bincount(labels_SN[mean_S < air_below, n], minlength=k)
+            is_air_K = 2 * air_K > counts_K
+            row |= {"air_codes": int(is_air_K.sum()), "air_share": counts_K[is_air_K].sum() / counts_K.sum()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def agreement(labels_SN: np.ndarray, limit: int = AGREEMENT_LIMIT) -> tuple[np.ndarray, np.ndarray]:
+    """Normalised mutual information between clusterers, and which: ``limit`` evenly spaced ones at most.
+
+    Near 1 the clusterers say the same and N could be smaller; near 0 they share no structure.
+
+    Returns:
+        (M, M) symmetric, 1 on the diagonal; and the M clusterers' positions in 0..N-1.
+    """
+    from sklearn.metrics import normalized_mutual_info_score
+
+    N = labels_SN.shape[1]
+    chosen_M = np.linspace(0, N - 1, min(N, limit)).round().astype(int)
+    nmi_MM = np.eye(len(chosen_M))
+    for i in range(len(chosen_M)):
+        for j in range(i):
+            a_S, b_S = labels_SN[:, chosen_M[i]], labels_SN[:, chosen_M[j]]
+            nmi_MM[i, j] = nmi_MM[j, i] = normalized_mutual_info_score(a_S, b_S)
+    return nmi_MM, chosen_M
+
+
+def stability(labels_a_SN: np.ndarray, labels_b_SN: np.ndarray) -> pd.DataFrame:
+    """Do two fits of the same clusterers, from two seeds, say the same of the same slices?
+
+    Columns ``nmi`` and ``ari`` (adjusted Rand index), one row a clusterer: 1 when they agree up to the
+    names of codes; ``ari`` is 0 in expectation when they agree by chance.
+    """
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    assert labels_a_SN.shape == labels_b_SN.shape
+    pairs = list(zip(labels_a_SN.T, labels_b_SN.T))
+    return pd.DataFrame(
+        {
+            "nmi": [normalized_mutual_info_score(a_S, b_S) for a_S, b_S in pairs],
+            "ari": [adjusted_rand_score(a_S, b_S) for a_S, b_S in pairs],
+        }
+    )
+
+
+def exemplars(labels_S: np.ndarray, k: int, per_code: int, seed: int) -> dict[int, list[int]]:
+    """Up to ``per_code`` random slices of every code in use, ascending, for a contact sheet."""
+    out = {}
+    for code in range(k):
+        members = np.flatnonzero(labels_S == code)
+        if len(members):
+            order = draws.rng(seed, "exemplars", code).permutation(len(members))[:per_code]
+            out[code] = np.sort(members[order]).tolist()
+    return out
