@@ -94,22 +94,26 @@ def connected(resources: Resources) -> Iterator[None]:
             f"no Ray cluster answers at RAY_ADDRESS={address()} ({err}); start it with 'ray start --head' "
             "or unset RAY_ADDRESS to run on this machine alone"
         ) from None
-    _quiet()
+    quiet()
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _quiet() -> None:
-    """Ray Data's plan and progress chatter off: one line an epoch is what people read."""
+def quiet() -> None:
+    """Ray's plan and progress chatter off, in this process: one line an epoch is what people read."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
+    for name, level in (
+        ("ray.data", logging.ERROR),
+        ("ray.train", logging.WARNING),
+        ("ray.tune", logging.WARNING),
+    ):
+        logging.getLogger(name).setLevel(level)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    for name in ("ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def share(resources: Resources) -> Share:

@@ -23,7 +23,7 @@ import pandas as pd
 
 from logonet import clusterers, crops, draws, manifest, methods, store
 from logonet.artifacts import Artifact
-from logonet.cluster import Share
+from logonet.cluster import Share, quiet
 from logonet.errors import BadScan, UserError
 
 log = logging.getLogger(__name__)
@@ -258,12 +258,14 @@ def label_crops(table: CropTable, fitted: clusterers.ClustererSet, share: Share)
     import ray
 
     centroids = ray.put(fitted.centroids_VT)
-    actors = max(1, min(len(table), int(share.data_cpus + share.cpus_per_worker * share.workers)))
+    # No training runs yet, so all CPUs but one may label; actors on every CPU would starve the tasks that feed them.
+    cpus = share.data_cpus + share.cpus_per_worker * share.workers
+    actors = max(1, min(len(table), int(cpus) - 1))
     stream = ray.data.range(len(table), override_num_blocks=min(len(table), 8 * actors)).map_batches(
         _LabelCrops,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=1,
+        num_cpus=min(1.0, cpus / 2),
         # In a list, so that Ray hands the reference on and does not copy the centroids into the call.
         fn_constructor_args=(table, [centroids], fitted.sizes_N),
     )
@@ -357,10 +359,8 @@ def _stream(rows: int, fn: Callable[..., Any], *, row_bytes: int, share: Share) 
     """``fn`` over row numbers 0 .. rows - 1, streamed in order."""
     import ray
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.preserve_order = True
+    quiet()
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
     per_block = max(1, min(BLOCK_BYTES // max(1, row_bytes), -(-rows // 4)))
     return ray.data.range(rows, override_num_blocks=-(-rows // per_block)).map_batches(
         fn, batch_size=per_block, num_cpus=share.cpus_per_data_task

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import logonet
+from logonet.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -342,6 +343,27 @@ def catch_up(
     tracker.sync(history)
     tracker.log_files(files)
     return tracker.close(status, timeout_s)
+
+
+def check() -> str:
+    """Ask the tracking server for anything at all; returns its address without credentials.
+
+    Raises:
+        UserError: it does not answer.
+    """
+    for key, value in MLFLOW_DEFAULTS.items():
+        os.environ.setdefault(key, value)
+    from mlflow.exceptions import MlflowException
+
+    uri = tracking_uri()
+    try:
+        _client(uri).search_experiments(max_results=1)
+    except MlflowException as err:
+        raise UserError(
+            f"MLflow at {redact(uri)} does not answer ({redact(str(err).splitlines()[0])}); "
+            "start it, or set MLFLOW_TRACKING_URI"
+        ) from None
+    return redact(uri)
 
 
 def _client(uri: str) -> Any:

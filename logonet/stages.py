@@ -71,10 +71,12 @@ def resolve(cfg: Pretraining) -> Pretraining:
     backbones.check_size(b_name, b_cfg, cfg.crops.size_vox)
     counts = tuple(clusterers.cluster_counts(cfg.clusterers)) if _pseudo(m_name) else ()
     methods.check(m_name, m_cfg, Facts(size_vox=cfg.crops.size_vox, cluster_sizes=counts))
+    backbone = {"name": b_name, **config.to_dict(b_cfg)}
+    train.dry_run(backbone, cfg.train, Facts(size_vox=cfg.crops.size_vox))
     return Pretraining(
         crops=cfg.crops,
         clusterers=cfg.clusterers,
-        backbone={"name": b_name, **config.to_dict(b_cfg)},
+        backbone=backbone,
         method={"name": m_name, **config.to_dict(m_cfg)},
         train=cfg.train,
     )

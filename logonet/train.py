@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from logonet import backbones, checkpoints, data, draws, methods
-from logonet.cluster import Resources, Share
+from logonet.cluster import Resources, Share, quiet
 from logonet.config import unknown
 from logonet.errors import UserError
 from logonet.methods import Facts
@@ -399,6 +399,28 @@ def data_order(feed: Any, job: Job) -> data.Order:
     return ray.get(feed[0]).order
 
 
+def dry_run(backbone: dict[str, Any], cfg: Config, facts: Facts) -> None:
+    """Run the encoder on shapes alone, in training mode: what cannot train says so before anything is read.
+
+    Raises:
+        UserError: such as a crop that shrinks to one voxel, which batch norm cannot normalise at batch size 1.
+    """
+    options = {k: v for k, v in backbone.items() if k != "name"}
+    with torch.device("meta"):
+        net = backbones.build(
+            backbone["name"], in_channels=facts.in_channels, num_classes=2, **options
+        ).train()
+        x_BCXYZ = torch.empty(cfg.batch_size, facts.in_channels, *facts.size_vox)
+        try:
+            net.encode(x_BCXYZ)
+        except (ValueError, RuntimeError) as err:
+            size = "x".join(map(str, facts.size_vox))
+            raise UserError(
+                f"backbone '{backbone['name']}' cannot train on batches of {cfg.batch_size} crops of {size} voxels "
+                f"({err}); use a larger train.batch_size or crops.size_vox"
+            ) from None
+
+
 def build_method(backbone: dict[str, Any], method: dict[str, Any], facts: Facts) -> nn.Module:
     """The method module of two ``{"name": ..., **options}`` mappings."""
     b, m = dict(backbone), dict(method)
@@ -581,6 +603,7 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     import ray.train
     from ray.train.torch import get_device
 
+    quiet()
     job: Job = config["job"]
     share: Share = config["share"]
     context = ray.train.get_context()
@@ -594,7 +617,7 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     files = checkpoints.save_final(job.uri, worker.method, history)
     delivered = True
     if tracker is not None:
-        delivered = tracker.close()
+        delivered = tracker.close(timeout_s=15)  # the driver tries again, for longer
     return {"history": history, "files": {k: asdict(v) for k, v in files.items()}, "tracked": delivered}
 
 

@@ -22,7 +22,6 @@ FLOORS = [
 ]
 # Within a floor, who may use whom.
 NEIGHBOURS = {
-    ("draws", "config"),
     ("crops", "volume"),
     ("manifest", "volume"),
     ("phantom", "volume"),

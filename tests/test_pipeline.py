@@ -21,9 +21,9 @@ def tiny(**training: Any) -> stages.Pretraining:
         crops=crops.Config(size_vox=(32, 32, 32), per_scan=2),
         clusterers=clusterers.Config(n=3, k_min=3, k_max=6, iterations=5),
         backbone=tiny_backbone(),
-        method={"name": "masked_clusters", "phi1": 0.2},
+        method={"name": "masked_clusters", "phi1": 0.2, "final_relu": False},
         train=train.Config(
-            **{"epochs": 2, "global_batch": 4, "batch_size": 1, "lr": 3e-3, "warmup_epochs": 0.5, **training}
+            **{"epochs": 2, "global_batch": 4, "batch_size": 2, "lr": 3e-3, "warmup_epochs": 0.5, **training}
         ),
     )
 
@@ -35,6 +35,7 @@ def scans(bucket: str, ray_local: None) -> str:
 
 
 def test_from_a_bucket_of_scans_to_a_tracked_pretrained_network(scans: str, bucket: str, capfd: Any) -> None:
+    scans += "imagesTr/"  # a listing, not the dataset.json above it
     store.write(f"{scans}broken.nii.gz", b"\x1f\x8b not gzip")
     root = f"{bucket}/runs"
     done = stages.pretrain(tiny(), scans, root, RESOURCES, "pipeline")

@@ -15,6 +15,7 @@ import time
 import pytest
 
 from logonet import registry
+from logonet.errors import UserError
 from logonet.registry import Tracker, catch_up
 
 PARAMS = {"train": {"lr": 1e-4, "epochs": 4, "amp": True}, "method": {"name": "masked", "sizes": [1, 2]}}
@@ -395,3 +396,13 @@ def test_a_run_catches_up_with_a_server_that_comes_late(tmp_path, monkeypatch, c
     finally:
         server.terminate()
         server.wait(30)
+
+
+def test_check_names_the_server_or_says_it_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert registry.check() == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2@127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match="does not answer") as err:
+        registry.check()
+    assert "hunter2" not in str(err.value)

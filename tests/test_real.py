@@ -1,0 +1,96 @@
+"""The real thing: real scans in a real S3 server, submitted to a Ray head, 16 workers.
+
+make test-real
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from logonet import store
+from logonet.s3server import S3Server
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
+REPO = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+PORT, DASHBOARD, AGENT = (
+    26379,
+    28265,
+    28365,
+)  # below the ephemeral range, where Ray's own defaults may be taken
+
+
+@pytest.fixture(scope="module")
+def head(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Ray head with 18 logical CPUs, whose processes know the S3 server; yields a submitter's environment."""
+    home = tmp_path_factory.mktemp("home")
+    log = open(home / "head.log", "wb")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_"))}
+    env |= {**s3_server.env(), "LOGONET_HOME": str(home), "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    os.environ.update(s3_server.env())
+    command = [f"{BIN}/ray", "start", "--head", "--block", "--num-cpus", "18", "--port", str(PORT)]
+    command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(DASHBOARD)]
+    command += ["--dashboard-agent-listen-port", str(AGENT), "--object-store-memory", str(600 << 20)]
+    process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{DASHBOARD}"
+    try:
+        until = time.monotonic() + 90
+        while subprocess.run([f"{BIN}/ray", "job", "list"], env=env, capture_output=True).returncode:
+            assert time.monotonic() < until and process.poll() is None, (home / "head.log").read_text()[
+                -3000:
+            ]
+            time.sleep(1)
+        yield env
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+def put(files: list[Path], prefix: str) -> None:
+    store.create_bucket(prefix.rsplit("/", 1)[0])
+    for file in files:
+        store.write_file(str(file), f"{prefix}/{file.name}")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "folder", "scans"),
+    [("hippocampus", "Task04_Hippocampus/imagesTr", 200), ("real_ct", "scans", 5)],
+)
+def test_sixteen_workers_pretrain_on_real_scans(
+    head: dict[str, str], shared_data: Path, recipe: str, folder: str, scans: int
+) -> None:
+    images = sorted(p for p in (shared_data / folder).glob("*.nii.gz") if "labels" not in p.name)
+    assert len(images) == scans
+    bucket = f"s3://real-{recipe.replace('_', '-')}"
+    put(images, f"{bucket}/scans")
+    started = time.monotonic()
+    job = subprocess.run(
+        [f"{BIN}/ray", "job", "submit", "--working-dir", ".", "--"]
+        + ["python", "jobs/pretrain.py", "--recipe", recipe, "--data", f"{bucket}/scans/"]
+        + ["--root", f"{bucket}/runs", "--workers", "16"],
+        cwd=REPO,
+        env={**head, "PATH": f"{BIN}:{head['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-3000:]
+    print(job.stdout[-3000:], f"\n{time.monotonic() - started:.0f} s")
+    (manifest,) = [
+        e.uri
+        for e in store.listing(f"{bucket}/runs/pretrain")
+        if e.uri.endswith("/manifest.json") and "/checkpoints/" not in e.uri
+    ]
+    history = json.loads(store.read(manifest.replace("manifest.json", "history.json")))
+    assert len(history) == 4
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert history[-1]["accuracy"] > history[-1]["accuracy_floor"]
+    assert head["AWS_SECRET_ACCESS_KEY"] not in job.stdout + job.stderr
