@@ -47,12 +47,16 @@ from logonet.errors import UserError
 from logonet.volume import from_uint16
 
 UNIT = 2.0**-24  # float32, round to nearest
-RANK = 510  # with its two more columns the screen is 512 wide; 254 took a sixth longer on CT crops, 766 no less
+RANK = (
+    510  # with its two more columns the screen is 512 wide; 254 took a sixth longer on CT crops, 766 no less
+)
 PROJECT_BLOCK = 256
 EXACT_BLOCK = 1024
 ROWS = 1024  # gathered rows of one product: 1024 x 1024 float32 stay in the shared cache
 PAIRS = 64
-SLICES = 384  # slices of one pass: bounds the U x S scratch
+SLICES = (
+    192  # slices of one pass; bounds the scratch: all pairs of incompressible slices take 1 GB at V = 23,000
+)
 BASIS_SAMPLE = 1024
 SKEW = 8.0  # k in (2): slices have larger residuals than centroids, so they can bear more of rho
 LARGEST = 1e16  # |x|^2 up to here; intensities in [0, 1] stay far below
@@ -132,11 +136,10 @@ class Labeller:
         low_V = torch.where(alive_V, (1 - self.eps) * self.norm2_V, NEVER).float()
         rows_VR = torch.cat([b_VR, residual_V[:, None], low_V[:, None]], 1)
         # What lifts a lower bound to the upper one: 4 X Y + 2 eps |c|^2.
-        self._lift_NK2 = torch.stack([4 * residual_V, (2 * self.eps * self.norm2_V).float()], 1).split(
-            self.sizes
-        )
-        self._rows_NKR = [_fast(rows) for rows in rows_VR.split(self.sizes)]
-        self._basis_BRT = [_fast(q.T.float().contiguous()) for q in basis_TR.split(PROJECT_BLOCK)]
+        lift_V2 = torch.stack([4 * residual_V, (2 * self.eps * self.norm2_V).float()], 1)
+        self._lift_K2 = lift_V2.split(self.sizes)
+        self._rows_KR = [_fast(rows) for rows in rows_VR.split(self.sizes)]
+        self._basis_RB = [_fast(q.T.float().contiguous()) for q in basis_TR.split(PROJECT_BLOCK)]
 
     def _repeats(self) -> torch.Tensor:
         """True for codes equal to a lower-numbered code of the same clusterer: argmin never picks them."""
@@ -172,6 +175,8 @@ class Labeller:
                 f"slices have shape {tuple(slices_ST.shape)}, the clusterers were fitted to slices of {T} pixels; "
                 "label crops of the size the clusterers were fitted on"
             )
+        if not (S := len(slices_ST)):
+            return np.zeros((0, len(self.sizes)), np.int16), Work(0, V, 0.0, 0.0, 0, 0.0, 0.0)
         labels: list[torch.Tensor] = []
         done: list[tuple[int, int, int, int]] = []
         with torch.inference_mode(), _ieee_float32():
@@ -179,9 +184,6 @@ class Labeller:
                 labels_SN, counts = self._label(part_ST)
                 labels.append(labels_SN)
                 done.append(counts)
-        S = len(slices_ST)
-        if not S:
-            return np.zeros((0, len(self.sizes)), np.int16), Work(0, V, 0.0, 0.0, 0, 0.0, 0.0)
         survivors, row_slices, float64_pairs, flop = (sum(counts[i] for counts in done) for i in range(4))
         work = Work(
             slices=S,
@@ -201,7 +203,7 @@ class Labeller:
         if not bool((norm2_S <= LARGEST).all()):
             raise UserError("slices to label are not finite; the crop stage must clip intensities to [0, 1]")
         code_P, slice_P, clusterer_P = self._screen(x_ST, norm2_S)
-        labels = torch.zeros(N * S, dtype=torch.int64, device=self.device)
+        labels = torch.full((N * S,), -1, device=self.device)
         key_P = clusterer_P * S + slice_P
         key_P, code_P = _settle(labels, key_P, code_P, torch.ones_like(code_P, dtype=torch.bool))
         survivors = len(key_P)
@@ -215,6 +217,7 @@ class Labeller:
 
         distance_P = self._distances(x_ST, key_P % S, code_P)
         _settle(labels, key_P, code_P, distance_P == _least(distance_P, key_P, N * S)[key_P], lowest=True)
+        assert not bool((labels < 0).any()), "a slice lost its last candidate: the bounds are wrong"
         labels_SN = (labels.view(N, S) - self.first_N[:, None]).T.to(torch.int16)
         width = self.rank + 2
         flop = 2 * S * (T * self.rank + V * (width + 2) + len(rows_U) * T) + 3 * len(key_P) * T
@@ -222,32 +225,38 @@ class Labeller:
 
     def _screen(self, x_ST: torch.Tensor, norm2_S: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Step 1: the pairs that can be nearest, as (code, slice, clusterer), codes ascending."""
-        a_SR = sum(
-            _product(_fast(x.contiguous()), q).double()
-            for x, q in zip(x_ST.split(PROJECT_BLOCK, 1), self._basis_BRT)
-        )
-        assert isinstance(a_SR, torch.Tensor)
-        residual2_S = (norm2_S - a_SR.square().sum(1)).clamp_min(0) + (
-            (3 + SKEW) * self.rho + self.eps
-        ) * norm2_S
-        residual_S = _up(residual2_S.sqrt()).float()
-        ones_S = torch.ones_like(residual_S)
-        columns_SR = _fast(torch.cat([-2 * a_SR.float(), -2 * residual_S[:, None], ones_S[:, None]], 1))
-        lift_2S = torch.stack([residual_S, ones_S])
-        found = []
-        for n, (rows_KR, lift_K2) in enumerate(zip(self._rows_NKR, self._lift_NK2)):
-            low_KS = _product(rows_KR, columns_SR)
-            high_S = torch.addmm(low_KS, lift_K2, lift_2S).amin(0)
-            pair_P2 = (low_KS <= high_S + TINY).nonzero()
-            pair_P2[:, 0] += sum(self.sizes[:n])
+        found, first = [], 0
+        for n, (low_KS, high_KS) in enumerate(self._bounds(x_ST, norm2_S)):
+            pair_P2 = (low_KS <= high_KS.amin(0) + TINY).nonzero()
+            pair_P2[:, 0] += first
+            first += len(low_KS)
             found.append(torch.cat([pair_P2, pair_P2.new_full((len(pair_P2), 1), n)], 1))
         code_P, slice_P, clusterer_P = torch.cat(found).unbind(1)
         return code_P, slice_P, clusterer_P
+
+    def _bounds(
+        self, x_ST: torch.Tensor, norm2_S: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Of |c|^2 - 2 x.c, for one clusterer after another: lower and upper bounds (2), float32 (K, S)."""
+        a_SR = torch.zeros(len(x_ST), self.rank, dtype=torch.float64, device=self.device)
+        for x_SB, basis_RB in zip(x_ST.split(PROJECT_BLOCK, 1), self._basis_RB):
+            a_SR += _product(_fast(x_SB.contiguous()), basis_RB)
+        residual2_S = (norm2_S - a_SR.square().sum(1)).clamp_min(0)
+        pad = (3 + SKEW) * self.rho + self.eps
+        residual_S = _up((residual2_S + pad * norm2_S).sqrt()).float()
+        ones_S = torch.ones_like(residual_S)
+        columns_SR = _fast(torch.cat([-2 * a_SR.float(), -2 * residual_S[:, None], ones_S[:, None]], 1))
+        lift_2S = torch.stack([residual_S, ones_S])
+        for rows_KR, lift_K2 in zip(self._rows_KR, self._lift_K2):
+            low_KS = _product(rows_KR, columns_SR)
+            yield low_KS, torch.addmm(low_KS, lift_K2, lift_2S)
 
     def _products(self, x_ST: torch.Tensor, rows_U: torch.Tensor) -> torch.Tensor:
         """Step 2: x.c of every slice with the codes ``rows_U``, float64 sums of float32 blocks (U, S)."""
         blocks = [_fast(x.contiguous()) for x in x_ST.split(EXACT_BLOCK, 1)]
         out_US = torch.zeros(len(rows_U), len(x_ST), dtype=torch.float64, device=self.device)
+        if not len(rows_U):  # oneDNN takes no empty tensors
+            return out_US
         for out, rows in zip(out_US.split(ROWS), rows_U.split(ROWS)):
             for c_VT, x in zip(self.centroids_VT.split(EXACT_BLOCK, 1), blocks):
                 out += _product(_fast(c_VT.index_select(0, rows)), x)
