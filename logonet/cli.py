@@ -176,11 +176,13 @@ def clusters_report(
         slices: how many slices to judge on.
         stability: refit this many clusterers with another seed and compare; 0 skips it.
     """
-    from logonet import stages
+    from logonet import clusters_report
 
     resources = Resources()
     with cluster.connected(resources):
-        stages.clusters_report(clusterers, out, slices, stability, cluster.share(resources))
+        quality = clusters_report.write(clusterers, out, slices, stability, cluster.share(resources))
+    print(quality.describe().round(3).to_string())
+    print(f"{out.rstrip('/')}/report.html")
 
 
 @app.command(name="s3 serve")

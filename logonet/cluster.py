@@ -19,7 +19,10 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 # Train workers are told of failures by polling; Ray's own 2 s would make every epoch's report take 2 s.
-POLL_INTERVAL_S = "0.25"
+RAY_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else a worker's every line is shown twice
+}
 # What worker processes need of the driver's environment. Never credentials: those come from the usual
 # AWS chain on every node, and a job's runtime environment can be read on Ray's dashboard.
 PASSED_ON = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION", "LOGONET_HOME")
@@ -66,7 +69,8 @@ def address() -> str | None:
 @contextlib.contextmanager
 def connected(resources: Resources) -> Iterator[None]:
     """Join the cluster at ``RAY_ADDRESS``, or start a Ray of our own and stop it at the end."""
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_INTERVAL_S)
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     # Ray's coming default (tasks without GPUs keep CUDA_VISIBLE_DEVICES as it is); set, it stops asking.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -74,10 +78,9 @@ def connected(resources: Resources) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    runtime_env = {"env_vars": {k: os.environ[k] for k in PASSED_ON if k in os.environ}}
+    runtime_env = {"env_vars": {k: os.environ[k] for k in (*PASSED_ON, *RAY_SETTINGS) if k in os.environ}}
     if "@" not in (tracking := os.environ.get("MLFLOW_TRACKING_URI", "@")):
         runtime_env["env_vars"]["MLFLOW_TRACKING_URI"] = tracking
-    runtime_env["env_vars"]["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = POLL_INTERVAL_S
     options: dict[str, Any] = {"runtime_env": runtime_env, "logging_level": logging.WARNING}
     if address() is None:
         # Two extra logical CPUs keep the data tasks alive beside the workers; threads are set per worker.

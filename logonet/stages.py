@@ -41,6 +41,7 @@ from logonet.cluster import Resources, Share
 from logonet.errors import UserError
 from logonet.methods import Facts
 from logonet.store import Stored
+from logonet.volume import from_uint16
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ def make_clusterers(
     started = time.monotonic()
     slices_ST = data.sample_slices(table, cfg.max_slices, cfg.seed, share)
     say("clusterers", f"fitting {cfg.n} on {len(slices_ST):,} slices of {slices_ST.shape[1]:,} voxels")
-    fits = data.fit_clusterers(slices_ST, cfg, uri, share, note=_note_every_tenth)
+    fits = data.fit_clusterers(slices_ST, cfg, uri, share, note=_note_quarters)
     fitted = clusterers.ClustererSet.from_fitted(fits, meta={"config": own, "crops": parent.fingerprint})
     files = {CLUSTERERS_FILE: store.write(store.join(uri, CLUSTERERS_FILE), fitted.to_bytes())}
     facts = {"id": fitted.id, "n": len(fitted.sizes_N), "slices": len(slices_ST), **fitted.summary()}
@@ -191,8 +192,8 @@ def make_clusterers(
 CLUSTERERS_FILE = "clusterers.safetensors"
 
 
-def _note_every_tenth(done: int, total: int) -> None:
-    if done % max(1, total // 10) == 0 and done < total:
+def _note_quarters(done: int, total: int) -> None:
+    if done % -(-total // 4) == 0 and done < total:
         say("clusterers", f"fitted {done}/{total}")
 
 
@@ -366,7 +367,7 @@ def _pictures(
     pictures = {}
     if "chain" in shown:
         pictures["masked_chain.png"] = report.chain_picture(
-            shown["image"].astype(np.float32) / 65535,
+            from_uint16(shown["image"]),
             shown["hidden"],
             shown["chain"],
             shown["patch_size"],
@@ -384,7 +385,7 @@ def cluster_sheet(table: data.CropTable, labels_PNZ: np.ndarray, which: int, see
     k = int(labels_PNZ[:, which].max()) + 1
     exemplars = clusterers.exemplars(labels_S, k, per_code=8, seed=seed)
     title = f"Clusterer {which}: slices that share a pseudo-label"
-    return report.contact_sheet(slices_SXY.astype(np.float32) / 65535, labels_S, k, exemplars, title)
+    return report.contact_sheet(from_uint16(slices_SXY), labels_S, k, exemplars, title)
 
 
 def _sections(

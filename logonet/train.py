@@ -565,7 +565,7 @@ def fit(
         callbacks: Ray Train callbacks, such as Tune's TuneReportCallback.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     accumulation(job.train, share.workers)
@@ -585,6 +585,7 @@ def fit(
             storage_path=_scratch(),
             failure_config=FailureConfig(max_failures=resources.max_failures),
             callbacks=list(callbacks),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     result: Any = trainer.fit()  # Ray's stub lacks return_value, what rank 0 returned
@@ -604,6 +605,8 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     from ray.train.torch import get_device
 
     quiet()
+    # Ray reports every metric through the root logger, which it sets to INFO in its workers.
+    logging.getLogger().setLevel(logging.WARNING)
     job: Job = config["job"]
     share: Share = config["share"]
     context = ray.train.get_context()

@@ -20,6 +20,7 @@ import numpy as np
 
 from logonet.errors import BadScan
 
+UINT16_MAX = 65535  # stored crops: 0..65535 for intensities 0..1
 MAX_BYTES = 8 * 2**30  # of one decoded scan; 1024 x 1024 x 2048 float32 voxels
 GZIP_MAX_RATIO = 1032  # deflate cannot expand further, so a shorter file cannot hold what its header claims
 TRAILING_BYTES = 2**20  # some writers pad after the last voxel; more than this is not padding
@@ -454,9 +455,9 @@ def percentile_range(array: np.ndarray, low: float, high: float, name: str) -> t
 
 def to_uint16(unit: np.ndarray) -> np.ndarray:
     """[0, 1] -> 0..65535, rounded; how crops are stored."""
-    return np.rint(np.asarray(unit, np.float32) * np.float32(65535)).astype(np.uint16)
+    return np.rint(np.asarray(unit, np.float32) * np.float32(UINT16_MAX)).astype(np.uint16)
 
 
 def from_uint16(stored: np.ndarray) -> np.ndarray:
     """0..65535 -> float32 in [0, 1]; ``to_uint16`` of it gives ``stored`` back."""
-    return stored.astype(np.float32) / np.float32(65535)
+    return stored.astype(np.float32) / np.float32(UINT16_MAX)

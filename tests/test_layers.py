@@ -16,7 +16,7 @@ FLOORS = [
     {"backbones", "clusterers", "labeller"},
     {"methods"},
     {"registry", "data", "infer", "checkpoints", "doctor", "report"},
-    {"train", "evaluate"},
+    {"train", "evaluate", "clusters_report"},
     {"stages", "sweep", "plan"},
     {"cli"},
 ]
