@@ -141,7 +141,8 @@ class _Depthwise(torch.autograd.Function):
             # The second wins for small kernels on large maps; the first everywhere else.
             by_conv = max(weight.shape[2:]) > 3 or x.shape[2:].numel() < 27
             route = _weight_grad_by_conv if by_conv else _weight_grad_by_planes
-            grad_weight = route(x.float(), grad.float(), ctx.padding).to(weight.dtype)
+            wide = torch.promote_types(weight.dtype, torch.float32)  # a sum over all voxels
+            grad_weight = route(x.to(wide), grad.to(wide), ctx.padding).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3, 4))
         return grad_x, grad_weight, grad_bias

@@ -122,10 +122,11 @@ class EncoderBlock(nn.Module):
             LkaModule(dim, mlp_ratio, cfg.prenorm_residual, cfg.plain) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
-        self.checkpointing = cfg.checkpointing
+        self.channels_last, self.checkpointing = cfg.channels_last, cfg.checkpointing
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor:
-        x = self.patch_norm(self.patch(x_BCXYZ))
+        # A one-channel image has no layout of its own to hand on.
+        x = self.patch_norm(to_layout(self.patch(x_BCXYZ), self.channels_last))
         for module in self.lka:
             x = run(module, x, self.checkpointing)
         return self.norm(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
@@ -261,12 +262,15 @@ def run(module: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """The recomputation must not move BatchNorm's running statistics a second time."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm3d)]
-    if not module.training:
-        norms = []
+    before = [
+        (m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in norms
+    ]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum = momentum
+            if count is not None and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.copy_(count)

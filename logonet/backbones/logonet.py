@@ -117,17 +117,17 @@ def join_octants(cubes: Sequence[Tensor]) -> Tensor:
 
 
 def add_octants(whole_BCXYZ: Tensor, cubes: Sequence[Tensor]) -> Tensor:
-    """``whole + join_octants(cubes)`` in ``whole``'s own memory: at full resolution each copy shows."""
+    """``whole + join_octants(cubes)`` without joining them first: at full resolution each copy shows."""
     return _AddOctants.apply(whole_BCXYZ, *cubes)
 
 
 class _AddOctants(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole_BCXYZ: Tensor, *cubes: Tensor) -> Tensor:
-        for part, cube in zip(octants(whole_BCXYZ), cubes):
-            part.add_(cube)
-        ctx.mark_dirty(whole_BCXYZ)
-        return whole_BCXYZ
+        out = torch.empty_like(whole_BCXYZ)
+        for out_part, part, cube in zip(octants(out), octants(whole_BCXYZ), cubes):
+            torch.add(part, cube, out=out_part)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
