@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -120,7 +121,13 @@ def user_error(err: BaseException | None) -> str | None:
         waiting += [getattr(err, "cause", None), err.__cause__, err.__context__]
         waiting += list(getattr(err, "worker_failures", {}).values())
         waiting += [getattr(err, "controller_failure", None)]
+        # Ray Data keeps no more of a task's error than its text.
+        if told := _TOLD.findall(str(err)):
+            return told[-1]
     return None
+
+
+_TOLD = re.compile(r"^(?:.*\s)?logonet\.\w+\.(?:UserError|BadScan|IntegrityError): (.+)$", re.MULTILINE)
 
 
 # ------------------------------------------------------------------------------------------- commands

@@ -267,7 +267,10 @@ class Tracker:
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             location = _location(self._artifact_root) if self.uri.startswith("sqlite:") else None
-            experiment = client.get_experiment(client.create_experiment(name, artifact_location=location))
+            # MLflow's pages open on its language-model views unless an experiment says that it trains models.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            made = client.create_experiment(name, artifact_location=location, tags=tags)
+            experiment = client.get_experiment(made)
         same_job = f"tags.`{FINGERPRINT_TAG}` = '{self._fingerprint}'"
         runs = client.search_runs(
             [experiment.experiment_id], same_job, max_results=1, order_by=["attributes.start_time ASC"]
@@ -285,8 +288,8 @@ class Tracker:
         from mlflow.entities import Param, RunTag
 
         params = [Param(k, v) for k, v in self._params.items() if k not in run.data.params]
-        tags = [RunTag(k, v) for k, v in self._tags.items() if run.data.tags.get(k) != v]
-        client.log_batch(run.info.run_id, params=params, tags=tags)
+        run_tags = [RunTag(k, v) for k, v in self._tags.items() if run.data.tags.get(k) != v]
+        client.log_batch(run.info.run_id, params=params, tags=run_tags)
         return run.info.run_id
 
     def _log_epochs(self, entries: list[dict[str, Any]], noted: str) -> None:

@@ -407,7 +407,7 @@ def dry_run(backbone: dict[str, Any], cfg: Config, facts: Facts) -> None:
     """
     options = {k: v for k, v in backbone.items() if k != "name"}
     with torch.device("meta"):
-        net = backbones.build(
+        net: Any = backbones.build(
             backbone["name"], in_channels=facts.in_channels, num_classes=2, **options
         ).train()
         x_BCXYZ = torch.empty(cfg.batch_size, facts.in_channels, *facts.size_vox)
@@ -578,7 +578,7 @@ def fit(
             use_gpu=share.use_gpu,
             resources_per_worker={"CPU": share.cpus_per_worker, **({"GPU": 1} if share.use_gpu else {})},
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # Ray's stub is of its older RunConfig
             # Checkpoints are ours (verified on load, a torn one falls back); Ray's own records are only of this
             # attempt, so a run killed while Ray wrote them cannot hinder the next.
             name=f"{job.fingerprint}-{time.time_ns():x}",
