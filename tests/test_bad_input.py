@@ -130,14 +130,8 @@ def test_a_shard_that_changed_is_noticed_and_named(tmp_path: Path, ray_local: No
     damaged = [i for i, ref in enumerate(up.crops.refs) if ref.shard.endswith(victim.name)][-1]
     with pytest.raises(UserError, match=victim.name):
         up.crops.read(damaged)
-    feed = stages.data.Feed(
-        up.crops, up.labels_PNZ, "masked_clusters", None, stages.data.Order(len(up.crops), 2, 0)
-    )
-    stream = stages.data._stream(
-        len(up.crops), lambda b: {"x": feed.table.read(int(b["id"][0]))}, row_bytes=1, share=share
-    )
     with pytest.raises(Exception, match=victim.name) as err:
-        list(stream.iter_batches(batch_size=None))
+        stages.data.sample_slices(up.crops, max_slices=10**6, seed=0, share=share)
     told = cli.user_error(err.value)
     assert told is not None
     assert victim.name in told
