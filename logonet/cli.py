@@ -220,6 +220,17 @@ def phantoms(root: tyro.conf.Positional[str], /, n: int = 8, size: int = 64, see
     print(phantom.write_dataset(root, n, size_vox=(size, size, size), seed=seed))
 
 
+TWO_WORDS = ("data import", "clusters report", "s3 serve")
+
+
 def main() -> None:
+    args = sys.argv[1:]
+    # tyro knows a command by one name; people type two words.
+    if " ".join(args[:2]) in TWO_WORDS:
+        args = [" ".join(args[:2]), *args[2:]]
     with sentences():
-        app.cli(prog="logonet", description="Pretrain 3D medical networks from a bucket of scans, on Ray.")
+        app.cli(
+            prog="logonet",
+            description="Pretrain 3D medical networks from a bucket of scans, on Ray.",
+            args=args,
+        )
