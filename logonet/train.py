@@ -613,7 +613,10 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(share.threads_per_worker)
     tracker = _tracker(job) if rank == 0 else None
-    worker = Worker(job, config["feed"], share, rank=rank, world=world, device=get_device())
+    device = get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # collectives of Python objects go through the current device
+    worker = Worker(job, config["feed"], share, rank=rank, world=world, device=device)
     history = worker.run(ray.train.report, tracker)
     if rank:
         return {}
