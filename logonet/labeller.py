@@ -99,6 +99,9 @@ class Labeller:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             self.centroids_VT = torch.from_numpy(clusterers.centroids_VT).to(self.device)
         self.first_N = torch.tensor([0, *self.sizes[:-1]], device=self.device).cumsum(0)
+        self.clusterer_V = torch.arange(len(self.sizes), device=self.device).repeat_interleave(
+            torch.tensor(self.sizes, device=self.device)
+        )
         with torch.inference_mode():
             self.norm2_V = _norm2(self.centroids_VT)
             if not bool((self.norm2_V <= LARGEST).all()):  # also False for NaN
@@ -136,9 +139,8 @@ class Labeller:
         low_V = torch.where(alive_V, (1 - self.eps) * self.norm2_V, NEVER).float()
         rows_VR = torch.cat([b_VR, residual_V[:, None], low_V[:, None]], 1)
         # What lifts a lower bound to the upper one: 4 X Y + 2 eps |c|^2.
-        lift_V2 = torch.stack([4 * residual_V, (2 * self.eps * self.norm2_V).float()], 1)
-        self._lift_K2 = lift_V2.split(self.sizes)
-        self._rows_KR = [_fast(rows) for rows in rows_VR.split(self.sizes)]
+        self._lift_V2 = torch.stack([4 * residual_V, (2 * self.eps * self.norm2_V).float()], 1)
+        self._rows_VR = _fast(rows_VR)
         self._basis_RB = [_fast(q.T.float().contiguous()) for q in basis_TR.split(PROJECT_BLOCK)]
 
     def _repeats(self) -> torch.Tensor:
@@ -202,9 +204,9 @@ class Labeller:
         norm2_S = _norm2(x_ST)
         if not bool((norm2_S <= LARGEST).all()):
             raise UserError("slices to label are not finite; the crop stage must clip intensities to [0, 1]")
-        code_P, slice_P, clusterer_P = self._screen(x_ST, norm2_S)
+        code_P, slice_P = self._screen(x_ST, norm2_S)
         labels = torch.full((N * S,), -1, device=self.device)
-        key_P = clusterer_P * S + slice_P
+        key_P = self.clusterer_V[code_P] * S + slice_P
         key_P, code_P = _settle(labels, key_P, code_P, torch.ones_like(code_P, dtype=torch.bool))
         survivors = len(key_P)
 
@@ -223,21 +225,15 @@ class Labeller:
         flop = 2 * S * (T * self.rank + V * (width + 2) + len(rows_U) * T) + 3 * len(key_P) * T
         return labels_SN, (survivors, S * len(rows_U), len(key_P), flop)
 
-    def _screen(self, x_ST: torch.Tensor, norm2_S: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Step 1: the pairs that can be nearest, as (code, slice, clusterer), codes ascending."""
-        found, first = [], 0
-        for n, (low_KS, high_KS) in enumerate(self._bounds(x_ST, norm2_S)):
-            pair_P2 = (low_KS <= high_KS.amin(0) + TINY).nonzero()
-            pair_P2[:, 0] += first
-            first += len(low_KS)
-            found.append(torch.cat([pair_P2, pair_P2.new_full((len(pair_P2), 1), n)], 1))
-        code_P, slice_P, clusterer_P = torch.cat(found).unbind(1)
-        return code_P, slice_P, clusterer_P
+    def _screen(self, x_ST: torch.Tensor, norm2_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Step 1: the pairs that can be nearest, as (code, slice), codes ascending."""
+        low_VS, high_VS = self._bounds(x_ST, norm2_S)
+        high_NS = torch.stack([high_KS.amin(0) for high_KS in high_VS.split(self.sizes)])
+        code_P, slice_P = (low_VS <= high_NS[self.clusterer_V] + TINY).nonzero().unbind(1)
+        return code_P, slice_P
 
-    def _bounds(
-        self, x_ST: torch.Tensor, norm2_S: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Of |c|^2 - 2 x.c, for one clusterer after another: lower and upper bounds (2), float32 (K, S)."""
+    def _bounds(self, x_ST: torch.Tensor, norm2_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lower and upper bounds (2) of |c|^2 - 2 x.c, float32 (V, S)."""
         a_SR = torch.zeros(len(x_ST), self.rank, dtype=torch.float64, device=self.device)
         for x_SB, basis_RB in zip(x_ST.split(PROJECT_BLOCK, 1), self._basis_RB):
             a_SR += _product(_fast(x_SB.contiguous()), basis_RB)
@@ -245,11 +241,9 @@ class Labeller:
         pad = (3 + SKEW) * self.rho + self.eps
         residual_S = _up((residual2_S + pad * norm2_S).sqrt()).float()
         ones_S = torch.ones_like(residual_S)
-        columns_SR = _fast(torch.cat([-2 * a_SR.float(), -2 * residual_S[:, None], ones_S[:, None]], 1))
-        lift_2S = torch.stack([residual_S, ones_S])
-        for rows_KR, lift_K2 in zip(self._rows_KR, self._lift_K2):
-            low_KS = _product(rows_KR, columns_SR)
-            yield low_KS, torch.addmm(low_KS, lift_K2, lift_2S)
+        columns_SR = torch.cat([-2 * a_SR.float(), -2 * residual_S[:, None], ones_S[:, None]], 1)
+        low_VS = _product(self._rows_VR, _fast(columns_SR))
+        return low_VS, torch.addmm(low_VS, self._lift_V2, torch.stack([residual_S, ones_S]))
 
     def _products(self, x_ST: torch.Tensor, rows_U: torch.Tensor) -> torch.Tensor:
         """Step 2: x.c of every slice with the codes ``rows_U``, float64 sums of float32 blocks (U, S)."""
