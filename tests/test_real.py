@@ -17,16 +17,11 @@ from pathlib import Path
 import pytest
 
 from logonet import store
-from logonet.s3server import S3Server
+from logonet.s3server import S3Server, free_ports
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 REPO = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-PORT, DASHBOARD, AGENT = (
-    26379,
-    28265,
-    28365,
-)  # below the ephemeral range, where Ray's own defaults may be taken
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +29,18 @@ def head(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """A Ray head with 18 logical CPUs, whose processes know the S3 server; yields a submitter's environment."""
     home = tmp_path_factory.mktemp("home")
     log = open(home / "head.log", "wb")
+    port = (
+        free_ports()
+    )  # a block of free ones below the ephemeral range, where Ray's own defaults may be taken
     env = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_"))}
     env |= {**s3_server.env(), "LOGONET_HOME": str(home), "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    env["PATH"] = f"{BIN}:{env['PATH']}"  # as in an activated environment: a job's 'python' is the head's
     os.environ.update(s3_server.env())
-    command = [f"{BIN}/ray", "start", "--head", "--block", "--num-cpus", "18", "--port", str(PORT)]
-    command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(DASHBOARD)]
-    command += ["--dashboard-agent-listen-port", str(AGENT), "--object-store-memory", str(600 << 20)]
+    command = [f"{BIN}/ray", "start", "--head", "--block", "--num-cpus", "18", "--port", str(port)]
+    command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(port + 1)]
+    command += ["--dashboard-agent-listen-port", str(port + 2), "--object-store-memory", str(600 << 20)]
     process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{DASHBOARD}"
+    env["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port + 1}"
     try:
         until = time.monotonic() + 90
         while subprocess.run([f"{BIN}/ray", "job", "list"], env=env, capture_output=True).returncode:
@@ -51,7 +50,7 @@ def head(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Itera
             time.sleep(1)
         yield env
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)  # with --block it stops what it started
         process.wait(timeout=60)
 
 
@@ -78,7 +77,7 @@ def test_sixteen_workers_pretrain_on_real_scans(
         + ["python", "jobs/pretrain.py", "--recipe", recipe, "--data", f"{bucket}/scans/"]
         + ["--root", f"{bucket}/runs", "--workers", "16"],
         cwd=REPO,
-        env={**head, "PATH": f"{BIN}:{head['PATH']}"},
+        env=head,
         capture_output=True,
         text=True,
     )
