@@ -43,7 +43,9 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
             f"config key '{key}' is {err.value!r} ({type(err.value).__name__}); it must be {err.field_type}"
         ) from None
     except dacite.MissingValueError as err:
-        raise UserError(f"config key '{f'{where}.{err.field_path}'.lstrip('.')}' is missing; set it") from None
+        raise UserError(
+            f"config key '{f'{where}.{err.field_path}'.lstrip('.')}' is missing; set it"
+        ) from None
     except (ValueError, TypeError) as err:
         raise UserError(f"config section '{where or cls.__name__}': {err}") from None
 
