@@ -1,4 +1,4 @@
-"""Every Ray Data graph: scans -> manifest rows -> crops -> sample of slices -> pseudo-labels -> batches.
+"""Every Ray graph over data: scans -> manifest rows -> crops -> sample of slices -> pseudo-labels -> batches.
 
 References travel, not voxels: a task that is handed a scan's row reads, cuts and stores by itself and
 returns a few numbers per crop. Only the crops a training step is about to use go through Ray's object
@@ -9,6 +9,7 @@ Shapes: R crops of a scan, C channels, X Y Z voxels (RAS), S slices, T = C*X*Y, 
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
 import io
@@ -28,7 +29,10 @@ from logonet.errors import BadScan, UserError
 
 log = logging.getLogger(__name__)
 
-BLOCK_BYTES = 32 << 20  # prepared samples per Ray block: enough to amortise a task, few enough to stream
+BLOCK_BYTES = 32 << 20  # of one Ray Data block: enough to amortise a task, few enough to stream
+TASK_BYTES = 8 << 20  # prepared samples of one task that feeds training
+TASKS_AHEAD = 3  # such tasks a rank keeps going before it needs them
+CROPS_PER_ACTOR = 64  # labelling this many takes longer than starting the actor does
 MAX_TASKS = 2000  # blocks of a graph over scans: enough to balance, few enough to schedule
 SHARD_DTYPE = "U16"
 
@@ -260,7 +264,7 @@ def label_crops(table: CropTable, fitted: clusterers.ClustererSet, share: Share)
     centroids = ray.put(fitted.centroids_VT)
     # No training runs yet, so all CPUs but one may label; actors on every CPU would starve the tasks that feed them.
     cpus = share.data_cpus + share.cpus_per_worker * share.workers
-    actors = max(1, min(len(table), int(cpus) - 1))
+    actors = max(1, min(-(-len(table) // CROPS_PER_ACTOR), int(cpus) - 1))
     stream = ray.data.range(len(table), override_num_blocks=min(len(table), 8 * actors)).map_batches(
         _LabelCrops,
         batch_size=1,
@@ -331,25 +335,44 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """This rank's prepared batches from ``start_step`` on, in order; skipped steps are never read.
 
-    One Ray Data execution spans all remaining epochs, so prefetching does not stop between them.
+    Plain Ray tasks, a few ahead, and not a Ray Data stream: ``streaming_split`` hands a block to whichever
+    rank asks first, so a sample's rank and step would depend on timing; and with a stream of its own for
+    each rank, 16 ranks stopped for ever, each stream holding its share of the CPUs until its rank, which waited for
+    the other ranks' gradients, took what it had ready.
     """
     import ray
 
     feed: Feed = ray.get(feed_ref[0])
     per_rank = feed.order.global_batch // world
     rows = (stop_step - start_step) * per_rank
+    row_bytes = 4 * int(np.prod(feed.table.size_vox)) * feed.table.in_channels
+    group = batch_size * max(1, min(TASK_BYTES // (row_bytes * batch_size), -(-rows // (4 * batch_size))))
+    prepare = ray.remote(_prepare).options(num_cpus=share.cpus_per_data_task)
+    ahead: collections.deque[Any] = collections.deque()
+    for begin in range(0, rows, group):
+        places = []
+        for row in range(begin, min(begin + group, rows)):
+            step, slot = start_step + row // per_rank, rank * per_rank + row % per_rank
+            places.append((step, slot))
+        ahead.append(prepare.remote(feed_ref, places))
+        if len(ahead) > TASKS_AHEAD:
+            yield from _split(ray.get(ahead.popleft()), batch_size)
+    while ahead:
+        yield from _split(ray.get(ahead.popleft()), batch_size)
 
-    def prepare(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        feed: Feed = ray.get(feed_ref[0])
-        samples = []
-        for i in batch["id"]:
-            step, slot = start_step + int(i) // per_rank, rank * per_rank + int(i) % per_rank
-            samples.append(feed.sample(*feed.order.at(step, slot)))
-        return {key: np.stack([s[key] for s in samples]) for key in samples[0]}
 
-    row_bytes = 2 * int(np.prod(feed.table.size_vox)) * feed.table.in_channels
-    stream = _stream(rows, prepare, row_bytes=2 * row_bytes, share=share)
-    yield from stream.iter_batches(batch_size=batch_size, prefetch_batches=2, batch_format="numpy")
+def _prepare(feed_ref: Any, places: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+    """The samples at (step, slot) ``places``, stacked. Runs as a Ray task."""
+    import ray
+
+    feed: Feed = ray.get(feed_ref[0])
+    samples = [feed.sample(*feed.order.at(step, slot)) for step, slot in places]
+    return {key: np.stack([s[key] for s in samples]) for key in samples[0]}
+
+
+def _split(group: dict[str, np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    for begin in range(0, len(next(iter(group.values()))), batch_size):
+        yield {key: value[begin : begin + batch_size] for key, value in group.items()}
 
 
 # --------------------------------------------------------------------------------------------- shared
