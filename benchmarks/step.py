@@ -129,7 +129,9 @@ def report(args: Args, method: Any, params: list[Any], seams: Seams, totals: dic
     steps = [row for row in seams.rows if row[0] != "build"]
     total_s = sum(s for _, s, _ in steps)
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    table = Table(title=f"One step, {args.size}^3, N={args.clusterers}, K<={args.k_max}, {args.threads} threads")
+    table = Table(
+        title=f"One step, {args.size}^3, N={args.clusterers}, K<={args.k_max}, {args.threads} threads"
+    )
     for column in ("part", "seconds", "share", "resident GiB after"):
         table.add_column(column, justify="left" if column == "part" else "right")
     merged: dict[str, tuple[float, float]] = {}
@@ -142,7 +144,9 @@ def report(args: Args, method: Any, params: list[Any], seams: Seams, totals: dic
     Console(width=100).print(table)
     loss, count = totals["loss"].tolist()
     num_params = sum(p.numel() for p in params)
-    print(f"{num_params:,} trainable parameters; weights, gradients and AdamW {16 * num_params / 2**30:.2f} GiB")
+    print(
+        f"{num_params:,} trainable parameters; weights, gradients and AdamW {16 * num_params / 2**30:.2f} GiB"
+    )
     print(
         json.dumps(
             {

@@ -398,7 +398,9 @@ def test_a_run_catches_up_with_a_server_that_comes_late(tmp_path, monkeypatch, c
         server.wait(30)
 
 
-def test_check_names_the_server_or_says_it_is_away(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_names_the_server_or_says_it_is_away(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     assert registry.check() == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2@127.0.0.1:1")
