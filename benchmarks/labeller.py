@@ -6,8 +6,7 @@ Crops of 96^3 from the real scans in ../shared/data where they lie beside the ch
 80 clusterers of 80..500 clusters (the paper's) are fitted to 60 random crops, with fewer updates than the
 paper's 350 since fitting is not what is timed; ``--keep`` reuses them. Held-out crops have other positions,
 or come from scans the clusterers never saw; those make the headline. The ways are timed in turn, so a busy
-machine slows all alike. Where other work shares the cores, two spinning threads stop each other: set
-OMP_WAIT_POLICY=PASSIVE.
+machine slows all alike.
 
 Every label is compared with scikit-learn's, and every difference with float64: it is explained when ours is
 the float64 argmin and the gap is below the rounding bound of scikit-learn's float32 arithmetic.
@@ -22,7 +21,9 @@ import concurrent.futures
 import functools
 import json
 import multiprocessing
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -266,4 +267,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # OpenMP reads it as it loads. Threads that spin for a partner whose core other work has taken made two
+        # threads 20 times slower than one.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
     main()
