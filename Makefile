@@ -36,7 +36,7 @@ test-all: setup  ## also the slow ones
 test-real: setup ## real scans through 'ray job submit' with 16 workers; wants ../shared/data
 	$(BIN)/python -m pytest -m real
 
-test-chaos: setup ## kills drivers, workers and stores, and compares bit for bit
+test-chaos: setup ## kills drivers and workers, tears checkpoints, and compares bit for bit
 	$(BIN)/python -m pytest -m chaos
 
 test-cuda: setup ## wants a GPU

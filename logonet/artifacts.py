@@ -58,7 +58,12 @@ class Artifact:
         if name not in self.files:
             raise UserError(config.unknown(f"file of {self.uri}", name, self.files))
         stored = self.files[name]
-        return store.read(self.uri_of(name), size_bytes=stored.size_bytes, sha256=stored.sha256)
+        try:
+            return store.read(self.uri_of(name), size_bytes=stored.size_bytes, sha256=stored.sha256)
+        except store.IntegrityError as err:
+            raise store.IntegrityError(
+                f"{err}; to have it made again delete {self.uri_of('manifest.json')} and run the same command"
+            ) from None
 
 
 @dataclass(frozen=True)

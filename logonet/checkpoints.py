@@ -18,9 +18,14 @@ import torch
 
 from logonet import artifacts, store
 from logonet.errors import UserError
-from logonet.store import Stored
+from logonet.store import IntegrityError, Stored
 
 log = logging.getLogger(__name__)
+
+
+class Damaged(UserError):
+    """A checkpoint that is not whole: unfinished, torn or altered."""
+
 
 STAGE = "checkpoint"
 TENSOR_FILES = ("model", "optimizer", "partial")
@@ -95,19 +100,26 @@ def save_state(uri: str, fingerprint: str, state: State) -> None:
 
 
 def load_state(uri: str, fingerprint: str) -> State:
-    """Read a checkpoint, every file against its checksum. UserError where anything is missing or damaged."""
+    """Read a checkpoint, every file against its checksum.
+
+    Raises:
+        Damaged: anything is missing or altered. Other UserErrors, such as a store that refuses to be read, say
+            nothing about the checkpoint and pass through.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     artifact = artifacts.find(uri)
     if artifact is None:
-        raise UserError(f"{uri} holds no finished checkpoint")
+        raise Damaged(f"{uri} holds no finished checkpoint")
     if artifact.stage != STAGE or artifact.fingerprint != fingerprint:
-        raise UserError(f"{uri} belongs to another run ({artifact.fingerprint}), not to {fingerprint}")
+        raise Damaged(f"{uri} belongs to another run ({artifact.fingerprint}), not to {fingerprint}")
+    if missing := artifacts.verify(artifact):
+        raise Damaged(f"{uri} has missing or torn files: {', '.join(missing)}")
     try:
         groups = {group: load(artifact.read(f"{group}.safetensors")) for group in TENSOR_FILES}
-    except SafetensorError as err:
-        raise UserError(f"{uri} cannot be read as safetensors: {err}") from None
+    except (IntegrityError, SafetensorError) as err:
+        raise Damaged(f"{uri} is damaged: {err}") from None
     facts = artifact.facts
     return State._of(groups, facts["step"], facts["history"], facts["world"])
 
@@ -121,11 +133,16 @@ def all_of(run_uri: str) -> list[str]:
 
 def newest(run_uri: str, fingerprint: str) -> State | None:
     """The newest checkpoint that is whole; damaged ones are passed over with a warning, and kept."""
-    for uri in reversed(all_of(run_uri)):
+    found = all_of(run_uri)
+    for uri in reversed(found):
         try:
             return load_state(uri, fingerprint)
-        except UserError as err:
+        except Damaged as err:
             log.warning("checkpoint passed over: %s; going back to the one before", err)
+    if found:
+        log.warning(
+            "none of the %d checkpoints of %s is whole; starting from the beginning", len(found), run_uri
+        )
     return None
 
 
@@ -164,15 +181,24 @@ class Writer:
         try:
             uri = store.join(self.run_uri, "checkpoints", f"step-{state.step:08d}")
             save_state(uri, self.fingerprint, state)
-            self._prune()
+            self._prune(uri)
         except BaseException as err:  # handed to the training thread, which raises it in wait()
             self._failure = err
 
-    def _prune(self) -> None:
-        finished = [u for u in all_of(self.run_uri) if store.exists(store.join(u, "manifest.json"))]
-        for uri in finished[: -self.keep]:
-            store.delete(store.join(uri, "manifest.json"))  # first, so that no half of it is ever trusted
-            store.delete_prefix(uri)
+    def _prune(self, newest: str) -> None:
+        """Delete all but the last ``keep`` up to ``newest``, the one just written.
+
+        Later ones are there after a fallback: torn, and about to be written again.
+        """
+        finished = [
+            u for u in all_of(self.run_uri) if u <= newest and store.exists(store.join(u, "manifest.json"))
+        ]
+        try:
+            for uri in finished[: -self.keep]:
+                store.delete(store.join(uri, "manifest.json"))  # first, so that no half of it is ever trusted
+                store.delete_prefix(uri)
+        except UserError as err:
+            log.warning("old checkpoints stay: %s", err)
 
 
 def save_final(run_uri: str, method: Any, history: list[dict[str, Any]]) -> dict[str, Stored]:

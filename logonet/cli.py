@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import tyro
@@ -73,8 +74,20 @@ def job(
         for flag in ("data", "root"):
             if not getattr(args, flag):
                 raise UserError(f"--{flag} is missing; see {name} --help")
+        args = replace(args, data=absolute(args.data, "--data"), root=absolute(args.root, "--root"))
         with cluster.connected(args.resources):
             run(cfg, args)
+
+
+def absolute(uri: str, flag: str) -> str:
+    """Local paths made absolute: Ray's workers run in other folders than the command."""
+    if store.is_s3(uri) or os.path.isabs(store.local_path(uri)):
+        return uri
+    if cluster.submitted():
+        raise UserError(
+            f"{flag} {uri} is relative, and a submitted job's folder is thrown away; give an absolute path or s3://"
+        )
+    return os.path.abspath(store.local_path(uri))
 
 
 def job_config(args: JobArgs, recipes: Mapping[str, Callable[[], Any]]) -> Any:
@@ -118,7 +131,7 @@ def user_error(err: BaseException | None) -> str | None:
             # Ray makes a task's error an instance of its cause's class too, with a traceback for text.
             cause = getattr(err, "cause", None)
             return str(cause if isinstance(cause, UserError) else err)
-        waiting += [getattr(err, "cause", None), err.__cause__, err.__context__]
+        waiting += [getattr(err, "cause", None), err.__cause__]
         waiting += list(getattr(err, "worker_failures", {}).values())
         waiting += [getattr(err, "controller_failure", None)]
         # Ray Data keeps no more of a task's error than its text.
@@ -148,7 +161,8 @@ def data_import(source: tyro.conf.Positional[str], /, root: str, workers: int = 
 
     resources = Resources(workers=workers)
     with cluster.connected(resources):
-        table, artifact = stages.import_scans(source, root, cluster.share(resources))
+        share = cluster.share(resources)
+        table, artifact = stages.import_scans(absolute(source, "SOURCE"), absolute(root, "--root"), share)
     print(table.describe())
     print(f"id {table.id}\n{artifact.uri}")
 
@@ -187,7 +201,8 @@ def clusters_report(
 
     resources = Resources()
     with cluster.connected(resources):
-        quality = clusters_report.write(clusterers, out, slices, stability, cluster.share(resources))
+        where, out = absolute(clusterers, "CLUSTERERS"), absolute(out, "--out")
+        quality = clusters_report.write(where, out, slices, stability, cluster.share(resources))
     print(quality.describe().round(3).to_string())
     print(f"{out.rstrip('/')}/report.html")
 

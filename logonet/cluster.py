@@ -7,8 +7,10 @@ Without it a private Ray starts on this machine and ends with the process.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,25 +27,34 @@ RAY_SETTINGS = {
 }
 # What worker processes need of the driver's environment. Never credentials: those come from the usual
 # AWS chain on every node, and a job's runtime environment can be read on Ray's dashboard.
-PASSED_ON = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION", "LOGONET_HOME")
+PASSED_ON = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_DEFAULT_REGION",
+    "AWS_REGION",
+    "LOGONET_HOME",
+    "MLFLOW_TRACKING_URI",
+)
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run may use. Nothing here changes a result, only how fast it comes.
+    """What a run may use. It changes how fast a result comes, and the result by rounding at most.
 
     Attributes:
         workers: training workers (the paper: 16).
         gpu: one GPU for each worker; None takes GPUs where the cluster has enough.
         cpus_per_worker: logical CPUs of a training worker; 0 shares out what the data tasks leave.
-        max_failures: lost workers that are replaced before the run gives up.
+        max_failures: how often lost workers are replaced before the run gives up.
+        wait_s: for an autoscaling cluster's nodes.
         object_store_mb: Ray's shared memory on a machine where the job starts Ray itself; 0 lets Ray choose.
     """
 
     workers: int = 1
     gpu: bool | None = None
     cpus_per_worker: float = 0.0
-    max_failures: int = 3
+    max_failures: int = 8
+    wait_s: float = 900.0
     object_store_mb: int = 0
 
 
@@ -58,8 +69,22 @@ class Share:
     use_gpu: bool
     cpus_per_worker: float
     threads_per_worker: int
-    cpus_per_data_task: float
-    data_cpus: float
+    cpus_per_data_task: float  # while training goes on
+    cpus_per_task: float  # of the stages before
+    cpus: float  # of the whole cluster
+
+
+def submitted() -> bool:
+    """Whether this process is the driver of a submitted Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _env_vars() -> dict[str, str]:
+    """What to pass on, less what may hold a password and what the job's submitter set, which Ray refuses twice."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    given = ((job.get("runtime_env") or {}).get("env_vars") or {}).keys()
+    names = [n for n in (*PASSED_ON, *RAY_SETTINGS) if n in os.environ and n not in given]
+    return {n: os.environ[n] for n in names if "@" not in os.environ[n]}
 
 
 def address() -> str | None:
@@ -78,9 +103,7 @@ def connected(resources: Resources) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    runtime_env = {"env_vars": {k: os.environ[k] for k in (*PASSED_ON, *RAY_SETTINGS) if k in os.environ}}
-    if "@" not in (tracking := os.environ.get("MLFLOW_TRACKING_URI", "@")):
-        runtime_env["env_vars"]["MLFLOW_TRACKING_URI"] = tracking
+    runtime_env = {"env_vars": _env_vars()}
     options: dict[str, Any] = {"runtime_env": runtime_env, "logging_level": logging.WARNING}
     if address() is None:
         # Two extra logical CPUs keep the data tasks alive beside the workers; threads are set per worker.
@@ -123,35 +146,74 @@ def share(resources: Resources) -> Share:
     """Divide the connected cluster. UserError when the workers can never be placed."""
     import ray
 
-    total = ray.cluster_resources()
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
     workers = resources.workers
     if workers < 1:
         raise UserError(f"workers is {workers}; it must be at least 1")
-    use_gpu = gpus >= workers if resources.gpu is None else resources.gpu
-    if use_gpu and gpus < workers:
+    total = _wait_for_nodes(resources)
+    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    if resources.gpu is None and 0 < gpus < workers:
         raise UserError(
-            f"{workers} GPU workers were asked for but the cluster has {gpus:g} GPUs; "
-            f"use --workers {int(gpus)} or add nodes"
+            f"the cluster has {gpus:g} GPUs for {workers} workers; use --workers {int(gpus)}, --gpu True to wait for "
+            "more, or --gpu False to train on CPUs"
         )
-    if cpus <= 0:
-        raise UserError("the Ray cluster has no CPUs to give; start a node with --num-cpus of at least 1")
+    use_gpu = gpus >= workers if resources.gpu is None else resources.gpu
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    homes = [n.get("CPU", 0.0) for n in nodes if n.get("GPU", 0.0) > 0 or not use_gpu]
     data_cpus = max(0.25 * cpus, min(1.0, cpus / 2))
     most = (cpus - data_cpus) / workers
-    per_worker = resources.cpus_per_worker or (max(1.0, most // 1) if most >= 1 else most)
-    if per_worker * workers >= cpus:
+    per_worker = resources.cpus_per_worker or _largest_that_fits(homes, workers, most)
+    if per_worker * workers >= cpus or sum(int(cpu / per_worker + 1e-9) for cpu in homes) < workers:
         raise UserError(
-            f"{workers} workers x {per_worker:g} CPUs leave none of the cluster's {cpus:g} CPUs to the data tasks; "
-            f"use --cpus-per-worker {most:.2g} or fewer workers"
+            f"{workers} workers x {per_worker:g} CPUs do not fit on nodes with {', '.join(f'{c:g}' for c in homes)} "
+            f"CPUs beside the data tasks; use --cpus-per-worker {most:.2g} or less, or fewer workers"
         )
     data_cpus = cpus - per_worker * workers
-    per_worker = int(per_worker * 1000) / 1000  # Ray resolves resources to 1/10000
-    threads = max(1, min(int(per_worker), (os.cpu_count() or 1)))
+    # A Ray of our own has more logical CPUs than the machine has cores, so that every worker finds a place; other
+    # tasks count as that much more, or as many would run at once as there are workers.
+    cores = os.cpu_count() or 1
+    oversold = max(1.0, cpus / cores) if address() is None else 1.0
     return Share(
         workers=workers,
         use_gpu=use_gpu,
-        cpus_per_worker=per_worker,
-        threads_per_worker=threads,
-        cpus_per_data_task=min(1.0, data_cpus),
-        data_cpus=data_cpus,
+        cpus_per_worker=int(per_worker * 1000) / 1000,  # Ray resolves resources to 1/10000
+        threads_per_worker=max(1, cores // workers if oversold > 1 else int(per_worker)),
+        cpus_per_data_task=min(oversold, data_cpus),
+        cpus_per_task=min(oversold, cpus / 2),
+        cpus=cpus,
     )
+
+
+def _largest_that_fits(nodes: list[float], workers: int, most: float) -> float:
+    """Whole CPUs per worker, as many as fit on the nodes; a fraction where there is not one for each."""
+    for per_worker in range(int(most), 0, -1):
+        if sum(int(cpu / per_worker) for cpu in nodes) >= workers:
+            return float(per_worker)
+    return most
+
+
+def _wait_for_nodes(resources: Resources) -> dict[str, float]:
+    """The cluster's resources, once it has what was asked for; an autoscaler is told of it."""
+    import ray
+
+    wanted_gpus = resources.workers if resources.gpu else 0
+    until, said = time.monotonic() + resources.wait_s, False
+    while True:
+        total = ray.cluster_resources()
+        if total.get("CPU", 0.0) > 0 and total.get("GPU", 0.0) >= wanted_gpus:
+            return total
+        if time.monotonic() > until or address() is None:
+            raise UserError(
+                f"the Ray cluster has {total.get('CPU', 0.0):g} CPUs and {total.get('GPU', 0.0):g} GPUs for "
+                f"{resources.workers} workers; start nodes, ask for fewer workers, or wait longer (--wait-s)"
+            )
+        if not said:
+            from ray.autoscaler.sdk import request_resources
+
+            request_resources(
+                bundles=[{"CPU": 1, **({"GPU": 1} if resources.gpu else {})}] * resources.workers
+            )
+            print(
+                f"waiting up to {resources.wait_s:g} s for nodes for {resources.workers} workers", flush=True
+            )
+            said = True
+        time.sleep(2)

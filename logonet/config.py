@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import dacite
 import yaml
@@ -62,6 +62,8 @@ def check_keys(cls: type, values: Mapping[str, Any], where: str = "") -> None:
             raise UserError(unknown("config key", path, [f"{where}.{n}".lstrip(".") for n in names]))
         if dataclasses.is_dataclass(hints[key]):
             check_keys(hints[key], value, path)
+        elif get_origin(hints[key]) is dict and not isinstance(value, Mapping):
+            raise UserError(f"config section '{path}' must be a mapping of keys to values, not {value!r}")
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -147,9 +147,13 @@ class CropTable:
     def read(self, index: int) -> np.ndarray:
         """Crop ``index`` as uint16 (C, X, Y, Z), checked against its sha256."""
         ref = self.refs[index]
-        data = store.read(
-            store.join(self.uri, ref.shard), start=ref.offset, length=ref.num_bytes, sha256=ref.sha256
-        )
+        shard = store.join(self.uri, ref.shard)
+        try:
+            data = store.read(shard, start=ref.offset, length=ref.num_bytes, sha256=ref.sha256)
+        except store.IntegrityError as err:
+            raise store.IntegrityError(
+                f"{err}; to have it cut again delete {shard} and {self.uri}/manifest.json and run the same command"
+            ) from None
         return np.frombuffer(data, np.uint16).reshape(self.in_channels, *self.size_vox)
 
     def to_parquet(self) -> bytes:
@@ -209,7 +213,7 @@ def fit_clusterers(
     counts = clusterers.cluster_counts(cfg)
     sample = ray.put(slices_ST)
 
-    @ray.remote(num_cpus=1, max_retries=3)
+    @ray.remote(num_cpus=share.cpus_per_task, max_retries=3)
     def fit(slices_ST: np.ndarray, index: int) -> int:
         fitted = clusterers.fit_one(slices_ST, counts[index], index, cfg)
         store.write(_fit_uri(uri, index), fitted.to_bytes())
@@ -263,13 +267,13 @@ def label_crops(table: CropTable, fitted: clusterers.ClustererSet, share: Share)
 
     centroids = ray.put(fitted.centroids_VT)
     # No training runs yet, so all CPUs but one may label; actors on every CPU would starve the tasks that feed them.
-    cpus = share.data_cpus + share.cpus_per_worker * share.workers
-    actors = max(1, min(-(-len(table) // CROPS_PER_ACTOR), int(cpus) - 1))
+    room = int((share.cpus - 1) / share.cpus_per_task)
+    actors = max(1, min(-(-len(table) // CROPS_PER_ACTOR), room))
     stream = ray.data.range(len(table), override_num_blocks=min(len(table), 8 * actors)).map_batches(
         _LabelCrops,
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=min(1.0, cpus / 2),
+        num_cpus=share.cpus_per_task,
         # In a list, so that Ray hands the reference on and does not copy the centroids into the call.
         fn_constructor_args=(table, [centroids], fitted.sizes_N),
     )
@@ -363,11 +367,22 @@ def batches(
 
 def _prepare(feed_ref: Any, places: list[tuple[int, int]]) -> dict[str, np.ndarray]:
     """The samples at (step, slot) ``places``, stacked. Runs as a Ray task."""
-    import ray
-
-    feed: Feed = ray.get(feed_ref[0])
+    feed = _opened(feed_ref[0])
     samples = [feed.sample(*feed.order.at(step, slot)) for step, slot in places]
     return {key: np.stack([s[key] for s in samples]) for key in samples[0]}
+
+
+_FEEDS: dict[str, Feed] = {}
+
+
+def _opened(ref: Any) -> Feed:
+    """The feed, unpickled once a process: a big run's references take longer to unpickle than a sample to prepare."""
+    import ray
+
+    if ref.hex() not in _FEEDS:
+        _FEEDS.clear()
+        _FEEDS[ref.hex()] = ray.get(ref)
+    return _FEEDS[ref.hex()]
 
 
 def _split(group: dict[str, np.ndarray], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
@@ -386,7 +401,7 @@ def _stream(rows: int, fn: Callable[..., Any], *, row_bytes: int, share: Share) 
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     per_block = max(1, min(BLOCK_BYTES // max(1, row_bytes), -(-rows // 4)))
     return ray.data.range(rows, override_num_blocks=-(-rows // per_block)).map_batches(
-        fn, batch_size=per_block, num_cpus=share.cpus_per_data_task
+        fn, batch_size=per_block, num_cpus=share.cpus_per_task
     )
 
 
@@ -403,7 +418,7 @@ def _map_in_order(items: Iterable[Any], fn: Callable[[Any], Any], share: Share) 
         return {"id": batch["id"], "answer": [pickle.dumps(fn(items[int(i)])) for i in batch["id"]]}
 
     stream = ray.data.range(len(items), override_num_blocks=min(len(items), MAX_TASKS)).map_batches(
-        call, batch_size=None, num_cpus=share.cpus_per_data_task
+        call, batch_size=None, num_cpus=share.cpus_per_task
     )
     answers: dict[int, Any] = {}
     for batch in stream.iter_batches(batch_size=None, batch_format="numpy"):

@@ -15,7 +15,6 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -106,7 +105,7 @@ def import_scans(source: str, root: str, share: Share) -> tuple[manifest.Manifes
     if (found := artifacts.find(uri)) is not None:
         table = manifest.Manifest.from_parquet(found.read("scans.parquet"), found.read("quarantine.parquet"))
         say("manifest", f"{table.summary()}  (already there: {uri})")
-        return table, found
+        return _usable(table, source, uri), found
     started = time.monotonic()
     table = manifest.Manifest.of(data.inspect_scans(sources, share))
     files = {
@@ -121,11 +120,16 @@ def import_scans(source: str, root: str, share: Share) -> tuple[manifest.Manifes
     say("manifest", f"{table.summary()}  {_took(started)}  {uri}")
     for bad in table.quarantined:
         say("", f"quarantined: {bad.reason}")
+    return _usable(table, source, uri), artifact
+
+
+def _usable(table: manifest.Manifest, source: str, uri: str) -> manifest.Manifest:
     if not table.scans:
         raise UserError(
-            f"none of the {len(sources)} scans at {source} can be used; the reasons are in {uri}/quarantine.csv"
+            f"none of the {len(table.quarantined)} scans at {source} can be used; the reasons are in "
+            f"{uri}/quarantine.csv"
         )
-    return table, artifact
+    return table
 
 
 def make_crops(
@@ -165,14 +169,13 @@ def make_crops(
 
 def make_clusterers(
     table: data.CropTable, parent: Artifact, cfg: clusterers.Config, root: str, share: Share
-) -> tuple[clusterers.ClustererSet, Artifact]:
-    """N K-means clusterers fitted on slices of the crops."""
+) -> Artifact:
+    """N K-means clusterers fitted on slices of the crops; they are read back only where labels are missing."""
     own, parents = config.to_dict(cfg), {"crops": parent.fingerprint}
     uri, fingerprint = artifacts.address(root, "clusterers", own, parents)
     if (found := artifacts.find(uri)) is not None:
-        fitted = clusterers.ClustererSet.from_bytes(found.read(CLUSTERERS_FILE))
-        say("clusterers", f"{len(fitted.sizes_N)} clusterers {fitted.id}  (already there: {uri})")
-        return fitted, found
+        say("clusterers", f"{found.facts['n']} clusterers {found.facts['id']}  (already there: {uri})")
+        return found
     started = time.monotonic()
     slices_ST = data.sample_slices(table, cfg.max_slices, cfg.seed, share)
     say("clusterers", f"fitting {cfg.n} on {len(slices_ST):,} slices of {slices_ST.shape[1]:,} voxels")
@@ -186,7 +189,7 @@ def make_clusterers(
     )
     store.delete_prefix(store.join(uri, "fits"))  # the parts of what is now committed whole
     say("clusterers", f"{cfg.n} clusterers {fitted.id}  {_took(started)}  {uri}")
-    return fitted, artifact
+    return artifact
 
 
 CLUSTERERS_FILE = "clusterers.safetensors"
@@ -198,22 +201,19 @@ def _note_quarters(done: int, total: int) -> None:
 
 
 def make_labels(
-    table: data.CropTable,
-    fitted: clusterers.ClustererSet,
-    parents_of: Sequence[Artifact],
-    root: str,
-    share: Share,
+    table: data.CropTable, crops_artifact: Artifact, clusterers_artifact: Artifact, root: str, share: Share
 ) -> tuple[np.ndarray, Artifact]:
     """Every clusterer's pseudo-label of every slice of every crop: int16 (P, N, Z)."""
     from safetensors.numpy import load, save
 
-    parents = {a.stage: a.fingerprint for a in parents_of}
+    parents = {a.stage: a.fingerprint for a in (crops_artifact, clusterers_artifact)}
     uri, fingerprint = artifacts.address(root, "labels", {}, parents)
     if (found := artifacts.find(uri)) is not None:
         labels_PNZ = load(found.read(LABELS_FILE))["labels_PNZ"]
         say("labels", f"{labels_PNZ.size:,} pseudo-labels  (already there: {uri})")
         return labels_PNZ, found
     started = time.monotonic()
+    fitted = clusterers.ClustererSet.from_bytes(clusterers_artifact.read(CLUSTERERS_FILE))
     labels_PNZ = data.label_crops(table, fitted, share)
     majority, floor = clusterers.majority(labels_PNZ, fitted.sizes_N)
     files = {LABELS_FILE: store.write(store.join(uri, LABELS_FILE), save({"labels_PNZ": labels_PNZ}))}
@@ -263,14 +263,14 @@ def upstream(cfg: Pretraining, source: str, root: str, share: Share) -> Upstream
     lineage = {"manifest": table.id, "crops": crops_artifact.fingerprint}
     if not _pseudo(cfg.method["name"]):
         return Upstream(crop_table, None, facts, crops_artifact, lineage)
-    fitted, fitted_artifact = make_clusterers(crop_table, crops_artifact, cfg.clusterers, root, share)
-    labels_PNZ, labels = make_labels(crop_table, fitted, [crops_artifact, fitted_artifact], root, share)
+    fitted = make_clusterers(crop_table, crops_artifact, cfg.clusterers, root, share)
+    labels_PNZ, labels = make_labels(crop_table, crops_artifact, fitted, root, share)
     facts = replace(
         facts,
         cluster_sizes=tuple(labels.facts["cluster_sizes"]),
         majority_labels=tuple(labels.facts["majority_labels"]),
     )
-    lineage |= {"clusterers": fitted.id, "labels": labels.fingerprint}
+    lineage |= {"clusterers": fitted.facts["id"], "labels": labels.fingerprint}
     return Upstream(crop_table, labels_PNZ, facts, labels, lineage)
 
 
@@ -342,10 +342,14 @@ def pretrain(cfg: Pretraining, source: str, root: str, resources: Resources, exp
 
 
 def _catch_up(tracking: dict[str, Any], uri: str, artifact: Artifact) -> None:
-    """Bring MLflow up to date from the run's own records; a no-op when it already is."""
+    """Bring MLflow up to date from the run's own records, once; until the server was there, at every call."""
+    delivered = store.join(uri, "tracked.json")
+    if store.exists(delivered):
+        return
     history = json.loads(artifact.read("history.json"))
     files = {n: artifact.read(n) for n in artifact.files if n.endswith((".png", ".yaml", ".html"))}
     if registry.catch_up(**tracking, history=history, files=files):
+        store.write_json(delivered, {"run": tracking["run_name"], "experiment": tracking["experiment"]})
         say("mlflow", f"run '{tracking['run_name']}' in experiment '{tracking['experiment']}'")
     else:
         say(

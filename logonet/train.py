@@ -37,6 +37,10 @@ TIMINGS = ("unix_s", "samples_per_s", "data_wait_share", "peak_memory_mb")
 MAX_EMBEDDINGS = 2048  # samples that the effective rank of an epoch is computed on
 
 
+class Diverged(UserError):
+    """Training cannot go on; every rank raises it at the same step."""
+
+
 @dataclass(frozen=True)
 class Config:
     """Training settings; the defaults are the paper's Table 2.
@@ -48,7 +52,8 @@ class Config:
             accumulates gradients over global_batch / (workers x batch_size) of them.
         lr: peak learning rate; linear warm-up over ``warmup_epochs``, then cosine to ``min_lr``.
         grad_clip: largest gradient norm; None does not clip.
-        precision: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on CPU.
+        precision: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on CPU, so that a run that moves from
+            one to the other changes its arithmetic.
         compile: torch.compile the network.
         gradient_sync: "ddp", "flat" (one all-reduce of all gradients) or "auto": ddp on CUDA, flat on CPU.
         checkpoint_every_steps: also within an epoch; None: at the end of each.
@@ -80,6 +85,12 @@ class Config:
             raise ValueError(
                 f"checkpoint_every_steps is {self.checkpoint_every_steps}; it must be at least 1"
             )
+        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
+            raise ValueError(
+                f"lr is {self.lr} and min_lr {self.min_lr}; they must be 0 <= min_lr <= lr and lr > 0"
+            )
+        if self.weight_decay < 0 or (self.grad_clip is not None and self.grad_clip <= 0):
+            raise ValueError("weight_decay must be at least 0, and grad_clip above 0 or null")
         if self.precision not in (known := ("auto", "bf16", "fp32")):
             raise ValueError(unknown("precision", self.precision, known))
         if self.gradient_sync not in (known := ("auto", "ddp", "flat")):
@@ -160,17 +171,19 @@ def step(
         with contextlib.nullcontext() if last or ddp is None else ddp.no_sync():
             with autocast:
                 loss, metrics = method(batch, progress)
-            if not torch.isfinite(loss):
-                raise UserError(
-                    f"the loss became {loss.item()}; lower train.lr (now {lr:.3g}), set train.grad_clip=1.0 "
-                    "or train.precision=fp32, and run the same command: it resumes from the last checkpoint"
-                )
             (loss / count).backward()
         add_metrics(totals, metrics)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     sync(params)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    if not torch.isfinite(norm):
+        # After the average all ranks see the same norm, so all stop here together, before a weight is spoilt.
+        raise Diverged(
+            f"the gradient's norm became {norm.item()} (loss {loss.item():.4g}, learning rate {lr:.3g}); lower "
+            "train.lr, set train.grad_clip=1.0 or train.precision=fp32: a changed config starts a new run"
+        )
     if cfg.grad_clip is not None:
-        torch.nn.utils.clip_grad_norm_(params, cfg.grad_clip)
+        torch.nn.utils.clip_grads_with_norm_(params, cfg.grad_clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -193,9 +206,8 @@ def add_metrics(totals: dict[str, torch.Tensor], metrics: dict[str, torch.Tensor
 
 
 def unwrap(method: nn.Module) -> Any:
-    """The method itself, without DDP's or torch.compile's wrapper."""
-    method = getattr(method, "module", method)
-    return getattr(method, "_orig_mod", method)
+    """The method itself, without DDP's wrapper."""
+    return getattr(method, "module", method)
 
 
 # ---------------------------------------------------------------------------------------------- worker
@@ -212,7 +224,7 @@ class Worker:
         self.total_steps = self.cfg.epochs * self.order.steps_per_epoch
         # Every rank builds from the same seed, so all start alike without a broadcast.
         torch.manual_seed(draws.integer(self.cfg.seed, "init"))
-        self.method = build_method(job.backbone, job.method, job.facts).to(device).train()
+        self.method: Any = build_method(job.backbone, job.method, job.facts).to(device).train()
         self.params = [p for p in self.method.parameters() if p.requires_grad]
         self.names = [n for n, p in self.method.named_parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -314,8 +326,10 @@ class Worker:
                 progress=self.step / self.total_steps,
                 lr=lr_at(self.step, self.cfg, steps_per_epoch),
                 cfg=self.cfg,
+                # By place in the step, not by rank: another number of workers draws the same.
                 seeds=[
-                    draws.integer(self.cfg.seed, "torch", self.step, i, self.rank) for i in range(self.count)
+                    draws.integer(self.cfg.seed, "torch", self.step, self.rank * self.count + i)
+                    for i in range(self.count)
                 ],
                 autocast=_autocast(self.cfg, self.device),
                 sync=sync,
@@ -356,7 +370,11 @@ class Worker:
 
     def _parallel(self) -> tuple[nn.Module, Callable[[list[nn.Parameter]], None]]:
         """The module to call and how gradients are averaged."""
-        module: nn.Module = torch.compile(self.method) if self.cfg.compile else self.method  # type: ignore[assignment]
+        module: nn.Module = self.method
+        if self.cfg.compile:
+            # The network alone: the number of masked slices differs from step to step, and would recompile the rest.
+            net = self.method.backbone
+            net.encode, net.decode_features = torch.compile(net.encode), torch.compile(net.decode_features)
         if self.world == 1:
             return module, lambda params: None
         mode = self.cfg.gradient_sync
@@ -590,6 +608,8 @@ def fit(
     )
     result: Any = trainer.fit()  # Ray's stub lacks return_value, what rank 0 returned
     assert result.return_value is not None
+    if "diverged" in result.return_value:
+        raise Diverged(result.return_value["diverged"])
     return result.return_value
 
 
@@ -617,7 +637,13 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives of Python objects go through the current device
     worker = Worker(job, config["feed"], share, rank=rank, world=world, device=device)
-    history = worker.run(ray.train.report, tracker)
+    try:
+        history = worker.run(ray.train.report, tracker)
+    except Diverged as err:
+        # A value and not an exception, which Ray would answer by starting all workers again.
+        if tracker is not None:
+            tracker.close("FAILED", timeout_s=15)
+        return {"diverged": str(err)}
     if rank:
         return {}
     files = checkpoints.save_final(job.uri, worker.method, history)

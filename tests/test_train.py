@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -21,7 +22,13 @@ from logonet.methods import Facts
 SIZE = (32, 32, 32)
 SIZES = (5, 7)
 SHARE = Share(
-    workers=1, use_gpu=False, cpus_per_worker=1, threads_per_worker=1, cpus_per_data_task=1, data_cpus=1
+    workers=1,
+    use_gpu=False,
+    cpus_per_worker=1,
+    threads_per_worker=1,
+    cpus_per_data_task=1,
+    cpus_per_task=1,
+    cpus=3,
 )
 FACTS = Facts(size_vox=SIZE, cluster_sizes=SIZES, majority_labels=(0, 0))
 
@@ -152,6 +159,33 @@ def test_a_torn_newest_checkpoint_falls_back_and_is_kept(
     assert found.step == 3
     assert "step-00000006" in caplog.text
     assert (newest / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_was_saved_after_a_fallback_survives_pruning(tmp_path: Path, keep: int) -> None:
+    for step in (6, 12):
+        checkpoints.save_state(f"{tmp_path}/checkpoints/step-{step:08d}", "f" * 16, a_state(step))
+        (tmp_path / "checkpoints" / f"step-{step:08d}" / "model.safetensors").write_bytes(b"torn")
+    writer = checkpoints.Writer(str(tmp_path), "f" * 16, keep=keep)
+    writer.save(a_state(1))
+    writer.wait()
+    found = checkpoints.newest(str(tmp_path), "f" * 16)
+    assert found is not None
+    assert found.step == 1
+
+
+def test_a_store_that_refuses_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Starting again from step 0 because the store was away for a minute would be the worst answer."""
+    checkpoints.save_state(f"{tmp_path}/checkpoints/step-00000003", "f" * 16, a_state())
+
+    def refuse(*args: Any, **kwargs: Any) -> bytes:
+        raise UserError("the store is away; wait")
+
+    monkeypatch.setattr(store, "read", refuse)
+    with pytest.raises(UserError, match="the store is away"):
+        checkpoints.newest(str(tmp_path), "f" * 16)
 
 
 def test_another_runs_checkpoint_is_not_taken(tmp_path: Path) -> None:
@@ -340,8 +374,22 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence(feed: Any, tmp_path: Pa
     worker = a_worker(feed, a_job(str(tmp_path)))
     with torch.no_grad():
         next(p for p in worker.method.parameters() if p.requires_grad).fill_(math.nan)
-    with pytest.raises(UserError, match=r"the loss became nan; lower train.lr"):
+    with pytest.raises(train.Diverged, match=r"norm became nan .* lower train.lr"):
         worker.run(lambda metrics: None)
+    assert checkpoints.newest(str(tmp_path), "a" * 16) is None
+
+
+def test_a_compiled_network_takes_the_same_steps(
+    feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the tracer with its eager backend, so that no compiler is needed."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    settings = {"epochs": 1, "warmup_epochs": 0, "lr": 1e-7}
+    plain = a_worker(feed, a_job(f"{tmp_path}/plain", **settings)).run(lambda metrics: None)
+    compiled = a_worker(feed, a_job(f"{tmp_path}/compiled", compile=True, **settings)).run(
+        lambda metrics: None
+    )
+    assert compiled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5)
 
 
 def test_the_epoch_line_says_accuracy_against_its_floor() -> None:
