@@ -253,11 +253,14 @@ def test_parameters_of_the_variants(name: str, options: dict[str, Any], expected
         ("ulkanet", {"variant": "large"}, 155_631_000_000),
     ],
 )
-def test_multiply_accumulates_at_96(name: str, options: dict[str, Any], expected: int) -> None:
+def test_multiply_accumulates_at_96(
+    name: str, options: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Within half of the last digit that is given; thop needs shapes only, hence the meta device."""
     import thop
 
-    logging.getLogger().setLevel(logging.ERROR)  # thop warns that it counts trilinear upsampling as nothing
+    # thop warns that it counts trilinear upsampling as nothing.
+    monkeypatch.setattr(logging.getLogger(), "level", logging.ERROR)
     macs, _ = thop.profile(
         on_meta(name, lka="plain", **options), (torch.empty(1, 1, 96, 96, 96, device="meta"),), verbose=False
     )
