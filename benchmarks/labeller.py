@@ -140,12 +140,15 @@ def gemm_rates(repeats: int) -> dict[str, float]:
     c_VT, x_ST = np.random.default_rng(0).random((2, 1024, SIDE * SIDE), np.float32)
     x_ST = x_ST[:SIDE]
     c, x = _fast(torch.from_numpy(c_VT)), _fast(torch.from_numpy(x_ST))
+    rates = {}
     ways: dict[str, Callable[[], object]] = {
-        "numpy": lambda: c_VT @ x_ST.T,
         "labeller": lambda: _product(c, x),
+        "numpy": lambda: c_VT @ x_ST.T,
     }
-    timed(ways, 1)
-    return {name: 2e-9 * c_VT.size * SIDE / s for name, s in timed(ways, 4 * repeats).items()}
+    for name, way in ways.items():  # not in turn: see measure
+        wall_s = timed({name: way}, 4 * repeats)[name]
+        rates[name] = 2e-9 * c_VT.size * SIDE / wall_s
+    return rates
 
 
 def measure(
@@ -172,16 +175,18 @@ def measure(
         theirs_SN = np.stack([m.predict(x_ST) for m in models], 1)
         ours_SN, work = fused.label(x_ST)
         differ, unexplained, gap = differences(fitted, x_ST, ours_SN, theirs_SN)
+        # In this order: OpenBLAS's second thread spins on for a while after the plain product, on the core that
+        # the fused labeller's second thread needs; scikit-learn uses one thread for so few rows.
         ways: dict[str, Callable[[], object]] = {
-            "sklearn": functools.partial(lambda x: [m.predict(x) for m in models], x_ST),
             "plain": functools.partial(plain, x_ST),
+            "sklearn": functools.partial(lambda x: [m.predict(x) for m in models], x_ST),
             "fused": functools.partial(fused, x_ST),
         }
         wall_s = timed(ways, repeats)
         rows[name] = {**wall_s, "equal": 1 - differ / ours_SN.size, "unexplained": unexplained}
         table.add_row(
             name,
-            *(f"{1e3 * wall_s[way]:.0f}" for way in ways),
+            *(f"{1e3 * wall_s[way]:.0f}" for way in ("sklearn", "plain", "fused")),
             f"{wall_s['sklearn'] / wall_s['fused']:.1f}x",
             f"{1e3 * work.gflop / rates['labeller']:.0f}",
             f"{work.gflop:.1f}",

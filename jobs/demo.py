@@ -55,7 +55,8 @@ def main(args: Args) -> None:
         run = newest_run(f"{bucket}/runs/pretrain")
         history = store.read_json(f"{run}/history.json")
         local = os.path.join(folder, "report.html")
-        store.read_to_file(f"{run}/report.html", local)
+        for name in ("report.html", "history.json", "masked_chain.png", "clusters.png", "curves.png"):
+            store.read_to_file(f"{run}/{name}", os.path.join(folder, name))
     first, last = history[0], history[-1]
     print(f"\nloss {first['loss']:.3f} -> {last['loss']:.3f} over {len(history)} epochs")
     print(

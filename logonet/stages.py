@@ -322,9 +322,10 @@ def pretrain(cfg: Pretraining, source: str, root: str, resources: Resources, exp
     say("pretrain", f"{name} on {len(crop_table)} crops, {order.steps_per_epoch} steps an epoch  {uri}")
     result = train.fit(job, feed, resources, share)
     history = result["history"]
-    page = report.run_page(name, _sections(cfg, history, pictures, lineage, uri)).encode()
+    pictures["curves.png"] = report.curves(history)
+    page = report.run_page(name, _sections(cfg, pictures, lineage, uri)).encode()
     files = {k: Stored(**v) for k, v in result["files"].items()}
-    for file, content in {**job.files, "report.html": page}.items():
+    for file, content in {**job.files, **pictures, "report.html": page}.items():
         files[file] = store.write(store.join(uri, file), content)
     artifact = artifacts.commit(
         uri,
@@ -393,13 +394,9 @@ def cluster_sheet(table: data.CropTable, labels_PNZ: np.ndarray, which: int, see
 
 
 def _sections(
-    cfg: Pretraining,
-    history: list[dict[str, Any]],
-    pictures: dict[str, bytes],
-    lineage: dict[str, str],
-    uri: str,
+    cfg: Pretraining, pictures: dict[str, bytes], lineage: dict[str, str], uri: str
 ) -> list[tuple[str, Any]]:
-    sections: list[tuple[str, Any]] = [("Training", report.curves(history, None))]
+    sections: list[tuple[str, Any]] = [("Training", pictures["curves.png"])]
     if "masked_chain.png" in pictures:
         sections.append(("A masked chain of slices and its pseudo-labels", pictures["masked_chain.png"]))
     if "clusters.png" in pictures:

@@ -40,7 +40,7 @@ def test_importing_real_scans_and_a_dicom_series(
 ) -> None:
     scans = f"{shared_data}/scans"
     assert logonet(monkeypatch, "data", "import", scans, "--root", f"{tmp_path}/runs") == 0
-    assert "ct_trunk_3mm" in capsys.readouterr().out
+    assert "6 scans, 3 CT, 3 MR" in capsys.readouterr().out
     assert logonet(monkeypatch, "data", "import", f"{scans}/ct_dicom", "--root", f"{tmp_path}/runs") == 0
     assert "1 scans" in capsys.readouterr().out
 
