@@ -48,7 +48,7 @@ def write(uri: str, out: str, max_slices: int, stability: int, share: Share) -> 
     quality.insert(0, "clusterer", np.arange(len(quality)))
     if stability:
         quality = quality.join(_two_seeds(table, artifact, fitted, slices_ST, labels_SN, stability, share))
-    nmi_MM, _ = clusterers.agreement(labels_SN)
+    nmi_MM, _ = clusterers.agreement(labels_SN, limit=len(fitted.sizes_N))
     files: dict[str, bytes] = {"quality.csv": quality.to_csv(index=False).encode()}
     files["clusters.png"] = report.clusters_picture(quality, nmi_MM)
     sections: list[tuple[str, str | bytes | pd.DataFrame]] = [

@@ -258,7 +258,8 @@ def _line(axes: Axes, x: list[float], y: list[float], colour: str, form: str, fl
     style: dict[str, Any] = {"fontsize": 8.5, "textcoords": "offset points"}
     if floor:
         axes.plot(x, y, color=colour, linewidth=1.2, linestyle=(0, (4, 2)))
-        axes.annotate(text, (x[-1], y[-1]), xytext=(0, 3), ha="right", va="bottom", color=GREY, **style)
+        # Below its line: a curve that learns ends above it.
+        axes.annotate(text, (x[-1], y[-1]), xytext=(0, -4), ha="right", va="top", color=GREY, **style)
         return
     axes.plot(x, y, color=colour, linewidth=1.8, solid_capstyle="round")
     axes.plot(x[-1:], y[-1:], "o", color=colour, markersize=4)
