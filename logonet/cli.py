@@ -187,7 +187,7 @@ def doctor(root: str = "/tmp/logonet-doctor", nodes: bool = True) -> None:
 
 @app.command(name="clusters report")
 def clusters_report(
-    clusterers: tyro.conf.Positional[str], /, out: str, slices: int = 4096, stability: int = 0
+    clusterers: tyro.conf.Positional[str], /, out: str, slices: int = 4096, stability: int = 4
 ) -> None:
     """Say how good a clusterer set is, before any GPU hour is spent on it.
 
