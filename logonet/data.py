@@ -346,7 +346,7 @@ def batches(
     """
     import ray
 
-    feed: Feed = ray.get(feed_ref[0])
+    feed = opened(feed_ref[0])
     per_rank = feed.order.global_batch // world
     rows = (stop_step - start_step) * per_rank
     row_bytes = 4 * int(np.prod(feed.table.size_vox)) * feed.table.in_channels
@@ -367,7 +367,7 @@ def batches(
 
 def _prepare(feed_ref: Any, places: list[tuple[int, int]]) -> dict[str, np.ndarray]:
     """The samples at (step, slot) ``places``, stacked. Runs as a Ray task."""
-    feed = _opened(feed_ref[0])
+    feed = opened(feed_ref[0])
     samples = [feed.sample(*feed.order.at(step, slot)) for step, slot in places]
     return {key: np.stack([s[key] for s in samples]) for key in samples[0]}
 
@@ -375,7 +375,7 @@ def _prepare(feed_ref: Any, places: list[tuple[int, int]]) -> dict[str, np.ndarr
 _FEEDS: dict[str, Feed] = {}
 
 
-def _opened(ref: Any) -> Feed:
+def opened(ref: Any) -> Feed:
     """The feed, unpickled once a process: a big run's references take longer to unpickle than a sample to prepare."""
     import ray
 

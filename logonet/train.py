@@ -219,7 +219,7 @@ class Worker:
     def __init__(self, job: Job, feed: Any, share: Share, *, rank: int, world: int, device: torch.device):
         self.job, self.cfg, self.feed, self.share = job, job.train, feed, share
         self.rank, self.world, self.device = rank, world, device
-        self.order = data_order(feed, job)
+        self.order = data.opened(feed[0]).order
         self.count = accumulation(self.cfg, world)
         self.total_steps = self.cfg.epochs * self.order.steps_per_epoch
         # Every rank builds from the same seed, so all start alike without a broadcast.
@@ -409,12 +409,6 @@ class Worker:
         self.timing = {"wall_s": 0.0, "wait_s": 0.0, "samples": 0}
         if self.rank == 0:
             print(epoch_line(entry, self.cfg.epochs), flush=True)
-
-
-def data_order(feed: Any, job: Job) -> data.Order:
-    import ray
-
-    return ray.get(feed[0]).order
 
 
 def dry_run(backbone: dict[str, Any], cfg: Config, facts: Facts) -> None:
