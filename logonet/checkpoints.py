@@ -201,9 +201,34 @@ class Writer:
             log.warning("old checkpoints stay: %s", err)
 
 
-def save_final(run_uri: str, method: Any, history: list[dict[str, Any]]) -> dict[str, Stored]:
-    """The run's results: the backbone's weights, the whole method's, and the history."""
-    return {
+def save_best(run_uri: str, step: int, backbone: torch.nn.Module, keep: int) -> None:
+    """Keep the backbone after ``step``, the best so far; ``keep`` of them, since a run that falls back to an
+    older checkpoint falls back to that one's best too.
+    """
+    uri = _best_uri(run_uri, step)
+    _write_tensors(uri, backbone.state_dict())
+    # Later ones are left of a run that went on from before them, and are about to be written again.
+    earlier = sorted(e.uri for e in store.listing(store.join(run_uri, "best")) if e.uri < uri)
+    for old in earlier[: max(0, len(earlier) + 1 - keep)]:
+        store.delete(old)
+
+
+def _best_uri(run_uri: str, step: int) -> str:
+    return store.join(run_uri, "best", f"step-{step:08d}.safetensors")
+
+
+def save_final(
+    run_uri: str, method: Any, history: list[dict[str, Any]], best_step: int | None = None
+) -> dict[str, Stored]:
+    """The run's results: the backbone's weights, the whole method's, and the history.
+
+    With ``best_step`` also ``best.safetensors``: the backbone after that step.
+    """
+    files = {}
+    if best_step is not None:
+        weights = store.read(_best_uri(run_uri, best_step))
+        files["best.safetensors"] = store.write(store.join(run_uri, "best.safetensors"), weights)
+    return files | {
         "backbone.safetensors": _write_tensors(
             store.join(run_uri, "backbone.safetensors"), dict(method.backbone.state_dict())
         ),

@@ -1,4 +1,5 @@
-"""Every Ray graph over data: scans -> manifest rows -> crops -> sample of slices -> pseudo-labels -> batches.
+"""Every Ray graph over data: scans -> manifest rows -> crops -> sample of slices -> pseudo-labels -> batches,
+and for labelled scans -> cases -> batches.
 
 References travel, not voxels: a task that is handed a scan's row reads, cuts and stores by itself and
 returns a few numbers per crop. Only the crops a training step is about to use go through Ray's object
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from logonet import clusterers, crops, draws, manifest, methods, store
+from logonet import cases, clusterers, crops, draws, manifest, methods, store
 from logonet.artifacts import Artifact
 from logonet.cluster import Share, quiet
 from logonet.errors import BadScan, UserError
@@ -170,6 +171,49 @@ class CropTable:
         return cls(artifact.uri, (num_x, num_y, num_z), artifact.facts["in_channels"], refs)
 
 
+# ---------------------------------------------------------------------------------------------- cases
+
+
+@dataclass(frozen=True)
+class _PrepareCase:
+    """Prepares one labelled scan and stores it as one file of bricks. Runs on Ray's workers."""
+
+    label_values: tuple[int, ...]
+    cfg: cases.Config
+    uri: str
+
+    def __call__(self, scan: manifest.Scan) -> cases.Ref | manifest.Quarantined:
+        uri = store.join(self.uri, "cases", f"{scan.scan_id}.safetensors")
+        entry = store.stat(uri)
+        if entry is not None and (ref := cases.stored(uri, entry.size_bytes)) is not None:
+            return ref
+        try:
+            image = manifest.load(scan)
+            labels_XYZ = manifest.load_label(scan, image)
+            prepared = cases.prepare(
+                image, labels_XYZ, scan.modality, self.label_values, self.cfg, scan.scan_id
+            )
+        except BadScan as err:
+            return manifest.Quarantined(scan.uri, str(err))
+        blob = cases.to_bytes(scan.scan_id, *prepared, self.cfg.seed)
+        store.write(uri, blob)
+        return cases.ref_of(uri, blob)
+
+
+def prepare_cases(
+    scans: list[manifest.Scan], label_values: tuple[int, ...], cfg: cases.Config, uri: str, share: Share
+) -> tuple[list[cases.Ref], list[manifest.Quarantined]]:
+    """Prepare every labelled scan; files already stored by an interrupted run are kept."""
+    refs: list[cases.Ref] = []
+    bad: list[manifest.Quarantined] = []
+    for answer in _map_in_order(scans, _PrepareCase(label_values, cfg, uri), share):
+        if isinstance(answer, manifest.Quarantined):
+            bad.append(answer)
+        else:
+            refs.append(answer)
+    return refs, bad
+
+
 # ------------------------------------------------------------------------------- clusterers and labels
 
 
@@ -290,24 +334,32 @@ def label_crops(table: CropTable, fitted: clusterers.ClustererSet, share: Share)
 class Order:
     """Which sample stands where: the whole run as one sequence of references.
 
-    Step ``s`` uses positions ``s * global_batch`` up to the next step's; an epoch is a seeded permutation
+    Step ``s`` uses positions ``s * global_batch`` up to the next step's; a pass is a seeded permutation
     of all samples, filled up from its own start to whole steps. A rank takes a contiguous part of each
     step, so another number of workers sees the same samples at the same steps.
+
+    ``epoch_steps`` is what counts as an epoch in steps; None is one pass. With it, runs on few and on many
+    samples are equally long (as nnU-Net's 250 iterations).
     """
 
     num_samples: int
     global_batch: int
     seed: int
+    epoch_steps: int | None = None
+
+    @property
+    def steps_per_pass(self) -> int:
+        return -(-self.num_samples // self.global_batch)
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.num_samples // self.global_batch)
+        return self.epoch_steps or self.steps_per_pass
 
     def at(self, step: int, slot: int) -> tuple[int, int]:
-        """(epoch, sample) of position ``slot`` (0 .. global_batch - 1) of step ``step``."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order = _epoch_order(self.seed, epoch, self.num_samples)
-        return epoch, int(order[(within * self.global_batch + slot) % self.num_samples])
+        """(pass, sample) of position ``slot`` (0 .. global_batch - 1) of step ``step``."""
+        number, within = divmod(step, self.steps_per_pass)
+        order = _epoch_order(self.seed, number, self.num_samples)
+        return number, int(order[(within * self.global_batch + slot) % self.num_samples])
 
 
 @functools.lru_cache(maxsize=4)
@@ -324,6 +376,14 @@ class Feed:
     method: str
     method_config: Any
     order: Order
+    rows_per_sample = 1
+
+    @property
+    def row_bytes(self) -> int:
+        return 4 * int(np.prod(self.table.size_vox)) * self.table.in_channels
+
+    def samples(self, number: int, index: int) -> list[dict[str, np.ndarray]]:
+        return [self.sample(number, index)]
 
     def sample(self, epoch: int, index: int) -> dict[str, np.ndarray]:
         """Sample ``index`` as the method's ``prepare`` makes it for ``epoch``."""
@@ -334,10 +394,47 @@ class Feed:
         return methods.prepare(self.method)(raw, self.method_config, rng)
 
 
+@dataclass(frozen=True)
+class LabelledFeed:
+    """The same for a labelled method: a sample is a case, and gives ``crops.per_case`` rows.
+
+    ``train`` and ``val`` are positions in the table.
+    """
+
+    table: cases.Table
+    train: tuple[int, ...]
+    val: tuple[int, ...]
+    crops: cases.Crops
+    method: str
+    method_config: Any
+    order: Order
+
+    @property
+    def rows_per_sample(self) -> int:
+        return self.crops.per_case
+
+    @property
+    def row_bytes(self) -> int:
+        return 5 * int(np.prod(self.crops.size_vox)) * self.table.in_channels
+
+    def samples(self, number: int, index: int) -> list[dict[str, np.ndarray]]:
+        """The crops of training case ``index`` in pass ``number``, as the method's ``prepare`` makes them."""
+        ref = self.table.refs[self.train[index]]
+        rng = draws.rng(self.order.seed, "crops", number, ref.scan_id)
+        rows = []
+        for start in cases.starts(ref, self.crops, rng):
+            image_CXYZ, labels_XYZ = cases.read_crop(ref, start, self.crops.size_vox)
+            raw = {"image_CXYZ": image_CXYZ, "labels_XYZ": labels_XYZ}
+            rows.append(methods.prepare(self.method)(raw, self.method_config, rng))
+        return rows
+
+
 def batches(
     feed_ref: Any, *, start_step: int, stop_step: int, rank: int, world: int, batch_size: int, share: Share
 ) -> Iterator[dict[str, np.ndarray]]:
     """This rank's prepared batches from ``start_step`` on, in order; skipped steps are never read.
+
+    A batch holds ``batch_size`` samples, which are more rows where a sample gives several crops.
 
     Plain Ray tasks, a few ahead, and not a Ray Data stream: ``streaming_split`` hands a block to whichever
     rank asks first, so a sample's rank and step would depend on timing; and with a stream of its own for
@@ -349,8 +446,8 @@ def batches(
     feed = opened(feed_ref[0])
     per_rank = feed.order.global_batch // world
     rows = (stop_step - start_step) * per_rank
-    row_bytes = 4 * int(np.prod(feed.table.size_vox)) * feed.table.in_channels
-    group = batch_size * max(1, min(TASK_BYTES // (row_bytes * batch_size), -(-rows // (4 * batch_size))))
+    sample_bytes = feed.row_bytes * feed.rows_per_sample
+    group = batch_size * max(1, min(TASK_BYTES // (sample_bytes * batch_size), -(-rows // (4 * batch_size))))
     prepare = ray.remote(_prepare).options(num_cpus=share.cpus_per_data_task)
     ahead: collections.deque[Any] = collections.deque()
     for begin in range(0, rows, group):
@@ -360,22 +457,22 @@ def batches(
             places.append((step, slot))
         ahead.append(prepare.remote(feed_ref, places))
         if len(ahead) > TASKS_AHEAD:
-            yield from _split(ray.get(ahead.popleft()), batch_size)
+            yield from _split(ray.get(ahead.popleft()), batch_size * feed.rows_per_sample)
     while ahead:
-        yield from _split(ray.get(ahead.popleft()), batch_size)
+        yield from _split(ray.get(ahead.popleft()), batch_size * feed.rows_per_sample)
 
 
 def _prepare(feed_ref: Any, places: list[tuple[int, int]]) -> dict[str, np.ndarray]:
     """The samples at (step, slot) ``places``, stacked. Runs as a Ray task."""
     feed = opened(feed_ref[0])
-    samples = [feed.sample(*feed.order.at(step, slot)) for step, slot in places]
+    samples = [row for step, slot in places for row in feed.samples(*feed.order.at(step, slot))]
     return {key: np.stack([s[key] for s in samples]) for key in samples[0]}
 
 
-_FEEDS: dict[str, Feed] = {}
+_FEEDS: dict[str, Feed | LabelledFeed] = {}
 
 
-def opened(ref: Any) -> Feed:
+def opened(ref: Any) -> Feed | LabelledFeed:
     """The feed, unpickled once a process: a big run's references take longer to unpickle than a sample to prepare."""
     import ray
 

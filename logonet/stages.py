@@ -28,12 +28,16 @@ from logonet import (
     config,
     crops,
     data,
+    importers,
+    leaks,
     manifest,
     methods,
     registry,
     report,
+    splits,
     store,
     train,
+    transfer,
 )
 from logonet.artifacts import Artifact
 from logonet.cluster import Resources, Share
@@ -47,8 +51,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pretraining:
-    """Everything that decides what a pretraining run computes. ``jobs/recipes.py`` names full ones."""
+    """Everything that decides what a pretraining run computes. ``jobs/recipes.py`` names full ones.
 
+    ``split`` leaves out the scans that it puts into test and validation sets: give the finetuning's own split where
+    both stand on one dataset. None uses every scan.
+    """
+
+    split: splits.Config | None = None
     crops: crops.Config = field(default_factory=crops.Config)
     clusterers: clusterers.Config = field(default_factory=clusterers.Config)
     backbone: dict[str, Any] = field(default_factory=lambda: {"name": "logonet"})
@@ -74,6 +83,7 @@ def resolve(cfg: Pretraining) -> Pretraining:
     backbone = {"name": b_name, **config.to_dict(b_cfg)}
     train.dry_run(backbone, cfg.train, Facts(size_vox=cfg.crops.size_vox))
     return Pretraining(
+        split=cfg.split,
         crops=cfg.crops,
         clusterers=cfg.clusterers,
         backbone=backbone,
@@ -96,7 +106,7 @@ def say(stage: str, text: str) -> None:
 
 def import_scans(source: str, root: str, share: Share) -> tuple[manifest.Manifest, Artifact]:
     """The manifest of everything at ``source``: a prefix, an MSD dataset.json or a DICOM series folder."""
-    sources = manifest.sources(source)
+    sources = importers.sources(source)
     # Versions (ETags, modification times) stand in for content until it is read: an unchanged listing is not
     # read again, and a replaced scan gives a new manifest.
     listed = [asdict(s) for s in sources]
@@ -117,7 +127,7 @@ def import_scans(source: str, root: str, share: Share) -> tuple[manifest.Manifes
     artifact = artifacts.commit(
         uri, "manifest", fingerprint, config=cfg, parents={}, files=files, facts=facts
     )
-    say("manifest", f"{table.summary()}  {_took(started)}  {uri}")
+    say("manifest", f"{table.summary()}  {took(started)}  {uri}")
     for bad in table.quarantined:
         say("", f"quarantined: {bad.reason}")
     return _usable(table, source, uri), artifact
@@ -160,7 +170,7 @@ def make_crops(
         found = artifacts.commit(
             uri, "crops", fingerprint, config=own, parents=parents, files=files, facts=facts
         )
-        say("crops", f"{len(refs)} crops of {len(table.scans) - len(bad)} scans  {_took(started)}  {uri}")
+        say("crops", f"{len(refs)} crops of {len(table.scans) - len(bad)} scans  {took(started)}  {uri}")
         return crop_table, found
     crop_table = data.CropTable.open(found)
     say("crops", f"{len(crop_table)} crops  (already there: {uri})")
@@ -188,7 +198,7 @@ def make_clusterers(
         uri, "clusterers", fingerprint, config=own, parents=parents, files=files, facts=facts
     )
     store.delete_prefix(store.join(uri, "fits"))  # the parts of what is now committed whole
-    say("clusterers", f"{cfg.n} clusterers {fitted.id}  {_took(started)}  {uri}")
+    say("clusterers", f"{cfg.n} clusterers {fitted.id}  {took(started)}  {uri}")
     return artifact
 
 
@@ -226,7 +236,7 @@ def make_labels(
     artifact = artifacts.commit(
         uri, "labels", fingerprint, config={}, parents=parents, files=files, facts=facts
     )
-    say("labels", f"{labels_PNZ.size:,} pseudo-labels  {_took(started)}  {uri}")
+    say("labels", f"{labels_PNZ.size:,} pseudo-labels  {took(started)}  {uri}")
     return labels_PNZ, artifact
 
 
@@ -246,6 +256,7 @@ class Upstream:
         facts: what the method may know of them.
         parent: the artifact trained on.
         lineage: fingerprints and ids, from the scans on.
+        seen: the scans that gave crops, without names, for leak checks (`leaks.seen`).
     """
 
     crops: data.CropTable
@@ -253,16 +264,20 @@ class Upstream:
     facts: Facts
     parent: Artifact
     lineage: dict[str, str]
+    seen: bytes
 
 
 def upstream(cfg: Pretraining, source: str, root: str, share: Share) -> Upstream:
     """Manifest, crops and, where the method needs them, clusterers and pseudo-labels."""
     table, _ = import_scans(source, root, share)
+    table = training_part(table, cfg.split)
     crop_table, crops_artifact = make_crops(table, cfg.crops, root, share)
     facts = Facts(size_vox=cfg.crops.size_vox, in_channels=crop_table.in_channels)
     lineage = {"manifest": table.id, "crops": crops_artifact.fingerprint}
+    cut = {ref.scan_id for ref in crop_table.refs}
+    seen = leaks.seen([s for s in table.scans if s.scan_id in cut], "pretraining")
     if not _pseudo(cfg.method["name"]):
-        return Upstream(crop_table, None, facts, crops_artifact, lineage)
+        return Upstream(crop_table, None, facts, crops_artifact, lineage, seen)
     fitted = make_clusterers(crop_table, crops_artifact, cfg.clusterers, root, share)
     labels_PNZ, labels = make_labels(crop_table, crops_artifact, fitted, root, share)
     facts = replace(
@@ -271,7 +286,18 @@ def upstream(cfg: Pretraining, source: str, root: str, share: Share) -> Upstream
         majority_labels=tuple(labels.facts["majority_labels"]),
     )
     lineage |= {"clusterers": fitted.facts["id"], "labels": labels.fingerprint}
-    return Upstream(crop_table, labels_PNZ, facts, labels, lineage)
+    return Upstream(crop_table, labels_PNZ, facts, labels, lineage, seen)
+
+
+def training_part(table: manifest.Manifest, cfg: splits.Config | None) -> manifest.Manifest:
+    """``table`` without the test and validation scans of ``cfg`` (all of it when that is None)."""
+    if cfg is None:
+        return table
+    split = splits.make(table.scans, cfg)
+    held_out = {*split.test, *split.val}
+    kept = tuple(s for s in table.scans if s.scan_id not in held_out)
+    say("split", f"{split.describe()}; pretraining on {len(kept)} scans, without test and validation")
+    return replace(table, scans=kept)
 
 
 def pretrain(cfg: Pretraining, source: str, root: str, resources: Resources, experiment: str) -> Artifact:
@@ -285,27 +311,18 @@ def pretrain(cfg: Pretraining, source: str, root: str, resources: Resources, exp
     parents = {up.parent.stage: up.parent.fingerprint}
     uri, fingerprint = artifacts.address(root, "pretrain", own, parents)
     name = f"pretrain-{cfg.method['name']}-{cfg.backbone['name']}-{fingerprint[:8]}"
-    method_cfg = methods.config(cfg.method["name"], _options(cfg.method))
+    method_cfg = methods.config(cfg.method["name"], options(cfg.method))
     order = data.Order(len(crop_table), cfg.train.global_batch, cfg.train.seed)
     feed = data.Feed(crop_table, labels_PNZ, cfg.method["name"], method_cfg, order)
-    tracking = {
-        "fingerprint": fingerprint,
-        "experiment": experiment,
-        "run_name": name,
-        "params": config.to_dict(cfg),
-        "tags": {
-            "logonet.stage": "pretrain",
-            "logonet.git_commit": registry.git_commit(os.path.dirname(os.path.dirname(__file__))),
-            "logonet.command": registry.command_line(sys.argv),
-            **{f"logonet.{k}": v for k, v in lineage.items()},
-        },
-        "artifact_root": store.join(root, "mlflow-artifacts"),
-    }
+    tracking = tracking_of("pretrain", name, fingerprint, cfg, lineage, root, experiment)
     found = artifacts.find(uri)
     if found is not None:
         say("pretrain", f"already done: {uri}")
-        _catch_up(tracking, uri, found)
+        catch_up(tracking, uri, found)
         return found
+    # Before any hour is spent: what this run will save is what finetuning will be able to load.
+    handover = transfer.prove(cfg.backbone, up.facts.in_channels)
+    say("handover", handover.summary())
     started = time.monotonic()
     pictures = _pictures(feed, labels_PNZ, cfg, crop_table)
     job = train.Job(
@@ -325,7 +342,7 @@ def pretrain(cfg: Pretraining, source: str, root: str, resources: Resources, exp
     pictures["curves.png"] = report.curves(history)
     page = report.run_page(name, _sections(cfg, pictures, lineage, uri)).encode()
     files = {k: Stored(**v) for k, v in result["files"].items()}
-    for file, content in {**job.files, **pictures, "report.html": page}.items():
+    for file, content in {**job.files, **pictures, "report.html": page, SEEN_FILE: up.seen}.items():
         files[file] = store.write(store.join(uri, file), content)
     artifact = artifacts.commit(
         uri,
@@ -336,13 +353,41 @@ def pretrain(cfg: Pretraining, source: str, root: str, resources: Resources, exp
         files=files,
         facts={"final": history[-1], "steps": history[-1]["step"], "tracked": result["tracked"]},
     )
-    _catch_up(tracking, uri, artifact)
+    catch_up(tracking, uri, artifact)
     last = history[-1]
-    say("pretrain", f"done, loss {last['loss']:.4f}  {_took(started)}  {uri}/report.html")
+    say("pretrain", f"done, loss {last['loss']:.4f}  {took(started)}  {uri}/report.html")
     return artifact
 
 
-def _catch_up(tracking: dict[str, Any], uri: str, artifact: Artifact) -> None:
+SEEN_FILE = "seen.parquet"
+
+
+def tracking_of(
+    stage: str,
+    name: str,
+    fingerprint: str,
+    cfg: Any,
+    lineage: dict[str, str],
+    root: str,
+    experiment: str,
+) -> dict[str, Any]:
+    """What `registry.Tracker` is to know of a run."""
+    return {
+        "fingerprint": fingerprint,
+        "experiment": experiment,
+        "run_name": name,
+        "params": config.to_dict(cfg),
+        "tags": {
+            "logonet.stage": stage,
+            "logonet.git_commit": registry.git_commit(os.path.dirname(os.path.dirname(__file__))),
+            "logonet.command": registry.command_line(sys.argv),
+            **{f"logonet.{k}": v for k, v in lineage.items()},
+        },
+        "artifact_root": store.join(root, "mlflow-artifacts"),
+    }
+
+
+def catch_up(tracking: dict[str, Any], uri: str, artifact: Artifact) -> None:
     """Bring MLflow up to date from the run's own records, once; until the server was there, at every call."""
     delivered = store.join(uri, "tracked.json")
     if store.exists(delivered):
@@ -358,7 +403,7 @@ def _catch_up(tracking: dict[str, Any], uri: str, artifact: Artifact) -> None:
         )
 
 
-def _options(part: dict[str, Any]) -> dict[str, Any]:
+def options(part: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in part.items() if k != "name"}
 
 
@@ -406,5 +451,5 @@ def _sections(
     return sections
 
 
-def _took(started: float) -> str:
+def took(started: float) -> str:
     return f"{time.monotonic() - started:.1f} s"

@@ -17,13 +17,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from logonet import backbones, checkpoints, data, draws, methods
+from logonet import backbones, cases, checkpoints, data, draws, infer, methods, store, transfer, volume
 from logonet.cluster import Resources, Share, quiet
 from logonet.config import unknown
 from logonet.errors import UserError
@@ -46,7 +46,8 @@ class Config:
     """Training settings; the defaults are the paper's Table 2.
 
     Attributes:
-        epochs: passes over all crops.
+        epochs: passes over all samples, or as many times ``steps_per_epoch``.
+        steps_per_epoch: what counts as an epoch, in optimizer steps; None is one pass over all samples.
         global_batch: samples of one optimizer step, over all workers (the paper: 16 GPUs x 1).
         batch_size: samples a worker puts through the network at once; what batch norm sees. A worker
             accumulates gradients over global_batch / (workers x batch_size) of them.
@@ -58,10 +59,13 @@ class Config:
         gradient_sync: "ddp", "flat" (one all-reduce of all gradients) or "auto": ddp on CUDA, flat on CPU.
         checkpoint_every_steps: also within an epoch; None: at the end of each.
         keep_checkpoints: newest ones kept.
+        validate_every_epochs: measure Dice on the validation cases this often, and at the end; 0 never does.
+        patience: stop after this many validations without a better one; None trains to the end.
         seed: of everything drawn.
     """
 
     epochs: int = 100
+    steps_per_epoch: int | None = None
     global_batch: int = 16
     batch_size: int = 1
     lr: float = 1e-4
@@ -75,16 +79,19 @@ class Config:
     gradient_sync: str = "auto"
     checkpoint_every_steps: int | None = None
     keep_checkpoints: int = 2
+    validate_every_epochs: int = 0
+    patience: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "global_batch", "batch_size", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:
-            raise ValueError(
-                f"checkpoint_every_steps is {self.checkpoint_every_steps}; it must be at least 1"
-            )
+        for name in ("checkpoint_every_steps", "steps_per_epoch", "patience"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1, or null")
+        if self.validate_every_epochs < 0 or (self.patience is not None and not self.validate_every_epochs):
+            raise ValueError("validate_every_epochs must be at least 0, and above 0 for patience")
         if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
             raise ValueError(
                 f"lr is {self.lr} and min_lr {self.min_lr}; they must be 0 <= min_lr <= lr and lr > 0"
@@ -102,6 +109,16 @@ class Config:
 
 
 @dataclass(frozen=True)
+class Init:
+    """Weights to start from: a safetensors file of a backbone, and how much of it must fit (see `transfer`)."""
+
+    uri: str
+    sha256: str
+    parts: Literal["all", "encoder"] = "all"
+    min_encoder_share: float = 0.95
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything a worker needs, beside the feed. Plain data, so that it travels."""
 
@@ -114,6 +131,8 @@ class Job:
     tracking: dict[str, Any] | None = None
     progress: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
+    init: Init | None = None
+    validation: infer.Config = field(default_factory=infer.Config)
 
 
 def lr_at(step: int, cfg: Config, steps_per_epoch: int) -> float:
@@ -248,7 +267,7 @@ class Worker:
             step=self.step,
             model=dict(self.method.state_dict()),
             optimizer=optimizer,
-            partial=self._gather_partial(),
+            partial=self._gather(self.partial),
             history=self.history,
             world=self.world,
         )
@@ -258,6 +277,7 @@ class Worker:
         found = checkpoints.newest(self.job.uri, self.job.fingerprint) if self.rank == 0 else None
         state = self._broadcast_state(found)
         if state is None:
+            self._start_from(self.job.init)
             return
         self.method.load_state_dict(state.model, strict=True)
         params = dict(zip(self.names, self.params))
@@ -277,6 +297,19 @@ class Worker:
                 flush=True,
             )
 
+    def _start_from(self, init: Init | None) -> None:
+        """Load initial weights into the backbone; every rank reads them itself."""
+        if init is None:
+            return
+        weights = load_weights(init)
+        transfer.transfer(
+            self.method.backbone,
+            weights,
+            source=init.uri,
+            parts=init.parts,
+            min_encoder_share=init.min_encoder_share,
+        )
+
     def _broadcast_state(self, state: checkpoints.State | None) -> checkpoints.State | None:
         if self.world == 1:
             return state
@@ -294,13 +327,14 @@ class Worker:
             tensor.copy_(moved)
         return state
 
-    def _gather_partial(self) -> list[dict[str, torch.Tensor]]:
+    def _gather(self, own: Any) -> list[Any]:
+        """Every rank's ``own``, in the order of the ranks."""
         if self.world == 1:
-            return [self.partial]
+            return [own]
         import torch.distributed as dist
 
         gathered: list[Any] = [None] * self.world
-        dist.all_gather_object(gathered, self.partial)
+        dist.all_gather_object(gathered, own)
         return gathered
 
     # -- the loop
@@ -310,14 +344,14 @@ class Worker:
         self.restore()
         if tracker is not None and self.history:
             tracker.sync(self.history)
-        if self.step >= self.total_steps:
+        if self._finished():
             return self.history
         wrapped, sync = self._parallel()
         steps_per_epoch = self.order.steps_per_epoch
         batches = _Timed(self._batches())
         bar = _progress_bar(self.job.progress and self.rank == 0, self.total_steps, self.step)
         started = time.monotonic()
-        while self.step < self.total_steps:
+        while not self._finished():
             totals = step(
                 wrapped,
                 self.optimizer,
@@ -344,6 +378,7 @@ class Worker:
                 self.timing["wall_s"], started = time.monotonic() - started, time.monotonic()
                 self.timing["wait_s"] = batches.reset()
                 self._end_epoch()
+                started = time.monotonic()  # validation is not training
             if epoch_done or (every is not None and self.step % every == 0):
                 state = self.state()
                 if self.rank == 0:
@@ -355,6 +390,10 @@ class Worker:
         bar.close()
         self.writer.wait()
         return self.history
+
+    def _finished(self) -> bool:
+        at_epochs_end = self.step % self.order.steps_per_epoch == 0
+        return self.step >= self.total_steps or (at_epochs_end and out_of_patience(self.history, self.cfg))
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         arrays = data.batches(
@@ -391,7 +430,7 @@ class Worker:
 
     def _end_epoch(self) -> None:
         """Turn the epoch's sums, over all ranks, into one entry of the history."""
-        gathered = self._gather_partial()
+        gathered = self._gather(self.partial)
         values = reduce_metrics(gathered)
         epoch = self.step // self.order.steps_per_epoch
         entry: dict[str, Any] = {
@@ -400,18 +439,79 @@ class Worker:
             "unix_s": time.time(),
             "lr": lr_at(self.step - 1, self.cfg, self.order.steps_per_epoch),
             **values,
+            **self._validate(epoch),
             "samples_per_s": self.timing["samples"] / max(self.timing["wall_s"], 1e-9),
             "data_wait_share": self.timing["wait_s"] / max(self.timing["wall_s"], 1e-9),
             "peak_memory_mb": _peak_memory_mb(self.device),
         }
         self.history.append(entry)
+        if self.rank == 0 and best_step(self.history) == self.step:
+            # Before the checkpoint that says so, so that a resumed run never looks for a file that is not there.
+            checkpoints.save_best(self.job.uri, self.step, self.method.backbone, self.cfg.keep_checkpoints)
         self.partial = {}
         self.timing = {"wall_s": 0.0, "wait_s": 0.0, "samples": 0}
         if self.rank == 0:
             print(epoch_line(entry, self.cfg.epochs), flush=True)
 
+    def _validate(self, epoch: int) -> dict[str, Any]:
+        """Dice on the validation cases, each on the rank that its place gives it; {} when none is due."""
+        every = self.cfg.validate_every_epochs
+        feed: Any = data.opened(self.feed[0])
+        if not every or (epoch % every and epoch < self.cfg.epochs):
+            return {}
+        net, facts = self.method.backbone, self.job.facts
+        dice: dict[int, list[float]] = {}
+        self.method.eval()
+        for place in range(self.rank, len(feed.val), self.world):
+            image_CXYZ, truth_XYZ = cases.read_case(feed.table.refs[feed.val[place]])
+            with _autocast(self.cfg, self.device):
+                found_XYZ = infer.labels(
+                    net, volume.from_uint16(image_CXYZ), facts.size_vox, self.job.validation, self.device
+                )
+            dice[place] = case_dice(found_XYZ, truth_XYZ, facts.num_classes)
+        self.method.train()
+        for part in self._gather(dice):
+            dice.update(part)
+        # In the cases' order, so that the mean's last bit does not depend on the number of ranks.
+        dice_VK = torch.tensor([dice[place] for place in range(len(feed.val))], dtype=torch.float64)
+        per_class = torch.nanmean(dice_VK, 0)
+        return {"val_dice": torch.nanmean(per_class).item(), "val_dice_per_class": per_class.tolist()}
 
-def dry_run(backbone: dict[str, Any], cfg: Config, facts: Facts) -> None:
+
+def case_dice(found_XYZ: np.ndarray, truth_XYZ: np.ndarray, num_classes: int) -> list[float]:
+    """Dice of each class but background; NaN where neither has it, so that it is left out of means."""
+    both = np.bincount(truth_XYZ[found_XYZ == truth_XYZ].ravel(), minlength=num_classes)[1:]
+    sizes = (np.bincount(a.ravel(), minlength=num_classes)[1:] for a in (found_XYZ, truth_XYZ))
+    total = np.add(*sizes)
+    return np.where(total > 0, 2 * both / np.maximum(total, 1), np.nan).tolist()
+
+
+def best_step(history: Sequence[dict[str, Any]]) -> int | None:
+    """The step of the first entry with the highest validation Dice; None when nothing was validated."""
+    measured = [e for e in history if math.isfinite(e.get("val_dice", math.nan))]
+    return max(measured, key=lambda e: (e["val_dice"], -e["step"]))["step"] if measured else None
+
+
+def out_of_patience(history: Sequence[dict[str, Any]], cfg: Config) -> bool:
+    """Whether the last ``cfg.patience`` validations brought nothing better."""
+    best = best_step(history)
+    if cfg.patience is None or best is None:
+        return False
+    return sum("val_dice" in e and e["step"] > best for e in history) >= cfg.patience
+
+
+def load_weights(init: Init) -> dict[str, torch.Tensor]:
+    """The tensors of ``init``'s file, which must be the very file that was meant."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(store.read(init.uri, sha256=init.sha256))
+    except SafetensorError as err:
+        raise UserError(f"{init.uri} is no safetensors file ({err}); give weights saved by logonet") from None
+
+
+def dry_run(backbone: dict[str, Any], cfg: Config, facts: Facts, rows: int = 1) -> None:
     """Run the encoder on shapes alone, in training mode: what cannot train says so before anything is read.
 
     Raises:
@@ -422,13 +522,13 @@ def dry_run(backbone: dict[str, Any], cfg: Config, facts: Facts) -> None:
         net: Any = backbones.build(
             backbone["name"], in_channels=facts.in_channels, num_classes=2, **options
         ).train()
-        x_BCXYZ = torch.empty(cfg.batch_size, facts.in_channels, *facts.size_vox)
+        x_BCXYZ = torch.empty(cfg.batch_size * rows, facts.in_channels, *facts.size_vox)
         try:
             net.encode(x_BCXYZ)
         except (ValueError, RuntimeError) as err:
             size = "x".join(map(str, facts.size_vox))
             raise UserError(
-                f"backbone '{backbone['name']}' cannot train on batches of {cfg.batch_size} crops of {size} voxels "
+                f"backbone '{backbone['name']}' cannot train on batches of {cfg.batch_size * rows} crops of {size} voxels "
                 f"({err}); use a larger train.batch_size or crops.size_vox"
             ) from None
 
@@ -539,10 +639,15 @@ def epoch_line(entry: dict[str, Any], epochs: int) -> str:
         parts.append(
             f"masked accuracy {entry['accuracy']:.3f} (floor {entry.get('accuracy_floor', math.nan):.3f})"
         )
+    if "train_dice" in entry:
+        parts.append(f"Dice {entry['train_dice']:.3f}")
+    if "val_dice" in entry:
+        parts.append(f"validation Dice {entry['val_dice']:.4f}")
     if "effective_rank" in entry:
         parts.append(f"effective rank {entry['effective_rank']:.1f}")
     parts.append(f"lr {entry['lr']:.2e}")
-    parts.append(f"{entry['samples_per_s']:.2f} crops/s, {entry['data_wait_share']:.0%} waiting for data")
+    unit = "cases" if "train_dice" in entry else "crops"
+    parts.append(f"{entry['samples_per_s']:.2f} {unit}/s, {entry['data_wait_share']:.0%} waiting for data")
     parts.append(f"peak {entry['peak_memory_mb']:,.0f} MB")
     return "  ".join(parts)
 
@@ -553,7 +658,7 @@ def _progress_bar(wanted: bool, total: int, done: int) -> Any:
         return _NoBar()
     from ray.experimental.tqdm_ray import tqdm
 
-    bar = tqdm(desc="pretraining", total=total, unit="step")
+    bar = tqdm(desc="training", total=total, unit="step")
     bar.update(done)
     return bar
 
@@ -568,7 +673,11 @@ class _NoBar:
 
 
 def fit(
-    job: Job, feed: data.Feed, resources: Resources, share: Share, callbacks: Sequence[Any] = ()
+    job: Job,
+    feed: data.Feed | data.LabelledFeed,
+    resources: Resources,
+    share: Share,
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Train ``job`` with Ray Train; returns {"history", "files"}. Run again, it resumes.
 
@@ -640,7 +749,7 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
         return {"diverged": str(err)}
     if rank:
         return {}
-    files = checkpoints.save_final(job.uri, worker.method, history)
+    files = checkpoints.save_final(job.uri, worker.method, history, best_step(history))
     delivered = True
     if tracker is not None:
         delivered = tracker.close(timeout_s=15)  # the driver tries again, for longer
