@@ -55,6 +55,7 @@ Kind = Literal["encoder", "segmentation", "clusterers"]
 CONTENT_TAG = "logonet.content"  # of a model version: what its files hold, see _content
 SIZE_TAG = "logonet.size_bytes"
 KIND_TAG = "logonet.kind"
+REGISTERED_TAG = "logonet.registered"  # of a run that stands for a registration alone: NAME/CONTENT
 MODELS_EXPERIMENT = "logonet-models"  # for models whose own run this server does not know
 MODEL_FILES = "data"  # folder of the model's files, beside MLmodel
 MODEL_URI = re.compile(r"models:/([\w.\- ]+)(?:@([\w.\-]+)|/(\d+))")
@@ -546,9 +547,10 @@ def _model_run(
         )
     root = artifact_root or os.path.join(home(), "mlflow-artifacts")
     experiment_id = _experiment_id(client, MODELS_EXPERIMENT, root)
-    if run := _find_run(client, [experiment_id], CONTENT_TAG, content):
+    if run := _find_run(client, [experiment_id], REGISTERED_TAG, f"{name}/{content}"):
         return run
-    run = client.create_run(experiment_id, tags=dict(tags), run_name=f"register {name}")
+    tags = {**tags, REGISTERED_TAG: f"{name}/{content}"}
+    run = client.create_run(experiment_id, tags=tags, run_name=f"register {name}")
     client.set_terminated(run.info.run_id)
     return run
 
@@ -562,10 +564,14 @@ def _new_version(
     kind: Kind,
     description: str,
 ) -> Any:
+    from mlflow.entities import LoggedModelOutput
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+
     run_id = run.info.run_id
     model = client.create_logged_model(
         run.info.experiment_id, name=name, source_run_id=run_id, model_type=kind, tags=tags
     )
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     with tempfile.TemporaryDirectory(prefix="logonet-model-") as folder:
         _write_model(folder, files, kind, model, run_id)
         client.log_model_artifacts(model.model_id, folder)
@@ -573,7 +579,7 @@ def _new_version(
     # The place itself, not models:/<id>: a SQLite registry would look that up in MLflow's default database.
     # A registry of its own does not know the model's id either.
     separate = os.environ.get("MLFLOW_REGISTRY_URI") not in (None, "", client.tracking_uri)
-    return client.create_model_version(
+    version = client.create_model_version(
         name,
         model.artifact_location,
         run_id=run_id,
@@ -581,6 +587,9 @@ def _new_version(
         description=description,
         model_id=None if separate else model.model_id,
     )
+    named = [{"name": name, "version": version.version}]  # for MLflow's page of the run
+    client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(named)})
+    return version
 
 
 def _write_model(folder: str, files: Mapping[str, bytes], kind: Kind, model: Any, run_id: str) -> None:
