@@ -1,8 +1,8 @@
 """One table of scans: what there is, whether it can be used, and what is in it.
 
-``sources`` looks at a URI and says what is to be inspected; ``inspect`` reads one of them and answers with
-a row or with the reason why there is none, so it can be mapped by many workers; ``Manifest.of`` gathers the
-answers. ``load`` and ``load_label`` read a row's voxels back, verified against the row.
+``importers.sources`` looks at a URI and says what is to be inspected; ``inspect`` reads one of them and
+answers with a row or with the reason why there is none, so it can be mapped by many workers; ``Manifest.of``
+gathers the answers. ``load`` and ``load_label`` read a row's voxels back, verified against the row.
 """
 
 from __future__ import annotations
@@ -10,28 +10,21 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from logonet import config, store, volume
+from logonet import config, fingerprints, store, volume
 from logonet.errors import BadScan, UserError
-from logonet.store import Entry
 from logonet.volume import Volume
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
-DICOM_SUFFIX = ".dcm"
-DATASET_FILE = "dataset.json"
-LABEL_FOLDERS = {"labelstr", "labelsts", "labels"}
-LABEL_ENDINGS = ("_labels", "_label", "_seg", "_mask")
-SPLITS = {"training": "train", "validation": "val", "test": "test"}
 MAX_LABEL = 255
 GRID_TOLERANCE_VOX = 0.1  # between the corners of an image and of its label: rounding, not misplacement
 
@@ -40,8 +33,10 @@ GRID_TOLERANCE_VOX = 0.1  # between the corners of an image and of its label: ro
 class Source:
     """One scan to inspect: a NIfTI file, or the folder of a DICOM series whose slices are ``files``.
 
-    ``modality`` is what a dataset.json says, ``version`` changes whenever the scan or its label is replaced,
-    ``size_bytes`` is 0 where it is not known.
+    ``modality`` is what the dataset says, ``split`` one of "train", "val" and "test", ``fold`` the fold that
+    the dataset puts the scan into (-1: none), ``classes[v]`` the declared name of label value v ("" where
+    undeclared, () when nothing is declared), ``sha256`` the digest that the file must have, if one is given.
+    ``version`` changes whenever the scan or its label is replaced, ``size_bytes`` is 0 where it is not known.
     """
 
     uri: str
@@ -51,7 +46,10 @@ class Source:
     licence: str = ""
     modality: str = ""
     split: str = "train"
+    fold: int = -1
     label_uri: str = ""
+    classes: tuple[str, ...] = ()
+    sha256: str = ""
     size_bytes: int = 0
     version: str = ""
 
@@ -63,14 +61,17 @@ class Scan:
     ``scan_id`` is the file's stem and the start of its SHA-256: the same wherever the scan is stored.
     ``modality`` is "CT" for Hounsfield units, "MR" for intensities without an absolute scale (see
     ``volume.modality``). ``shape``, ``spacing_mm`` and ``orientation`` are those of the file, not yet RAS.
-    ``sha256`` is that of the file, or of the sorted SHA-256s of a DICOM series' slices. ``label_values`` are
-    the values in the label, background 0 included.
+    ``sha256`` is that of the file, or of the sorted SHA-256s of a DICOM series' slices; ``voxel_sha256`` and
+    ``thumbprint`` are those of ``fingerprints``. ``fold`` and ``classes`` are the source's; ``label_values``
+    are the values in the label, background 0 included.
     """
 
     scan_id: str
     uri: str
     files: tuple[str, ...]
     sha256: str
+    voxel_sha256: str
+    thumbprint: str
     size_bytes: int
     subject: str
     dataset: str
@@ -83,9 +84,11 @@ class Scan:
     intensity_min: float
     intensity_max: float
     split: str
+    fold: int
     label_uri: str
     label_sha256: str
     label_values: tuple[int, ...]
+    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -94,166 +97,6 @@ class Quarantined:
 
     uri: str
     reason: str
-
-
-# -------------------------------------------------------------------------------------------- sources
-
-
-def sources(uri: str) -> list[Source]:
-    """What is to be inspected at ``uri``: a file, a dataset.json, or everything below a folder or prefix.
-
-    Below a prefix: every .nii and .nii.gz, every folder of .dcm files as one series, and every Medical
-    Segmentation Decathlon dataset.json in place of the files around it. Hidden files (macOS leaves
-    ``._x.nii.gz``) and label maps (in labelsTr/, or named like an image with "_labels", "_seg", ... behind)
-    are no scans; the latter become their image's ``label_uri``.
-
-    Raises:
-        UserError: when nothing is found, or a dataset.json cannot be understood.
-    """
-    if uri.lower().endswith(".json"):
-        found = _decathlon(uri, {e.uri: e for e in store.listing(uri.rpartition("/")[0] or ".")})
-        if not found:
-            raise UserError(
-                f"{uri} has no 'training', 'validation' or 'test' list of scans; is it a dataset.json?"
-            )
-        return found
-    if uri.lower().endswith(NIFTI_SUFFIXES):
-        entry = store.stat(uri)
-        if entry is None:
-            raise UserError(f"{uri}: no such scan; correct the path")
-        return _plain([entry], uri.rpartition("/")[0])
-    entries = [e for e in store.listing(uri) if not PurePosixPath(e.uri).name.startswith(".")]
-    by_uri = {e.uri: e for e in entries}
-    found, described = [], []
-    for entry in entries:
-        folder, _, name = entry.uri.rpartition("/")
-        if name == DATASET_FILE and (listed := _decathlon(entry.uri, by_uri)):
-            found += listed
-            described.append(folder + "/")
-    rest = [e for e in entries if not e.uri.startswith(tuple(described))]
-    found += _plain(rest, uri)
-    if not found:
-        raise UserError(
-            f"{uri}: no scans found ({len(entries)} files; looked for .nii.gz, .nii, .dcm and dataset.json); "
-            "correct the URI"
-        )
-    return found
-
-
-def _decathlon(uri: str, by_uri: Mapping[str, Entry]) -> list[Source]:
-    """The scans of an MSD dataset.json; none when it has no lists of scans (nnU-Net's has not)."""
-    try:
-        description = json.loads(store.read(uri))
-    except ValueError as err:
-        raise UserError(f"{uri} is not valid JSON ({err}); mend it") from None
-    if not isinstance(description, dict):
-        raise UserError(f"{uri} must hold a mapping with 'training' and 'test', as in the Decathlon")
-    folder = uri.rpartition("/")[0] or "."
-    modalities = description.get("modality") or {}
-    common: dict[str, Any] = {
-        "dataset": str(description.get("name") or _name(folder)),
-        "licence": str(description.get("licence") or description.get("license") or ""),
-        "modality": str(modalities.get("0", "")) if isinstance(modalities, dict) else str(modalities),
-    }
-    found = []
-    for key, split in SPLITS.items():
-        items = description.get(key) or []
-        if not isinstance(items, list):
-            raise UserError(f"{uri}: '{key}' must be a list of scans, not {items!r}")
-        for item in items:
-            # the Decathlon lists its test scans as strings, others as mappings
-            pair = {"image": item} if isinstance(item, str) else item
-            if not isinstance(pair, dict) or not isinstance(pair.get("image"), str):
-                raise UserError(
-                    f"{uri}: an item of '{key}' names no single image: {item!r}; write {{image, label}}"
-                )
-            image = _resolve(folder, pair["image"])
-            label = _resolve(folder, str(pair["label"])) if pair.get("label") else ""
-            source = Source(
-                uri=image, subject=_subject(pair["image"]), split=split, label_uri=label, **common
-            )
-            found.append(_versioned(source, by_uri))
-    return found
-
-
-def _resolve(folder: str, path: str) -> str:
-    if "://" in path or path.startswith("/"):
-        return path
-    return store.join(folder, *PurePosixPath(path).parts)  # drops the Decathlon's "./"
-
-
-def _plain(entries: Sequence[Entry], root: str) -> list[Source]:
-    """Scans told from labels by folder and name."""
-    by_uri = {e.uri: e for e in entries}
-    scans = [e.uri for e in entries if e.uri.lower().endswith(NIFTI_SUFFIXES)]
-    label_of = {image: label for image in scans if (label := _label_beside(image, by_uri))}
-    labels = set(label_of.values())
-    found = []
-    for uri in scans:
-        folders = {p.lower() for p in PurePosixPath(uri[len(root) :]).parts[:-1]} | {_name(root).lower()}
-        if uri in labels or folders & LABEL_FOLDERS:
-            continue
-        source = Source(
-            uri=uri,
-            subject=_subject(uri[len(root) :]),
-            dataset=_name(root),
-            split="test" if "imagests" in folders else "train",
-            label_uri=label_of.get(uri, ""),
-        )
-        found.append(_versioned(source, by_uri))
-    series: dict[str, list[str]] = {}
-    for entry in entries:
-        if entry.uri.lower().endswith(DICOM_SUFFIX):
-            series.setdefault(entry.uri.rpartition("/")[0], []).append(entry.uri)
-    for folder, files in series.items():
-        source = Source(uri=folder, files=tuple(files), subject=_subject(folder), dataset=_name(root))
-        found.append(_versioned(source, by_uri))
-    return found
-
-
-def _label_beside(image: str, by_uri: Mapping[str, Entry]) -> str:
-    """The label map that goes by ``image``'s name: labelsTr/x for imagesTr/x, or x_seg beside x."""
-    folder, _, name = image.rpartition("/")
-    stem = _stem(name)
-    suffix = name[len(stem) :]
-    if _name(folder) in ("imagesTr", "imagesTs"):
-        labels = folder[: -len("imagesTr")] + _name(folder).replace("images", "labels")
-        beside = [
-            f"{labels}/{name}",
-            f"{labels}/{re.sub(r'_[0-9]{4}$', '', stem)}{suffix}",
-        ]  # nnU-Net's channel
-    else:
-        beside = [f"{folder}/{stem}{ending}{suffix}" for ending in LABEL_ENDINGS]
-    return next((uri for uri in beside if uri in by_uri), "")
-
-
-def _versioned(source: Source, by_uri: Mapping[str, Entry]) -> Source:
-    """``source`` with its size and version, as far as the listing shows it."""
-    scan = [by_uri[u] for u in source.files or (source.uri,) if u in by_uri]
-    label = [by_uri[source.label_uri]] if source.label_uri in by_uri else []
-    version = config.fingerprint([[e.uri, e.size_bytes, e.version] for e in scan + label])
-    return replace(source, size_bytes=sum(e.size_bytes for e in scan), version=version)
-
-
-def _name(uri: str) -> str:
-    return PurePosixPath(uri).name
-
-
-def _stem(uri: str) -> str:
-    name = _name(uri)
-    suffix = next((s for s in NIFTI_SUFFIXES if name.lower().endswith(s)), "")
-    return name[: len(name) - len(suffix)]
-
-
-def _plain_name(text: str) -> str:
-    """``text`` as it may stand in file names and object keys everywhere."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)
-
-
-def _subject(path: str) -> str:
-    """The BIDS subject in the path, else the file's stem without nnU-Net's channel number."""
-    bids = re.search(r"(?:^|/)(sub-[A-Za-z0-9]+)", path)
-    return bids[1] if bids else re.sub(r"_[0-9]{4}$", "", _stem(path))
 
 
 # -------------------------------------------------------------------------------------------- inspect
@@ -274,25 +117,22 @@ def inspect(source: Source) -> Scan | Quarantined:
 
 
 def _inspect(source: Source) -> Scan:
-    if source.size_bytes > volume.MAX_BYTES:
-        raise BadScan(
-            f"{source.uri}: has {source.size_bytes / 2**30:.1f} GiB, more than can be decoded; split it"
-        )
-    blobs = [_read(uri) for uri in source.files or (source.uri,)]
-    scan = _decode(source.uri, source.files, blobs)
+    blobs, sha256 = read_scan(source)
+    scan = decode(source, blobs)
     modality = volume.modality(scan, source.modality, source.uri)
-    sha256 = _sha256(blobs)
     label_sha256 = ""
     label_values: tuple[int, ...] = ()
     if source.label_uri:
-        label = _read(source.label_uri)
+        label = read_one(source.label_uri)
         label_sha256 = _sha256([label])
-        label_values = _label_values(_decode_label(label, source.label_uri, scan))
+        label_values = label_values_of(_decode_label(label, source.label_uri, scan))
     return Scan(
-        scan_id=f"{_plain_name(_stem(source.uri))}-{sha256[:10]}",
+        scan_id=f"{_plain_name(stem(source.uri))}-{sha256[:10]}",
         uri=source.uri,
         files=source.files,
         sha256=sha256,
+        voxel_sha256=fingerprints.voxel_sha256(scan),
+        thumbprint=fingerprints.thumbprint(scan),
         size_bytes=sum(map(len, blobs)),
         subject=source.subject,
         dataset=source.dataset,
@@ -305,13 +145,35 @@ def _inspect(source: Source) -> Scan:
         intensity_min=float(scan.array_CXYZ.min()),
         intensity_max=float(scan.array_CXYZ.max()),
         split=source.split,
+        fold=source.fold,
         label_uri=source.label_uri,
         label_sha256=label_sha256,
         label_values=label_values,
+        classes=source.classes,
     )
 
 
-def _read(uri: str) -> bytes:
+def read_scan(source: Source) -> tuple[list[bytes], str]:
+    """The bytes of the scan's file or slices, and their SHA-256.
+
+    Raises:
+        BadScan: for a file that is too large, missing, or not the one whose digest the source gives.
+    """
+    if source.size_bytes > volume.MAX_BYTES:
+        raise BadScan(
+            f"{source.uri}: has {source.size_bytes / 2**30:.1f} GiB, more than can be decoded; split it"
+        )
+    blobs = [read_one(uri) for uri in source.files or (source.uri,)]
+    sha256 = _sha256(blobs)
+    if source.sha256 and source.sha256 != sha256:
+        raise BadScan(
+            f"{source.uri}: its SHA-256 begins {sha256[:10]}, not {source.sha256[:10]} as listed; copy the file "
+            "again or correct the list"
+        )
+    return blobs, sha256
+
+
+def read_one(uri: str) -> bytes:
     """The bytes of one object; what is wrong with this object alone is a BadScan."""
     try:
         return store.read(uri)
@@ -323,14 +185,29 @@ def _read(uri: str) -> bytes:
         raise BadScan(f"{uri}: no such file; copy it there or drop it from the list") from None
 
 
-def _decode(uri: str, files: Sequence[str], blobs: Sequence[bytes]) -> Volume:
-    return volume.decode_dicom(list(zip(files, blobs))) if files else volume.decode_nifti(blobs[0], uri)
+def decode(source: Source | Scan, blobs: Sequence[bytes]) -> Volume:
+    """The voxels of a scan from the bytes of its file, or of its slices."""
+    if source.files:
+        return volume.decode_dicom(list(zip(source.files, blobs)))
+    return volume.decode_nifti(blobs[0], source.uri)
 
 
 def _sha256(blobs: Sequence[bytes]) -> str:
     digests = sorted(hashlib.sha256(b).hexdigest() for b in blobs)
     # a series has no order and its slices no lasting names
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def stem(uri: str) -> str:
+    """The file's name without .nii or .nii.gz."""
+    name = PurePosixPath(uri).name
+    suffix = next((s for s in NIFTI_SUFFIXES if name.lower().endswith(s)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def _plain_name(text: str) -> str:
+    """``text`` as it may stand in file names and object keys everywhere."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)
 
 
 def _decode_label(data: bytes, uri: str, image: Volume) -> np.ndarray:
@@ -340,25 +217,47 @@ def _decode_label(data: bytes, uri: str, image: Volume) -> np.ndarray:
         BadScan: for another shape or place than the image's, or values that are not integers in 0..255.
     """
     label = volume.decode_nifti(data, uri, allow_constant=True)
-    if label.shape_xyz != image.shape_xyz:
-        raise BadScan(
-            f"{uri}: the label has shape {label.shape_xyz}, its image {image.shape_xyz}; resample it"
-        )
-    corners_3N = np.indices((2, 2, 2)).reshape(3, 8) * (np.array(label.shape_xyz) - 1)[:, None]
-    apart = label.affine - image.affine
-    shift_mm = apart[:3, :3] @ corners_3N + apart[:3, 3:]
-    worst_mm = float(np.linalg.norm(shift_mm, axis=0).max())
-    if worst_mm > GRID_TOLERANCE_VOX * min(image.spacing_mm):
-        raise BadScan(f"{uri}: the label lies {worst_mm:.1f} mm away from its image; give both one affine")
-    values_XYZ = label.array_CXYZ[0]
-    with np.errstate(invalid="ignore"):  # what does not fit is refused in the next line
-        labels_XYZ = values_XYZ.astype(np.uint8)
-    if not np.array_equal(labels_XYZ, values_XYZ):
-        raise BadScan(f"{uri}: a label map holds integers from 0 to {MAX_LABEL}; this one has other values")
+    labels_XYZ, wrong_values = to_labels(label, uri)
+    sentences = [*grid_faults(label, uri, image.shape_xyz, image.affine).values(), wrong_values]
+    for sentence in filter(None, sentences):
+        raise BadScan(sentence)
     return labels_XYZ
 
 
-def _label_values(labels_XYZ: np.ndarray) -> tuple[int, ...]:
+def grid_faults(
+    label: Volume, uri: str, shape_xyz: tuple[int, int, int], affine: np.ndarray
+) -> dict[str, str]:
+    """How a label's grid differs from its image's: "shape" and "affine" -> a sentence, only where it does."""
+    faults = {}
+    if label.shape_xyz != shape_xyz:
+        faults["shape"] = f"{uri}: the label has shape {label.shape_xyz}, its image {shape_xyz}; resample it"
+    corners_3N = np.indices((2, 2, 2)).reshape(3, 8) * (np.array(shape_xyz) - 1)[:, None]
+    apart = label.affine - affine
+    shift_mm = apart[:3, :3] @ corners_3N + apart[:3, 3:]
+    worst_mm = float(np.linalg.norm(shift_mm, axis=0).max())
+    if worst_mm > GRID_TOLERANCE_VOX * np.linalg.norm(affine[:3, :3], axis=0).min():
+        faults["affine"] = (
+            f"{uri}: the label lies {worst_mm:.1f} mm away from its image; give both one affine"
+        )
+    return faults
+
+
+def to_labels(label: Volume, uri: str) -> tuple[np.ndarray, str]:
+    """labels_XYZ uint8, and "" or a sentence that says which values are no integers in 0..255."""
+    values_XYZ = label.array_CXYZ[0]
+    with np.errstate(invalid="ignore"):  # what does not fit is found in the next line
+        labels_XYZ = values_XYZ.astype(np.uint8)
+    if np.array_equal(labels_XYZ, values_XYZ):
+        return labels_XYZ, ""
+    wrong = np.unique(values_XYZ[labels_XYZ != values_XYZ])
+    some = ", ".join(f"{v:g}" for v in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+    return (
+        labels_XYZ,
+        f"{uri}: a label map holds integers from 0 to {MAX_LABEL}, this one also {some}; mend it",
+    )
+
+
+def label_values_of(labels_XYZ: np.ndarray) -> tuple[int, ...]:
     return tuple(int(v) for v in np.flatnonzero(np.bincount(labels_XYZ.ravel(order="K"), minlength=1)))
 
 
@@ -369,13 +268,11 @@ def load(scan: Scan) -> Volume:
         UserError: when they are not, or not there: the manifest no longer holds, so the run must stop.
     """
     if not scan.files:
-        return volume.decode_nifti(
-            store.read(scan.uri, size_bytes=scan.size_bytes, sha256=scan.sha256), scan.uri
-        )
+        return decode(scan, [store.read(scan.uri, size_bytes=scan.size_bytes, sha256=scan.sha256)])
     blobs = [store.read(uri) for uri in scan.files]
     if _sha256(blobs) != scan.sha256:
         raise store.IntegrityError(f"{scan.uri}: the series is not the one in the manifest; import it again")
-    return volume.decode_dicom(list(zip(scan.files, blobs)))
+    return decode(scan, blobs)
 
 
 def load_label(scan: Scan, image: Volume) -> np.ndarray:
@@ -415,7 +312,10 @@ class Manifest:
     def id(self) -> str:
         """16 hex digits of the content: equal for the same scans and labels in another bucket or folder."""
         return config.fingerprint(
-            [[s.scan_id, s.sha256, s.subject, s.modality, s.split, s.label_sha256] for s in self.scans]
+            [
+                [s.scan_id, s.sha256, s.subject, s.modality, s.split, s.fold, s.label_sha256, s.classes]
+                for s in self.scans
+            ]
         )
 
     def scans_parquet(self) -> bytes:

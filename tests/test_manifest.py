@@ -7,7 +7,6 @@ import dataclasses
 import gzip
 import hashlib
 import io
-import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from logonet import manifest, phantom, store, volume
+from logonet import fingerprints, importers, manifest, phantom, store, volume
 from logonet.errors import UserError
 from logonet.manifest import Manifest, Quarantined, Scan, Source
 from logonet.volume import encode_nifti
@@ -31,7 +30,6 @@ def scan_bytes(seed: int = 0) -> bytes:
 
 
 def put(folder: Path, *names: str) -> None:
-    """Files that exist; ``sources`` looks at names only."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,154 +37,7 @@ def put(folder: Path, *names: str) -> None:
 
 
 def read_all(uri: str) -> Manifest:
-    return Manifest.of(map(manifest.inspect, manifest.sources(uri)))
-
-
-def found(folder: Path) -> dict[str, Source]:
-    return {s.uri.removeprefix(f"{folder}/"): s for s in manifest.sources(str(folder))}
-
-
-# -------------------------------------------------------------------------------------------- sources
-
-
-def test_prefix_finds_scans_and_skips_the_rest(tmp_path: Path) -> None:
-    put(
-        tmp_path,
-        "a.nii.gz",
-        "deep/er/b.nii",
-        "C.NII.GZ",
-        "._a.nii.gz",
-        ".hidden.nii",
-        "notes.txt",
-        "x.nii.gz.md5",
-    )
-    got = found(tmp_path)
-    assert list(got) == ["C.NII.GZ", "a.nii.gz", "deep/er/b.nii"]
-    assert {s.subject for s in got.values()} == {"C", "a", "b"}
-    assert {s.dataset for s in got.values()} == {tmp_path.name}
-    assert got["a.nii.gz"].size_bytes == len("a.nii.gz")
-
-
-def test_labels_are_no_scans_and_go_to_their_image(tmp_path: Path) -> None:
-    put(
-        tmp_path,
-        "t/imagesTr/a.nii.gz",
-        "t/labelsTr/a.nii.gz",
-        "t/imagesTs/b.nii.gz",
-        "t/labelsTr/orphan.nii.gz",
-    )
-    put(tmp_path, "ct.nii.gz", "ct_labels.nii.gz", "mr.nii", "mr_seg.nii", "alone_seg.nii.gz")
-    got = found(tmp_path)
-    labels = {name: s.label_uri.removeprefix(f"{tmp_path}/") for name, s in got.items()}
-    assert labels == {
-        "alone_seg.nii.gz": "",  # no image goes by that name, so it may be a scan
-        "ct.nii.gz": "ct_labels.nii.gz",
-        "mr.nii": "mr_seg.nii",
-        "t/imagesTr/a.nii.gz": "t/labelsTr/a.nii.gz",
-        "t/imagesTs/b.nii.gz": "",
-    }
-    assert {name: s.split for name, s in got.items() if "images" in name} == {
-        "t/imagesTr/a.nii.gz": "train",
-        "t/imagesTs/b.nii.gz": "test",
-    }
-
-
-def test_nnunet_and_bids_names(tmp_path: Path) -> None:
-    put(tmp_path, "Dataset1/imagesTr/case_7_0000.nii.gz", "Dataset1/labelsTr/case_7.nii.gz")
-    put(
-        tmp_path,
-        "bids/sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz",
-        "bids/sub-01/ses-2/anat/sub-01_ses-2_T1w.nii.gz",
-    )
-    (tmp_path / "Dataset1/dataset.json").write_text(
-        json.dumps({"channel_names": {"0": "CT"}, "labels": {"background": 0}, "file_ending": ".nii.gz"})
-    )
-    got = found(tmp_path)
-    case = got["Dataset1/imagesTr/case_7_0000.nii.gz"]
-    assert case.subject == "case_7"
-    assert case.label_uri == f"{tmp_path}/Dataset1/labelsTr/case_7.nii.gz"
-    assert {s.subject for n, s in got.items() if "bids" in n} == {"sub-01"}
-
-
-def test_dicom_folders_are_series(tmp_path: Path) -> None:
-    put(tmp_path, "p1/ct/2.dcm", "p1/ct/1.dcm", "p1/mr/1.DCM", "p1/mr/._1.dcm", "b.nii.gz")
-    got = found(tmp_path)
-    assert list(got) == ["b.nii.gz", "p1/ct", "p1/mr"]
-    assert got["p1/ct"].files == (f"{tmp_path}/p1/ct/1.dcm", f"{tmp_path}/p1/ct/2.dcm")
-    assert manifest.sources(f"{tmp_path}/p1/ct")[0].files == got["p1/ct"].files
-
-
-DESCRIPTION = {
-    "name": "Liver",
-    "licence": "CC-BY-SA 4.0",
-    "modality": {"0": "CT"},
-    "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}],
-    "validation": [{"image": "imagesTr/v.nii.gz", "label": "labelsTr/v.nii.gz"}],
-    "test": ["./imagesTs/t.nii.gz", {"image": "s3://elsewhere/u.nii.gz"}],
-}
-
-
-@pytest.mark.parametrize("by", ["its dataset.json", "its folder", "a folder above"])
-def test_decathlon(tmp_path: Path, by: str) -> None:
-    task = tmp_path / "all" / "Task03"
-    put(task, "imagesTr/a.nii.gz", "labelsTr/a.nii.gz", "imagesTr/not_listed.nii.gz")
-    (task / "dataset.json").write_text(json.dumps(DESCRIPTION))
-    put(tmp_path, "all/other.nii.gz")
-    uri = {"its dataset.json": task / "dataset.json", "its folder": task, "a folder above": tmp_path / "all"}[
-        by
-    ]
-    got = manifest.sources(str(uri))
-    listed = [s for s in got if s.dataset == "Liver"]
-    rows = [(s.uri, s.subject, s.split, s.label_uri, s.modality, s.licence) for s in listed]
-    assert rows == [
-        (f"{task}/imagesTr/a.nii.gz", "a", "train", f"{task}/labelsTr/a.nii.gz", "CT", "CC-BY-SA 4.0"),
-        (f"{task}/imagesTr/v.nii.gz", "v", "val", f"{task}/labelsTr/v.nii.gz", "CT", "CC-BY-SA 4.0"),
-        (f"{task}/imagesTs/t.nii.gz", "t", "test", "", "CT", "CC-BY-SA 4.0"),
-        ("s3://elsewhere/u.nii.gz", "u", "test", "", "CT", "CC-BY-SA 4.0"),
-    ]
-    others = [s.uri for s in got if s.dataset != "Liver"]
-    assert others == ([f"{tmp_path}/all/other.nii.gz"] if by == "a folder above" else [])
-
-
-def test_version_follows_the_scan_and_its_label(tmp_path: Path) -> None:
-    put(tmp_path, "imagesTr/a.nii.gz", "labelsTr/a.nii.gz", "imagesTr/b.nii.gz")
-    before = found(tmp_path)
-    assert before == found(tmp_path)
-    (tmp_path / "labelsTr/a.nii.gz").write_bytes(b"another label")
-    after = found(tmp_path)
-    assert after["imagesTr/a.nii.gz"].version != before["imagesTr/a.nii.gz"].version
-    assert after["imagesTr/b.nii.gz"].version == before["imagesTr/b.nii.gz"].version
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "reason"),
-    [
-        ("dataset.json", "{torn", "not valid JSON"),
-        ("dataset.json", "[1, 2]", "must hold a mapping"),
-        ("dataset.json", '{"name": "x"}', "no 'training', 'validation' or 'test' list"),
-        ("dataset.json", '{"training": [{"label": "a"}]}', "names no single image"),
-        ("dataset.json", '{"training": [{"image": ["a", "b"]}]}', "names no single image"),
-        ("dataset.json", '{"training": 3}', "must be a list"),
-    ],
-)
-def test_a_dataset_json_that_makes_no_sense(tmp_path: Path, name: str, text: str, reason: str) -> None:
-    path = tmp_path / name
-    path.write_text(text)
-    with pytest.raises(UserError) as refusal:
-        manifest.sources(str(path))
-    assert str(path) in str(refusal.value)
-    assert reason in str(refusal.value)
-
-
-def test_nothing_found_names_the_uri(tmp_path: Path) -> None:
-    put(tmp_path, "readme.txt", "._x.nii.gz", "labelsTr/a.nii.gz")
-    for uri in (str(tmp_path), f"{tmp_path}/absent"):
-        with pytest.raises(UserError, match=r"no scans found .*looked for \.nii\.gz") as refusal:
-            manifest.sources(uri)
-        assert str(refusal.value).startswith(uri + ":")
-    for name in ("absent.nii.gz", "absent/dataset.json"):
-        with pytest.raises(UserError, match=name):
-            manifest.sources(f"{tmp_path}/{name}")
+    return Manifest.of(map(manifest.inspect, importers.sources(uri)))
 
 
 # -------------------------------------------------------------------------------------------- inspect
@@ -204,6 +55,8 @@ def test_a_row_says_what_is_in_the_scan(tmp_path: Path) -> None:
         uri=f"{tmp_path}/imagesTr/phantom_001.nii.gz",
         files=(),
         sha256=hashlib.sha256(data).hexdigest(),
+        voxel_sha256=fingerprints.voxel_sha256(manifest.load(scan)),
+        thumbprint=fingerprints.thumbprint(manifest.load(scan)),
         size_bytes=len(data),
         subject="phantom_001",
         dataset="PhantomCT",
@@ -216,9 +69,11 @@ def test_a_row_says_what_is_in_the_scan(tmp_path: Path) -> None:
         intensity_min=voxels.min(),
         intensity_max=voxels.max(),
         split="train",
+        fold=-1,
         label_uri=f"{tmp_path}/labelsTr/phantom_001.nii.gz",
         label_sha256=hashlib.sha256((tmp_path / "labelsTr/phantom_001.nii.gz").read_bytes()).hexdigest(),
         label_values=(0, 1, 2),
+        classes=("background", "liver", "spleen"),
     )
 
 
@@ -288,7 +143,7 @@ BAD_LABELS = {
     "another shape": (lambda scan, labels: encode_nifti(labels[:-1], scan.affine), "has shape (15, 16, 16)"),
     "another place": (_move, "4.0 mm away"),
     "mirrored": (lambda scan, labels: encode_nifti(labels, scan.affine @ np.diag([-1, 1, 1, 1])), "mm away"),
-    "fractions": (lambda scan, labels: encode_nifti(labels.astype(np.float32) / 2, scan.affine), "integers"),
+    "fractions": (lambda scan, labels: encode_nifti(labels.astype(np.float32) / 2, scan.affine), "also 0.5"),
     "too large": (lambda scan, labels: encode_nifti(labels.astype(np.int16) + 300, scan.affine), "integers"),
     "negative": (lambda scan, labels: encode_nifti(labels.astype(np.int16) - 1, scan.affine), "integers"),
     "torn": (lambda scan, labels: encode_nifti(labels, scan.affine)[:-9], "truncated"),
@@ -373,6 +228,8 @@ def test_the_id_follows_content_not_place_or_order(tmp_path: Path) -> None:
         {"sha256": "0"},
         {"subject": "x"},
         {"split": "test"},
+        {"fold": 3},
+        {"classes": ("background", "kidney")},
         {"label_sha256": "0"},
         {"modality": "MR"},
     ):
@@ -444,7 +301,7 @@ def test_real_scans(shared_data: Path) -> None:
 
 
 def test_real_decathlon_task(shared_data: Path) -> None:
-    sources = manifest.sources(str(shared_data / "Task04_Hippocampus" / "dataset.json"))
+    sources = importers.sources(str(shared_data / "Task04_Hippocampus" / "dataset.json"))
     assert len(sources) == 200
     table = Manifest.of(map(manifest.inspect, sources[:20]))
     assert not table.quarantined
