@@ -19,7 +19,8 @@ from logonet.augment import Config, Drawn, apply, draw
 from logonet.errors import UserError
 
 SIZE = (12, 12, 10)
-ALL = dataclasses.replace(Config(), **dict.fromkeys(augment.PROBABILITIES, 1.0))
+EVERY: dict[str, Any] = dict.fromkeys(augment.PROBABILITIES, 1.0)
+ALL = Config(**EVERY)
 
 
 def crop(size: tuple[int, int, int] = SIZE, num_channels: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -225,7 +226,8 @@ def fields_drawn(cfg: Config, size: tuple[int, int, int] = SIZE) -> set[str]:
     ],
 )
 def test_each_switch_is_its_own(switch: str, fields: set[str]) -> None:
-    assert fields_drawn(dataclasses.replace(augment.none(), **{switch: 0.5})) == fields
+    on: dict[str, Any] = {switch: 0.5}
+    assert fields_drawn(dataclasses.replace(augment.none(), **on)) == fields
 
 
 def test_no_quarter_turn_where_sides_differ() -> None:

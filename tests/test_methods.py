@@ -58,8 +58,10 @@ def facts_for(size_vox: tuple[int, int, int] = SIZE_VOX, in_channels: int = 1) -
     return methods.Facts(size_vox, in_channels, SIZES, MAJORITY, num_classes=3)
 
 
-def sample_for(index: int, facts: methods.Facts, image: str = "noise") -> dict[str, np.ndarray]:
-    """One sample that holds all a method may need; ``image``: noise, constant or zero."""
+def sample_for(
+    index: int, facts: methods.Facts, needs: frozenset[str], image: str = "noise"
+) -> dict[str, np.ndarray]:
+    """One sample that holds what ``needs`` names and no more; ``image``: noise, constant or zero."""
     generator = draws.rng(0, "sample", index)
     size = (facts.in_channels, *facts.size_vox)
     fill = {
@@ -67,20 +69,20 @@ def sample_for(index: int, facts: methods.Facts, image: str = "noise") -> dict[s
         "constant": np.full(size, 30000),
         "zero": np.zeros(size),
     }
-    return {
-        "image_CXYZ": fill[image].astype(np.uint16),
-        "labels_NZ": np.stack(
-            [generator.integers(0, k, facts.size_vox[2]) for k in facts.cluster_sizes]
-        ).astype(np.int16),
-        "labels_XYZ": generator.integers(0, facts.num_classes, facts.size_vox).astype(np.uint8),
-    }
+    sample = {"image_CXYZ": fill[image].astype(np.uint16)}
+    if "pseudo_labels" in needs:
+        per_clusterer = [generator.integers(0, k, facts.size_vox[2]) for k in facts.cluster_sizes]
+        sample["labels_NZ"] = np.stack(per_clusterer).astype(np.int16)
+    if "labels" in needs:
+        sample["labels_XYZ"] = generator.integers(0, facts.num_classes, facts.size_vox).astype(np.uint8)
+    return sample
 
 
 def batch_for(
     name: str, cfg: Any, facts: methods.Facts, indices: list[int], **kind: str
 ) -> dict[str, Tensor]:
-    prepare = methods.prepare(name)
-    ready = [prepare(sample_for(i, facts, **kind), cfg, draws.rng(0, "prepare", i)) for i in indices]
+    prepare, needs = methods.prepare(name), methods.needs(name)
+    ready = [prepare(sample_for(i, facts, needs, **kind), cfg, draws.rng(0, "prepare", i)) for i in indices]
     return {key: torch.from_numpy(np.stack([r[key] for r in ready])) for key in ready[0]}
 
 
@@ -109,10 +111,10 @@ def test_a_method_file_has_the_contract(name: str):
 
 def test_prepare_is_pure(name: str):
     facts, cfg, prepare = facts_for(), methods.config(name), methods.prepare(name)
-    sample = sample_for(0, facts)
+    sample = sample_for(0, facts, methods.needs(name))
     before = copy.deepcopy(sample)
     first, second = (prepare(sample, cfg, draws.rng(0, "p")) for _ in range(2))
-    other = prepare(sample_for(1, facts), cfg, draws.rng(0, "q"))
+    other = prepare(sample_for(1, facts, methods.needs(name)), cfg, draws.rng(0, "q"))
     for key, array in sample.items():
         np.testing.assert_array_equal(array, before[key])
     assert first.keys() == other.keys()
@@ -175,7 +177,8 @@ def test_metrics_add_up_however_samples_are_spread(name: str):
         torch.testing.assert_close(together, sum(loss for loss, _ in apart) / 3)
     for key in whole.keys() - {"embeddings_BF"}:
         torch.testing.assert_close(whole[key], sum(m[key] for _, m in apart), rtol=1e-6, atol=0)
-    torch.testing.assert_close(whole["embeddings_BF"], torch.cat([m["embeddings_BF"] for _, m in apart]))
+    if "embeddings_BF" in whole:
+        torch.testing.assert_close(whole["embeddings_BF"], torch.cat([m["embeddings_BF"] for _, m in apart]))
 
 
 def test_same_seed_same_bits(name: str):

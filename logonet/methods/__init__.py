@@ -16,9 +16,10 @@ N clusterers, F features.
     Raises UserError for settings that cannot work on this data. Runs before anything is launched.
 ``prepare(sample, cfg, rng) -> dict[str, np.ndarray]``
     Runs on the CPU data workers, in NumPy, and draws from ``rng`` alone: the same sample and the same
-    ``rng`` give the same bits. ``sample`` holds what NEEDS names: ``image_CXYZ`` uint16 (round(65535 *
-    intensity)) for crops, ``labels_NZ`` int16 for pseudo_labels, ``labels_XYZ`` integer for labels.
-    Every array it returns has the same shape and dtype for every sample.
+    ``rng`` give the same bits. ``sample`` is one crop and holds what NEEDS names: ``image_CXYZ`` uint16
+    (round(65535 * intensity)) for crops; ``labels_NZ`` int16 for pseudo_labels; for labels ``image_CXYZ`` as
+    above and ``labels_XYZ`` uint8, class indices below ``Facts.num_classes`` (not the values in the label
+    file), 0 background. Every array it returns has the same shape and dtype for every sample.
 ``build(cfg, backbone, facts) -> nn.Module``
     The module below.
 
@@ -30,15 +31,15 @@ N clusterers, F features.
     it drives every schedule, so no method knows the loop. ``loss``: a scalar, a mean over the samples of
     the batch. ``metrics``: name -> detached float64 tensor of shape (2, ...) holding (total, count); the
     loop adds them up over steps and ranks and the epoch's value is total / count, exact however the
-    counted things were spread. One key is special: ``embeddings_BF`` is (B, F) pooled features, from
-    which the loop watches for collapse.
+    counted things were spread; where the count is 0 the epoch has no value. One key is special and
+    optional: ``embeddings_BF`` is (B, F) pooled features, from which the loop watches for collapse.
 ``backbone``
     The backbone; its weights are what transfers.
 ``after_step(progress)``, optional
     Runs after each optimizer step (EMA teachers).
 
-What a method does not use of its backbone it freezes, so every parameter that requires a gradient gets
-one at every step and DDP never searches for unused ones.
+What a method does not use of its backbone, or is told to leave as it is, it freezes, so every parameter
+that requires a gradient gets one at every step and DDP never searches for unused ones.
 
 **Of a backbone** a method may use ``channels``, ``strides``, ``feature_channels``, ``encoder_prefixes``,
 ``head_prefixes`` (parameters that only the classifier uses), ``encode(x_BCXYZ) -> feats`` (fine to

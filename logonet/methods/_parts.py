@@ -18,10 +18,20 @@ def intensity(image_BCXYZ: Tensor) -> Tensor:
 
 def freeze(module: nn.Module, prefixes: Iterable[str]) -> None:
     """Stop gradients of the parameters whose dotted name lies under one of ``prefixes``."""
-    stems = tuple(prefix.rstrip(".") + "." for prefix in prefixes)
+    stems = _stems(prefixes)
     for name, parameter in module.named_parameters():
         if f"{name}.".startswith(stems):
             parameter.requires_grad_(False)
+
+
+def modules_under(module: nn.Module, prefixes: Iterable[str]) -> list[nn.Module]:
+    """The submodules whose dotted name is, or lies under, one of ``prefixes``."""
+    stems = _stems(prefixes)
+    return [part for name, part in module.named_modules() if f"{name}.".startswith(stems)]
+
+
+def _stems(prefixes: Iterable[str]) -> tuple[str, ...]:
+    return tuple(prefix.rstrip(".") + "." for prefix in prefixes)
 
 
 def ratio(total: Tensor, count: Tensor | float) -> Tensor:
