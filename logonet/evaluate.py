@@ -1,0 +1,548 @@
+"""How good a segmentation is: overlap and surface distances of each case and class, and their statistics.
+
+Per case and class: Dice, the 95th percentile Hausdorff distance (HD95) and the normalised surface Dice (NSD).
+Over cases: means with bootstrap confidence intervals, and paired comparisons of two models.
+
+**Surface**: the foreground voxels of which at least one of the 6 face neighbours is not foreground. What
+lies outside the array counts as background, as it does for MONAI and medpy, so an organ that the scan cuts
+off has a surface at the cut.
+
+**HD95** comes in the two conventions of the literature. ``hd95``: the larger of the two directed 95th
+percentiles (MONAI; MedContext Eq. 8). ``hd95_pooled``: the 95th percentile of both directions' distances
+together (medpy, hence the tables of nnFormer and MedContext's code, which give medpy no spacing: they are
+in voxels). Each in mm and in voxels.
+
+**NSD** at tolerance t: the share of both surfaces' voxels that lie within t mm of the other surface.
+
+**Empty masks**: see ``EMPTY_DICE`` and ``under_rules``. Rows are kept under the default rule with a note of
+what was empty, so that any published rule can be applied afterwards.
+
+Shapes: X Y Z voxel axes, P points, N cases, C classes, R resamples of the cases.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from scipy import ndimage, stats
+from scipy.spatial import KDTree
+
+from logonet import draws
+from logonet.errors import UserError
+
+HD95 = ("hd95_mm", "hd95_pooled_mm", "hd95_vox", "hd95_pooled_vox")
+NSD_MM = {"nsd_1mm": 1.0, "nsd_2mm": 2.0}
+METRICS = ("dice", *HD95, *NSD_MM, "volume_error_ml")
+COMPARED = ("dice", "hd95_mm", "nsd_1mm", "nsd_2mm")
+MEAN = "mean"
+
+# Dice where (truth and prediction, truth alone) are empty; it is 0 where the prediction alone is.
+# default: as nnU-Net v2 and the MSD challenge. nnformer: its inference_*.py, also MONAI with ignore_empty=False.
+# unetr: its and MedContext's test scripts. monai: DiceMetric's own default.
+EMPTY_DICE = {
+    "default": (math.nan, 0.0),
+    "nnformer": (1.0, 0.0),
+    "unetr": (0.0, 0.0),
+    "monai": (math.nan, math.nan),
+}
+
+RESAMPLES = 9999
+CONFIDENCE = 0.95
+# Spacings come out of float32 headers: two surfaces 1 mm apart may be 1.0000001 mm apart.
+SLACK_MM = 1e-5
+# A k-d tree costs about 1 us per point, and more for points far from the surface; a distance transform
+# about 0.05 us per voxel of the box, and 12 bytes.
+POINTS_WORTH_A_TRANSFORM = 1 / 20
+
+
+# ---------------------------------------------------------------------------------------- one case
+
+
+def surface(mask_XYZ: np.ndarray) -> np.ndarray:
+    """The mask without its 6-connected erosion: bool, same shape."""
+    padded = np.pad(mask_XYZ, 1)
+    inner_XYZ = mask_XYZ.copy()
+    for axis, length in enumerate(mask_XYZ.shape):
+        for shift in (0, 2):
+            window = [slice(1, -1)] * mask_XYZ.ndim
+            window[axis] = slice(shift, shift + length)
+            inner_XYZ &= padded[tuple(window)]
+    return mask_XYZ & ~inner_XYZ
+
+
+def distances(from_XYZ: np.ndarray, to_XYZ: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Euclidean distance from each voxel of one surface to the nearest voxel of another, shape (P,).
+
+    Args:
+        from_XYZ, to_XYZ: bool; neither is empty.
+        spacing: size of a voxel along each axis; the distances have its unit.
+    """
+    scale = np.asarray(spacing, dtype=np.float64)
+    from_P3 = np.argwhere(from_XYZ)
+    apart_P = ~to_XYZ[from_XYZ]
+    out_P = np.zeros(len(from_P3))
+    far_P3 = from_P3[apart_P]
+    if not len(far_P3):
+        return out_P
+    if len(far_P3) > POINTS_WORTH_A_TRANSFORM * to_XYZ.size:
+        # Only the indices: the distances themselves would be another 50 bytes per voxel of the box.
+        nearest = ndimage.distance_transform_edt(
+            ~to_XYZ, sampling=scale, return_distances=False, return_indices=True
+        )
+        steps_P3 = nearest[(slice(None), *far_P3.T)].T - far_P3
+        out_P[apart_P] = np.linalg.norm(steps_P3 * scale, axis=1)
+    else:
+        # Unbalanced: built sooner, and on a lattice of voxels searched up to three times faster.
+        tree = KDTree(np.argwhere(to_XYZ) * scale, leafsize=32, compact_nodes=False, balanced_tree=False)
+        out_P[apart_P] = tree.query(far_P3 * scale)[0]
+    return out_P
+
+
+def score(pred_XYZ: np.ndarray, truth_XYZ: np.ndarray, spacing_mm: Sequence[float]) -> dict[str, Any]:
+    """All scores of one mask against another, under the default rule for empty masks.
+
+    Args:
+        pred_XYZ, truth_XYZ: bool, on one grid.
+        spacing_mm: distance between voxel centres along each axis.
+
+    Returns:
+        ``dice``; ``hd95_mm``, ``hd95_pooled_mm``, ``hd95_vox``, ``hd95_pooled_vox`` (NaN unless both masks have
+        voxels); ``nsd_1mm``, ``nsd_2mm`` (NaN if neither has, 0 if one has); ``volume_pred_ml``,
+        ``volume_truth_ml``, ``volume_error_ml`` (prediction minus truth); ``empty``: "neither", "truth",
+        "prediction" or "both".
+
+    Raises:
+        UserError: the shapes differ or the spacing is no spacing.
+    """
+    _check_grid(pred_XYZ, truth_XYZ, spacing_mm, "the masks")
+    voxel_ml = math.prod(spacing_mm) / 1000
+    num_pred, num_truth = int(np.count_nonzero(pred_XYZ)), int(np.count_nonzero(truth_XYZ))
+    volumes = {
+        "volume_pred_ml": num_pred * voxel_ml,
+        "volume_truth_ml": num_truth * voxel_ml,
+        "volume_error_ml": (num_pred - num_truth) * voxel_ml,
+    }
+    if not (num_pred and num_truth):
+        empty = "both" if not (num_pred or num_truth) else "prediction" if num_truth else "truth"
+        overlap = {"both": EMPTY_DICE["default"][0], "truth": EMPTY_DICE["default"][1], "prediction": 0.0}[
+            empty
+        ]
+        missing = dict.fromkeys(HD95, math.nan) | dict.fromkeys(NSD_MM, math.nan if empty == "both" else 0.0)
+        return {"dice": overlap, **missing, **volumes, "empty": empty}
+
+    num_shared = int(np.count_nonzero(pred_XYZ & truth_XYZ))
+    pred_surface_XYZ, truth_surface_XYZ = surface(pred_XYZ), surface(truth_XYZ)
+
+    def both_ways(spacing: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+        there_P = distances(pred_surface_XYZ, truth_surface_XYZ, spacing)
+        return there_P, distances(truth_surface_XYZ, pred_surface_XYZ, spacing)
+
+    def hd95(there_P: np.ndarray, back_P: np.ndarray) -> tuple[float, float]:
+        pooled = np.percentile(np.concatenate([there_P, back_P]), 95)
+        return float(max(np.percentile(there_P, 95), np.percentile(back_P, 95))), float(pooled)
+
+    there_P, back_P = both_ways(spacing_mm)
+    largest_mm, pooled_mm = hd95(there_P, back_P)
+    if len(set(spacing_mm)) == 1:
+        largest_vox, pooled_vox = largest_mm / spacing_mm[0], pooled_mm / spacing_mm[0]
+    else:
+        largest_vox, pooled_vox = hd95(*both_ways((1.0, 1.0, 1.0)))
+    both_P = np.concatenate([there_P, back_P])
+    return {
+        "dice": 2 * num_shared / (num_pred + num_truth),
+        "hd95_mm": largest_mm,
+        "hd95_pooled_mm": pooled_mm,
+        "hd95_vox": largest_vox,
+        "hd95_pooled_vox": pooled_vox,
+        **{name: float(np.mean(both_P <= within_mm + SLACK_MM)) for name, within_mm in NSD_MM.items()},
+        **volumes,
+        "empty": "neither",
+    }
+
+
+def case_rows(
+    pred_XYZ: np.ndarray,
+    truth_XYZ: np.ndarray,
+    spacing_mm: Sequence[float],
+    classes: Mapping[int, str],
+    scan_id: str,
+    *,
+    regions: Mapping[str, Sequence[int]] | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of one scan: ``scan_id``, ``value``, ``class`` and what ``score`` gives.
+
+    Args:
+        pred_XYZ, truth_XYZ: label values, whole numbers of any dtype, on one grid.
+        spacing_mm: of that grid.
+        classes: label value -> name. 0 is background and has no row; values without a name are background
+            too.
+        scan_id: as the manifest has it.
+        regions: name -> the label values whose union it is (BraTS's ET, TC, WT). Given, they are scored
+            instead of the classes, and ``value`` is -1.
+
+    Raises:
+        UserError: naming the scan, when shapes differ, or labels are not whole numbers.
+    """
+    _check_grid(pred_XYZ, truth_XYZ, spacing_mm, f"scan {scan_id}")
+    pred_XYZ, truth_XYZ = (_whole(labels, scan_id) for labels in (pred_XYZ, truth_XYZ))
+    wanted: list[tuple[int, str, Sequence[int]]]
+    if regions is None:
+        wanted = [(value, name, [value]) for value, name in classes.items() if value != 0 and name]
+    else:
+        wanted = [(-1, name, values) for name, values in regions.items()]
+    assert all(value > 0 for _, _, values in wanted for value in values), wanted
+    largest = max((value for _, _, values in wanted for value in values), default=0)
+    pred_boxes, truth_boxes = (ndimage.find_objects(labels, largest) for labels in (pred_XYZ, truth_XYZ))
+    rows = []
+    for value, name, values in wanted:
+        # Most organs fill a few per cent of a scan: nothing below looks outside the box of both masks.
+        box_XYZ = _union([boxes[v - 1] for v in values for boxes in (pred_boxes, truth_boxes)])
+        pred, truth = (_is_one_of(labels[box_XYZ], values) for labels in (pred_XYZ, truth_XYZ))
+        rows.append({"scan_id": scan_id, "value": value, "class": name, **score(pred, truth, spacing_mm)})
+    return rows
+
+
+def _check_grid(pred_XYZ: np.ndarray, truth_XYZ: np.ndarray, spacing_mm: Sequence[float], what: str) -> None:
+    if pred_XYZ.shape != truth_XYZ.shape or truth_XYZ.ndim != 3:
+        raise UserError(
+            f"{what}: the prediction has shape {pred_XYZ.shape} and the truth {truth_XYZ.shape}; "
+            "both must be 3D labels on one grid"
+        )
+    if len(spacing_mm) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing_mm):
+        raise UserError(
+            f"{what}: the spacing is {tuple(spacing_mm)}; it must be three positive lengths in mm"
+        )
+
+
+def _whole(labels_XYZ: np.ndarray, scan_id: str) -> np.ndarray:
+    """Labels of an integer dtype: decoders give float32."""
+    if labels_XYZ.dtype.kind in "iu":
+        return labels_XYZ
+    whole_XYZ = labels_XYZ.astype(np.int32)
+    if not np.array_equal(whole_XYZ, labels_XYZ):
+        raise UserError(f"scan {scan_id}: some labels are not whole numbers; evaluate label maps, not scores")
+    return whole_XYZ
+
+
+def _union(boxes: Sequence[tuple[slice, ...] | None]) -> tuple[slice, ...]:
+    found = [box for box in boxes if box is not None]
+    if not found:
+        return (slice(0, 0),) * 3
+    return tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*found))
+
+
+def _is_one_of(labels_XYZ: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    mask_XYZ = labels_XYZ == values[0]
+    for value in values[1:]:
+        mask_XYZ |= labels_XYZ == value
+    return mask_XYZ
+
+
+# -------------------------------------------------------------------------------------- over cases
+
+
+def under_rules(rows: pd.DataFrame, empty: str = "default", released: bool = False) -> pd.DataFrame:
+    """The same rows under another published rule for empty masks.
+
+    Args:
+        rows: of ``case_rows``.
+        empty: a key of EMPTY_DICE. It concerns Dice alone: the papers that use the other rules give no NSD.
+        released: HD95 is 0 where either mask is empty, as the scripts of nnFormer and MedContext have it.
+            That rewards a model for missing an organ altogether, so otherwise it is NaN, and counted.
+
+    Raises:
+        UserError: there is no such rule, or there are no rows.
+    """
+    if rows.empty:
+        raise UserError("there are no scores: no case was evaluated")
+    if empty not in EMPTY_DICE:
+        raise UserError(f"{empty!r} is no rule for empty masks; there are {', '.join(EMPTY_DICE)}")
+    rows = rows.copy()
+    both, truth_alone = EMPTY_DICE[empty]
+    rows.loc[rows["empty"] == "both", "dice"] = both
+    rows.loc[rows["empty"] == "truth", "dice"] = truth_alone
+    if released:
+        rows.loc[rows["empty"] != "neither", list(HD95)] = 0.0
+    return rows
+
+
+def summary(
+    rows: pd.DataFrame, seed: int = 0, *, empty: str = "default", released: bool = False
+) -> pd.DataFrame:
+    """Each metric of each class over the cases, and the mean over classes, with bootstrap intervals.
+
+    A class's mean is over the cases in which its score is defined; the mean over classes is the mean of
+    the classes' means. Cases are what is resampled (percentile bootstrap, Efron & Tibshirani 1993 ch. 13),
+    so all classes of a case come and go together.
+
+    Args:
+        rows: of ``case_rows``, any number of scans, in any order.
+        seed: of the resampling.
+        empty, released: see ``under_rules``.
+
+    Returns:
+        One row per class and metric, the class "mean" last: ``class``, ``value`` (0 for the mean),
+        ``metric``, ``mean``, ``ci_low``, ``ci_high`` (95 %), ``std`` (n - 1), ``median``, ``n`` cases with a
+        score, ``skipped`` without. In the row of the mean, std and median are those of the cases' averages
+        over their classes, n counts cases, skipped scores.
+    """
+    rows = under_rules(rows, empty, released)
+    order, scans = _class_order(rows), sorted(set(rows["scan_id"]))
+    out = []
+    for metric in METRICS:
+        values_NC = _by_case(rows, metric, scans, order)
+        means_C, mean = _class_means(values_NC)
+        low_C, high_C, low, high = _intervals(values_NC, seed)
+        for c, (value, name) in enumerate(order):
+            num_rows = int((rows["class"] == name).sum())
+            spread = _spread(values_NC[:, c], num_rows)
+            line = {"class": name, "value": value, "metric": metric, "mean": means_C[c]}
+            out.append(line | {"ci_low": low_C[c], "ci_high": high_C[c]} | spread)
+        over_classes = _spread(_row_means(values_NC), 0) | {"skipped": int(rows[metric].isna().sum())}
+        line = {"class": MEAN, "value": 0, "metric": metric, "mean": mean, "ci_low": low, "ci_high": high}
+        out.append(line | over_classes)
+    return _class_by_class(pd.DataFrame(out), order)
+
+
+def compare(
+    a: pd.DataFrame,
+    b: pd.DataFrame,
+    seed: int = 0,
+    *,
+    common: bool = False,
+    empty: str = "default",
+    released: bool = False,
+) -> pd.DataFrame:
+    """Two models on the same cases: is B different from A?
+
+    A pair is a case and class that have a score in both. Where HD95 is undefined for one model (it missed
+    the organ) the pair is dropped and counted, so read HD95 together with Dice.
+
+    Args:
+        a, b: rows of ``case_rows``, paired by ``scan_id`` and ``class``.
+        seed: of the resampling of the cases.
+        common: compare on the scans and classes that both have, where they differ.
+        empty, released: see ``under_rules``.
+
+    Returns:
+        One row per class and metric of COMPARED, the class "mean" last: ``class``, ``value``, ``metric``; ``a``
+        and ``b``, the means over the pairs; ``difference`` b - a with ``ci_low``, ``ci_high`` (95 %, bootstrap of
+        the paired differences); ``p`` of the two-sided Wilcoxon signed-rank test, zero differences left
+        out (Wilcoxon's way; 1 when all are zero); ``p_holm``, p after Holm's correction over the classes
+        of that metric (the mean is one test: its p unchanged); ``n`` pairs and ``dropped`` ones. In the row
+        of the mean, n counts cases, dropped pairs, and the test is on the cases' average differences over
+        their classes.
+
+    Raises:
+        UserError: the scans or classes differ and ``common`` was not asked for, or none is common.
+    """
+    a, b = (under_rules(rows, empty, released) for rows in (a, b))
+    for key, noun in (("scan_id", "scans"), ("class", "classes")):
+        shared = _shared(set(a[key]), set(b[key]), noun, common)
+        a, b = a[a[key].isin(shared)], b[b[key].isin(shared)]
+    order, _ = _class_order(a), _class_order(b)
+    scans = sorted({*a["scan_id"], *b["scan_id"]})
+    out = []
+    for metric in COMPARED:
+        a_NC, b_NC = (_by_case(rows, metric, scans, order) for rows in (a, b))
+        difference_NC = b_NC - a_NC
+        paired_NC = ~np.isnan(difference_NC)
+        a_C, a_mean = _class_means(np.where(paired_NC, a_NC, np.nan))
+        b_C, b_mean = _class_means(np.where(paired_NC, b_NC, np.nan))
+        low_C, high_C, low, high = _intervals(difference_NC, seed)
+        difference_C, difference = _class_means(difference_NC)
+        p_C = np.array([_wilcoxon_p(difference_NC[:, c]) for c in range(len(order))])
+        p_mean = _wilcoxon_p(_row_means(difference_NC))
+        n_C = paired_NC.sum(0)
+        frame = {
+            "class": [*(name for _, name in order), MEAN],
+            "value": [*(value for value, _ in order), 0],
+            "metric": metric,
+            "a": [*a_C, a_mean],
+            "b": [*b_C, b_mean],
+            "difference": [*difference_C, difference],
+            "ci_low": [*low_C, low],
+            "ci_high": [*high_C, high],
+            "p": [*p_C, p_mean],
+            "p_holm": [*holm(p_C), p_mean],
+            "n": [*n_C, int(paired_NC.any(1).sum())],
+            "dropped": [*(len(paired_NC) - n_C), int((~paired_NC).sum())],
+        }
+        out.append(pd.DataFrame(frame))
+    return _class_by_class(pd.concat(out, ignore_index=True), order)
+
+
+def holm(p_C: np.ndarray) -> np.ndarray:
+    """Holm's step-down correction (Holm 1979) of a family of p-values; NaN are no tests and stay."""
+    out_C = np.full(len(p_C), np.nan)
+    order = np.argsort(p_C)[: np.count_nonzero(~np.isnan(p_C))]  # NaN sort last
+    scaled = p_C[order] * np.arange(len(order), 0, -1)
+    out_C[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return out_C
+
+
+def _class_order(rows: pd.DataFrame) -> list[tuple[int, str]]:
+    """(value, class) pairs by value, regions by name: an order that does not depend on that of the rows."""
+    twice = rows[rows.duplicated(["scan_id", "class"])]
+    if len(twice):
+        first = twice.iloc[0]
+        raise UserError(
+            f"scan {first['scan_id']} has two scores of {first['class']}; keep one evaluation of it"
+        )
+    return sorted({(int(value), str(name)) for value, name in zip(rows["value"], rows["class"])})
+
+
+def _by_case(
+    rows: pd.DataFrame, metric: str, scans: Sequence[str], order: Sequence[tuple[int, str]]
+) -> np.ndarray:
+    """Scores (N, C); NaN where a case has none."""
+    wide = rows.pivot(index="scan_id", columns="class", values=metric)
+    return wide.reindex(index=scans, columns=[name for _, name in order]).to_numpy(np.float64)
+
+
+def _class_by_class(frame: pd.DataFrame, order: Sequence[tuple[int, str]]) -> pd.DataFrame:
+    """Lines of one class together, in their order, the mean last."""
+    places = {name: place for place, (_, name) in enumerate([*order, (0, MEAN)])}
+    return frame.sort_values("class", key=lambda names: names.map(places), kind="stable", ignore_index=True)
+
+
+def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """total / count, and NaN without a warning where there is nothing to average."""
+    return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=np.asarray(count) > 0)
+
+
+def _row_means(values_NC: np.ndarray) -> np.ndarray:
+    return _mean(np.nansum(values_NC, 1), (~np.isnan(values_NC)).sum(1))
+
+
+def _class_means(values_NC: np.ndarray) -> tuple[np.ndarray, float]:
+    """Each class's mean over cases, and the mean of those over classes."""
+    means_C = _row_means(values_NC.T)
+    return means_C, float(_row_means(means_C[None])[0])
+
+
+def _intervals(values_NC: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Bootstrap percentile intervals of ``_class_means``: (low_C, high_C, low, high)."""
+    num_cases = len(values_NC)
+    # How often each case is drawn says all about a resample, so the means of all are one matrix product.
+    rng = draws.rng(seed, "bootstrap")
+    times_RN = rng.multinomial(num_cases, np.full(num_cases, 1 / num_cases), size=RESAMPLES).astype(
+        np.float64
+    )
+    seen_NC = ~np.isnan(values_NC)
+    centre_C = _row_means(values_NC.T)  # taken off first: resamples of equal values then have equal means
+    off_NC = np.where(seen_NC, values_NC - centre_C, 0.0)
+    means_RC = _mean(times_RN @ off_NC, times_RN @ seen_NC) + centre_C
+    low_C, high_C = np.array([_percentile_interval(means_R) for means_R in means_RC.T]).T
+    return low_C, high_C, *_percentile_interval(_row_means(means_RC))
+
+
+def _percentile_interval(means_R: np.ndarray) -> tuple[float, float]:
+    means_R = means_R[~np.isnan(means_R)]  # resamples that drew no case with this class
+    if not len(means_R):
+        return math.nan, math.nan
+    low, high = np.percentile(means_R, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
+    return float(low), float(high)
+
+
+def _spread(values_N: np.ndarray, num_rows: int) -> dict[str, float | int]:
+    seen = values_N[~np.isnan(values_N)]
+    return {
+        "std": float(seen.std(ddof=1)) if len(seen) > 1 else math.nan,
+        "median": float(np.median(seen)) if len(seen) else math.nan,
+        "n": len(seen),
+        "skipped": num_rows - len(seen),
+    }
+
+
+def _wilcoxon_p(difference_N: np.ndarray) -> float:
+    difference_N = difference_N[~np.isnan(difference_N)]
+    if not len(difference_N):
+        return math.nan
+    if not difference_N.any():
+        return 1.0
+    return float(stats.wilcoxon(difference_N).pvalue)
+
+
+def _shared(a: set[str], b: set[str], noun: str, common: bool) -> set[str]:
+    both = a & b
+    sides = (("A", a - b), ("B", b - a))
+    only = " and ".join(f"{_some(extra)} only in {side}" for side, extra in sides if extra)
+    if not both:
+        raise UserError(f"A and B have no {noun} in common: {only}; evaluate both on one test set")
+    if only and not common:
+        raise UserError(
+            f"A and B were scored on different {noun}: {only}; evaluate both on one test set, "
+            f"or ask for the {len(both)} common {noun} alone"
+        )
+    return both
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+# ----------------------------------------------------------------------------------------- as text
+
+
+def table(summarised: pd.DataFrame) -> str:
+    """``summary`` for the terminal: a line per class, "mean (95 % interval)" per metric."""
+    columns = {"dice": "Dice", "hd95_mm": "HD95 mm", "nsd_1mm": "NSD 1 mm", "nsd_2mm": "NSD 2 mm"}
+    out = Table("class", box=box.SIMPLE, title="mean over cases (95 % bootstrap interval)")
+    for title in (*columns.values(), "cases", "no HD95"):
+        out.add_column(title, justify="right")
+    for name, lines in summarised.groupby("class", sort=False):
+        by_metric = lines.set_index("metric")
+        cells = [_cell(by_metric.loc[m], "mean", 1 if m == "hd95_mm" else 3) for m in columns]
+        counts = [str(by_metric.loc["dice", "n"]), str(by_metric.loc["hd95_mm", "skipped"])]
+        out.add_row(escape(str(name)), *cells, *counts, style="bold" if name == MEAN else "")
+    return _rendered(out)
+
+
+def compare_table(compared: pd.DataFrame) -> str:
+    """``compare`` for the terminal: a line per class and metric."""
+    out = Table("class", "metric", box=box.SIMPLE, title="paired over cases; B - A (95 % bootstrap interval)")
+    for title in ("A", "B", "B - A", "p Wilcoxon", "p Holm", "pairs", "dropped"):
+        out.add_column(title, justify="right")
+    for line in compared.to_dict("records"):
+        digits = 2 if line["metric"] == "hd95_mm" else 4
+        means = [f"{line[side]:.{digits}f}" for side in ("a", "b")]
+        tests = [f"{line[p]:.2g}" for p in ("p", "p_holm")]
+        counts = [str(line["n"]), str(line["dropped"])]
+        cells = [
+            escape(line["class"]),
+            line["metric"],
+            *means,
+            _cell(line, "difference", digits),
+            *tests,
+            *counts,
+        ]
+        out.add_row(*cells, style="bold" if line["class"] == MEAN else "")
+    return _rendered(out)
+
+
+def to_json(frame: pd.DataFrame) -> bytes:
+    """A list of records; NaN becomes null."""
+    return frame.to_json(orient="records", indent=1, double_precision=15).encode()
+
+
+def _cell(line: Mapping[str, Any], key: str, digits: int) -> str:
+    if math.isnan(line[key]):
+        return "-"
+    return f"{line[key]:.{digits}f} ({line['ci_low']:.{digits}f} to {line['ci_high']:.{digits}f})"
+
+
+def _rendered(out: Table) -> str:
+    text = io.StringIO()
+    Console(file=text, width=140).print(out)
+    return text.getvalue().rstrip() + "\n"
