@@ -1,5 +1,12 @@
 """What tells a scan by its voxels: an exact digest, and a coarse print that survives a change of format.
 
+``SAME`` is chosen from 205 real scans (200 hippocampus MRs of the Medical Segmentation Decathlon, which look
+alike, three CTs and two MRs of other parts; all 20,910 pairs). The largest similarity of two different scans is
+0.73. The smallest of a scan and its copy is 0.96 after resampling to 1.5 times the spacing, with or without
+permuted and flipped axes, 0.90 at twice the spacing, 0.97 after clipping to percentiles 1..99 in 8 bits or a
+square root of the intensities, 0.99 with noise of 0.2 standard deviations. A CT cut to a narrow window falls to
+0.75: such a copy is not recognised, nor is a cropped one. ``tests/test_fingerprints.py`` repeats the measurement.
+
 Shape suffixes: X Y Z voxel axes in RAS order; I J K cells of the print's grid; N scans, P cells of one print.
 """
 
@@ -11,13 +18,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from logonet import volume
+from logonet.errors import UserError
 from logonet.volume import Volume
 
 GRID = 12  # cells along each axis
 SMOOTH_CELLS = 1.0  # sigma of what is taken away: the body plan that scans of one protocol share
 LEVELS = 16  # one hex digit per cell
 CLIP_SD = 2.0  # first and last level, in standard deviations
-SAME = 0.85
+SAME = 0.85  # see above
 
 
 def voxel_sha256(scan: Volume) -> str:
@@ -30,8 +38,8 @@ def voxel_sha256(scan: Volume) -> str:
     digest = hashlib.sha256(repr(tuple(map(int, array_XYZ.shape))).encode())
     # slice by slice along S: NIfTI voxels lie that way, so no second copy of the scan is made
     for slice_YX in array_XYZ.T:
-        plain_YX = np.ascontiguousarray(slice_YX, dtype="<f4")
-        digest.update(plain_YX + np.float32(0))  # -0.0 and 0.0 are one value
+        plain_YX = np.ascontiguousarray(slice_YX, dtype="<f4") + np.float32(0)  # -0.0 and 0.0 are one value
+        digest.update(plain_YX.data)
     return digest.hexdigest()
 
 
@@ -69,7 +77,15 @@ def _weights(n: int) -> np.ndarray:
 
 
 def rows(prints: Sequence[str]) -> np.ndarray:
-    """prints_NP float32, centred and of unit length, so that a product of two rows is their similarity."""
+    """rows_NP float32, centred and of unit length, so that a product of two rows is their similarity.
+
+    Raises:
+        UserError: for prints of another grid than ours.
+    """
+    if any(len(p) != GRID**3 for p in prints):
+        raise UserError(
+            "the manifest's fingerprints are of another version of logonet; import its scans again"
+        )
     digits = np.frombuffer("".join(prints).encode(), np.uint8).reshape(len(prints), -1)
     levels = np.where(digits >= ord("a"), digits - np.uint8(ord("a") - 10), digits - np.uint8(ord("0")))
     rows_NP = levels.astype(np.float32)
