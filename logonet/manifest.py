@@ -27,6 +27,7 @@ from logonet.volume import Volume
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 MAX_LABEL = 255
 GRID_TOLERANCE_VOX = 0.1  # between the corners of an image and of its label: rounding, not misplacement
+Grid = tuple[tuple[int, int, int], np.ndarray]  # shape and affine
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ def inspect(source: Source) -> Scan | Quarantined:
 
 def _inspect(source: Source) -> Scan:
     blobs, sha256 = read_scan(source)
+    if fault := checksum_fault(source, sha256):
+        raise BadScan(fault)
     scan = decode(source, blobs)
     modality = volume.modality(scan, source.modality, source.uri)
     label_sha256 = ""
@@ -157,20 +160,24 @@ def read_scan(source: Source) -> tuple[list[bytes], str]:
     """The bytes of the scan's file or slices, and their SHA-256.
 
     Raises:
-        BadScan: for a file that is too large, missing, or not the one whose digest the source gives.
+        BadScan: for a file that is too large or missing.
     """
     if source.size_bytes > volume.MAX_BYTES:
         raise BadScan(
             f"{source.uri}: has {source.size_bytes / 2**30:.1f} GiB, more than can be decoded; split it"
         )
     blobs = [read_one(uri) for uri in source.files or (source.uri,)]
-    sha256 = _sha256(blobs)
-    if source.sha256 and source.sha256 != sha256:
-        raise BadScan(
-            f"{source.uri}: its SHA-256 begins {sha256[:10]}, not {source.sha256[:10]} as listed; copy the file "
-            "again or correct the list"
-        )
-    return blobs, sha256
+    return blobs, _sha256(blobs)
+
+
+def checksum_fault(source: Source, sha256: str) -> str:
+    """A sentence when the source gives another digest than that of what was read, else ""."""
+    if source.sha256 in ("", sha256):
+        return ""
+    return (
+        f"{source.uri}: its SHA-256 begins {sha256[:10]}, not {source.sha256[:10]} as listed; copy the file "
+        "again or correct the list"
+    )
 
 
 def read_one(uri: str) -> bytes:
@@ -218,21 +225,20 @@ def _decode_label(data: bytes, uri: str, image: Volume) -> np.ndarray:
     """
     label = volume.decode_nifti(data, uri, allow_constant=True)
     labels_XYZ, wrong_values = to_labels(label, uri)
-    sentences = [*grid_faults(label, uri, image.shape_xyz, image.affine).values(), wrong_values]
-    for sentence in filter(None, sentences):
+    apart = grid_faults(uri, (label.shape_xyz, label.affine), (image.shape_xyz, image.affine))
+    for sentence in filter(None, [*apart.values(), wrong_values]):
         raise BadScan(sentence)
     return labels_XYZ
 
 
-def grid_faults(
-    label: Volume, uri: str, shape_xyz: tuple[int, int, int], affine: np.ndarray
-) -> dict[str, str]:
+def grid_faults(uri: str, label: Grid, image: Grid) -> dict[str, str]:
     """How a label's grid differs from its image's: "shape" and "affine" -> a sentence, only where it does."""
+    (label_shape, label_affine), (shape, affine) = label, image
     faults = {}
-    if label.shape_xyz != shape_xyz:
-        faults["shape"] = f"{uri}: the label has shape {label.shape_xyz}, its image {shape_xyz}; resample it"
-    corners_3N = np.indices((2, 2, 2)).reshape(3, 8) * (np.array(shape_xyz) - 1)[:, None]
-    apart = label.affine - affine
+    if label_shape != shape:
+        faults["shape"] = f"{uri}: the label has shape {label_shape}, its image {shape}; resample it"
+    corners_3N = np.indices((2, 2, 2)).reshape(3, 8) * (np.array(shape) - 1)[:, None]
+    apart = label_affine - affine
     shift_mm = apart[:3, :3] @ corners_3N + apart[:3, 3:]
     worst_mm = float(np.linalg.norm(shift_mm, axis=0).max())
     if worst_mm > GRID_TOLERANCE_VOX * np.linalg.norm(affine[:3, :3], axis=0).min():
@@ -243,13 +249,18 @@ def grid_faults(
 
 
 def to_labels(label: Volume, uri: str) -> tuple[np.ndarray, str]:
-    """labels_XYZ uint8, and "" or a sentence that says which values are no integers in 0..255."""
+    """labels_XYZ uint8, and "" or a sentence that says which values are no integers in 0..255.
+
+    Such values become 0.
+    """
     values_XYZ = label.array_CXYZ[0]
     with np.errstate(invalid="ignore"):  # what does not fit is found in the next line
         labels_XYZ = values_XYZ.astype(np.uint8)
-    if np.array_equal(labels_XYZ, values_XYZ):
+    wrong_XYZ = labels_XYZ != values_XYZ
+    if not wrong_XYZ.any():
         return labels_XYZ, ""
-    wrong = np.unique(values_XYZ[labels_XYZ != values_XYZ])
+    wrong = np.unique(values_XYZ[wrong_XYZ])
+    labels_XYZ[wrong_XYZ] = 0
     some = ", ".join(f"{v:g}" for v in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
     return (
         labels_XYZ,
