@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 YELLOW = "#F0E442"
 INK, GREY, RULE = "#1f2328", "#6e7781", "#d0d7de"
+CHAR_IN = 0.075  # width of a letter of 8.5 pt, rather more than less
 
 
 def shown(slice_XY: np.ndarray) -> np.ndarray:

@@ -20,10 +20,8 @@ METRICS = {
     "hd95_mm": ("HD95, mm", ORANGE, "{:.2f}", False),
     "nsd_2mm": ("NSD at 2 mm", GREEN, "{:.3f}", True),
     "nsd_1mm": ("NSD at 1 mm", GREEN, "{:.3f}", True),
-    "volume_error_ml": ("volume error, ml", PURPLE, "{:.2f}", False),
 }
 BOXED = ("dice", "hd95_mm", "nsd_2mm")
-CHAR_IN = 0.075  # a wide letter of the 8.5 pt labels
 ROW_IN = 0.3
 MIN_BOXED = 5  # quartiles of fewer cases say nothing
 SKEWED = 5.0
@@ -43,7 +41,7 @@ def organ_boxes(rows: pd.DataFrame) -> bytes:
     classes = list(dict.fromkeys(rows["class"]))
     cases = rows["scan_id"].nunique()
     counts = {key: _counts(rows, key, classes) for key in BOXED}
-    right = 0.78 + CHAR_IN * max(len(text) for texts in counts.values() for text in texts)
+    right = 0.78 + drawing.CHAR_IN * max(len(text) for texts in counts.values() for text in texts)
     left, wide, gap, bottom, top = _label_width(classes), 2.05, 0.2, 0.42, 0.9
     height = max(ROW_IN * len(classes), 0.5)
     fig = drawing.figure(max(left + 3 * (wide + right) + 2 * gap, 6.5), bottom + height + top)
@@ -123,8 +121,8 @@ def compare_picture(table: pd.DataFrame, a: str = "A", b: str = "B") -> bytes:
     """Forest plot of paired differences, b minus a, with their confidence intervals.
 
     Args:
-        table: as ``evaluate.compare`` returns it: ``class`` ("mean" is drawn last, apart), ``metric``,
-            ``difference``, ``ci_low``, ``ci_high``, ``p``.
+        table: as ``evaluate.compare`` returns it: ``class`` ("mean" is drawn last, apart), ``metric``
+            (of METRICS), ``difference``, ``ci_low``, ``ci_high``, ``p``.
         a, b: names of the two.
 
     Returns:
@@ -133,7 +131,7 @@ def compare_picture(table: pd.DataFrame, a: str = "A", b: str = "B") -> bytes:
     """
     metrics = list(dict.fromkeys(table["metric"]))
     classes = _mean_last(list(dict.fromkeys(table["class"])))
-    columns = min(3, len(metrics))
+    columns = 2 if len(metrics) == 4 else min(3, len(metrics))
     plots = math.ceil(len(metrics) / columns)
     left, wide, gap, right, bottom, top = _label_width(classes), 2.0, 0.2, 1.3, 0.4, 0.55
     height = max(ROW_IN * len(classes), 0.5)
@@ -145,13 +143,13 @@ def compare_picture(table: pd.DataFrame, a: str = "A", b: str = "B") -> bytes:
         column, row = i % columns, plots - 1 - i // columns
         at = (left + column * (wide + right + gap), bottom + row * (height + 0.55 + bottom), wide, height)
         axes = drawing.axes_at(fig, at)
-        name, _, form, more = METRICS.get(metric, (metric, GREY, "{:.3g}", True))
+        name, _, form, more = METRICS[metric]
         _rows(axes, classes if column == 0 else [""] * len(classes))
         _set_mean_apart(axes, classes)
         better = f"{'right' if more else 'left'} is better"
         drawing.title(axes, name, better)
         axes.axvline(0, color=GREY, linewidth=1.0, zorder=1)
-        _beside(axes, ["b - a", "p"], None)
+        _beside(axes, ["b - a", "p"], None, step=46)
         some = table[table["metric"] == metric]
         ends = some[["ci_low", "ci_high", "difference"]].to_numpy(np.float64)
         limit = float(np.nanmax(np.abs(ends))) if np.isfinite(ends).any() else 0.0
@@ -162,7 +160,7 @@ def compare_picture(table: pd.DataFrame, a: str = "A", b: str = "B") -> bytes:
             decided = entry["ci_low"] > 0 or entry["ci_high"] < 0
             colour = GREY if not decided else BLUE if (entry["difference"] > 0) == more else RED
             _interval(axes, place, entry["difference"], entry["ci_low"], entry["ci_high"], colour)
-            _beside(axes, [_signed(entry["difference"], form), _p(entry["p"])], place)
+            _beside(axes, [_signed(entry["difference"], form), _p(entry["p"])], place, step=46)
     note = f"a: {a}, b: {b}; bars: confidence interval of the mean paired difference"
     drawing.heading(fig, f"{b} against {a}, on the same cases", note)
     return drawing.png(fig)
@@ -260,11 +258,13 @@ def _set_mean_apart(axes: Axes, classes: list[str]) -> None:
 
 
 def _label_width(labels: list[str]) -> float:
-    return min(3.0, 0.35 + CHAR_IN * max(len(str(label)) for label in labels))
+    return 0.35 + drawing.CHAR_IN * max(len(str(label)) for label in labels)
 
 
 def _signed(value: float, form: str) -> str:
-    return form.replace("{:", "{:+").format(value) if math.isfinite(value) else "-"
+    """A difference to one digit more than the values it is of."""
+    more = form.replace(".2f", ".3f") if ".2f" in form else form.replace(".3f", ".4f")
+    return more.replace("{:", "{:+").format(value) if math.isfinite(value) else "-"
 
 
 def _p(value: float) -> str:
