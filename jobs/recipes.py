@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from logonet import clusterers, crops, train
-from logonet.stages import Pretraining
+from logonet import augment, cases, clusterers, config, crops, infer, splits, train
+from logonet.stages import Finetuning, Pretraining
 
 TINY_LOGONET = {
     "name": "logonet",
@@ -18,6 +18,13 @@ TINY_LOGONET = {
     "depths": [1, 1, 1, 1],
     "mlp_ratios": [2, 2, 2, 2],
     "full_width": 8,
+}
+SMALL_LOGONET = {
+    "name": "logonet",
+    "dims": [16, 32, 64, 128],
+    "depths": [1, 1, 1, 1],
+    "mlp_ratios": [2, 2, 2, 2],
+    "full_width": 16,
 }
 
 
@@ -44,16 +51,21 @@ def small() -> Pretraining:
     )
 
 
+HIPPOCAMPUS_CROP = (32, 64, 32)  # the scans have about 35 x 51 x 35 voxels of 1 mm
+HIPPOCAMPUS_SPLIT = splits.Config(test_share=0.2, fold=None)  # 40 of 200 test, 160 train
+
+
 def hippocampus() -> Pretraining:
-    """The MSD hippocampus MR scans (35 x 51 x 35 voxels) on 16 workers of a 2-core machine: a tiny LoGoNet,
-    32^3 crops, 16 clusterers of 8 to 40 clusters, 4 epochs.
+    """The MSD hippocampus MR scans (35 x 51 x 35 voxels), without the 40 test cases of the finetuning recipe of this
+    name: a LoGoNet of 3.2 M parameters, crops of 32 x 64 x 32, 16 clusterers of 8 to 40 clusters, 10 epochs.
     """
     return Pretraining(
-        crops=crops.Config(size_vox=(32, 32, 32), per_scan=2),
+        split=HIPPOCAMPUS_SPLIT,
+        crops=crops.Config(size_vox=HIPPOCAMPUS_CROP, per_scan=2),
         clusterers=clusterers.Config(n=16, k_min=8, k_max=40, iterations=100),
-        backbone=TINY_LOGONET,
+        backbone=SMALL_LOGONET,
         method={"name": "masked_clusters", "final_relu": False},
-        train=train.Config(epochs=4, global_batch=32, batch_size=2, lr=3e-3, warmup_epochs=1),
+        train=train.Config(epochs=10, global_batch=16, batch_size=4, lr=2e-3, warmup_epochs=1),
     )
 
 
@@ -86,4 +98,82 @@ def demo() -> Pretraining:
 
 PRETRAINING: dict[str, Callable[[], Pretraining]] = {
     f.__name__: f for f in (paper, small, hippocampus, real_ct, demo)
+}
+
+
+# ------------------------------------------------------------------------------------------ finetuning
+
+
+def paper_finetune() -> Finetuning:
+    """The paper's Table 3: LoGoNet (normal), two 96^3 crops of each of 16 cases a step, AdamW 1e-4, 5000 epochs. Data:
+    BTCV's 30 CTs. Hardware: 16 GPUs. Hours and result: not reproduced by us yet.
+    """
+    return Finetuning(backbone={"name": "logonet"})
+
+
+def small_finetune() -> Finetuning:
+    """The network of the pretraining recipe 'small' on tens to hundreds of labelled scans, one GPU or a fast CPU
+    machine: two 64^3 crops of each of 2 cases a step, 250 steps an epoch, 200 epochs. Hours and result: depend on the
+    data, not measured.
+    """
+    return Finetuning(
+        crops=cases.Crops(size_vox=(64, 64, 64)),
+        backbone=small().backbone,
+        train=train.Config(
+            epochs=200,
+            steps_per_epoch=250,
+            global_batch=2,
+            lr=3e-4,
+            warmup_epochs=5,
+            grad_clip=1.0,
+            validate_every_epochs=10,
+        ),
+    )
+
+
+def hippocampus_finetune() -> Finetuning:
+    """The MSD hippocampus MR scans, 160 to train and 40 to test, on a 2-core machine: two crops of 32 x 64 x 32 of each
+    of 2 cases a step, 500 steps. Result: docs/results.md.
+    """
+    return Finetuning(
+        split=HIPPOCAMPUS_SPLIT,
+        crops=cases.Crops(size_vox=HIPPOCAMPUS_CROP),
+        backbone=SMALL_LOGONET,
+        # Left and right hippocampus are one class here, and each scan shows one of them.
+        method={"name": "supervised", "augment": config.to_dict(augment.Config(flip_prob=0.5))},
+        train=train.Config(
+            epochs=10,
+            steps_per_epoch=50,
+            global_batch=2,
+            batch_size=2,
+            lr=1e-3,
+            warmup_epochs=1,
+            grad_clip=1.0,
+        ),
+    )
+
+
+def demo_finetune() -> Finetuning:
+    """Synthetic phantoms on 2 workers of a 2-core machine: a tiny LoGoNet, 32^3 crops, 200 steps. ``make demo`` runs it."""
+    return Finetuning(
+        split=splits.Config(test_share=0.25, folds=3),
+        crops=cases.Crops(size_vox=(32, 32, 32)),
+        backbone=TINY_LOGONET,
+        method={"name": "supervised", "augment": {"flip_prob": 0.0}},
+        train=train.Config(
+            epochs=8,
+            steps_per_epoch=25,
+            global_batch=2,
+            lr=3e-3,
+            warmup_epochs=1,
+            grad_clip=1.0,
+            validate_every_epochs=2,
+        ),
+        validation=infer.Config(overlap=0.25),
+    )
+
+
+FINETUNING: dict[str, Callable[[], Finetuning]] = {
+    f.__name__.removesuffix("_finetune"): f
+    for f in (paper_finetune, small_finetune, hippocampus_finetune, demo_finetune)
 }

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -53,21 +53,24 @@ def job(
     name: str,
     description: str,
     recipes: Mapping[str, Callable[[], Any]],
-    run: Callable[[Any, JobArgs], None],
+    run: Callable[[Any, Any], None],
     check: Callable[[Any], Any],
+    args_type: type[JobArgs] = JobArgs,
+    configure: Callable[[Any, Any], Any] = lambda cfg, args: cfg,
 ) -> None:
     """A job script's main: parse, resolve the config, join the cluster, run; errors become sentences.
 
     Args:
         check: checks a config and writes its defaults out, without a cluster.
+        args_type, configure: for a job with flags of its own, and what they do to the config.
     """
     with sentences():
-        args = tyro.cli(JobArgs, prog=name, description=description, config=(tyro.conf.AvoidSubcommands,))
+        args = tyro.cli(args_type, prog=name, description=description, config=(tyro.conf.AvoidSubcommands,))
         if args.list_recipes:
             for recipe, make in recipes.items():
                 print(f"{recipe}\n    {' '.join((make.__doc__ or '').split())}\n")
             return
-        cfg = check(job_config(args, recipes))
+        cfg = check(configure(job_config(args, recipes), args))
         if args.show_config:
             print(config.to_yaml(cfg), end="")
             return
@@ -88,6 +91,11 @@ def absolute(uri: str, flag: str) -> str:
             f"{flag} {uri} is relative, and a submitted job's folder is thrown away; give an absolute path or s3://"
         )
     return os.path.abspath(store.local_path(uri))
+
+
+def absolute_model(uri: str) -> str:
+    """The same for where a model is: a folder, an artifact, or models:/NAME@alias."""
+    return uri if uri.startswith("models:/") else absolute(uri, "--model")
 
 
 def job_config(args: JobArgs, recipes: Mapping[str, Callable[[], Any]]) -> Any:
@@ -167,6 +175,108 @@ def data_import(source: tyro.conf.Positional[str], /, root: str, workers: int = 
     print(f"id {table.id}\n{artifact.uri}")
 
 
+@app.command(name="data check")
+def data_check(source: tyro.conf.Positional[str], /, workers: int = 1) -> None:
+    """Verify every case at SOURCE and print every offender; exit status 1 when there is one.
+
+    Args:
+        source: as for data import.
+        workers: parallelism hint where the command starts its own Ray.
+    """
+    from logonet import data, datacheck, importers
+
+    resources = Resources(workers=workers)
+    with cluster.connected(resources):
+        found = importers.sources(absolute(source, "SOURCE"))
+        checked = data.check_sources(found, cluster.share(resources))
+    problems = datacheck.problems(checked)
+    print(datacheck.table(problems, len(checked)))
+    if any(p.severity == "error" for p in problems):
+        sys.exit(1)
+
+
+@app.command(name="data leakcheck")
+def data_leakcheck(manifests: tyro.conf.Positional[tuple[str, ...]], /, out: str = "") -> None:
+    """Look for scans that are in the first manifest and in another: by bytes, voxels, likeness and subject.
+
+    Exit status 1 when there are any. One manifest alone is searched for duplicates.
+
+    Args:
+        manifests: manifest artifacts (ROOT/manifest/<id>); the first holds the test scans.
+        out: also write the table as CSV here.
+    """
+    from logonet import leaks, stages
+
+    tables = [stages.open_manifest(absolute(uri, "MANIFEST")) for uri in manifests]
+    if not tables:
+        raise UserError("no manifest is given; 'logonet data import' makes one")
+    others = [s for t in tables[1:] or tables for s in t.scans]
+    found = leaks.find(tables[0].scans, others)
+    print(leaks.table(found))
+    if out:
+        store.write(absolute(out, "--out"), leaks.to_csv(found))
+    if found:
+        sys.exit(1)
+
+
+@app.command
+def compare(
+    run_a: tyro.conf.Positional[str], run_b: tyro.conf.Positional[str], /, out: str = "", common: bool = False
+) -> None:
+    """Is B better than A? Paired Wilcoxon test and bootstrap interval on the same cases.
+
+    Args:
+        run_a: an evaluation artifact (ROOT/evaluation/<id>) or its cases.csv.
+        run_b: another.
+        out: folder or s3:// prefix for compare.csv and compare.png.
+        common: compare on the cases both have, where they differ.
+    """
+    from logonet import evaluate, report, stages
+
+    a, b = (stages.scores_of(absolute(uri, "RUN")) for uri in (run_a, run_b))
+    compared = evaluate.compare(a, b, common=common)
+    print(evaluate.compare_table(compared))
+    if out:
+        where = absolute(out, "--out")
+        store.write(store.join(where, "compare.csv"), compared.to_csv(index=False).encode())
+        store.write(store.join(where, "compare.png"), report.compare_picture(compared))
+        print(f"{where}/compare.csv")
+
+
+@app.command
+def register(
+    artifact: tyro.conf.Positional[str], /, task: str = "", alias: tuple[str, ...] = ("candidate",)
+) -> None:
+    """Put what a run has made, and what it was made from, into the MLflow model registry.
+
+    Args:
+        artifact: ROOT/evaluation/<id>, ROOT/finetune/<id> or ROOT/pretrain/<id>.
+        task: names the segmentation model, logonet-seg-<task>.
+        alias: such as candidate or champion.
+    """
+    from logonet import stages
+
+    for uri in stages.register(absolute(artifact, "ARTIFACT"), task, alias):
+        print(uri)
+
+
+@app.command
+def export(
+    model: tyro.conf.Positional[str], /, out: str, format: Literal["bundle", "onnx"] = "bundle"
+) -> None:
+    """Write a model for others to run: a MONAI bundle, or ONNX of the network with a parity check.
+
+    Args:
+        model: models:/NAME@alias, a finetuning artifact ROOT/finetune/<id>, or a model folder.
+        out: a local folder for the bundle, or a file for ONNX.
+        format: which.
+    """
+    from logonet import export as exporting
+    from logonet import stages
+
+    print(exporting.write(stages.choose(absolute_model(model)).folder, out, format))
+
+
 @app.command
 def doctor(root: str = "/tmp/logonet-doctor", nodes: bool = True) -> None:
     """Check that this machine, or every node of the cluster at RAY_ADDRESS, can run logonet with ROOT.
@@ -235,7 +345,7 @@ def phantoms(root: tyro.conf.Positional[str], /, n: int = 8, size: int = 64, see
     print(phantom.write_dataset(root, n, size_vox=(size, size, size), seed=seed))
 
 
-TWO_WORDS = ("data import", "clusters report", "s3 serve")
+TWO_WORDS = ("data import", "data check", "data leakcheck", "clusters report", "s3 serve")
 
 
 def main() -> None:

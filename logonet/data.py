@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from logonet import cases, clusterers, crops, draws, manifest, methods, store
+from logonet import cases, clusterers, crops, datacheck, draws, manifest, methods, store
 from logonet.artifacts import Artifact
 from logonet.cluster import Share, quiet
 from logonet.errors import BadScan, UserError
@@ -44,6 +44,11 @@ SHARD_DTYPE = "U16"
 def inspect_scans(sources: list[manifest.Source], share: Share) -> list[manifest.Scan | manifest.Quarantined]:
     """Read and check every scan, in parallel; the answers are in the order of ``sources``."""
     return _map_in_order(sources, manifest.inspect, share)
+
+
+def check_sources(sources: list[manifest.Source], share: Share) -> list[datacheck.Checked]:
+    """Verify every case, in parallel; the answers are in the order of ``sources``."""
+    return _map_in_order(sources, datacheck.check, share)
 
 
 # ---------------------------------------------------------------------------------------------- crops

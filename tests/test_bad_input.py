@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from jobs import recipes
-from logonet import cli, phantom, stages, store
+from logonet import cli, cluster, data, phantom, stages, store
 from logonet.cluster import Resources
 from logonet.errors import UserError
 
@@ -122,7 +122,7 @@ def test_a_shard_that_changed_is_noticed_and_named(tmp_path: Path, ray_local: No
     cfg = cli.job_config(
         cli.JobArgs(recipe="demo", set=("clusterers.n=2", "train.epochs=1")), recipes.PRETRAINING
     )
-    root, share = f"{tmp_path}/runs", stages.cluster.share(Resources(workers=2))
+    root, share = f"{tmp_path}/runs", cluster.share(Resources(workers=2))
     up = stages.upstream(stages.resolve(cfg), f"{tmp_path}/scans", root, share)
     victim = sorted(Path(up.crops.uri, "shards").glob("*"))[0]
     raw = bytearray(victim.read_bytes())
@@ -132,7 +132,7 @@ def test_a_shard_that_changed_is_noticed_and_named(tmp_path: Path, ray_local: No
     with pytest.raises(UserError, match=victim.name):
         up.crops.read(damaged)
     with pytest.raises(Exception, match=victim.name) as err:
-        stages.data.sample_slices(up.crops, max_slices=10**6, seed=0, share=share)
+        data.sample_slices(up.crops, max_slices=10**6, seed=0, share=share)
     told = cli.user_error(err.value)
     assert told is not None
     assert victim.name in told
@@ -158,7 +158,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
         assert not list(disk.glob("runs/crops/*/manifest.json"))
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         cfg = cli.job_config(cli.JobArgs(recipe="demo", set=("clusterers.n=2",)), recipes.PRETRAINING)
-        share = stages.cluster.share(Resources(workers=2))
+        share = cluster.share(Resources(workers=2))
         up = stages.upstream(stages.resolve(cfg), f"{tmp_path}/scans", f"{disk}/runs", share)
         assert [up.crops.read(i).shape for i in range(len(up.crops))] == [(1, 32, 32, 32)] * len(up.crops)
     finally:

@@ -24,6 +24,7 @@ FLOORS = [
         "datacheck",
         "splits",
         "leaks",
+        "seen",
         "cases",
         "phantom",
         "s3server",
@@ -34,7 +35,6 @@ FLOORS = [
     {"model", "registry", "data", "infer", "checkpoints", "doctor", "report", "serving", "export"},
     {"train", "evaluate", "clusters_report", "predict"},
     {"stages", "sweep", "plan"},
-    {"finetune"},
     {"cli"},
 ]
 # Within a floor, who may use whom.
@@ -49,6 +49,8 @@ NEIGHBOURS = {
     ("datacheck", "volume"),
     ("splits", "manifest"),
     ("leaks", "manifest"),
+    ("seen", "leaks"),
+    ("seen", "manifest"),
     ("leaks", "fingerprints"),
     ("fingerprints", "volume"),
     ("infer", "model"),

@@ -17,6 +17,7 @@ from logonet import (
     clusterers,
     clusters_report,
     crops,
+    data,
     phantom,
     stages,
     store,
@@ -147,7 +148,7 @@ def test_clusterers_fitted_before_a_kill_are_kept(scans: str, bucket: str) -> No
     table, _ = stages.import_scans(scans, f"{bucket}/runs", share)
     crop_table, crops_artifact = stages.make_crops(table, cfg.crops, f"{bucket}/runs", share)
     artifact = stages.make_clusterers(crop_table, crops_artifact, cfg.clusterers, f"{bucket}/runs", share)
-    slices_ST = stages.data.sample_slices(crop_table, cfg.clusterers.max_slices, cfg.clusterers.seed, share)
+    slices_ST = data.sample_slices(crop_table, cfg.clusterers.max_slices, cfg.clusterers.seed, share)
     store.delete_prefix(artifact.uri)
     counts = clusterers.cluster_counts(cfg.clusterers)
     kept = clusterers.fit_one(slices_ST, counts[1], 1, cfg.clusterers)

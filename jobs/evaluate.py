@@ -1,0 +1,55 @@
+"""Scores of a segmentation model: Dice, HD95 and NSD in mm per case and organ, with confidence intervals and pictures.
+
+    ray job submit --working-dir . -- python jobs/evaluate.py --model s3://out/finetune/0123456789abcdef --root s3://out/
+
+On the test cases of the model's own split, or on all labelled scans of --data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import tyro
+
+from logonet import cli, cluster, stages
+from logonet.cluster import Resources
+
+
+@dataclass(frozen=True)
+class Args:
+    """What jobs/evaluate.py takes.
+
+    Attributes:
+        model: a finetuning artifact <root>/finetune/<id>, models:/NAME@alias, or a model folder.
+        root: folder or s3:// prefix that holds every stage's artifacts.
+        data: labelled scans to judge on; empty for the test cases of the model's own split.
+        evaluation: how.
+        resources: what the job may use; never changes a result.
+        experiment: MLflow experiment.
+    """
+
+    model: str
+    root: str
+    data: str = ""
+    evaluation: tyro.conf.OmitArgPrefixes[stages.Evaluation] = field(default_factory=stages.Evaluation)
+    resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
+    experiment: str = "logonet"
+
+
+def main(args: Args) -> None:
+    root = cli.absolute(args.root, "--root")
+    data = cli.absolute(args.data, "--data") if args.data else ""
+    with cluster.connected(args.resources):
+        stages.evaluate_model(
+            args.evaluation,
+            cli.absolute_model(args.model),
+            data,
+            root,
+            args.resources,
+            args.experiment,
+        )
+
+
+if __name__ == "__main__":
+    with cli.sentences():
+        main(tyro.cli(Args, prog="jobs/evaluate.py", description=__doc__))

@@ -1,0 +1,295 @@
+"""A trained model over many scans: Ray Data actors that load it once each and commit every case by itself.
+
+A case is committed by its row, ``<output>/.cases/<name>.json``, written after the label map it names; so whatever
+is killed, the same command goes on with the cases that have no row. A case that cannot be used gets a row
+that says why; one that takes its process down is tried once more and then gets such a row too.
+
+Shapes: X Y Z voxel axes of the scan's own grid.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from logonet import evaluate, infer, manifest, model, store, volume
+from logonet.cluster import Share
+from logonet.errors import BadScan, UserError
+from logonet.manifest import Scan, Source
+from logonet.volume import Volume
+
+MAX_ATTEMPTS = 2  # of a case whose process dies; a healthy one dies with its machine, hardly twice in a run
+CASES, ATTEMPTS, ABOUT, TABLE = ".cases", ".attempts", ".cases/about.json", "predictions"
+DONE, QUARANTINED = "done", "quarantined"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one case.
+
+    Attributes:
+        name: its path below the input, without the suffix.
+        status: "done" or "quarantined", and then ``reason`` says why.
+        output, sha256: the label map and its digest.
+        seconds: reading, segmenting and writing.
+        volumes_ml: class -> ml in the label map.
+        metrics: against the truth, one mapping per class (`evaluate.case_rows`); [] without truth.
+    """
+
+    name: str
+    uri: str
+    status: str
+    reason: str = ""
+    output: str = ""
+    sha256: str = ""
+    seconds: float = 0.0
+    volumes_ml: dict[str, float] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One case to segment: a scan as found (``source``), or a row of a manifest, verified against it (``scan``)."""
+
+    name: str
+    source: Source | None = None
+    scan: Scan | None = None
+
+    @property
+    def uri(self) -> str:
+        return (self.scan or self.source).uri  # type: ignore[union-attr]
+
+
+def items_of(sources: Sequence[Source], root: str) -> list[Item]:
+    """The sources at ``root`` by their paths below it. UserError when two would be written to one place."""
+    found: dict[str, Item] = {}
+    for source in sources:
+        name = (
+            store.relative(source.uri, root.rstrip("/"))
+            if source.uri.startswith(root.rstrip("/") + "/")
+            else ""
+        )
+        name = name or source.uri.rstrip("/").rpartition("/")[2]
+        for suffix in manifest.NIFTI_SUFFIXES:
+            name = name.removesuffix(suffix)
+        if name in found:
+            raise UserError(
+                f"{source.uri} and {found[name].uri} would both be written to {name}.nii.gz; rename one of them"
+            )
+        found[name] = Item(name, source=source)
+    return [found[name] for name in sorted(found)]
+
+
+def run(
+    items: Sequence[Item],
+    folder: Mapping[str, bytes],
+    output: str,
+    cfg: infer.Config,
+    share: Share,
+    *,
+    about: Mapping[str, Any],
+    attempt: str,
+    score: bool = False,
+    note: Callable[[Row, int, int], None] = lambda row, done, total: None,
+) -> list[Row]:
+    """Segment ``items`` into ``output``; those that have a row already are not touched again.
+
+    Args:
+        folder: the model's files (`model.files`), held once in Ray's shared memory.
+        about: names the model and the settings; an output folder never mixes two of them.
+        attempt: names this run, so that a case's deaths in earlier runs do not count.
+        score: compare with the scans' labels.
+        note: called for every case as it ends, with how many of how many are done.
+
+    Returns:
+        A row for each item, in their order.
+
+    Raises:
+        UserError: ``output`` belongs to another model.
+    """
+    import ray
+
+    _claim(output, about)
+    rows = finished(output)
+    waiting = [item for item in items if item.name not in rows]
+    done = len(items) - len(waiting)
+    if waiting:
+        actors = max(1, min(share.workers, len(waiting)))
+        blob = ray.put(dict(folder))
+        stream = ray.data.range(len(waiting), override_num_blocks=len(waiting)).map_batches(
+            _Segment,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=share.cpus_per_worker,
+            num_gpus=1 if share.use_gpu else None,
+            fn_constructor_args=(waiting, [blob], output, cfg, share.threads_per_worker, attempt, score),
+        )
+        for batch in stream.iter_batches(batch_size=None, batch_format="numpy"):
+            for text in batch["row"]:
+                row = Row(**json.loads(str(text)))
+                rows[row.name] = row
+                done += 1
+                note(row, done, len(items))
+    return [rows[item.name] for item in items]
+
+
+def finished(output: str) -> dict[str, Row]:
+    """The rows already committed under ``output``, by name."""
+    rows = {}
+    for entry in store.listing(store.join(output, CASES)):
+        if entry.uri.endswith("/row.json"):
+            row = Row(**store.read_json(entry.uri))
+            rows[row.name] = row
+    return rows
+
+
+def forget_quarantined(output: str) -> int:
+    """Drop the rows of cases that could not be used, so that the next run tries them again; how many."""
+    bad = [row for row in finished(output).values() if row.status == QUARANTINED]
+    for row in bad:
+        store.delete(_row_uri(output, row.name))
+    return len(bad)
+
+
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """One line per case: what became of it, seconds, and ml of each class."""
+    lines = []
+    for row in rows:
+        line = {k: v for k, v in asdict(row).items() if k not in ("volumes_ml", "metrics")}
+        lines.append(line | {f"{name}_ml": ml for name, ml in row.volumes_ml.items()})
+    return pd.DataFrame(lines)
+
+
+def write_table(rows: Sequence[Row], output: str) -> str:
+    """``predictions.csv`` and ``.parquet`` under ``output``; returns the CSV's URI."""
+    frame = table(rows)
+    sink = io.BytesIO()
+    frame.to_parquet(sink, index=False)
+    store.write(store.join(output, f"{TABLE}.parquet"), sink.getvalue())
+    uri = store.join(output, f"{TABLE}.csv")
+    store.write(uri, frame.to_csv(index=False).encode())
+    return uri
+
+
+def _claim(output: str, about: Mapping[str, Any]) -> None:
+    """Write down whose predictions these are, or refuse where another model's lie."""
+    uri = store.join(output, ABOUT)
+    own = json.loads(json.dumps(dict(about)))
+    if not store.exists(uri):
+        store.write_json(uri, own)
+        return
+    there = store.read_json(uri)
+    if there != own:
+        differing = sorted(k for k in {*there, *own} if there.get(k) != own.get(k))
+        raise UserError(
+            f"{output} holds predictions made otherwise ({', '.join(f'{k}={there.get(k)}' for k in differing)}); "
+            "use another output, or delete it"
+        )
+
+
+def _row_uri(output: str, name: str) -> str:
+    return store.join(output, CASES, *name.split("/"), "row.json")
+
+
+class _Segment:
+    """A Ray Data actor: builds the predictor once, then segments, writes and commits one case at a time."""
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        folder: list[Any],
+        output: str,
+        cfg: infer.Config,
+        threads: int,
+        attempt: str,
+        score: bool,
+    ) -> None:
+        import ray
+        import torch
+
+        torch.set_num_threads(threads)
+        files = ray.get(folder[0])
+        spec, weights = model.parse(files)
+        self.predictor = infer.Predictor(model.build(spec, weights), spec, cfg)
+        self.items, self.output, self.attempt, self.score = items, output, attempt, score
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        rows = [self._one(self.items[int(i)]) for i in batch["id"]]
+        return {"row": [json.dumps(asdict(row)) for row in rows]}
+
+    def _one(self, item: Item) -> Row:
+        started = time.monotonic()
+        if self._deaths(item) >= MAX_ATTEMPTS:
+            reason = (
+                f"{item.uri}: took its process down {MAX_ATTEMPTS} times, probably for want of memory; segment it on "
+                "a larger machine"
+            )
+            row = Row(item.name, item.uri, QUARANTINED, reason)
+        else:
+            try:
+                row = self._segment(item)
+            except (BadScan, store.IntegrityError) as err:
+                row = Row(item.name, item.uri, QUARANTINED, str(err))
+            except UserError:
+                raise  # the store is out of reach, or refuses: that concerns every case
+            except Exception as err:  # one case must not stop a bucket; the reason is kept in its row
+                reason = f"{item.uri}: {type(err).__name__}: {' '.join(str(err).split())[:300]}"
+                row = Row(item.name, item.uri, QUARANTINED, reason)
+        row = Row(**{**asdict(row), "seconds": round(time.monotonic() - started, 3)})
+        store.write_json(_row_uri(self.output, item.name), asdict(row))
+        return row
+
+    def _deaths(self, item: Item) -> int:
+        """How often this run began the case and did not come to its row; and a note of this beginning."""
+        folder = store.join(self.output, ATTEMPTS, self.attempt, *item.name.split("/"))
+        before = len(list(store.listing(folder)))
+        if before < MAX_ATTEMPTS:
+            store.write(store.join(folder, f"{before}"), b"begun")
+        return before
+
+    def _segment(self, item: Item) -> Row:
+        image, modality, original = _open(item)
+        labels_XYZ = self.predictor.segment(image, modality, item.name)
+        blob = volume.encode_labels(labels_XYZ, original, image.affine)
+        uri = store.join(self.output, *f"{item.name}.nii.gz".split("/"))
+        written = store.write(uri, blob)
+        metrics: list[dict[str, Any]] = []
+        spec = self.predictor.spec
+        names = dict(zip(spec.label_values, spec.classes))
+        if self.score:
+            assert item.scan is not None
+            truth_XYZ = manifest.load_label(item.scan, image)
+            classes = {value: name for value, name in names.items() if value}
+            metrics = evaluate.case_rows(labels_XYZ, truth_XYZ, image.spacing_mm, classes, item.scan.scan_id)
+        voxel_ml = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000
+        counts = np.bincount(labels_XYZ.ravel(order="K"), minlength=256)
+        volumes_ml = {name: round(float(counts[v]) * voxel_ml, 4) for v, name in names.items() if v}
+        return Row(item.name, item.uri, DONE, "", uri, written.sha256, 0.0, volumes_ml, _plain(metrics))
+
+
+def _plain(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without NumPy's types, which JSON does not know."""
+    return json.loads(json.dumps(lines, default=lambda value: value.item()))
+
+
+def _open(item: Item) -> tuple[Volume, str, bytes | None]:
+    """The scan, its modality, and the bytes whose NIfTI header the label map takes over (None for DICOM)."""
+    if item.scan is not None:
+        image = manifest.load(item.scan)
+        header = None if item.scan.files else store.read(item.scan.uri, sha256=item.scan.sha256)
+        return image, item.scan.modality, header
+    assert item.source is not None
+    blobs, _ = manifest.read_scan(item.source)
+    image = manifest.decode(item.source, blobs)
+    return (
+        image,
+        volume.modality(image, item.source.modality, item.uri),
+        None if item.source.files else blobs[0],
+    )

@@ -1,0 +1,70 @@
+"""What every stage shares: lines of a job's log, and the MLflow run that goes with an artifact."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import logonet
+from logonet import config, registry, store
+from logonet.artifacts import Artifact
+
+
+def say(stage: str, text: str) -> None:
+    """One line of a job's log."""
+    print(f"{stage:<11} {text}", flush=True)
+
+
+def took(started: float) -> str:
+    return f"{time.monotonic() - started:.1f} s"
+
+
+def options(part: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in part.items() if k != "name"}
+
+
+SEEN_FILE = "seen.parquet"
+
+
+def tracking_of(
+    stage: str,
+    name: str,
+    fingerprint: str,
+    cfg: Any,
+    lineage: dict[str, str],
+    root: str,
+    experiment: str,
+) -> dict[str, Any]:
+    """What `registry.Tracker` is to know of a run."""
+    return {
+        "fingerprint": fingerprint,
+        "experiment": experiment,
+        "run_name": name,
+        "params": config.to_dict(cfg),
+        "tags": {
+            "logonet.stage": stage,
+            "logonet.git_commit": registry.git_commit(os.path.dirname(os.path.dirname(logonet.__file__))),
+            "logonet.command": registry.command_line(sys.argv),
+            **{f"logonet.{k}": v for k, v in lineage.items()},
+        },
+        "artifact_root": store.join(root, "mlflow-artifacts"),
+    }
+
+
+def catch_up(tracking: dict[str, Any], uri: str, artifact: Artifact) -> None:
+    """Bring MLflow up to date from the run's own records, once; until the server was there, at every call."""
+    delivered = store.join(uri, "tracked.json")
+    if store.exists(delivered):
+        return
+    history = json.loads(artifact.read("history.json"))
+    files = {n: artifact.read(n) for n in artifact.files if n.endswith((".png", ".yaml", ".html"))}
+    if registry.catch_up(**tracking, history=history, files=files):
+        store.write_json(delivered, {"run": tracking["run_name"], "experiment": tracking["experiment"]})
+        say("mlflow", f"run '{tracking['run_name']}' in experiment '{tracking['experiment']}'")
+    else:
+        say(
+            "mlflow", "the tracking server is away; the run is complete and the same command catches up later"
+        )

@@ -1,0 +1,307 @@
+"""Evaluation: a model's label maps of the test cases against their truth, on the scans' own grids, in mm."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from logonet import (
+    artifacts,
+    cluster,
+    config,
+    evaluate,
+    infer,
+    leaks,
+    manifest,
+    model,
+    predict,
+    registry,
+    report,
+    seen,
+    store,
+)
+from logonet.artifacts import Artifact
+from logonet.cluster import Resources
+from logonet.errors import UserError
+from logonet.manifest import Manifest, Scan
+from logonet.stages.common import SEEN_FILE, catch_up, say, took, tracking_of
+from logonet.stages.finetuning import MODEL, LeakRule
+from logonet.stages.preparation import import_scans
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What decides the scores of a model.
+
+    Attributes:
+        infer: overlap of the windows, mirroring.
+        leaks: what to do with test cases that the model's training or pretraining has seen.
+    """
+
+    infer: infer.Config = field(default_factory=infer.Config)
+    leaks: LeakRule = "refuse"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A model to run, wherever it came from.
+
+    Attributes:
+        folder: its files (`model.files`).
+        id: 16 hex digits of their content.
+        seen: the scans it was trained and pretrained on (`seen`), or None when nobody knows.
+        artifact: the finetuning it is of, when that is at hand.
+    """
+
+    folder: dict[str, bytes]
+    id: str
+    lineage: dict[str, str]
+    seen: bytes | None
+    artifact: Artifact | None
+
+
+def choose(uri: str) -> Chosen:
+    """The model at ``uri``: a finetuning artifact, models:/NAME@alias, or a model folder.
+
+    Raises:
+        UserError: nothing is there, or it is no segmentation model.
+    """
+    if uri.startswith("models:/"):
+        with tempfile.TemporaryDirectory() as place:
+            folder = registry.download(uri, place)
+            files = {n: store.read(store.join(folder, n)) for n in (model.CONFIG_FILE, model.WEIGHTS_FILE)}
+            seen_uri = store.join(folder, SEEN_FILE)
+            known = store.read(seen_uri) if store.exists(seen_uri) else None
+        return Chosen(files, _id(files), {"registered": uri, **registry.lineage(uri)}, known, None)
+    artifact = artifacts.find(uri)
+    if artifact is None:
+        files = {n: store.read(store.join(uri, n)) for n in (model.CONFIG_FILE, model.WEIGHTS_FILE)}
+        return Chosen(files, _id(files), {"model_folder": uri}, None, None)
+    if artifact.stage != "finetune":
+        raise UserError(
+            f"{uri} is a '{artifact.stage}' artifact; give a finetuning one, <root>/finetune/<id>"
+        )
+    files = {n: artifact.read(f"{MODEL}/{n}") for n in (model.CONFIG_FILE, model.WEIGHTS_FILE)}
+    lineage = {**artifact.parents, "finetune": artifact.fingerprint, "finetune_uri": artifact.uri}
+    return Chosen(files, _id(files), lineage, artifact.read(SEEN_FILE), artifact)
+
+
+def _id(files: Mapping[str, bytes]) -> str:
+    digests = {name: hashlib.sha256(blob).hexdigest() for name, blob in files.items()}
+    return config.fingerprint(digests)
+
+
+def test_scans(table: Manifest, chosen: Chosen) -> list[Scan]:
+    """The test cases of the model's own split where the manifest is the one it was split on, else all labelled scans.
+
+    Raises:
+        UserError: there are none.
+    """
+    own = chosen.artifact
+    if own is not None and own.parents.get("manifest") == table.id:
+        wanted = set(own.facts["test"])
+        if not wanted:
+            raise UserError(
+                f"the split of {own.uri} has no test cases; give --data of other labelled scans, or split.test_share"
+            )
+        return [s for s in table.scans if s.scan_id in wanted]
+    found = [s for s in table.scans if s.label_uri]
+    if not found:
+        raise UserError("none of the scans has a label; there is nothing to compare with")
+    return found
+
+
+def evaluate_model(
+    cfg: Evaluation, model_uri: str, source: str, root: str, resources: Resources, experiment: str
+) -> Artifact:
+    """Scores of the model at ``model_uri`` on labelled scans at ``source`` ("": those it was finetuned from)."""
+    chosen = choose(model_uri)
+    if not source:
+        if chosen.artifact is None:
+            raise UserError(f"--data is missing; {model_uri} does not say which scans it was split on")
+        source = chosen.artifact.facts["source"]
+    share = cluster.share(resources)
+    table, _ = import_scans(source, root, share)
+    scans = test_scans(table, chosen)
+    scans, leaking = _without_leaks(scans, chosen, cfg.leaks)
+    spec, _ = model.parse(chosen.folder)
+    own = {"infer": config.to_dict(cfg.infer), "leaks": cfg.leaks}
+    cases = config.fingerprint([[s.sha256, s.label_sha256] for s in scans])
+    lineage = {**chosen.lineage, "test_manifest": table.id}
+    parents = {"model": chosen.id, "manifest": table.id, "cases": cases}
+    uri, fingerprint = artifacts.address(root, "evaluation", own, parents)
+    name = f"evaluate-{spec.backbone['name']}-{chosen.id[:8]}-{fingerprint[:8]}"
+    tracking = tracking_of("evaluate", name, fingerprint, cfg, lineage, root, experiment)
+    found = artifacts.find(uri)
+    if found is not None:
+        say("evaluate", f"already done: {uri}")
+        catch_up(tracking, uri, found)
+        print(found.read("summary.txt").decode())
+        return found
+    started = time.monotonic()
+    say("evaluate", f"{name} on {len(scans)} cases  {uri}")
+    output = store.join(uri, "predictions")
+    rows = predict.run(
+        [predict.Item(s.scan_id, scan=s) for s in scans],
+        chosen.folder,
+        output,
+        cfg.infer,
+        share,
+        about={"model": chosen.id, **own},
+        attempt=f"{time.time_ns():x}",
+        score=True,
+    )
+    bad = [row for row in rows if row.status != predict.DONE]
+    for row in bad:
+        say("", f"quarantined: {row.reason}")
+    scores = pd.DataFrame([line for row in rows for line in row.metrics])
+    if scores.empty:
+        raise UserError(
+            f"none of the {len(rows)} test cases could be segmented; the first says: {bad[0].reason}"
+        )
+    summary = evaluate.summary(scores)
+    text = evaluate.table(summary)
+    pictures = {
+        "organs.png": report.organ_boxes(scores),
+        "cases.png": _cases_picture(scores, scans, rows, spec),
+    }
+    entry = {"epoch": 1, "step": 1, "unix_s": time.time(), **_headline(summary)}
+    page = _page(name, summary, pictures, lineage, leaking, bad, uri)
+    files = {
+        name: store.write(store.join(uri, name), blob)
+        for name, blob in {
+            "cases.csv": scores.to_csv(index=False).encode(),
+            "summary.csv": summary.to_csv(index=False).encode(),
+            "summary.json": evaluate.to_json(summary),
+            "summary.txt": text.encode(),
+            "history.json": json.dumps([entry]).encode(),
+            "leaks.csv": leaks.to_csv(leaking),
+            "config.yaml": config.to_yaml(cfg).encode(),
+            "report.html": page,
+            **pictures,
+        }.items()
+    }
+    predict.write_table(rows, output)
+    artifact = artifacts.commit(
+        uri,
+        "evaluation",
+        fingerprint,
+        config=config.to_dict(cfg),
+        parents={**parents, **lineage},
+        files=files,
+        facts={
+            **_headline(summary),
+            "cases": len(rows) - len(bad),
+            "quarantined": len(bad),
+            "contaminated": sorted({leak.scan_id for leak in leaking}),
+        },
+    )
+    catch_up(tracking, uri, artifact)
+    print(text)
+    say("evaluate", f"{len(rows) - len(bad)} cases  {took(started)}  {uri}/report.html")
+    return artifact
+
+
+def _without_leaks(scans: list[Scan], chosen: Chosen, rule: LeakRule) -> tuple[list[Scan], list[leaks.Leak]]:
+    """The scans that may be judged on, and every leak found."""
+    if chosen.seen is None:
+        say("leaks", "which scans this model has seen is not known; leaks cannot be ruled out")
+        return scans, []
+    found = leaks.find(seen.anonymous(scans), seen.from_bytes(chosen.seen))
+    leaking = sorted({leak.scan_id for leak in found})
+    if not leaking or rule == "allow":
+        return scans, found
+    if rule == "refuse":
+        raise UserError(
+            f"{len(leaking)} of {len(scans)} test cases are known to the model's training or pretraining, such as "
+            f"{leaking[0]} ({found[0].kind}: {found[0].detail}); set leaks=exclude to leave them out or leaks=allow to "
+            "keep them"
+        )
+    say("leaks", f"{len(leaking)} contaminated test cases left out")
+    kept = [s for s in scans if s.scan_id not in set(leaking)]
+    if not kept:
+        raise UserError("every test case is known to the model's training; there is nothing to judge it on")
+    return kept, found
+
+
+def _headline(summary: pd.DataFrame) -> dict[str, float]:
+    """The means as MLflow shows them: ``dice``, and ``dice/<class>`` for each class."""
+    values = {}
+    for line in summary.to_dict("records"):
+        name = line["metric"] if line["class"] == "mean" else f"{line['metric']}/{line['class']}"
+        values[name] = float(line["mean"])
+    return values
+
+
+def _cases_picture(
+    scores: pd.DataFrame, scans: Sequence[Scan], rows: Sequence[predict.Row], spec: model.Spec
+) -> bytes:
+    """The worst, the median and the best case by Dice."""
+    from logonet import volume
+
+    per_case = scores.groupby("scan_id")["dice"].mean().dropna().sort_values(kind="stable")
+    by_id = {s.scan_id: s for s in scans}
+    output = {row.name: row for row in rows}
+    names = dict(zip(spec.label_values, spec.classes))
+    shown = []
+    middle = len(per_case) // 2
+    for label, place in dict.fromkeys((("worst", 0), ("median", middle), ("best", len(per_case) - 1))):
+        if len(per_case) <= place or place < 0:
+            continue
+        scan_id = str(per_case.index[place])
+        image = manifest.load(by_id[scan_id])
+        truth_XYZ = manifest.load_label(by_id[scan_id], image)
+        row = output[scan_id]
+        found = volume.decode_nifti(
+            store.read(row.output, sha256=row.sha256), row.output, allow_constant=True
+        )
+        ras = [
+            volume.to_ras(volume.Volume(a, image.affine)).array_CXYZ[0]
+            for a in (image.array_CXYZ, truth_XYZ[None], found.array_CXYZ)
+        ]
+        spacing_mm = volume.to_ras(image).spacing_mm
+        title = f"{label}: {scan_id}, mean Dice {per_case.iloc[place]:.3f}"
+        shown.append((title, ras[0], ras[1].astype(int), ras[2].astype(int), spacing_mm))
+    return report.cases_overlay(shown, {v: n for v, n in names.items() if v})
+
+
+def _page(
+    name: str,
+    summary: pd.DataFrame,
+    pictures: Mapping[str, bytes],
+    lineage: Mapping[str, str],
+    leaking: Sequence[leaks.Leak],
+    bad: Sequence[predict.Row],
+    uri: str,
+) -> bytes:
+    sections: list[tuple[str, Any]] = [
+        ("Per organ", pictures["organs.png"]),
+        ("Means with 95 % confidence intervals", summary),
+        ("Worst, median and best case", pictures["cases.png"]),
+        ("Lineage", report.lineage(lineage)),
+    ]
+    if leaking:
+        sections.append(("Contaminated cases", pd.read_csv(io.BytesIO(leaks.to_csv(leaking)))))
+    if bad:
+        sections.append(("Cases left out", predict.table(bad)[["name", "reason"]]))
+    sections.append(("Artifact", f"<p><code>{html.escape(uri)}</code></p>"))
+    return report.run_page(name, sections).encode()
+
+
+def scores_of(uri: str) -> pd.DataFrame:
+    """The scores per case and class of an evaluation artifact, or of a cases.csv."""
+    if uri.endswith(".csv"):
+        return pd.read_csv(io.BytesIO(store.read(uri)))
+    artifact = artifacts.find(uri)
+    if artifact is None or artifact.stage != "evaluation":
+        raise UserError(f"{uri} is no finished evaluation; give <root>/evaluation/<id> or its cases.csv")
+    return pd.read_csv(io.BytesIO(artifact.read("cases.csv")))

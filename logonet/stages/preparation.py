@@ -1,0 +1,166 @@
+"""From scans to what pretraining learns from: scans -> manifest -> crops -> clusterers -> labels.
+
+Shapes: P crops, N clusterers, Z slices of a crop.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+
+import numpy as np
+
+from logonet import artifacts, clusterers, config, crops, data, importers, manifest, store
+from logonet.artifacts import Artifact
+from logonet.cluster import Share
+from logonet.errors import UserError
+from logonet.stages.common import say, took
+
+
+def import_scans(source: str, root: str, share: Share) -> tuple[manifest.Manifest, Artifact]:
+    """The manifest of everything at ``source``: a prefix, an MSD dataset.json or a DICOM series folder."""
+    sources = importers.sources(source)
+    # Versions (ETags, modification times) stand in for content until it is read: an unchanged listing is not
+    # read again, and a replaced scan gives a new manifest.
+    listed = [asdict(s) for s in sources]
+    cfg = {"source": source, "listing": config.fingerprint(listed), "scans": len(sources)}
+    uri, fingerprint = artifacts.address(root, "manifest", cfg, {})
+    if (found := artifacts.find(uri)) is not None:
+        table = manifest.Manifest.from_parquet(found.read("scans.parquet"), found.read("quarantine.parquet"))
+        say("manifest", f"{table.summary()}  (already there: {uri})")
+        return _usable(table, source, uri), found
+    started = time.monotonic()
+    table = manifest.Manifest.of(data.inspect_scans(sources, share))
+    files = {
+        "scans.parquet": store.write(store.join(uri, "scans.parquet"), table.scans_parquet()),
+        "quarantine.parquet": store.write(store.join(uri, "quarantine.parquet"), table.quarantine_parquet()),
+        "quarantine.csv": store.write(store.join(uri, "quarantine.csv"), table.quarantine_csv()),
+    }
+    facts = {"id": table.id, "scans": len(table.scans), "quarantined": len(table.quarantined)}
+    artifact = artifacts.commit(
+        uri, "manifest", fingerprint, config=cfg, parents={}, files=files, facts=facts
+    )
+    say("manifest", f"{table.summary()}  {took(started)}  {uri}")
+    for bad in table.quarantined:
+        say("", f"quarantined: {bad.reason}")
+    return _usable(table, source, uri), artifact
+
+
+def open_manifest(uri: str) -> manifest.Manifest:
+    """The table of a finished manifest artifact."""
+    artifact = artifacts.find(uri)
+    if artifact is None or artifact.stage != "manifest":
+        raise UserError(
+            f"{uri} holds no finished manifest; give ROOT/manifest/<id>, which 'logonet data import' makes"
+        )
+    return manifest.Manifest.from_parquet(artifact.read("scans.parquet"), artifact.read("quarantine.parquet"))
+
+
+def _usable(table: manifest.Manifest, source: str, uri: str) -> manifest.Manifest:
+    if not table.scans:
+        raise UserError(
+            f"none of the {len(table.quarantined)} scans at {source} can be used; the reasons are in "
+            f"{uri}/quarantine.csv"
+        )
+    return table
+
+
+def make_crops(
+    table: manifest.Manifest, cfg: crops.Config, root: str, share: Share
+) -> tuple[data.CropTable, Artifact]:
+    """Random crops of every scan, stored as uint16; the parent is the manifest's content, not its place."""
+    own, parents = config.to_dict(cfg), {"manifest": table.id}
+    uri, fingerprint = artifacts.address(root, "crops", own, parents)
+    found = artifacts.find(uri)
+    if found is None:
+        started = time.monotonic()
+        refs, bad = data.cut_scans(list(table.scans), cfg, uri, share)
+        for q in bad:
+            say("", f"quarantined: {q.reason}")
+        if not refs:
+            raise UserError(
+                f"no scan gave a crop of {'x'.join(map(str, cfg.size_vox))} voxels (the first says: "
+                f"{bad[0].reason}); use a smaller crops.size_vox or lower crops.min_image_share"
+            )
+        crop_table = data.CropTable(uri, cfg.size_vox, 1, tuple(refs))
+        files = {
+            "crops.parquet": store.write(store.join(uri, "crops.parquet"), crop_table.to_parquet()),
+            "quarantine.json": store.write_json(
+                store.join(uri, "quarantine.json"), [{"uri": q.uri, "reason": q.reason} for q in bad]
+            ),
+        }
+        facts = {"crops": len(refs), "in_channels": 1, "quarantined": len(bad)}
+        found = artifacts.commit(
+            uri, "crops", fingerprint, config=own, parents=parents, files=files, facts=facts
+        )
+        say("crops", f"{len(refs)} crops of {len(table.scans) - len(bad)} scans  {took(started)}  {uri}")
+        return crop_table, found
+    crop_table = data.CropTable.open(found)
+    say("crops", f"{len(crop_table)} crops  (already there: {uri})")
+    return crop_table, found
+
+
+def make_clusterers(
+    table: data.CropTable, parent: Artifact, cfg: clusterers.Config, root: str, share: Share
+) -> Artifact:
+    """N K-means clusterers fitted on slices of the crops; they are read back only where labels are missing."""
+    own, parents = config.to_dict(cfg), {"crops": parent.fingerprint}
+    uri, fingerprint = artifacts.address(root, "clusterers", own, parents)
+    if (found := artifacts.find(uri)) is not None:
+        say("clusterers", f"{found.facts['n']} clusterers {found.facts['id']}  (already there: {uri})")
+        return found
+    started = time.monotonic()
+    slices_ST = data.sample_slices(table, cfg.max_slices, cfg.seed, share)
+    say("clusterers", f"fitting {cfg.n} on {len(slices_ST):,} slices of {slices_ST.shape[1]:,} voxels")
+    fits = data.fit_clusterers(slices_ST, cfg, uri, share, note=_note_quarters)
+    fitted = clusterers.ClustererSet.from_fitted(fits, meta={"config": own, "crops": parent.fingerprint})
+    files = {CLUSTERERS_FILE: store.write(store.join(uri, CLUSTERERS_FILE), fitted.to_bytes())}
+    facts = {"id": fitted.id, "n": len(fitted.sizes_N), "slices": len(slices_ST), **fitted.summary()}
+    files["clusterers.json"] = store.write_json(store.join(uri, "clusterers.json"), {**facts, "config": own})
+    artifact = artifacts.commit(
+        uri, "clusterers", fingerprint, config=own, parents=parents, files=files, facts=facts
+    )
+    store.delete_prefix(store.join(uri, "fits"))  # the parts of what is now committed whole
+    say("clusterers", f"{cfg.n} clusterers {fitted.id}  {took(started)}  {uri}")
+    return artifact
+
+
+CLUSTERERS_FILE = "clusterers.safetensors"
+
+
+def _note_quarters(done: int, total: int) -> None:
+    if done % -(-total // 4) == 0 and done < total:
+        say("clusterers", f"fitted {done}/{total}")
+
+
+def make_labels(
+    table: data.CropTable, crops_artifact: Artifact, clusterers_artifact: Artifact, root: str, share: Share
+) -> tuple[np.ndarray, Artifact]:
+    """Every clusterer's pseudo-label of every slice of every crop: int16 (P, N, Z)."""
+    from safetensors.numpy import load, save
+
+    parents = {a.stage: a.fingerprint for a in (crops_artifact, clusterers_artifact)}
+    uri, fingerprint = artifacts.address(root, "labels", {}, parents)
+    if (found := artifacts.find(uri)) is not None:
+        labels_PNZ = load(found.read(LABELS_FILE))["labels_PNZ"]
+        say("labels", f"{labels_PNZ.size:,} pseudo-labels  (already there: {uri})")
+        return labels_PNZ, found
+    started = time.monotonic()
+    fitted = clusterers.ClustererSet.from_bytes(clusterers_artifact.read(CLUSTERERS_FILE))
+    labels_PNZ = data.label_crops(table, fitted, share)
+    majority, floor = clusterers.majority(labels_PNZ, fitted.sizes_N)
+    files = {LABELS_FILE: store.write(store.join(uri, LABELS_FILE), save({"labels_PNZ": labels_PNZ}))}
+    facts = {
+        "majority_labels": majority.tolist(),
+        "majority_share": floor.tolist(),
+        "cluster_sizes": fitted.sizes_N.tolist(),
+        "clusterers": fitted.id,
+    }
+    artifact = artifacts.commit(
+        uri, "labels", fingerprint, config={}, parents=parents, files=files, facts=facts
+    )
+    say("labels", f"{labels_PNZ.size:,} pseudo-labels  {took(started)}  {uri}")
+    return labels_PNZ, artifact
+
+
+LABELS_FILE = "labels.safetensors"

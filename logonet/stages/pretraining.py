@@ -1,0 +1,244 @@
+"""Pretraining: everything upstream, then the network, its report and its MLflow run.
+
+Shapes: P crops, N clusterers, Z slices of a crop.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from logonet import (
+    artifacts,
+    backbones,
+    cluster,
+    clusterers,
+    config,
+    crops,
+    data,
+    manifest,
+    methods,
+    report,
+    seen,
+    splits,
+    store,
+    train,
+    transfer,
+)
+from logonet.artifacts import Artifact
+from logonet.cluster import Resources, Share
+from logonet.errors import UserError
+from logonet.methods import Facts
+from logonet.stages.common import SEEN_FILE, catch_up, options, say, took, tracking_of
+from logonet.stages.preparation import import_scans, make_clusterers, make_crops, make_labels
+from logonet.store import Stored
+from logonet.volume import from_uint16
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Everything that decides what a pretraining run computes. ``jobs/recipes.py`` names full ones.
+
+    ``split`` leaves out the scans that it puts into test and validation sets: give the finetuning's own split where
+    both stand on one dataset. None uses every scan.
+    """
+
+    split: splits.Config | None = None
+    crops: crops.Config = field(default_factory=crops.Config)
+    clusterers: clusterers.Config = field(default_factory=clusterers.Config)
+    backbone: dict[str, Any] = field(default_factory=lambda: {"name": "logonet"})
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "masked_clusters"})
+    train: train.Config = field(default_factory=train.Config)
+
+
+def resolve(cfg: Pretraining) -> Pretraining:
+    """``cfg`` with the named backbone's and method's defaults written out, checked as far as config goes.
+
+    Raises:
+        UserError: an unknown name or key, a crop the network cannot take, a chain longer than the crop...
+    """
+    b, m = dict(cfg.backbone), dict(cfg.method)
+    for part, section in ((b, "backbone"), (m, "method")):
+        if "name" not in part:
+            raise UserError(f"config section '{section}' has no name; set {section}.name")
+    b_name, m_name = b.pop("name"), m.pop("name")
+    b_cfg, m_cfg = backbones.config(b_name, b), methods.config(m_name, m)
+    backbones.check_size(b_name, b_cfg, cfg.crops.size_vox)
+    counts = tuple(clusterers.cluster_counts(cfg.clusterers)) if _pseudo(m_name) else ()
+    methods.check(m_name, m_cfg, Facts(size_vox=cfg.crops.size_vox, cluster_sizes=counts))
+    backbone = {"name": b_name, **config.to_dict(b_cfg)}
+    train.dry_run(backbone, cfg.train, Facts(size_vox=cfg.crops.size_vox))
+    return Pretraining(
+        split=cfg.split,
+        crops=cfg.crops,
+        clusterers=cfg.clusterers,
+        backbone=backbone,
+        method={"name": m_name, **config.to_dict(m_cfg)},
+        train=cfg.train,
+    )
+
+
+def _pseudo(method_name: str) -> bool:
+    return "pseudo_labels" in methods.needs(method_name)
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What a training run stands on.
+
+    Attributes:
+        crops: the samples.
+        labels_PNZ: their pseudo-labels, or None for a method that needs none.
+        facts: what the method may know of them.
+        parent: the artifact trained on.
+        lineage: fingerprints and ids, from the scans on.
+        seen: the scans that gave crops, without names, for leak checks (`seen`).
+    """
+
+    crops: data.CropTable
+    labels_PNZ: np.ndarray | None
+    facts: Facts
+    parent: Artifact
+    lineage: dict[str, str]
+    seen: bytes
+
+
+def upstream(cfg: Pretraining, source: str, root: str, share: Share) -> Upstream:
+    """Manifest, crops and, where the method needs them, clusterers and pseudo-labels."""
+    table, _ = import_scans(source, root, share)
+    table = training_part(table, cfg.split)
+    crop_table, crops_artifact = make_crops(table, cfg.crops, root, share)
+    facts = Facts(size_vox=cfg.crops.size_vox, in_channels=crop_table.in_channels)
+    lineage = {"manifest": table.id, "crops": crops_artifact.fingerprint}
+    cut = {ref.scan_id for ref in crop_table.refs}
+    known = seen.to_bytes([s for s in table.scans if s.scan_id in cut], "pretraining")
+    if not _pseudo(cfg.method["name"]):
+        return Upstream(crop_table, None, facts, crops_artifact, lineage, known)
+    fitted = make_clusterers(crop_table, crops_artifact, cfg.clusterers, root, share)
+    labels_PNZ, labels = make_labels(crop_table, crops_artifact, fitted, root, share)
+    facts = replace(
+        facts,
+        cluster_sizes=tuple(labels.facts["cluster_sizes"]),
+        majority_labels=tuple(labels.facts["majority_labels"]),
+    )
+    lineage |= {"clusterers": fitted.facts["id"], "clusterers_uri": fitted.uri, "labels": labels.fingerprint}
+    return Upstream(crop_table, labels_PNZ, facts, labels, lineage, known)
+
+
+def training_part(table: manifest.Manifest, cfg: splits.Config | None) -> manifest.Manifest:
+    """``table`` without the test and validation scans of ``cfg`` (all of it when that is None)."""
+    if cfg is None:
+        return table
+    split = splits.make(table.scans, cfg)
+    held_out = {*split.test, *split.val}
+    kept = tuple(s for s in table.scans if s.scan_id not in held_out)
+    say("split", f"{split.describe()}; pretraining on {len(kept)} scans, without test and validation")
+    return replace(table, scans=kept)
+
+
+def pretrain(cfg: Pretraining, source: str, root: str, resources: Resources, experiment: str) -> Artifact:
+    """All stages from scans at ``source`` to a pretrained network under ``root``. Run again, it resumes."""
+    cfg = resolve(cfg)
+    train.accumulation(cfg.train, resources.workers)
+    share = cluster.share(resources)
+    up = upstream(cfg, source, root, share)
+    crop_table, labels_PNZ, lineage = up.crops, up.labels_PNZ, up.lineage
+    own = {"backbone": cfg.backbone, "method": cfg.method, "train": config.to_dict(cfg.train)}
+    parents = {up.parent.stage: up.parent.fingerprint}
+    uri, fingerprint = artifacts.address(root, "pretrain", own, parents)
+    name = f"pretrain-{cfg.method['name']}-{cfg.backbone['name']}-{fingerprint[:8]}"
+    method_cfg = methods.config(cfg.method["name"], options(cfg.method))
+    order = data.Order(len(crop_table), cfg.train.global_batch, cfg.train.seed)
+    feed = data.Feed(crop_table, labels_PNZ, cfg.method["name"], method_cfg, order)
+    tracking = tracking_of("pretrain", name, fingerprint, cfg, lineage, root, experiment)
+    found = artifacts.find(uri)
+    if found is not None:
+        say("pretrain", f"already done: {uri}")
+        catch_up(tracking, uri, found)
+        return found
+    # Before any hour is spent: what this run will save is what finetuning will be able to load.
+    net = backbones.build(cfg.backbone["name"], up.facts.in_channels, 2, **options(cfg.backbone))
+    handover = transfer.prove(cfg.backbone, up.facts.in_channels, 3, net.state_dict())
+    say("handover", handover.summary())
+    started = time.monotonic()
+    pictures = _pictures(feed, labels_PNZ, cfg, crop_table)
+    job = train.Job(
+        uri=uri,
+        fingerprint=fingerprint,
+        backbone=cfg.backbone,
+        method=cfg.method,
+        train=cfg.train,
+        facts=up.facts,
+        tracking=tracking,
+        progress=sys.stdout.isatty(),
+        files={**pictures, "config.yaml": config.to_yaml(cfg).encode()},
+    )
+    say("pretrain", f"{name} on {len(crop_table)} crops, {order.steps_per_epoch} steps an epoch  {uri}")
+    result = train.fit(job, feed, resources, share)
+    history = result["history"]
+    pictures["curves.png"] = report.curves(history)
+    page = report.run_page(name, _sections(cfg, pictures, lineage, uri)).encode()
+    files = {k: Stored(**v) for k, v in result["files"].items()}
+    for file, content in {**job.files, **pictures, "report.html": page, SEEN_FILE: up.seen}.items():
+        files[file] = store.write(store.join(uri, file), content)
+    artifact = artifacts.commit(
+        uri,
+        "pretrain",
+        fingerprint,
+        config=config.to_dict(cfg),
+        parents={**parents, **lineage},
+        files=files,
+        facts={"final": history[-1], "steps": history[-1]["step"], "tracked": result["tracked"]},
+    )
+    catch_up(tracking, uri, artifact)
+    last = history[-1]
+    say("pretrain", f"done, loss {last['loss']:.4f}  {took(started)}  {uri}/report.html")
+    return artifact
+
+
+def _pictures(
+    feed: data.Feed, labels_PNZ: np.ndarray | None, cfg: Pretraining, table: data.CropTable
+) -> dict[str, bytes]:
+    """What the run is asked to learn, before it starts: a masked chain and a sheet of clusters."""
+    if labels_PNZ is None:
+        return {}
+    shown = feed.sample(0, 0)
+    pictures = {}
+    if "chain" in shown:
+        pictures["masked_chain.png"] = report.chain_picture(
+            from_uint16(shown["image"]),
+            shown["hidden"],
+            shown["chain"],
+            shown["patch_size"],
+            shown["labels"],
+        )
+    pictures["clusters.png"] = cluster_sheet(table, labels_PNZ, which=0, seed=cfg.train.seed)
+    return pictures
+
+
+def cluster_sheet(table: data.CropTable, labels_PNZ: np.ndarray, which: int, seed: int) -> bytes:
+    """A contact sheet of clusterer ``which``: slices of at most 64 crops, a row for each big cluster."""
+    chosen = np.linspace(0, len(table) - 1, min(64, len(table))).astype(int)
+    slices_SXY = np.concatenate([np.moveaxis(table.read(int(i))[0], -1, 0) for i in chosen])
+    labels_S = labels_PNZ[chosen, which].reshape(-1)
+    k = int(labels_PNZ[:, which].max()) + 1
+    exemplars = clusterers.exemplars(labels_S, k, per_code=8, seed=seed)
+    title = f"Clusterer {which}: slices that share a pseudo-label"
+    return report.contact_sheet(from_uint16(slices_SXY), labels_S, k, exemplars, title)
+
+
+def _sections(
+    cfg: Pretraining, pictures: dict[str, bytes], lineage: dict[str, str], uri: str
+) -> list[tuple[str, Any]]:
+    sections: list[tuple[str, Any]] = [("Training", pictures["curves.png"])]
+    if "masked_chain.png" in pictures:
+        sections.append(("A masked chain of slices and its pseudo-labels", pictures["masked_chain.png"]))
+    if "clusters.png" in pictures:
+        sections.append(("What one clusterer calls alike", pictures["clusters.png"]))
+    sections.append(("Lineage", "".join(f"<p><b>{k}</b> <code>{v}</code></p>" for k, v in lineage.items())))
+    sections.append(("Config", f"<pre>{config.to_yaml(cfg)}</pre><p>Artifact: <code>{uri}</code></p>"))
+    return sections
