@@ -297,11 +297,12 @@ def summary(
     """
     rows = under_rules(rows, empty, released)
     order, scans = _class_order(rows), sorted(set(rows["scan_id"]))
+    times_RN = _resamples(len(scans), seed)
     out = []
     for metric in METRICS:
         values_NC = _by_case(rows, metric, scans, order)
         means_C, mean = _class_means(values_NC)
-        low_C, high_C, low, high = _intervals(values_NC, seed)
+        low_C, high_C, low, high = _intervals(values_NC, times_RN)
         for c, (value, name) in enumerate(order):
             num_rows = int((rows["class"] == name).sum())
             spread = _spread(values_NC[:, c], num_rows)
@@ -351,6 +352,7 @@ def compare(
         a, b = a[a[key].isin(shared)], b[b[key].isin(shared)]
     order, _ = _class_order(a), _class_order(b)
     scans = sorted({*a["scan_id"], *b["scan_id"]})
+    times_RN = _resamples(len(scans), seed)
     out = []
     for metric in COMPARED:
         a_NC, b_NC = (_by_case(rows, metric, scans, order) for rows in (a, b))
@@ -358,7 +360,7 @@ def compare(
         paired_NC = ~np.isnan(difference_NC)
         a_C, a_mean = _class_means(np.where(paired_NC, a_NC, np.nan))
         b_C, b_mean = _class_means(np.where(paired_NC, b_NC, np.nan))
-        low_C, high_C, low, high = _intervals(difference_NC, seed)
+        low_C, high_C, low, high = _intervals(difference_NC, times_RN)
         difference_C, difference = _class_means(difference_NC)
         p_C = np.array([_wilcoxon_p(difference_NC[:, c]) for c in range(len(order))])
         p_mean = _wilcoxon_p(_row_means(difference_NC))
@@ -430,14 +432,14 @@ def _class_means(values_NC: np.ndarray) -> tuple[np.ndarray, float]:
     return means_C, float(_row_means(means_C[None])[0])
 
 
-def _intervals(values_NC: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, float, float]:
+def _resamples(num_cases: int, seed: int) -> np.ndarray:
+    """How often each resample holds each case (R, N): means over resamples are then one matrix product."""
+    shares_N = np.full(num_cases, 1 / num_cases)
+    return draws.rng(seed, "bootstrap").multinomial(num_cases, shares_N, size=RESAMPLES).astype(np.float64)
+
+
+def _intervals(values_NC: np.ndarray, times_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Bootstrap percentile intervals of ``_class_means``: (low_C, high_C, low, high)."""
-    num_cases = len(values_NC)
-    # How often each case is drawn says all about a resample, so the means of all are one matrix product.
-    rng = draws.rng(seed, "bootstrap")
-    times_RN = rng.multinomial(num_cases, np.full(num_cases, 1 / num_cases), size=RESAMPLES).astype(
-        np.float64
-    )
     seen_NC = ~np.isnan(values_NC)
     centre_C = _row_means(values_NC.T)  # taken off first: resamples of equal values then have equal means
     off_NC = np.where(seen_NC, values_NC - centre_C, 0.0)
