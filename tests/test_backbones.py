@@ -38,9 +38,9 @@ def tiny_net(name: str, seed: int = 0, **options: Any) -> Any:
 
 
 def crop(name: str, batch: int = 2, seed: int = 0, wide: bool = False) -> Tensor:
-    """Noise of the smallest size the tiny net takes; ``wide`` doubles X."""
+    """Noise of the smallest size the tiny net takes; ``wide`` doubles X, unless it takes one size alone."""
     mx, my, mz = _multiple(name)
-    size = (batch, 1, mx * (2 if wide else 1), my, mz)
+    size = (batch, 1, mx * (2 if wide and not _takes_one_size(name) else 1), my, mz)
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -53,6 +53,10 @@ def _multiple(name: str) -> tuple[int, int, int]:
     return x, y, z
 
 
+def _takes_one_size(name: str) -> bool:
+    return hasattr(backbones.config(name), "img_size")
+
+
 # ---- the contract, for whatever is registered -----------------------------------------------------
 
 
@@ -62,7 +66,8 @@ def test_features_match_what_is_declared(name: str) -> None:
     feats = net.encode(x)
     assert [feat.shape[1] for feat in feats] == list(net.channels)
     for feat, stride in zip(feats, net.strides):
-        assert feat.shape[2:] == torch.Size(n // stride for n in x.shape[2:])
+        steps = (stride,) * 3 if isinstance(stride, int) else stride
+        assert feat.shape[2:] == torch.Size(n // step for n, step in zip(x.shape[2:], steps))
     assert list(net.strides) == sorted(net.strides)
     assert net.decode_features(x, feats).shape == (2, net.feature_channels, *x.shape[2:])
     out = net(x)
@@ -156,10 +161,24 @@ def test_state_dict_goes_round(name: str) -> None:
 def test_a_size_that_does_not_fit_is_refused_with_the_nearest(name: str) -> None:
     cfg = backbones.config(name, backbones.tiny(name))
     mx, my, mz = _multiple(name)
+    if _takes_one_size(name):
+        backbones.check_size(name, cfg, cfg.img_size)
+        with pytest.raises(UserError, match=rf"img_size.*\({mx}, {my}, {mz}\)"):
+            backbones.check_size(name, cfg, (2 * mx, my, mz))
+        return
     backbones.check_size(name, cfg, (mx, 3 * my, 2 * mz))
     with pytest.raises(UserError) as refused:
         backbones.check_size(name, cfg, (2 * mx + 1, my, mz))
     assert f"({2 * mx}, {my}, {mz}) or ({3 * mx}, {my}, {mz})" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_are_found_without_memory(name: str) -> None:
+    x = crop(name, wide=True)
+    with torch.device("meta"):
+        net: Any = backbones.build(name, num_classes=3, **backbones.tiny(name))
+    assert {t.device.type for t in (*net.parameters(), *net.buffers())} == {"meta"}
+    assert net(x.to("meta")).logits.shape == (2, 3, *x.shape[2:])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,11 +8,14 @@ is typed into a list: `names` looks into the package's ``__path__``. The file de
 - ``Config``: a frozen dataclass of options, every one with a default;
 - ``build(cfg, in_channels, num_classes) -> nn.Module``;
 - ``size_multiple(cfg) -> (int, int, int)``: each side of a crop must be a multiple of these (voxels);
+- ``check_size(cfg, size_vox) -> None``, optional: raises UserError for what else a crop's size can lack.
+  A net that takes one size alone has it in ``Config.img_size``;
 - ``TINY``: options that make the smallest sensible net, for tests and demos.
 
 The module it builds has
 
-- ``channels``, ``strides``: tuples of int, of the features `encode` returns, fine to coarse;
+- ``channels``, ``strides``: tuples of int, of the features `encode` returns, fine to coarse; a stride is
+  three ints where the axes differ;
 - ``feature_channels``: the F of `decode_features`;
 - ``encoder_prefixes``, ``head_prefixes``: tuples of str, prefixes of parameter names. The first cover
   what ``encode`` uses, the second the final classifier, which pretraining leaves out;
@@ -85,9 +88,12 @@ def check_size(name: str, cfg: Any, size_vox: Sequence[int]) -> None:
     Raises:
         UserError: naming the nearest sizes that it can.
     """
-    multiple = _load(name).size_multiple(cfg)
+    file = _load(name)
+    multiple = file.size_multiple(cfg)
     if len(size_vox) != 3:
         raise UserError(f"crop size {tuple(size_vox)} must be three numbers of voxels (X, Y, Z)")
+    if hasattr(file, "check_size"):
+        file.check_size(cfg, size_vox)
     if all(side > 0 and side % m == 0 for side, m in zip(size_vox, multiple)):
         return
     below = tuple(max(side // m, 1) * m for side, m in zip(size_vox, multiple))

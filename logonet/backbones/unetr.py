@@ -1,0 +1,128 @@
+"""UNETR (Hatamizadeh et al. 2022): MONAI's, behind the backbones' contract.
+
+Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from logonet.backbones import SegOut
+from logonet.errors import UserError
+
+PATCH = 16  # side in voxels of what becomes one token; fixed by the four doublings of the decoder
+
+TINY: dict[str, Any] = {
+    "img_size": (32, 32, 32),
+    "feature_size": 4,
+    "hidden_size": 12,
+    "mlp_dim": 24,
+    "num_heads": 2,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the UNETR of LoGoNet's Table 1, on ViT-B. ViT-T has hidden_size 192 and mlp_dim 768.
+
+    Attributes:
+        img_size: the one crop size (X, Y, Z in voxels) the net takes: it learns a vector for each position.
+        feature_size: width at full resolution.
+        hidden_size, mlp_dim, num_heads: of the transformer's 12 layers.
+    """
+
+    img_size: tuple[int, int, int] = (96, 96, 96)
+    feature_size: int = 32
+    hidden_size: int = 768
+    mlp_dim: int = 3072
+    num_heads: int = 12
+
+    def __post_init__(self) -> None:
+        if any(side < PATCH or side % PATCH for side in self.img_size):
+            raise UserError(f"backbone.img_size is {self.img_size}; its sides must be multiples of {PATCH}")
+        if min(self.feature_size, self.mlp_dim, self.num_heads, self.hidden_size) < 1:
+            raise UserError("backbone.feature_size, hidden_size, mlp_dim and num_heads must be above 0")
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"backbone.hidden_size {self.hidden_size} is not a multiple of backbone.num_heads "
+                f"{self.num_heads}; change either"
+            )
+
+
+def size_multiple(cfg: Config) -> tuple[int, int, int]:
+    return PATCH, PATCH, PATCH
+
+
+def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
+    if tuple(size_vox) != cfg.img_size:
+        raise UserError(
+            f"crop size {tuple(size_vox)} does not fit backbone 'unetr', which learns a vector for each "
+            f"position; set backbone.img_size to the crop's size or use crops of {cfg.img_size}"
+        )
+
+
+def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
+    return UNETR(cfg, in_channels, num_classes)
+
+
+class UNETR(nn.Module):
+    """101,787,214 parameters and 264.60 G multiply-accumulates (as thop counts) at 96^3 with 14 classes;
+    MONAI's has 18,432 parameters more, which it never uses.
+
+    Features: tokens after layers 4, 7, 10 and 12 of the transformer as maps, all at stride 16, the last
+    normalised. What makes a pyramid of them, MONAI's encoder1 to encoder4, is the decoder's.
+    """
+
+    encoder_prefixes = ("net.vit.",)
+    head_prefixes = ("net.out.",)
+    strides = (PATCH,) * 4
+
+    def __init__(self, cfg: Config, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        from monai.networks.nets import UNETR as Wrapped
+
+        self.net: Any = Wrapped(
+            in_channels,
+            num_classes,
+            img_size=cfg.img_size,
+            feature_size=cfg.feature_size,
+            hidden_size=cfg.hidden_size,
+            mlp_dim=cfg.mlp_dim,
+            num_heads=cfg.num_heads,
+        )
+        # MONAI gives each layer a norm for a cross-attention that UNETR lacks: weights nothing reads, which
+        # no gradient would ever reach.
+        for layer in self.net.vit.blocks:
+            layer.cross_attn = layer.norm_cross_attn = nn.Identity()
+        self.cfg = cfg
+        self.channels = (cfg.hidden_size,) * 4
+        self.feature_channels = cfg.feature_size
+
+    def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
+        """Raises UserError when the crop is not of the size the net was built for."""
+        check_size(self.cfg, x_BCXYZ.shape[2:])
+        last, hidden = self.net.vit(x_BCXYZ)
+        return [self.net.proj_feat(tokens) for tokens in (hidden[3], hidden[6], hidden[9], last)]
+
+    def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
+        net = self.net
+        skips = [
+            net.encoder1(x_BCXYZ),
+            net.encoder2(feats[0]),
+            net.encoder3(feats[1]),
+            net.encoder4(feats[2]),
+        ]
+        f = feats[3]
+        for up, skip in zip((net.decoder5, net.decoder4, net.decoder3, net.decoder2), reversed(skips)):
+            f = up(f, skip)
+        return f
+
+    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
+        return SegOut(self.net.out(self.decode_features(x_BCXYZ, feats)), [], None)
+
+    def forward(self, x_BCXYZ: Tensor) -> SegOut:
+        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
