@@ -1,7 +1,7 @@
 """Pictures for people, as PNG bytes, and the one self-contained HTML page every stage writes."""
 
 from logonet.report.drawing import shown
-from logonet.report.page import PAGE, run_page
+from logonet.report.page import PAGE, lineage, run_page, transfer_section
 from logonet.report.pretraining import (
     MAX_CHAIN_SLICES,
     MAX_CLUSTERERS,
@@ -11,6 +11,8 @@ from logonet.report.pretraining import (
     clusters_picture,
     contact_sheet,
 )
+from logonet.report.results import bars_with_ci, compare_picture, organ_boxes
+from logonet.report.segmentation import MAX_KEY, cases_overlay, overlay
 from logonet.report.training import curves
 
 __all__ = [
@@ -18,11 +20,19 @@ __all__ = [
     "MAX_CLUSTERERS",
     "MAX_CODES",
     "MAX_EXEMPLARS",
+    "MAX_KEY",
     "PAGE",
+    "bars_with_ci",
+    "cases_overlay",
     "chain_picture",
     "clusters_picture",
+    "compare_picture",
     "contact_sheet",
     "curves",
+    "lineage",
+    "organ_boxes",
+    "overlay",
     "run_page",
     "shown",
+    "transfer_section",
 ]

@@ -31,7 +31,8 @@ COLOURS = (
 # (name, axis it is cut across, what is up, what is left)
 PLANES = (("axial", 2, "A", "R"), ("coronal", 1, "S", "R"), ("sagittal", 0, "S", "A"))
 DASHES = (0, (2.2, 1.4))
-ROW_WIDE_IN, ROW_HIGH_IN, GAP_IN, NAME_IN = 7.4, 3.1, 0.1, 0.24
+ROW_WIDE_IN, ROW_HIGH_IN, GAP_IN = 7.4, 3.1, 0.1
+NAME_IN, NAME_WIDE_IN = 0.24, 1.0
 LEFT_IN, TOP_IN, BOTTOM_IN = 0.28, 0.86, 0.15
 KEY_LINE_IN, KEY_NAME_IN, KEY_DICE_IN = 0.19, 0.36, 0.6
 MAX_KEY = 24
@@ -137,7 +138,7 @@ def cases_overlay(
     drawn = [_case(image, truth, pred, spacing, classes) for _, image, truth, pred, spacing in cases]
     boxes = [_zoom(case) or case.whole for case in drawn]
     layouts = [_layout(case, box) for case, box in zip(drawn, boxes)]
-    head, top = 0.75, 0.62
+    head, top = 0.9, 0.5
     wide = max(layout.size[0] for layout in layouts)
     high = sum(layout.size[1] + head for layout in layouts)
     key_wide, key_high = _key_size(classes, drawn)
@@ -145,8 +146,8 @@ def cases_overlay(
     y = fig.get_size_inches()[1] - top
     _key(fig, (LEFT_IN + wide + 0.25, y - head), classes, colours, drawn)
     for (label, *_), case, box, layout in zip(cases, drawn, boxes, layouts):
-        drawing.text(fig, LEFT_IN, y - 0.22, label, fontsize=9.5, color=INK, fontweight="bold")
-        drawing.text(fig, LEFT_IN, y - 0.41, _summary(case, classes), fontsize=8, color=GREY)
+        drawing.text(fig, LEFT_IN, y - 0.37, label, fontsize=9.5, color=INK, fontweight="bold")
+        drawing.text(fig, LEFT_IN, y - 0.56, _summary(case, classes), fontsize=8, color=GREY)
         _draw_planes(fig, (LEFT_IN, y - head), case, box, layout, colours, window)
         y -= layout.size[1] + head
     drawing.heading(fig, title, "the planes pass where the classes have most area")
@@ -253,12 +254,13 @@ def _layout(case: _Case, box: Box) -> _Layout:
     stack = min(
         (ROW_WIDE_IN - GAP_IN) / (x + max(x, y)), ROW_HIGH_IN / y, (ROW_HIGH_IN - NAME_IN - GAP_IN) / (2 * z)
     )
-    if stack > 1.1 * row:
-        right = x * stack + GAP_IN
-        below = z * stack + NAME_IN + GAP_IN
-        places, scale = ((0.0, 0.0), (right, 0.0), (right, below)), stack
+    scale = stack if stack > 1.1 * row else row
+    # A plane is given the width of its name, whatever its own.
+    pitch = max(x * scale, NAME_WIDE_IN) + GAP_IN
+    if scale == row:
+        places = ((0.0, 0.0), (pitch, 0.0), (2 * pitch, 0.0))
     else:
-        places, scale = ((0.0, 0.0), (x * row + GAP_IN, 0.0), (2 * (x * row + GAP_IN), 0.0)), row
+        places = ((0.0, 0.0), (pitch, 0.0), (pitch, z * scale + NAME_IN + GAP_IN))
     sizes = ((x, y), (x, z), (y, z))
     return _Layout(scale, [(*place, w * scale, h * scale) for place, (w, h) in zip(places, sizes)])
 
@@ -282,8 +284,8 @@ def _draw_planes(
         truth = None if case.truth_XYZ is None else shown(case.truth_XYZ[tuple(cut)])
         pred = shown(case.pred_XYZ[tuple(cut)])
         _draw_plane(axes, shown(case.image_XYZ[tuple(cut)]), truth, pred, (across, down), colours, window)
-        enlarged = "" if box == case.whole else ", enlarged"
-        note = f"{name}, {at[axis] + 1}/{case.image_XYZ.shape[axis]}{enlarged}"
+        where = f"{at[axis] + 1}/{case.image_XYZ.shape[axis]}" if box == case.whole else "enlarged"
+        note = f"{name}, {where}"
         axes.set_title(note, loc="left", fontsize=8, color=GREY, pad=4)
         _letters(axes, up, side)
 
