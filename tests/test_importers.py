@@ -1,0 +1,616 @@
+"""What is found where: Decathlon and MONAI lists, nnU-Net raw, BIDS, CSV, DICOM series, plain folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from logonet import importers, manifest, phantom, store
+from logonet.errors import UserError
+from logonet.manifest import Manifest, Scan, Source
+from logonet.volume import encode_nifti
+
+SMALL = (16, 16, 16)
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def root(request: pytest.FixtureRequest) -> str:
+    """A place for a dataset, on disk and in a bucket."""
+    if request.param == "bucket":
+        return request.getfixturevalue("bucket") + "/some/prefix"
+    return str(request.getfixturevalue("tmp_path"))
+
+
+def put(root: str | Path, *names: str) -> None:
+    """Files that exist; ``sources`` looks at names only."""
+    for name in names:
+        store.write(store.join(str(root), name), name.encode())
+
+
+def put_json(root: str | Path, name: str, content: Any) -> str:
+    uri = store.join(str(root), name)
+    store.write(uri, json.dumps(content).encode())
+    return uri
+
+
+def put_text(root: str | Path, name: str, text: str) -> str:
+    uri = store.join(str(root), name)
+    store.write(uri, text.encode())
+    return uri
+
+
+def found(root: str | Path, uri: str = "") -> dict[str, Source]:
+    """Sources at ``uri`` (by default ``root``) by their path below ``root``."""
+    return {s.uri.removeprefix(f"{root}/"): s for s in importers.sources(uri or str(root))}
+
+
+def labels(root: str | Path, got: dict[str, Source]) -> dict[str, str]:
+    return {name: s.label_uri.removeprefix(f"{root}/") for name, s in got.items()}
+
+
+def refusal(uri: str | Path) -> str:
+    with pytest.raises(UserError) as caught:
+        importers.sources(str(uri))
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------- plain folders
+
+
+def test_prefix_finds_scans_and_skips_the_rest(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        "a.nii.gz",
+        "deep/er/b.nii",
+        "C.NII.GZ",
+        "._a.nii.gz",
+        ".hidden.nii",
+        "notes.txt",
+        "x.nii.gz.md5",
+    )
+    got = found(tmp_path)
+    assert list(got) == ["C.NII.GZ", "a.nii.gz", "deep/er/b.nii"]
+    assert {s.subject for s in got.values()} == {"C", "a", "b"}
+    assert {s.dataset for s in got.values()} == {tmp_path.name}
+    assert got["a.nii.gz"].size_bytes == len("a.nii.gz")
+
+
+def test_labels_are_no_scans_and_go_to_their_image(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        "t/imagesTr/a.nii.gz",
+        "t/labelsTr/a.nii.gz",
+        "t/imagesTs/b.nii.gz",
+        "t/labelsTr/orphan.nii.gz",
+    )
+    put(tmp_path, "ct.nii.gz", "ct_labels.nii.gz", "mr.nii", "mr_seg.nii", "alone_seg.nii.gz")
+    got = found(tmp_path)
+    assert labels(tmp_path, got) == {
+        "alone_seg.nii.gz": "",  # no image goes by that name, so it may be a scan
+        "ct.nii.gz": "ct_labels.nii.gz",
+        "mr.nii": "mr_seg.nii",
+        "t/imagesTr/a.nii.gz": "t/labelsTr/a.nii.gz",
+        "t/imagesTs/b.nii.gz": "",
+    }
+    assert {name: s.split for name, s in got.items() if "images" in name} == {
+        "t/imagesTr/a.nii.gz": "train",
+        "t/imagesTs/b.nii.gz": "test",
+    }
+
+
+def test_dicom_folders_are_series(tmp_path: Path) -> None:
+    put(tmp_path, "p1/ct/2.dcm", "p1/ct/1.dcm", "p1/mr/1.DCM", "p1/mr/._1.dcm", "b.nii.gz")
+    got = found(tmp_path)
+    assert list(got) == ["b.nii.gz", "p1/ct", "p1/mr"]
+    assert got["p1/ct"].files == (f"{tmp_path}/p1/ct/1.dcm", f"{tmp_path}/p1/ct/2.dcm")
+    assert importers.sources(f"{tmp_path}/p1/ct")[0].files == got["p1/ct"].files
+
+
+# ------------------------------------------------------------------------------- Decathlon, MONAI lists
+
+DESCRIPTION = {
+    "name": "Liver",
+    "licence": "CC-BY-SA 4.0",
+    "modality": {"0": "CT"},
+    "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}],
+    "validation": [{"image": "imagesTr/v.nii.gz", "label": "labelsTr/v.nii.gz"}],
+    "test": ["./imagesTs/t.nii.gz", {"image": "/elsewhere/u.nii.gz"}],
+}
+
+
+@pytest.mark.parametrize("by", ["its dataset.json", "its folder", "a folder above"])
+def test_decathlon(tmp_path: Path, by: str) -> None:
+    task = tmp_path / "all" / "Task03"
+    put(task, "imagesTr/a.nii.gz", "labelsTr/a.nii.gz", "imagesTr/not_listed.nii.gz")
+    (task / "dataset.json").write_text(json.dumps(DESCRIPTION))
+    put(tmp_path, "all/other.nii.gz")
+    uri = {"its dataset.json": task / "dataset.json", "its folder": task, "a folder above": tmp_path / "all"}[
+        by
+    ]
+    got = importers.sources(str(uri))
+    listed = [s for s in got if s.dataset == "Liver"]
+    rows = [(s.uri, s.subject, s.split, s.label_uri, s.modality, s.licence) for s in listed]
+    assert rows == [
+        (f"{task}/imagesTr/a.nii.gz", "a", "train", f"{task}/labelsTr/a.nii.gz", "CT", "CC-BY-SA 4.0"),
+        (f"{task}/imagesTr/v.nii.gz", "v", "val", f"{task}/labelsTr/v.nii.gz", "CT", "CC-BY-SA 4.0"),
+        (f"{task}/imagesTs/t.nii.gz", "t", "test", "", "CT", "CC-BY-SA 4.0"),
+        ("/elsewhere/u.nii.gz", "u", "test", "", "CT", "CC-BY-SA 4.0"),
+    ]
+    others = [s.uri for s in got if s.dataset != "Liver"]
+    assert others == ([f"{tmp_path}/all/other.nii.gz"] if by == "a folder above" else [])
+
+
+def test_version_follows_the_scan_and_its_label(tmp_path: Path) -> None:
+    put(tmp_path, "imagesTr/a.nii.gz", "labelsTr/a.nii.gz", "imagesTr/b.nii.gz")
+    before = found(tmp_path)
+    assert before == found(tmp_path)
+    (tmp_path / "labelsTr/a.nii.gz").write_bytes(b"another label")
+    after = found(tmp_path)
+    assert after["imagesTr/a.nii.gz"].version != before["imagesTr/a.nii.gz"].version
+    assert after["imagesTr/b.nii.gz"].version == before["imagesTr/b.nii.gz"].version
+
+
+LISTED = {
+    "labels": {"0": "background", "2": "spleen"},
+    "modality": {"0": "CT"},
+    "training": [
+        {"fold": 0, "image": "a.nii.gz", "label": "a_label.nii.gz"},
+        {"fold": 1, "image": ["b.nii.gz"], "label": ["b_label.nii.gz"], "subject": "Bob"},
+    ],
+    "validation": [{"image": "../v.nii.gz", "label": "v_label.nii.gz"}],
+    "test": [{"image": "t.nii.gz"}],
+}
+
+
+def test_monai_list_under_any_name(root: str) -> None:
+    put(root, "lists/a.nii.gz", "lists/a_label.nii.gz", "v.nii.gz")
+    uri = put_json(root, "lists/fold_list.json", LISTED)
+    rows = [
+        (s.uri.removeprefix(root), s.subject, s.split, s.fold, s.label_uri.removeprefix(root), s.size_bytes)
+        for s in importers.sources(uri)
+    ]
+    up = "" if store.is_s3(root) else "/lists/.."
+    assert rows == [
+        ("/lists/a.nii.gz", "a", "train", 0, "/lists/a_label.nii.gz", len("lists/a.nii.gz")),
+        ("/lists/b.nii.gz", "Bob", "train", 1, "/lists/b_label.nii.gz", 0),
+        (f"{up}/v.nii.gz", "v", "val", -1, "/lists/v_label.nii.gz", len("v.nii.gz")),
+        ("/lists/t.nii.gz", "t", "test", -1, "", 0),
+    ]
+    assert {s.classes for s in importers.sources(uri)} == {("background", "", "spleen")}
+    assert {s.dataset for s in importers.sources(uri)} == {"lists"}
+
+
+def test_channels_of_a_list_are_scans_of_one_subject(tmp_path: Path) -> None:
+    items = [{"image": ["c1_flair.nii.gz", "c1_t1.nii.gz"], "label": "c1_seg.nii.gz"}]
+    uri = put_json(tmp_path, "brats.json", {"modality": {"0": "FLAIR", "1": "T1w"}, "training": items})
+    assert [(s.modality, s.subject, s.label_uri) for s in importers.sources(uri)] == [
+        ("FLAIR", "c1_seg", f"{tmp_path}/c1_seg.nii.gz"),
+        ("T1w", "c1_seg", f"{tmp_path}/c1_seg.nii.gz"),
+    ]
+
+
+def test_a_list_sees_that_a_scan_far_away_was_replaced(tmp_path: Path) -> None:
+    put(tmp_path, "far/a.nii.gz")
+    uri = put_json(tmp_path, "near/list.json", {"training": [f"{tmp_path}/far/a.nii.gz"]})
+    (before,) = importers.sources(uri)
+    (tmp_path / "far/a.nii.gz").write_bytes(b"another scan")
+    (after,) = importers.sources(uri)
+    assert before.version != after.version
+    assert after.size_bytes == len(b"another scan")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{torn", "not valid JSON"),
+        ("[1, 2]", "must hold a mapping"),
+        ('{"name": "x"}', "has no 'training', 'validation' or 'test' list of scans; is it a dataset.json?"),
+        ('{"training": [{"label": "a"}]}', "an item of 'training' names no image: {'label': 'a'}"),
+        ('{"training": [{"image": ["a", 2]}]}', "names no image"),
+        ('{"training": [7]}', "names no image: 7"),
+        ('{"training": 3}', "'training' must be a list of scans, not 3"),
+        ('{"training": [{"image": "a", "label": [1, 0]}]}', "has the label [1, 0]; give the path of one"),
+        ('{"training": [{"image": "a", "label": ["x", "y"]}]}', "give the path of one label map"),
+        ('{"training": [{"image": "a", "fold": "one"}]}', "has the fold 'one'; write an integer"),
+        ('{"training": ["a"], "labels": ["liver"]}', "'labels' must be a mapping"),
+        ('{"training": ["a"], "labels": {"1": null}}', "one of the two must be the label's integer"),
+        (
+            '{"training": ["a"], "labels": {"1": "liver", "01": "lung"}}',
+            "'liver' and 'lung' share the value 1",
+        ),
+        ('{"training": ["a"], "labels": {"liver": 300}}', "'liver' has the value 300; use 0 to 255"),
+        (
+            '{"training": ["a"], "labels": {"both": [1, 2]}}',
+            "the label 'both' is a region of the values [1, 2]",
+        ),
+    ],
+)
+def test_a_list_that_makes_no_sense(tmp_path: Path, text: str, reason: str) -> None:
+    uri = put_text(tmp_path, "dataset.json", text)
+    sentence = refusal(uri)
+    assert sentence.startswith(uri)
+    assert reason in sentence
+
+
+def test_phantoms_come_back_with_their_class_names(root: str) -> None:
+    uri = phantom.write_dataset(root, 2, size_vox=SMALL, classes=4)
+    assert importers.sources(uri) == importers.sources(root)
+    table = Manifest.of(map(manifest.inspect, importers.sources(root)))
+    assert [(s.subject, s.fold, s.classes, s.label_values) for s in table.scans] == [
+        (f"phantom_{i:03d}", -1, ("background", "liver", "spleen", "right kidney"), (0, 1, 2, 3))
+        for i in range(2)
+    ]
+    assert Manifest.from_parquet(table.scans_parquet(), table.quarantine_parquet()) == table
+
+
+# -------------------------------------------------------------------------------------------- nnU-Net
+
+NNUNET: dict[str, Any] = {
+    "channel_names": {"0": "CT"},
+    "labels": {"background": 0, "liver": 1, "tumour": 2, "ignore": 3},
+    "numTraining": 2,
+    "file_ending": ".nii.gz",
+    "licence": "CC-BY 4.0",
+}
+
+
+def test_nnunet_raw(root: str) -> None:
+    put(root, "Dataset003_Liver/imagesTr/case_7_0000.nii.gz", "Dataset003_Liver/imagesTr/case_8_0000.nii.gz")
+    put(root, "Dataset003_Liver/labelsTr/case_7.nii.gz", "Dataset003_Liver/imagesTs/t_0000.nii.gz")
+    put(root, "Dataset003_Liver/imagesTr/._case_7_0000.nii.gz", "Dataset003_Liver/nnUNetPlans.json")
+    uri = put_json(root, "Dataset003_Liver/dataset.json", NNUNET)
+    got = importers.sources(uri)
+    folder = f"{root}/Dataset003_Liver"
+    assert [(s.uri, s.subject, s.split, s.fold, s.label_uri) for s in got] == [
+        (f"{folder}/imagesTr/case_7_0000.nii.gz", "case_7", "train", -1, f"{folder}/labelsTr/case_7.nii.gz"),
+        (f"{folder}/imagesTr/case_8_0000.nii.gz", "case_8", "train", -1, ""),
+        (f"{folder}/imagesTs/t_0000.nii.gz", "t", "test", -1, ""),
+    ]
+    assert {(s.dataset, s.licence, s.modality, s.classes) for s in got} == {
+        ("Dataset003_Liver", "CC-BY 4.0", "CT", ("background", "liver", "tumour", "ignore"))
+    }
+    assert got == importers.sources(folder) == importers.sources(root)
+
+
+def test_several_nnunet_datasets_with_channels_and_test_labels(tmp_path: Path) -> None:
+    for name in ("Dataset001_A", "Dataset002_B"):
+        put(tmp_path, f"{name}/imagesTr/x_0000.nii.gz", f"{name}/imagesTr/x_0001.nii.gz")
+        put(
+            tmp_path,
+            f"{name}/labelsTr/x.nii.gz",
+            f"{name}/imagesTs/y_0000.nii.gz",
+            f"{name}/labelsTs/y.nii.gz",
+        )
+        put_json(tmp_path, f"{name}/dataset.json", NNUNET | {"channel_names": {"0": "T2w", "1": "noNorm"}})
+    # nnU-Net copies the description beside what it derives from the data
+    put(tmp_path, "preprocessed/gt_segmentations/x.nii.gz")
+    put_json(tmp_path, "preprocessed/dataset.json", NNUNET)
+    got = found(tmp_path)
+    assert {n: (s.dataset, s.subject, s.modality, s.split) for n, s in got.items()} == {
+        f"{name}/{file}": (name, subject, modality, split)
+        for name in ("Dataset001_A", "Dataset002_B")
+        for file, subject, modality, split in (
+            ("imagesTr/x_0000.nii.gz", "x", "T2w", "train"),
+            ("imagesTr/x_0001.nii.gz", "x", "", "train"),
+            ("imagesTs/y_0000.nii.gz", "y", "T2w", "test"),
+        )
+    }
+    assert set(labels(tmp_path, got).values()) == {
+        f"{name}/{label}.nii.gz"
+        for name in ("Dataset001_A", "Dataset002_B")
+        for label in ("labelsTr/x", "labelsTs/y")
+    }
+
+
+def test_nnunet_folds(root: str) -> None:
+    put(root, *(f"imagesTr/c{i}_0000.nii.gz" for i in range(3)), "imagesTs/c0_0000.nii.gz")
+    put_json(root, "dataset.json", NNUNET)
+    splits = [{"train": ["c1", "c2"], "val": ["c0"]}, {"train": ["c0", "c2"], "val": ["c1"]}]
+    put_json(root, "splits_final.json", splits)
+    assert {n: s.fold for n, s in found(root).items()} == {
+        "imagesTr/c0_0000.nii.gz": 0,
+        "imagesTr/c1_0000.nii.gz": 1,
+        "imagesTr/c2_0000.nii.gz": -1,
+        "imagesTs/c0_0000.nii.gz": -1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "names", "sentence"),
+    [
+        (
+            {"labels": {"background": 0, "whole": [1, 2], "core": 2}},
+            ["imagesTr/a_0000.nii.gz"],
+            "{root}/dataset.json: the label 'whole' is a region of the values [1, 2]; regions overlap and logonet "
+            "trains one class per voxel, so declare one value per name",
+        ),
+        (
+            {"file_ending": ".nrrd"},
+            ["imagesTr/a_0000.nrrd"],
+            "{root}/dataset.json: its files end in '.nrrd'; logonet reads .nii.gz and .nii, so convert them",
+        ),
+        (
+            {},
+            ["imagesTr/a.nii.gz"],
+            "{root}/imagesTr/a.nii.gz: does not end in a channel of {root}/dataset.json (_0000 before .nii.gz); "
+            "rename it",
+        ),
+        (
+            {},
+            ["imagesTr/BRATS_0001.nii.gz"],
+            "{root}/imagesTr/BRATS_0001.nii.gz: does not end in a channel of {root}/dataset.json (_0000 before "
+            ".nii.gz); rename it",
+        ),
+        (
+            {"channel_names": ["CT"]},
+            ["imagesTr/a_0000.nii.gz"],
+            "{root}/dataset.json: 'channel_names' must be a mapping such as {{\"0\": \"CT\"}}, not ['CT']",
+        ),
+        (
+            {},
+            ["labelsTr/a.nii.gz"],
+            "{root}/dataset.json: no images of this nnU-Net dataset in {root}/imagesTr; copy them there",
+        ),
+    ],
+)
+def test_an_nnunet_dataset_that_makes_no_sense(
+    tmp_path: Path, change: dict[str, Any], names: list[str], sentence: str
+) -> None:
+    put(tmp_path, *names)
+    uri = put_json(tmp_path, "dataset.json", NNUNET | change)
+    assert refusal(uri) == sentence.format(root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("splits", "sentence"),
+    [
+        ([{"train": [], "val": ["a"]}] * 2, "validates 'a' in the folds 0 and 1; keep one of them"),
+        ({"a": 1}, "must hold a list of {train: [cases], val: [cases]}"),
+        ([["a"]], "must hold a list of {train: [cases], val: [cases]}"),
+        (3, "must hold a list of {train: [cases], val: [cases]}"),
+        (
+            [{"train": [], "val": ["a", "p", "q", "r", "s"]}],
+            "names 4 cases that imagesTr lacks (p, q, r, ...); copy them there or remove them from the splits",
+        ),
+    ],
+)
+def test_splits_that_make_no_sense(tmp_path: Path, splits: Any, sentence: str) -> None:
+    put(tmp_path, "imagesTr/a_0000.nii.gz")
+    put_json(tmp_path, "dataset.json", NNUNET)
+    uri = put_json(tmp_path, "splits_final.json", splits)
+    assert refusal(tmp_path).removeprefix(uri).lstrip(": ") == sentence
+
+
+# ----------------------------------------------------------------------------------------------- BIDS
+
+
+def test_bids_with_derivatives(root: str) -> None:
+    put(root, "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz", "sub-01/ses-2/anat/sub-01_ses-2_T1w.nii.gz")
+    put(root, "sub-02/anat/sub-02_T1w.nii.gz", "sub-02/anat/sub-02_T2w.nii.gz", "sub-03/ct/sub-03_ct.nii.gz")
+    put(root, "sub-02/func/sub-02_task-rest_bold.nii.gz", "sub-02/anat/sub-02_desc-brain_mask.nii.gz")
+    manual = "derivatives/manual"
+    put(root, f"{manual}/sub-01/ses-1/anat/sub-01_ses-1_dseg.nii.gz")
+    put(
+        root,
+        f"{manual}/sub-02/anat/sub-02_T2w_desc-final_dseg.nii.gz",
+        "sub-03/ct/sub-03_label-liver_mask.nii.gz",
+    )
+    put(root, f"{manual}/sub-02/anat/sub-02_space-MNI152_dseg.nii.gz")  # on another grid
+    put(root, f"{manual}/sub-02/anat/sub-02_desc-preproc_T1w.nii.gz")  # a derived image, not a new one
+    put_text(root, f"{manual}/dseg.tsv", "index\tname\n0\tbackground\n2\tkidney\n")
+    put_json(root, "dataset_description.json", {"Name": "Kidneys", "License": "CC0", "BIDSVersion": "1.9.0"})
+    got = found(root)
+    kidneys = ("background", "", "kidney")
+    assert {n: (s.subject, s.modality, labels(root, got)[n], s.classes) for n, s in got.items()} == {
+        "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz": (
+            "sub-01",
+            "MR",
+            f"{manual}/sub-01/ses-1/anat/sub-01_ses-1_dseg.nii.gz",
+            kidneys,
+        ),
+        "sub-01/ses-2/anat/sub-01_ses-2_T1w.nii.gz": ("sub-01", "MR", "", ()),
+        "sub-02/anat/sub-02_T1w.nii.gz": ("sub-02", "MR", "", ()),
+        "sub-02/anat/sub-02_T2w.nii.gz": (
+            "sub-02",
+            "MR",
+            f"{manual}/sub-02/anat/sub-02_T2w_desc-final_dseg.nii.gz",
+            kidneys,
+        ),
+        "sub-03/ct/sub-03_ct.nii.gz": (
+            "sub-03",
+            "CT",
+            "sub-03/ct/sub-03_label-liver_mask.nii.gz",
+            ("background", "liver"),
+        ),
+    }
+    assert {(s.dataset, s.licence, s.split, s.fold) for s in got.values()} == {
+        ("Kidneys", "CC0", "train", -1)
+    }
+
+
+def test_bids_tree_beside_other_scans_and_participants(tmp_path: Path) -> None:
+    put(tmp_path, "other.nii.gz", "ds/sub-01/anat/sub-01_T1w.nii.gz", "ds/sub-02/anat/sub-02_T1w.nii.gz")
+    put_text(
+        tmp_path,
+        "ds/participants.tsv",
+        "participant_id\tage\tsplit\tfold\nsub-01\t40\ttest\tn/a\nsub-02\t8\t\t3",
+    )
+    rows = {n: (s.subject, s.dataset, s.split, s.fold) for n, s in found(tmp_path).items()}
+    assert rows == {
+        "ds/sub-01/anat/sub-01_T1w.nii.gz": ("sub-01", "ds", "test", -1),
+        "ds/sub-02/anat/sub-02_T1w.nii.gz": ("sub-02", "ds", "train", 3),
+        "other.nii.gz": ("other", tmp_path.name, "train", -1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("image", "candidates", "chosen"),
+    [
+        ("sub-1_T1w", ["sub-1_dseg"], "sub-1_dseg"),
+        ("sub-1_T1w", ["sub-1_desc-aseg_dseg", "sub-1_dseg", "sub-1_desc-aparcaseg_dseg"], "sub-1_dseg"),
+        ("sub-1_T1w", ["sub-1_T2w_dseg", "sub-1_T1w_dseg"], "sub-1_T1w_dseg"),
+        ("sub-1_T1w", ["sub-1_dseg", "sub-1_label-GM_mask"], "sub-1_dseg"),
+        ("sub-1_T1w", ["sub-1_label-GM_mask"], "sub-1_label-GM_mask"),
+        ("sub-1_T1w", ["sub-1_label-GM_desc-manual_mask"], "sub-1_label-GM_desc-manual_mask"),
+        ("sub-1_T2w", ["sub-1_T2w_label-SC_seg"], "sub-1_T2w_label-SC_seg"),
+        ("sub-1_T1w", ["sub-1_space-orig_dseg"], "sub-1_space-orig_dseg"),
+        ("sub-1_T1w", ["sub-1_space-T1w_dseg"], "sub-1_space-T1w_dseg"),
+        ("sub-1_T1w", ["sub-1_space-MNI_dseg", "sub-1_res-2_dseg", "sub-1_run-2_dseg", "sub-1_mask"], ""),
+        ("sub-1_run-2_T1w", ["sub-1_dseg", "sub-1_run-2_dseg"], "sub-1_run-2_dseg"),
+        ("sub-1_run-1_T1w", ["sub-1_dseg", "sub-1_run-2_dseg", "sub-11_run-1_dseg"], ""),
+    ],
+)
+def test_which_map_is_a_bids_images_label(
+    tmp_path: Path, image: str, candidates: list[str], chosen: str
+) -> None:
+    put(tmp_path, f"sub-1/anat/{image}.nii.gz", *(f"derivatives/x/sub-1/anat/{c}.nii.gz" for c in candidates))
+    (source,) = importers.sources(str(tmp_path))
+    assert source.label_uri == (f"{tmp_path}/derivatives/x/sub-1/anat/{chosen}.nii.gz" if chosen else "")
+
+
+def test_two_label_maps_of_one_bids_image(tmp_path: Path) -> None:
+    put(tmp_path, "sub-1/anat/sub-1_T1w.nii.gz")
+    put(tmp_path, "derivatives/a/sub-1/anat/sub-1_dseg.nii.gz", "derivatives/b/sub-1/anat/sub-1_dseg.nii.gz")
+    assert refusal(tmp_path) == (
+        f"{tmp_path}/sub-1/anat/sub-1_T1w.nii.gz: both {tmp_path}/derivatives/a/sub-1/anat/sub-1_dseg.nii.gz and "
+        f"{tmp_path}/derivatives/b/sub-1/anat/sub-1_dseg.nii.gz are label maps of it; remove one, or list the pairs "
+        "that you mean in a CSV with the columns image,label"
+    )
+
+
+def test_the_nearest_table_of_classes_holds(tmp_path: Path) -> None:
+    folder = "derivatives/x/sub-1/anat"
+    put(tmp_path, "sub-1/anat/sub-1_T1w.nii.gz", f"{folder}/sub-1_desc-a_dseg.nii.gz")
+    put_text(tmp_path, "dseg.tsv", "index\tname\n1\ttop\n")
+    assert importers.sources(str(tmp_path))[0].classes == ("", "top")
+    put_text(tmp_path, "derivatives/x/dseg.tsv", "index\tname\n1\tplain\n")
+    put_text(tmp_path, "derivatives/x/desc-a_dseg.tsv", "index\tname\tcolor\n1\tspecial\t#ff0000\n")
+    put_text(tmp_path, "derivatives/x/desc-b_dseg.tsv", "index\tname\n1\tother\n")
+    assert importers.sources(str(tmp_path))[0].classes == ("", "special")
+    uri = put_text(tmp_path, f"{folder}/sub-1_desc-a_dseg.tsv", "index\tlabel\n1\tx\n")
+    assert refusal(tmp_path) == f"{uri}: a table of classes has the columns index and name; add them"
+
+
+# ------------------------------------------------------------------------------------------------ CSV
+
+
+def test_csv(root: str) -> None:
+    scan, labels_XYZ = phantom.phantom(0, SMALL)
+    data = encode_nifti(scan.array_CXYZ[0].astype(np.int16), scan.affine)
+    store.write(f"{root}/deep/a.nii.gz", data)
+    store.write(f"{root}/deep/seg/a.nii.gz", encode_nifti(labels_XYZ, scan.affine))
+    put(root, "deep/dicom/1.dcm", "deep/dicom/2.dcm", "deep/dicom/notes.txt")
+    uri = put_text(
+        root,
+        "deep/table.csv",
+        "\ufeffimage,label,subject,dataset,licence,modality,split,fold,sha256\r\n"
+        f"a.nii.gz,seg/a.nii.gz,Ann,Organs,CC0,CT,Training,2,{hashlib.sha256(data).hexdigest().upper()}\r\n"
+        "\r\n"
+        f"{root}/deep/dicom, ,,,,,test,,\r\n",
+    )
+    first, second = importers.sources(uri)
+    assert first == Source(
+        uri=f"{root}/deep/a.nii.gz",
+        subject="Ann",
+        dataset="Organs",
+        licence="CC0",
+        modality="CT",
+        split="train",
+        fold=2,
+        label_uri=f"{root}/deep/seg/a.nii.gz",
+        sha256=hashlib.sha256(data).hexdigest(),
+        size_bytes=len(data),
+        version=first.version,
+    )
+    assert (second.subject, second.dataset, second.split, second.fold, second.label_uri) == (
+        "dicom",
+        "table",
+        "test",
+        -1,
+        "",
+    )
+    assert second.files == (f"{root}/deep/dicom/1.dcm", f"{root}/deep/dicom/2.dcm")
+    assert isinstance(manifest.inspect(first), Scan)
+
+
+def test_a_scan_that_is_not_the_one_in_the_csv(tmp_path: Path) -> None:
+    put(tmp_path, "a.nii.gz")
+    uri = put_text(tmp_path, "t.csv", f"image,sha256\na.nii.gz,{'0' * 64}\n")
+    (bad,) = map(manifest.inspect, importers.sources(uri))
+    assert bad == manifest.Quarantined(
+        f"{tmp_path}/a.nii.gz",
+        f"{tmp_path}/a.nii.gz: its SHA-256 begins {hashlib.sha256(b'a.nii.gz').hexdigest()[:10]}, not 0000000000 as "
+        "listed; copy the file again or correct the list",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "image,lable\na.nii.gz,b.nii.gz\n",
+            ": unknown column 'lable'; did you mean 'label'? (known: dataset, fold, image, label, licence, modality, "
+            "sha256, split, subject)",
+        ),
+        ("label\nb.nii.gz\n", ", line 2: names no image; fill in the column 'image'"),
+        ("image,label\na.nii.gz,\n,b.nii.gz\n", ", line 3: names no image; fill in the column 'image'"),
+        ("image,label\na.nii.gz\n", ", line 2: has 1 cells, its header 2; mend the line"),
+        (
+            "image,split\na.nii.gz,tset\n",
+            ", line 2: unknown split 'tset'; did you mean 'test'? (known: test, train, val)",
+        ),
+        ("image,fold\na.nii.gz,1.5\n", ", line 2: the fold is '1.5'; write an integer"),
+        (
+            "image,sha256\na.nii.gz,beef\n",
+            ", line 2: the sha256 is 'beef'; write 64 hex digits or leave it empty",
+        ),
+        (
+            "image\na.nii.gz\n./a.nii.gz\n",
+            ", line 3: lists {folder}/a.nii.gz a second time; keep one of the rows",
+        ),
+        ("image,label\n", ": lists no scans; write a row per scan below the header image,label,subject,..."),
+        ("", ": lists no scans; write a row per scan below the header image,label,subject,..."),
+        (
+            "image;label\na;b\n",
+            ": lists no scans; write a row per scan below the header image,label,subject,...",
+        ),
+    ],
+)
+def test_a_csv_that_makes_no_sense(tmp_path: Path, text: str, sentence: str) -> None:
+    uri = put_text(tmp_path, "table.csv", text)
+    assert refusal(uri) == uri + sentence.format(folder=tmp_path)
+
+
+def test_a_csv_in_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes("image\nMüller.nii.gz\n".encode("latin-1"))
+    assert "is not UTF-8 text" in refusal(tmp_path / "t.csv")
+
+
+# -------------------------------------------------------------------------------------------- nothing
+
+
+def test_nothing_found_names_the_uri(tmp_path: Path) -> None:
+    put(tmp_path, "readme.txt", "._x.nii.gz", "labelsTr/a.nii.gz")
+    for uri in (str(tmp_path), f"{tmp_path}/absent"):
+        assert re.fullmatch(
+            re.escape(uri) + r": no scans found \(\d files; looked for \.nii\.gz, .*\); correct the URI",
+            refusal(uri),
+        )
+    for name in ("absent.nii.gz", "absent/dataset.json", "absent.csv"):
+        assert name in refusal(f"{tmp_path}/{name}")
+    named = f"{tmp_path}/labelsTr/a.nii.gz"
+    assert refusal(named) == f"{named}: is named like a label map; give its image"
+
+
+def test_real_decathlon_task(shared_data: Path) -> None:
+    got = importers.sources(str(shared_data / "Task04_Hippocampus"))
+    assert len(got) == 200
+    assert {(s.classes, s.split, s.fold, bool(s.label_uri), s.size_bytes > 0) for s in got} == {
+        (("background", "Anterior", "Posterior"), "train", -1, True, True)
+    }
