@@ -174,8 +174,11 @@ def problems(checked: Sequence[Checked]) -> list[Problem]:
 def _duplicates(checked: Sequence[Checked]) -> Iterator[Problem]:
     first: dict[str, str] = {}
     for c in checked:
-        uri = c.source.uri
-        if not c.voxel_sha256 or (other := first.setdefault(c.voxel_sha256, uri)) is uri:
+        if not c.voxel_sha256:
+            continue
+        uri, other = c.source.uri, first.get(c.voxel_sha256)
+        if other is None:
+            first[c.voxel_sha256] = uri
             continue
         what = "is listed twice" if other == uri else f"has the same voxels as {other}"
         yield Problem(uri, "duplicate", ERROR, f"{uri}: {what}; keep one of them")
@@ -239,7 +242,7 @@ def table(found: Sequence[Problem], cases: int) -> str:
     console = Console(file=text, width=160, highlight=False)
     if found:
         root = _common_folder([p.uri for p in found])
-        grid = Table(title=f"below {root}" if root else None, title_justify="left")
+        grid = Table(title=Text(f"below {root}") if root else None, title_justify="left")
         grid.add_column("scan", overflow="fold", max_width=60)
         for head in ("check", "severity"):
             grid.add_column(head, no_wrap=True)
