@@ -237,6 +237,39 @@ def encode_nifti(array_XYZ: np.ndarray, affine: np.ndarray) -> bytes:
     return gzip.compress(image.to_bytes(), compresslevel=4, mtime=0)
 
 
+def encode_labels(labels_XYZ: np.ndarray, like: bytes | None, affine: np.ndarray) -> bytes:
+    """``.nii.gz`` bytes of a uint8 label map on a scan's own voxels; equal input gives equal bytes.
+
+    Args:
+        labels_XYZ: in the axes of the scan's file.
+        like: the scan's file. When it is NIfTI, the map gets its header, so that every program puts one
+            exactly on the other: qform and sform with their codes, units, description.
+        affine: used when ``like`` is None or something else (DICOM).
+    """
+    assert labels_XYZ.dtype == np.uint8, labels_XYZ.dtype
+    header = _header_of(like) if like else None
+    if header is None:
+        return encode_nifti(labels_XYZ, affine)
+    stored = tuple(int(n) for n in header["dim"][1:4])
+    assert stored == labels_XYZ.shape, f"labels of shape {labels_XYZ.shape} for a scan of shape {stored}"
+    header.set_data_shape(labels_XYZ.shape)  # drops a trailing axis of length 1
+    header.set_data_dtype(np.uint8)
+    header.set_slope_inter(1, 0)
+    header.set_intent("label")
+    header["cal_min"] = header["cal_max"] = 0  # the scan's display window
+    header["vox_offset"] = 352  # its extensions stay behind
+    return gzip.compress(
+        header.binaryblock + bytes(4) + labels_XYZ.tobytes(order="F"), compresslevel=4, mtime=0
+    )
+
+
+def _header_of(data: bytes) -> Any | None:
+    """The header of NIfTI-1 bytes that `decode_nifti` has accepted; None for anything else."""
+    stream, _ = _open(data, "scan")
+    head = _read(stream, 352, "scan")
+    return nib.Nifti1Header(head[:348], check=False) if head[344:348] == b"n+1\0" else None
+
+
 @dataclass(frozen=True)
 class _Slice:
     """One DICOM slice: the numbers that place it, and the dataset its pixels are decoded from."""

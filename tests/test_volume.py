@@ -96,6 +96,48 @@ def test_encode_then_decode(dtype: str) -> None:
     assert got.stored_dtype == dtype
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("endian", ["<", ">"])
+@pytest.mark.parametrize(("qform_code", "sform_code"), [(1, 0), (0, 3), (1, 4), (0, 0)])
+def test_labels_keep_the_header_of_their_scan(
+    qform_code: int, sform_code: int, endian: str, zipped: bool
+) -> None:
+    header = nib.Nifti1Header(endianness=endian)
+    header.set_data_dtype(np.int16)
+    image = nib.Nifti1Image(random_xyz(5, 4, 3)[..., None], AFFINE, header)
+    image.set_qform(AFFINE, qform_code)
+    image.set_sform(AFFINE, sform_code)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header.set_slope_inter(2.0, -1024)
+    image.header["descrip"] = b"abdomen, portal venous"
+    image.header["cal_max"] = 300
+    scan = image.to_bytes()
+    labels_XYZ = np.arange(60, dtype=np.uint8).reshape(5, 4, 3) * 4
+    data = volume.encode_labels(labels_XYZ, gzip.compress(scan) if zipped else scan, np.eye(4))
+    assert data == volume.encode_labels(labels_XYZ.copy("F"), scan, np.eye(4))
+    got = nib.Nifti1Image.from_bytes(gzip.decompress(data))
+    np.testing.assert_array_equal(np.asarray(got.dataobj), labels_XYZ)
+    assert got.get_data_dtype() == np.uint8
+    kept = nib.Nifti1Image.from_bytes(scan)
+    np.testing.assert_array_equal(got.affine, kept.affine)
+    space = [f"{a}_{b}" for a, b in itertools.product(("qoffset", "srow"), "xyz")]
+    for name in [*space, "quatern_b", "quatern_c", "quatern_d", "qform_code", "sform_code"]:
+        np.testing.assert_array_equal(got.header[name], kept.header[name], name)
+    for name in ("xyzt_units", "descrip"):
+        assert got.header[name] == kept.header[name]
+    np.testing.assert_array_equal(got.header["pixdim"][:4], kept.header["pixdim"][:4])
+    assert got.header["cal_max"] == 0
+    assert decode_nifti(data, "x.nii.gz").shape_xyz == (5, 4, 3)
+
+
+@pytest.mark.parametrize("like", [None, bytes(128) + b"DICM" + bytes(300)])
+def test_labels_of_other_files_get_the_affine(like: bytes | None) -> None:
+    labels_XYZ = (random_xyz(5, 4, 3) % 7).astype(np.uint8)
+    got = decode_nifti(volume.encode_labels(labels_XYZ, like, AFFINE), "x.nii.gz")
+    np.testing.assert_array_equal(got.array_CXYZ[0], labels_XYZ)
+    np.testing.assert_allclose(got.affine, AFFINE, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------ NIfTI, bad
 
 
