@@ -32,7 +32,7 @@ COLOURS = (
 PLANES = (("axial", 2, "A", "R"), ("coronal", 1, "S", "R"), ("sagittal", 0, "S", "A"))
 DASHES = (0, (2.2, 1.4))
 ROW_WIDE_IN, ROW_HIGH_IN, GAP_IN = 7.4, 3.1, 0.1
-NAME_IN, NAME_WIDE_IN = 0.24, 1.0
+NAME_IN, NAME_WIDE_IN, LETTERS_FROM_IN = 0.24, 1.0, 0.3
 LEFT_IN, TOP_IN, BOTTOM_IN = 0.28, 0.86, 0.15
 KEY_LINE_IN, KEY_NAME_IN, KEY_DICE_IN = 0.19, 0.36, 0.6
 MAX_KEY = 24
@@ -287,7 +287,8 @@ def _draw_planes(
         where = f"{at[axis] + 1}/{case.image_XYZ.shape[axis]}" if box == case.whole else "enlarged"
         note = f"{name}, {where}"
         axes.set_title(note, loc="left", fontsize=8, color=GREY, pad=4)
-        _letters(axes, up, side)
+        if min(wide, high) >= LETTERS_FROM_IN:
+            _letters(axes, up, side)
 
 
 def _draw_plane(
