@@ -154,7 +154,9 @@ def hippocampus_finetune() -> Finetuning:
 
 
 def demo_finetune() -> Finetuning:
-    """Synthetic phantoms on 2 workers of a 2-core machine: a tiny LoGoNet, 32^3 crops, 200 steps. ``make demo`` runs it."""
+    """Synthetic phantoms on 2 workers of a 2-core machine: a tiny LoGoNet, 32^3 crops, 200 steps.
+    ``make demo`` runs it.
+    """
     return Finetuning(
         split=splits.Config(test_share=0.25, folds=3),
         crops=cases.Crops(size_vox=(32, 32, 32)),

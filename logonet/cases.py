@@ -26,7 +26,11 @@ from logonet.volume import Volume
 BRICK_VOX = 64  # side of a brick: 512 KiB of image, so a request's latency is worth its bytes
 PLACES = 1000  # voxels kept of each class to centre crops on
 BRICKS_CACHED = 128  # by a process, at most 96 MiB
-TYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8), "I16": np.dtype(np.int16)}
+TYPES: dict[str, np.dtype[Any]] = {
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "I16": np.dtype(np.int16),
+}
 
 
 @dataclass(frozen=True)

@@ -96,21 +96,32 @@ def read(folder_uri: str) -> tuple[Spec, dict[str, torch.Tensor]]:
     Raises:
         UserError: naming the file that is missing, damaged or of another kind.
     """
+    return parse({n: store.read(store.join(folder_uri, n)) for n in (CONFIG_FILE, WEIGHTS_FILE)}, folder_uri)
+
+
+def parse(blobs: Mapping[str, bytes], where: str = "") -> tuple[Spec, dict[str, torch.Tensor]]:
+    """The same of a folder's files by name; ``where`` is the folder, for errors.
+
+    Raises:
+        UserError: naming the file that is damaged or of another kind.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    config_uri, weights_uri = (store.join(folder_uri, name) for name in (CONFIG_FILE, WEIGHTS_FILE))
-    values = store.read_json(config_uri)
+    config_name, weights_name = (store.join(where, n) if where else n for n in (CONFIG_FILE, WEIGHTS_FILE))
+    try:
+        values = json.loads(blobs[CONFIG_FILE])
+    except ValueError as err:
+        raise UserError(f"{config_name} is not valid JSON ({err}); fetch the model again") from None
     try:
         spec = config.from_dict(Spec, values)
     except UserError as err:
-        raise UserError(f"{config_uri}: {err}") from None
-    data = store.read(weights_uri)
+        raise UserError(f"{config_name}: {err}") from None
     try:
-        return spec, load(data)
+        return spec, load(blobs[WEIGHTS_FILE])
     except (SafetensorError, KeyError, ValueError) as err:
         raise UserError(
-            f"{weights_uri} is not a whole safetensors file ({err}); fetch the model again"
+            f"{weights_name} is not a whole safetensors file ({err}); fetch the model again"
         ) from None
 
 

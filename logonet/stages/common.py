@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import logonet
@@ -68,3 +69,29 @@ def catch_up(tracking: dict[str, Any], uri: str, artifact: Artifact) -> None:
         say(
             "mlflow", "the tracking server is away; the run is complete and the same command catches up later"
         )
+
+
+CHAIN = (
+    ("pretrain_manifest", "scans of pretraining"),
+    ("pretrain_crops", "crops"),
+    ("pretrain_clusterers", "clusterers"),
+    ("pretrain_labels", "pseudo-labels"),
+    ("pretrain", "pretraining"),
+    ("manifest", "scans"),
+    ("crops", "crops"),
+    ("clusterers", "clusterers"),
+    ("labels", "pseudo-labels"),
+    ("split", "split"),
+    ("cases", "labelled cases"),
+    ("weights", "initial weights"),
+    ("finetune", "finetuning"),
+    ("registered", "registered model"),
+    ("test_manifest", "scans judged on"),
+)
+
+
+def chain(lineage: Mapping[str, str], own: str, fingerprint: str) -> list[tuple[str, str, str]]:
+    """The boxes of `report.lineage`: what is known of where a run comes from, and the run itself at the end."""
+    uri = {key: lineage.get(f"{key}_uri", "") for key, _ in CHAIN}
+    known = [(what, lineage[key], uri[key]) for key, what in CHAIN if lineage.get(key)]
+    return [*known, (own, fingerprint, "this page")]

@@ -18,6 +18,7 @@ from logonet import (
     artifacts,
     cluster,
     config,
+    crops,
     evaluate,
     infer,
     leaks,
@@ -28,12 +29,13 @@ from logonet import (
     report,
     seen,
     store,
+    volume,
 )
 from logonet.artifacts import Artifact
 from logonet.cluster import Resources
 from logonet.errors import UserError
 from logonet.manifest import Manifest, Scan
-from logonet.stages.common import SEEN_FILE, catch_up, say, took, tracking_of
+from logonet.stages.common import SEEN_FILE, catch_up, chain, say, took, tracking_of
 from logonet.stages.finetuning import MODEL, LeakRule
 from logonet.stages.preparation import import_scans
 
@@ -246,8 +248,6 @@ def _cases_picture(
     scores: pd.DataFrame, scans: Sequence[Scan], rows: Sequence[predict.Row], spec: model.Spec
 ) -> bytes:
     """The worst, the median and the best case by Dice."""
-    from logonet import volume
-
     per_case = scores.groupby("scan_id")["dice"].mean().dropna().sort_values(kind="stable")
     by_id = {s.scan_id: s for s in scans}
     output = {row.name: row for row in rows}
@@ -269,8 +269,9 @@ def _cases_picture(
             for a in (image.array_CXYZ, truth_XYZ[None], found.array_CXYZ)
         ]
         spacing_mm = volume.to_ras(image).spacing_mm
-        title = f"{label}: {scan_id}, mean Dice {per_case.iloc[place]:.3f}"
-        shown.append((title, ras[0], ras[1].astype(int), ras[2].astype(int), spacing_mm))
+        low_high = crops.intensity_range(ras[0], by_id[scan_id].modality, spec.preparation(), scan_id)
+        picture_XYZ = volume.window(ras[0], low_high)
+        shown.append((f"{label}: {scan_id}", picture_XYZ, ras[1].astype(int), ras[2].astype(int), spacing_mm))
     return report.cases_overlay(shown, {v: n for v, n in names.items() if v})
 
 
@@ -287,7 +288,7 @@ def _page(
         ("Per organ", pictures["organs.png"]),
         ("Means with 95 % confidence intervals", summary),
         ("Worst, median and best case", pictures["cases.png"]),
-        ("Lineage", report.lineage(lineage)),
+        ("Lineage", report.lineage(chain(lineage, "evaluation", uri.rsplit("/", 1)[1]))),
     ]
     if leaking:
         sections.append(("Contaminated cases", pd.read_csv(io.BytesIO(leaks.to_csv(leaking)))))

@@ -44,7 +44,7 @@ from logonet.cases import Crops
 from logonet.cluster import Resources, Share
 from logonet.errors import UserError
 from logonet.methods import Facts
-from logonet.stages.common import SEEN_FILE, catch_up, options, say, took, tracking_of
+from logonet.stages.common import SEEN_FILE, catch_up, chain, options, say, took, tracking_of
 from logonet.stages.preparation import import_scans
 from logonet.store import Stored
 
@@ -503,9 +503,9 @@ def _page(
 ) -> bytes:
     sections: list[tuple[str, Any]] = [("Training", files["curves.png"])]
     if handover is not None:
-        sections.append(("Weights taken over", f"<p>{html.escape(handover.summary())}</p>"))
-        sections.append(("", handover.by_module()))
-    sections.append(("Lineage", report.lineage(lineage)))
+        summary, by_module = handover.summary(), handover.by_module()
+        sections.append(("Weights taken over", report.transfer_section(by_module, summary)))
+    sections.append(("Lineage", report.lineage(chain(lineage, "finetuning", uri.rsplit("/", 1)[1]))))
     text = html.escape(config.to_yaml(cfg))
     sections.append(("Config", f"<pre>{text}</pre><p>Artifact: <code>{html.escape(uri)}</code></p>"))
     return report.run_page(name, sections).encode()

@@ -33,7 +33,7 @@ from logonet.artifacts import Artifact
 from logonet.cluster import Resources, Share
 from logonet.errors import UserError
 from logonet.methods import Facts
-from logonet.stages.common import SEEN_FILE, catch_up, options, say, took, tracking_of
+from logonet.stages.common import SEEN_FILE, catch_up, chain, options, say, took, tracking_of
 from logonet.stages.preparation import import_scans, make_clusterers, make_crops, make_labels
 from logonet.store import Stored
 from logonet.volume import from_uint16
@@ -239,6 +239,6 @@ def _sections(
         sections.append(("A masked chain of slices and its pseudo-labels", pictures["masked_chain.png"]))
     if "clusters.png" in pictures:
         sections.append(("What one clusterer calls alike", pictures["clusters.png"]))
-    sections.append(("Lineage", "".join(f"<p><b>{k}</b> <code>{v}</code></p>" for k, v in lineage.items())))
+    sections.append(("Lineage", report.lineage(chain(lineage, "pretraining", uri.rsplit("/", 1)[1]))))
     sections.append(("Config", f"<pre>{config.to_yaml(cfg)}</pre><p>Artifact: <code>{uri}</code></p>"))
     return sections
