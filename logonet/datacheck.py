@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -149,9 +150,12 @@ def _header_grid(data: bytes) -> Grid | None:
     try:
         # the header alone: a damaged or hostile file is not inflated any further
         head = gzip.GzipFile(fileobj=io.BytesIO(data)).read(348) if data[:2] == b"\x1f\x8b" else data[:348]
+        if head[344:] != b"n+1\0":
+            return None
         header = nib.Nifti1Header(head, check=False)
-        affine = np.array(header.get_best_affine(), np.float64)
-    except (OSError, EOFError, ValueError, nib.wrapstruct.WrapStructError, nib.spatialimages.HeaderDataError):
+        with np.errstate(all="ignore"):
+            affine = np.array(header.get_best_affine(), np.float64)
+    except (OSError, EOFError, zlib.error, ValueError, nib.spatialimages.HeaderDataError):
         return None
     affine[:3] *= {1: 1e3, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres, micrometres
     x, y, z = (int(n) for n in header["dim"][1:4])
@@ -222,8 +226,8 @@ def _unlabelled(checked: Sequence[Checked]) -> Iterator[Problem]:
             source.uri,
             "label missing",
             ERROR if source.classes else WARNING,
-            f"{source.uri}: has no label, though others of {source.dataset or 'its dataset'} have; add it or move the "
-            "scan to the test split",
+            f"{source.uri}: has no label, though others of the dataset '{source.dataset}' have; add it or move "
+            "the scan to the test split",
         )
 
 

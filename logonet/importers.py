@@ -343,7 +343,10 @@ def _bids(root: str, entries: Entries) -> list[Source]:
     for uri in below:
         if _BIDS_LABEL.fullmatch(_name(uri)):
             labels.setdefault(_name(uri).split("_")[0], []).append(uri)
-    tables = {u for u in below if u.endswith("dseg.tsv")}
+    tables: dict[str, list[str]] = {}
+    for uri in below:
+        if uri.endswith("dseg.tsv"):
+            tables.setdefault(_folder(uri), []).append(uri)
     classes: dict[str, tuple[str, ...]] = {}
     found = []
     for uri in sorted(below):
@@ -397,14 +400,14 @@ def _bids_label(image: str, labels: Sequence[str]) -> str:
 
 
 def _bids_classes(
-    label: str, tables: set[str], read: dict[str, tuple[str, ...]], root: str
+    label: str, tables: Mapping[str, list[str]], read: dict[str, tuple[str, ...]], root: str
 ) -> tuple[str, ...]:
     """Class names of a label map: from the nearest dseg.tsv that applies, or from its name."""
     entities, words = _bids_name(label)
     folder = _folder(label)
     while len(folder) >= len(root):
         # BIDS' inheritance principle: a table applies to files below it that have all of its entities
-        here = [t for t in tables if _folder(t) == folder and _bids_name(t)[0] <= entities]
+        here = [t for t in tables.get(folder, []) if _bids_name(t)[0] <= entities]
         if here:
             nearest = max(here, key=lambda t: (len(_bids_name(t)[0]), t))
             if nearest not in read:

@@ -222,16 +222,17 @@ def test_what_is_fine_here_is_imported_and_what_is_not_imported_is_shown(tmp_pat
 @given(
     which=st.sampled_from(["image", "label"]),
     cut=st.integers(0, len(image())),
+    packed=st.booleans(),
     flips=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=8),
 )
 def test_no_damage_stops_the_check(
-    tmp_path: Path, which: str, cut: int, flips: list[tuple[int, int]]
+    tmp_path: Path, which: str, cut: int, packed: bool, flips: list[tuple[int, int]]
 ) -> None:
     good = {"image": image(), "label": label()}
-    raw = bytearray(gzip.decompress(good[which]))
+    raw = bytearray(good[which] if packed else gzip.decompress(good[which]))
     for place, value in flips:
-        raw[place] = value
-    damaged = gzip.compress(bytes(raw)) if flips else good[which][:cut]
+        raw[min(place, len(raw) - 1)] = value
+    damaged = (bytes(raw) if packed else gzip.compress(bytes(raw))) if flips else good[which][:cut]
     bad = source(tmp_path, **{**good, which: damaged})
     checked = datacheck.check(bad)
     if isinstance(row := manifest.inspect(bad), Quarantined):
@@ -334,7 +335,7 @@ def test_a_missing_label_where_others_have_one() -> None:
         ("c", "label missing", "error"),
     ]
     assert found[0].sentence == (
-        "b: has no label, though others of d have; add it or move the scan to the test split"
+        "b: has no label, though others of the dataset 'd' have; add it or move the scan to the test split"
     )
     assert datacheck.failed(found)
     assert not datacheck.failed(found[:1])
