@@ -18,7 +18,7 @@ from logonet import fingerprints
 from logonet.manifest import Scan
 
 KINDS = ("file", "voxels", "fingerprint", "subject")  # strongest first
-BLOCK = 512  # test scans per matrix product
+BLOCK = 128  # test scans per matrix product
 CROWD = 3  # this many scans like a test scan: being alike is the rule here, so more is asked for
 COPY = 0.985  # so alike that it is a copy, and says nothing about how alike different scans are
 # DICOM UIDs, UUIDs and digests name one patient in the world; "case_001" and "sub-01" only one in their dataset
@@ -141,18 +141,22 @@ def _alike(test: Sequence[Scan], others: Sequence[Scan]) -> Found:
     rows_MP = fingerprints.rows([s.thumbprint for s in scans])
     for start in range(0, len(wanted), BLOCK):
         block = wanted[start : start + BLOCK]
-        for i, alike_M in zip(block, rows_MP[block] @ rows_MP.T):
-            alike_M[i] = 1.0
-            near = np.flatnonzero((alike_M >= fingerprints.SAME) & (np.arange(len(scans)) != i))
-            crowd = near[alike_M[near] < COPY]
-            if len(crowd) >= CROWD:
-                near = near[_apart(rows_MP[i], rows_MP[near], rows_MP[crowd].mean(0)) >= fingerprints.SAME]
-            for j in near[is_other_M[near]]:
-                yield scans[i], scans[j], f"similarity {alike_M[j]:.3f}"
+        alike_NM = rows_MP[block] @ rows_MP.T
+        alike_NM[np.arange(len(block)), block] = 0.0  # a scan with itself
+        same_NM = (alike_NM >= fingerprints.SAME) & is_other_M & _apart(rows_MP, block, alike_NM)
+        for n, m in zip(*np.nonzero(same_NM)):
+            yield scans[block[n]], scans[m], f"similarity {alike_NM[n, m]:.3f}"
 
 
-def _apart(row_P: np.ndarray, rows_NP: np.ndarray, mean_P: np.ndarray) -> np.ndarray:
-    """(N,) correlations of one print with others after the mean of their crowd is taken away."""
-    own_P, left_NP = row_P - mean_P, rows_NP - mean_P
-    scale_N = np.linalg.norm(own_P) * np.linalg.norm(left_NP, axis=1)
-    return left_NP @ own_P / np.maximum(scale_N, 1e-6)
+def _apart(rows_MP: np.ndarray, block: Sequence[int], alike_NM: np.ndarray) -> np.ndarray:
+    """bool_NM: without a crowd, or alike even after the mean of the crowd is taken away from both prints."""
+    crowd_NM = ((alike_NM >= fingerprints.SAME) & (alike_NM < COPY)).astype(np.float32)
+    size_N1 = crowd_NM.sum(1, keepdims=True)
+    mean_NP = crowd_NM @ rows_MP / np.maximum(size_N1, 1)
+    # (a - mean) . (b - mean) and the lengths of both from products alone: no (N, M, P) array of differences
+    mean_dot_NM = mean_NP @ rows_MP.T
+    mean_dot_N1 = mean_dot_NM[np.arange(len(block)), block][:, None]
+    square_N1 = np.einsum("np,np->n", mean_NP, mean_NP)[:, None]
+    left_NM = alike_NM - mean_dot_NM - mean_dot_N1 + square_N1
+    scale_NM = (1 - 2 * mean_dot_N1 + square_N1) * (1 - 2 * mean_dot_NM + square_N1)
+    return (size_N1 < CROWD) | (left_NM >= fingerprints.SAME * np.sqrt(np.maximum(scale_NM, 1e-12)))
