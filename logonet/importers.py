@@ -404,8 +404,12 @@ def _bids_classes(
 ) -> tuple[str, ...]:
     """Class names of a label map: from the nearest dseg.tsv that applies, or from its name."""
     entities, words = _bids_name(label)
-    folder = _folder(label)
-    while len(folder) >= len(root):
+    if words[-1] == "mask":
+        name = next(e.partition("-")[2] for e in entities if e.startswith("label-"))
+        return "background", name
+    folder = label
+    while folder != root:
+        folder = _folder(folder)
         # BIDS' inheritance principle: a table applies to files below it that have all of its entities
         here = [t for t in tables.get(folder, []) if _bids_name(t)[0] <= entities]
         if here:
@@ -413,9 +417,7 @@ def _bids_classes(
             if nearest not in read:
                 read[nearest] = _class_table(nearest)
             return read[nearest]
-        folder = _folder(folder)
-    named = [e.partition("-")[2] for e in entities if e.startswith("label-")]
-    return ("background", named[0]) if words[-1] == "mask" else ()
+    return ()
 
 
 def _class_table(uri: str) -> tuple[str, ...]:

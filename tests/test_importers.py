@@ -403,6 +403,7 @@ def test_bids_with_derivatives(root: str) -> None:
     )
     put(root, f"{manual}/sub-02/anat/sub-02_space-MNI152_dseg.nii.gz")  # on another grid
     put(root, f"{manual}/sub-02/anat/sub-02_desc-preproc_T1w.nii.gz")  # a derived image, not a new one
+    put_text(root, "dseg.tsv", "index\tname\n1\tnot of masks, nor of what is nearer to another table\n")
     put_text(root, f"{manual}/dseg.tsv", "index\tname\n0\tbackground\n2\tkidney\n")
     put_json(root, "dataset_description.json", {"Name": "Kidneys", "License": "CC0", "BIDSVersion": "1.9.0"})
     got = found(root)
@@ -484,11 +485,13 @@ def test_two_label_maps_of_one_bids_image(tmp_path: Path) -> None:
     )
 
 
-def test_the_nearest_table_of_classes_holds(tmp_path: Path) -> None:
+def test_the_nearest_table_of_classes_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = "derivatives/x/sub-1/anat"
     put(tmp_path, "sub-1/anat/sub-1_T1w.nii.gz", f"{folder}/sub-1_desc-a_dseg.nii.gz")
     put_text(tmp_path, "dseg.tsv", "index\tname\n1\ttop\n")
     assert importers.sources(str(tmp_path))[0].classes == ("", "top")
+    monkeypatch.chdir(tmp_path)
+    assert importers.sources(".")[0].classes == ("", "top")
     put_text(tmp_path, "derivatives/x/dseg.tsv", "index\tname\n1\tplain\n")
     put_text(tmp_path, "derivatives/x/desc-a_dseg.tsv", "index\tname\tcolor\n1\tspecial\t#ff0000\n")
     put_text(tmp_path, "derivatives/x/desc-b_dseg.tsv", "index\tname\n1\tother\n")
