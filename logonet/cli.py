@@ -190,8 +190,8 @@ def data_check(source: tyro.conf.Positional[str], /, workers: int = 1) -> None:
         found = importers.sources(absolute(source, "SOURCE"))
         checked = data.check_sources(found, cluster.share(resources))
     problems = datacheck.problems(checked)
-    print(datacheck.table(problems, len(checked)))
-    if any(p.severity == "error" for p in problems):
+    print(datacheck.table(problems, cases=len(checked)))
+    if datacheck.failed(problems):
         sys.exit(1)
 
 
