@@ -509,11 +509,11 @@ def test_compare_asks_for_the_same_scans(scores_NC: np.ndarray) -> None:
         evaluate.compare(a[a["class"] != "organ3"], b)
     with pytest.raises(UserError, match="no scans in common"):
         evaluate.compare(a[a["scan_id"] < "case05"], b_less, common=True)
-    assert list(evaluate.compare(a[a["class"] != "organ3"], b, common=True)["class"].unique()) == [
-        "organ1",
-        "organ2",
-        "mean",
-    ]
+    # case00 of A has the class alone that B lacks
+    lone = a[(a["scan_id"] != "case00") | (a["class"] == "organ3")]
+    got = evaluate.compare(lone, b[b["class"] != "organ3"], common=True)
+    assert list(got["class"].unique()) == ["organ1", "organ2", "mean"]
+    assert line_of(got, "organ1", "dice")["n"] == (~np.isnan(scores_NC[1:, 0])).sum()
 
 
 def test_compare_where_labels_are_partial(scores_NC: np.ndarray) -> None:
