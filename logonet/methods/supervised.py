@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from logonet import augment
 from logonet.errors import UserError
@@ -119,13 +120,12 @@ class Supervised(nn.Module):
         ``train_dice``, (2,): the mean over those classes of those crops that are present or predicted. Either
         count is 0 where there was nothing to find and nothing was found.
         """
-        guess_BXYZ = logits_BKXYZ.argmax(1)
-        both, sizes = [], []
-        for k in range(1, self.num_classes):
-            guess_BV, truth_BV = (a.flatten(1) == k for a in (guess_BXYZ, labels_BXYZ))
-            both.append(2 * (guess_BV & truth_BV).sum(1))
-            sizes.append(guess_BV.sum(1) + truth_BV.sum(1))
-        both_BK, sizes_BK = torch.stack(both, 1).double(), torch.stack(sizes, 1).double()
+        guess_BV, truth_BV = logits_BKXYZ.argmax(1).flatten(1), labels_BXYZ.flatten(1)
+        guess_BK, truth_BK, right_BK = (
+            per_class(values, where_BV, self.num_classes)[:, 1:]
+            for values, where_BV in [(None, guess_BV), (None, truth_BV), (guess_BV == truth_BV, truth_BV)]
+        )
+        both_BK, sizes_BK = 2 * right_BK, guess_BK + truth_BK
         dice_BK = both_BK / sizes_BK.clamp_min(1)
         return {
             "train_dice_per_class": ratio(both_BK.sum(0), sizes_BK.sum(0)),
@@ -140,18 +140,52 @@ def dice_and_ce(logits_BKXYZ: Tensor, labels_BXYZ: Tensor) -> tuple[Tensor, Tens
     averaged over voxels. The paper names MONAI's DiceCELoss, and this is that with softmax, one-hot labels and
     both smoothing terms equal to SMOOTH.
     """
-    with torch.autocast(logits_BKXYZ.device.type, enabled=False):
-        logits = logits_BKXYZ.to(torch.promote_types(logits_BKXYZ.dtype, torch.float32)).flatten(2)
-        labels_BV = labels_BXYZ.flatten(1)
-        log_p_BKV = F.log_softmax(logits, dim=1)
-        ce_B = -log_p_BKV.gather(1, labels_BV[:, None].long()).mean(dim=(1, 2))
-        dice = []
-        # One class at a time, against a bool map: a one-hot copy of the labels would be as large as the logits.
-        for k, p_BV in enumerate(log_p_BKV.exp().unbind(1)):
-            t_BV = labels_BV == k
-            both_B, sizes_B = (p_BV * t_BV).sum(1), p_BV.sum(1) + t_BV.sum(1)
-            dice.append(1 - (2 * both_B + SMOOTH) / (sizes_B + SMOOTH))
-        return torch.stack(dice).mean(0), ce_B
+    logits_BKV, labels_BV = logits_BKXYZ.flatten(2), labels_BXYZ.flatten(1)
+    with torch.autocast(logits_BKV.device.type, enabled=False):
+        logits_BKV = logits_BKV.to(torch.promote_types(logits_BKV.dtype, torch.float32))
+        ce_B, both_BK, p_BK = _SoftmaxSums.apply(logits_BKV, labels_BV.long())
+        t_BK = per_class(None, labels_BV, logits_BKV.shape[1]).to(p_BK)
+        dice_BK = (2 * both_BK + SMOOTH) / (p_BK + t_BK + SMOOTH)
+        return 1 - dice_BK.mean(1), ce_B
+
+
+class _SoftmaxSums(torch.autograd.Function):
+    """What Eq. 7 and 8 need of the softmax p of logits_BKV: the mean of -log p at the label, (B,); for each
+    class the sum of p where it is the label, (B, K); and of p everywhere, (B, K).
+
+    By hand, because the loss is where training needs most memory: one map of the logits' size is kept, where
+    one-hot labels and what autograd keeps of each step make several.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_BKV: Tensor, labels_BV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_p_BKV = F.log_softmax(logits_BKV, dim=1)
+        ctx.save_for_backward(log_p_BKV, labels_BV)
+        log_p_BV = log_p_BKV.gather(1, labels_BV[:, None])[:, 0]
+        both_BK = per_class(log_p_BV.exp(), labels_BV, logits_BKV.shape[1])
+        return -log_p_BV.mean(1), both_BK.to(log_p_BV), log_p_BKV.exp().sum(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_ce_B: Tensor, d_both_BK: Tensor, d_p_BK: Tensor) -> tuple[Tensor, None]:
+        log_p_BKV, labels_BV = ctx.saved_tensors
+        label_B1V, p_BKV = labels_BV[:, None], log_p_BKV.exp()
+        # dL/dz = p (dL/dp - sum over classes of p dL/dp), where dL/dp is d_p plus, at the label, d_both. Of
+        # the cross-entropy it is p, at the label p - 1.
+        at_label_B1V = d_both_BK.gather(1, labels_BV)[:, None] * p_BKV.gather(1, label_B1V)
+        inner_B1V = (d_p_BK[:, :, None] * p_BKV).sum(1, keepdim=True) + at_label_B1V
+        d_ce_B11 = d_ce_B[:, None, None] / labels_BV.shape[1]
+        d_logits_BKV = (d_p_BK[:, :, None] - (inner_B1V - d_ce_B11)).mul_(p_BKV)
+        return d_logits_BKV.scatter_add_(1, label_B1V, at_label_B1V - d_ce_B11), None
+
+
+def per_class(values_BV: Tensor | None, labels_BV: Tensor, num_classes: int) -> Tensor:
+    """The sum of ``values_BV`` (None: of ones) over the voxels of each class, float64 (B, num_classes)."""
+    # float64: these are sums of one number after the other, on CUDA in no fixed order, so in float32 they
+    # would be coarse and differ from run to run.
+    values = torch.ones((), device=labels_BV.device) if values_BV is None else values_BV
+    sums_BK = torch.zeros(len(labels_BV), num_classes, dtype=torch.float64, device=labels_BV.device)
+    return sums_BK.scatter_add_(1, labels_BV.long(), values.double().expand_as(labels_BV))
 
 
 def nearest(labels_BXYZ: Tensor, logits: Tensor) -> Tensor:
