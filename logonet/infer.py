@@ -62,36 +62,37 @@ def ceiling_bytes(
 ) -> int:
     """An upper bound of what `Predictor.segment` holds at any time, the scan that it is given included.
 
-    ::
+    The sum of::
 
-        image      4 C (native + prepared)         float32; + 9 C prepared for the percentiles of an MR scan
-        labels     native                          uint8
-        sums       4 (K + 1) depth A' B' + 4 K A B the layer under way, its weights, one finished plane
-        windows    4 (3 K + 3 C) size B            a batch of windows and its logits, mirrored
-        planes     24 max(A, A_native) max(B, B_native)      classes are compared one by one
-        network    ``network_bytes``               weights, and activations of one batch: measure them
+        image      4 C (native + prepared)                 float32
+        labels     native                                  uint8
+        sums       4 (K + 1) depth A' B'  +  4 K A B       the layer under way, its weights, one finished plane
+        windows    4 (2 K + 3 C) size B                    a batch of windows and its logits; 4 K to mirror
+        planes     24 max(A, A_native) max(B, B_native)    classes are compared one by one
+        network    ``network_bytes``                       weights, and activations of one batch: measure them
 
-    Only ``sums`` and ``windows`` grow with K, and neither grows with the length of the scan. On CUDA image and
-    labels are host memory, the rest is the device's.
+    where A' B' is the prepared cross-section, at least as large as the window's. Before the sums exist, the
+    percentiles of an MR scan take 9 C prepared in their stead. Only sums and windows grow with K, and
+    neither grows with the scan's length along S. On CUDA image and labels are host memory, the rest the
+    device's.
 
     Args:
         native_xyz, prepared_xyz: shapes of the two grids in RAS axes.
         size_vox: the window.
     """
     axis = _stream_axis(prepared_xyz, size_vox)
-    padded = [max(n, size) for n, size in zip(prepared_xyz, size_vox)]
     a, b = _others(axis)
-    voxels, window = math.prod(prepared_xyz), math.prod(size_vox)
-    return (
-        4 * in_channels * math.prod(native_xyz)
-        + (4 + 9) * in_channels * voxels
-        + math.prod(native_xyz)
-        + 4 * (num_classes + 1) * size_vox[axis] * padded[a] * padded[b]
-        + 4 * num_classes * prepared_xyz[a] * prepared_xyz[b]
-        + 4 * 3 * (num_classes + in_channels) * window * cfg.windows_per_batch
-        + 24 * max(prepared_xyz[a], native_xyz[a]) * max(prepared_xyz[b], native_xyz[b])
-        + network_bytes
-    )
+    padded = [max(n, size) for n, size in zip(prepared_xyz, size_vox)]
+    wider = [max(n, m) for n, m in zip(prepared_xyz, native_xyz)]
+    native, prepared, window = (math.prod(shape) for shape in (native_xyz, prepared_xyz, size_vox))
+    image = 4 * in_channels * (native + prepared)
+    sums = 4 * (num_classes + 1) * size_vox[axis] * padded[a] * padded[b]
+    sums += 4 * num_classes * prepared_xyz[a] * prepared_xyz[b]
+    copies = 4 if cfg.mirror else 2  # of the logits: as the network gives them, in float32; the mean, flipped
+    windows = 4 * (copies * num_classes + 3 * in_channels) * window * cfg.windows_per_batch
+    planes = 24 * wider[a] * wider[b]
+    percentiles = 9 * in_channels * prepared
+    return image + native + max(sums + windows + planes, percentiles) + network_bytes
 
 
 class Predictor:
