@@ -1,5 +1,6 @@
 """The whole of it on one machine, in minutes: phantoms in a real S3 server -> pretraining on 2 workers -> finetuning ->
-evaluation -> model registry -> label maps of a bucket -> one HTML page. ``make demo`` runs it; again, it returns at once.
+evaluation -> model registry -> label maps of a bucket -> one HTML page. ``make demo`` runs it; again, it returns
+at once.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Args:
     """
 
     dir: str = "demo-run"
-    scans: int = 12
+    scans: int = 18
     workers: int = 2
 
 
