@@ -25,10 +25,16 @@ from logonet import artifacts, backbones, evaluate, report, stages
 
 # Options that give each network about as many parameters as the recipe's LoGoNet (3.24 M).
 NETWORKS: dict[str, dict[str, Any]] = {
-    "logonet": {},
-    "dynunet": {},
-    "swinunetr": {},
-    "unetr": {},
+    "logonet": {},  # the recipe's own
+    "dynunet": {"filters": [12, 24, 48, 80, 96, 96]},
+    "swinunetr": {"feature_size": 12, "window_size": 4},
+    "unetr": {
+        "img_size": [32, 64, 32],
+        "feature_size": 12,
+        "hidden_size": 96,
+        "mlp_dim": 384,
+        "num_heads": 6,
+    },
 }
 FRACTIONS = (0.1, 1.0)
 
@@ -80,8 +86,8 @@ def main(args: Args) -> None:
         for label in ("logonet + pretraining", *NETWORKS):
             net = label.split(" ")[0]
             words = ["--recipe", "hippocampus", "--data", data, "--set", f"split.fraction={fraction}"]
-            for key, value in {"name": net, **NETWORKS[net]}.items() if NETWORKS[net] else ():
-                words += ["--set", f"backbone.{key}={json.dumps(value)}"]
+            if NETWORKS[net]:
+                words += ["--set", f"backbone={json.dumps({'name': net, **NETWORKS[net]})}"]
             if "pretraining" in label:
                 words += ["--init", pretrained]
             name = f"{label.replace(' + ', '-')}-{fraction:g}"
