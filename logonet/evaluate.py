@@ -505,7 +505,7 @@ def table(summarised: pd.DataFrame) -> str:
         out.add_column(title, justify="right")
     for name, lines in summarised.groupby("class", sort=False):
         by_metric = lines.set_index("metric")
-        cells = [_cell(by_metric.loc[m], "mean", 1 if m == "hd95_mm" else 3) for m in columns]
+        cells = [_cell(by_metric.loc[m], "mean", 2 if m == "hd95_mm" else 3) for m in columns]
         counts = [str(by_metric.loc["dice", "n"]), str(by_metric.loc["hd95_mm", "skipped"])]
         out.add_row(escape(str(name)), *cells, *counts, style="bold" if name == MEAN else "")
     return _rendered(out)
