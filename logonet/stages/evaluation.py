@@ -248,15 +248,14 @@ def _cases_picture(
     scores: pd.DataFrame, scans: Sequence[Scan], rows: Sequence[predict.Row], spec: model.Spec
 ) -> bytes:
     """The worst, the median and the best case by Dice."""
-    per_case = scores.groupby("scan_id")["dice"].mean().dropna().sort_values(kind="stable")
+    # A case without a score has none of the classes and none was found: nothing is wrong with it.
+    per_case = scores.groupby("scan_id")["dice"].mean().fillna(1.0).sort_values(kind="stable")
     by_id = {s.scan_id: s for s in scans}
     output = {row.name: row for row in rows}
     names = dict(zip(spec.label_values, spec.classes))
     shown = []
-    middle = len(per_case) // 2
-    for label, place in dict.fromkeys((("worst", 0), ("median", middle), ("best", len(per_case) - 1))):
-        if len(per_case) <= place or place < 0:
-            continue
+    last = len(per_case) - 1
+    for place, label in {last: "best", last // 2: "median", 0: "worst"}.items():
         scan_id = str(per_case.index[place])
         image = manifest.load(by_id[scan_id])
         truth_XYZ = manifest.load_label(by_id[scan_id], image)
@@ -272,7 +271,28 @@ def _cases_picture(
         low_high = crops.intensity_range(ras[0], by_id[scan_id].modality, spec.preparation(), scan_id)
         picture_XYZ = volume.window(ras[0], low_high)
         shown.append((f"{label}: {scan_id}", picture_XYZ, ras[1].astype(int), ras[2].astype(int), spacing_mm))
-    return report.cases_overlay(shown, {v: n for v, n in names.items() if v})
+    return report.cases_overlay(shown[::-1], {v: n for v, n in names.items() if v})
+
+
+SHOWN = {
+    "dice": ("Dice", 3),
+    "hd95_mm": ("HD95 mm", 2),
+    "nsd_1mm": ("NSD 1 mm", 3),
+    "nsd_2mm": ("NSD 2 mm", 3),
+}
+
+
+def _wide(summary: pd.DataFrame) -> pd.DataFrame:
+    """A row a class: mean and interval of what people compare; the rest is in summary.csv."""
+    lines = []
+    for name, part in summary.groupby("class", sort=False):
+        values = part.set_index("metric")
+        line: dict[str, Any] = {"class": name, "cases": int(values.loc["dice", "n"])}
+        for metric, (title, digits) in SHOWN.items():
+            mean, low, high = (f"{values.loc[metric, k]:.{digits}f}" for k in ("mean", "ci_low", "ci_high"))
+            line[title] = f"{mean} ({low} to {high})" if mean != "nan" else "-"
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 def _page(
@@ -286,7 +306,7 @@ def _page(
 ) -> bytes:
     sections: list[tuple[str, Any]] = [
         ("Per organ", pictures["organs.png"]),
-        ("Means with 95 % confidence intervals", summary),
+        ("Means with 95 % confidence intervals", _wide(summary)),
         ("Worst, median and best case", pictures["cases.png"]),
         ("Lineage", report.lineage(chain(lineage, "evaluation", uri.rsplit("/", 1)[1]))),
     ]
