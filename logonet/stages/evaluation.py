@@ -321,8 +321,8 @@ def _page(
 def scores_of(uri: str) -> pd.DataFrame:
     """The scores per case and class of an evaluation artifact, or of a cases.csv."""
     if uri.endswith(".csv"):
-        return pd.read_csv(io.BytesIO(store.read(uri)))
+        return pd.read_csv(io.BytesIO(store.read(uri)), dtype={"scan_id": str})
     artifact = artifacts.find(uri)
     if artifact is None or artifact.stage != "evaluation":
         raise UserError(f"{uri} is no finished evaluation; give <root>/evaluation/<id> or its cases.csv")
-    return pd.read_csv(io.BytesIO(artifact.read("cases.csv")))
+    return pd.read_csv(io.BytesIO(artifact.read("cases.csv")), dtype={"scan_id": str})
