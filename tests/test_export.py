@@ -1,0 +1,273 @@
+"""Exported models against MONAI's own checks and ONNX Runtime, and against our own predictions."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from logonet import backbones, export, model, volume
+from logonet.errors import UserError
+from logonet.infer import Predictor
+from logonet.phantom import phantom
+
+VALUES = (0, 7, 3)
+
+# Of shape (X, Y, Z) in voxels, spacing in mm, axes; with the largest share of voxels that may differ, of an
+# untrained network, which is undecided in many places.
+SCANS = {
+    "anisotropic": ((36, 30, 40), (2.0, 2.5, 3.0), "LPI", 0.0, 0.001),
+    "small": ((20, 28, 24), (3.0, 3.0, 5.0), "ASL", 0.0, 0.001),
+    "oblique": ((32, 36, 20), (3.0, 3.0, 4.0), "RAS", 20.0, 0.03),
+}
+
+# What MONAI's meta_schema_20240725.json demands, in our words: the real one is fetched from the network.
+TENSOR = {
+    "type": "object",
+    "required": ["type", "format", "num_channels", "spatial_shape", "dtype", "value_range"],
+    "properties": {
+        "num_channels": {"type": "integer"},
+        "spatial_shape": {"type": "array", "items": {"type": ["string", "integer"]}},
+        "dtype": {"type": "string"},
+        "value_range": {"type": "array", "items": {"type": "number"}},
+        "is_patch_data": {"type": "boolean"},
+        "channel_def": {"type": "object"},
+    },
+}
+TENSORS = {"type": "object", "minProperties": 1, "additionalProperties": TENSOR}
+TEXTS = ["schema", "version", "monai_version", "pytorch_version", "numpy_version", "task", "description"]
+TEXTS += ["authors", "copyright"]
+SCHEMA = {
+    "type": "object",
+    "required": [*TEXTS, "required_packages_version", "network_data_format"],
+    "properties": {
+        **{name: {"type": "string", "minLength": 1} for name in TEXTS},
+        "required_packages_version": {"type": "object"},
+        "changelog": {"type": "object"},
+        "network_data_format": {
+            "type": "object",
+            "required": ["inputs", "outputs"],
+            "properties": {"inputs": TENSORS, "outputs": TENSORS},
+        },
+    },
+}
+
+
+def make(
+    folder: pathlib.Path,
+    modality: str = "CT",
+    name: str = "logonet",
+    size_vox: tuple[int, int, int] = (32, 32, 32),
+    **options: Any,
+) -> str:
+    """An untrained model's folder."""
+    options = backbones.tiny(name) | options
+    spec = model.Spec(
+        backbone={"name": name, **options},
+        in_channels=1,
+        classes=("background", "liver", "spleen"),
+        label_values=VALUES,
+        size_vox=size_vox,
+        spacing_mm=(3.0, 3.0, 3.0),
+        window_hu=(-200.0, 300.0),
+        mr_percentiles=(0.5, 99.5),
+        modality=modality,
+    )
+    torch.manual_seed(0)
+    net = backbones.build(name, 1, 3, **options)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, data in model.files(spec, net.state_dict()).items():
+        (folder / file).write_bytes(data)
+    return str(folder)
+
+
+def make_small(folder: pathlib.Path) -> str:
+    """Of a network that is written as ONNX within seconds."""
+    return make(folder, name="ulkanet", size_vox=(16, 16, 16), blocks=2)
+
+
+@pytest.fixture(params=["CT", "MR", "mixed"])
+def made(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> tuple[str, pathlib.Path]:
+    """A model's folder and its bundle."""
+    folder = make(tmp_path / "model", request.param)
+    export.bundle(folder, str(tmp_path / "bundle"))
+    return folder, tmp_path / "bundle"
+
+
+def write_scans(folder: pathlib.Path, modality: str) -> None:
+    folder.mkdir()
+    for seed, (name, (size, spacing_mm, orientation, tilt_deg, _)) in enumerate(SCANS.items()):
+        scan, _ = phantom(seed, size, spacing_mm, modality, orientation=orientation, tilt_deg=tilt_deg)
+        data = volume.encode_nifti(scan.array_CXYZ[0].astype(np.int16), scan.affine)
+        (folder / f"{name}.nii.gz").write_bytes(data)
+
+
+def check_labels(folder: str, scans: pathlib.Path, outputs: pathlib.Path, modality: str) -> None:
+    predictor = Predictor.load(folder)
+    for name, (*_, allowed) in SCANS.items():
+        scan = volume.decode_nifti((scans / f"{name}.nii.gz").read_bytes(), name)
+        own_XYZ = predictor.segment(scan, modality)
+        data = (outputs / f"{name}_seg.nii.gz").read_bytes()
+        other = volume.decode_nifti(data, name, allow_constant=True)
+        np.testing.assert_allclose(other.affine, scan.affine, atol=1e-4)
+        assert other.stored_dtype == "uint8"
+        assert len(np.unique(own_XYZ)) > 1, "the test needs a network that says more than one thing"
+        assert np.mean(own_XYZ != other.array_CXYZ[0]) <= allowed, name
+
+
+def test_monai_verifies_the_bundle(made: tuple[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    from monai.bundle import verify_metadata, verify_net_in_out
+
+    bundle = made[1]
+    meta, config = str(bundle / "configs/metadata.json"), str(bundle / "configs/inference.json")
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))  # which keeps MONAI from fetching its own
+    verify_metadata(meta_file=meta, filepath=str(tmp_path / "schema.json"))
+    verify_net_in_out(net_id="network_def", meta_file=meta, config_file=config, device="cpu")
+    assert json.loads((bundle / "configs/metadata.json").read_text())["schema"] == export.SCHEMA_URL
+
+
+def test_monai_runs_the_bundle_with_our_labels(
+    made: tuple[str, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    from monai.bundle import ConfigWorkflow
+
+    folder, bundle = made
+    spec, _ = model.read(folder)
+    for modality in {"mixed": ["CT", "MR"]}.get(spec.modality, [spec.modality]):
+        scans, outputs = tmp_path / f"scans-{modality}", tmp_path / f"eval-{modality}"
+        write_scans(scans, modality)
+        told = {"modality": modality} if spec.modality == "mixed" else {}
+        workflow = ConfigWorkflow(
+            str(bundle / "configs/inference.json"),
+            logging_file=False,
+            workflow_type="infer",
+            bundle_root=str(bundle),
+            dataset_dir=str(scans),
+            output_dir=str(outputs),
+            **told,
+        )
+        workflow.initialize()
+        assert not workflow.check_properties()
+        workflow.run()
+        workflow.finalize()
+        check_labels(folder, scans, outputs, modality)
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme(tmp_path: pathlib.Path) -> None:
+    folder = make(tmp_path / "model")
+    assert "python -m monai.bundle run" in export.write(folder, str(tmp_path / "bundle"), "bundle")
+    write_scans(tmp_path / "scans", "CT")
+    (line,) = (
+        line
+        for line in (tmp_path / "bundle/docs/README.md").read_text().splitlines()
+        if "monai.bundle run" in line
+    )
+    command = line.replace("/folder/of/nifti", str(tmp_path / "scans")).split()
+    assert command[0] == "python"
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path / "bundle", check=True)
+    check_labels(folder, tmp_path / "scans", tmp_path / "bundle/eval", "CT")
+
+
+def test_a_bundle_is_its_models_weights_and_repeats(tmp_path: pathlib.Path) -> None:
+    folder, out = make(tmp_path / "model"), tmp_path / "bundle"
+    export.bundle(folder, str(out))
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    names = {str(p.relative_to(out)) for p in before}
+    assert {"LICENSE", "docs/README.md", "configs/logging.conf", "models/model.pt"} <= names
+    state = torch.load(out / "models/model.pt", weights_only=True)
+    _, weights = model.read(folder)
+    assert set(state) == set(weights)
+    assert all(torch.equal(state[name], weights[name]) for name in weights)
+    export.bundle(folder, str(out))
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_a_bundle_does_not_land_on_other_files(tmp_path: pathlib.Path) -> None:
+    folder = make(tmp_path / "model")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years")
+    with pytest.raises(UserError, match="is not empty and not a bundle"):
+        export.bundle(folder, str(tmp_path / "home"))
+    assert [p.name for p in (tmp_path / "home").iterdir()] == ["thesis.txt"]
+
+
+def test_onnx_runtime_agrees_for_any_batch(tmp_path: pathlib.Path) -> None:
+    import onnxruntime
+
+    folder, out = make_small(tmp_path / "model"), tmp_path / "network.onnx"
+    parity = export.onnx(folder, str(out))
+    assert parity.any_batch
+    assert parity.max_abs_difference <= 1e-5 * parity.max_abs_logit
+    assert parity.size_bytes == out.stat().st_size
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["network.onnx"], "weights beside the graph"
+    spec, weights = model.read(folder)
+    net = model.build(spec, weights)
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        x_BCXYZ = torch.rand(batch, 1, 16, 16, 16)
+        with torch.inference_mode():
+            own = net(x_BCXYZ).logits.numpy()
+        (other,) = session.run(["logits"], {"image": x_BCXYZ.numpy()})
+        np.testing.assert_allclose(other, own, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", backbones.names())
+def test_every_backbone_becomes_onnx(name: str, tmp_path: pathlib.Path) -> None:
+    folder = make(tmp_path / "model", name=name, size_vox=(64, 64, 64))
+    parity = export.onnx(folder, str(tmp_path / "network.onnx"))
+    assert parity.max_abs_difference <= 1e-4 * parity.max_abs_logit
+    assert "logits differ" in str(parity)
+
+
+def test_a_graph_that_differs_is_not_left_behind(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = make_small(tmp_path / "model"), tmp_path / "network.onnx"
+    monkeypatch.setattr(export, "_export", shifted(export._export))
+    with pytest.raises(UserError, match=r"differ from PyTorch's by up to .*nothing is written"):
+        export.onnx(folder, str(out))
+    assert not out.exists()
+
+
+def shifted(true_export: Callable[..., Any]) -> Callable[..., Any]:
+    """An exporter that gets one weight slightly wrong."""
+
+    def wrong(net: torch.nn.Module, *args: Any) -> Any:
+        with torch.no_grad():
+            list(net.parameters())[-1].add_(0.01)
+        return true_export(net, *args)
+
+    return wrong
+
+
+def test_an_operator_that_onnx_lacks_is_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = make_small(tmp_path / "model"), tmp_path / "network.onnx"
+    true = export._logits_only
+
+    def airy(net: torch.nn.Module) -> torch.nn.Module:
+        net.register_forward_hook(lambda m, args, o: o._replace(logits=torch.special.airy_ai(o.logits)))
+        return true(net)
+
+    monkeypatch.setattr(export, "_logits_only", airy)
+    with pytest.raises(
+        UserError, match=r"'ulkanet' cannot be written as ONNX: ONNX has no operator for .*airy"
+    ):
+        export.onnx(folder, str(out))
+    assert not out.exists()
+
+
+def test_missing_packages_are_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "ONNX_PACKAGES", ("onnx", "no_such_package"))
+    with pytest.raises(UserError, match=r"needs no_such_package; .*logonet\[export\]"):
+        export.onnx(make(tmp_path / "model"), str(tmp_path / "network.onnx"))
