@@ -163,7 +163,10 @@ def pretrain(cfg: Pretraining, source: str, root: str, resources: Resources, exp
     # Before any hour is spent: what this run will save is what finetuning will be able to load.
     net = backbones.build(cfg.backbone["name"], up.facts.in_channels, 2, **options(cfg.backbone))
     handover = transfer.prove(cfg.backbone, up.facts.in_channels, 3, net.state_dict())
-    say("handover", f"{handover.encoder_share:.0%} of the encoder's parameters arrive in a segmentation network")
+    say(
+        "handover",
+        f"{handover.encoder_share:.0%} of the encoder's parameters arrive in a segmentation network",
+    )
     started = time.monotonic()
     pictures = _pictures(feed, labels_PNZ, cfg, crop_table)
     job = train.Job(
