@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -274,7 +275,10 @@ def export(
     from logonet import export as exporting
     from logonet import stages
 
-    print(exporting.write(stages.choose(absolute_model(model)).folder, out, format))
+    with tempfile.TemporaryDirectory(prefix="logonet-export-") as folder:
+        for name, blob in stages.choose(absolute_model(model)).folder.items():
+            store.write(os.path.join(folder, name), blob)
+        print(exporting.write(folder, absolute(out, "--out"), format))
 
 
 @app.command
