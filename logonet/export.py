@@ -34,7 +34,9 @@ from logonet import backbones, model, store, volume
 from logonet.errors import UserError
 from logonet.infer import Config as InferConfig
 
-SCHEMA_URL = "https://project-monai.github.io/schema/meta_schema_20240725.json"
+SCHEMA_URL = (
+    "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
+)
 PACKAGES = ("logonet", "nibabel", "pytorch-ignite", "safetensors")  # what a bundle needs beside MONAI's own
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Options that only choose a faster route to the same numbers, and what they are in a graph for any machine.
