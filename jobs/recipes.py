@@ -149,7 +149,6 @@ def hippocampus_finetune() -> Finetuning:
             epochs=10,
             steps_per_epoch=50,
             global_batch=2,
-            batch_size=2,
             lr=1e-3,
             warmup_epochs=1,
             grad_clip=1.0,
