@@ -148,7 +148,19 @@ def to_bytes(scan_id: str, image_CXYZ: np.ndarray, labels_XYZ: np.ndarray, seed:
         tensors[f"places/{index}"] = voxels_n3
     sums = {name: hashlib.sha256(tensor.tobytes()).hexdigest() for name, tensor in tensors.items()}
     meta = {"scan_id": scan_id, "shape": json.dumps(image_CXYZ.shape), "sha256": json.dumps(sums)}
-    return save(tensors, metadata=meta)
+    return _in_order(save(tensors, metadata=meta))
+
+
+def _in_order(blob: bytes) -> bytes:
+    """The same safetensors file with its metadata sorted: it is written in no fixed order, and equal cases are to
+    be equal files.
+    """
+    size = int.from_bytes(blob[:8], "little")
+    fields = json.loads(blob[8 : 8 + size])
+    fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
+    header = json.dumps(fields, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors stay aligned
+    return b"".join([len(header).to_bytes(8, "little"), header, memoryview(blob)[8 + size :]])
 
 
 def _bricks(shape_xyz: Sequence[int]) -> Iterator[tuple[str, tuple[slice, slice, slice]]]:
@@ -168,6 +180,7 @@ class Ref:
     uri: str
     header_bytes: int
     shape_cxyz: tuple[int, int, int, int]
+    header_sha256: str = ""  # "" in tables from before it was kept
 
 
 @dataclass(frozen=True)
@@ -180,9 +193,10 @@ class _Header:
 def ref_of(uri: str, blob: bytes) -> Ref:
     """The reference to a case just written as ``blob``, or to the first bytes of one that is stored."""
     size = int.from_bytes(blob[:8], "little")
-    meta = json.loads(blob[8 : 8 + size])["__metadata__"]
+    header = blob[8 : 8 + size]
+    meta = json.loads(header)["__metadata__"]
     c, x, y, z = json.loads(meta["shape"])
-    return Ref(meta["scan_id"], uri, size, (c, x, y, z))
+    return Ref(meta["scan_id"], uri, size, (c, x, y, z), hashlib.sha256(header).hexdigest())
 
 
 def stored(uri: str, size_bytes: int) -> Ref | None:
@@ -193,14 +207,17 @@ def stored(uri: str, size_bytes: int) -> Ref | None:
     if not 0 < header_bytes <= size_bytes - 8:
         return None
     blob = store.read(uri, start=0, length=8 + header_bytes)
-    fields = json.loads(blob[8:])
-    end = max(f["data_offsets"][1] for name, f in fields.items() if name != "__metadata__")
-    return ref_of(uri, blob) if 8 + header_bytes + end == size_bytes else None
+    try:
+        fields = json.loads(blob[8:])
+        end = max(f["data_offsets"][1] for name, f in fields.items() if name != "__metadata__")
+        return ref_of(uri, blob) if 8 + header_bytes + end == size_bytes else None
+    except (ValueError, KeyError):  # the header's own bytes are damaged
+        return None
 
 
 @functools.lru_cache(maxsize=1024)
 def _header(ref: Ref) -> _Header:
-    fields = json.loads(store.read(ref.uri, start=8, length=ref.header_bytes))
+    fields = json.loads(_read(ref, 8, ref.header_bytes, ref.header_sha256 or None))
     meta = fields.pop("__metadata__")
     return _Header(fields, json.loads(meta["sha256"]), 8 + ref.header_bytes)
 
@@ -211,14 +228,18 @@ def _tensor(ref: Ref, name: str) -> np.ndarray:
     header = _header(ref)
     entry = header.entries[name]
     begin, end = entry["data_offsets"]
+    data = _read(ref, header.offset + begin, end - begin, header.sums[name])
+    return np.frombuffer(data, TYPES[entry["dtype"]]).reshape(entry["shape"])
+
+
+def _read(ref: Ref, start: int, length: int, sha256: str | None) -> bytes:
     try:
-        data = store.read(ref.uri, start=header.offset + begin, length=end - begin, sha256=header.sums[name])
+        return store.read(ref.uri, start=start, length=length, sha256=sha256)
     except store.IntegrityError as err:
         folder = ref.uri.rsplit("/", 2)[0]
         raise store.IntegrityError(
             f"{err}; to have it prepared again delete {ref.uri} and {folder}/manifest.json and run the same command"
         ) from None
-    return np.frombuffer(data, TYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def read_crop(ref: Ref, start: Sequence[int], size_vox: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
