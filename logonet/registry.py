@@ -27,6 +27,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -608,13 +609,15 @@ def _write_model(folder: str, files: Mapping[str, bytes], kind: Kind, model: Any
     if kind == "segmentation":
         # No signature of the inputs: with one, MLflow would refuse either arrays or tables of files.
         params = ParamSchema([ParamSpec("modality", DataType.string, "")])
-        pyfunc.save_model(
-            folder,
-            loader_module="logonet.serving",
-            mlflow_model=meta,
-            signature=ModelSignature(params=params),
-            pip_requirements=_requirements(),
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*An input example was not provided", UserWarning)
+            pyfunc.save_model(
+                folder,
+                loader_module="logonet.serving",
+                mlflow_model=meta,
+                signature=ModelSignature(params=params),
+                pip_requirements=_requirements(),
+            )
         # Not through data_path, which would copy all files once more.
         meta.flavors[pyfunc.FLAVOR_NAME][pyfunc.DATA] = MODEL_FILES
     for path, data in files.items():
