@@ -5,6 +5,8 @@ make test-real
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import os
 import signal
@@ -14,9 +16,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
+from test_serving import post, wait_for
 
-from logonet import store
+from logonet import phantom, store
 from logonet.s3server import S3Server, free_ports
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
@@ -93,3 +98,45 @@ def test_sixteen_workers_pretrain_on_real_scans(
     assert history[-1]["loss"] < history[0]["loss"]
     assert all(0 < e["accuracy_floor"] < 1 and e["effective_rank"] > 1 for e in history)
     assert head["AWS_SECRET_ACCESS_KEY"] not in job.stdout + job.stderr
+
+
+def test_a_model_finetuned_here_and_served_segments_a_real_ct(shared_data: Path, tmp_path: Path) -> None:
+    """jobs/finetune.py, logonet register, mlflow models serve, and a scan posted to it."""
+    phantom.write_dataset(str(tmp_path / "scans"), 12, size_vox=(48, 48, 48))
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"LOGONET_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+    env["PATH"] = f"{BIN}:{env['PATH']}"
+    root = str(tmp_path / "runs")
+    finetune = [sys.executable, "jobs/finetune.py", "--recipe", "demo", "--data", str(tmp_path / "scans")]
+    finetune += ["--root", root, "--workers", "2", "--object-store-mb", "300", "--set", "train.epochs=4"]
+    done = subprocess.run(finetune, cwd=REPO, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (artifact,) = (tmp_path / "runs" / "finetune").iterdir()
+    named = [f"{BIN}/logonet", "register", str(artifact), "--task", "phantom", "--alias", "champion"]
+    subprocess.run(named, cwd=REPO, env=env, check=True)
+    port = free_ports()
+    serve = [f"{BIN}/mlflow", "models", "serve", "-m", "models:/logonet-seg-phantom@champion"]
+    serve += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    env["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/home/mlflow.db"
+    log = tmp_path / "serve.log"
+    with open(log, "wb") as out:
+        server = subprocess.Popen(
+            serve, cwd=tmp_path, env=env, stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/ping", server, log)
+        scan = (shared_data / "scans" / "ct_trunk_3mm.nii.gz").read_bytes()
+        body = {"dataframe_split": {"columns": ["nifti"], "data": [[base64.b64encode(scan).decode()]]}}
+        status, answer = post(f"http://127.0.0.1:{port}/invocations", body)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+    assert status == 200, answer
+    (row,) = answer["predictions"]
+    image = nib.Nifti1Image.from_bytes(gzip.decompress(scan))
+    found = nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(row["nifti"])))
+    assert found.shape == image.shape
+    assert np.array_equal(found.affine, image.affine)
+    assert found.get_data_dtype() == np.uint8
+    assert set(np.unique(found.dataobj)) <= {0, 1, 2, 3}
+    assert sum(json.loads(row["volumes_ml"]).values()) > 0
