@@ -76,8 +76,12 @@ def to_bytes(scans: Sequence[Scan], role: str) -> bytes:
 
 
 def join(*tables: bytes) -> bytes:
-    """Several such tables as one."""
-    return _parquet(pd.concat([_frame(t) for t in tables]).drop_duplicates(ignore_index=True))
+    """Several such tables as one. A scan of several of them is listed once, in the role it has in the first.
+
+    Once, because `leaks.find` takes many equal prints for a crowd of scans that are alike by nature.
+    """
+    rows = pd.concat([_frame(t) for t in tables])
+    return _parquet(rows.drop_duplicates([c for c in COLUMNS if c != "scan_id"], ignore_index=True))
 
 
 def from_bytes(table: bytes) -> list[Scan]:
