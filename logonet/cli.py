@@ -262,6 +262,19 @@ def register(
 
 
 @app.command
+def alias(model: tyro.conf.Positional[str], name: tyro.conf.Positional[str], /) -> None:
+    """Point an alias, such as champion, at a registered model.
+
+    Args:
+        model: models:/NAME/VERSION or models:/NAME@ALIAS.
+        name: the alias.
+    """
+    from logonet import registry
+
+    print(f"{registry.set_alias(model, name)} is now @{name}")
+
+
+@app.command
 def export(
     model: tyro.conf.Positional[str], /, out: str, format: Literal["bundle", "onnx"] = "bundle"
 ) -> None:
