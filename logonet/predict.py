@@ -87,6 +87,16 @@ def items_of(sources: Sequence[Source], root: str) -> list[Item]:
     return [found[name] for name in sorted(found)]
 
 
+def check_apart(items: Sequence[Item], source: str, output: str) -> None:
+    """UserError where a label map would replace a scan, or be taken for one when the command is run again."""
+    if f"{output.rstrip('/')}/".startswith(f"{source.rstrip('/')}/"):
+        raise UserError(f"the output {output} lies in the input {source}; write the label maps elsewhere")
+    written = {_label_uri(output, item.name) for item in items}
+    for item in items:
+        if item.uri in written:
+            raise UserError(f"{item.uri} is a scan, which a label map would replace; use another output")
+
+
 def run(
     items: Sequence[Item],
     folder: Mapping[str, bytes],
@@ -168,13 +178,15 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def write_table(rows: Sequence[Row], output: str) -> str:
-    """``predictions.csv`` and ``.parquet`` under ``output``; returns the CSV's URI."""
+    """``predictions.csv`` and ``.parquet`` under ``output``, unless they say this already; returns the CSV's URI."""
     frame = table(rows)
     sink = io.BytesIO()
     frame.to_parquet(sink, index=False)
-    store.write(store.join(output, f"{TABLE}.parquet"), sink.getvalue())
     uri = store.join(output, f"{TABLE}.csv")
-    store.write(uri, frame.to_csv(index=False).encode())
+    files = {store.join(output, f"{TABLE}.parquet"): sink.getvalue(), uri: frame.to_csv(index=False).encode()}
+    for file, blob in files.items():
+        if not store.exists(file) or store.read(file) != blob:
+            store.write(file, blob)
     return uri
 
 
@@ -192,6 +204,10 @@ def _claim(output: str, about: Mapping[str, Any]) -> None:
             f"{output} holds predictions made otherwise ({', '.join(f'{k}={there.get(k)}' for k in differing)}); "
             "use another output, or delete it"
         )
+
+
+def _label_uri(output: str, name: str) -> str:
+    return store.join(output, *f"{name}.nii.gz".split("/"))
 
 
 def _row_uri(output: str, name: str) -> str:
@@ -225,6 +241,9 @@ class _Segment:
         return {"row": [json.dumps(asdict(row)) for row in rows]}
 
     def _one(self, item: Item) -> Row:
+        row_uri = _row_uri(self.output, item.name)
+        if store.exists(row_uri):  # its answer was lost with a node, and Ray gives the case again
+            return Row(**store.read_json(row_uri))
         started = time.monotonic()
         if self._deaths(item) >= MAX_ATTEMPTS:
             reason = (
@@ -243,7 +262,7 @@ class _Segment:
                 reason = f"{item.uri}: {type(err).__name__}: {' '.join(str(err).split())[:300]}"
                 row = Row(item.name, item.uri, QUARANTINED, reason)
         row = Row(**{**asdict(row), "seconds": round(time.monotonic() - started, 3)})
-        store.write_json(_row_uri(self.output, item.name), asdict(row))
+        store.write_json(row_uri, asdict(row))
         return row
 
     def _deaths(self, item: Item) -> int:
@@ -258,7 +277,7 @@ class _Segment:
         image, modality, original = _open(item)
         labels_XYZ = self.predictor.segment(image, modality, item.name)
         blob = volume.encode_labels(labels_XYZ, original, image.affine)
-        uri = store.join(self.output, *f"{item.name}.nii.gz".split("/"))
+        uri = _label_uri(self.output, item.name)
         written = store.write(uri, blob)
         metrics: list[dict[str, Any]] = []
         spec = self.predictor.spec

@@ -28,6 +28,7 @@ def options(part: dict[str, Any]) -> dict[str, Any]:
 
 
 SEEN_FILE = "seen.parquet"
+LINEAGE_FILE = "lineage.json"  # of a registered model
 
 
 def tracking_of(

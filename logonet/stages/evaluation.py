@@ -6,7 +6,7 @@ import hashlib
 import html
 import io
 import json
-import tempfile
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,6 @@ from logonet import (
     manifest,
     model,
     predict,
-    registry,
     report,
     seen,
     store,
@@ -36,7 +35,7 @@ from logonet.cluster import Resources
 from logonet.errors import UserError
 from logonet.manifest import Manifest, Scan
 from logonet.stages.common import SEEN_FILE, catch_up, chain, say, took, tracking_of
-from logonet.stages.finetuning import MODEL, LeakRule
+from logonet.stages.finetuning import MODEL, LeakRule, fetch_registered
 from logonet.stages.preparation import import_scans
 
 
@@ -75,15 +74,20 @@ def choose(uri: str) -> Chosen:
     """The model at ``uri``: a finetuning artifact, models:/NAME@alias, or a model folder.
 
     Raises:
-        UserError: nothing is there, or it is no segmentation model.
+        UserError: nothing is there, or it is no segmentation model that runs.
     """
+    chosen = _find(uri)
+    model.build(*model.parse(chosen.folder, uri))  # else every actor would stumble over it
+    return chosen
+
+
+def _find(uri: str) -> Chosen:
     if uri.startswith("models:/"):
-        with tempfile.TemporaryDirectory() as place:
-            folder = registry.download(uri, place)
-            files = {n: store.read(store.join(folder, n)) for n in (model.CONFIG_FILE, model.WEIGHTS_FILE)}
-            seen_uri = store.join(folder, SEEN_FILE)
-            known = store.read(seen_uri) if store.exists(seen_uri) else None
-        return Chosen(files, _id(files), {"registered": uri, **registry.lineage(uri)}, known, None)
+        blobs, lineage = fetch_registered(uri)
+        if not {model.CONFIG_FILE, model.WEIGHTS_FILE} <= blobs.keys():
+            raise UserError(f"{uri} is no segmentation model; it holds {', '.join(sorted(blobs))}")
+        files = {n: blobs[n] for n in (model.CONFIG_FILE, model.WEIGHTS_FILE)}
+        return Chosen(files, _id(files), lineage, blobs.get(SEEN_FILE), None)
     artifact = artifacts.find(uri)
     if artifact is None:
         files = {n: store.read(store.join(uri, n)) for n in (model.CONFIG_FILE, model.WEIGHTS_FILE)}
@@ -239,7 +243,8 @@ def _headline(summary: pd.DataFrame) -> dict[str, float]:
     """The means as MLflow shows them: ``dice``, and ``dice/<class>`` for each class."""
     values = {}
     for line in summary.to_dict("records"):
-        name = line["metric"] if line["class"] == "mean" else f"{line['metric']}/{line['class']}"
+        plain = re.sub(r"[^\w. -]", "_", str(line["class"]))  # what else there is, "&" or "(", MLflow refuses
+        name = line["metric"] if line["class"] == "mean" else f"{line['metric']}/{plain}"
         values[name] = float(line["mean"])
     return values
 

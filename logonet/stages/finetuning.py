@@ -44,7 +44,7 @@ from logonet.cases import Crops
 from logonet.cluster import Resources, Share
 from logonet.errors import UserError
 from logonet.methods import Facts
-from logonet.stages.common import SEEN_FILE, catch_up, chain, options, say, took, tracking_of
+from logonet.stages.common import LINEAGE_FILE, SEEN_FILE, catch_up, chain, options, say, took, tracking_of
 from logonet.stages.preparation import import_scans
 from logonet.store import Stored
 
@@ -134,31 +134,45 @@ def find_weights(source: str, root: str) -> Weights | None:
     if name is None:
         raise UserError(f"{source} is a '{artifact.stage}' artifact, which has no weights of a network")
     own = artifact.config
-    lineage = {f"{artifact.stage}_{k}": v for k, v in artifact.parents.items()}
     return Weights(
         uri=artifact.uri_of(name),
         sha256=artifact.files[name].sha256,
         backbone=own["backbone"],
         preparation=_preparation(own.get("cases") or own["crops"]),
-        lineage={artifact.stage: artifact.fingerprint, f"{artifact.stage}_uri": artifact.uri, **lineage},
+        lineage=_descent(artifact.stage, artifact.fingerprint, artifact.uri, artifact.parents),
         seen=artifact.read(SEEN_FILE) if SEEN_FILE in artifact.files else None,
     )
 
 
+def _descent(stage: str, fingerprint: str, uri: str, parents: Mapping[str, str]) -> dict[str, str]:
+    """The lineage that weights hand on: where they were made, and under that stage's name what that came from."""
+    return {stage: fingerprint, f"{stage}_uri": uri, **{f"{stage}_{k}": v for k, v in parents.items()}}
+
+
 def _registered(uri: str, root: str) -> Weights:
+    blobs, lineage = fetch_registered(uri)
+    if model.WEIGHTS_FILE not in blobs:
+        raise UserError(f"{uri} has no {model.WEIGHTS_FILE}; give an encoder or a segmentation model")
+    own = json.loads(blobs[model.CONFIG_FILE])
+    stage = next((s for s in ("finetune", "pretrain") if s in lineage), None)
+    known = {"registered": lineage.pop("registered")}
+    if stage is not None:
+        known |= _descent(stage, lineage.pop(stage), lineage.pop(f"{stage}_uri"), lineage)
+    return _copied(
+        blobs[model.WEIGHTS_FILE], root, own["backbone"], _preparation(own), known, blobs.get(SEEN_FILE)
+    )
+
+
+def fetch_registered(uri: str) -> tuple[dict[str, bytes], dict[str, str]]:
+    """The files of a registered model by name, and its lineage, as `registration` put them there.
+
+    "registered" in the lineage is the version that an alias stood for.
+    """
+    version = registry.lineage(uri)["model"]
     with tempfile.TemporaryDirectory() as folder:
-        place = registry.download(uri, folder)
-        own = store.read_json(os.path.join(place, model.CONFIG_FILE))
-        blob = store.read(os.path.join(place, model.WEIGHTS_FILE))
-        known = os.path.join(place, SEEN_FILE)
-        return _copied(
-            blob,
-            root,
-            own["backbone"],
-            _preparation(own),
-            {"registered": uri, **registry.lineage(uri)},
-            store.read(known) if os.path.exists(known) else None,
-        )
+        place = registry.download(version, folder)
+        blobs = {name: store.read(os.path.join(place, name)) for name in os.listdir(place)}
+    return blobs, {"registered": version, **json.loads(blobs.get(LINEAGE_FILE, b"{}"))}
 
 
 def _copied(
@@ -347,6 +361,7 @@ def finetune(cfg: Finetuning, source: str, root: str, resources: Resources, expe
     lineage = {
         "manifest": table.id,
         "split": split.id,
+        "split_uri": split_artifact.uri,
         "cases": cases_artifact.fingerprint,
         **({"weights": weights.sha256[:16], **weights.lineage} if weights else {"weights": "random"}),
     }
@@ -449,6 +464,7 @@ def finetune(cfg: Finetuning, source: str, root: str, resources: Resources, expe
             "classes": list(cases_table.classes),
             "test": list(split.test),
             "excluded": list(split.excluded),
+            "contaminated": split_artifact.facts["leaking"] if cfg.leaks == "allow" else [],
             "source": source,
             "tracked": result["tracked"],
         },

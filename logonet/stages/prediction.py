@@ -23,6 +23,7 @@ def predict_bucket(
     chosen = choose(model_uri)
     share = cluster.share(resources)
     items = predict.items_of(importers.sources(source), source)
+    predict.check_apart(items, source, output)
     if retry:
         say("predict", f"{predict.forget_quarantined(output)} quarantined cases are tried again")
     before = predict.finished(output)

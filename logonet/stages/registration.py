@@ -9,7 +9,7 @@ from typing import Literal
 from logonet import artifacts, model, registry
 from logonet.artifacts import Artifact
 from logonet.errors import UserError
-from logonet.stages.common import SEEN_FILE, say
+from logonet.stages.common import LINEAGE_FILE, SEEN_FILE, say
 from logonet.stages.finetuning import MODEL
 from logonet.stages.preparation import CLUSTERERS_FILE
 
@@ -62,7 +62,7 @@ def _segmentation(artifact: Artifact, task: str, scores: Mapping[str, str], alia
     lineage = {**artifact.parents, "finetune": artifact.fingerprint, "finetune_uri": artifact.uri, **scores}
     files = {n: artifact.read(f"{MODEL}/{n}") for n in (model.CONFIG_FILE, model.WEIGHTS_FILE)}
     files |= {n: artifact.read(n) for n in (SEEN_FILE, "transfer.json") if n in artifact.files}
-    files["lineage.json"] = json.dumps(lineage, indent=1, sort_keys=True).encode()
+    files[LINEAGE_FILE] = json.dumps(lineage, indent=1, sort_keys=True).encode()
     return _register(f"logonet-seg-{task}", files, lineage, "segmentation", aliases, artifact)
 
 
@@ -77,7 +77,7 @@ def _pretrained(artifact: Artifact, aliases: Sequence[str]) -> list[str]:
         model.CONFIG_FILE: json.dumps(settings, indent=2, sort_keys=True).encode(),
         model.WEIGHTS_FILE: artifact.read("backbone.safetensors"),
         SEEN_FILE: artifact.read(SEEN_FILE),
-        "lineage.json": json.dumps(lineage, indent=1, sort_keys=True).encode(),
+        LINEAGE_FILE: json.dumps(lineage, indent=1, sort_keys=True).encode(),
     }
     made = [_register(ENCODER, files, lineage, "encoder", aliases, artifact)]
     fitted = (
