@@ -202,14 +202,16 @@ class Writer:
 
 
 def save_best(run_uri: str, step: int, backbone: torch.nn.Module, keep: int) -> None:
-    """Keep the backbone after ``step``, the best so far; ``keep`` of them, since a run that falls back to an
-    older checkpoint falls back to that one's best too.
+    """Keep the backbone after ``step``, the best so far.
+
+    A run that falls back to an older checkpoint falls back to that one's best too. So there is one for each of the
+    ``keep`` checkpoints, for the one that may still be being written, and for the one that will name this best.
     """
     uri = _best_uri(run_uri, step)
     _write_tensors(uri, backbone.state_dict())
     # Later ones are left of a run that went on from before them, and are about to be written again.
     earlier = sorted(e.uri for e in store.listing(store.join(run_uri, "best")) if e.uri < uri)
-    for old in earlier[: max(0, len(earlier) + 1 - keep)]:
+    for old in earlier[: max(0, len(earlier) - keep - 1)]:
         store.delete(old)
 
 

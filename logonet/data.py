@@ -361,10 +361,16 @@ class Order:
         return self.epoch_steps or self.steps_per_pass
 
     def at(self, step: int, slot: int) -> tuple[int, int]:
-        """(pass, sample) of position ``slot`` (0 .. global_batch - 1) of step ``step``."""
+        """(draw, sample) of position ``slot`` (0 .. global_batch - 1) of step ``step``.
+
+        ``draw`` is the pass where passes are whole steps. Where they are filled up it still is another number each
+        time a sample comes: 16 copies of the same crops of one case would teach no more than one.
+        """
         number, within = divmod(step, self.steps_per_pass)
         order = _epoch_order(self.seed, number, self.num_samples)
-        return number, int(order[(within * self.global_batch + slot) % self.num_samples])
+        place = within * self.global_batch + slot
+        draws_per_pass = -(-self.steps_per_pass * self.global_batch // self.num_samples)
+        return number * draws_per_pass + place // self.num_samples, int(order[place % self.num_samples])
 
 
 @functools.lru_cache(maxsize=4)
@@ -387,15 +393,15 @@ class Feed:
     def row_bytes(self) -> int:
         return 4 * int(np.prod(self.table.size_vox)) * self.table.in_channels
 
-    def samples(self, number: int, index: int) -> list[dict[str, np.ndarray]]:
-        return [self.sample(number, index)]
+    def samples(self, draw: int, index: int) -> list[dict[str, np.ndarray]]:
+        return [self.sample(draw, index)]
 
-    def sample(self, epoch: int, index: int) -> dict[str, np.ndarray]:
-        """Sample ``index`` as the method's ``prepare`` makes it for ``epoch``."""
+    def sample(self, draw: int, index: int) -> dict[str, np.ndarray]:
+        """Sample ``index`` as the method's ``prepare`` makes it for ``draw`` (see `Order.at`)."""
         raw: dict[str, Any] = {"image_CXYZ": self.table.read(index)}
         if self.labels_PNZ is not None:
             raw["labels_NZ"] = self.labels_PNZ[index]
-        rng = draws.rng(self.order.seed, "prepare", epoch, self.table.refs[index].crop_id)
+        rng = draws.rng(self.order.seed, "prepare", draw, self.table.refs[index].crop_id)
         return methods.prepare(self.method)(raw, self.method_config, rng)
 
 
@@ -422,10 +428,10 @@ class LabelledFeed:
     def row_bytes(self) -> int:
         return 5 * int(np.prod(self.crops.size_vox)) * self.table.in_channels
 
-    def samples(self, number: int, index: int) -> list[dict[str, np.ndarray]]:
-        """The crops of training case ``index`` in pass ``number``, as the method's ``prepare`` makes them."""
+    def samples(self, draw: int, index: int) -> list[dict[str, np.ndarray]]:
+        """The crops of training case ``index`` as the method's ``prepare`` makes them for ``draw`` (see `Order.at`)."""
         ref = self.table.refs[self.train[index]]
-        rng = draws.rng(self.order.seed, "crops", number, ref.scan_id)
+        rng = draws.rng(self.order.seed, "crops", draw, ref.scan_id)
         rows = []
         for start in cases.starts(ref, self.crops, rng):
             image_CXYZ, labels_XYZ = cases.read_crop(ref, start, self.crops.size_vox)

@@ -453,6 +453,15 @@ class Worker:
         if self.rank == 0:
             print(epoch_line(entry, self.cfg.epochs), flush=True)
 
+    def _share_buffers(self) -> None:
+        """Give every rank the running statistics of rank 0, which are those that are saved."""
+        if self.world == 1:
+            return
+        import torch.distributed as dist
+
+        for buffer in self.method.backbone.buffers():
+            dist.broadcast(buffer, src=0)
+
     def _validate(self, epoch: int) -> dict[str, Any]:
         """Dice on the validation cases, each on the rank that its place gives it; {} when none is due."""
         every = self.cfg.validate_every_epochs
@@ -461,6 +470,7 @@ class Worker:
             return {}
         net, facts = self.method.backbone, self.job.facts
         dice: dict[int, list[float]] = {}
+        self._share_buffers()
         self.method.eval()
         for place in range(self.rank, len(feed.val), self.world):
             image_CXYZ, truth_XYZ = cases.read_case(feed.table.refs[feed.val[place]])
@@ -528,8 +538,8 @@ def dry_run(backbone: dict[str, Any], cfg: Config, facts: Facts, rows: int = 1) 
         except (ValueError, RuntimeError) as err:
             size = "x".join(map(str, facts.size_vox))
             raise UserError(
-                f"backbone '{backbone['name']}' cannot train on batches of {cfg.batch_size * rows} crops of {size} voxels "
-                f"({err}); use a larger train.batch_size or crops.size_vox"
+                f"backbone '{backbone['name']}' cannot train on batches of {cfg.batch_size * rows} crops of {size} "
+                f"voxels ({err}); use a larger train.batch_size or crops.size_vox"
             ) from None
 
 
@@ -690,6 +700,8 @@ def fit(
     from ray.train.torch import TorchTrainer
 
     accumulation(job.train, share.workers)
+    if job.train.validate_every_epochs and not getattr(feed, "val", ()):
+        raise UserError("there are no labelled cases to validate on; set train.validate_every_epochs=0")
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # it may return a value; Ray's annotation forgets that
         # References in lists: Ray would otherwise put the values themselves into every worker's arguments.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,22 @@ import pytest
 import torch
 from helpers import timeless, tiny_backbone
 
-from logonet import checkpoints, clusterers, crops, data, draws, methods, store, train
-from logonet.cluster import Share
+from logonet import (
+    backbones,
+    cases,
+    checkpoints,
+    clusterers,
+    crops,
+    data,
+    draws,
+    evaluate,
+    infer,
+    methods,
+    phantom,
+    store,
+    train,
+)
+from logonet.cluster import Resources, Share
 from logonet.errors import UserError
 from logonet.methods import Facts
 
@@ -66,11 +82,19 @@ def test_a_global_batch_that_does_not_divide_names_those_that_do() -> None:
         ("gradient_sync", "x"),
         ("warmup_epochs", 200.0),
         ("batch_size", 0),
+        ("steps_per_epoch", 0),
+        ("validate_every_epochs", -1),
     ],
 )
 def test_settings_that_cannot_work_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
         train.Config(**{field: value})
+
+
+@pytest.mark.parametrize("patience", [3, 0])
+def test_patience_without_validation_is_refused(patience: int) -> None:
+    with pytest.raises(ValueError, match=r"patience"):
+        train.Config(patience=patience)
 
 
 # ------------------------------------------------------------------------------------------- the order
@@ -85,7 +109,7 @@ def test_an_epoch_visits_every_sample_and_only_whole_steps(samples: int, glob: i
             for s in range(order.steps_per_epoch)
             for slot in range(glob)
         ]
-        assert {e for e, _ in seen} == {epoch}
+        assert [i for _, i in seen[:samples]] == draws.epoch_order(1, epoch, samples).tolist()
         counts = np.bincount([i for _, i in seen], minlength=samples)
         assert counts.min() >= 1
         assert counts.max() - counts.min() <= 1
@@ -99,6 +123,23 @@ def test_the_order_is_a_slow_loop_over_permutations() -> None:
         for s in range(3):
             assert [order.at(step, k)[1] for k in range(2)] == padded[2 * s : 2 * s + 2]
             step += 1
+
+
+@pytest.mark.parametrize(("samples", "glob"), [(10, 4), (3, 8), (1, 4), (8, 8)])
+def test_nothing_is_drawn_twice(samples: int, glob: int) -> None:
+    """Also where a pass is filled up from its own start: other crops, other masks."""
+    order = data.Order(samples, glob, seed=1)
+    seen = [order.at(step, slot) for step in range(3 * order.steps_per_pass) for slot in range(glob)]
+    assert len(set(seen)) == len(seen)
+    if samples % glob == 0:
+        assert [draw for draw, _ in seen] == np.repeat(range(3), samples).tolist()
+
+
+def test_an_epoch_of_a_number_of_steps_changes_no_samples() -> None:
+    plain, counted = data.Order(5, 2, seed=3), data.Order(5, 2, seed=3, epoch_steps=7)
+    assert (plain.steps_per_epoch, counted.steps_per_epoch) == (3, 7)
+    places = list(itertools.product(range(20), range(2)))
+    assert [plain.at(*p) for p in places] == [counted.at(*p) for p in places]
 
 
 # ------------------------------------------------------------------------------------------ checkpoints
@@ -223,6 +264,37 @@ def test_a_saved_state_is_a_copy(tmp_path: Path) -> None:
     assert_same(found, a_state())
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("behind", [0, 1])
+def test_every_checkpoint_that_is_there_finds_its_best(tmp_path: Path, keep: int, behind: int) -> None:
+    """Whenever a run is killed: also with the last checkpoint still being written, and with newer ones torn."""
+    net, run = torch.nn.Linear(1, 1), str(tmp_path)
+    writer = checkpoints.Writer(run, "f" * 16, keep=keep)
+    for epoch in range(1, 9):
+        checkpoints.save_best(run, epoch, net, keep)  # each epoch is better than those before
+        for uri in checkpoints.all_of(run):
+            best = checkpoints.load_state(uri, "f" * 16).step
+            assert store.exists(checkpoints._best_uri(run, best)), (epoch, uri)
+        if epoch > behind:
+            writer.save(a_state(epoch - behind))
+            writer.wait()
+    assert len(checkpoints.all_of(run)) == keep
+    assert len(list((tmp_path / "best").iterdir())) == keep + 2
+
+
+def test_a_best_that_stays_the_best_outlives_every_checkpoint(tmp_path: Path) -> None:
+    """After a fallback later ones may lie there too; they are not what the history says, and not in the way."""
+    net, run = torch.nn.Linear(1, 1), str(tmp_path)
+    for step in (90, 91, 92, 93):
+        checkpoints.save_best(run, step, net, keep=1)
+    checkpoints.save_best(run, 5, net, keep=1)
+    writer = checkpoints.Writer(run, "f" * 16, keep=1)
+    for step in range(5, 20, 5):
+        writer.save(a_state(step))
+    writer.wait()
+    assert store.exists(checkpoints._best_uri(run, 5))
+
+
 # ------------------------------------------------------------------------------------------- the worker
 
 
@@ -329,7 +401,7 @@ def test_accumulated_micro_batches_equal_one_batch(feed: Any, tmp_path: Path) ->
     method = train.build_method(job.backbone, job.method, FACTS).train()
     for batch in train.to_tensors(iter(batches), torch.device("cpu")):
         (method(batch, 0.0)[0] / 2).backward()
-    expected = {n: p.grad.clone() for n, p in method.named_parameters() if p.requires_grad}
+    expected = {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
     seen: dict[str, torch.Tensor] = {}
     train.step(
         worker.method,
@@ -341,9 +413,11 @@ def test_accumulated_micro_batches_equal_one_batch(feed: Any, tmp_path: Path) ->
         cfg=job.train,
         seeds=[0, 0],
         autocast=torch.autocast("cpu", enabled=False),
-        sync=lambda params: seen.update({n: p.grad.clone() for n, p in zip(worker.names, params)}),
+        sync=lambda params: seen.update(
+            {n: p.grad.clone() for n, p in zip(worker.names, params) if p.grad is not None}
+        ),
     )
-    assert seen.keys() == expected.keys()
+    assert seen.keys() == expected.keys() == set(worker.names)
     for name, grad in expected.items():
         assert torch.equal(grad, seen[name]), name
 
@@ -390,6 +464,445 @@ def test_a_compiled_network_takes_the_same_steps(
         lambda metrics: None
     )
     assert compiled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------ the worker on labelled cases
+
+LABELLED_SIZE = (16, 16, 16)
+CLASSES = ("background", "liver", "spleen")
+LABELLED_FACTS = Facts(size_vox=LABELLED_SIZE, num_classes=len(CLASSES))
+SUPERVISED = {"augment": {"flip_prob": 0.5}}
+
+
+def dynunet() -> dict[str, Any]:
+    return {"name": "dynunet", **backbones.tiny("dynunet")}
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> data.LabelledFeed:
+    """Seven phantoms, four to train on and three to validate on."""
+    folder, refs = tmp_path_factory.mktemp("cases"), []
+    for i in range(7):
+        scan, labels_XYZ = phantom.phantom(i, (20, 18, 16), (4.0, 4.0, 6.0), classes=len(CLASSES))
+        image_CXYZ, indices_XYZ = cases.prepare(scan, labels_XYZ, "CT", (0, 1, 2), cases.Config(), f"case{i}")
+        uri = f"{folder}/cases/case{i}.safetensors"
+        blob = cases.to_bytes(f"case{i}", image_CXYZ, indices_XYZ, seed=0)
+        store.write(uri, blob)
+        refs.append(cases.ref_of(uri, blob))
+    return data.LabelledFeed(
+        table=cases.Table(tuple(refs), CLASSES, (0, 1, 2)),
+        train=(0, 1, 3, 4),
+        val=(2, 5, 6),
+        crops=cases.Crops(LABELLED_SIZE),
+        method="supervised",
+        method_config=methods.config("supervised", SUPERVISED),
+        order=data.Order(4, 2, seed=0),
+    )
+
+
+@pytest.fixture
+def stored_feed(labelled: data.LabelledFeed, ray_local: None) -> Any:
+    return in_ray(labelled)
+
+
+def in_ray(feed: data.LabelledFeed) -> Any:
+    import ray
+
+    return [ray.put(feed)]
+
+
+def labelled_job(uri: str, init: train.Init | None = None, **settings: Any) -> train.Job:
+    values = {"epochs": 4, "global_batch": 2, "lr": 3e-3, "warmup_epochs": 1, "validate_every_epochs": 1}
+    method = {"name": "supervised", **SUPERVISED}
+    return train.Job(
+        uri, "a" * 16, dynunet(), method, train.Config(**{**values, **settings}), LABELLED_FACTS, init=init
+    )
+
+
+def silent(metrics: dict[str, Any]) -> None: ...
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, dice: Sequence[float]) -> None:
+    """Validation that answers ``dice`` of the epoch, when one is due."""
+
+    def validate(worker: train.Worker, epoch: int) -> dict[str, Any]:
+        due = epoch % worker.cfg.validate_every_epochs == 0 or epoch == worker.cfg.epochs
+        return {"val_dice": dice[epoch - 1], "val_dice_per_class": [dice[epoch - 1]] * 2} if due else {}
+
+    monkeypatch.setattr(train.Worker, "_validate", validate)
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, worker: train.Worker, at_step: int) -> None:
+    """Run ``worker`` until it dies before the step after ``at_step``; its last checkpoint is written."""
+    real_step = train.step
+
+    def dying_step(*args: Any, **kwargs: Any) -> Any:
+        if worker.step == at_step:
+            raise Killed
+        return real_step(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "step", dying_step)
+        with pytest.raises(Killed):
+            worker.run(silent)
+    worker.writer.wait()
+
+
+def test_a_batch_holds_every_crop_of_its_cases_whatever_the_number_of_ranks(
+    labelled: data.LabelledFeed, stored_feed: Any
+) -> None:
+    stream = functools.partial(data.batches, stored_feed, start_step=0, stop_step=3, share=SHARE)
+    one = list(stream(rank=0, world=1, batch_size=2))
+    assert [b["image"].shape for b in one] == [(4, 1, *LABELLED_SIZE)] * 3
+    for step, batch in enumerate(one):
+        want = [row for slot in range(2) for row in labelled.samples(*labelled.order.at(step, slot))]
+        for key in ("image", "labels"):
+            assert np.array_equal(batch[key], np.stack([row[key] for row in want]))
+    ranks = [list(stream(rank=rank, world=2, batch_size=1)) for rank in range(2)]
+    for step, batch in enumerate(one):
+        both = np.concatenate([ranks[0][step]["image"], ranks[1][step]["image"]])
+        assert np.array_equal(both, batch["image"])
+
+
+def test_a_case_that_comes_again_gives_other_crops(labelled: data.LabelledFeed) -> None:
+    """One-shot finetuning with a global batch of 4: four times two different crops of the one case."""
+    feed = dataclasses.replace(labelled, train=(3,), order=data.Order(1, 4, seed=0))
+    rows = [row for slot in range(4) for row in feed.samples(*feed.order.at(0, slot))]
+    assert len({row["image"].tobytes() for row in rows}) == 8
+
+
+def test_finetuning_learns_and_validates_when_due(
+    labelled: data.LabelledFeed, stored_feed: Any, tmp_path: Path
+) -> None:
+    job = labelled_job(str(tmp_path), epochs=5, validate_every_epochs=2)
+    worker = a_worker(stored_feed, job)
+    history = worker.run(silent)
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
+    assert [e["epoch"] for e in history if "val_dice" in e] == [2, 4, 5]
+    for entry in history:
+        assert 0 <= entry["train_dice"] <= 1
+        assert len(entry["train_dice_per_class"]) == 2
+    # The last entry against the network as it is now, the slow way.
+    net = worker.method.backbone.eval()
+    dice_VK = []
+    for place in labelled.val:
+        image_CXYZ, truth_XYZ = cases.read_case(labelled.table.refs[place])
+        found_XYZ = infer.labels(
+            net, image_CXYZ.astype(np.float32) / 65535, LABELLED_SIZE, infer.Config(), "cpu"
+        )
+        dice_VK.append([evaluate.score(found_XYZ == k, truth_XYZ == k, (1, 1, 1))["dice"] for k in (1, 2)])
+    assert history[-1]["val_dice_per_class"] == pytest.approx(np.mean(dice_VK, 0).tolist(), rel=1e-12)
+    assert history[-1]["val_dice"] == pytest.approx(float(np.mean(dice_VK)), rel=1e-12)
+    assert worker.method.training
+    assert "validation Dice" in train.epoch_line(history[-1], 5)
+    assert "validation Dice" not in train.epoch_line(history[0], 5)
+
+
+def test_without_validation_nothing_is_read_and_no_best_is_kept(
+    stored_feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cases, "read_case", lambda ref: pytest.fail("a validation case was read"))
+    worker = a_worker(stored_feed, labelled_job(str(tmp_path), epochs=1, validate_every_epochs=0))
+    history = worker.run(silent)
+    assert "val_dice" not in history[0]
+    assert "best.safetensors" not in checkpoints.save_final(
+        str(tmp_path), worker.method, history, train.best_step(history)
+    )
+    assert not (tmp_path / "best").exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_dice_of_a_case_is_a_slow_loop(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    found_XYZ, truth_XYZ = (rng.integers(0, 4, (5, 4, 3)).astype(np.uint8) for _ in range(2))
+    truth_XYZ[truth_XYZ == 3] = 0  # found and not there: 0
+    got = train.case_dice(found_XYZ, truth_XYZ, num_classes=6)
+    for k in (1, 2, 3):
+        found, truth = ({tuple(p) for p in np.argwhere(a == k).tolist()} for a in (found_XYZ, truth_XYZ))
+        assert got[k - 1] == pytest.approx(2 * len(found & truth) / (len(found) + len(truth)))
+        assert got[k - 1] == pytest.approx(
+            evaluate.score(found_XYZ == k, truth_XYZ == k, (1.0, 1.0, 1.0))["dice"]
+        )
+    assert len(got) == 5
+    assert all(math.isnan(d) for d in got[3:])  # neither found nor there: no score
+
+
+def test_a_class_that_no_case_has_is_left_out_of_the_mean(
+    labelled: data.LabelledFeed, ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([[0.5, math.nan], [0.3, math.nan], [math.nan, math.nan]])
+    monkeypatch.setattr(train, "case_dice", lambda *args: next(answers))
+    values = a_worker(in_ray(labelled), labelled_job(str(tmp_path)))._validate(1)
+    assert values["val_dice"] == pytest.approx(0.4)
+    assert values["val_dice_per_class"][0] == pytest.approx(0.4)
+    assert math.isnan(values["val_dice_per_class"][1])
+
+
+@pytest.mark.parametrize(
+    ("dice", "best"),
+    [
+        ([0.1, 0.5, 0.4], 2),
+        ([0.5, 0.5, 0.5], 1),  # the first of equals: less trained on the same cases
+        ([math.nan, 0.0, math.nan], 2),
+        ([math.nan, math.nan], None),
+        ([None, None], None),
+        ([], None),
+    ],
+)
+def test_the_best_step(dice: list[float | None], best: int | None) -> None:
+    history = [{"step": i + 1, **({} if d is None else {"val_dice": d})} for i, d in enumerate(dice)]
+    assert train.best_step(history) == best
+
+
+def test_the_best_weights_are_the_backbone_after_that_step(
+    stored_feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And they outlive the checkpoints of their time."""
+    scripted(monkeypatch, [0.1, 0.6, 0.5, 0.6, 0.2, 0.3])
+    worker = a_worker(stored_feed, labelled_job(str(tmp_path), epochs=6, keep_checkpoints=1))
+    after: dict[int, dict[str, torch.Tensor]] = {}
+
+    def remember(metrics: dict[str, Any]) -> None:
+        after[metrics["step"]] = {n: t.clone() for n, t in worker.method.backbone.state_dict().items()}
+
+    history = worker.run(remember)
+    assert train.best_step(history) == 4
+    assert [os.path.basename(u) for u in checkpoints.all_of(str(tmp_path))] == ["step-00000012"]
+    files = checkpoints.save_final(str(tmp_path), worker.method, history, train.best_step(history))
+    best = train.load_weights(train.Init(f"{tmp_path}/best.safetensors", files["best.safetensors"].sha256))
+    last = train.load_weights(
+        train.Init(f"{tmp_path}/backbone.safetensors", files["backbone.safetensors"].sha256)
+    )
+    assert best.keys() == last.keys() == after[4].keys()
+    for name, tensor in best.items():
+        assert torch.equal(tensor, after[4][name]), name
+        assert torch.equal(last[name], after[12][name]), name
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_run_killed_after_a_new_best_can_go_back_to_the_old_one(
+    stored_feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    """The checkpoint that names the new best was never written, and on other hardware it is no best any more."""
+    job = labelled_job(str(tmp_path), keep_checkpoints=keep)
+    first = a_worker(stored_feed, job)
+    scripted(monkeypatch, [0.1, 0.2, 0.3, 0.4])
+    save = first.writer.save
+
+    def dying_save(state: checkpoints.State) -> None:
+        if state.step == 6:
+            raise Killed
+        save(state)
+
+    monkeypatch.setattr(first.writer, "save", dying_save)
+    with pytest.raises(Killed):
+        first.run(silent)
+    first.writer.wait()
+    scripted(monkeypatch, [0.1, 0.2, 0.15, 0.12])
+    second = a_worker(stored_feed, job)
+    history = second.run(silent)
+    assert train.best_step(history) == 4
+    assert "best.safetensors" in checkpoints.save_final(str(tmp_path), second.method, history, 4)
+
+
+@pytest.mark.parametrize(
+    ("every", "patience", "dice", "epochs"),
+    [
+        (1, 3, [0.2, 0.5, 0.4, 0.45, 0.5, 0.9, 0.9, 0.9], 5),
+        (1, 1, [0.5, 0.4, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9], 2),
+        (2, 2, [0.0, 0.5, 0.0, 0.4, 0.0, 0.3, 0.0, 0.9], 6),
+        (3, 1, [0.0, 0.0, 0.5, 0.0, 0.0, 0.6, 0.0, 0.1], 8),  # validated at the end too
+        (1, 4, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], 8),
+    ],
+)
+def test_patience_ends_a_run_and_a_resumed_one_at_the_same_epoch(
+    stored_feed: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    every: int,
+    patience: int,
+    dice: list[float],
+    epochs: int,
+) -> None:
+    scripted(monkeypatch, dice)
+    settings: dict[str, Any] = {"epochs": 8, "validate_every_epochs": every, "patience": patience}
+    whole = a_worker(stored_feed, labelled_job(f"{tmp_path}/whole", **settings))
+    expected = whole.run(silent)
+    assert len(expected) == epochs
+    again = a_worker(stored_feed, labelled_job(f"{tmp_path}/whole", **settings))
+    assert again.run(lambda metrics: pytest.fail("trained on")) == expected
+    job = labelled_job(f"{tmp_path}/killed", **settings)
+    killed_at(monkeypatch, a_worker(stored_feed, job), at_step=2 * epochs - 1)
+    assert timeless(a_worker(stored_feed, job).run(silent)) == timeless(expected)
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_a_killed_finetuning_equals_an_uninterrupted_one_with_its_best(
+    stored_feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None
+) -> None:
+    def finished(worker: train.Worker, job: train.Job) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        history = worker.run(silent)
+        files = checkpoints.save_final(job.uri, worker.method, history, train.best_step(history))
+        return timeless(history), {n: f.sha256 for n, f in files.items() if n != "history.json"}
+
+    job = labelled_job(f"{tmp_path}/whole", checkpoint_every_steps=every)
+    expected = finished(a_worker(stored_feed, job), job)
+    assert set(expected[1]) == {"best.safetensors", "backbone.safetensors", "method.safetensors"}
+    job = labelled_job(f"{tmp_path}/killed", checkpoint_every_steps=every)
+    for at_step in (3, 6):  # twice: within an epoch and at the end of one
+        killed_at(monkeypatch, a_worker(stored_feed, job), at_step)
+    assert finished(a_worker(stored_feed, job), job) == expected
+
+
+def test_an_epoch_of_a_number_of_steps(labelled: data.LabelledFeed, ray_local: None, tmp_path: Path) -> None:
+    """Passes are of 2 steps; epochs of 3 end, validate and save in the middle of one."""
+    counted = dataclasses.replace(labelled, order=data.Order(4, 2, seed=0, epoch_steps=3))
+    job = labelled_job(f"{tmp_path}/counted", epochs=2, steps_per_epoch=3)
+    worker = a_worker(in_ray(counted), job)
+    history = worker.run(silent)
+    assert [(e["epoch"], e["step"]) for e in history] == [(1, 3), (2, 6)]
+    assert [os.path.basename(u) for u in checkpoints.all_of(job.uri)] == ["step-00000003", "step-00000006"]
+    assert all("val_dice" in e for e in history)
+    # The same samples in the same order as in three passes: with one learning rate, the same weights.
+    flat: dict[str, Any] = {"warmup_epochs": 0, "min_lr": 3e-3, "validate_every_epochs": 0}
+    a = a_worker(in_ray(counted), labelled_job(f"{tmp_path}/a", epochs=2, steps_per_epoch=3, **flat))
+    b = a_worker(in_ray(labelled), labelled_job(f"{tmp_path}/b", epochs=3, **flat))
+    assert (a.run(silent)[-1]["step"], b.run(silent)[-1]["step"]) == (6, 6)
+    for (name, one), other in zip(a.method.state_dict().items(), b.method.state_dict().values()):
+        assert torch.equal(one, other), name
+
+
+# ---------------------------------------------------------------------------------------- initial weights
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> train.Init:
+    """Weights that no fresh network has."""
+    torch.manual_seed(99)
+    net: Any = train.build_method(
+        dynunet(), {"name": "supervised"}, dataclasses.replace(LABELLED_FACTS, num_classes=5)
+    )
+    uri = f"{tmp_path_factory.mktemp('weights')}/backbone.safetensors"
+    return train.Init(uri, checkpoints._write_tensors(uri, net.backbone.state_dict()).sha256)
+
+
+def test_initial_weights_are_loaded_at_step_0_and_not_on_resuming(
+    stored_feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: train.Init
+) -> None:
+    job = labelled_job(str(tmp_path), init=pretrained)
+    worker = a_worker(stored_feed, job)
+    fresh = {n: t.clone() for n, t in worker.method.backbone.state_dict().items()}
+    worker.restore()
+    weights, now = train.load_weights(pretrained), worker.method.backbone.state_dict()
+    prefixes = worker.method.backbone.head_prefixes
+    heads = [n for n in now if n.startswith(prefixes)]
+    assert 0 < len(heads) < len(now)
+    for name, tensor in now.items():
+        assert torch.equal(tensor, fresh[name] if name in heads else weights[name]), name
+    killed_at(monkeypatch, a_worker(stored_feed, job), at_step=3)
+    monkeypatch.setattr(train, "load_weights", lambda init: pytest.fail("initial weights on a resumed run"))
+    resumed = a_worker(stored_feed, job)
+    resumed.restore()
+    assert resumed.step == 2
+    kept = checkpoints.newest(str(tmp_path), job.fingerprint)
+    assert kept is not None
+    for name, tensor in resumed.method.state_dict().items():
+        assert torch.equal(tensor, kept.model[name]), name
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_from_the_weights_again(
+    stored_feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: train.Init
+) -> None:
+    job = labelled_job(f"{tmp_path}/whole", init=pretrained, epochs=1)
+    expected = a_worker(stored_feed, job).run(silent)
+    scratch = a_worker(stored_feed, labelled_job(f"{tmp_path}/scratch", epochs=1)).run(silent)
+    assert expected[0]["loss"] != scratch[0]["loss"]
+    job = labelled_job(f"{tmp_path}/killed", init=pretrained, epochs=1)
+    killed_at(monkeypatch, a_worker(stored_feed, job), at_step=1)
+    assert timeless(a_worker(stored_feed, job).run(silent)) == timeless(expected)
+
+
+def test_weights_that_are_not_the_ones_meant_are_refused(
+    stored_feed: Any, tmp_path: Path, pretrained: train.Init
+) -> None:
+    other = dataclasses.replace(pretrained, sha256="0" * 64)
+    with pytest.raises(store.IntegrityError, match=r"backbone\.safetensors: its SHA-256 is not the recorded"):
+        a_worker(stored_feed, labelled_job(str(tmp_path), init=other)).run(silent)
+    assert not checkpoints.all_of(str(tmp_path))
+    text = f"{tmp_path}/notes.safetensors"
+    noted = store.write(text, b"no weights at all, but more than eight bytes")
+    with pytest.raises(UserError, match=r"notes\.safetensors is no safetensors file .* saved by logonet"):
+        train.load_weights(train.Init(text, noted.sha256))
+
+
+# --------------------------------------------------------------------------------------------- the ranks
+
+
+def test_two_ranks_share_the_validation_cases_and_measure_what_one_does(
+    labelled: data.LabelledFeed, ray_local: None, tmp_path: Path
+) -> None:
+    """With batch norm, whose running statistics differ between ranks: those of rank 0 are the ones that are saved."""
+    import ray
+
+    big = Facts(size_vox=SIZE, num_classes=len(CLASSES))
+    job = dataclasses.replace(labelled_job(str(tmp_path)), backbone=tiny_backbone(), facts=big)
+    feed, share = in_ray(labelled), SHARE
+
+    @ray.remote(num_cpus=1)
+    def validate(rank: int, world: int) -> tuple[list[str], dict[str, Any], list[torch.Tensor]]:
+        from datetime import timedelta
+
+        import torch.distributed as dist
+
+        read: list[str] = []
+        real_read = cases.read_case
+        torch.set_num_threads(1)
+        if world > 1:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{job.uri}-meet",
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=120),
+            )
+        try:
+            cases.read_case = lambda ref: read.append(ref.scan_id) or real_read(ref)  # type: ignore[assignment,func-returns-value]
+            worker = train.Worker(job, feed, share, rank=rank, world=world, device=torch.device("cpu"))
+            draw = torch.Generator().manual_seed(rank)
+            for buffer in worker.method.backbone.buffers():
+                if buffer.is_floating_point():
+                    buffer.add_(torch.rand(buffer.shape, generator=draw))
+            return read, worker._validate(1), [b.clone() for b in worker.method.backbone.buffers()]
+        finally:
+            cases.read_case = real_read
+            if world > 1:
+                dist.destroy_process_group()
+
+    alone = ray.get(validate.remote(0, 1))
+    both = ray.get([validate.remote(rank, 2) for rank in range(2)])
+    assert alone[0] == ["case2", "case5", "case6"]
+    assert [b[0] for b in both] == [["case2", "case6"], ["case5"]]
+    assert both[0][1] == both[1][1] == alone[1]
+    assert alone[1]["val_dice"] > 0
+    for a, b, c in zip(alone[2], both[0][2], both[1][2]):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_validation_without_labelled_cases_is_refused_before_any_worker_starts(
+    feed: Any, labelled: data.LabelledFeed, tmp_path: Path
+) -> None:
+    unlabelled = a_job(str(tmp_path), validate_every_epochs=1)
+    for job, its_feed in (
+        (unlabelled, data.opened(feed[0])),
+        (labelled_job(str(tmp_path)), dataclasses.replace(labelled, val=())),
+    ):
+        with pytest.raises(UserError, match=r"train\.validate_every_epochs=0"):
+            train.fit(job, its_feed, Resources(workers=1), SHARE)
+
+
+# --------------------------------------------------------------------------------------------- the rest
 
 
 def test_the_epoch_line_says_accuracy_against_its_floor() -> None:
