@@ -158,7 +158,12 @@ app = tyro.extras.SubcommandApp()
 
 
 @app.command(name="data import")
-def data_import(source: tyro.conf.Positional[str], /, root: str, workers: int = 1) -> None:
+def data_import(
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
+    /,
+    root: str,
+    workers: int = 1,
+) -> None:
     """Read and check every scan at SOURCE and store one table of them under ROOT/manifest.
 
     Args:
@@ -177,7 +182,9 @@ def data_import(source: tyro.conf.Positional[str], /, root: str, workers: int = 
 
 
 @app.command(name="data check")
-def data_check(source: tyro.conf.Positional[str], /, workers: int = 1) -> None:
+def data_check(
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")], /, workers: int = 1
+) -> None:
     """Verify every case at SOURCE and print every offender; exit status 1 when there is one.
 
     Args:
@@ -197,13 +204,16 @@ def data_check(source: tyro.conf.Positional[str], /, workers: int = 1) -> None:
 
 
 @app.command(name="data leakcheck")
-def data_leakcheck(manifests: tyro.conf.Positional[tuple[str, ...]], /, out: str = "") -> None:
-    """Look for scans that are in the first manifest and in another: by bytes, voxels, likeness and subject.
-
-    Exit status 1 when there are any. One manifest alone is searched for duplicates.
+def data_leakcheck(
+    manifests: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MANIFEST...")],
+    /,
+    out: str = "",
+) -> None:
+    """Look for scans of the first manifest in the others; exit status 1 when there is one.
 
     Args:
-        manifests: manifest artifacts (ROOT/manifest/<id>); the first holds the test scans.
+        manifests: manifest artifacts (ROOT/manifest/<id>), that of the test scans first; one alone is searched for
+            duplicates.
         out: also write the table as CSV here.
     """
     from logonet import leaks, stages
@@ -222,7 +232,11 @@ def data_leakcheck(manifests: tyro.conf.Positional[tuple[str, ...]], /, out: str
 
 @app.command
 def compare(
-    run_a: tyro.conf.Positional[str], run_b: tyro.conf.Positional[str], /, out: str = "", common: bool = False
+    run_a: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_A")],
+    run_b: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_B")],
+    /,
+    out: str = "",
+    common: bool = False,
 ) -> None:
     """Is B better than A? Paired Wilcoxon test and bootstrap interval on the same cases.
 
@@ -246,7 +260,10 @@ def compare(
 
 @app.command
 def register(
-    artifact: tyro.conf.Positional[str], /, task: str = "", alias: tuple[str, ...] = ("candidate",)
+    artifact: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ARTIFACT")],
+    /,
+    task: str = "",
+    alias: tuple[str, ...] = ("candidate",),
 ) -> None:
     """Put what a run has made, and what it was made from, into the MLflow model registry.
 
@@ -262,7 +279,11 @@ def register(
 
 
 @app.command
-def alias(model: tyro.conf.Positional[str], name: tyro.conf.Positional[str], /) -> None:
+def alias(
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ALIAS")],
+    /,
+) -> None:
     """Point an alias, such as champion, at a registered model.
 
     Args:
@@ -276,7 +297,10 @@ def alias(model: tyro.conf.Positional[str], name: tyro.conf.Positional[str], /) 
 
 @app.command
 def export(
-    model: tyro.conf.Positional[str], /, out: str, format: Literal["bundle", "onnx"] = "bundle"
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
+    /,
+    out: str,
+    format: Literal["bundle", "onnx"] = "bundle",
 ) -> None:
     """Write a model for others to run: a MONAI bundle, or ONNX of the network with a parity check.
 
@@ -314,7 +338,11 @@ def doctor(root: str = "/tmp/logonet-doctor", nodes: bool = True) -> None:
 
 @app.command(name="clusters report")
 def clusters_report(
-    clusterers: tyro.conf.Positional[str], /, out: str, slices: int = 4096, stability: int = 4
+    clusterers: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CLUSTERERS")],
+    /,
+    out: str,
+    slices: int = 4096,
+    stability: int = 4,
 ) -> None:
     """Say how good a clusterer set is, before any GPU hour is spent on it.
 
@@ -348,7 +376,13 @@ def s3_serve(dir: str, port: int = 9100) -> None:
 
 
 @app.command
-def phantoms(root: tyro.conf.Positional[str], /, n: int = 8, size: int = 64, seed: int = 0) -> None:
+def phantoms(
+    root: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROOT")],
+    /,
+    n: int = 8,
+    size: int = 64,
+    seed: int = 0,
+) -> None:
     """Write N synthetic CT scans with labels to ROOT, in the MSD layout.
 
     Args:
@@ -373,6 +407,6 @@ def main() -> None:
     with sentences():
         app.cli(
             prog="logonet",
-            description="Pretrain 3D medical networks from a bucket of scans, on Ray.",
+            description="Look after the data, the models and the results of pretraining and finetuning.",
             args=args,
         )
