@@ -24,7 +24,7 @@ $(STORE)/.done: constraints-store.txt
 	$(STORE)/bin/python -m pip install --quiet -c constraints-store.txt swift
 	touch $@
 
-demo: setup      ## phantoms in an S3 server -> crops -> clusterers -> pretraining on 2 workers
+demo: setup      ## phantoms in an S3 server -> pretrain -> finetune -> evaluate -> register -> predict -> one page
 	$(BIN)/python jobs/demo.py
 
 test: setup      ## the default tests: CPU only, under 12 minutes on 2 cores
