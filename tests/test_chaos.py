@@ -41,10 +41,16 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def start(scans: str, root: Path, *extra: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "jobs/pretrain.py", "--recipe", "demo", "--data", scans, "--root", str(root)]
-    command += ["--workers", str(WORKERS), "--object-store-mb", "300", "--experiment", "chaos"]
+    command = ["jobs/pretrain.py", "--recipe", "demo", "--data", scans, "--root", str(root)]
+    command += ["--workers", str(WORKERS), "--experiment", "chaos"]
     for setting in [*SETTINGS, *extra]:
         command += ["--set", setting]
+    return launch(root, command)
+
+
+def launch(root: Path, job: list[str]) -> subprocess.Popen[bytes]:
+    """A job script in a process group of its own, its words in ``<root>.log``."""
+    command = [sys.executable, *job, "--object-store-mb", "300"]
     env = {**os.environ, "LOGONET_HOME": str(root / "home"), "OMP_NUM_THREADS": "1"}
     env.pop("RAY_ADDRESS", None)
     log = open(root.parent / f"{root.name}.log", "ab")
@@ -54,11 +60,25 @@ def start(scans: str, root: Path, *extra: str) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes], root: Path) -> tuple[list[dict[str, Any]], str]:
-    assert process.wait(timeout=600) == 0, (root.parent / f"{root.name}.log").read_text()[-4000:]
-    (manifest,) = (root / "pretrain").glob("*/manifest.json")
+    wait(process, root)
+    history, files = outcome(root, "pretrain")
+    return history, files["method.safetensors"]
+
+
+def wait(process: subprocess.Popen[bytes], root: Path) -> None:
+    assert process.wait(timeout=600) == 0, log_of(root)[-4000:]
+
+
+def outcome(root: Path, stage: str) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The history of the finished run of ``stage``, and the SHA-256 of its files."""
+    (manifest,) = (root / stage).glob("*/manifest.json")
     files = json.loads(manifest.read_text())["files"]
     history = json.loads((manifest.parent / "history.json").read_text())
-    return timeless(history), files["method.safetensors"]["sha256"]
+    return timeless(history), {name: stored["sha256"] for name, stored in files.items()}
+
+
+def log_of(root: Path) -> str:
+    return (root.parent / f"{root.name}.log").read_text()
 
 
 def wait_for(found: Callable[[], Any], process: subprocess.Popen[bytes], seconds: float = 300) -> Any:
@@ -71,8 +91,8 @@ def wait_for(found: Callable[[], Any], process: subprocess.Popen[bytes], seconds
     raise AssertionError("it never came to that")
 
 
-def checkpoint_done(root: Path, step: int) -> Path | None:
-    done = sorted((root / "pretrain").glob(f"*/checkpoints/step-{step:08d}/manifest.json"))
+def checkpoint_done(root: Path, step: int, stage: str = "pretrain") -> Path | None:
+    done = sorted((root / stage).glob(f"*/checkpoints/step-{step:08d}/manifest.json"))
     return done[0].parent if done else None
 
 
@@ -142,3 +162,105 @@ def test_a_kill_while_clusterers_are_fitted(
     wait_for(lambda: list((root / "clusterers").glob("*/fits/*.safetensors")), first)
     kill_all(first)
     assert finish(start(scans, root), root) == undisturbed
+
+
+# ------------------------------------------------------------------------- finetuning and prediction
+
+FINETUNING = [
+    "split.test_share=0",
+    "train.epochs=4",
+    "train.steps_per_epoch=8",
+    "train.global_batch=3",
+    "train.checkpoint_every_steps=3",
+    "train.validate_every_epochs=1",
+]
+WEIGHTS = ("method.safetensors", "best.safetensors", "model/weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A backbone to start from, as pretraining leaves it: a resumed run must not go back to it."""
+    import torch
+    from safetensors.torch import save_file
+
+    from jobs.recipes import TINY_LOGONET
+    from logonet import backbones
+
+    torch.manual_seed(1)
+    net = backbones.build("logonet", 1, 2, **{k: v for k, v in TINY_LOGONET.items() if k != "name"})
+    path = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
+    save_file(net.state_dict(), path)
+    return str(path)
+
+
+def finetune(scans: str, root: Path, weights: str) -> subprocess.Popen[bytes]:
+    job = ["jobs/finetune.py", "--recipe", "demo", "--data", scans, "--root", str(root), "--init", weights]
+    job += ["--workers", str(WORKERS), "--experiment", "chaos"]
+    for setting in FINETUNING:
+        job += ["--set", setting]
+    return launch(root, job)
+
+
+@pytest.fixture(scope="module")
+def finetuned_undisturbed(scans: str, weights: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("finetuned") / "root"
+    root.mkdir()
+    wait(finetune(scans, root, weights), root)
+    return root
+
+
+def test_finetuning_killed_mid_epoch(
+    scans: str, weights: str, finetuned_undisturbed: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    first = finetune(scans, root, weights)
+    wait_for(lambda: checkpoint_done(root, 12, "finetune"), first)  # in the middle of epoch 2 of 4
+    time.sleep(draws.rng(0, "chaos", "finetune").uniform(0.05, 0.5))
+    kill_all(first)
+    assert not list((root / "finetune").glob("*/manifest.json"))
+    wait(finetune(scans, root, weights), root)
+    (history, files), (expected, expected_files) = (
+        outcome(r, "finetune") for r in (root, finetuned_undisturbed)
+    )
+    assert history == expected
+    assert {name: files[name] for name in WEIGHTS} == {name: expected_files[name] for name in WEIGHTS}
+    assert "resumed after step 1" in log_of(root)
+
+
+@pytest.fixture(scope="module")
+def bucket_of_scans(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("new")
+    phantom.write_dataset(str(folder), 12, seed=1, size_vox=(64, 64, 64))
+    return str(folder / "imagesTr")
+
+
+def predict(model: Path, scans: str, output: Path) -> subprocess.Popen[bytes]:
+    job = ["jobs/predict.py", "--model", str(model), "--input", scans, "--output", str(output)]
+    return launch(output, [*job, "--workers", "2"])
+
+
+def label_maps(output: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in output.glob("*.nii.gz")}
+
+
+def test_prediction_killed_in_the_middle(
+    finetuned_undisturbed: Path, bucket_of_scans: str, tmp_path: Path
+) -> None:
+    (model,) = (p.parent for p in (finetuned_undisturbed / "finetune").glob("*/manifest.json"))
+    whole, output = tmp_path / "whole", tmp_path / "output"
+    whole.mkdir(), output.mkdir()
+    wait(predict(model, bucket_of_scans, whole), whole)
+    expected = label_maps(whole)
+    assert len(expected) == 12
+
+    first = predict(model, bucket_of_scans, output)
+    wait_for(lambda: len(list(output.glob(".cases/*/row.json"))) >= 3, first)
+    kill_all(first)
+    rows = {p: p.stat().st_mtime_ns for p in output.glob(".cases/*/row.json")}
+    assert 3 <= len(rows) < 12
+    wait(predict(model, bucket_of_scans, output), output)
+    assert label_maps(output) == expected
+    assert all(p.stat().st_mtime_ns == then for p, then in rows.items())
+    assert len(list(output.glob(".cases/*/row.json"))) == 12
+    assert (output / "predictions.csv").exists()

@@ -1,0 +1,554 @@
+"""Whole small pipelines with labels: from a bucket of phantoms to a registered model, and what may go wrong between."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import timeless, tiny_backbone
+from safetensors.torch import load, save
+
+from logonet import (
+    artifacts,
+    backbones,
+    cases,
+    cli,
+    cluster,
+    clusterers,
+    crops,
+    infer,
+    phantom,
+    registry,
+    seen,
+    splits,
+    stages,
+    store,
+    train,
+    volume,
+)
+from logonet.artifacts import Artifact
+from logonet.cluster import Resources
+from logonet.errors import UserError
+from logonet.stages.finetuning import Init, make_cases, make_split
+
+RESOURCES = Resources(workers=2)
+SIZE = (32, 32, 32)
+# Of 8 phantoms 2 test, 2 validate, 4 train. Among fewer the leak check takes some, alike as they are, for copies.
+SPLIT = splits.Config(test_share=0.25, folds=3)
+WEIGHTS = ("method.safetensors", "best.safetensors", "model/weights.safetensors")
+QUICK = stages.Evaluation(infer=infer.Config(overlap=0))
+
+
+@pytest.fixture(scope="module")
+def place(ray_local: None) -> Iterator[str]:
+    """One bucket for the whole file, so that the finished stages of one test serve the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_CONFIG_FILE", os.devnull)
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        uri = f"s3://finetuning-{uuid.uuid4().hex}"
+        store.create_bucket(uri)
+        yield uri
+
+
+@pytest.fixture(scope="module")
+def scans(place: str) -> str:
+    """Eight phantoms; one class has a name that data sets know and MLflow refuses."""
+    listed = phantom.write_dataset(f"{place}/scans", 8, size_vox=(36, 36, 36))
+    described = store.read_json(listed)
+    described["labels"]["1"] = "liver & bile (ducts)"
+    store.write_json(listed, described)
+    return f"{place}/scans/"
+
+
+@pytest.fixture(scope="module")
+def root(place: str) -> str:
+    return f"{place}/runs"
+
+
+def pretraining(split: splits.Config) -> stages.Pretraining:
+    return stages.Pretraining(
+        split=split,
+        crops=crops.Config(size_vox=SIZE, per_scan=2),
+        clusterers=clusterers.Config(n=2, k_min=3, k_max=5, iterations=5),
+        backbone=tiny_backbone(),
+        method={"name": "masked_clusters", "phi1": 0.2, "final_relu": False},
+        train=train.Config(epochs=1, global_batch=4, batch_size=2, lr=3e-3, warmup_epochs=0.5),
+    )
+
+
+def finetuning(weights: str = "", training: Any = None, **changes: Any) -> stages.Finetuning:
+    """Two epochs of two steps, validated after each."""
+    settings = {"epochs": 2, "steps_per_epoch": 2, "global_batch": 2, "lr": 3e-3, "warmup_epochs": 0.5}
+    settings |= {"validate_every_epochs": 1, **(training or {})}
+    cfg = stages.Finetuning(
+        split=SPLIT,
+        crops=cases.Crops(size_vox=SIZE),
+        backbone={} if weights else tiny_backbone(),
+        train=train.Config(**settings),
+        init=Init(weights),
+        validation=infer.Config(overlap=0),
+    )
+    return replace(cfg, **changes)
+
+
+def finetune(cfg: stages.Finetuning, source: str, root: str, workers: int = 2) -> Artifact:
+    return stages.finetune(cfg, source, root, Resources(workers=workers), "finetuning")
+
+
+def evaluate(cfg: stages.Evaluation, model: str, source: str, root: str) -> Artifact:
+    return stages.evaluate_model(cfg, model, source, root, RESOURCES, "finetuning")
+
+
+def versions(root: str) -> dict[str, str]:
+    return {e.uri: e.version for e in store.listing(root)}
+
+
+def sums(artifact: Artifact) -> dict[str, str]:
+    return {name: artifact.files[name].sha256 for name in WEIGHTS}
+
+
+def history_of(artifact: Artifact) -> list[dict[str, Any]]:
+    return json.loads(artifact.read("history.json"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(scans: str, root: str) -> Artifact:
+    """Pretrained on what the finetuning trains on, without its test and validation scans."""
+    return stages.pretrain(pretraining(SPLIT), scans, root, RESOURCES, "pretraining")
+
+
+@pytest.fixture(scope="module")
+def every_step(pretrained: Artifact) -> stages.Finetuning:
+    return finetuning(pretrained.uri, {"checkpoint_every_steps": 1, "keep_checkpoints": 4})
+
+
+@pytest.fixture(scope="module")
+def finetuned(every_step: stages.Finetuning, scans: str, root: str) -> Artifact:
+    return finetune(every_step, scans, root)
+
+
+@pytest.fixture(scope="module")
+def evaluated(root: str, finetuned: Artifact) -> Artifact:
+    return evaluate(QUICK, finetuned.uri, "", root)
+
+
+@pytest.fixture(scope="module")
+def registered(evaluated: Artifact) -> list[str]:
+    return stages.register(evaluated.uri, "phantoms")
+
+
+@pytest.fixture(scope="module")
+def frozen(scans: str, root: str, pretrained: Artifact) -> Artifact:
+    cfg = finetuning(pretrained.uri, {"epochs": 1}, method={"name": "supervised", "encoder": "frozen"})
+    return finetune(cfg, scans, root)
+
+
+def tracked(artifact: Artifact) -> Any:
+    """The one MLflow run of an artifact."""
+    client = registry._client(registry.tracking_uri())
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (run,) = client.search_runs(experiments, f"tags.`{registry.FINGERPRINT_TAG}` = '{artifact.fingerprint}'")
+    assert run.info.status == "FINISHED"
+    return run
+
+
+# ------------------------------------------------------------------------------------- the whole chain
+
+
+def test_finetuning_takes_the_whole_encoder_over_and_is_tracked(
+    finetuned: Artifact, pretrained: Artifact
+) -> None:
+    assert artifacts.verify(finetuned, full=True) == []
+    handover = json.loads(finetuned.read("transfer.json"))
+    assert handover["encoder_share"] == 1.0
+    assert handover["totals"]["matched"]["params"] > handover["encoder_params"]
+    assert handover["source"].startswith(pretrained.uri)
+    history = history_of(finetuned)
+    assert [(e["epoch"], e["step"]) for e in history] == [(1, 2), (2, 4)]
+    best = max(history, key=lambda e: (e["val_dice"], -e["step"]))
+    assert finetuned.facts["best_step"] == best["step"]
+    assert load(finetuned.read("best.safetensors")).keys() == load(finetuned.read(WEIGHTS[2])).keys()
+    assert b"Weights taken over" in finetuned.read("report.html")
+
+    run = tracked(finetuned)
+    assert {k: run.data.tags[f"logonet.{k}"] for k in ("manifest", "split", "cases")} == {
+        k: finetuned.parents[k] for k in ("manifest", "split", "cases")
+    }
+    assert run.data.tags["logonet.pretrain"] == pretrained.fingerprint
+    assert run.data.tags["logonet.pretrain_clusterers"] == pretrained.parents["clusterers"]
+    client = registry._client(registry.tracking_uri())
+    points = client.get_metric_history(run.info.run_id, "val_dice")
+    assert [p.value for p in points] == [e["val_dice"] for e in history]
+    assert {"transfer.json", "report.html", "curves.png"} & {
+        f.path for f in client.list_artifacts(run.info.run_id)
+    }
+
+
+def test_scores_of_the_test_cases_with_tables_pictures_and_a_run(
+    evaluated: Artifact, finetuned: Artifact
+) -> None:
+    scores = pd.read_csv(io.BytesIO(evaluated.read("cases.csv")))
+    assert sorted(set(scores["scan_id"])) == sorted(finetuned.facts["test"])
+    assert set(scores["class"]) == {"liver & bile (ducts)", "spleen", "right kidney"}
+    summary = pd.read_csv(io.BytesIO(evaluated.read("summary.csv")))
+    mean = summary[(summary["class"] == "mean") & (summary["metric"] == "dice")].iloc[0]
+    assert mean["mean"] == pytest.approx(evaluated.facts["dice"])
+    assert mean["ci_low"] <= mean["mean"] <= mean["ci_high"]
+    page = evaluated.read("report.html").decode()
+    assert page.count("<img") == 2  # per organ; worst, median and best case
+    assert finetuned.fingerprint in page  # in the lineage
+
+    # One score from the label map as it was stored.
+    row = scores[scores["class"] == "spleen"].iloc[0]
+    found, truth = (
+        volume.decode_nifti(store.read(uri), uri, allow_constant=True).array_CXYZ[0] == 2
+        for uri in (
+            f"{evaluated.uri}/predictions/{row['scan_id']}.nii.gz",
+            f"{finetuned.facts['source']}labelsTr/{row['scan_id'].rpartition('-')[0]}.nii.gz",
+        )
+    )
+    assert row["dice"] == pytest.approx(2 * (found & truth).sum() / (found.sum() + truth.sum()))
+
+    run = tracked(evaluated)
+    assert run.data.metrics["dice"] == pytest.approx(evaluated.facts["dice"])
+    assert {"dice/liver _ bile _ducts_", "dice/spleen"} <= run.data.metrics.keys()
+    assert run.data.tags["logonet.finetune"] == finetuned.fingerprint
+
+
+def test_registered_models_carry_the_lineage_and_are_the_same_models(
+    registered: list[str], evaluated: Artifact, finetuned: Artifact, pretrained: Artifact
+) -> None:
+    segmentation, encoder, codes = registered
+    assert [uri.split("/")[1] for uri in registered] == [
+        "logonet-seg-phantoms",
+        "logonet-encoder",
+        "logonet-clusterers",
+    ]
+    tags = registry.lineage(segmentation)
+    expected = {
+        "manifest": finetuned.parents["manifest"],
+        "pretrain_clusterers": pretrained.parents["clusterers"],
+        "pretrain": pretrained.fingerprint,
+        "finetune": finetuned.fingerprint,
+        "evaluation": evaluated.fingerprint,
+        "test_dice": f"{evaluated.facts['dice']:.6g}",
+        "contaminated": "none",
+    }
+    assert {k: tags[f"logonet.{k}"] for k in expected} == expected
+    assert tags["run_id"] == tracked(finetuned).info.run_id
+    assert registry.lineage(encoder)["logonet.pretrain"] == pretrained.fingerprint
+    assert registry.lineage(encoder)["run_id"] == tracked(pretrained).info.run_id
+    assert registry.lineage(codes)["logonet.clusterers"] == pretrained.parents["clusterers"]
+
+    again = stages.register(evaluated.uri, "phantoms", ("champion",))
+    assert again == registered
+    by_alias = stages.choose("models:/logonet-seg-phantoms@champion")
+    assert by_alias == replace(stages.choose("models:/logonet-seg-phantoms@candidate"))
+    direct = stages.choose(finetuned.uri)
+    assert (by_alias.folder, by_alias.id, by_alias.seen) == (direct.folder, direct.id, direct.seen)
+    assert direct.lineage.items() <= by_alias.lineage.items()
+    assert by_alias.lineage["registered"] == segmentation
+
+
+def test_the_registered_encoder_finetunes_to_the_same_bits(
+    registered: list[str],
+    every_step: stages.Finetuning,
+    finetuned: Artifact,
+    pretrained: Artifact,
+    scans: str,
+    place: str,
+) -> None:
+    cfg = replace(every_step, init=Init("models:/logonet-encoder@candidate"))
+    other = finetune(cfg, scans, f"{place}/elsewhere")
+    assert sums(other) == sums(finetuned)
+    assert other.parents["registered"] == registered[1]
+    for key in ("pretrain", "pretrain_uri", "pretrain_manifest", "pretrain_clusterers"):
+        assert other.parents[key] == finetuned.parents[key]
+    assert other.read("seen.parquet") == finetuned.read("seen.parquet")
+
+
+def test_a_registered_model_is_not_judged_on_what_it_has_seen(
+    registered: list[str], evaluated: Artifact, finetuned: Artifact, scans: str, root: str
+) -> None:
+    """Its own data set as new data: the six it was trained and validated on are refused, or left out."""
+    with pytest.raises(UserError, match="6 of 8 test cases are known to the model's training"):
+        evaluate(QUICK, registered[0], scans, root)
+    again = evaluate(replace(QUICK, leaks="exclude"), registered[0], scans, root)
+    assert len(again.facts["contaminated"]) == 6
+    assert again.read("cases.csv") == evaluated.read("cases.csv")
+    # It leads back to the finetuning, so it can be registered too.
+    made = stages.register(again.uri, "phantoms-again", ("candidate",))
+    assert stages.choose(made[0]).id == stages.choose(finetuned.uri).id
+
+
+def test_the_same_commands_again_write_nothing(
+    every_step: stages.Finetuning, finetuned: Artifact, evaluated: Artifact, scans: str, root: str
+) -> None:
+    before = versions(root)
+    assert finetune(every_step, scans, root) == finetuned
+    assert evaluate(QUICK, finetuned.uri, "", root) == evaluated
+    assert versions(root) == before
+    tracked(finetuned), tracked(evaluated)
+
+
+def test_two_evaluations_are_compared_on_the_command_line(
+    evaluated: Artifact, frozen: Artifact, root: str, tmp_path: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    other = evaluate(QUICK, frozen.uri, "", root)
+    monkeypatch.setattr(sys, "argv", ["logonet", "compare", evaluated.uri, other.uri, "--out", str(tmp_path)])
+    capsys.readouterr()
+    cli.main()
+    assert "p Wilcoxon" in capsys.readouterr().out
+    compared = pd.read_csv(tmp_path / "compare.csv")
+    mean = compared[(compared["class"] == "mean") & (compared["metric"] == "dice")].iloc[0]
+    assert mean["a"] == pytest.approx(evaluated.facts["dice"])
+    assert mean["b"] == pytest.approx(other.facts["dice"])
+    assert mean["n"] == 2
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+def test_an_interrupted_finetuning_resumes_exactly(
+    every_step: stages.Finetuning, finetuned: Artifact, scans: str, root: str, place: str, capfd: Any
+) -> None:
+    """What is left when a run dies in epoch 2: the state after step 3 and the best network until then."""
+    resumed = f"{place}/resumed"
+    best = max((e for e in history_of(finetuned) if e["step"] <= 3), key=lambda e: e["val_dice"])
+    left = [
+        f"finetune/{finetuned.fingerprint}/checkpoints/step-00000003/",
+        f"finetune/{finetuned.fingerprint}/best/step-{best['step']:08d}.safetensors",
+        *(f"{stage}/" for stage in ("manifest", "split", "cases")),
+    ]
+    for entry in store.listing(root):
+        name = store.relative(entry.uri, root)
+        if name.startswith(tuple(left)):
+            store.write(f"{resumed}/{name}", store.read(entry.uri))
+    again = finetune(every_step, scans, resumed)
+    assert again.fingerprint == finetuned.fingerprint
+    assert sums(again) == sums(finetuned)
+    assert timeless(history_of(again)) == timeless(history_of(finetuned))
+    assert again.facts["best_step"] == finetuned.facts["best_step"]
+
+
+def test_another_number_of_workers_takes_the_same_steps(scans: str, root: str, place: str) -> None:
+    """A tiny rate: AdamW's first steps have its size, however small the gradient is, so rounding could turn them."""
+    cfg = finetuning(training={"epochs": 1, "lr": 1e-7})
+    two, one = finetune(cfg, scans, root), finetune(cfg, scans, f"{place}/one", workers=1)
+    assert one.fingerprint == two.fingerprint
+    (a,), (b,) = history_of(one), history_of(two)
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    weights = [load(done.read("method.safetensors")) for done in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        if "running_" not in name and "num_batches" not in name:  # rank 0's own, of its share of the samples
+            torch.testing.assert_close(tensor, weights[1][name], rtol=1e-4, atol=1e-6)
+    assert two.parents["weights"] == "random"
+    assert "transfer.json" not in two.files
+
+
+def test_a_frozen_encoder_stays_what_it_was(frozen: Artifact, pretrained: Artifact) -> None:
+    before = load(pretrained.read("backbone.safetensors"))
+    for file in ("best.safetensors", "backbone.safetensors"):
+        after = load(frozen.read(file))
+        net = backbones.build("logonet", 1, 2, **{k: v for k, v in tiny_backbone().items() if k != "name"})
+        encoder = [n for n in before if n.startswith(tuple(net.encoder_prefixes))]
+        assert len(encoder) > 20
+        assert all(torch.equal(before[n], after[n]) for n in encoder)
+        others = [n for n in before if n not in encoder and before[n].shape == after[n].shape]
+        assert any(not torch.equal(before[n], after[n]) for n in others)
+
+
+def test_label_fractions_are_nested_and_share_the_prepared_cases(scans: str, root: str) -> None:
+    share = cluster.share(RESOURCES)
+    table, _ = stages.import_scans(scans, root, share)
+    used, prepared = [], set()
+    for fraction in (0.25, 0.5, 1.0):
+        cfg = replace(SPLIT, fraction=fraction)
+        split, _ = make_split(table, cfg, "refuse", None, root)
+        found, artifact = make_cases(table, split.test + split.excluded, cases.Config(), root, share)
+        used.append((set(split.train), split.val, split.test))
+        prepared.add(artifact.uri)
+        assert len(found) == 6
+    assert [len(train) for train, _, _ in used] == [1, 2, 4]
+    assert used[0][0] < used[1][0] < used[2][0]
+    assert len({rest[1:] for rest in used}) == 1
+    assert len(prepared) == 1
+
+
+# ----------------------------------------------------------------------------------------------- leaks
+
+
+@pytest.fixture(scope="module")
+def contaminated(scans: str, root: str) -> Artifact:
+    """Pretrained on all scans but one, of the two that are tested."""
+    split = splits.Config(test_share=0.125, fold=None)
+    return stages.pretrain(pretraining(split), scans, root, RESOURCES, "pretraining")
+
+
+def test_test_cases_that_pretraining_has_seen(
+    contaminated: Artifact, scans: str, root: str, capfd: Any
+) -> None:
+    cfg = finetuning(contaminated.uri, {"epochs": 1})
+    with pytest.raises(UserError, match="1 of 2 test cases are known to training or pretraining") as err:
+        finetune(cfg, scans, root)
+    assert "\n" not in str(err.value)
+
+    table, _ = stages.import_scans(scans, root, cluster.share(RESOURCES))
+    known = contaminated.read("seen.parquet")
+    smaller, artifact = make_split(table, SPLIT, "exclude", known, root)
+    assert len(smaller.test) == len(smaller.excluded) == 1
+    assert artifact.facts["leaking"] == list(smaller.excluded)
+    assert smaller.excluded[0] in artifact.read("leaks.csv").decode()
+    with pytest.raises(UserError, match=r"all 2 test scans .* have leaked"):
+        make_split(table, SPLIT, "exclude", seen.to_bytes(table.scans, "pretraining"), root)
+
+    allowed = finetune(replace(cfg, leaks="allow"), scans, root)
+    assert len(allowed.facts["test"]) == 2
+    assert allowed.facts["contaminated"] == list(smaller.excluded)
+    recorded = artifacts.find(allowed.parents["split_uri"])
+    assert recorded is not None
+    assert smaller.excluded[0] in recorded.read("leaks.csv").decode()
+    # Judging it is refused all the same.
+    with pytest.raises(UserError, match="1 of 2 test cases are known to the model's training"):
+        evaluate(QUICK, allowed.uri, "", root)
+
+
+def test_pretraining_on_the_training_part_is_no_leak(
+    pretrained: Artifact, finetuned: Artifact, scans: str, root: str
+) -> None:
+    table, _ = stages.import_scans(scans, root, cluster.share(RESOURCES))
+    split, artifact = make_split(table, SPLIT, "refuse", pretrained.read("seen.parquet"), root)
+    assert artifact.facts["leaking"] == []
+    assert artifact.facts["pretraining_known"]
+    assert list(split.test) == finetuned.facts["test"]
+    assert not split.excluded
+
+
+# -------------------------------------------------------------------------------- what users get wrong
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("workers were started")
+
+    monkeypatch.setattr(train, "fit", never)
+
+
+def refused(cfg: stages.Finetuning, source: str, root: str) -> str:
+    """The one sentence that a finetuning ends in; no run is left behind."""
+    before = {e.uri for e in store.listing(f"{root}/finetune")}
+    with pytest.raises(UserError) as err:
+        finetune(cfg, source, root)
+    assert "\n" not in str(err.value)
+    assert {e.uri for e in store.listing(f"{root}/finetune")} == before
+    return str(err.value)
+
+
+def test_weights_of_another_network(
+    pretrained: Artifact, scans: str, root: str, place: str, no_training: None
+) -> None:
+    other = backbones.build("ulkanet", 1, 2, **backbones.tiny("ulkanet"))
+    store.write(f"{place}/other.safetensors", save(other.state_dict()))
+    cfg = finetuning(f"{place}/other.safetensors", backbone=tiny_backbone())
+    assert "0.0 % of the encoder's parameters and 95.0 % are asked for" in refused(cfg, scans, root)
+    # The file beside the right one: the method's, in which every name begins with "backbone.".
+    whole = finetuning(f"{pretrained.uri}/method.safetensors", backbone=tiny_backbone())
+    assert "once 'backbone.' is taken off" in refused(whole, scans, root)
+    wide = {**tiny_backbone(), "dims": [16, 32, 48, 64]}
+    assert "build the backbone with the options of the source" in refused(
+        finetuning(pretrained.uri, backbone=wide), scans, root
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("{place}/nothing/here", "holds no finished artifact"),
+        ("{place}/nothing.safetensors", "nothing.safetensors"),
+        ("{cases}", "is a 'cases' artifact, which has no weights"),
+        ("models:/logonet-none@candidate", "logonet-none"),
+        ("models:/logonet-clusterers@candidate", "has no weights.safetensors"),
+    ],
+)
+def test_weights_that_are_not_there(
+    weights: str,
+    said: str,
+    registered: list[str],
+    finetuned: Artifact,
+    scans: str,
+    root: str,
+    place: str,
+    no_training: None,
+) -> None:
+    uri = weights.format(place=place, cases=f"{root}/cases/{finetuned.parents['cases']}")
+    assert said in refused(finetuning(uri, backbone=tiny_backbone()), scans, root)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"backbone": {}}, "config section 'backbone' has no name"),
+        ({"method": {}}, "config section 'method' has no name"),
+        ({"method": {"name": "masked_clusters"}}, "does not learn from labels; finetuning takes supervised"),
+        ({"split": replace(SPLIT, fold=None)}, "no validation cases; set train.validate_every_epochs=0"),
+        ({"crops": cases.Crops(size_vox=(40, 32, 32))}, "multiple"),
+        ({"split": replace(SPLIT, test_share=0.95)}, "leaves none to train on"),
+    ],
+)
+def test_settings(
+    changes: dict[str, Any], said: str, scans: str, root: str, pretrained: Artifact, no_training: None
+) -> None:
+    assert said in refused(finetuning(**changes), scans, root)
+
+
+def test_scans_without_labels(scans: str, root: str, place: str, no_training: None) -> None:
+    for name in ("a", "b"):
+        image, _ = phantom.phantom(ord(name), (16, 16, 16))
+        blob = volume.encode_nifti(image.array_CXYZ[0].astype(np.int16), image.affine)
+        store.write(f"{place}/bare/{name}.nii.gz", blob)
+    assert "none of the 2 scans has a label" in refused(finetuning(), f"{place}/bare/", root)
+
+
+def test_a_label_value_that_is_not_declared(root: str, place: str, capfd: Any) -> None:
+    """Its case is left out, with the reason; where all are, nothing is trained."""
+    share = cluster.share(RESOURCES)
+    phantom.write_dataset(f"{place}/strange", 2, size_vox=(16, 16, 16))
+    spoil(f"{place}/strange/labelsTr/phantom_001.nii.gz")
+    table, _ = stages.import_scans(f"{place}/strange/", root, share)
+    found, artifact = make_cases(table, (), cases.Config(), root, share)
+    assert [ref.scan_id.rpartition("-")[0] for ref in found.refs] == ["phantom_000"]
+    assert found.label_values == (0, 1, 2, 3)
+    (left_out,) = json.loads(artifact.read("quarantine.json"))
+    assert "phantom_001" in left_out["uri"]
+    assert re.search(
+        r"the value 200, which is no class of the dataset \(those are 0, 1, 2, 3\)", left_out["reason"]
+    )
+    assert left_out["reason"] in capfd.readouterr().out
+    spoil(f"{place}/strange/labelsTr/phantom_000.nii.gz")
+    table, _ = stages.import_scans(f"{place}/strange/", root, share)
+    with pytest.raises(
+        UserError, match=r"none of the 2 labelled scans can be used; the first says: .*value 200"
+    ):
+        make_cases(table, (), cases.Config(), root, share)
+
+
+def spoil(uri: str) -> None:
+    """Give one voxel of a label map the value 200."""
+    label = volume.decode_nifti(store.read(uri), uri)
+    labels_XYZ = label.array_CXYZ[0].astype(np.uint8)
+    labels_XYZ[0, 0, 0] = 200
+    store.write(uri, volume.encode_nifti(labels_XYZ, label.affine))

@@ -1,0 +1,301 @@
+"""A model over a bucket: one row per case, whatever the case is, and the same command goes on where it was."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import tiny_backbone
+
+from logonet import backbones, cluster, infer, model, phantom, predict, stages, store, volume
+from logonet.cluster import Resources
+from logonet.errors import UserError
+from logonet.manifest import Source
+
+RESOURCES = Resources(workers=2)
+CFG = infer.Config(overlap=0)
+LABEL_VALUES = (0, 3, 7)
+
+
+def model_files(seed: int = 0) -> dict[str, bytes]:
+    """A tiny LoGoNet with random weights; of seed 0 it finds background, 0, and spleen, 7, but no liver, 3."""
+    options = {k: v for k, v in tiny_backbone().items() if k != "name"}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = backbones.build("logonet", 1, len(LABEL_VALUES), **options)
+    spec = model.Spec(
+        backbone=tiny_backbone(),
+        in_channels=1,
+        classes=("background", "liver", "spleen"),
+        label_values=LABEL_VALUES,
+        size_vox=(32, 32, 32),
+        spacing_mm=None,
+        window_hu=(-1000.0, 1000.0),
+        mr_percentiles=(0.5, 99.5),
+        modality="CT",
+    )
+    return model.files(spec, net.state_dict())
+
+
+def write_model(uri: str, seed: int = 0) -> str:
+    for name, blob in model_files(seed).items():
+        store.write(f"{uri}/{name}", blob)
+    return uri
+
+
+def write_scan(
+    uri: str, seed: int, orientation: str = "RAS", modality: str = "CT", tilt_deg: float = 0.0
+) -> None:
+    scan, _ = phantom.phantom(
+        seed, (34, 32, 30), modality=modality, orientation=orientation, tilt_deg=tilt_deg
+    )
+    store.write(uri, volume.encode_nifti(scan.array_CXYZ[0].astype(np.int16), scan.affine))
+
+
+@pytest.fixture
+def scans(bucket: str, ray_local: None) -> str:
+    """Four good scans in two folders, and four of which nothing can be made."""
+    root = f"{bucket}/in"
+    write_scan(f"{root}/a.nii.gz", 0)
+    write_scan(f"{root}/deep/er/b.nii.gz", 1, "LPS")
+    write_scan(f"{root}/deep/c.nii.gz", 2, "PIR", tilt_deg=20)
+    write_scan(f"{root}/d.nii", 3, "LAS")
+    write_scan(f"{root}/whole.nii.gz", 4)
+    store.write(f"{root}/torn.nii.gz", store.read(f"{root}/whole.nii.gz")[:5000])
+    store.delete(f"{root}/whole.nii.gz")
+    store.write(f"{root}/text.nii.gz", b"patient list, confidential")
+    write_scan(f"{root}/head.nii.gz", 5, modality="MR")
+    store.write(f"{root}/empty.nii.gz", b"")
+    store.write(f"{root}/readme.txt", b"no scan, and not taken for one")
+    return f"{root}/"
+
+
+GOOD = ["a", "d", "deep/c", "deep/er/b"]
+BAD = {
+    "empty": "empty",
+    "head": "is MR, but the model was trained on CT only",
+    "text": "text.nii.gz",
+    "torn": "torn.nii.gz",
+}
+
+
+def run(model_uri: str, scans: str, output: str, **options: Any) -> list[predict.Row]:
+    return stages.predict_bucket(CFG, model_uri, scans, output, RESOURCES, **options)
+
+
+def versions(uri: str) -> dict[str, str]:
+    return {e.uri: e.version for e in store.listing(uri)}
+
+
+def test_a_bucket_of_good_and_bad_scans(scans: str, bucket: str, capfd: Any) -> None:
+    output, model_uri = f"{bucket}/out", write_model(f"{bucket}/model")
+    rows = run(model_uri, scans, output)
+    assert [row.name for row in rows] == sorted([*GOOD, *BAD])
+    said = capfd.readouterr().out
+    for row in rows:
+        assert row.name in said
+        assert row.seconds > 0
+        if row.name in BAD:
+            assert row.status == predict.QUARANTINED
+            assert BAD[row.name] in row.reason
+            assert row.reason in said
+            assert "confidential" not in row.reason
+            assert "\n" not in row.reason
+            assert not row.output and not row.volumes_ml
+            assert not store.exists(f"{output}/{row.name}.nii.gz")
+
+    # Label maps lie on their scans' own voxels, in their own axes.
+    predictor = infer.Predictor.load(model_uri, CFG, "cpu")
+    for row in rows:
+        if row.name in BAD:
+            continue
+        assert (row.status, row.reason) == (predict.DONE, "")
+        assert row.output == f"{output}/{row.name}.nii.gz"
+        scan = nib.Nifti1Image.from_bytes(plain(store.read(row.uri)))
+        found = nib.Nifti1Image.from_bytes(plain(store.read(row.output, sha256=row.sha256)))
+        assert found.get_data_dtype() == np.uint8
+        assert found.shape == scan.shape
+        np.testing.assert_array_equal(found.affine, scan.affine)
+        assert found.header.get_xyzt_units() == scan.header.get_xyzt_units()
+        labels_XYZ = np.asarray(found.dataobj)
+        assert set(np.unique(labels_XYZ)) <= set(LABEL_VALUES)
+        image = volume.decode_nifti(store.read(row.uri), row.uri)
+        np.testing.assert_array_equal(labels_XYZ, predictor.segment(image, "CT"))
+        ml = (labels_XYZ == 7).sum() * np.prod(found.header.get_zooms()) / 1000
+        assert row.volumes_ml["spleen"] == pytest.approx(ml, rel=1e-4)
+        assert row.volumes_ml.keys() == {"liver", "spleen"}
+    assert all(row.volumes_ml["spleen"] > 1 for row in rows if row.name in GOOD)
+
+    frame = pd.read_csv(io.BytesIO(store.read(f"{output}/predictions.csv")), keep_default_na=False)
+    assert frame["name"].tolist() == [row.name for row in rows]
+    assert frame["status"].tolist() == [row.status for row in rows]
+    parquet = pd.read_parquet(io.BytesIO(store.read(f"{output}/predictions.parquet")))
+    assert parquet["spleen_ml"].notna().tolist() == [row.name in GOOD for row in rows]
+    assert parquet["reason"].tolist() == [row.reason for row in rows]
+
+
+def plain(blob: bytes) -> bytes:
+    return gzip.decompress(blob) if blob.startswith(b"\x1f\x8b") else blob
+
+
+def test_the_same_command_touches_nothing_and_missing_cases_alone_are_done(
+    scans: str, bucket: str, tmp_path: Path
+) -> None:
+    """Into a folder, whose versions are times: what is written again is noticed even if it is the same."""
+    output, model_uri = f"{tmp_path}/out", write_model(f"{bucket}/model")
+    rows = run(model_uri, scans, output)
+    before = versions(output)
+    assert run(model_uri, scans, output) == rows
+    assert versions(output) == before
+
+    lost = [
+        "a",
+        "deep/c",
+    ]  # what a run killed between the label map and its row leaves, and one killed earlier
+    for name in lost:
+        store.delete(f"{output}/.cases/{name}/row.json")
+    store.delete(f"{output}/a.nii.gz")
+    again = run(model_uri, scans, output)
+    assert [(r.name, r.status, r.sha256) for r in again] == [(r.name, r.status, r.sha256) for r in rows]
+    after = versions(output)
+    assert {uri for uri in before if after[uri] != before[uri] and "predictions." not in uri} == {
+        f"{output}/{part}" for name in lost for part in (f"{name}.nii.gz", f".cases/{name}/row.json")
+    }
+    begun = [uri for uri in after if "/.attempts/" in uri and uri not in before]
+    assert sorted(uri.split("/.attempts/")[1].split("/", 1)[1].rpartition("/")[0] for uri in begun) == lost
+
+
+def test_quarantined_cases_are_tried_again_only_when_asked(scans: str, bucket: str) -> None:
+    output, model_uri = f"{bucket}/out", write_model(f"{bucket}/model")
+    run(model_uri, scans, output)
+    before = versions(output)
+    write_scan(f"{scans}torn.nii.gz", 6)  # mended by its owner
+    assert [r.name for r in run(model_uri, scans, output) if r.status == predict.QUARANTINED] == sorted(BAD)
+    rows = run(model_uri, scans, output, retry=True)
+    assert {r.name: r.status == predict.DONE for r in rows if r.name in BAD} == {
+        name: name == "torn" for name in BAD
+    }
+    after = versions(output)
+    assert all(after[f"{output}/{name}.nii.gz"] == before[f"{output}/{name}.nii.gz"] for name in GOOD)
+
+
+def test_another_model_or_setting_does_not_mix_into_an_output(scans: str, bucket: str) -> None:
+    output, model_uri = f"{bucket}/out", write_model(f"{bucket}/model")
+    run(model_uri, scans, output)
+    before = versions(output)
+    other = write_model(f"{bucket}/other", seed=1)
+    for cfg, uri, named in ((CFG, other, "model="), (infer.Config(overlap=0.25), model_uri, "infer=")):
+        with pytest.raises(UserError, match=f"holds predictions made otherwise \\({named}") as err:
+            stages.predict_bucket(cfg, uri, scans, output, RESOURCES)
+        assert "\n" not in str(err.value)
+    assert versions(output) == before
+
+
+def test_a_case_that_kills_its_process_is_set_aside(scans: str, bucket: str) -> None:
+    """The others are done all the same, also those that were on their way in the killed process."""
+
+    class TooLarge:  # in here, because Ray's workers know the test's classes by value only
+        """In a source's place: a scan that wants more memory than there is, so that Linux kills whoever opens it."""
+
+        uri = "s3://somewhere/huge.nii.gz"
+
+        @property
+        def size_bytes(self) -> int:  # the first that is asked of it
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise AssertionError("still alive")
+
+    names = ("a.nii.gz", "d.nii", "deep/c.nii.gz")
+    items = predict.items_of([Source(f"{scans}{name}") for name in names], scans)
+    items.insert(1, predict.Item("huge", source=TooLarge()))  # type: ignore[arg-type]
+    output = f"{bucket}/out"
+
+    def once(attempt: str) -> list[predict.Row]:
+        return predict.run(
+            items, model_files(), output, CFG, cluster.share(RESOURCES), about={"model": "x"}, attempt=attempt
+        )
+
+    rows = once("first")
+    assert [row.name for row in rows] == ["a", "huge", "d", "deep/c"]
+    assert [row.status for row in rows] == [predict.DONE, predict.QUARANTINED, predict.DONE, predict.DONE]
+    assert rows[1].reason.startswith(f"{TooLarge.uri}: took its process down 2 times")
+    attempts = [e.uri for e in store.listing(f"{output}/.attempts/first/huge")]
+    assert len(attempts) == 2
+    before = versions(output)
+    assert once("second") == rows
+    assert versions(output) == before
+
+
+def test_a_case_whose_answer_got_lost_is_not_done_again(scans: str, bucket: str) -> None:
+    """Ray gives a finished case again when the node that held its answer goes; it must not count as a death."""
+    import ray
+
+    items, output = [predict.Item("a", source=Source(f"{scans}a.nii.gz"))], f"{bucket}/out"
+    actor = predict._Segment(items, [ray.put(model_files())], output, CFG, 1, "attempt", False)
+    batch = {"id": np.array([0])}
+    first = actor(batch)
+    before = versions(output)
+    for _ in range(predict.MAX_ATTEMPTS):
+        assert actor(batch) == first
+    assert json.loads(first["row"][0])["status"] == predict.DONE
+    assert versions(output) == before
+
+
+def test_an_output_among_the_scans_is_refused(scans: str, bucket: str) -> None:
+    """A label map must never replace a scan, nor be segmented by the next run."""
+    model_uri, before = write_model(f"{bucket}/model"), versions(scans)
+    for output in (scans, scans.rstrip("/"), f"{scans}labels"):
+        with pytest.raises(UserError, match="lies in the input"):
+            run(model_uri, scans, output)
+    listed = f"{bucket}/list.csv"
+    store.write(listed, f"image\n{scans}a.nii.gz\n".encode())
+    with pytest.raises(UserError, match=r"a\.nii\.gz is a scan, which a label map would replace"):
+        run(model_uri, listed, scans)
+    assert versions(scans) == before
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "said"),
+    [
+        ("nothing", "config.json"),
+        ("torn weights", "weights.safetensors is not a whole safetensors file"),
+        ("other weights", "weights.safetensors does not fit the backbone 'logonet'"),
+        ("encoder", "config.json"),
+    ],
+)
+def test_a_model_that_cannot_run_is_one_sentence_before_any_case(
+    spoilt: str, said: str, scans: str, bucket: str
+) -> None:
+    output, files = f"{bucket}/out", model_files()
+    if spoilt == "torn weights":
+        files[model.WEIGHTS_FILE] = files[model.WEIGHTS_FILE][:-1000]
+    elif spoilt == "other weights":
+        values = json.loads(files[model.CONFIG_FILE])
+        values["backbone"]["dims"] = [16, 24, 32, 40]
+        files[model.CONFIG_FILE] = json.dumps(values).encode()
+    elif spoilt == "encoder":  # as `logonet register` stores it: no classes
+        values = json.loads(files[model.CONFIG_FILE])
+        del values["classes"], values["label_values"]
+        files[model.CONFIG_FILE] = json.dumps(values).encode()
+    if spoilt != "nothing":
+        for name, blob in files.items():
+            store.write(f"{bucket}/model/{name}", blob)
+    with pytest.raises(UserError, match=said) as err:
+        run(f"{bucket}/model", scans, output)
+    assert "\n" not in str(err.value)
+    assert not list(store.listing(output))
+
+
+def test_two_scans_for_one_label_map_are_named(scans: str) -> None:
+    sources = [Source(f"{scans}{name}") for name in ("x.nii", "x.nii.gz")]
+    with pytest.raises(UserError, match=r"would both be written to x\.nii\.gz"):
+        predict.items_of(sources, scans)
