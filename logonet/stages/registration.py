@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from logonet import artifacts, model, registry
+from logonet import artifacts, model, registry, store
 from logonet.artifacts import Artifact
 from logonet.errors import UserError
 from logonet.stages.common import LINEAGE_FILE, SEEN_FILE, say
@@ -101,8 +101,15 @@ def _register(
     artifact: Artifact,
 ) -> str:
     tags = {f"logonet.{k}": v for k, v in lineage.items()}
+    root = artifact.uri.rsplit("/", 2)[0]
     uri = registry.register(
-        name, files, tags, kind=kind, aliases=aliases, run_fingerprint=artifact.fingerprint
+        name,
+        files,
+        tags,
+        kind=kind,
+        aliases=aliases,
+        run_fingerprint=artifact.fingerprint,
+        artifact_root=store.join(root, "mlflow-artifacts"),
     )
     say("register", f"{uri} is now {', '.join(f'models:/{name}@{alias}' for alias in aliases)}")
     return uri
