@@ -28,7 +28,11 @@ class Args(cli.JobArgs):
 
 
 def configure(cfg: stages.Finetuning, args: Args) -> stages.Finetuning:
-    return replace(cfg, init=replace(cfg.init, weights=args.init)) if args.init else cfg
+    return (
+        replace(cfg, init=replace(cfg.init, weights=cli.absolute_model(args.init, "--init")))
+        if args.init
+        else cfg
+    )
 
 
 def run(cfg: stages.Finetuning, args: Args) -> None:

@@ -50,7 +50,10 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.preparation()
+        try:
+            self.preparation()
+        except UserError as err:
+            raise UserError(str(err).replace("crops.", "cases.")) from None
 
     def preparation(self) -> crops.Config:
         """The same settings for the functions of ``crops``."""
@@ -180,7 +183,7 @@ class Ref:
     uri: str
     header_bytes: int
     shape_cxyz: tuple[int, int, int, int]
-    header_sha256: str = ""  # "" in tables from before it was kept
+    header_sha256: str
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,7 @@ def stored(uri: str, size_bytes: int) -> Ref | None:
 
 @functools.lru_cache(maxsize=1024)
 def _header(ref: Ref) -> _Header:
-    fields = json.loads(_read(ref, 8, ref.header_bytes, ref.header_sha256 or None))
+    fields = json.loads(_read(ref, 8, ref.header_bytes, ref.header_sha256))
     meta = fields.pop("__metadata__")
     return _Header(fields, json.loads(meta["sha256"]), 8 + ref.header_bytes)
 

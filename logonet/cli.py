@@ -94,9 +94,9 @@ def absolute(uri: str, flag: str) -> str:
     return os.path.abspath(store.local_path(uri))
 
 
-def absolute_model(uri: str) -> str:
+def absolute_model(uri: str, flag: str = "--model") -> str:
     """The same for where a model is: a folder, an artifact, or models:/NAME@alias."""
-    return uri if uri.startswith("models:/") else absolute(uri, "--model")
+    return uri if uri.startswith("models:/") else absolute(uri, flag)
 
 
 def job_config(args: JobArgs, recipes: Mapping[str, Callable[[], Any]]) -> Any:

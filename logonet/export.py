@@ -442,7 +442,7 @@ Scans are turned to RAS axes, resampled to {spacing} and seen through windows of
 
 in this folder. Label maps are written to `eval/` on each scan's own voxels.
 {told}
-`logonet predict` gives the same labels in less memory, except where two classes are about equally likely and
+`jobs/predict.py` gives the same labels in less memory, except where two classes are about equally likely and
 on oblique scans, where MONAI may begin its grid up to half a voxel off.
 """
 

@@ -340,7 +340,7 @@ def _windows(
 
 
 def _logits(net: nn.Module, x_BCXYZ: Tensor, mirror: bool) -> Tensor:
-    """logits_BKXYZ float32; with ``mirror`` their mean over the 8 flips. Bfloat16 on CUDA, as in training."""
+    """logits_BKXYZ float32; with ``mirror`` their mean over the 8 flips. Bfloat16 on CUDA."""
     flips: list[tuple[int, ...]] = [()]
     if mirror:
         flips = [dims for n in range(4) for dims in itertools.combinations((2, 3, 4), n)]

@@ -324,7 +324,17 @@ class Manifest:
         """16 hex digits of the content: equal for the same scans and labels in another bucket or folder."""
         return config.fingerprint(
             [
-                [s.scan_id, s.sha256, s.subject, s.modality, s.split, s.fold, s.label_sha256, s.classes]
+                [
+                    s.scan_id,
+                    s.sha256,
+                    s.dataset,
+                    s.subject,
+                    s.modality,
+                    s.split,
+                    s.fold,
+                    s.label_sha256,
+                    s.classes,
+                ]
                 for s in self.scans
             ]
         )

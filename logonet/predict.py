@@ -13,6 +13,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from logonet.manifest import Scan, Source
 from logonet.volume import Volume
 
 MAX_ATTEMPTS = 2  # of a case whose process dies; a healthy one dies with its machine, hardly twice in a run
+READS_AT_ONCE = 16
 CASES, ATTEMPTS, ABOUT, TABLE = ".cases", ".attempts", ".cases/about.json", "predictions"
 DONE, QUARANTINED = "done", "quarantined"
 
@@ -36,6 +38,7 @@ class Row:
 
     Attributes:
         name: its path below the input, without the suffix.
+        version: of the scan, as its store tells it; a scan replaced under its name is segmented anew.
         status: "done" or "quarantined", and then ``reason`` says why.
         output, sha256: the label map and its digest.
         seconds: reading, segmenting and writing.
@@ -46,6 +49,7 @@ class Row:
     name: str
     uri: str
     status: str
+    version: str = ""
     reason: str = ""
     output: str = ""
     sha256: str = ""
@@ -65,6 +69,10 @@ class Item:
     @property
     def uri(self) -> str:
         return (self.scan or self.source).uri  # type: ignore[union-attr]
+
+    @property
+    def version(self) -> str:
+        return self.scan.sha256 if self.scan else self.source.version  # type: ignore[union-attr]
 
 
 def items_of(sources: Sequence[Source], root: str) -> list[Item]:
@@ -128,7 +136,7 @@ def run(
 
     _claim(output, about)
     rows = finished(output)
-    waiting = [item for item in items if item.name not in rows]
+    waiting = [i for i in items if i.name not in rows or rows[i.name].version != i.version]
     done = len(items) - len(waiting)
     if waiting:
         actors = max(1, min(share.workers, len(waiting)))
@@ -147,17 +155,16 @@ def run(
                 rows[row.name] = row
                 done += 1
                 note(row, done, len(items))
+        store.delete_prefix(store.join(output, ATTEMPTS, attempt))
     return [rows[item.name] for item in items]
 
 
 def finished(output: str) -> dict[str, Row]:
     """The rows already committed under ``output``, by name."""
-    rows = {}
-    for entry in store.listing(store.join(output, CASES)):
-        if entry.uri.endswith("/row.json"):
-            row = Row(**store.read_json(entry.uri))
-            rows[row.name] = row
-    return rows
+    uris = [e.uri for e in store.listing(store.join(output, CASES)) if e.uri.endswith("/row.json")]
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        rows = [Row(**values) for values in pool.map(store.read_json, uris)]
+    return {row.name: row for row in rows}
 
 
 def forget_quarantined(output: str) -> int:
@@ -242,25 +249,33 @@ class _Segment:
 
     def _one(self, item: Item) -> Row:
         row_uri = _row_uri(self.output, item.name)
-        if store.exists(row_uri):  # its answer was lost with a node, and Ray gives the case again
-            return Row(**store.read_json(row_uri))
+        if store.exists(row_uri):
+            row = Row(**store.read_json(row_uri))
+            if row.version == item.version:  # its answer was lost with a node, and Ray gives the case again
+                return row
         started = time.monotonic()
         if self._deaths(item) >= MAX_ATTEMPTS:
             reason = (
                 f"{item.uri}: took its process down {MAX_ATTEMPTS} times, probably for want of memory; segment it on "
                 "a larger machine"
             )
-            row = Row(item.name, item.uri, QUARANTINED, reason)
+            row = Row(item.name, item.uri, QUARANTINED, item.version, reason)
         else:
             try:
                 row = self._segment(item)
-            except (BadScan, store.IntegrityError) as err:
-                row = Row(item.name, item.uri, QUARANTINED, str(err))
-            except UserError:
-                raise  # the store is out of reach, or refuses: that concerns every case
+            except BadScan as err:
+                row = Row(item.name, item.uri, QUARANTINED, item.version, str(err))
+            except UserError as err:
+                # The store is out of reach, or refuses: that concerns every case. So does a scan that is no longer
+                # the manifest's, where a mean over the others would pass for the whole.
+                if item.scan is not None or not isinstance(err, store.IntegrityError):
+                    raise
+                row = Row(item.name, item.uri, QUARANTINED, item.version, str(err))
             except Exception as err:  # one case must not stop a bucket; the reason is kept in its row
+                if item.scan is not None:
+                    raise
                 reason = f"{item.uri}: {type(err).__name__}: {' '.join(str(err).split())[:300]}"
-                row = Row(item.name, item.uri, QUARANTINED, reason)
+                row = Row(item.name, item.uri, QUARANTINED, item.version, reason)
         row = Row(**{**asdict(row), "seconds": round(time.monotonic() - started, 3)})
         store.write_json(row_uri, asdict(row))
         return row
@@ -268,13 +283,14 @@ class _Segment:
     def _deaths(self, item: Item) -> int:
         """How often this run began the case and did not come to its row; and a note of this beginning."""
         folder = store.join(self.output, ATTEMPTS, self.attempt, *item.name.split("/"))
-        before = len(list(store.listing(folder)))
+        # Its own notes only: another case may be named like this one's folder.
+        before = sum("/" not in store.relative(e.uri, folder) for e in store.listing(folder))
         if before < MAX_ATTEMPTS:
             store.write(store.join(folder, f"{before}"), b"begun")
         return before
 
     def _segment(self, item: Item) -> Row:
-        image, modality, original = _open(item)
+        image, modality, original = _open(item, self.predictor.spec.modality)
         labels_XYZ = self.predictor.segment(image, modality, item.name)
         blob = volume.encode_labels(labels_XYZ, original, image.affine)
         uri = _label_uri(self.output, item.name)
@@ -290,7 +306,9 @@ class _Segment:
         voxel_ml = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000
         counts = np.bincount(labels_XYZ.ravel(order="K"), minlength=256)
         volumes_ml = {name: round(float(counts[v]) * voxel_ml, 4) for v, name in names.items() if v}
-        return Row(item.name, item.uri, DONE, "", uri, written.sha256, 0.0, volumes_ml, _plain(metrics))
+        return Row(
+            item.name, item.uri, DONE, item.version, "", uri, written.sha256, 0.0, volumes_ml, _plain(metrics)
+        )
 
 
 def _plain(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -298,17 +316,19 @@ def _plain(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return json.loads(json.dumps(lines, default=lambda value: value.item()))
 
 
-def _open(item: Item) -> tuple[Volume, str, bytes | None]:
+def _open(item: Item, known: str) -> tuple[Volume, str, bytes | None]:
     """The scan, its modality, and the bytes whose NIfTI header the label map takes over (None for DICOM)."""
     if item.scan is not None:
         image = manifest.load(item.scan)
         header = None if item.scan.files else store.read(item.scan.uri, sha256=item.scan.sha256)
         return image, item.scan.modality, header
     assert item.source is not None
-    blobs, _ = manifest.read_scan(item.source)
-    image = manifest.decode(item.source, blobs)
-    return (
-        image,
-        volume.modality(image, item.source.modality, item.uri),
-        None if item.source.files else blobs[0],
-    )
+    source = item.source
+    blobs, sha256 = manifest.read_scan(source)
+    if fault := manifest.checksum_fault(source, sha256):
+        raise BadScan(fault)
+    image = manifest.decode(source, blobs)
+    # What is known of the scan, else what the model is for: a part of a CT may hold no air to tell it by.
+    hint = source.modality or image.modality or (known if known != "mixed" else "")
+    modality = volume.modality(image, hint, item.uri)
+    return image, modality, None if source.files else blobs[0]

@@ -26,7 +26,7 @@ from torch import nn
 from logonet import backbones, cases, checkpoints, data, draws, infer, methods, store, transfer, volume
 from logonet.cluster import Resources, Share, quiet
 from logonet.config import unknown
-from logonet.errors import UserError
+from logonet.errors import BadScan, UserError
 from logonet.methods import Facts
 from logonet.methods._parts import effective_rank
 
@@ -470,18 +470,26 @@ class Worker:
             return {}
         net, facts = self.method.backbone, self.job.facts
         dice: dict[int, list[float]] = {}
+        broken = ""
         self._share_buffers()
         self.method.eval()
         for place in range(self.rank, len(feed.val), self.world):
             image_CXYZ, truth_XYZ = cases.read_case(feed.table.refs[feed.val[place]])
-            with _autocast(self.cfg, self.device):
-                found_XYZ = infer.labels(
-                    net, volume.from_uint16(image_CXYZ), facts.size_vox, self.job.validation, self.device
-                )
+            try:
+                with _autocast(self.cfg, self.device):
+                    found_XYZ = infer.labels(
+                        net, volume.from_uint16(image_CXYZ), facts.size_vox, self.job.validation, self.device
+                    )
+            except BadScan as err:  # its logits are not finite
+                broken = f"validation failed ({err}); lower train.lr or set train.grad_clip=1.0"
+                break
             dice[place] = case_dice(found_XYZ, truth_XYZ, facts.num_classes)
         self.method.train()
-        for part in self._gather(dice):
+        for part, sentence in self._gather((dice, broken)):
             dice.update(part)
+            broken = broken or sentence
+        if broken:  # on every rank alike: one that stopped alone would leave the others waiting
+            raise Diverged(broken)
         # In the cases' order, so that the mean's last bit does not depend on the number of ranks.
         dice_VK = torch.tensor([dice[place] for place in range(len(feed.val))], dtype=torch.float64)
         per_class = torch.nanmean(dice_VK, 0)

@@ -94,6 +94,12 @@ class Report:
         """Everything, for JSON."""
         return {**asdict(self), "totals": self.totals()}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """What `to_dict` gave."""
+        rows = tuple(Row(**row) for row in values["rows"])
+        return cls(**{**{k: v for k, v in values.items() if k != "totals"}, "rows": rows})
+
 
 def transfer(
     net: Any,

@@ -27,6 +27,8 @@ def options(part: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in part.items() if k != "name"}
 
 
+# What MLflow shows of a run: nothing that names a scan, since file names can be patients'.
+TRACKED = (".png", ".yaml", ".html", "summary.csv", "summary.json", "transfer.json")
 SEEN_FILE = "seen.parquet"
 LINEAGE_FILE = "lineage.json"  # of a registered model
 
@@ -62,7 +64,7 @@ def catch_up(tracking: dict[str, Any], uri: str, artifact: Artifact) -> None:
     if store.exists(delivered):
         return
     history = json.loads(artifact.read("history.json"))
-    files = {n: artifact.read(n) for n in artifact.files if n.endswith((".png", ".yaml", ".html"))}
+    files = {n: artifact.read(n) for n in artifact.files if n.endswith(TRACKED)}
     if registry.catch_up(**tracking, history=history, files=files):
         store.write_json(delivered, {"run": tracking["run_name"], "experiment": tracking["experiment"]})
         say("mlflow", f"run '{tracking['run_name']}' in experiment '{tracking['experiment']}'")

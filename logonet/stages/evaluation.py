@@ -28,6 +28,7 @@ from logonet import (
     report,
     seen,
     store,
+    transfer,
     volume,
 )
 from logonet.artifacts import Artifact
@@ -154,6 +155,7 @@ def evaluate_model(
         print(found.read("summary.txt").decode())
         return found
     started = time.monotonic()
+    known = sorted({leak.scan_id for leak in leaking})
     say("evaluate", f"{name} on {len(scans)} cases  {uri}")
     output = store.join(uri, "predictions")
     rows = predict.run(
@@ -181,7 +183,7 @@ def evaluate_model(
         "cases.png": _cases_picture(scores, scans, rows, spec),
     }
     entry = {"epoch": 1, "step": 1, "unix_s": time.time(), **_headline(summary)}
-    page = _page(name, summary, pictures, lineage, leaking, bad, uri)
+    page = _page(name, summary, pictures, chosen, lineage, leaking, bad, uri)
     files = {
         name: store.write(store.join(uri, name), blob)
         for name, blob in {
@@ -208,7 +210,9 @@ def evaluate_model(
             **_headline(summary),
             "cases": len(rows) - len(bad),
             "quarantined": len(bad),
-            "contaminated": sorted({leak.scan_id for leak in leaking}),
+            # Known to training or pretraining: judged on all the same, or left out.
+            "contaminated": known if cfg.leaks == "allow" else [],
+            "excluded": known if cfg.leaks == "exclude" else [],
         },
     )
     catch_up(tracking, uri, artifact)
@@ -252,7 +256,7 @@ def _headline(summary: pd.DataFrame) -> dict[str, float]:
 def _cases_picture(
     scores: pd.DataFrame, scans: Sequence[Scan], rows: Sequence[predict.Row], spec: model.Spec
 ) -> bytes:
-    """The worst, the median and the best case by Dice."""
+    """The worst, the median and the best case by Dice, named by the digest that ends their ids."""
     # A case without a score has none of the classes and none was found: nothing is wrong with it.
     per_case = scores.groupby("scan_id")["dice"].mean().fillna(1.0).sort_values(kind="stable")
     by_id = {s.scan_id: s for s in scans}
@@ -275,7 +279,9 @@ def _cases_picture(
         spacing_mm = volume.to_ras(image).spacing_mm
         low_high = crops.intensity_range(ras[0], by_id[scan_id].modality, spec.preparation(), scan_id)
         picture_XYZ = volume.window(ras[0], low_high)
-        shown.append((f"{label}: {scan_id}", picture_XYZ, ras[1].astype(int), ras[2].astype(int), spacing_mm))
+        shown.append(
+            (f"{label}: {scan_id[-10:]}", picture_XYZ, ras[1].astype(int), ras[2].astype(int), spacing_mm)
+        )
     return report.cases_overlay(shown[::-1], {v: n for v, n in names.items() if v})
 
 
@@ -304,6 +310,7 @@ def _page(
     name: str,
     summary: pd.DataFrame,
     pictures: Mapping[str, bytes],
+    chosen: Chosen,
     lineage: Mapping[str, str],
     leaking: Sequence[leaks.Leak],
     bad: Sequence[predict.Row],
@@ -313,21 +320,41 @@ def _page(
         ("Per organ", pictures["organs.png"]),
         ("Means with 95 % confidence intervals", _wide(summary)),
         ("Worst, median and best case", pictures["cases.png"]),
-        ("Lineage", report.lineage(chain(lineage, "evaluation", uri.rsplit("/", 1)[1]))),
     ]
-    if leaking:
-        sections.append(("Contaminated cases", pd.read_csv(io.BytesIO(leaks.to_csv(leaking)))))
-    if bad:
-        sections.append(("Cases left out", predict.table(bad)[["name", "reason"]]))
+    if (trained := chosen.artifact) is not None:
+        sections.append(("How it was trained", trained.read("curves.png")))
+        if "transfer.json" in trained.files:
+            handover = transfer.Report.from_dict(json.loads(trained.read("transfer.json")))
+            section = report.transfer_section(handover.by_module(), handover.summary())
+            sections.append(("Weights taken over", section))
+    sections.append(("Lineage", report.lineage(chain(lineage, "evaluation", uri.rsplit("/", 1)[1]))))
+    # Counts, not names: this page goes to MLflow, and file names can be patients'.
+    told = [
+        f"{len({k.scan_id for k in leaking})} test cases are known to training or pretraining: leaks.csv"
+    ] * bool(leaking)
+    told += [f"{len(bad)} cases could not be segmented: predictions/predictions.csv"] * bool(bad)
+    if told:
+        sections.append(("Cases to look at", "".join(f"<p>{line}</p>" for line in told)))
+    if trained is not None:
+        text = html.escape(trained.read("config.yaml").decode())
+        sections.append(("Config of the training", f"<pre>{text}</pre>"))
     sections.append(("Artifact", f"<p><code>{html.escape(uri)}</code></p>"))
     return report.run_page(name, sections).encode()
+
+
+# Ids and names stay text: "035" is no number and "NA" not nothing.
+AS_WRITTEN: dict[str, Any] = {
+    "dtype": {"scan_id": str, "class": str},
+    "keep_default_na": False,
+    "na_values": [""],
+}
 
 
 def scores_of(uri: str) -> pd.DataFrame:
     """The scores per case and class of an evaluation artifact, or of a cases.csv."""
     if uri.endswith(".csv"):
-        return pd.read_csv(io.BytesIO(store.read(uri)), dtype={"scan_id": str})
+        return pd.read_csv(io.BytesIO(store.read(uri)), **AS_WRITTEN)
     artifact = artifacts.find(uri)
     if artifact is None or artifact.stage != "evaluation":
         raise UserError(f"{uri} is no finished evaluation; give <root>/evaluation/<id> or its cases.csv")
-    return pd.read_csv(io.BytesIO(artifact.read("cases.csv")), dtype={"scan_id": str})
+    return pd.read_csv(io.BytesIO(artifact.read("cases.csv")), **AS_WRITTEN)

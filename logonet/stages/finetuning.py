@@ -242,8 +242,11 @@ def make_split(
     split = splits.make(table.scans, cfg)
     by_id = {s.scan_id: s for s in table.scans}
     # The whole pool, not only this fraction: the answer must not change with the label fraction.
-    pool = [s for s in table.scans if s.scan_id not in {*split.test}]
-    others = seen.anonymous(pool) + (seen.from_bytes(known) if known else [])
+    held_out = {*split.test, *split.excluded}
+    pool = [s for s in table.scans if s.label_uri and s.scan_id not in held_out]
+    # As one table, so that a scan that trains twice over counts once.
+    trained = seen.to_bytes(pool, "training")
+    others = seen.from_bytes(seen.join(trained, known) if known else trained)
     test = [by_id[i] for i in split.test]
     found = leaks.find(seen.anonymous(test), others)
     leaking = sorted({leak.scan_id for leak in found})
@@ -277,6 +280,8 @@ def make_split(
             uri, "split", fingerprint, config=own, parents=parents, files=files, facts=facts
         )
     say("split", f"{split.describe()}  {uri}")
+    if not split.test:
+        say("split", "no test cases: evaluation will want other labelled scans, or set split.test_share")
     return split, found_artifact
 
 
@@ -319,7 +324,7 @@ def label_classes(scans: list[manifest.Scan]) -> tuple[tuple[str, ...], tuple[in
     """Names and label values of the classes, background first: what is declared, else what occurs.
 
     Raises:
-        UserError: when the scans' datasets declare different names for one value.
+        UserError: when the scans' datasets declare different names for one value, or one name for two.
     """
     names: dict[int, str] = {}
     for scan in scans:
@@ -335,6 +340,16 @@ def label_classes(scans: list[manifest.Scan]) -> tuple[tuple[str, ...], tuple[in
     if not any(names):
         raise UserError("no scan has a label but background; nothing can be learnt")
     values = tuple(sorted(names))
+    if "ignore" in names.values():  # nnU-Net's name of voxels that nobody has labelled
+        raise UserError(
+            "the dataset labels voxels as 'ignore', which would be learnt as a class; finetune on fully labelled scans"
+        )
+    for value in values:
+        if list(names.values()).count(names[value]) > 1 or names[value] == "mean":
+            raise UserError(
+                f"the class name '{names[value]}' stands for several label values, or is 'mean', which the tables "
+                "of scores need; give every label value a name of its own"
+            )
     return tuple("background" if v == 0 else names[v] for v in values), values
 
 
@@ -464,6 +479,7 @@ def finetune(cfg: Finetuning, source: str, root: str, resources: Resources, expe
             "classes": list(cases_table.classes),
             "test": list(split.test),
             "excluded": list(split.excluded),
+            # Test cases that training or pretraining knows, and that are test cases all the same.
             "contaminated": split_artifact.facts["leaking"] if cfg.leaks == "allow" else [],
             "source": source,
             "tracked": result["tracked"],

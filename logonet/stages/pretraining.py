@@ -5,6 +5,7 @@ Shapes: P crops, N clusterers, Z slices of a crop.
 
 from __future__ import annotations
 
+import html
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -134,8 +135,13 @@ def training_part(table: manifest.Manifest, cfg: splits.Config | None) -> manife
     if cfg is None:
         return table
     split = splits.make(table.scans, cfg)
-    held_out = {*split.test, *split.val}
-    kept = tuple(s for s in table.scans if s.scan_id not in held_out)
+    by_id = {s.scan_id: s for s in table.scans}
+    held_out = {*split.test, *split.val, *split.excluded}
+    # Whole subjects: an unlabelled scan of a test subject is no scan to pretrain on.
+    subjects = {(by_id[i].dataset, by_id[i].subject) for i in (*split.test, *split.val) if by_id[i].subject}
+    kept = tuple(
+        s for s in table.scans if s.scan_id not in held_out and (s.dataset, s.subject) not in subjects
+    )
     say("split", f"{split.describe()}; pretraining on {len(kept)} scans, without test and validation")
     return replace(table, scans=kept)
 
@@ -152,7 +158,7 @@ def pretrain(cfg: Pretraining, source: str, root: str, resources: Resources, exp
     uri, fingerprint = artifacts.address(root, "pretrain", own, parents)
     name = f"pretrain-{cfg.method['name']}-{cfg.backbone['name']}-{fingerprint[:8]}"
     method_cfg = methods.config(cfg.method["name"], options(cfg.method))
-    order = data.Order(len(crop_table), cfg.train.global_batch, cfg.train.seed)
+    order = data.Order(len(crop_table), cfg.train.global_batch, cfg.train.seed, cfg.train.steps_per_epoch)
     feed = data.Feed(crop_table, labels_PNZ, cfg.method["name"], method_cfg, order)
     tracking = tracking_of("pretrain", name, fingerprint, cfg, lineage, root, experiment)
     found = artifacts.find(uri)
@@ -243,5 +249,6 @@ def _sections(
     if "clusters.png" in pictures:
         sections.append(("What one clusterer calls alike", pictures["clusters.png"]))
     sections.append(("Lineage", report.lineage(chain(lineage, "pretraining", uri.rsplit("/", 1)[1]))))
-    sections.append(("Config", f"<pre>{config.to_yaml(cfg)}</pre><p>Artifact: <code>{uri}</code></p>"))
+    text = html.escape(config.to_yaml(cfg))
+    sections.append(("Config", f"<pre>{text}</pre><p>Artifact: <code>{html.escape(uri)}</code></p>"))
     return sections

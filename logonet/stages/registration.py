@@ -35,7 +35,10 @@ def register(uri: str, task: str = "", aliases: Sequence[str] = ("candidate",)) 
     if artifact.stage == "evaluation":
         scores = {"evaluation": artifact.fingerprint, "evaluation_uri": artifact.uri}
         scores |= {f"test_{k}": f"{v:.6g}" for k, v in artifact.facts.items() if isinstance(v, float)}
-        scores["contaminated"] = ", ".join(artifact.facts["contaminated"]) or "none"
+        # Not their names, which may be patients' (see `seen`).
+        for what in ("contaminated", "excluded"):
+            count = len(artifact.facts[what])
+            scores[what] = f"{count}, listed in {artifact.uri}/leaks.csv" if count else "none"
         artifact = _upstream(artifact, "finetune")
     made = []
     if artifact.stage == "finetune":
