@@ -289,7 +289,13 @@ def test_a_registered_model_is_not_judged_on_what_it_has_seen(
     assert again.read("cases.csv") == evaluated.read("cases.csv")
     # It leads back to the finetuning, so it can be registered too.
     made = stages.register(again.uri, "phantoms-again", ("candidate",))
-    assert stages.choose(made[0]).id == stages.choose(finetuned.uri).id
+    chosen = stages.choose(made[0])
+    assert chosen.id == stages.choose(finetuned.uri).id
+    assert chosen.lineage["contaminated"] == f"6, listed in {again.uri}/leaks.csv"
+    told = json.dumps([registry.lineage(made[0]), chosen.lineage]) + str(chosen.seen)
+    assert not [name for name in again.facts["contaminated"] if name in told], (
+        "patients' names may be file names"
+    )
 
 
 def test_the_same_commands_again_write_nothing(
