@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+import yaml
 
-from logonet import cli, phantom
+from jobs import finetune, recipes
+from logonet import cli, config, evaluate, phantom, stages, volume
 
 
 def logonet(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
@@ -20,10 +27,41 @@ def logonet(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
     return 0
 
 
-@pytest.mark.parametrize("command", [*cli.TWO_WORDS, "doctor", "phantoms"])
+def plain(said: str) -> str:
+    """``said`` without the boxes that help is drawn in, in one line."""
+    return " ".join(re.sub("[\u2500-\u257f]", " ", said).split())
+
+
+ONE_WORD = ("compare", "register", "alias", "export", "doctor", "phantoms")
+
+
+@pytest.mark.parametrize("command", [*cli.TWO_WORDS, *ONE_WORD])
 def test_every_command_has_help(command: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert logonet(monkeypatch, *command.split(), "--help") == 0
-    assert command in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert command in said
+    assert not re.search(r"\] STR|\{STR", said), "an argument without a name"
+
+
+def test_help_lists_every_command_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert logonet(monkeypatch, "--help") == 0
+    said = plain(capsys.readouterr().out)
+    listed = re.search(r"\{(.*?)\}", said)
+    assert listed is not None
+    assert sorted(listed[1].split(",")) == sorted([*cli.TWO_WORDS, *ONE_WORD])
+    for command in (*cli.TWO_WORDS, *ONE_WORD):
+        function = getattr(cli, command.replace(" ", "_"))
+        first, *rest = (function.__doc__ or "").split("\n\n")
+        assert "\n" not in first, command
+        assert len(first) <= 120, command
+        assert f"{command} {first}" in said, command
+        assert all(part.strip().startswith("Args:") for part in rest), command
+
+
+@pytest.mark.parametrize("argv", [[], ["data"], ["data", "chekc"], ["compare", "a.csv"], ["nothing"]])
+def test_half_a_command_is_refused(argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert logonet(monkeypatch, *argv) == 2
+    assert "logonet" in capsys.readouterr().err
 
 
 def test_phantoms_then_data_import(
@@ -43,6 +81,260 @@ def test_importing_real_scans_and_a_dicom_series(
     assert "6 scans, 3 CT, 3 MR" in capsys.readouterr().out
     assert logonet(monkeypatch, "data", "import", f"{scans}/ct_dicom", "--root", f"{tmp_path}/runs") == 0
     assert "1 scans" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------ data check
+
+
+def spoil(folder: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Write a label map of ``folder`` anew, changed."""
+    path = folder / "labelsTr" / name
+    label = volume.decode_nifti(path.read_bytes(), name, allow_constant=True)
+    path.write_bytes(volume.encode_nifti(change(label.array_CXYZ[0]), label.affine))
+
+
+def test_data_check_passes_good_data(
+    tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    phantom.write_dataset(str(tmp_path), 3, size_vox=(24, 24, 24))
+    assert logonet(monkeypatch, "data", "check", str(tmp_path)) == 0
+    assert capsys.readouterr().out == "3 of 3 cases are fine\n\n"
+
+
+def test_data_check_prints_every_offender(
+    tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    phantom.write_dataset(str(tmp_path), 7, size_vox=(24, 24, 24), orientations=["RAS"])
+    names = [f"phantom_{i:03d}.nii.gz" for i in range(7)]
+    images = tmp_path / "imagesTr"
+    (images / names[0]).write_bytes((images / names[0]).read_bytes()[:200])
+    spoil(tmp_path, names[1], lambda labels_XYZ: np.where(labels_XYZ == 1, 9, labels_XYZ).astype(np.uint8))
+    spoil(tmp_path, names[2], np.zeros_like)
+    spoil(tmp_path, names[3], lambda labels_XYZ: np.ascontiguousarray(labels_XYZ[1:]))
+    (images / names[5]).write_bytes((images / names[4]).read_bytes())
+    assert logonet(monkeypatch, "data", "check", str(tmp_path)) == 1
+    said = capsys.readouterr().out
+    assert "2 of 7 cases are fine, 5 with errors" in said
+    for name, check in (
+        (names[0], "opens"),
+        (names[1], "label set"),
+        (names[2], "label empty"),
+        (names[3], "label shape"),
+        (names[5], "duplicate"),
+    ):
+        assert re.search(rf"{name}.*{check}.*error", said), name
+    assert not re.search(rf"imagesTr/{names[6]}.*error", said)
+
+
+def test_data_check_of_warnings_alone_is_no_failure(
+    tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    phantom.write_dataset(str(tmp_path), 1, size_vox=(24, 24, 24), spacing_mm=(1.0, 1.0, 4.0))
+    assert logonet(monkeypatch, "data", "check", str(tmp_path)) == 0
+    assert "anisotropy" in capsys.readouterr().out
+
+
+def test_data_check_of_nothing_is_one_sentence(
+    tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert logonet(monkeypatch, "data", "check", f"{tmp_path}/nowhere") == 2
+    assert one_error(capsys).startswith(f"error: {tmp_path}/nowhere")
+
+
+def one_error(capsys: Any) -> str:
+    """The one line that was said on stderr."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+# -------------------------------------------------------------------------------------- data leakcheck
+
+
+def imported(monkeypatch: pytest.MonkeyPatch, capsys: Any, scans: str, root: str) -> str:
+    assert logonet(monkeypatch, "data", "import", scans, "--root", root) == 0
+    return capsys.readouterr().out.strip().splitlines()[-1]
+
+
+def test_data_leakcheck_between_manifests(
+    tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    root = f"{tmp_path}/runs"
+    rng = np.random.default_rng(0)
+    for name in ("test", "train", "clean"):  # noise: unlike phantoms, no two are alike
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            array_XYZ = rng.integers(0, 900, (16, 16, 16)).astype(np.int16)
+            (tmp_path / name / f"{name}_{i}.nii.gz").write_bytes(volume.encode_nifti(array_XYZ, np.eye(4)))
+    shutil.copy(tmp_path / "test/test_1.nii.gz", tmp_path / "train/train_0.nii.gz")
+    test, train, clean = (
+        imported(monkeypatch, capsys, f"{tmp_path}/{name}", root) for name in ("test", "train", "clean")
+    )
+    assert logonet(monkeypatch, "data", "leakcheck", test, clean) == 0
+    assert capsys.readouterr().out.startswith("no leaks found")
+    assert logonet(monkeypatch, "data", "leakcheck", test) == 0  # no duplicates in it
+    capsys.readouterr()
+    assert logonet(monkeypatch, "data", "leakcheck", test, clean, train, "--out", f"{tmp_path}/l.csv") == 1
+    said = capsys.readouterr().out
+    assert "same bytes" in said
+    rows = pd.read_csv(tmp_path / "l.csv")
+    assert rows["kind"].tolist() == ["file"]
+    assert rows["scan_id"][0].startswith("test_1-")
+    assert rows["other_id"][0].startswith("train_0-")
+    assert rows["scan_id"][0] in said
+    assert logonet(monkeypatch, "data", "leakcheck") == 2
+    assert "data import" in one_error(capsys)
+
+
+# ---------------------------------------------------------------------------------------------- compare
+
+
+def scores(path: Path, flips: int, cases: int = 8) -> str:
+    """A cases.csv of predictions that miss ``flips`` of the 64 voxels of their organ."""
+    rows = []
+    for i in range(cases):
+        truth_XYZ = np.zeros((8, 8, 8), np.uint8)
+        truth_XYZ[2:6, 2:6, 2:6] = 1
+        pred_XYZ = truth_XYZ.copy()
+        hit = np.flatnonzero(truth_XYZ)
+        pred_XYZ.flat[np.random.default_rng(i).permutation(hit)[: flips + i]] = 0
+        rows += evaluate.case_rows(pred_XYZ, truth_XYZ, (1.0, 1.0, 1.0), {1: "liver"}, f"case{i}")
+    path.write_bytes(pd.DataFrame(rows).to_csv(index=False).encode())
+    return str(path)
+
+
+def test_compare_two_tables_of_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    worse, better = scores(tmp_path / "a.csv", 20), scores(tmp_path / "b.csv", 2)
+    assert logonet(monkeypatch, "compare", worse, better, "--out", f"{tmp_path}/out") == 0
+    said = capsys.readouterr().out
+    assert "liver" in said
+    assert said.strip().splitlines()[-1] == f"{tmp_path}/out/compare.csv"
+    table = pd.read_csv(tmp_path / "out" / "compare.csv")
+    dice = table[(table["class"] == "liver") & (table["metric"] == "dice")].iloc[0]
+    assert dice["a"] < dice["b"]
+    assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_on_other_cases_wants_to_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    a, b = scores(tmp_path / "a.csv", 5), scores(tmp_path / "b.csv", 2, cases=6)
+    assert logonet(monkeypatch, "compare", a, b) == 2
+    assert "case6" in one_error(capsys)
+    assert logonet(monkeypatch, "compare", a, b, "--common") == 0
+    assert "liver" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["compare", "{}", "{}"],
+        ["compare", "{}/cases.csv", "{}/cases.csv"],
+        ["register", "{}"],
+        ["export", "{}", "--out", "{}/bundle"],
+        ["data", "leakcheck", "{}"],
+        ["clusters", "report", "{}", "--out", "{}/report"],
+    ],
+)
+def test_an_artifact_that_is_not_there_is_one_sentence(
+    argv: list[str], tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    nowhere = f"{tmp_path}/runs/finetune/0123456789abcdef"
+    assert logonet(monkeypatch, *(part.format(nowhere) for part in argv)) == 2
+    assert nowhere in one_error(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------- jobs/finetune.py
+
+
+def finetune_job(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["jobs/finetune.py", *argv])
+    try:
+        cli.job(
+            "jobs/finetune.py",
+            finetune.__doc__ or "",
+            recipes.FINETUNING,
+            finetune.run,
+            stages.resolve_finetuning,
+            finetune.Args,
+            configure=finetune.configure,
+        )
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("name", sorted(recipes.FINETUNING))
+def test_every_finetuning_recipe_resolves_and_says_what_it_is_for(name: str) -> None:
+    cfg = stages.resolve_finetuning(recipes.FINETUNING[name]())
+    assert stages.resolve_finetuning(cfg) == cfg
+    assert len((recipes.FINETUNING[name].__doc__ or "").split()) > 15
+
+
+def test_finetuning_takes_the_recipes_of_pretraining_by_name() -> None:
+    """``--recipe small`` for both jobs, and the second can take the first's network."""
+    assert recipes.FINETUNING.keys() <= recipes.PRETRAINING.keys()
+    for name, make in recipes.FINETUNING.items():
+        network = stages.resolve_finetuning(make()).backbone
+        assert network == stages.resolve(recipes.PRETRAINING[name]()).backbone, name
+
+
+def test_finetunings_recipes_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert finetune_job(monkeypatch, "--list-recipes") == 0
+    said = capsys.readouterr().out
+    for name, make in recipes.FINETUNING.items():
+        assert f"{name}\n    {' '.join((make.__doc__ or '').split())}\n" in said
+
+
+@pytest.mark.parametrize("name", sorted(recipes.FINETUNING))
+def test_a_shown_config_is_whole_and_can_be_given_back(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert finetune_job(monkeypatch, "--recipe", name, "--show-config") == 0
+    shown = capsys.readouterr().out
+    want = config.to_dict(stages.resolve_finetuning(recipes.FINETUNING[name]()))
+    assert yaml.safe_load(shown) == want
+    assert want["backbone"]["name"] == "logonet"
+    (tmp_path / "own.yaml").write_text(shown)
+    assert finetune_job(monkeypatch, "--config", f"{tmp_path}/own.yaml", "--show-config") == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_init_is_short_for_the_weights(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    weights = ["--set", "init.weights=s3://a/pretrain/1", "--set", "init.parts=encoder"]
+    for argv, want in (
+        ([], ""),
+        (weights, "s3://a/pretrain/1"),
+        ([*weights, "--init", "models:/logonet-encoder@champion"], "models:/logonet-encoder@champion"),
+    ):
+        assert finetune_job(monkeypatch, "--recipe", "demo", *argv, "--show-config") == 0
+        init = yaml.safe_load(capsys.readouterr().out)["init"]
+        assert init["weights"] == want
+        assert init["parts"] == ("encoder" if argv else "all")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--recipe", "papper"], "unknown recipe 'papper'; did you mean 'paper'?"),
+        (["--recipe", "demo", "--set", "method.name=masked_clusters"], "does not learn from labels"),
+        (["--recipe", "demo", "--set", "crops.size_vox=[40, 32, 32]"], "multiple"),
+        (["--recipe", "demo", "--set", "crops.per_cas=3"], "did you mean 'crops.per_case'?"),
+        (["--recipe", "demo", "--set", "train.patience=0"], "patience"),
+        (["--recipe", "demo"], "--data is missing"),
+        (["--recipe", "demo", "--data", "x"], "--root is missing"),
+    ],
+)
+def test_what_finetuning_cannot_do_is_one_sentence(
+    argv: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert finetune_job(monkeypatch, *argv) == 2
+    assert said in one_error(capsys)
+
+
+# ----------------------------------------------------------------------------------------------- doctor
 
 
 def test_doctor_prints_a_table_and_fails_on_a_store_that_fails(

@@ -654,11 +654,14 @@ def test_the_best_step(dice: list[float | None], best: int | None) -> None:
     assert train.best_step(history) == best
 
 
+@pytest.mark.parametrize(
+    ("dice", "step"), [([0.1, 0.6, 0.5, 0.6, 0.2, 0.3], 4), ([0.6, 0.5, 0.4, 0.3, 0.2, 0.1], 2)]
+)
 def test_the_best_weights_are_the_backbone_after_that_step(
-    stored_feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stored_feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dice: list[float], step: int
 ) -> None:
     """And they outlive the checkpoints of their time."""
-    scripted(monkeypatch, [0.1, 0.6, 0.5, 0.6, 0.2, 0.3])
+    scripted(monkeypatch, dice)
     worker = a_worker(stored_feed, labelled_job(str(tmp_path), epochs=6, keep_checkpoints=1))
     after: dict[int, dict[str, torch.Tensor]] = {}
 
@@ -666,16 +669,16 @@ def test_the_best_weights_are_the_backbone_after_that_step(
         after[metrics["step"]] = {n: t.clone() for n, t in worker.method.backbone.state_dict().items()}
 
     history = worker.run(remember)
-    assert train.best_step(history) == 4
+    assert train.best_step(history) == step
     assert [os.path.basename(u) for u in checkpoints.all_of(str(tmp_path))] == ["step-00000012"]
     files = checkpoints.save_final(str(tmp_path), worker.method, history, train.best_step(history))
     best = train.load_weights(train.Init(f"{tmp_path}/best.safetensors", files["best.safetensors"].sha256))
     last = train.load_weights(
         train.Init(f"{tmp_path}/backbone.safetensors", files["backbone.safetensors"].sha256)
     )
-    assert best.keys() == last.keys() == after[4].keys()
+    assert best.keys() == last.keys() == after[step].keys()
     for name, tensor in best.items():
-        assert torch.equal(tensor, after[4][name]), name
+        assert torch.equal(tensor, after[step][name]), name
         assert torch.equal(last[name], after[12][name]), name
     assert any(not torch.equal(best[name], last[name]) for name in best)
 
