@@ -369,7 +369,7 @@ def test_impossible_crops_are_refused(values: dict[str, Any]) -> None:
     "values", [{"spacing_mm": [1, 0, 1]}, {"window_hu": [5, 5]}, {"mr_percentiles": [60, 101]}]
 )
 def test_impossible_preparations_are_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=next(iter(values))):
+    with pytest.raises(UserError, match=rf"cases\.{next(iter(values))}"):
         config.from_dict(cases.Config, values, "cases")
 
 

@@ -638,6 +638,14 @@ def test_a_class_that_no_case_has_is_left_out_of_the_mean(
     assert math.isnan(values["val_dice_per_class"][1])
 
 
+def test_a_network_whose_answer_is_no_number_stops_with_a_sentence(stored_feed: Any, tmp_path: Path) -> None:
+    worker = a_worker(stored_feed, labelled_job(str(tmp_path)))
+    with torch.no_grad():
+        next(worker.method.backbone.parameters()).fill_(math.nan)
+    with pytest.raises(train.Diverged, match=r"validation failed .* lower train\.lr"):
+        worker._validate(1)
+
+
 @pytest.mark.parametrize(
     ("dice", "best"),
     [
