@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -206,7 +207,8 @@ def test_scores_of_the_test_cases_with_tables_pictures_and_a_run(
     assert mean["mean"] == pytest.approx(evaluated.facts["dice"])
     assert mean["ci_low"] <= mean["mean"] <= mean["ci_high"]
     page = evaluated.read("report.html").decode()
-    assert page.count("<img") == 2  # per organ; worst, median and best case
+    pictures = [evaluated.read(name) for name in ("organs.png", "cases.png")] + [finetuned.read("curves.png")]
+    assert all(base64.b64encode(picture).decode() in page for picture in pictures)
     assert finetuned.fingerprint in page  # in the lineage
 
     # One score from the label map as it was stored.
@@ -285,17 +287,16 @@ def test_a_registered_model_is_not_judged_on_what_it_has_seen(
     with pytest.raises(UserError, match="6 of 8 test cases are known to the model's training"):
         evaluate(QUICK, registered[0], scans, root)
     again = evaluate(replace(QUICK, leaks="exclude"), registered[0], scans, root)
-    assert len(again.facts["contaminated"]) == 6
+    assert len(again.facts["excluded"]) == 6
+    assert not again.facts["contaminated"]
     assert again.read("cases.csv") == evaluated.read("cases.csv")
     # It leads back to the finetuning, so it can be registered too.
     made = stages.register(again.uri, "phantoms-again", ("candidate",))
     chosen = stages.choose(made[0])
     assert chosen.id == stages.choose(finetuned.uri).id
-    assert chosen.lineage["contaminated"] == f"6, listed in {again.uri}/leaks.csv"
+    assert chosen.lineage["excluded"] == f"6, listed in {again.uri}/leaks.csv"
     told = json.dumps([registry.lineage(made[0]), chosen.lineage]) + str(chosen.seen)
-    assert not [name for name in again.facts["contaminated"] if name in told], (
-        "patients' names may be file names"
-    )
+    assert not [name for name in again.facts["excluded"] if name in told], "patients' names may be file names"
 
 
 def test_the_same_commands_again_write_nothing(
