@@ -158,7 +158,7 @@ def hippocampus_finetune() -> Finetuning:
 
 
 def demo_finetune() -> Finetuning:
-    """Synthetic phantoms on 2 workers of a 2-core machine: a tiny LoGoNet, 32^3 crops, 200 steps.
+    """Synthetic phantoms on 2 workers of a 2-core machine: a tiny LoGoNet, 32^3 crops, 350 steps.
     ``make demo`` runs it.
     """
     return Finetuning(
@@ -167,13 +167,13 @@ def demo_finetune() -> Finetuning:
         backbone=TINY_LOGONET,
         method={"name": "supervised", "augment": {"flip_prob": 0.0}},
         train=train.Config(
-            epochs=8,
+            epochs=14,
             steps_per_epoch=25,
             global_batch=2,
             lr=3e-3,
             warmup_epochs=1,
             grad_clip=1.0,
-            validate_every_epochs=2,
+            validate_every_epochs=7,
         ),
         validation=infer.Config(overlap=0.25),
     )

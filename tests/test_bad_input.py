@@ -18,6 +18,7 @@ from logonet.errors import UserError
 
 REPO = Path(__file__).parents[1]
 TINY = ["--set", "clusterers.n=2", "--set", "clusterers.iterations=2", "--set", "train.epochs=1"]
+TINY += ["--set", "split=null"]
 
 
 def pretrain(monkeypatch: pytest.MonkeyPatch, capsys: Any, *argv: str) -> str:
@@ -120,7 +121,8 @@ def test_a_shard_that_changed_is_noticed_and_named(tmp_path: Path, ray_local: No
     """One flipped bit in a stored crop must never be trained on."""
     phantom.write_dataset(f"{tmp_path}/scans", 2, size_vox=(40, 40, 40))
     cfg = cli.job_config(
-        cli.JobArgs(recipe="demo", set=("clusterers.n=2", "train.epochs=1")), recipes.PRETRAINING
+        cli.JobArgs(recipe="demo", set=("clusterers.n=2", "train.epochs=1", "split=null")),
+        recipes.PRETRAINING,
     )
     root, share = f"{tmp_path}/runs", cluster.share(Resources(workers=2))
     up = stages.upstream(stages.resolve(cfg), f"{tmp_path}/scans", root, share)
@@ -157,7 +159,9 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
         assert "full" in said or "space" in said
         assert not list(disk.glob("runs/crops/*/manifest.json"))
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        cfg = cli.job_config(cli.JobArgs(recipe="demo", set=("clusterers.n=2",)), recipes.PRETRAINING)
+        cfg = cli.job_config(
+            cli.JobArgs(recipe="demo", set=("clusterers.n=2", "split=null")), recipes.PRETRAINING
+        )
         share = cluster.share(Resources(workers=2))
         up = stages.upstream(stages.resolve(cfg), f"{tmp_path}/scans", f"{disk}/runs", share)
         assert [up.crops.read(i).shape for i in range(len(up.crops))] == [(1, 32, 32, 32)] * len(up.crops)

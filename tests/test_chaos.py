@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
 REPO = Path(__file__).parents[1]
 WORKERS = 3  # from three on, the order in which gradients are added could differ
 SETTINGS = [
+    "split=null",
     "crops.per_scan=3",
     "train.epochs=6",
     "train.global_batch=6",
