@@ -74,7 +74,8 @@ def main(args: Args) -> None:
         store.create_bucket(BUCKET)
         for place, count, seed in (("scans", args.scans, 0), ("new", NEW_SCANS, 1)):
             if not store.exists(f"{BUCKET}/{place}/dataset.json"):
-                phantom.write_dataset(f"{BUCKET}/{place}", count, size_vox=(48, 48, 48), seed=seed)
+                # Liver and spleen: telling right kidney from left takes more steps than a demo has.
+                phantom.write_dataset(f"{BUCKET}/{place}", count, seed=seed, size_vox=(48, 48, 48), classes=3)
         print(f"S3 server   {server.endpoint} with {args.scans} synthetic CTs in {BUCKET}/scans", flush=True)
         shell = Shell({**os.environ, "LOGONET_HOME": home})
         made = stages(shell, args.workers)

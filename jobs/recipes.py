@@ -165,7 +165,7 @@ def demo_finetune() -> Finetuning:
         split=DEMO_SPLIT,
         crops=cases.Crops(size_vox=(32, 32, 32)),
         backbone=TINY_LOGONET,
-        method={"name": "supervised", "augment": {"flip_prob": 0.0}},
+        method={"name": "supervised", "augment": {"flip_prob": 0.0, "rotate90_prob": 0.0}},
         train=train.Config(
             epochs=14,
             steps_per_epoch=25,
