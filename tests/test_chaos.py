@@ -169,6 +169,7 @@ def test_a_kill_while_clusterers_are_fitted(
 
 FINETUNING = [
     "split.test_share=0",
+    "split.folds=4",
     "train.epochs=4",
     "train.steps_per_epoch=8",
     "train.global_batch=3",
