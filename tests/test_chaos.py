@@ -251,7 +251,8 @@ def test_prediction_killed_in_the_middle(
 ) -> None:
     (model,) = (p.parent for p in (finetuned_undisturbed / "finetune").glob("*/manifest.json"))
     whole, output = tmp_path / "whole", tmp_path / "output"
-    whole.mkdir(), output.mkdir()
+    whole.mkdir()
+    output.mkdir()
     wait(predict(model, bucket_of_scans, whole), whole)
     expected = label_maps(whole)
     assert len(expected) == 12

@@ -90,7 +90,13 @@ def pretraining(split: splits.Config) -> stages.Pretraining:
 
 def finetuning(weights: str = "", training: Any = None, **changes: Any) -> stages.Finetuning:
     """Two epochs of two steps, validated after each."""
-    settings = {"epochs": 2, "steps_per_epoch": 2, "global_batch": 2, "lr": 3e-3, "warmup_epochs": 0.5}
+    settings: dict[str, Any] = {
+        "epochs": 2,
+        "steps_per_epoch": 2,
+        "global_batch": 2,
+        "lr": 3e-3,
+        "warmup_epochs": 0.5,
+    }
     settings |= {"validate_every_epochs": 1, **(training or {})}
     cfg = stages.Finetuning(
         split=SPLIT,
@@ -370,7 +376,9 @@ def test_a_frozen_encoder_stays_what_it_was(frozen: Artifact, pretrained: Artifa
     before = load(pretrained.read("backbone.safetensors"))
     for file in ("best.safetensors", "backbone.safetensors"):
         after = load(frozen.read(file))
-        net = backbones.build("logonet", 1, 2, **{k: v for k, v in tiny_backbone().items() if k != "name"})
+        net: Any = backbones.build(
+            "logonet", 1, 2, **{k: v for k, v in tiny_backbone().items() if k != "name"}
+        )
         encoder = [n for n in before if n.startswith(tuple(net.encoder_prefixes))]
         assert len(encoder) > 20
         assert all(torch.equal(before[n], after[n]) for n in encoder)
