@@ -54,7 +54,8 @@ class Config:
         lr: peak learning rate; linear warm-up over ``warmup_epochs``, then cosine to ``min_lr``.
         grad_clip: largest gradient norm; None does not clip.
         precision: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on CPU, so that a run that moves from
-            one to the other changes its arithmetic.
+            one to the other changes its arithmetic. On CPU bf16 is for trying out: torch 2.13's gradient of a
+            3x3x3 convolution is then garbage where a feature is exactly 2 voxels long along the first axis.
         compile: torch.compile the network.
         gradient_sync: "ddp", "flat" (one all-reduce of all gradients) or "auto": ddp on CUDA, flat on CPU.
         checkpoint_every_steps: also within an epoch; None: at the end of each.

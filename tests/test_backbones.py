@@ -37,10 +37,10 @@ def tiny_net(name: str, seed: int = 0, **options: Any) -> Any:
         return backbones.build(name, num_classes=3, **{**backbones.tiny(name), **options})
 
 
-def crop(name: str, batch: int = 2, seed: int = 0, wide: bool = False) -> Tensor:
-    """Noise of the smallest size the tiny net takes; ``wide`` doubles X, unless it takes one size alone."""
+def crop(name: str, batch: int = 2, seed: int = 0, widths: int = 1) -> Tensor:
+    """Noise of the smallest size the tiny net takes, ``widths`` times along X unless it takes one size alone."""
     mx, my, mz = _multiple(name)
-    size = (batch, 1, mx * (2 if wide and not _takes_one_size(name) else 1), my, mz)
+    size = (batch, 1, mx * (1 if _takes_one_size(name) else widths), my, mz)
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -62,7 +62,7 @@ def _takes_one_size(name: str) -> bool:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_features_match_what_is_declared(name: str) -> None:
-    net, x = tiny_net(name), crop(name, wide=True)
+    net, x = tiny_net(name), crop(name, widths=2)
     feats = net.encode(x)
     assert [feat.shape[1] for feat in feats] == list(net.channels)
     for feat, stride in zip(feats, net.strides):
@@ -85,8 +85,8 @@ def test_forward_is_decode_of_encode(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     net = tiny_net(name)
-    # Wide: BatchNorm of only two values gives +-1 whatever they are, and so no gradient.
-    out = net(crop(name, wide=True))
+    # Two widths: BatchNorm of only two values gives +-1 whatever they are, and so no gradient.
+    out = net(crop(name, widths=2))
     loss = out.logits.square().mean() + sum(d.square().mean() for d in out.deep)
     (loss if out.aux_loss is None else loss + out.aux_loss).backward()
     assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
@@ -118,7 +118,9 @@ def test_eval_does_not_mix_the_batch(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_autocast_is_finite(name: str) -> None:
-    net, x = tiny_net(name), crop(name)
+    # Four widths: a feature of exactly 2 voxels along X meets a defect of torch 2.13 on CPU, whose bfloat16
+    # weight gradient of a padded 3x3x3 convolution then reads memory that nobody wrote.
+    net, x = tiny_net(name), crop(name, widths=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = net(x).logits.float().square().mean()
     loss.backward()
@@ -138,7 +140,7 @@ def test_options_of_speed_and_memory_change_no_number(
         pytest.skip(f"{name} has no option {', '.join(options)}")
     nets = [tiny_net(name, **o).double().train(training) for o in ({}, options)]
     nets[1].load_state_dict(nets[0].state_dict())
-    x = crop(name, batch=1, wide=training).double()  # BatchNorm cannot train on a single value
+    x = crop(name, batch=1, widths=2 if training else 1).double()  # BatchNorm cannot train on a single value
     for net in nets:
         net(x).logits.square().sum().backward()
     for ours, theirs in zip(*(dict(net.named_buffers()).values() for net in nets)):
@@ -174,7 +176,7 @@ def test_a_size_that_does_not_fit_is_refused_with_the_nearest(name: str) -> None
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes_are_found_without_memory(name: str) -> None:
-    x = crop(name, wide=True)
+    x = crop(name, widths=2)
     with torch.device("meta"):
         net: Any = backbones.build(name, num_classes=3, **backbones.tiny(name))
     assert {t.device.type for t in (*net.parameters(), *net.buffers())} == {"meta"}
@@ -375,7 +377,7 @@ class Literal:
 def test_equals_the_paper_word_for_word(name: str, training: bool) -> None:
     depths = (2, 1, 1, 1)
     net = tiny_net(name, depths=depths).double()
-    x = crop(name, batch=1, wide=True).double()
+    x = crop(name, batch=1, widths=2).double()
     net(x)  # moves the running statistics off their initial values
     net.train(training)
     literal = Literal(net, training)
