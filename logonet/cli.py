@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ import tyro
 
 from logonet import cluster, config, store
 from logonet.cluster import Resources
-from logonet.errors import UserError
+from logonet.errors import UserError, user_sentence
 
 
 @dataclass(frozen=True)
@@ -120,36 +119,11 @@ def sentences() -> Iterator[None]:
         print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(130)
     except Exception as err:
-        sentence = user_error(err)
+        sentence = user_sentence(err)
         if sentence is None:
             raise
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
-
-
-def user_error(err: BaseException | None) -> str | None:
-    """The UserError behind ``err``, looked for through Ray's wrappers; None when there is none."""
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [err]
-    while waiting:
-        err = waiting.pop(0)
-        if err is None or id(err) in seen:
-            continue
-        seen.add(id(err))
-        if isinstance(err, UserError):
-            # Ray makes a task's error an instance of its cause's class too, with a traceback for text.
-            cause = getattr(err, "cause", None)
-            return str(cause if isinstance(cause, UserError) else err)
-        waiting += [getattr(err, "cause", None), err.__cause__]
-        waiting += list(getattr(err, "worker_failures", {}).values())
-        waiting += [getattr(err, "controller_failure", None)]
-        # Ray Data keeps no more of a task's error than its text.
-        if told := _TOLD.findall(str(err)):
-            return told[-1]
-    return None
-
-
-_TOLD = re.compile(r"^(?:.*\s)?logonet\.\w+\.(?:UserError|BadScan|IntegrityError): (.+)$", re.MULTILINE)
 
 
 # ------------------------------------------------------------------------------------------- commands

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from logonet.errors import UserError
@@ -92,8 +92,12 @@ def address() -> str | None:
 
 
 @contextlib.contextmanager
-def connected(resources: Resources) -> Iterator[None]:
-    """Join the cluster at ``RAY_ADDRESS``, or start a Ray of our own and stop it at the end."""
+def connected(resources: Resources, logs: bool = True) -> Iterator[None]:
+    """Join the cluster at ``RAY_ADDRESS``, or start a Ray of our own and stop it at the end.
+
+    Args:
+        logs: show here what workers print; without, it is in Ray's log files only.
+    """
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     # Ray's coming default (tasks without GPUs keep CUDA_VISIBLE_DEVICES as it is); set, it stops asking.
@@ -105,6 +109,7 @@ def connected(resources: Resources) -> Iterator[None]:
         return
     runtime_env = {"env_vars": _env_vars()}
     options: dict[str, Any] = {"runtime_env": runtime_env, "logging_level": logging.WARNING}
+    options["log_to_driver"] = logs
     if address() is None:
         # Two extra logical CPUs keep the data tasks alive beside the workers; threads are set per worker.
         cores = os.cpu_count() or 1
@@ -181,6 +186,52 @@ def share(resources: Resources) -> Share:
         cpus_per_task=min(oversold, cpus / 2),
         cpus=cpus,
     )
+
+
+DRIVER_CPUS = 0.01  # reserved by a sweep for the process that drives a trial
+
+
+def shares(resources: Resources, most: int, at_once: int = 0) -> tuple[int, Share]:
+    """How many runs of ``resources.workers`` workers can go on at once, and what each gets.
+
+    Counted before anything starts, since a run whose workers find no place waits for ever: every worker of
+    every run has a CPU (or GPU) of its own, and data tasks have CPUs that no worker can take.
+
+    Args:
+        most: runs that there are to do.
+        at_once: as many, and not as many as fit; 0 takes what fits.
+
+    Raises:
+        UserError: not even one run fits, or not ``at_once``.
+    """
+    import ray
+
+    one = share(resources)  # one that can never fit says so here
+    total = ray.cluster_resources()
+    units = total["GPU"] if one.use_gpu else total["CPU"] / (resources.cpus_per_worker or 1.0)
+    if address() is None and not one.use_gpu:  # a Ray of our own has more logical CPUs than there are cores
+        units = min(units, os.cpu_count() or 1)
+    wanted = at_once or max(1, min(most, int(units / resources.workers)))
+    for runs in [wanted] if at_once else range(wanted, 0, -1):
+        try:
+            all_of_them = share(replace(resources, workers=runs * resources.workers, gpu=one.use_gpu))
+        except UserError:
+            if runs > 1 and not at_once:
+                continue
+            raise
+        if runs > 1 and not at_once and all_of_them.cpus_per_worker < (resources.cpus_per_worker or 1.0):
+            continue
+        free = all_of_them.cpus - runs * (resources.workers * all_of_them.cpus_per_worker + DRIVER_CPUS)
+        # Data tasks of all runs queue for the same CPUs; one that asked for more than there are would wait for ever.
+        task_cpus = int(min(all_of_them.cpus_per_data_task, free) * 1000) / 1000
+        if task_cpus > 0:
+            return runs, replace(
+                all_of_them,
+                workers=resources.workers,
+                cpus_per_data_task=task_cpus,
+                cpus_per_task=min(all_of_them.cpus_per_task, task_cpus),
+            )
+    raise AssertionError("one run fits, and so at least one of them must")
 
 
 def _largest_that_fits(nodes: list[float], workers: int, most: float) -> float:

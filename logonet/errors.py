@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class UserError(Exception):
     """Something only the user can mend.
@@ -13,3 +15,28 @@ class UserError(Exception):
 
 class BadScan(UserError):
     """One scan cannot be used. The stage that meets it quarantines the scan and goes on."""
+
+
+def user_sentence(err: BaseException | None) -> str | None:
+    """The words of the UserError behind ``err``, looked for through Ray's wrappers; None when there is none."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [err]
+    while waiting:
+        err = waiting.pop(0)
+        if err is None or id(err) in seen:
+            continue
+        seen.add(id(err))
+        if isinstance(err, UserError):
+            # Ray makes a task's error an instance of its cause's class too, with a traceback for text.
+            cause = getattr(err, "cause", None)
+            return str(cause if isinstance(cause, UserError) else err)
+        waiting += [getattr(err, "cause", None), err.__cause__]
+        waiting += list(getattr(err, "worker_failures", {}).values())
+        waiting += [getattr(err, "controller_failure", None)]
+        # Ray Data keeps no more of a task's error than its text.
+        if told := _TOLD.findall(str(err)):
+            return told[-1]
+    return None
+
+
+_TOLD = re.compile(r"^(?:.*\s)?logonet\.\w+\.(?:UserError|BadScan|IntegrityError): (.+)$", re.MULTILINE)

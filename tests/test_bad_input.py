@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from jobs import recipes
-from logonet import cli, cluster, data, phantom, stages, store
+from logonet import cli, cluster, data, errors, phantom, stages, store
 from logonet.cluster import Resources
 from logonet.errors import UserError
 
@@ -135,7 +135,7 @@ def test_a_shard_that_changed_is_noticed_and_named(tmp_path: Path, ray_local: No
         up.crops.read(damaged)
     with pytest.raises(Exception, match=victim.name) as err:
         data.sample_slices(up.crops, max_slices=10**6, seed=0, share=share)
-    told = cli.user_error(err.value)
+    told = errors.user_sentence(err.value)
     assert told is not None
     assert victim.name in told
     assert "\n" not in told
@@ -196,9 +196,9 @@ def test_a_user_error_is_found_behind_rays_wrappers() -> None:
 
     cause = UserError("crop x is damaged; restore it")
     wrapped = RayTaskError("f", "traceback text", cause).as_instanceof_cause()
-    assert cli.user_error(wrapped) == str(cause)
-    assert cli.user_error(WorkerGroupError("rank 1 failed", {1: wrapped})) == str(cause)
-    assert cli.user_error(RuntimeError("ours")) is None
+    assert errors.user_sentence(wrapped) == str(cause)
+    assert errors.user_sentence(WorkerGroupError("rank 1 failed", {1: wrapped})) == str(cause)
+    assert errors.user_sentence(RuntimeError("ours")) is None
 
 
 def test_help_and_recipes_are_readable(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
