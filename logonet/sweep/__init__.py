@@ -1,0 +1,1 @@
+"""Sweeps: which settings to try, the records of what was tried, and what the records say."""

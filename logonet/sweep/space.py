@@ -1,0 +1,389 @@
+"""What a sweep searches: config keys, the values each may take, and the settings of every trial.
+
+A space is YAML. Keys are dotted config keys of a pretraining, or whole sections, which are merged as configs are::
+
+    search:
+      method.chain_length: {grid: [3, 5, 7]}      # trials walk through the product of all grids
+      clusterers: {choice: [{k_min: 8, k_max: 40}, {k_min: 20, k_max: 100}]}
+      method.phi2: {uniform: [0.5, 0.9]}
+      train.lr: {loguniform: [1.0e-4, 1.0e-2]}
+      clusterers.n: {int: [8, 32]}                # both ends included
+    first:                                        # tried before any other; keys left out keep the config's value
+      - {method.chain_length: 5}
+
+Settings are a mapping of such keys to values. A point is the same for a Ray Tune searcher, which knows scalars
+only: of a listed value it holds the place in the list.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+
+from logonet import config, draws
+from logonet.errors import UserError
+
+LISTS = ("grid", "choice")
+RANGES = ("uniform", "loguniform", "int")
+WORDS = ("search", "first")
+MAX_GRID = 100_000  # cells; every draw permutes them all
+COMBINATIONS = 20
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One searched config key. ``values`` are those listed, or the two ends of a range."""
+
+    path: str
+    sort: str
+    values: tuple[Any, ...]
+
+    @property
+    def listed(self) -> bool:
+        return self.sort in LISTS
+
+
+@dataclass(frozen=True)
+class Space:
+    """The keys in the file's order, and the settings tried before any other."""
+
+    keys: tuple[Key, ...]
+    first: tuple[Settings, ...] = ()
+
+    @property
+    def paths(self) -> list[str]:
+        return [key.path for key in self.keys]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``parse`` takes, JSON-able."""
+        search = {key.path: {key.sort: list(key.values)} for key in self.keys}
+        return {"search": search, "first": [dict(settings) for settings in self.first]}
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read(text: str, source: str) -> Space:
+    """The space of a YAML file; ``source`` names it in errors.
+
+    Raises:
+        UserError: anything that is not a space, in one sentence.
+    """
+    values = config.read_yaml(text, source)
+    if repeated := _repeated(yaml.compose(text, Loader=yaml.SafeLoader)):  # PyYAML keeps the last, silently
+        raise UserError(f"{source} gives '{repeated}' twice; keep one of them")
+    return parse(values, source)
+
+
+def parse(values: Mapping[str, Any], source: str) -> Space:
+    """The space of a parsed YAML file, or of ``Space.to_dict``. Raises as ``read`` does."""
+    for word in values:
+        if word not in WORDS:
+            raise UserError(config.unknown(f"word in {source}", str(word), WORDS))
+    search = values.get("search")
+    if not isinstance(search, Mapping) or not search:
+        raise UserError(f"{source} searches nothing; give 'search:' a mapping of config keys to their values")
+    space = Space(tuple(_key(path, sort, source) for path, sort in search.items()))
+    _refuse_overlap(space.paths, source)
+    if (cells := grid_size(space)) > MAX_GRID:
+        raise UserError(
+            f"the grid of {source} has {cells} cells, more than {MAX_GRID}; make some keys a choice instead"
+        )
+    return Space(space.keys, _first(values.get("first"), space.paths, source))
+
+
+def _repeated(node: yaml.Node | None) -> str:
+    """The first key that a mapping of the document gives twice, or ''."""
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                return name
+        children = [value for _, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    return next(filter(None, map(_repeated, children)), "")
+
+
+def _key(path: Any, spec: Any, source: str) -> Key:
+    if not isinstance(path, str) or not all(path.split(".")):
+        raise UserError(f"search key {path!r} of {source} is no config key; write it as section.key")
+    where = f"search key '{path}' of {source}"
+    if not isinstance(spec, Mapping) or len(spec) != 1:
+        raise UserError(
+            f"{where} must hold exactly one of {', '.join(LISTS + RANGES)}, such as {{grid: [1, 2]}}, "
+            f"not {_text(spec)}"
+        )
+    ((sort, values),) = spec.items()
+    if sort not in LISTS + RANGES:
+        raise UserError(config.unknown(f"sort of values of {where},", str(sort), LISTS + RANGES))
+    return Key(path, sort, _listed(values, where) if sort in LISTS else _ends(values, sort, where))
+
+
+def _listed(values: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{where} must list at least one value, not {_text(values)}")
+    for place, value in enumerate(values):
+        _refuse_odd(value, where)
+        if value in values[:place]:
+            raise UserError(f"{where} lists {_text(value)} twice; keep one of them")
+    return tuple(values)
+
+
+def _ends(values: Any, sort: str, where: str) -> tuple[Any, ...]:
+    number = int if sort == "int" else int | float
+    if not isinstance(values, list) or len(values) != 2 or not all(_is(v, number) for v in values):
+        what = "whole numbers" if sort == "int" else "numbers"
+        raise UserError(f"{where} must be {sort} between two {what}, [low, high], not {_text(values)}")
+    low, high = values
+    if not low < high:
+        raise UserError(f"{where} goes from {low} to {high}; the first end must be below the second")
+    if sort == "loguniform" and low <= 0:
+        raise UserError(f"{where} is loguniform from {low}; a logarithm needs a first end above 0")
+    # Floats, so that an integer config key, which no draw would suit, is refused by `check`.
+    return (low, high) if sort == "int" else (float(low), float(high))
+
+
+def _is(value: Any, number: Any) -> bool:
+    return isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _refuse_odd(value: Any, where: str) -> None:
+    """Dates, NaN and keys that are no text: YAML has them, a trial's record could not give them back."""
+    try:
+        same = json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        raise UserError(f"{where} holds {value!r}; use numbers, text, true, false, null, lists and mappings")
+
+
+def _refuse_overlap(paths: list[str], source: str) -> None:
+    for path in paths:
+        for other in paths:
+            if other.startswith(f"{path}."):
+                raise UserError(
+                    f"{source} searches both '{path}' and '{other}', which is part of it; put the values of "
+                    f"'{other.removeprefix(path)[1:]}' into those of '{path}', or search its keys one by one"
+                )
+
+
+def _first(entries: Any, paths: list[str], source: str) -> tuple[Settings, ...]:
+    entries = entries or []
+    if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
+        raise UserError(f"'first' of {source} must be a list of mappings of searched keys to values")
+    for place, entry in enumerate(entries, 1):
+        for path, value in entry.items():
+            if path not in paths:
+                raise UserError(config.unknown(f"key in entry {place} of 'first' of {source},", path, paths))
+            _refuse_odd(value, f"entry {place} of 'first' of {source}")
+    return tuple(dict(entry) for entry in entries)
+
+
+# -------------------------------------------------------------------------------------------- on a config
+
+
+def apply(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``settings``, merged as `config.merge` does.
+
+    All at once: one by one, a new ``method.name`` would drop a ``method.phi1`` set before it.
+    """
+    over: dict[str, Any] = {}
+    for path, value in settings.items():
+        *sections, name = path.split(".")
+        inner = over
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    return config.merge(base, over)
+
+
+def check(space: Space, base: Mapping[str, Any], resolve: Callable[[dict[str, Any]], Any]) -> None:
+    """Refuse what no trial could run: a key that does not exist, a value that suits no trial.
+
+    Every listed value and both ends of every range are laid on ``base`` one at a time, and where one does not go
+    alone (a k_min above the base's k_max) in some drawn combinations. Other combinations may still be
+    invalid; such a trial fails when it is tried.
+
+    Args:
+        base: the config that the trials vary.
+        resolve: raises UserError for a config that cannot run.
+
+    Raises:
+        UserError: naming the key and the value, and why.
+    """
+    resolve(dict(base))
+    for key in space.keys:
+        for value in key.values:
+            alone = _why_not(apply(base, {key.path: value}), resolve)
+            if alone is not None and not _goes_with_others(space, key.path, value, base, resolve):
+                raise UserError(f"search key '{key.path}' with value {_text(value)}: {alone}")
+    for place, settings in enumerate(space.first, 1):
+        if (why := _why_not(apply(base, settings), resolve)) is not None:
+            raise UserError(f"entry {place} of 'first': {why}")
+
+
+def _goes_with_others(
+    space: Space, path: str, value: Any, base: Mapping[str, Any], resolve: Callable[[dict[str, Any]], Any]
+) -> bool:
+    drawn = (draw(space, len(space.first) + place, seed=0) for place in range(COMBINATIONS))
+    return any(_why_not(apply(base, {**settings, path: value}), resolve) is None for settings in drawn)
+
+
+def _why_not(cfg: dict[str, Any], resolve: Callable[[dict[str, Any]], Any]) -> str | None:
+    try:
+        resolve(cfg)
+    except UserError as err:
+        return str(err)
+    return None
+
+
+def complete(space: Space, base: Mapping[str, Any], settings: Mapping[str, Any]) -> Settings:
+    """``settings`` with, for every searched key they leave out, what the config then holds there.
+
+    A key that the config lacks stays out. The config that results is the same.
+    """
+    cfg = apply(base, settings)
+    out: Settings = {}
+    for key in space.keys:
+        if key.path in settings:
+            out[key.path] = settings[key.path]
+        elif (held := _held(cfg, key)) is not _ABSENT:
+            out[key.path] = held
+    return out
+
+
+_ABSENT = object()
+
+
+def _held(cfg: Mapping[str, Any], key: Key) -> Any:
+    """The listed value that changes nothing in ``cfg``, such as the part of a section, else what is there."""
+    for value in key.values if key.listed else ():
+        if apply(cfg, {key.path: value}) == cfg:
+            return value
+    held: Any = cfg
+    for name in key.path.split("."):
+        if not isinstance(held, Mapping) or name not in held:
+            return _ABSENT
+        held = held[name]
+    return held
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+
+
+def grid_size(space: Space) -> int:
+    """Cells of the product of all grids; 1 where no key is a grid."""
+    return math.prod(len(key.values) for key in space.keys if key.sort == "grid")
+
+
+def default_trials(space: Space) -> int | None:
+    """How many trials try everything once, or None where a budget is needed because some keys are drawn."""
+    return len(space.first) + grid_size(space) if all(k.sort == "grid" for k in space.keys) else None
+
+
+def draw(space: Space, index: int, seed: int) -> Settings:
+    """The settings of trial ``index``, a pure function of its arguments.
+
+    The ``first`` come first. Then keys with a grid walk through the product in a shuffled order, each block of
+    ``grid_size`` trials through all of it, and the others are drawn for each trial and key.
+    """
+    if index < len(space.first):
+        return dict(space.first[index])
+    cell = _cell(space, index - len(space.first), seed)
+    return {key.path: cell[key.path] if key.path in cell else _drawn(key, index, seed) for key in space.keys}
+
+
+def _cell(space: Space, position: int, seed: int) -> Settings:
+    # Sorted: the order of the keys in the file decides nothing.
+    keys = sorted((key for key in space.keys if key.sort == "grid"), key=lambda key: key.path)
+    block, place = divmod(position, grid_size(space))
+    cell = draws.rng(seed, "sweep", "grid", block).permutation(grid_size(space))[place]
+    places = np.unravel_index(cell, [len(key.values) for key in keys])
+    return {key.path: key.values[i] for key, i in zip(keys, places)}
+
+
+def _drawn(key: Key, index: int, seed: int) -> Any:
+    rng = draws.rng(seed, "sweep", index, key.path)
+    if key.listed:
+        return key.values[rng.integers(len(key.values))]
+    low, high = key.values
+    if key.sort == "int":
+        return int(rng.integers(low, high, endpoint=True))
+    if key.sort == "uniform":
+        return float(rng.uniform(low, high))
+    return float(np.clip(np.exp(rng.uniform(np.log(low), np.log(high))), low, high))
+
+
+# --------------------------------------------------------------------------------------- Ray Tune's searchers
+
+
+def domains(space: Space) -> dict[str, Any]:
+    """The space as Ray Tune's searchers (Optuna) take it; ``decode`` makes settings of their points."""
+    from ray import tune
+
+    def domain(key: Key) -> Any:
+        if key.listed:
+            return tune.choice(list(range(len(key.values))))
+        low, high = key.values
+        if key.sort == "int":
+            return tune.randint(low, high + 1)
+        return tune.uniform(low, high) if key.sort == "uniform" else tune.loguniform(low, high)
+
+    return {key.path: domain(key) for key in space.keys}
+
+
+def decode(space: Space, point: Mapping[str, Any]) -> Settings:
+    """The settings that a searcher's point stands for."""
+    out: Settings = {}
+    for key in space.keys:
+        value = point[key.path]
+        if key.listed:
+            out[key.path] = key.values[value]
+        else:
+            out[key.path] = int(value) if key.sort == "int" else float(value)
+    return out
+
+
+def encode(space: Space, settings: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The searcher's point of ``settings`` on ``base``, or None where it lies outside the space."""
+    full = complete(space, base, settings)
+    point = {key.path: _coded(key, full.get(key.path)) for key in space.keys if key.path in full}
+    return None if len(point) < len(space.keys) or None in point.values() else point
+
+
+def _coded(key: Key, value: Any) -> int | float | None:
+    if key.listed:
+        return key.values.index(value) if value in key.values else None
+    low, high = key.values
+    if not _is(value, int if key.sort == "int" else int | float) or not low <= value <= high:
+        return None
+    return value
+
+
+# ------------------------------------------------------------------------------------------------ showing
+
+
+def describe(space: Space) -> str:
+    """A line for each key, and one for what is tried first."""
+    width = max(map(len, space.paths))
+    lines = []
+    for key in space.keys:
+        texts = [_text(value) for value in key.values]
+        what = ", ".join(texts) if key.listed else f"{texts[0]} to {texts[1]}"
+        lines.append(f"{key.path:<{width}}  {key.sort:<10}  {what}")
+    lines += [f"{'first':<{width}}  {_text(settings)}" for settings in space.first]
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, default=str)
