@@ -38,6 +38,7 @@ from logonet.errors import UserError
 log = logging.getLogger(__name__)
 
 FINGERPRINT_TAG = "logonet.fingerprint"
+PARENT_TAG = "mlflow.parentRunId"  # MLflow's own: its pages show a run below the one named here
 NON_FINITE_TAG = "logonet.non_finite"
 MAX_METRICS_PER_BATCH = 1000  # the REST API refuses more
 RETRY_S = 2.0
@@ -167,6 +168,7 @@ class Tracker:
         self._seen_ms: dict[int, int] = {}
         self._files: dict[str, bytes] = {}
         self._status: str | None = None
+        self._final: dict[str, float] = {}
         self._deadline_s = math.inf  # on time.monotonic(); finite once closing
         self._asked = False
         self._delivered = False
@@ -207,14 +209,27 @@ class Tracker:
             self._files.update(files)
             self._ask()
 
-    def close(self, status: str = "FINISHED", timeout_s: float = 60.0) -> bool:
+    def run_id(self, timeout_s: float = 20.0) -> str | None:
+        """The run's id, for runs that are to hang below it; None when the server does not answer in time."""
+        with self._changed:
+            self._ask()
+            self._changed.wait_for(lambda: self._delivered, timeout_s)
+            return self._run_id if self._delivered else None
+
+    def close(
+        self, status: str = "FINISHED", timeout_s: float = 60.0, metrics: Mapping[str, float] | None = None
+    ) -> bool:
         """Set the run's final status (FINISHED, FAILED or KILLED) and flush, retrying for ``timeout_s``.
+
+        Args:
+            metrics: of the run as a whole.
 
         Returns whether everything is delivered. If not, :func:`catch_up` can do it later.
         """
         with self._changed:
             if self._ended:
                 return self._delivered
+            self._final = dict(metrics or {})
             self._status, self._deadline_s = status, time.monotonic() + timeout_s
             self._ask()
             self._changed.wait_for(lambda: self._ended, timeout_s)
@@ -231,8 +246,9 @@ class Tracker:
                 self._changed.wait_for(lambda: self._asked)
                 self._asked = False
                 history, files, status = self._history, dict(self._files), self._status
+                final = dict(self._final)
             try:
-                self._deliver(history, files, status)
+                self._deliver(history, files, status, final)
                 error = None
             # Whatever goes wrong between here and a tracking server (network, SQL, S3, a deleted
             # experiment) must not reach training: it is said once and tried again.
@@ -264,7 +280,13 @@ class Tracker:
             log.warning("MLflow at %s answers again; its run is up to date", redact(self.uri))
         self._away = error is not None
 
-    def _deliver(self, history: list[dict[str, Any]], files: dict[str, bytes], status: str | None) -> None:
+    def _deliver(
+        self,
+        history: list[dict[str, Any]],
+        files: dict[str, bytes],
+        status: str | None,
+        final: dict[str, float],
+    ) -> None:
         if self._client is None:
             self._client = _client(self.uri)
         if self._run_id is None:
@@ -277,6 +299,7 @@ class Tracker:
         self._log_epochs(missing, run.data.tags.get(NON_FINITE_TAG, ""))
         for name, data in files.items():
             self._upload(name, data)
+        self._log_final({k: v for k, v in final.items() if run.data.metrics.get(k) != v}, history)
         if status is not None and (run.info.status != status or missing):
             self._client.set_terminated(self._run_id, status)
 
@@ -314,6 +337,14 @@ class Tracker:
         for batch in _batches(epochs):
             self._client.log_batch(self._run_id, metrics=batch)
 
+    def _log_final(self, values: dict[str, float], history: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        step, now_ms = (int(history[-1]["step"]) if history else 0), int(time.time() * 1000)
+        metrics = [Metric(k, v, now_ms, step) for k, v in values.items() if math.isfinite(v)]
+        if metrics:
+            self._client.log_batch(self._run_id, metrics=metrics)
+
     def _upload(self, name: str, data: bytes) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, name)
@@ -337,6 +368,7 @@ def catch_up(
     files: Mapping[str, bytes],
     status: str = "FINISHED",
     timeout_s: float = 60.0,
+    metrics: Mapping[str, float] | None = None,
 ) -> bool:
     """Make the job's run complete, from the driver, after training: see :class:`Tracker` and its methods.
 
@@ -347,7 +379,7 @@ def catch_up(
     tracker = Tracker(fingerprint, experiment, run_name, params, tags, artifact_root)
     tracker.sync(history)
     tracker.log_files(files)
-    return tracker.close(status, timeout_s)
+    return tracker.close(status, timeout_s, metrics)
 
 
 def check() -> str:
