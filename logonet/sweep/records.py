@@ -1,0 +1,277 @@
+"""What a sweep remembers: ``<root>/sweep/<name>/sweep.json`` and ``trials/0000.json`` and so on.
+
+The records are all that a sweep needs to go on after anything died. Each carries a checksum; a trial's record
+that cannot be trusted counts as absent, and is kept as ``*.json.torn-<digest>`` before a good one replaces it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import pandas as pd
+
+from logonet import config, store
+from logonet.errors import UserError
+
+SPEC = "sweep.json"
+TRIALS = "trials"
+READ_THREADS = 16
+SHOWN_DIFFERENCES = 5
+SHOWN_CHARACTERS = 80
+
+T = TypeVar("T")
+Status = Literal["waiting", "running", "done", "stopped", "failed"]
+
+log = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------------------------------------- trials
+
+
+@dataclass
+class Trial:
+    """One trial, as far as it has come.
+
+    Attributes:
+        index: its number in the sweep, from 0.
+        settings: dotted config key -> value.
+        status: "stopped" is early, by the scheduler.
+        reason: why it failed or where it was stopped.
+        history: an entry for each finished epoch: "epoch", and usually "step", "loss" and "objective".
+            A number that is not finite comes back from the store as NaN.
+        pretrain: URI of the pretraining artifact, or "".
+        final: {"dice": float, "uri": str} of the finetuning that judged it, or {}.
+        wall_s: seconds spent on it, over all attempts.
+    """
+
+    index: int
+    settings: dict[str, Any]
+    status: Status = "waiting"
+    reason: str = ""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    pretrain: str = ""
+    final: dict[str, Any] = field(default_factory=dict)
+    wall_s: float = 0.0
+
+    def to_bytes(self) -> bytes:
+        """Strict JSON: where a number is not finite stands null."""
+        values = config.to_dict(self)
+        for part in ("history", "final"):
+            values[part] = _replace(
+                values[part], lambda v: isinstance(v, float) and not math.isfinite(v), None
+            )
+        return _seal(values)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Trial:
+        """Raises UserError when ``data`` is no trial's record, or one that was damaged; ``where`` names it."""
+        values = _unseal(data, where)
+        for part in ("history", "final"):
+            values[part] = _replace(values.get(part), lambda v: v is None, math.nan)
+        return _build(cls, values, where)
+
+
+def write(uri: str, trial: Trial) -> None:
+    """Write, or replace, a trial's record in the sweep at ``uri``."""
+    record = _record(uri, trial.index)
+    if store.exists(record):
+        old = store.read(record)
+        if isinstance(_parsed(old, trial.index, record), str):
+            store.write(f"{record}.torn-{hashlib.sha256(old).hexdigest()[:8]}", old)
+    store.write(record, trial.to_bytes())
+
+
+def read_all(uri: str) -> list[Trial]:
+    """The trials of the sweep at ``uri``, by index; a record that cannot be trusted is logged and left out."""
+    prefix = store.join(uri, TRIALS)
+    names = [store.relative(entry.uri, prefix) for entry in store.listing(prefix)]
+    indices = sorted(int(name.removesuffix(".json")) for name in names if re.fullmatch(r"\d{4,}\.json", name))
+
+    def read(index: int) -> Trial | str:
+        record = _record(uri, index)
+        return _parsed(store.read(record), index, record)
+
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        found = list(pool.map(read, indices))
+    for why in found:
+        if isinstance(why, str):
+            log.warning("%s; the trial counts as never tried, its record is kept as *.torn-*", why)
+    return [trial for trial in found if isinstance(trial, Trial)]
+
+
+def table(trials: Sequence[Trial], keys: Sequence[str]) -> pd.DataFrame:
+    """A row for each trial.
+
+    Columns: trial, status, reason, epochs, objective (the last finite one of the history), final_dice, wall_s,
+    pretrain, then one for each of ``keys``: scalars as they are, lists and mappings as compact JSON.
+    """
+    rows = [
+        {
+            "trial": trial.index,
+            "status": trial.status,
+            "reason": trial.reason,
+            "epochs": int(trial.history[-1]["epoch"]) if trial.history else 0,
+            "objective": _last_objective(trial),
+            "final_dice": float(trial.final.get("dice", math.nan)),
+            "wall_s": trial.wall_s,
+            "pretrain": trial.pretrain,
+            **{key: _cell(trial.settings.get(key)) for key in keys},
+        }
+        for trial in trials
+    ]
+    columns = ["trial", "status", "reason", "epochs", "objective", "final_dice", "wall_s", "pretrain"]
+    return pd.DataFrame(rows, columns=[*columns, *keys])
+
+
+def _last_objective(trial: Trial) -> float:
+    values = [entry.get("objective") for entry in reversed(trial.history)]
+    return next((float(value) for value in values if value is not None and math.isfinite(value)), math.nan)
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, separators=(",", ":")) if isinstance(value, list | dict) else value
+
+
+def _record(uri: str, index: int) -> str:
+    return store.join(uri, TRIALS, f"{index:04d}.json")
+
+
+def _parsed(data: bytes, index: int, record: str) -> Trial | str:
+    """The trial, or why the record cannot be trusted."""
+    try:
+        trial = Trial.from_bytes(data, record)
+    except UserError as err:
+        return str(err)
+    return trial if trial.index == index else f"{record} is the record of trial {trial.index}"
+
+
+# ---------------------------------------------------------------------------------------------- the sweep
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that decides what a sweep computes. Budget and workers do not, so they may change between calls.
+
+    Attributes:
+        space: `space.Space.to_dict`.
+        base: the resolved config that the trials vary.
+        source, labelled: where the scans and the labelled ones are.
+        search: how settings are chosen.
+        finetuning: config of the finetuning that judges, or {}.
+        scheduler: settings of early stopping.
+    """
+
+    name: str
+    space: dict[str, Any]
+    base: dict[str, Any]
+    objective: str
+    source: str
+    labelled: str
+    search: str
+    seed: int
+    finetuning: dict[str, Any]
+    scheduler: dict[str, Any]
+
+
+def claim(uri: str, spec: Spec) -> None:
+    """Begin the sweep ``spec`` at ``uri``, or go on with it.
+
+    Raises:
+        UserError: when another sweep has that name, saying what differs.
+    """
+    if not store.exists(store.join(uri, SPEC)):
+        store.write(store.join(uri, SPEC), _seal(config.to_dict(spec)))
+        return
+    old, new = _flat(config.to_dict(read_spec(uri))), _flat(config.to_dict(spec))
+    keys = [
+        key
+        for key in [*old, *(k for k in new if k not in old)]
+        if old.get(key, _UNSET) != new.get(key, _UNSET)
+    ]
+    if not keys:
+        return
+    said = [f"{key} was {_text(old, key)}, now {_text(new, key)}" for key in keys[:SHOWN_DIFFERENCES]]
+    if len(keys) > SHOWN_DIFFERENCES:
+        said.append(f"and {len(keys) - SHOWN_DIFFERENCES} more")
+    raise UserError(
+        f"the sweep at {uri} was begun with other settings: {', '.join(said)}; "
+        "give --name another name, or the old settings"
+    )
+
+
+def read_spec(uri: str) -> Spec:
+    """What the sweep at ``uri`` was begun with.
+
+    Raises:
+        UserError: when there is no sweep, or ``sweep.json`` is damaged.
+    """
+    record = store.join(uri, SPEC)
+    if not store.exists(record):
+        raise UserError(f"{uri} holds no sweep ({SPEC} is missing); give the root and name of one")
+    data = store.read(record)
+    try:
+        return _build(Spec, _unseal(data, record), record)
+    except UserError as err:
+        # Not absence: whatever this call asks for, the trials beside it may have been tried for something else.
+        raise UserError(f"{err}; begin another sweep with --name, or restore the file") from None
+
+
+_UNSET = object()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested mappings."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, Mapping)
+        out |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return out
+
+
+def _text(values: Mapping[str, Any], key: str) -> str:
+    text = json.dumps(values[key]) if key in values else "unset"
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+
+
+# ------------------------------------------------------------------------------------------------- sealing
+
+
+def _seal(values: dict[str, Any]) -> bytes:
+    sealed = values | {"checksum": config.fingerprint(values)}
+    return (json.dumps(sealed, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _unseal(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(data)
+    except ValueError:  # UnicodeDecodeError too
+        raise UserError(f"{where} is torn") from None
+    if not isinstance(values, dict) or "checksum" not in values:
+        raise UserError(f"{where} is no record of a sweep")
+    if values.pop("checksum") != config.fingerprint(values):
+        raise UserError(f"{where} does not match its own checksum")
+    return values
+
+
+def _build(cls: type[T], values: dict[str, Any], where: str) -> T:
+    try:
+        return config.from_dict(cls, values)
+    except UserError as err:
+        raise UserError(f"{where} is no record of this version of logonet: {err}") from None
+
+
+def _replace(value: Any, which: Any, by: Any) -> Any:
+    """``value`` with every leaf that ``which`` holds for replaced."""
+    if isinstance(value, dict):
+        return {k: _replace(v, which, by) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_replace(v, which, by) for v in value]
+    return by if which(value) else value
