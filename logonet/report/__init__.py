@@ -13,6 +13,7 @@ from logonet.report.pretraining import (
 )
 from logonet.report.results import bars_with_ci, compare_picture, organ_boxes
 from logonet.report.segmentation import MAX_KEY, cases_overlay, overlay
+from logonet.report.sweeping import heat_axes, heat_map, importance_bars, parallel, progress, proxy_scatter
 from logonet.report.training import curves
 
 __all__ = [
@@ -29,9 +30,15 @@ __all__ = [
     "compare_picture",
     "contact_sheet",
     "curves",
+    "heat_axes",
+    "heat_map",
+    "importance_bars",
     "lineage",
     "organ_boxes",
     "overlay",
+    "parallel",
+    "progress",
+    "proxy_scatter",
     "run_page",
     "shown",
     "transfer_section",
