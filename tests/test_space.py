@@ -440,6 +440,15 @@ def test_what_lies_outside_has_no_point(search: dict[str, Any]) -> None:
     assert space.encode(parse(search), {}, BASE) is None
 
 
+def test_tune_draws_from_end_to_end() -> None:
+    domains = space.domains(
+        parse({"a": {"int": [1, 2]}, "b": {"grid": ["x", "y"]}, "c": {"uniform": [3, 4]}})
+    )
+    assert set(domains["a"].sample(size=100)) == {1, 2}
+    assert set(domains["b"].sample(size=100)) == {0, 1}
+    assert all(3 <= value <= 4 for value in domains["c"].sample(size=100))
+
+
 def test_optuna_searches_the_space() -> None:
     pytest.importorskip("optuna")
     from ray.tune.search.optuna import OptunaSearch
