@@ -70,11 +70,11 @@ def heat_map(table: pd.DataFrame, x: str, y: str | None, measured: str, best: in
     high = max(0.62, 0.2 + LINE_IN * max(label.count("\n") + 1 for label in rows))
     left = 0.4 + max(_width_in(rows), _width_in([y or ""]))
     heads = 0.12 + 0.15 * max(label.count("\n") + 1 for label in columns)
-    note = "darker is better; mean of the trials that ran to the end"
+    note = "darker is better; mean of the trials run to the end"
     if any(cell.stopped for cell in cells.values()):
-        note += "; hatched: stopped early or still running, so the value is of an earlier epoch"
+        note += "; hatched: none was, so of earlier epochs"
     if best is not None:
-        note += f"; outlined: the best, trial {best}"
+        note += f"; outlined: best, trial {best}"
     width = max(left + wide * len(columns) + MARGIN_IN, 2 * MARGIN_IN + _width_in([x]) + left, 5.6)
     note, top = _note(note, width)
     fig = drawing.figure(width, top + 0.2 + heads + high * len(rows) + MARGIN_IN)
@@ -195,7 +195,7 @@ def _groups(values: pd.Series) -> tuple[np.ndarray, list[str]]:
 
 def _is_drawn(values: pd.Series) -> bool:
     """Whether these numbers were drawn from a range, rather than picked from a few."""
-    known = values.dropna()
+    known = values.dropna().infer_objects()
     return pd.api.types.is_numeric_dtype(known) and known.nunique() > MAX_VALUES
 
 
@@ -250,7 +250,8 @@ def parallel(table: pd.DataFrame, keys: Sequence[str], measured: str, best: int 
     right = 0.35 + max(_width_in([form.format(v) for v in found_N]), _width_in([measured]) / 2)
     width = max(left + at[-1] + right, 5.6)
     note, top = _note(note, width)
-    high, bottom = 2.5, 0.35
+    lines = max(sum(label.count("\n") + 1 for label in ticks) for ticks in labels)
+    high, bottom = max(2.5, 0.16 * lines), 0.35
     fig = drawing.figure(width, bottom + high + 0.5 + top)
     drawing.heading(fig, "All keys of the trials", note)
     axes = drawing.axes_at(fig, (left, bottom, at[-1] + 0.01, high))

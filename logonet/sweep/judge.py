@@ -130,8 +130,8 @@ def importance(table: pd.DataFrame, keys: Sequence[str], seed: int = 0) -> pd.Da
 
 def _encoded(values: pd.Series) -> np.ndarray:
     """Numbers as they are; categories by the order of their text, of which a tree needs only that it is one."""
-    if pd.api.types.is_numeric_dtype(values):
-        return values.to_numpy(np.float64)
+    if pd.api.types.is_numeric_dtype(values.dropna().infer_objects()):
+        return pd.to_numeric(values).to_numpy(np.float64, na_value=np.nan)
     return pd.Categorical(values.map(str)).codes.astype(np.float64)
 
 
@@ -310,7 +310,7 @@ def _answer(
     counts = table["status"].value_counts()
     said = {"done": "run to the end", "stopped": "stopped early"}
     count = ", ".join(f"{counts[s]} {said.get(s, s)}" for s in STATUSES if s in counts)
-    count = f"{len(table)} trial{'s' * (len(table) != 1)}: {count}."
+    count = f"{len(table)} trial{'s' * (len(table) != 1)}: {count or 'none has begun'}."
     if best is None:
         return f"<p><b>No trial has an objective yet.</b></p><p>{count}</p>"
     ranked = contenders(table)

@@ -1,0 +1,521 @@
+"""What a sweep's page says is true: against sums done by hand, slow loops and what is written in its pictures."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import test_report
+from scipy import stats
+from test_report import Page, pixels
+
+from logonet import report
+from logonet.draws import rng
+from logonet.sweep import judge, records
+
+placed = test_report.placed
+NAN = math.nan
+M, PHI, LR = "method.chain_length", "method.phi1", "train.lr"
+
+
+def sweep(keys, *trials):
+    """Table and history of trials: (status, settings, objectives by epoch, and more of the record)."""
+    made = []
+    for index, (status, settings, curve, *more) in enumerate(trials):
+        history = [{"epoch": e, "objective": o} for e, o in enumerate(curve, start=1)]
+        chosen = dict(zip(keys, settings))
+        made.append(records.Trial(index, chosen, status, history=history, **(more[0] if more else {})))
+    rows = [{"trial": t.index, **entry} for t in made for entry in t.history]
+    return records.table(made, keys), pd.DataFrame(rows, columns=["trial", "epoch", "objective"])
+
+
+def grid():
+    """The paper's grid: the column of M = 5 and the first ran to the end, one failed, the others were stopped."""
+    trials = []
+    for m, phi in itertools.product((3, 5, 7), (0.1, 0.2, 0.3)):
+        top = 0.5 + 0.05 * (m == 5) - 0.2 * phi
+        ended = m == 5 or (m, phi) == (3, 0.1)
+        curve = [round(top * (1 - 0.5**e), 4) for e in range(1, (8 if ended else 2) + 1)]
+        if (m, phi) == (7, 0.3):
+            trials.append(("failed", (m, phi), [], {"reason": "clusterers.k_max <500> is too many"}))
+        elif ended:
+            more = {"final": {"dice": 0.8 + 0.1 * top, "uri": "f"}, "pretrain": f"s3://b/pretrain/{m}{phi}"}
+            trials.append(("done", (m, phi), curve, more))
+        else:
+            trials.append(("stopped", (m, phi), curve, {"reason": "stopped after epoch 2"}))
+    return (*sweep([M, PHI], *trials), [M, PHI])
+
+
+def random(num=24):
+    """Six keys of every kind, of which the learning rate decides."""
+    g = rng(0, "random sweep")
+    ranges = [{"k_min": 8, "k_max": 40}, {"k_min": 20, "k_max": 100}]
+    keys = [M, PHI, LR, "clusterers", "clusterers.n", "backbone"]
+    trials = []
+    for i in range(num):
+        settings = (
+            int(g.integers(1, 10)),
+            g.uniform(0.05, 0.5),
+            10 ** g.uniform(-4, -2),
+            ranges[i % 2],
+            int(g.integers(8, 33)),
+            ("logonet", "ulkanet", None)[i % 3],
+        )
+        top = 0.4 + 0.2 * math.log10(settings[2] / 1e-4) + g.normal(0, 0.02)
+        status = "failed" if i in (4, 9) else "done" if i % 3 == 0 else "stopped"
+        length = {"done": 9, "stopped": 2 + i % 2, "failed": int(i == 4)}[status]
+        more = {"final": {"dice": 0.7 + top / 5}} if status == "done" else {}
+        trials.append((status, settings, [top * (1 - 0.6**e) for e in range(1, length + 1)], more))
+    return (*sweep(keys, *trials), keys)
+
+
+def running():
+    table, history, keys = grid()
+    begun = table["trial"] < 5
+    table.loc[~begun, ["status", "reason", "objective", "epochs"]] = ["waiting", "", NAN, 0]
+    table.loc[4, "status"] = "running"
+    return table.assign(final_dice=NAN), history[history["trial"] < 5], keys
+
+
+SWEEPS = {
+    "grid": grid,
+    "random": random,
+    "running": running,
+    "one": lambda: (*sweep([PHI], ("done", (0.1,), [0.3, 0.4])), [PHI]),
+    "failed": lambda: (*sweep([PHI], *(("failed", (p,), []) for p in (0.1, 0.2))), [PHI]),
+    "one epoch": lambda: (*sweep([PHI], *(("done", (p,), [p]) for p in (0.1, 0.2))), [PHI]),
+    "all equal": lambda: (*sweep([PHI], *(("done", (p / 10,), [0.5, 0.5]) for p in range(8))), [PHI]),
+    "not begun": lambda: (*sweep([PHI]), [PHI]),
+}
+
+
+# ------------------------------------------------------------------------------------- the winner
+
+
+@pytest.mark.parametrize(
+    ("expected", "trials"),
+    [
+        # A finetuned Dice beats any proxy.
+        (0, [("done", (1,), [0.2], {"final": {"dice": 0.8}}), ("done", (2,), [0.9])]),
+        (
+            1,
+            [
+                ("done", (1,), [0.9], {"final": {"dice": 0.7}}),
+                ("done", (2,), [0.2], {"final": {"dice": 0.8}}),
+            ],
+        ),
+        # A stopped trial's objective is no end, whatever it is.
+        (1, [("stopped", (1,), [0.9]), ("done", (2,), [0.4]), ("done", (3,), [0.3])]),
+        (1, [("failed", (1,), [0.9]), ("stopped", (2,), [0.3]), ("running", (3,), [0.2])]),
+        (0, [("done", (1,), [0.4]), ("done", (2,), [0.4])]),
+        (1, [("done", (1,), [NAN]), ("done", (2,), [NAN, 0.1, NAN])]),
+        (None, [("failed", (1,), [0.9]), ("waiting", (2,), []), ("done", (3,), [NAN])]),
+        (None, []),
+    ],
+)
+def test_the_best(expected, trials):
+    table, _ = sweep([PHI], *trials)
+    assert judge.best(table) == expected
+
+
+# ------------------------------------------------------------------------------------- importances
+
+
+def test_objectives_are_compared_at_the_last_epoch_that_most_reached():
+    """Of four trials three must have measured; epochs without a number do not count."""
+    table, history = sweep(
+        [PHI],
+        ("done", (1,), [0.1, 0.2, 0.3, 0.4]),
+        ("done", (2,), [0.2, 0.3, 0.5, 0.6]),
+        ("stopped", (3,), [0.3, 0.4, NAN]),
+        ("failed", (4,), [0.05]),
+        ("failed", (5,), []),
+    )
+    compared, epoch = judge.comparable(table, history)
+    assert epoch == 2
+    np.testing.assert_array_equal(compared["objective"], [0.2, 0.3, 0.4, NAN, NAN])
+    assert table["objective"].tolist()[:3] == [0.4, 0.6, 0.4]  # as it was
+    compared, epoch = judge.comparable(table, history[:0])
+    assert epoch is None and compared["objective"].isna().all()
+
+
+def test_a_key_that_decides_all_has_the_importance_that_a_sum_gives():
+    """Of two balanced values, shuffled, half meet the other one's objective, 2 standard deviations away.
+
+    So the squared error grows by half of 2 ** 2, on average; a fold without the balance has less to shuffle.
+    """
+    g = rng(0, "two values")
+    table = pd.DataFrame({"trial": range(60), "backbone": ["a", "b"] * 30, PHI: g.random(60)})
+    table["objective"] = np.where(table["backbone"] == "a", 0.4, 0.6)
+    found = judge.importance(table, [PHI, "backbone"])
+    assert found["key"].tolist() == ["backbone", PHI]
+    assert found.loc[0, "importance"] == pytest.approx(2.0, rel=0.1)
+    assert found.loc[1, "importance"] == 0
+    assert found["note"].tolist() == ["", ""]
+    pd.testing.assert_frame_equal(found, judge.importance(table, [PHI, "backbone"]))
+
+
+def test_noise_is_not_important():
+    """On its own trials a forest finds it so; on others it does not."""
+    g = rng(0, "noise")
+    table = pd.DataFrame(g.random((24, 4)), columns=[*"abc", "objective"])
+    found = judge.importance(table, [*"abc"])
+    assert (found["importance"] < 0.3).all()
+    assert found["note"].str.contains("not shown to matter").all()
+
+
+def test_the_learning_rate_of_the_random_sweep_decides():
+    table, history, keys = random()
+    compared, epoch = judge.comparable(table, history)
+    assert epoch == 2
+    found = judge.importance(compared, keys)
+    assert found.loc[0, "key"] == LR and found.loc[0, "importance"] > 0.5
+    assert (found["importance"][1:] < 0.2).all() and sorted(found["key"]) == sorted(keys)
+
+
+def test_importances_that_cannot_be_measured_say_why():
+    table, _ = sweep([M, PHI], *(("done", (3, p / 10), [float(p)]) for p in range(7)))
+    found = judge.importance(table, [M, PHI]).set_index("key")
+    assert found.loc[M, "note"] == "one value only" and math.isnan(found.loc[M, "importance"])
+    assert math.isfinite(found.loc[PHI, "importance"])
+    # The values of failed trials are none that were measured.
+    few = table.assign(objective=[0.1, 0.2, NAN, NAN, NAN, 0.5, 0.6])
+    found = judge.importance(few, [M, PHI])
+    assert found["importance"].isna().all()
+    assert set(found["note"]) == {"4 trials with an objective; 6 are the least to judge by"}
+    assert set(judge.importance(table.assign(objective=0.5), [M, PHI])["note"]) == {
+        "all objectives are equal"
+    }
+
+
+# --------------------------------------------------------------------------------------- the proxy
+
+
+TIED = ([1.0, 2.0, 2.0, 4.0, 3.0, 7.0], [0.3, 0.2, 0.6, 0.9, 0.6, 0.8])
+
+
+def test_rank_correlation_against_scipy_and_all_permutations():
+    proxy, final = TIED
+    found = judge.rank_correlation([*proxy, NAN, 5.0], [*final, 0.5, math.inf])
+    rho = stats.spearmanr(proxy, final).statistic
+    assert found["n"] == 6 and found["rho"] == pytest.approx(rho)
+    every = np.array([stats.spearmanr(order, final).statistic for order in itertools.permutations(proxy)])
+    tails = [(every >= rho - 1e-9).mean(), (every <= rho + 1e-9).mean()]
+    assert found["p"] == pytest.approx(2 * min(tails))
+    assert judge.rank_correlation(final, proxy)["rho"] == pytest.approx(rho)
+
+
+def test_the_interval_is_that_of_all_resamples():
+    """All 5 ** 5 resamples of the pairs, less those with a constant side, against some of them drawn."""
+    proxy, final = np.array([1.0, 2, 3, 4, 5]), np.array([2.0, 1, 3, 5, 4])
+    every = []
+    for at in itertools.product(range(5), repeat=5):
+        drawn = proxy[list(at)], final[list(at)]
+        if np.ptp(drawn[0]) and np.ptp(drawn[1]):
+            ranks = [stats.rankdata(side) for side in drawn]
+            every.append(np.corrcoef(*ranks)[0, 1])
+    found = judge.rank_correlation(proxy, final)
+    # A percentile of few distinct values jumps: its neighbours hold it.
+    assert np.percentile(every, 2.0) - 1e-9 <= found["ci_low"] <= np.percentile(every, 3.0) + 1e-9
+    assert found["ci_high"] == pytest.approx(np.percentile(every, 97.5))
+    assert found["ci_low"] < found["rho"] == pytest.approx(0.8)
+    assert "is not shown" in found["note"] if found["ci_low"] <= 0 else found["note"] == ""
+    assert judge.rank_correlation(proxy, final) == found
+
+
+@pytest.mark.parametrize(
+    ("proxy", "final", "rho", "said"),
+    [
+        ([], [], NAN, "0 trials with a finetuned Dice: two pairs are the least"),
+        ([1], [2], NAN, "1 trial with a finetuned Dice: two pairs are the least"),
+        ([1, 2, 3], [1, 3, 2], 0.5, "3 trials with a finetuned Dice prove nothing"),
+        ([1, 1, 1, 1, 1], [1, 2, 3, 4, 5], NAN, "one side is constant"),
+        ([1, 2, 3, 4, 5], [2, 4, 6, 8, 9], 1.0, "rho has no interval"),
+    ],
+)
+def test_pairs_that_prove_nothing(proxy, final, rho, said):
+    found = judge.rank_correlation(proxy, final)
+    assert found["n"] == len(proxy) and said in found["note"]
+    assert found["rho"] == pytest.approx(rho, nan_ok=True)
+    assert math.isnan(found["ci_low"]) and math.isnan(found["ci_high"])
+    assert found["p"] == pytest.approx(2 / math.factorial(5)) if rho == 1 else math.isnan(found["p"])
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+def test_the_heat_map_of_the_grid(placed):
+    table, _, keys = grid()
+    texts = placed(report.heat_map, table, *keys, "probe_dice", 3)
+    assert [t for t in texts if t in ("3", "5", "7")] == ["3", "5", "7"]
+    for row in table.dropna(subset="objective").to_dict("records"):
+        assert f"{row['objective']:.3f}" in texts
+    assert texts.count("after 2 epochs") == 4 and texts.count("failed") == 1
+    assert any("outlined: best, trial 3" in " ".join(t.split()) for t in texts)
+    assert {M, PHI, "0.1", "0.2", "0.3", "probe_dice of the settings"} <= set(texts)
+
+
+def test_a_cell_has_the_mean_of_the_trials_that_are_comparable(placed):
+    table, _ = sweep(
+        [M, "backbone"],
+        ("done", (3, "a"), [0.1, 0.3]),
+        ("done", (3, "a"), [0.1, 0.5]),
+        ("stopped", (3, "a"), [0.9]),
+        ("failed", (3, "b"), [0.9]),
+        ("stopped", (3, "b"), [0.2]),
+        ("stopped", (3, "b"), [0.2, 0.3]),
+        ("waiting", (7, "b"), []),
+        ("failed", (7, "b"), []),
+        ("running", (5, None), [0.7]),
+    )
+    texts = placed(report.heat_map, table, M, "backbone", "Dice")
+    cells = {"0.400", "2 of 3 trials", "0.250", "after 1 to 2 epochs", "waiting", "2 trials", "still running"}
+    assert cells | {"a", "b", "not set", "5", "after 1 epoch"} <= set(texts)
+    assert texts.count("2 of 3 trials") == 2
+    assert not {"nan", "0.900"} & set(texts)
+
+
+def test_stopped_cells_are_lighter_and_the_best_is_outlined():
+    table, _ = sweep(
+        [PHI], *((s, (p,), [o]) for s, p, o in (("done", 1, 0.2), ("done", 2, 0.5), ("done", 3, 0.5)))
+    )
+
+    def dark(table):
+        return int((pixels(report.heat_map(table, PHI, None, "Dice")).sum(-1) < 250).sum())
+
+    stopped = table.assign(status=["done", "done", "stopped"])
+    assert dark(stopped) < 0.7 * dark(table)
+    outlined = pixels(report.heat_map(table, PHI, None, "Dice", 1))
+    red = report.drawing.RED
+    assert test_report.near(outlined, red) > 1000
+    assert test_report.near(pixels(report.heat_map(table, PHI, None, "Dice")), red) == 0
+
+
+def test_numbers_drawn_from_a_range_are_put_in_bins(placed):
+    values = [0.01 * i for i in range(1, 21)]
+    table, _ = sweep([PHI], *(("done", (v,), [v]) for v in values))
+    texts = placed(report.heat_map, table, PHI, None, "Dice")
+    assert {"0.01 to 0.04", "0.05 to 0.08", "0.17 to 0.2"} <= set(texts)
+    assert texts.count("4 trials") == 5
+    assert f"{np.mean(values[:4]):.3f}" in texts
+
+
+def test_a_heat_map_is_of_the_first_two_keys_that_vary():
+    table, _ = sweep([*"abcd"], *(("done", (1, i, "x" * i, i), [0.1]) for i in range(3)))
+    assert report.heat_axes(table, [*"abcd"]) == ["b", "c"]
+    assert report.heat_axes(table, ["a", "d"]) == ["d"]
+    assert report.heat_axes(table[:1], [*"abcd"]) == []
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """The lines that pictures draw, as (x, y, look)."""
+    from matplotlib.axes import Axes
+
+    seen: list[tuple[np.ndarray, np.ndarray, dict]] = []
+    plot = Axes.plot
+
+    def spy(self, x, y, *args, **look):
+        seen.append((np.asarray(x, float), np.asarray(y, float), look))
+        return plot(self, x, y, *args, **look)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    return seen
+
+
+def test_lines_run_through_their_settings_to_their_objective(lines, placed):
+    settings = [(3, 1e-4, "a"), (3, 1e-3, "b"), (5, 1e-2, "a"), (7, 2e-3, "b")]
+    settings += [(7, 10**-e, "a") for e in (2.2, 2.4, 2.6)]
+    objectives = [0.1, 0.3, 0.9, 0.5, 0.5, 0.5, 0.5]
+    statuses = ["done"] * 6 + ["failed"]
+    trials = [(s, v, [o]) for s, v, o in zip(statuses, settings, objectives)]
+    table, _ = sweep([M, LR, "backbone"], *trials, ("waiting", (3, 1e-3, "a"), []))
+    texts = placed(report.parallel, table, [M, LR, "backbone"], "probe_dice", 2)
+    drawn = [(y, look) for _, y, look in lines if len(y) > 2]
+    assert len(drawn) == 7
+    # The failed first and below, then from the worst to the best.
+    np.testing.assert_allclose(drawn[0][0], [1, 0.7, 0])
+    assert drawn[0][1]["color"] == report.drawing.GREY and "linestyle" in drawn[0][1]
+    np.testing.assert_allclose(drawn[1][0], [0, 0, 0, 0])
+    np.testing.assert_allclose(drawn[2][0], [0, 0.5, 1, 0.25])
+    np.testing.assert_allclose(drawn[-1][0], [0.5, 1, 0, 1])
+    widths = [look["linewidth"] for _, look in drawn]
+    assert max(widths) == widths[-1] > widths[-2]
+    assert {"0.001", "0.01", "a", "b", "0.100", "0.900"} <= set(texts)
+    assert any("1 without an objective not drawn" in " ".join(t.split()) for t in texts)
+
+
+def test_progress_says_how_each_trial_ended(lines, placed):
+    table, history, _ = grid()
+    history.loc[0, "objective"] = NAN
+    texts = placed(report.progress, history, table, 3, "probe_dice")
+    assert {"best: trial 3", "run to the end", "stopped early"} <= set(texts)
+    assert "failed" not in texts  # it has no epoch
+    assert {str(t) for t in range(8)} <= set(texts)
+    crossed = [y for _, y, look in lines if look.get("marker") == "x"]
+    stopped = history[history["trial"].isin([1, 2, 6, 7])].groupby("trial")["objective"]
+    np.testing.assert_allclose(crossed, [y.tolist() for _, y in stopped])
+
+
+def test_many_that_end_together_are_counted(placed):
+    trials = [
+        ("done" if i < 20 else "stopped", (i,), [0.1 + i / 100] * (4 if i < 20 else 2)) for i in range(30)
+    ]
+    table, history = sweep([PHI], *trials)
+    texts = placed(report.progress, history, table, 19, "Dice")
+    assert {"19 trials", "19", "10 trials"} <= set(texts) and "18" not in texts
+
+
+def test_importances_are_written_and_doubted(placed):
+    table = pd.DataFrame(
+        {
+            "key": [LR, PHI, M],
+            "importance": [0.876, -0.001, NAN],
+            "std": [0.123, 0.04, NAN],
+            "note": ["", "", "one value only"],
+        }
+    )
+    texts = placed(report.importance_bars, table, "Of 24 trials.")
+    assert {LR, PHI, M, "0.88", "0.12", "0.00", "0.04", "one value only"} <= set(texts)
+    assert test_report.near(pixels(report.importance_bars(table)), report.drawing.BLUE) > 1000
+    doubted = table.assign(note=["not shown to matter", "not shown to matter", "one value only"])
+    texts = placed(report.importance_bars, doubted)
+    assert any("Grey: not shown to matter." in " ".join(t.split()) for t in texts)
+    assert test_report.near(pixels(report.importance_bars(doubted)), report.drawing.BLUE) == 0
+
+
+def test_the_scatter_has_every_trial_with_both_and_the_correlation(placed):
+    dice = [0.7, 0.75, 0.72, NAN, 0.8, 0.79]
+    trials = [("done", (i,), [0.1 * i], {"final": {"dice": d}} if d == d else {}) for i, d in enumerate(dice)]
+    table, _ = sweep([PHI], *trials)
+    correlation = judge.rank_correlation(table["objective"], table["final_dice"])
+    texts = placed(report.proxy_scatter, table, correlation, "probe_dice")
+    assert {"0", "1", "2", "4", "5"} <= set(texts) and "3" not in texts
+    said = " ".join(" ".join(texts).split())
+    assert f"rho {correlation['rho']:.2f}" in said and "n 5" in said
+    assert f"{correlation['ci_low']:.2f} to {correlation['ci_high']:.2f}" in said
+
+
+def test_crowds_are_moved_apart_around_where_they_want_to_be():
+    from logonet.report.sweeping import _apart
+
+    np.testing.assert_allclose(_apart(np.array([0.0, 30.0]), 10), [0, 30])
+    np.testing.assert_allclose(_apart(np.array([4.0, 6.0, 50.0]), 10), [0, 10, 50])
+    # The first two make room, and so meet the third.
+    np.testing.assert_allclose(_apart(np.array([10.0, 10.0, 12.0]), 10), [2 / 3, 32 / 3, 62 / 3])
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_pictures_of_any_sweep_are_legible_and_the_same_twice(name, placed):
+    table, history, keys = SWEEPS[name]()
+    best = judge.best(table)
+    axes = report.heat_axes(table, keys)
+    drawn = []
+    if axes:
+        drawn.append((report.heat_map, table, axes[0], axes[1] if axes[1:] else None, "probe_dice", best))
+    if best is not None:
+        drawn.append((report.parallel, table, keys, "probe_dice", best))
+        drawn.append((report.progress, history, table, best, "probe_dice"))
+    for draw, *args in drawn:
+        placed(draw, *args)
+        assert draw(*args) == draw(*args)
+
+
+# ---------------------------------------------------------------------------------------- the page
+
+
+def page(name, **more):
+    table, history, keys = SWEEPS[name]()
+    html, files = judge.page(
+        f"Sweep <{name}>", table, history, keys, "probe_dice", "space: a & <b>\n", judge.best(table), **more
+    )
+    return Page(html), " ".join(html.split()), files
+
+
+def test_the_page_of_the_grid():
+    made, html, files = page("grid", base=0)
+    text = " ".join(" ".join(made.text).split())
+    # Finetuned Dice of trial 3: 0.8 + 0.1 * 0.53; the runner-up has phi1 0.2, the base setting M = 3.
+    expected = "Trial 3 wins: method.chain_length = 5, method.phi1 = 0.1; finetuned Dice 0.8530 (probe_dice 0.5279), "
+    expected += "0.0020 above the runner-up (trial 4) and 0.0050 above the base setting (trial 0)."
+    assert expected in text
+    assert "9 trials: 4 run to the end, 4 stopped early, 1 failed." in text
+    assert "s3://b/pretrain/50.1" in text
+    heads = [
+        "Answer",
+        "Heat map",
+        "Progress",
+        "All keys",
+        "What each key decides",
+        "Can the objective be trusted",
+    ]
+    places = [html.index(f"<h2>{head}</h2>") for head in [*heads, "Trials", "Specification"]]
+    assert places == sorted(places)
+    for said in (
+        "clusterers.k_max <500> is too many",
+        "stopped after epoch 2",
+        "space: a & <b>",
+        "Sweep <grid>",
+    ):
+        assert said in text
+    pictures = {"heat_map.png", "parallel.png", "importance.png", "progress.png", "proxy.png"}
+    assert set(files) == {"trials.csv", *pictures}
+    assert made.tags.count("img") == len(pictures)
+    fetched = [link for link in made.links if not link.startswith("#")]
+    assert all(link.startswith("data:image/png;base64,") for link in fetched)
+    for file in pictures:
+        assert min(pixels(files[file]).shape[:2]) > 200
+    saved = pd.read_csv(io.BytesIO(files["trials.csv"]))
+    assert saved[[M, PHI]].to_numpy().tolist() == [[m, p] for m in (3, 5, 7) for p in (0.1, 0.2, 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "said", "files"),
+    [
+        ("one", 0, ["It is the base setting itself", "no other trial can be compared"], {"progress.png"}),
+        ("failed", 0, ["No trial has an objective yet.", "2 trials: 2 failed."], {"heat_map.png"}),
+        ("not begun", None, ["No trial has an objective yet.", "0 trials: none has begun."], set()),
+        (
+            "running",
+            0,
+            [
+                "Trial 3 leads so far",
+                "(trial 0, the base setting)",
+                "4 waiting",
+                "0 trials with a finetuned Dice",
+            ],
+            {"heat_map.png", "progress.png", "parallel.png"},
+        ),
+        (
+            "all equal",
+            None,
+            ["Trial 0 wins", "all objectives are equal", "0.0000 above the runner-up (trial 1)"],
+            {"heat_map.png", "progress.png", "parallel.png"},
+        ),
+        (
+            "random",
+            1,
+            ["The base setting's trial 1 cannot be compared: stopped", "24 trials: "],
+            {"heat_map.png", "progress.png", "parallel.png", "importance.png", "proxy.png"},
+        ),
+    ],
+)
+def test_pages_of_other_sweeps(name, base, said, files):
+    made, _, found = page(name, base=base)
+    text = " ".join(" ".join(made.text).split())
+    for words in said:
+        assert words in text
+    assert set(found) == {"trials.csv", *files}
+    assert "nan" not in text.lower().split()
+
+
+def test_mappings_are_written_as_people_write_them(placed):
+    table, _, _ = random()
+    assert json.loads(table["clusterers"].iloc[0]) == {"k_min": 8, "k_max": 40}
+    texts = placed(report.heat_map, table, "clusterers", "backbone", "probe_dice")
+    assert {"k_min 8, k_max 40", "k_min 20\nk_max 100", "logonet", "not set"} <= set(texts)
