@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from logonet import backbones, cases, checkpoints, data, draws, infer, methods, store, transfer, volume
+from logonet import backbones, cases, checkpoints, data, draws, infer, methods, probe, store, transfer, volume
 from logonet.cluster import Resources, Share, quiet
 from logonet.config import unknown
 from logonet.errors import BadScan, UserError
@@ -121,7 +121,11 @@ class Init:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs, beside the feed. Plain data, so that it travels."""
+    """Everything a worker needs, beside the feed. Plain data, so that it travels.
+
+    With ``probe`` the entries of the epochs that it is due in say how good the encoder is: ``probe_dice``,
+    ``probe_dice_per_class`` and ``probe_dice_floor``, that of the same network at its random initial weights.
+    """
 
     uri: str
     fingerprint: str
@@ -134,6 +138,7 @@ class Job:
     files: dict[str, bytes] = field(default_factory=dict)
     init: Init | None = None
     validation: infer.Config = field(default_factory=infer.Config)
+    probe: probe.Task | None = None
 
 
 def lr_at(step: int, cfg: Config, steps_per_epoch: int) -> float:
@@ -251,6 +256,8 @@ class Worker:
             self.params, lr=self.cfg.lr, betas=self.cfg.betas, weight_decay=self.cfg.weight_decay
         )
         self.writer = checkpoints.Writer(job.uri, job.fingerprint, keep=self.cfg.keep_checkpoints)
+        self.probe = probe.Probe(job.probe, device) if job.probe is not None and rank == 0 else None
+        self.probe_floor = math.nan
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.partial: dict[str, torch.Tensor] = {}
@@ -342,6 +349,8 @@ class Worker:
 
     def run(self, report: Callable[[dict[str, Any]], None], tracker: Any = None) -> list[dict[str, Any]]:
         """Train from the newest checkpoint to the end; returns the history (one mapping per epoch)."""
+        if self.probe is not None:  # before anything is restored, so that a resumed run has the same number
+            self.probe_floor = self.probe.measure(self.method.backbone)["probe_dice"]
         self.restore()
         if tracker is not None and self.history:
             tracker.sync(self.history)
@@ -379,7 +388,7 @@ class Worker:
                 self.timing["wall_s"], started = time.monotonic() - started, time.monotonic()
                 self.timing["wait_s"] = batches.reset()
                 self._end_epoch()
-                started = time.monotonic()  # validation is not training
+                started = time.monotonic()  # validating and probing are not training
             if epoch_done or (every is not None and self.step % every == 0):
                 state = self.state()
                 if self.rank == 0:
@@ -441,6 +450,7 @@ class Worker:
             "lr": lr_at(self.step - 1, self.cfg, self.order.steps_per_epoch),
             **values,
             **self._validate(epoch),
+            **self._measure_probe(epoch),
             "samples_per_s": self.timing["samples"] / max(self.timing["wall_s"], 1e-9),
             "data_wait_share": self.timing["wait_s"] / max(self.timing["wall_s"], 1e-9),
             "peak_memory_mb": _peak_memory_mb(self.device),
@@ -495,6 +505,16 @@ class Worker:
         dice_VK = torch.tensor([dice[place] for place in range(len(feed.val))], dtype=torch.float64)
         per_class = torch.nanmean(dice_VK, 0)
         return {"val_dice": torch.nanmean(per_class).item(), "val_dice_per_class": per_class.tolist()}
+
+    def _measure_probe(self, epoch: int) -> dict[str, Any]:
+        """Probe Dice, which rank 0 measures and every rank is told; {} when none is due."""
+        task = self.job.probe
+        if task is None or (epoch % task.cfg.every_epochs and epoch < self.cfg.epochs):
+            return {}
+        values: dict[str, Any] = {}
+        if self.probe is not None:
+            values = {**self.probe.measure(self.method.backbone), "probe_dice_floor": self.probe_floor}
+        return self._gather(values)[0]
 
 
 def case_dice(found_XYZ: np.ndarray, truth_XYZ: np.ndarray, num_classes: int) -> list[float]:
@@ -662,6 +682,8 @@ def epoch_line(entry: dict[str, Any], epochs: int) -> str:
         parts.append(f"Dice {entry['train_dice']:.3f}")
     if "val_dice" in entry:
         parts.append(f"validation Dice {entry['val_dice']:.4f}")
+    if "probe_dice" in entry:
+        parts.append(f"probe Dice {entry['probe_dice']:.3f} (untrained {entry['probe_dice_floor']:.3f})")
     if "effective_rank" in entry:
         parts.append(f"effective rank {entry['effective_rank']:.1f}")
     parts.append(f"lr {entry['lr']:.2e}")

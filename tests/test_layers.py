@@ -37,6 +37,7 @@ FLOORS = [
         "registry",
         "data",
         "infer",
+        "probe",
         "checkpoints",
         "doctor",
         "report",
@@ -72,6 +73,7 @@ NEIGHBOURS = {
     ("phantom", "volume"),
     ("labeller", "clusterers"),
     ("doctor", "cluster"),
+    ("sweep", "stages"),
 }
 ONLY = {"boto3": {"store"}, "botocore": {"store"}, "mlflow": {"registry"}}
 NO_RAY_BELOW = 6
