@@ -28,6 +28,7 @@ from logonet import (
     infer,
     methods,
     phantom,
+    probe,
     store,
     train,
 )
@@ -847,7 +848,130 @@ def test_weights_that_are_not_the_ones_meant_are_refused(
         train.load_weights(train.Init(text, noted.sha256))
 
 
+# --------------------------------------------------------------------------------------------- the probe
+
+
+@pytest.fixture(scope="module")
+def probe_task(labelled: data.LabelledFeed) -> probe.Task:
+    cfg = probe.Config(every_epochs=2, train_cases=2, val_cases=1, crops_per_case=1, voxels_per_crop=300)
+    ids = [ref.scan_id for ref in labelled.table.refs]
+    return probe.task(cfg, labelled.table, ids[:4], ids[4:], SIZE)
+
+
+PROBED = ("probe_dice", "probe_dice_per_class", "probe_dice_floor")
+
+
+def test_probing_changes_no_bit_of_the_training(feed: Any, tmp_path: Path, probe_task: probe.Task) -> None:
+    plain = a_worker(feed, a_job(f"{tmp_path}/plain", epochs=3))
+    expected = plain.run(silent)
+    probed = a_worker(feed, dataclasses.replace(a_job(f"{tmp_path}/probed", epochs=3), probe=probe_task))
+    history = probed.run(silent)
+    without = [{k: v for k, v in e.items() if k not in PROBED} for e in history]
+    assert timeless(without) == timeless(expected)
+    for (name, a), b in zip(plain.method.state_dict().items(), probed.method.state_dict().values()):
+        assert torch.equal(a, b), name
+    assert [set(PROBED) <= e.keys() for e in history] == [False, True, True]
+    # The last entry is of the network as it is now, and the floor of one that saw nothing.
+    prober = probe.Probe(probe_task, torch.device("cpu"))
+    last = prober.measure(probed.method.backbone)
+    assert last == {k: history[-1][k] for k in ("probe_dice", "probe_dice_per_class")}
+    fresh = a_worker(feed, a_job(f"{tmp_path}/fresh"))
+    assert prober.measure(fresh.method.backbone)["probe_dice"] == history[-1]["probe_dice_floor"]
+    assert history[-1]["probe_dice_floor"] == history[1]["probe_dice_floor"] != last["probe_dice"]
+
+
+def test_a_killed_run_that_is_probed_equals_an_uninterrupted_one(
+    feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probe_task: probe.Task
+) -> None:
+    """Its floor too, though the network that it resumes with is no fresh one."""
+    whole = a_worker(feed, dataclasses.replace(a_job(f"{tmp_path}/whole"), probe=probe_task))
+    expected = whole.run(silent)
+    assert ["probe_dice" in e for e in expected] == [False, True, False, True]
+    job = dataclasses.replace(a_job(f"{tmp_path}/killed"), probe=probe_task)
+    killed_at(monkeypatch, a_worker(feed, job), at_step=5)  # with a measurement before it and one to come
+    second = a_worker(feed, job)
+    assert timeless(second.run(silent)) == timeless(expected)
+    for (name, a), b in zip(whole.method.state_dict().items(), second.method.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_the_floor_is_of_random_weights_though_the_run_starts_from_others(
+    stored_feed: Any, tmp_path: Path, pretrained: train.Init, probe_task: probe.Task
+) -> None:
+    settings: dict[str, Any] = {"epochs": 1, "validate_every_epochs": 0}
+    job = labelled_job(f"{tmp_path}/init", init=pretrained, **settings)
+    floors = [
+        a_worker(stored_feed, dataclasses.replace(j, probe=probe_task)).run(silent)[0]["probe_dice_floor"]
+        for j in (job, labelled_job(f"{tmp_path}/fresh", **settings))
+    ]
+    assert floors[0] == floors[1]
+
+
+def test_the_time_of_probing_is_not_training_time(
+    feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probe_task: probe.Task
+) -> None:
+    """On a clock that moves by an hour with every measurement and does not move else."""
+    clock = [0.0]
+
+    def slow(prober: probe.Probe, net: Any) -> dict[str, Any]:
+        clock[0] += 3600.0
+        return {"probe_dice": 0.5, "probe_dice_per_class": [0.5, math.nan]}
+
+    monkeypatch.setattr(probe.Probe, "measure", slow)
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    job = dataclasses.replace(a_job(str(tmp_path), epochs=2), probe=probe_task)
+    history = a_worker(feed, job).run(silent)
+    assert clock[0] == 2 * 3600.0  # before the first epoch and after the second
+    assert all(e["samples_per_s"] > 1e6 for e in history)
+
+
+def test_the_epoch_line_says_probe_dice_against_the_untrained_network() -> None:
+    entry = {
+        "epoch": 2, "loss": 1.5, "probe_dice": 0.5123, "probe_dice_floor": 0.4312, "lr": 1e-4,
+        "samples_per_s": 3.0, "data_wait_share": 0.05, "peak_memory_mb": 900.0,
+    }  # fmt: skip
+    line = train.epoch_line(entry, 10)
+    assert line.startswith("epoch 2/10  loss 1.5000  probe Dice 0.512 (untrained 0.431)  lr")
+
+
 # --------------------------------------------------------------------------------------------- the ranks
+
+
+def test_one_rank_probes_and_all_are_told(
+    labelled: data.LabelledFeed, ray_local: None, tmp_path: Path, probe_task: probe.Task
+) -> None:
+    import ray
+
+    job = dataclasses.replace(labelled_job(str(tmp_path)), backbone=tiny_backbone(), probe=probe_task)
+    feed, share = in_ray(labelled), SHARE
+
+    @ray.remote(num_cpus=1)
+    def measure(rank: int) -> tuple[bool, dict[str, Any], dict[str, Any]]:
+        from datetime import timedelta
+
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{job.uri}-meet",
+            rank=rank,
+            world_size=2,
+            timeout=timedelta(seconds=120),
+        )
+        try:
+            worker = train.Worker(job, feed, share, rank=rank, world=2, device=torch.device("cpu"))
+            return worker.probe is not None, worker._measure_probe(1), worker._measure_probe(2)
+        finally:
+            dist.destroy_process_group()
+
+    first, second = ray.get([measure.remote(rank) for rank in range(2)])
+    assert (first[0], second[0]) == (True, False)
+    assert first[1] == second[1] == {}
+    assert first[2]["probe_dice"] > 0
+    assert first[2].keys() == second[2].keys() == set(PROBED)
+    assert first[2]["probe_dice"] == second[2]["probe_dice"]
+    assert first[2]["probe_dice_per_class"] == second[2]["probe_dice_per_class"]
 
 
 def test_two_ranks_share_the_validation_cases_and_measure_what_one_does(
