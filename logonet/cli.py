@@ -57,12 +57,16 @@ def job(
     check: Callable[[Any], Any],
     args_type: type[JobArgs] = JobArgs,
     configure: Callable[[Any, Any], Any] = lambda cfg, args: cfg,
+    room: Callable[[Any], Resources] = lambda args: args.resources,
+    logs: bool = True,
 ) -> None:
     """A job script's main: parse, resolve the config, join the cluster, run; errors become sentences.
 
     Args:
         check: checks a config and writes its defaults out, without a cluster.
         args_type, configure: for a job with flags of its own, and what they do to the config.
+        room: what a Ray that the job starts itself should have room for.
+        logs: show what workers print.
     """
     with sentences():
         args = tyro.cli(args_type, prog=name, description=description, config=(tyro.conf.AvoidSubcommands,))
@@ -78,7 +82,7 @@ def job(
             if not getattr(args, flag):
                 raise UserError(f"--{flag} is missing; see {name} --help")
         args = replace(args, data=absolute(args.data, "--data"), root=absolute(args.root, "--root"))
-        with cluster.connected(args.resources):
+        with cluster.connected(room(args), logs):
             run(cfg, args)
 
 
@@ -290,6 +294,25 @@ def export(
         for name, blob in stages.choose(absolute_model(model)).folder.items():
             store.write(os.path.join(folder, name), blob)
         print(exporting.write(folder, absolute(out, "--out"), format))
+
+
+@app.command(name="sweep-report")
+def sweep_report(
+    sweep: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SWEEP")], /, out: str = ""
+) -> None:
+    """Say what a sweep has found, also while it runs: heat map, all trials, what each key decides, CSV.
+
+    Args:
+        sweep: ROOT/sweep/<name>.
+        out: folder or s3:// prefix for report.html, its pictures and trials.csv; empty for the sweep's own.
+    """
+    from logonet.sweep import outcome
+
+    uri = absolute(sweep, "SWEEP")
+    where = absolute(out, "--out") if out else uri
+    outcome.report(uri, where)
+    print(outcome.summary(uri))
+    print(f"{where}/report.html")
 
 
 @app.command

@@ -188,6 +188,12 @@ def share(resources: Resources) -> Share:
     )
 
 
+def room(resources: Resources, at_once: int = 0) -> Resources:
+    """What a Ray of our own should have room for when a sweep runs on it."""
+    runs = at_once or max(1, (os.cpu_count() or 1) // resources.workers)
+    return replace(resources, workers=runs * resources.workers)
+
+
 DRIVER_CPUS = 0.01  # reserved by a sweep for the process that drives a trial
 
 
@@ -209,29 +215,33 @@ def shares(resources: Resources, most: int, at_once: int = 0) -> tuple[int, Shar
     one = share(resources)  # one that can never fit says so here
     total = ray.cluster_resources()
     units = total["GPU"] if one.use_gpu else total["CPU"] / (resources.cpus_per_worker or 1.0)
-    if address() is None and not one.use_gpu:  # a Ray of our own has more logical CPUs than there are cores
-        units = min(units, os.cpu_count() or 1)
-    wanted = at_once or max(1, min(most, int(units / resources.workers)))
-    for runs in [wanted] if at_once else range(wanted, 0, -1):
+    if address() is None and not one.use_gpu and not at_once:
+        units = min(units, os.cpu_count() or 1)  # a Ray of our own has more logical CPUs than there are cores
+    for runs in range(max(1, min(at_once or most, int(units / resources.workers))), 0, -1):
         try:
-            all_of_them = share(replace(resources, workers=runs * resources.workers, gpu=one.use_gpu))
+            each = share(replace(resources, workers=runs * resources.workers, gpu=one.use_gpu))
         except UserError:
-            if runs > 1 and not at_once:
-                continue
-            raise
-        if runs > 1 and not at_once and all_of_them.cpus_per_worker < (resources.cpus_per_worker or 1.0):
             continue
-        free = all_of_them.cpus - runs * (resources.workers * all_of_them.cpus_per_worker + DRIVER_CPUS)
+        free = each.cpus - runs * (resources.workers * each.cpus_per_worker + DRIVER_CPUS)
         # Data tasks of all runs queue for the same CPUs; one that asked for more than there are would wait for ever.
-        task_cpus = int(min(all_of_them.cpus_per_data_task, free) * 1000) / 1000
-        if task_cpus > 0:
-            return runs, replace(
-                all_of_them,
-                workers=resources.workers,
-                cpus_per_data_task=task_cpus,
-                cpus_per_task=min(all_of_them.cpus_per_task, task_cpus),
+        task_cpus = int(min(each.cpus_per_data_task, free) * 1000) / 1000
+        if (runs > 1 and each.cpus_per_worker < (resources.cpus_per_worker or 1.0)) or task_cpus <= 0:
+            continue
+        if runs < at_once:
+            raise UserError(
+                f"{at_once} trials of {resources.workers} workers do not fit on the cluster's {each.cpus:g} CPUs "
+                f"and {total.get('GPU', 0.0):g} GPUs at once; use --concurrent {runs} or fewer workers"
             )
-    raise AssertionError("one run fits, and so at least one of them must")
+        return runs, replace(
+            each,
+            workers=resources.workers,
+            cpus_per_data_task=task_cpus,
+            cpus_per_task=min(each.cpus_per_task, task_cpus),
+        )
+    raise UserError(
+        f"{resources.workers} workers leave no CPU of the cluster's {one.cpus:g} to the data tasks; use fewer workers "
+        "or a smaller --cpus-per-worker"
+    )
 
 
 def _largest_that_fits(nodes: list[float], workers: int, most: float) -> float:

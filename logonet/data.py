@@ -459,7 +459,9 @@ def batches(
     rows = (stop_step - start_step) * per_rank
     sample_bytes = feed.row_bytes * feed.rows_per_sample
     group = batch_size * max(1, min(TASK_BYTES // (sample_bytes * batch_size), -(-rows // (4 * batch_size))))
-    prepare = ray.remote(_prepare).options(num_cpus=share.cpus_per_data_task)
+    # In a sweep's trial Ray would keep the tasks within the worker's own reserved CPUs, which the worker holds: the
+    # named strategy lets them run anywhere.
+    prepare = ray.remote(_prepare).options(num_cpus=share.cpus_per_data_task, scheduling_strategy="DEFAULT")
     ahead: collections.deque[Any] = collections.deque()
     for begin in range(0, rows, group):
         places = []

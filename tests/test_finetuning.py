@@ -41,7 +41,8 @@ from logonet import (
 from logonet.artifacts import Artifact
 from logonet.cluster import Resources
 from logonet.errors import UserError
-from logonet.stages.finetuning import Init, make_cases, make_split
+from logonet.stages.finetuning import Init, make_split
+from logonet.stages.preparation import make_cases
 
 RESOURCES = Resources(workers=2)
 SIZE = (32, 32, 32)

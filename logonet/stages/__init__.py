@@ -8,6 +8,7 @@ lies it is finished and returns at once; where it does not, it goes on with what
 same command twice computes nothing twice, and a sweep's trials share everything upstream of what they vary.
 """
 
+from logonet.stages.common import Trial
 from logonet.stages.evaluation import Evaluation, choose, evaluate_model, scores_of
 from logonet.stages.finetuning import Finetuning, finetune, resolve_finetuning
 from logonet.stages.prediction import predict_bucket
@@ -19,6 +20,7 @@ __all__ = [
     "Evaluation",
     "Finetuning",
     "Pretraining",
+    "Trial",
     "choose",
     "cluster_sheet",
     "evaluate_model",

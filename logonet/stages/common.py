@@ -6,12 +6,31 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import logonet
 from logonet import config, registry, store
 from logonet.artifacts import Artifact
+from logonet.cluster import Share
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a sweep decides for a run that is one of its trials. The run itself is one like any other.
+
+    Attributes:
+        share: the part of the cluster it gets.
+        callbacks: Ray Train callbacks.
+        started: told the artifact's URI before training begins.
+        tags: of its MLflow run, such as its parent.
+    """
+
+    share: Share
+    callbacks: tuple[Any, ...] = ()
+    started: Callable[[str], None] | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 def say(stage: str, text: str) -> None:
@@ -41,6 +60,7 @@ def tracking_of(
     lineage: dict[str, str],
     root: str,
     experiment: str,
+    trial: Trial | None = None,
 ) -> dict[str, Any]:
     """What `registry.Tracker` is to know of a run."""
     return {
@@ -53,6 +73,7 @@ def tracking_of(
             "logonet.git_commit": registry.git_commit(os.path.dirname(os.path.dirname(logonet.__file__))),
             "logonet.command": registry.command_line(sys.argv),
             **{f"logonet.{k}": v for k, v in lineage.items()},
+            **(trial.tags if trial else {}),
         },
         "artifact_root": store.join(root, "mlflow-artifacts"),
     }
@@ -84,6 +105,7 @@ CHAIN = (
     ("crops", "crops"),
     ("clusterers", "clusterers"),
     ("labels", "pseudo-labels"),
+    ("sweep", "sweep"),
     ("split", "split"),
     ("cases", "labelled cases"),
     ("weights", "initial weights"),

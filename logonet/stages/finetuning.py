@@ -41,11 +41,21 @@ from logonet import (
 )
 from logonet.artifacts import Artifact
 from logonet.cases import Crops
-from logonet.cluster import Resources, Share
+from logonet.cluster import Resources
 from logonet.errors import UserError
 from logonet.methods import Facts
-from logonet.stages.common import LINEAGE_FILE, SEEN_FILE, catch_up, chain, options, say, took, tracking_of
-from logonet.stages.preparation import import_scans
+from logonet.stages.common import (
+    LINEAGE_FILE,
+    SEEN_FILE,
+    Trial,
+    catch_up,
+    chain,
+    options,
+    say,
+    took,
+    tracking_of,
+)
+from logonet.stages.preparation import import_scans, make_cases
 from logonet.store import Stored
 
 LeakRule = Literal["refuse", "exclude", "allow"]
@@ -285,83 +295,27 @@ def make_split(
     return split, found_artifact
 
 
-def make_cases(
-    table: manifest.Manifest, test_ids: tuple[str, ...], cfg: cases.Config, root: str, share: Share
-) -> tuple[cases.Table, Artifact]:
-    """Every labelled scan that is no test case, prepared for training."""
-    chosen = [s for s in table.scans if s.label_uri and s.scan_id not in set(test_ids)]
-    classes, values = label_classes([s for s in table.scans if s.label_uri])
-    own = {**config.to_dict(cfg), "label_values": list(values), "scans": [s.scan_id for s in chosen]}
-    parents = {"manifest": table.id}
-    uri, fingerprint = artifacts.address(root, "cases", own, parents)
-    found = artifacts.find(uri)
-    if found is not None:
-        cases_table = cases.Table.from_json(json.loads(found.read("cases.json")))
-        say("cases", f"{len(cases_table)} labelled cases  (already there: {uri})")
-        return cases_table, found
-    started = time.monotonic()
-    refs, bad = data.prepare_cases(chosen, values, cfg, uri, share)
-    for q in bad:
-        say("", f"quarantined: {q.reason}")
-    if not refs:
-        raise UserError(
-            f"none of the {len(chosen)} labelled scans can be used; the first says: {bad[0].reason}"
-        )
-    cases_table = cases.Table(tuple(refs), classes, values)
-    files = {
-        "cases.json": store.write_json(store.join(uri, "cases.json"), cases_table.to_json()),
-        "quarantine.json": store.write_json(
-            store.join(uri, "quarantine.json"), [{"uri": q.uri, "reason": q.reason} for q in bad]
-        ),
-    }
-    facts = {"cases": len(refs), "quarantined": len(bad), "classes": list(classes)}
-    found = artifacts.commit(uri, "cases", fingerprint, config=own, parents=parents, files=files, facts=facts)
-    say("cases", f"{len(refs)} labelled cases, {len(classes)} classes  {took(started)}  {uri}")
-    return cases_table, found
-
-
-def label_classes(scans: list[manifest.Scan]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names and label values of the classes, background first: what is declared, else what occurs.
-
-    Raises:
-        UserError: when the scans' datasets declare different names for one value, or one name for two.
-    """
-    names: dict[int, str] = {}
-    for scan in scans:
-        for value, name in enumerate(scan.classes):
-            if name and names.setdefault(value, name) != name:
-                raise UserError(
-                    f"label value {value} is '{names[value]}' in one dataset and '{name}' in {scan.dataset}; "
-                    "finetune on one of them, or give both the same labels"
-                )
-    if not names:
-        names = {v: f"class {v}" for s in scans for v in s.label_values}
-    names[0] = names.get(0) or "background"
-    if not any(names):
-        raise UserError("no scan has a label but background; nothing can be learnt")
-    values = tuple(sorted(names))
-    if "ignore" in names.values():  # nnU-Net's name of voxels that nobody has labelled
-        raise UserError(
-            "the dataset labels voxels as 'ignore', which would be learnt as a class; finetune on fully labelled scans"
-        )
-    for value in values:
-        if list(names.values()).count(names[value]) > 1 or names[value] == "mean":
-            raise UserError(
-                f"the class name '{names[value]}' stands for several label values, or is 'mean', which the tables "
-                "of scores need; give every label value a name of its own"
-            )
-    return tuple("background" if v == 0 else names[v] for v in values), values
-
-
 # -------------------------------------------------------------------------------------------- finetune
 
 
-def finetune(cfg: Finetuning, source: str, root: str, resources: Resources, experiment: str) -> Artifact:
-    """All stages from labelled scans at ``source`` to a segmentation model under ``root``. Run again, it resumes."""
+def finetune(
+    cfg: Finetuning,
+    source: str,
+    root: str,
+    resources: Resources,
+    experiment: str,
+    *,
+    trial: Trial | None = None,
+) -> Artifact:
+    """All stages from labelled scans at ``source`` to a segmentation model under ``root``. Run again, it resumes.
+
+    Args:
+        trial: of the sweep that the run is a trial of.
+    """
     weights = find_weights(cfg.init.weights, root)
     cfg = resolve_finetuning(cfg, weights)
     train.accumulation(cfg.train, resources.workers)
-    share = cluster.share(resources)
+    share = trial.share if trial else cluster.share(resources)
     table, _ = import_scans(source, root, share)
     split, split_artifact = make_split(table, cfg.split, cfg.leaks, weights.seen if weights else None, root)
     cases_table, cases_artifact = make_cases(table, split.test + split.excluded, cfg.cases, root, share)
@@ -396,7 +350,9 @@ def finetune(cfg: Finetuning, source: str, root: str, resources: Resources, expe
     uri, fingerprint = artifacts.address(root, "finetune", own, parents)
     origin = "pretrained" if weights else "scratch"
     name = f"finetune-{cfg.method['name']}-{cfg.backbone['name']}-{origin}-{fingerprint[:8]}"
-    tracking = tracking_of("finetune", name, fingerprint, cfg, lineage, root, experiment)
+    tracking = tracking_of("finetune", name, fingerprint, cfg, lineage, root, experiment, trial)
+    if trial and trial.started:
+        trial.started(uri)
     found = artifacts.find(uri)
     if found is not None:
         say("finetune", f"already done: {uri}")
@@ -446,7 +402,7 @@ def finetune(cfg: Finetuning, source: str, root: str, resources: Resources, expe
         "finetune",
         f"{name} on {len(train_ids)} cases, {order.steps_per_epoch} steps an epoch, {len(val_ids)} to validate  {uri}",
     )
-    result = train.fit(job, feed, resources, share)
+    result = train.fit(job, feed, resources, share, trial.callbacks if trial else ())
     history = result["history"]
     done = {k: Stored(**v) for k, v in result["files"].items()}
     chosen = "best.safetensors" if "best.safetensors" in done else "backbone.safetensors"

@@ -1,16 +1,20 @@
-"""From scans to what pretraining learns from: scans -> manifest -> crops -> clusterers -> labels.
+"""From scans to what training learns from.
+
+    scans -> manifest -> crops -> clusterers -> labels    (pretraining)
+                     \\-> cases                           (finetuning, and the probe of pretraining)
 
 Shapes: P crops, N clusterers, Z slices of a crop.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict
 
 import numpy as np
 
-from logonet import artifacts, clusterers, config, crops, data, importers, manifest, store
+from logonet import artifacts, cases, clusterers, config, crops, data, importers, manifest, store
 from logonet.artifacts import Artifact
 from logonet.cluster import Share
 from logonet.errors import UserError
@@ -164,3 +168,71 @@ def make_labels(
 
 
 LABELS_FILE = "labels.safetensors"
+
+
+def make_cases(
+    table: manifest.Manifest, test_ids: tuple[str, ...], cfg: cases.Config, root: str, share: Share
+) -> tuple[cases.Table, Artifact]:
+    """Every labelled scan that is no test case, prepared for training."""
+    chosen = [s for s in table.scans if s.label_uri and s.scan_id not in set(test_ids)]
+    classes, values = label_classes([s for s in table.scans if s.label_uri])
+    own = {**config.to_dict(cfg), "label_values": list(values), "scans": [s.scan_id for s in chosen]}
+    parents = {"manifest": table.id}
+    uri, fingerprint = artifacts.address(root, "cases", own, parents)
+    found = artifacts.find(uri)
+    if found is not None:
+        cases_table = cases.Table.from_json(json.loads(found.read("cases.json")))
+        say("cases", f"{len(cases_table)} labelled cases  (already there: {uri})")
+        return cases_table, found
+    started = time.monotonic()
+    refs, bad = data.prepare_cases(chosen, values, cfg, uri, share)
+    for q in bad:
+        say("", f"quarantined: {q.reason}")
+    if not refs:
+        raise UserError(
+            f"none of the {len(chosen)} labelled scans can be used; the first says: {bad[0].reason}"
+        )
+    cases_table = cases.Table(tuple(refs), classes, values)
+    files = {
+        "cases.json": store.write_json(store.join(uri, "cases.json"), cases_table.to_json()),
+        "quarantine.json": store.write_json(
+            store.join(uri, "quarantine.json"), [{"uri": q.uri, "reason": q.reason} for q in bad]
+        ),
+    }
+    facts = {"cases": len(refs), "quarantined": len(bad), "classes": list(classes)}
+    found = artifacts.commit(uri, "cases", fingerprint, config=own, parents=parents, files=files, facts=facts)
+    say("cases", f"{len(refs)} labelled cases, {len(classes)} classes  {took(started)}  {uri}")
+    return cases_table, found
+
+
+def label_classes(scans: list[manifest.Scan]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and label values of the classes, background first: what is declared, else what occurs.
+
+    Raises:
+        UserError: when the scans' datasets declare different names for one value, or one name for two.
+    """
+    names: dict[int, str] = {}
+    for scan in scans:
+        for value, name in enumerate(scan.classes):
+            if name and names.setdefault(value, name) != name:
+                raise UserError(
+                    f"label value {value} is '{names[value]}' in one dataset and '{name}' in {scan.dataset}; "
+                    "finetune on one of them, or give both the same labels"
+                )
+    if not names:
+        names = {v: f"class {v}" for s in scans for v in s.label_values}
+    names[0] = names.get(0) or "background"
+    if not any(names):
+        raise UserError("no scan has a label but background; nothing can be learnt")
+    values = tuple(sorted(names))
+    if "ignore" in names.values():  # nnU-Net's name of voxels that nobody has labelled
+        raise UserError(
+            "the dataset labels voxels as 'ignore', which would be learnt as a class; finetune on fully labelled scans"
+        )
+    for value in values:
+        if list(names.values()).count(names[value]) > 1 or names[value] == "mean":
+            raise UserError(
+                f"the class name '{names[value]}' stands for several label values, or is 'mean', which the tables "
+                "of scores need; give every label value a name of its own"
+            )
+    return tuple("background" if v == 0 else names[v] for v in values), values

@@ -16,6 +16,7 @@ import numpy as np
 from logonet import (
     artifacts,
     backbones,
+    cases,
     cluster,
     clusterers,
     config,
@@ -23,6 +24,7 @@ from logonet import (
     data,
     manifest,
     methods,
+    probe,
     report,
     seen,
     splits,
@@ -34,8 +36,14 @@ from logonet.artifacts import Artifact
 from logonet.cluster import Resources, Share
 from logonet.errors import UserError
 from logonet.methods import Facts
-from logonet.stages.common import SEEN_FILE, catch_up, chain, options, say, took, tracking_of
-from logonet.stages.preparation import import_scans, make_clusterers, make_crops, make_labels
+from logonet.stages.common import SEEN_FILE, Trial, catch_up, chain, options, say, took, tracking_of
+from logonet.stages.preparation import (
+    import_scans,
+    make_cases,
+    make_clusterers,
+    make_crops,
+    make_labels,
+)
 from logonet.store import Stored
 from logonet.volume import from_uint16
 
@@ -45,7 +53,8 @@ class Pretraining:
     """Everything that decides what a pretraining run computes. ``jobs/recipes.py`` names full ones.
 
     ``split`` leaves out the scans that it puts into test and validation sets: give the finetuning's own split where
-    both stand on one dataset. None uses every scan.
+    both stand on one dataset. None uses every scan. ``probe`` measures the encoder on a few labelled cases while it
+    trains, fitting on the split's training cases and judging on its validation cases; None does not.
     """
 
     split: splits.Config | None = None
@@ -54,6 +63,7 @@ class Pretraining:
     backbone: dict[str, Any] = field(default_factory=lambda: {"name": "logonet"})
     method: dict[str, Any] = field(default_factory=lambda: {"name": "masked_clusters"})
     train: train.Config = field(default_factory=train.Config)
+    probe: probe.Config | None = None
 
 
 def resolve(cfg: Pretraining) -> Pretraining:
@@ -73,14 +83,7 @@ def resolve(cfg: Pretraining) -> Pretraining:
     methods.check(m_name, m_cfg, Facts(size_vox=cfg.crops.size_vox, cluster_sizes=counts))
     backbone = {"name": b_name, **config.to_dict(b_cfg)}
     train.dry_run(backbone, cfg.train, Facts(size_vox=cfg.crops.size_vox))
-    return Pretraining(
-        split=cfg.split,
-        crops=cfg.crops,
-        clusterers=cfg.clusterers,
-        backbone=backbone,
-        method={"name": m_name, **config.to_dict(m_cfg)},
-        train=cfg.train,
-    )
+    return replace(cfg, backbone=backbone, method={"name": m_name, **config.to_dict(m_cfg)})
 
 
 def _pseudo(method_name: str) -> bool:
@@ -98,6 +101,7 @@ class Upstream:
         parent: the artifact trained on.
         lineage: fingerprints and ids, from the scans on.
         seen: the scans that gave crops, without names, for leak checks (`seen`).
+        probe: labelled cases to measure the encoder on, or None.
     """
 
     crops: data.CropTable
@@ -106,19 +110,25 @@ class Upstream:
     parent: Artifact
     lineage: dict[str, str]
     seen: bytes
+    probe: probe.Task | None = None
 
 
-def upstream(cfg: Pretraining, source: str, root: str, share: Share) -> Upstream:
-    """Manifest, crops and, where the method needs them, clusterers and pseudo-labels."""
-    table, _ = import_scans(source, root, share)
-    table = training_part(table, cfg.split)
+def upstream(cfg: Pretraining, source: str, root: str, share: Share, labelled: str = "") -> Upstream:
+    """Manifest, crops and, where they are needed, clusterers, pseudo-labels and cases to probe on."""
+    scans, _ = import_scans(source, root, share)
+    table = training_part(scans, cfg.split)
     crop_table, crops_artifact = make_crops(table, cfg.crops, root, share)
     facts = Facts(size_vox=cfg.crops.size_vox, in_channels=crop_table.in_channels)
     lineage = {"manifest": table.id, "crops": crops_artifact.fingerprint}
     cut = {ref.scan_id for ref in crop_table.refs}
     known = seen.to_bytes([s for s in table.scans if s.scan_id in cut], "pretraining")
+    task = None
+    if cfg.probe is not None:
+        if labelled and labelled != source:
+            scans, _ = import_scans(labelled, root, share)
+        task, lineage["probe_cases"] = probe_cases(cfg, cfg.probe, scans, root, share)
     if not _pseudo(cfg.method["name"]):
-        return Upstream(crop_table, None, facts, crops_artifact, lineage, known)
+        return Upstream(crop_table, None, facts, crops_artifact, lineage, known, task)
     fitted = make_clusterers(crop_table, crops_artifact, cfg.clusterers, root, share)
     labels_PNZ, labels = make_labels(crop_table, crops_artifact, fitted, root, share)
     facts = replace(
@@ -127,7 +137,21 @@ def upstream(cfg: Pretraining, source: str, root: str, share: Share) -> Upstream
         majority_labels=tuple(labels.facts["majority_labels"]),
     )
     lineage |= {"clusterers": fitted.facts["id"], "clusterers_uri": fitted.uri, "labels": labels.fingerprint}
-    return Upstream(crop_table, labels_PNZ, facts, labels, lineage, known)
+    return Upstream(crop_table, labels_PNZ, facts, labels, lineage, known, task)
+
+
+def probe_cases(
+    cfg: Pretraining, own: probe.Config, table: manifest.Manifest, root: str, share: Share
+) -> tuple[probe.Task, str]:
+    """Labelled cases to fit and judge the probe's head on, and the fingerprint of where they lie."""
+    split = splits.make(table.scans, cfg.split or splits.Config())
+    # As finetuning prepares them, so that both share one artifact.
+    same = {k: getattr(cfg.crops, k) for k in ("spacing_mm", "window_hu", "mr_percentiles")}
+    cases_table, artifact = make_cases(table, split.test + split.excluded, cases.Config(**same), root, share)
+    place = cases_table.index_of()
+    train_ids, val_ids = (tuple(i for i in ids if i in place) for ids in (split.train, split.val))
+    task = probe.task(own, cases_table, train_ids, val_ids, cfg.crops.size_vox)
+    return task, artifact.fingerprint
 
 
 def training_part(table: manifest.Manifest, cfg: splits.Config | None) -> manifest.Manifest:
@@ -146,21 +170,39 @@ def training_part(table: manifest.Manifest, cfg: splits.Config | None) -> manife
     return replace(table, scans=kept)
 
 
-def pretrain(cfg: Pretraining, source: str, root: str, resources: Resources, experiment: str) -> Artifact:
-    """All stages from scans at ``source`` to a pretrained network under ``root``. Run again, it resumes."""
+def pretrain(
+    cfg: Pretraining,
+    source: str,
+    root: str,
+    resources: Resources,
+    experiment: str,
+    *,
+    labelled: str = "",
+    trial: Trial | None = None,
+) -> Artifact:
+    """All stages from scans at ``source`` to a pretrained network under ``root``. Run again, it resumes.
+
+    Args:
+        labelled: labelled scans for ``cfg.probe``; empty for those of ``source``.
+        trial: of the sweep that the run is a trial of.
+    """
     cfg = resolve(cfg)
     train.accumulation(cfg.train, resources.workers)
-    share = cluster.share(resources)
-    up = upstream(cfg, source, root, share)
+    share = trial.share if trial else cluster.share(resources)
+    up = upstream(cfg, source, root, share, labelled)
     crop_table, labels_PNZ, lineage = up.crops, up.labels_PNZ, up.lineage
     own = {"backbone": cfg.backbone, "method": cfg.method, "train": config.to_dict(cfg.train)}
+    if up.probe is not None:
+        own["probe"] = {**config.to_dict(up.probe.cfg), "cases": lineage["probe_cases"]}
     parents = {up.parent.stage: up.parent.fingerprint}
     uri, fingerprint = artifacts.address(root, "pretrain", own, parents)
     name = f"pretrain-{cfg.method['name']}-{cfg.backbone['name']}-{fingerprint[:8]}"
     method_cfg = methods.config(cfg.method["name"], options(cfg.method))
     order = data.Order(len(crop_table), cfg.train.global_batch, cfg.train.seed, cfg.train.steps_per_epoch)
     feed = data.Feed(crop_table, labels_PNZ, cfg.method["name"], method_cfg, order)
-    tracking = tracking_of("pretrain", name, fingerprint, cfg, lineage, root, experiment)
+    tracking = tracking_of("pretrain", name, fingerprint, cfg, lineage, root, experiment, trial)
+    if trial and trial.started:
+        trial.started(uri)
     found = artifacts.find(uri)
     if found is not None:
         say("pretrain", f"already done: {uri}")
@@ -185,9 +227,10 @@ def pretrain(cfg: Pretraining, source: str, root: str, resources: Resources, exp
         tracking=tracking,
         progress=sys.stdout.isatty(),
         files={**pictures, "config.yaml": config.to_yaml(cfg).encode()},
+        probe=up.probe,
     )
     say("pretrain", f"{name} on {len(crop_table)} crops, {order.steps_per_epoch} steps an epoch  {uri}")
-    result = train.fit(job, feed, resources, share)
+    result = train.fit(job, feed, resources, share, trial.callbacks if trial else ())
     history = result["history"]
     pictures["curves.png"] = report.curves(history)
     page = report.run_page(name, _sections(cfg, pictures, lineage, uri)).encode()

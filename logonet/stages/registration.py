@@ -17,11 +17,19 @@ ENCODER, CLUSTERERS = "logonet-encoder", "logonet-clusterers"
 STAGES = ("pretrain", "finetune", "evaluation")
 
 
-def register(uri: str, task: str = "", aliases: Sequence[str] = ("candidate",)) -> list[str]:
+def register(
+    uri: str,
+    task: str = "",
+    aliases: Sequence[str] = ("candidate",),
+    lineage: Mapping[str, str] | None = None,
+) -> list[str]:
     """Register what ``uri`` holds and what it was made from; the models' URIs, models:/NAME/VERSION.
 
     A pretraining gives ``logonet-encoder`` and ``logonet-clusterers``; a finetuning, or an evaluation of it, gives
     ``logonet-seg-<task>`` and those two of its pretraining. Registering the same content again moves aliases only.
+
+    Args:
+        lineage: more of it, such as the sweep that chose the model.
 
     Raises:
         UserError: ``uri`` holds none of these, or ``task`` is missing.
@@ -31,6 +39,7 @@ def register(uri: str, task: str = "", aliases: Sequence[str] = ("candidate",)) 
         raise UserError(
             f"{uri} is no finished pretraining, finetuning or evaluation; give <root>/<stage>/<id>"
         )
+    more = dict(lineage or {})
     scores: dict[str, str] = {}
     if artifact.stage == "evaluation":
         scores = {"evaluation": artifact.fingerprint, "evaluation_uri": artifact.uri}
@@ -44,11 +53,11 @@ def register(uri: str, task: str = "", aliases: Sequence[str] = ("candidate",)) 
     if artifact.stage == "finetune":
         if not task:
             raise UserError("--task is missing; name what the model segments, such as hippocampus")
-        made.append(_segmentation(artifact, task, scores, aliases))
+        made.append(_segmentation(artifact, task, scores | more, aliases))
         if "pretrain_uri" not in artifact.parents:
             return made
         artifact = _upstream(artifact, "pretrain")
-    return [*made, *_pretrained(artifact, aliases)]
+    return [*made, *_pretrained(artifact, more, aliases)]
 
 
 def _upstream(artifact: Artifact, stage: str) -> Artifact:
@@ -69,8 +78,8 @@ def _segmentation(artifact: Artifact, task: str, scores: Mapping[str, str], alia
     return _register(f"logonet-seg-{task}", files, lineage, "segmentation", aliases, artifact)
 
 
-def _pretrained(artifact: Artifact, aliases: Sequence[str]) -> list[str]:
-    lineage = {**artifact.parents, "pretrain": artifact.fingerprint, "pretrain_uri": artifact.uri}
+def _pretrained(artifact: Artifact, more: Mapping[str, str], aliases: Sequence[str]) -> list[str]:
+    lineage = {**artifact.parents, "pretrain": artifact.fingerprint, "pretrain_uri": artifact.uri, **more}
     own = artifact.config
     settings = {
         "backbone": own["backbone"],

@@ -121,7 +121,7 @@ def _key(path: Any, spec: Any, source: str) -> Key:
     if not isinstance(spec, Mapping) or len(spec) != 1:
         raise UserError(
             f"{where} must hold exactly one of {', '.join(LISTS + RANGES)}, such as {{grid: [1, 2]}}, "
-            f"not {_text(spec)}"
+            f"not {text(spec)}"
         )
     ((sort, values),) = spec.items()
     if sort not in LISTS + RANGES:
@@ -131,11 +131,11 @@ def _key(path: Any, spec: Any, source: str) -> Key:
 
 def _listed(values: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(values, list) or not values:
-        raise UserError(f"{where} must list at least one value, not {_text(values)}")
+        raise UserError(f"{where} must list at least one value, not {text(values)}")
     for place, value in enumerate(values):
         _refuse_odd(value, where)
         if value in values[:place]:
-            raise UserError(f"{where} lists {_text(value)} twice; keep one of them")
+            raise UserError(f"{where} lists {text(value)} twice; keep one of them")
     return tuple(values)
 
 
@@ -143,7 +143,7 @@ def _ends(values: Any, sort: str, where: str) -> tuple[Any, ...]:
     number = int if sort == "int" else int | float
     if not isinstance(values, list) or len(values) != 2 or not all(_is(v, number) for v in values):
         what = "whole numbers" if sort == "int" else "numbers"
-        raise UserError(f"{where} must be {sort} between two {what}, [low, high], not {_text(values)}")
+        raise UserError(f"{where} must be {sort} between two {what}, [low, high], not {text(values)}")
     low, high = values
     if not low < high:
         raise UserError(f"{where} goes from {low} to {high}; the first end must be below the second")
@@ -226,7 +226,7 @@ def check(space: Space, base: Mapping[str, Any], resolve: Callable[[dict[str, An
         for value in key.values:
             alone = _why_not(apply(base, {key.path: value}), resolve)
             if alone is not None and not _goes_with_others(space, key.path, value, base, resolve):
-                raise UserError(f"search key '{key.path}' with value {_text(value)}: {alone}")
+                raise UserError(f"search key '{key.path}' with value {text(value)}: {alone}")
     for place, settings in enumerate(space.first, 1):
         if (why := _why_not(apply(base, settings), resolve)) is not None:
             raise UserError(f"entry {place} of 'first': {why}")
@@ -378,12 +378,12 @@ def describe(space: Space) -> str:
     width = max(map(len, space.paths))
     lines = []
     for key in space.keys:
-        texts = [_text(value) for value in key.values]
+        texts = [text(value) for value in key.values]
         what = ", ".join(texts) if key.listed else f"{texts[0]} to {texts[1]}"
         lines.append(f"{key.path:<{width}}  {key.sort:<10}  {what}")
-    lines += [f"{'first':<{width}}  {_text(settings)}" for settings in space.first]
+    lines += [f"{'first':<{width}}  {text(settings)}" for settings in space.first]
     return "\n".join(lines)
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
     return json.dumps(value, default=str)

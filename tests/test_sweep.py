@@ -1,0 +1,344 @@
+"""Sweeps on real Ray, a real S3 server and a real MLflow: what trials share, how they end, and how a sweep goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tenacity
+from helpers import timeless, tiny_backbone
+
+from logonet import (
+    artifacts,
+    cases,
+    checkpoints,
+    cluster,
+    clusterers,
+    crops,
+    phantom,
+    probe,
+    registry,
+    splits,
+    stages,
+    store,
+    train,
+)
+from logonet.cluster import Resources
+from logonet.errors import UserError
+from logonet.sweep import outcome, records
+from logonet.sweep import run as sweeps
+from logonet.sweep import space as spaces
+from logonet.sweep.records import Trial
+
+ONE = Resources(workers=1)
+SPLIT = splits.Config(test_share=0.25, folds=3)
+
+
+def pretraining(**training: Any) -> stages.Pretraining:
+    return stages.Pretraining(
+        split=SPLIT,
+        crops=crops.Config(size_vox=(32, 32, 32), per_scan=2),
+        clusterers=clusterers.Config(n=3, k_min=3, k_max=6, iterations=5),
+        backbone=tiny_backbone(),
+        method={"name": "masked_clusters", "phi1": 0.2, "final_relu": False},
+        train=train.Config(
+            **{"epochs": 2, "global_batch": 2, "batch_size": 2, "lr": 3e-3, "warmup_epochs": 0, **training}
+        ),
+        probe=probe.Config(train_cases=2, val_cases=1, crops_per_case=1, voxels_per_crop=256, iterations=10),
+    )
+
+
+def finetuning() -> stages.Finetuning:
+    return stages.Finetuning(
+        split=SPLIT,
+        crops=cases.Crops(size_vox=(32, 32, 32)),
+        train=train.Config(epochs=2, steps_per_epoch=2, global_batch=1, lr=1e-3, warmup_epochs=0),
+    )
+
+
+@pytest.fixture
+def scans(bucket: str, ray_local: None) -> str:
+    return phantom.write_dataset(f"{bucket}/scans", 8, size_vox=(36, 36, 36), classes=2)
+
+
+def sweep(bucket: str, scans: str, space: dict[str, Any], **changes: Any) -> sweeps.Sweep:
+    made = sweeps.Sweep(
+        name="tried",
+        space=spaces.parse(space, "test"),
+        base=pretraining(),
+        finetuning=finetuning(),
+        source=scans,
+        root=f"{bucket}/runs",
+        experiment=bucket.rsplit("/", 1)[1],
+        config=sweeps.Config(stop_early=False),
+    )
+    return replace(made, **changes)
+
+
+def versions(uri: str) -> dict[str, str]:
+    return {e.uri: e.version for e in store.listing(uri)}
+
+
+def finished(root: str, stage: str) -> list[str]:
+    return [e.uri for e in store.listing(f"{root}/{stage}") if e.uri.endswith("/manifest.json")]
+
+
+def runs_of(experiment: str) -> list[Any]:
+    client = registry._client(registry.tracking_uri())
+    return client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+
+
+def places_held() -> int:
+    """Placement groups that some worker still holds."""
+    from ray.util.placement_group import placement_group_table
+
+    return sum(group["state"] != "REMOVED" for group in placement_group_table().values())
+
+
+def test_trials_share_what_they_have_in_common_and_the_winner_is_registered(
+    bucket: str, scans: str, capfd: Any
+) -> None:
+    tried = sweep(bucket, scans, {"search": {"method.phi1": {"grid": [0.1, 0.2, 0.4]}}}, register="phantom")
+    winner = sweeps.run(tried, ONE, sweeps.Budget())
+    assert winner is not None
+    # Three trials on one set of everything upstream.
+    assert len(finished(tried.root, "pretrain")) == 3
+    for stage in ("manifest", "crops", "clusterers", "labels", "cases"):
+        assert len(finished(tried.root, stage)) == 1, stage
+    said = capfd.readouterr().out
+    assert "3 trials stand on 1 crops (1 made now), 1 clusterers (1 made now)" in said
+    trials = records.read_all(tried.uri)
+    assert [t.status for t in trials] == ["done"] * 3
+    assert {t.settings["method.phi1"] for t in trials} == {0.1, 0.2, 0.4}
+    for trial in trials:
+        history = json.loads(artifacts.find(trial.pretrain).read("history.json"))  # type: ignore[union-attr]
+        assert [e["probe_dice"] for e in history] == [e["objective"] for e in trial.history]
+        assert [e["epoch"] for e in trial.history] == [1, 2]
+    best = max(trials, key=outcome.objective)
+    assert winner.index == best.index
+    tuned = artifacts.find(winner.final["uri"])
+    assert tuned is not None
+    assert tuned.parents["pretrain"] == winner.pretrain.rsplit("/", 1)[1]
+
+    # MLflow: a run of the sweep, one below it for each trial, and the winner's finetuning.
+    runs = runs_of(tried.experiment)
+    by_stage: dict[str, list[Any]] = {}
+    for run in runs:
+        by_stage.setdefault(run.data.tags["logonet.stage"], []).append(run)
+    (parent,) = by_stage["sweep"]
+    children = by_stage["pretrain"]
+    assert len(children) == 3
+    assert {c.data.tags[registry.PARENT_TAG] for c in children} == {parent.info.run_id}
+    assert {c.info.status for c in [*children, parent]} == {"FINISHED"}
+    objectives = {c.data.tags["logonet.fingerprint"]: c.data.metrics["objective"] for c in children}
+    assert objectives == {t.pretrain.rsplit("/", 1)[1]: outcome.objective(t) for t in trials}
+    assert parent.data.metrics["best_objective"] == outcome.objective(best)
+    assert len(by_stage["finetune"]) == 1
+    lineage = registry.lineage("models:/logonet-seg-phantom@candidate")
+    assert lineage["logonet.sweep_uri"] == tried.uri
+    assert lineage["logonet.pretrain"] == winner.pretrain.rsplit("/", 1)[1]
+
+    # Again: nothing is computed, nothing doubled.
+    before = {
+        s: versions(f"{tried.root}/{s}") for s in ("pretrain", "crops", "finetune", "sweep/tried/trials")
+    }
+    again = sweeps.run(tried, ONE, sweeps.Budget())
+    assert again == winner
+    assert {s: versions(f"{tried.root}/{s}") for s in before} == before
+    assert len(runs_of(tried.experiment)) == len(runs)
+    page = store.read(f"{tried.uri}/report.html").decode()
+    assert page.count("<img") >= 2
+
+    other = replace(tried, space=spaces.parse({"search": {"method.phi1": {"grid": [0.1, 0.3]}}}, "test"))
+    with pytest.raises(UserError, match=r"method\.phi1.*--name another name"):
+        sweeps.run(other, ONE, sweeps.Budget())
+
+
+def test_trials_fail_stop_and_go_on_each_by_itself(bucket: str, scans: str) -> None:
+    """One learns, one diverges, one learns nothing and is stopped; then one is found as a kill would leave it."""
+    space = {
+        "search": {"train.lr": {"choice": [3e-3, 1e-9, 1e30]}},
+        "first": [{"train.lr": 3e-3}, {"train.lr": 1e30}, {"train.lr": 1e-9}],
+    }
+    tried = sweep(
+        bucket,
+        scans,
+        space,
+        base=replace(pretraining(epochs=4), probe=None),
+        config=sweeps.Config(objective="accuracy", reduction=2),
+    )
+    winner = sweeps.run(tried, ONE, sweeps.Budget(trials=3), at_once=1)
+    learns, diverges, idles = records.read_all(tried.uri)
+    assert winner == learns
+    assert (learns.status, diverges.status, idles.status) == ("done", "failed", "stopped")
+    assert "lower train.lr" in diverges.reason
+    assert "Traceback" in store.read(f"{tried.uri}/trials/0001.error.txt").decode()
+    # Ray frees the workers of a trial that was stopped by and by.
+    for attempt in tenacity.Retrying(stop=tenacity.stop_after_delay(120), wait=tenacity.wait_fixed(1)):
+        with attempt:
+            assert places_held() == 0
+    assert idles.reason == f"stopped after epoch {len(idles.history)}"
+    assert len(idles.history) < 4
+    assert artifacts.find(idles.pretrain) is None
+    statuses = {r.data.tags.get("logonet.sweep.trial"): r.info.status for r in runs_of(tried.experiment)}
+    assert (statuses["0"], statuses["1"], statuses["2"]) == ("FINISHED", "FAILED", "KILLED")
+
+    # A kill in the second epoch: a record that says "running", one checkpoint, no artifact.
+    whole = json.loads(artifacts.find(learns.pretrain).read("history.json"))  # type: ignore[union-attr]
+    oldest = checkpoints.all_of(learns.pretrain)[0]
+    for entry in list(store.listing(learns.pretrain)):
+        if not entry.uri.startswith(oldest):
+            store.delete(entry.uri)
+    records.write(tried.uri, replace(learns, status="running", history=learns.history[:1]))
+    kept = versions(f"{idles.pretrain}")
+    assert sweeps.run(tried, ONE, sweeps.Budget(trials=3), at_once=1) == replace(
+        learns, wall_s=records.read_all(tried.uri)[0].wall_s
+    )
+    again = artifacts.find(learns.pretrain)
+    assert again is not None
+    assert timeless(json.loads(again.read("history.json"))) == timeless(whole)
+    after = records.read_all(tried.uri)
+    assert after[2] == idles, "a trial that had been stopped was touched"
+    assert versions(f"{idles.pretrain}") == kept
+    assert after[1].status == "failed"
+    assert after[1].wall_s > diverges.wall_s, "a failed trial was not tried again"
+
+
+def test_a_trial_that_can_never_fit_is_one_sentence(bucket: str, scans: str) -> None:
+    tried = sweep(bucket, scans, {"search": {"method.phi1": {"grid": [0.1, 0.2]}}})
+    resources = Resources(workers=1, cpus_per_worker=64)
+    with pytest.raises(UserError, match=r"1 workers x 64 CPUs do not fit .* fewer workers"):
+        sweeps.run(tried, resources, sweeps.Budget())
+    assert list(store.listing(tried.uri)) == [], "a sweep that cannot run was begun"
+    with pytest.raises(UserError, match=r"64 trials of 1 workers do not fit .* --concurrent [123] "):
+        sweeps.run(tried, ONE, sweeps.Budget(), at_once=64)
+
+
+def test_a_budget_is_wanted_where_keys_are_drawn(bucket: str, scans: str) -> None:
+    tried = sweep(bucket, scans, {"search": {"method.phi1": {"uniform": [0.1, 0.4]}}})
+    with pytest.raises(UserError, match=r"--budget\.trials"):
+        sweeps.run(tried, ONE, sweeps.Budget())
+
+
+def test_optuna_goes_on_from_what_it_has_learnt(bucket: str, scans: str) -> None:
+    pytest.importorskip("optuna")
+    tried = sweep(
+        bucket,
+        scans,
+        {"search": {"method.phi1": {"uniform": [0.1, 0.4]}, "clusterers.n": {"choice": [2, 3]}}},
+        base=replace(pretraining(epochs=1), probe=None),
+        config=sweeps.Config(objective="effective_rank", search="optuna"),
+    )
+    sweeps.run(tried, ONE, sweeps.Budget(trials=2))
+    first = records.read_all(tried.uri)
+    assert [t.status for t in first] == ["done"] * 2
+    sweeps.run(tried, ONE, sweeps.Budget(trials=3))
+    second = records.read_all(tried.uri)
+    assert second[:2] == first
+    assert len(second) == 3
+    assert len({sweeps.key_of(t.settings) for t in second}) == 3
+    clusterers_tried = {t.settings["clusterers.n"] for t in second}
+    assert len(finished(tried.root, "clusterers")) == len(clusterers_tried)
+
+
+# --------------------------------------------------------------------------------------------- without Ray
+
+
+def planned(**changes: Any) -> sweeps.Sweep:
+    space = {"search": {"method.phi1": {"grid": [0.1, 0.2]}}}
+    return sweep("s3://nowhere", "s3://nowhere/scans", space, **changes)
+
+
+def test_halving_remembers_trials_of_calls_before() -> None:
+    tried = planned(base=pretraining(epochs=4), config=sweeps.Config(reduction=2))
+    good = [{"epoch": e, "objective": 0.8} for e in (1, 2, 3, 4)]
+    ended = Trial(0, {"method.phi1": 0.1}, status="done", history=good)
+
+    class Fresh:
+        trial_id = "fresh"
+
+    def verdict(trials: list[Trial], value: float, epoch: int = 1) -> str:
+        asha: Any = sweeps._scheduler(tried, {str(t.index): t for t in trials})
+        asha.on_trial_add(None, Fresh)
+        return asha.on_trial_result(None, Fresh, {"t": epoch, "objective": value})
+
+    assert verdict([ended], 0.5) == "STOP"
+    assert verdict([ended], 0.9) == "CONTINUE"
+    assert verdict([], 0.5) == "CONTINUE"
+    unfinished = replace(ended, status="running")
+    assert verdict([unfinished], 0.5) == "CONTINUE", "what runs again tells its epochs itself"
+
+
+def test_no_trial_is_stopped_at_its_last_epoch() -> None:
+    for epochs in range(2, 10):
+        tried = planned(base=pretraining(epochs=epochs), config=sweeps.Config(reduction=2))
+        asha: Any = sweeps._scheduler(tried, {})
+
+        class One:
+            trial_id = "one"
+
+        class Two:
+            trial_id = "two"
+
+        for trial in (One, Two):
+            asha.on_trial_add(None, trial)
+        for epoch in range(1, epochs):
+            asha.on_trial_result(None, One, {"t": epoch, "objective": 0.5})
+            assert asha.on_trial_result(None, Two, {"t": epoch, "objective": 0.5}) == "CONTINUE"
+        asha.on_trial_result(None, One, {"t": epochs, "objective": 0.9})
+        assert asha.on_trial_result(None, Two, {"t": epochs, "objective": 0.1}) == "CONTINUE"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("probe", 0.5), ("effective_rank", 7.0), ("accuracy", 0.25), ("finetune", 0.625)]
+)
+def test_objectives(name: Any, expected: float) -> None:
+    entry = {
+        "epoch": 1,
+        "probe_dice": 0.5,
+        "effective_rank": 7.0,
+        "accuracy": 0.75,
+        "accuracy_floor": 0.5,
+        "val_dice": 0.625,
+    }
+    assert sweeps.objective_of(entry, name) == expected
+    assert sweeps.objective_of({"epoch": 1}, name) is None
+    assert sweeps.told(entry, name)["t"] == 1
+    assert "t" not in sweeps.told(entry, name, counts=False), "an epoch of another phase moves no rung"
+
+
+def test_the_finetuning_of_a_sweep_is_judged_on_the_pretrainings_split() -> None:
+    resolved = sweeps.resolve(planned(finetuning=replace(finetuning(), split=splits.Config(seed=9))))
+    assert resolved.finetuning.split == SPLIT
+    assert resolved.finetuning.backbone == {}
+    assert resolved.finetuning.train.validate_every_epochs == 2
+    with pytest.raises(UserError, match=r"split\.fold=0"):
+        sweeps.resolve(planned(base=replace(pretraining(), split=replace(SPLIT, fold=None))))
+
+
+def test_settings_are_never_tried_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    tried = sweep(
+        "s3://nowhere", "s3://nowhere/scans", {"search": {"method.phi1": {"choice": [0.1, 0.2, 0.3]}}}
+    )
+    trials: dict[str, Trial] = {}
+    found = sweeps._open(tried, trials, 5)
+    assert sorted(t.settings["method.phi1"] for t in found) == [0.1, 0.2, 0.3]
+    assert "3 different settings" in capsys.readouterr().out
+    assert [t.index for t in found] == [0, 1, 2]
+    done = replace(found[0], status="done")
+    left = sweeps._open(tried, {sweeps.key_of(done.settings): done}, 5)
+    assert [t.index for t in left] == [1, 2]
+
+
+def test_as_many_trials_as_fit(ray_local: None) -> None:
+    """The session's Ray has 4 logical CPUs on a machine of fewer or as many cores."""
+    import os
+
+    runs, share = cluster.shares(ONE, most=9)
+    assert runs == min(os.cpu_count() or 1, 3)
+    busy = runs * (share.workers * share.cpus_per_worker + cluster.DRIVER_CPUS)
+    assert 0 < share.cpus_per_data_task <= 4 - busy, "data tasks would wait for ever"
+    assert cluster.shares(ONE, most=1)[0] == 1
+    assert cluster.shares(Resources(workers=2), most=9)[0] == 1
