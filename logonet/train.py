@@ -11,6 +11,8 @@ Shapes: B batch, P samples of the run, F features.
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import logging
 import math
 import sys
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 
 # What of an epoch's entry is about the machine, not about what was computed.
 TIMINGS = ("unix_s", "samples_per_s", "data_wait_share", "peak_memory_mb")
+PLACE = "placement_group"  # what a watched run reports first, see `fit`
 MAX_EMBEDDINGS = 2048  # samples that the effective rank of an epoch is computed on
 
 
@@ -556,20 +559,26 @@ def dry_run(backbone: dict[str, Any], cfg: Config, facts: Facts, rows: int = 1) 
     Raises:
         UserError: such as a crop that shrinks to one voxel, which batch norm cannot normalise at batch size 1.
     """
-    options = {k: v for k, v in backbone.items() if k != "name"}
+    text = json.dumps(backbone, sort_keys=True)
+    if (why := _cannot_train(text, cfg.batch_size * rows, facts.in_channels, facts.size_vox)) is not None:
+        size = "x".join(map(str, facts.size_vox))
+        raise UserError(
+            f"backbone '{backbone['name']}' cannot train on batches of {cfg.batch_size * rows} crops of {size} "
+            f"voxels ({why}); use a larger train.batch_size or crops.size_vox"
+        )
+
+
+@functools.lru_cache(maxsize=256)  # a sweep asks of every trial
+def _cannot_train(backbone: str, batch: int, in_channels: int, size_vox: tuple[int, int, int]) -> str | None:
+    """Why not, or None. ``backbone`` as JSON."""
+    options = json.loads(backbone)
     with torch.device("meta"):
-        net: Any = backbones.build(
-            backbone["name"], in_channels=facts.in_channels, num_classes=2, **options
-        ).train()
-        x_BCXYZ = torch.empty(cfg.batch_size * rows, facts.in_channels, *facts.size_vox)
+        net: Any = backbones.build(options.pop("name"), in_channels=in_channels, num_classes=2, **options)
         try:
-            net.encode(x_BCXYZ)
+            net.train().encode(torch.empty(batch, in_channels, *size_vox))
         except (ValueError, RuntimeError) as err:
-            size = "x".join(map(str, facts.size_vox))
-            raise UserError(
-                f"backbone '{backbone['name']}' cannot train on batches of {cfg.batch_size * rows} crops of {size} "
-                f"voxels ({err}); use a larger train.batch_size or crops.size_vox"
-            ) from None
+            return str(err)
+    return None
 
 
 def build_method(backbone: dict[str, Any], method: dict[str, Any], facts: Facts) -> nn.Module:
@@ -724,7 +733,8 @@ def fit(
 
     Args:
         feed: what the data tasks prepare samples from.
-        callbacks: Ray Train callbacks, such as Tune's TuneReportCallback.
+        callbacks: Ray Train callbacks, such as Tune's TuneReportCallback. They get the id of the workers' placement
+            group under PLACE first, then the scalars of each epoch.
     """
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -736,7 +746,7 @@ def fit(
     trainer = TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # it may return a value; Ray's annotation forgets that
         # References in lists: Ray would otherwise put the values themselves into every worker's arguments.
-        train_loop_config={"job": job, "feed": [ray.put(feed)], "share": share},
+        train_loop_config={"job": job, "feed": [ray.put(feed)], "share": share, "watched": bool(callbacks)},
         scaling_config=ScalingConfig(
             num_workers=share.workers,
             use_gpu=share.use_gpu,
@@ -768,6 +778,7 @@ def _scratch() -> str:
 def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     """What Ray Train runs on every worker."""
     import ray.train
+    import ray.util
     from ray.train.torch import get_device
 
     quiet()
@@ -777,6 +788,10 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     share: Share = config["share"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    if config["watched"]:
+        # Whoever stops this run from outside has to free its place: Ray's own cleaner is not to be relied on.
+        place: Any = ray.util.get_current_placement_group()
+        ray.train.report({PLACE: place.id.hex()})
     torch.set_num_threads(share.threads_per_worker)
     tracker = _tracker(job) if rank == 0 else None
     device = get_device()

@@ -38,6 +38,7 @@ from logonet.sweep.space import Settings, Space
 
 SHARED = ("crops", "clusterers", "labels", "cases")  # what trials have in common
 STATE = "state.json"
+CONTROLLER = "controller"  # of the workers' group; beside train.PLACE
 LOST_TRIALS = 3  # how often a trial is started anew when the machine under it is lost
 SAME_DRAWS = 200  # draws that bring nothing new before a space counts as exhausted
 TUNE_SETTINGS = {
@@ -232,7 +233,13 @@ class Report(TuneReportCallback):
         self.name, self.counts = name, counts
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        super().after_report(run_context, [told(metrics[0], self.name, self.counts)], checkpoint)
+        said = metrics[0]
+        if train.PLACE in said:  # before the first epoch; this runs in the actor that controls the workers
+            controller = ray.get_runtime_context().current_actor
+            said = {**said, CONTROLLER: ray.cloudpickle.dumps(controller).hex()}
+        else:
+            said = told(said, self.name, self.counts)
+        super().after_report(run_context, [said], checkpoint)
 
 
 def run_trial(point: Mapping[str, Any], plan: Plan) -> None:
@@ -343,6 +350,7 @@ class Recorder(tune.Callback):
         self.plan, self.trials, self.deadline = plan, trials, deadline
         self.tracker, self.confirms = tracker, confirms
         self.began: dict[str, float] = {}
+        self.running: dict[str, dict[str, str]] = {}  # by Tune's id of the trial: PLACE and CONTROLLER
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune saves its callbacks; what this one knows lies in the records
@@ -370,6 +378,8 @@ class Recorder(tune.Callback):
     ) -> None:
         mine = self._of(trial)
         mine.wall_s = round(time.monotonic() - self.began[trial.trial_id], 1)
+        if train.PLACE in result:
+            self.running[trial.trial_id] = {k: result[k] for k in (train.PLACE, CONTROLLER)}
         if "pretrain" in result:
             mine.pretrain = result["pretrain"]
         if result.get("final"):
@@ -395,6 +405,7 @@ class Recorder(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         mine, result = self._of(trial), trial.last_result or {}
+        self._free(trial.trial_id)
         if self.confirms:
             if mine.final:
                 say(f"trial {mine.index}", f"finetuned: validation Dice {mine.final['dice']:.4f}")
@@ -413,6 +424,17 @@ class Recorder(tune.Callback):
         self._write(mine)
         say(f"trial {mine.index}", f"{mine.status}  {mine.reason}".rstrip())
         self.tracker.sync(outcome.best_so_far(list(self.trials.values())))
+
+    def _free(self, trial_id: str) -> None:
+        """End the workers of a trial and give back their place: Tune ends only the process that drives them.
+
+        Ray's own cleaner may come late or never. The controller goes first, or it would start new workers.
+        """
+        from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+        if (held := self.running.pop(trial_id, None)) is not None:
+            ray.kill(ray.cloudpickle.loads(bytes.fromhex(held[CONTROLLER])))
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(held[train.PLACE]))))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # Failures of the trial's own are results; this is a machine that went, more often than is borne.
@@ -666,7 +688,13 @@ def _optuna(plan: Plan, recorder: Recorder) -> Any:
     first = [spaces.encode(sweep.space, settings, base) for settings in sweep.space.first]
     open_points = [p for key, p in points.items() if key not in ended]
     untried = [p for p in first if p not in points.values()]
-    search = OptunaSearch(
+
+    class Search(OptunaSearch):
+        def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+            if "objective" in result:  # a trial's first word is where it writes
+                super().on_trial_result(trial_id, result)
+
+    search = Search(
         space=OptunaSearch.convert_search_space(spaces.domains(sweep.space)),
         metric="objective",
         mode="max",
