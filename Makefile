@@ -5,7 +5,7 @@ STORE := .venv-store
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo test test-all test-real test-chaos test-cuda lint bench clean
+.PHONY: help setup demo sweep test test-all test-real test-chaos test-cuda lint bench clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -26,6 +26,10 @@ $(STORE)/.done: constraints-store.txt
 
 demo: setup      ## phantoms in an S3 server -> pretrain -> finetune -> evaluate -> register -> predict -> one page
 	$(BIN)/python jobs/demo.py
+
+sweep: setup     ## the paper's Table 14 on phantoms: 9 trials, killed with SIGKILL in the middle, resumed
+	rm -rf sweep-run
+	$(BIN)/python jobs/demo_sweep.py --dir sweep-run
 
 test: setup      ## the default tests: CPU only, under 12 minutes on 2 cores
 	$(BIN)/python -m pytest
@@ -51,5 +55,5 @@ bench: setup     ## every benchmark; each prints a table and, last, one JSON lin
 	for b in $(filter-out benchmarks/hippocampus.py,$(wildcard benchmarks/*.py)); do echo "== $$b"; $(BIN)/python $$b || exit 1; done
 
 clean:           ## environments, caches and the demo's folder
-	rm -rf $(VENV) $(STORE) demo-run build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(STORE) demo-run sweep-run build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

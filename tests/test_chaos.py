@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ import psutil
 import pytest
 from helpers import timeless
 
-from logonet import draws, phantom
+from logonet import artifacts, draws, phantom
+from logonet.s3server import free_ports
+from logonet.sweep import records
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
 REPO = Path(__file__).parents[1]
@@ -49,11 +51,13 @@ def start(scans: str, root: Path, *extra: str) -> subprocess.Popen[bytes]:
     return launch(root, command)
 
 
-def launch(root: Path, job: list[str]) -> subprocess.Popen[bytes]:
-    """A job script in a process group of its own, its words in ``<root>.log``."""
+def launch(root: Path, job: list[str], address: str | None = None) -> subprocess.Popen[bytes]:
+    """A job script in a process group of its own, its words in ``<root>.log``; on its own Ray without ``address``."""
     command = [sys.executable, *job, "--object-store-mb", "300"]
     env = {**os.environ, "LOGONET_HOME": str(root / "home"), "OMP_NUM_THREADS": "1"}
     env.pop("RAY_ADDRESS", None)
+    if address is not None:
+        env |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
     log = open(root.parent / f"{root.name}.log", "ab")
     return subprocess.Popen(
         command, cwd=REPO, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -267,3 +271,112 @@ def test_prediction_killed_in_the_middle(
     assert all(p.stat().st_mtime_ns == then for p, then in rows.items())
     assert len(list(output.glob(".cases/*/row.json"))) == 12
     assert (output / "predictions.csv").exists()
+
+
+# ------------------------------------------------------------------------------------------------ sweeps
+
+GRID = "search:\n  method.phi1: {grid: [0.1, 0.2, 0.3]}\n"
+
+
+def sweep(scans: str, root: Path, address: str | None = None) -> subprocess.Popen[bytes]:
+    space = root.parent / "grid.yaml"
+    space.write_text(GRID)
+    job = ["jobs/sweep.py", "--recipe", "demo", "--data", scans, "--root", str(root), "--space", str(space)]
+    job += ["--objective", "accuracy", "--no-stop-early", "--concurrent", "1"]
+    for setting in ("split=null", "crops.per_scan=3", "train.epochs=4", "train.warmup_epochs=1"):
+        job += ["--set", setting]
+    return launch(root, job, address)
+
+
+def trials_of(root: Path) -> dict[int, Any]:
+    uri = str(root / "sweep" / "grid")
+    return {t.index: t for t in records.read_all(uri)} if (root / "sweep").exists() else {}
+
+
+def one_ended_and_one_under_way(root: Path) -> dict[int, Any]:
+    trials = trials_of(root)
+    ended = {i: t for i, t in trials.items() if t.status == "done"}
+    under_way = [t for t in trials.values() if t.status == "running" and t.history]
+    return ended if under_way else {}
+
+
+def weights_of(root: Path) -> dict[int, str]:
+    """SHA-256 of what each trial has pretrained."""
+    found = {i: artifacts.find(t.pretrain) for i, t in trials_of(root).items()}
+    return {i: artifact.files["method.safetensors"].sha256 for i, artifact in found.items() if artifact}
+
+
+@pytest.fixture(scope="module")
+def swept_undisturbed(scans: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("swept") / "root"
+    root.mkdir()
+    wait(sweep(scans, root), root)
+    return root
+
+
+@pytest.fixture
+def heads(tmp_path: Path) -> Iterator[Callable[[], tuple[subprocess.Popen[bytes], str]]]:
+    """Starts Ray heads, and stops them all at the end."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start_head() -> tuple[subprocess.Popen[bytes], str]:
+        port = free_ports()
+        ray = str(Path(sys.executable).parent / "ray")
+        command = [ray, "start", "--head", "--block", "--num-cpus", "4", "--port", str(port)]
+        command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(port + 1)]
+        command += ["--dashboard-agent-listen-port", str(port + 2), "--object-store-memory", str(300 << 20)]
+        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        env |= {
+            "RAY_AUTH_MODE": "disabled",
+            "OMP_NUM_THREADS": "1",
+            "LOGONET_HOME": str(tmp_path / "root" / "home"),
+        }
+        log = open(tmp_path / "head.log", "ab")
+        head = subprocess.Popen(
+            command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        started.append(head)
+        wait_for(lambda: "Ray runtime started" in (tmp_path / "head.log").read_text(), head, 90)
+        return head, f"127.0.0.1:{port}"
+
+    yield start_head
+    for head in started:
+        stop_head(head)
+
+
+def stop_head(head: subprocess.Popen[bytes]) -> None:
+    """What 'ray stop' does, to this head alone."""
+    if head.poll() is None:
+        head.send_signal(signal.SIGTERM)
+        head.wait(timeout=90)
+
+
+@pytest.mark.parametrize("how", ["driver-killed", "ray-stopped"])
+def test_a_sweep_goes_on(
+    scans: str, swept_undisturbed: Path, tmp_path: Path, how: str, heads: Callable[[], Any]
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    if how == "driver-killed":
+        first, address = sweep(scans, root), None
+        before = wait_for(lambda: one_ended_and_one_under_way(root), first, 400)
+        kill_all(first)
+    else:
+        head, address = heads()
+        first = sweep(scans, root, address)
+        before = wait_for(lambda: one_ended_and_one_under_way(root), first, 400)
+        stop_head(head)
+        assert first.wait(timeout=300) != 0, "a sweep without a cluster ended well"
+        (tmp_path / "head.log").write_text("")
+        _, address = heads()
+    assert len(trials_of(root)) == 3
+    assert [t.status for t in trials_of(root).values()].count("done") < 3
+    wait(sweep(scans, root, address), root)
+    after = trials_of(root)
+    assert {i: after[i] for i in before} == before, "a trial that had ended was touched"
+    assert [t.status for t in after.values()] == ["done"] * 3
+    assert weights_of(root) == weights_of(swept_undisturbed)
+    expected = trials_of(swept_undisturbed)
+    assert {i: timeless(t.history) for i, t in after.items()} == {
+        i: timeless(t.history) for i, t in expected.items()
+    }
