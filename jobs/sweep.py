@@ -18,8 +18,9 @@ import tyro
 from jobs import recipes
 from logonet import cli, cluster, config, stages, store
 from logonet.errors import UserError
-from logonet.sweep import run as sweeps
 from logonet.sweep import space as spaces
+from logonet.sweep.run import run as search
+from logonet.sweep.settings import Budget, Config, Sweep
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Args(cli.JobArgs):
     space: str = ""
     name: str = ""
     labelled: str = ""
-    search: tyro.conf.OmitArgPrefixes[sweeps.Config] = field(default_factory=sweeps.Config)
-    budget: sweeps.Budget = field(default_factory=sweeps.Budget)
+    search: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
+    budget: Budget = field(default_factory=Budget)
     concurrent: int = 0
     confirm: int = 0
     register: str = ""
@@ -52,17 +53,17 @@ class Args(cli.JobArgs):
 
 
 def run(cfg: stages.Pretraining, args: Args) -> None:
-    sweeps.run(sweep_of(cfg, args), args.resources, args.budget, at_once=args.concurrent)
+    search(sweep_of(cfg, args), args.resources, args.budget, at_once=args.concurrent)
 
 
-def sweep_of(cfg: stages.Pretraining, args: Args) -> sweeps.Sweep:
+def sweep_of(cfg: stages.Pretraining, args: Args) -> Sweep:
     if not args.space:
         raise UserError("--space is missing; see jobs/spaces")
     recipe = args.finetune_recipe or (args.recipe if args.recipe in recipes.FINETUNING else "small")
     if recipe not in recipes.FINETUNING:
         raise UserError(config.unknown("finetuning recipe", recipe, recipes.FINETUNING))
     tuned = config.override(config.to_dict(recipes.FINETUNING[recipe]()), args.finetune_set)
-    return sweeps.Sweep(
+    return Sweep(
         name=args.name or os.path.splitext(os.path.basename(args.space))[0],
         space=spaces.read(store.read(args.space).decode(), args.space),
         base=cfg,

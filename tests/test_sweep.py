@@ -27,10 +27,12 @@ from logonet import (
 )
 from logonet.cluster import Resources
 from logonet.errors import UserError
-from logonet.sweep import outcome, records
-from logonet.sweep import run as sweeps
+from logonet.sweep import outcome, records, settings, tuning
+from logonet.sweep import run as searching
 from logonet.sweep import space as spaces
 from logonet.sweep.records import Trial
+from logonet.sweep.settings import Budget, Config, Sweep
+from logonet.sweep.trial import key_of, objective_of, told
 
 ONE = Resources(workers=1)
 SPLIT = splits.Config(test_share=0.25, folds=3)
@@ -63,8 +65,8 @@ def scans(bucket: str, ray_local: None) -> str:
     return phantom.write_dataset(f"{bucket}/scans", 8, size_vox=(36, 36, 36), classes=2)
 
 
-def sweep(bucket: str, scans: str, space: dict[str, Any], **changes: Any) -> sweeps.Sweep:
-    made = sweeps.Sweep(
+def sweep(bucket: str, scans: str, space: dict[str, Any], **changes: Any) -> Sweep:
+    made = Sweep(
         name="tried",
         space=spaces.parse(space, "test"),
         base=pretraining(),
@@ -72,7 +74,7 @@ def sweep(bucket: str, scans: str, space: dict[str, Any], **changes: Any) -> swe
         source=scans,
         root=f"{bucket}/runs",
         experiment=bucket.rsplit("/", 1)[1],
-        config=sweeps.Config(stop_early=False),
+        config=Config(stop_early=False),
     )
     return replace(made, **changes)
 
@@ -103,7 +105,7 @@ def test_trials_share_what_they_have_in_common_and_the_winner_is_registered(
     bucket: str, scans: str, capfd: Any
 ) -> None:
     tried = sweep(bucket, scans, {"search": {"method.phi1": {"grid": [0.1, 0.2, 0.4]}}}, register="phantom")
-    winner = sweeps.run(tried, ONE, sweeps.Budget())
+    winner = searching.run(tried, ONE, Budget())
     assert winner is not None
     # Three trials on one set of everything upstream.
     assert len(finished(tried.root, "pretrain")) == 3
@@ -146,7 +148,7 @@ def test_trials_share_what_they_have_in_common_and_the_winner_is_registered(
     before = {
         s: versions(f"{tried.root}/{s}") for s in ("pretrain", "crops", "finetune", "sweep/tried/trials")
     }
-    again = sweeps.run(tried, ONE, sweeps.Budget())
+    again = searching.run(tried, ONE, Budget())
     assert again == winner
     assert {s: versions(f"{tried.root}/{s}") for s in before} == before
     assert len(runs_of(tried.experiment)) == len(runs)
@@ -155,7 +157,7 @@ def test_trials_share_what_they_have_in_common_and_the_winner_is_registered(
 
     other = replace(tried, space=spaces.parse({"search": {"method.phi1": {"grid": [0.1, 0.3]}}}, "test"))
     with pytest.raises(UserError, match=r"method\.phi1.*--name another name"):
-        sweeps.run(other, ONE, sweeps.Budget())
+        searching.run(other, ONE, Budget())
 
 
 def test_trials_fail_stop_and_go_on_each_by_itself(bucket: str, scans: str) -> None:
@@ -169,9 +171,9 @@ def test_trials_fail_stop_and_go_on_each_by_itself(bucket: str, scans: str) -> N
         scans,
         space,
         base=replace(pretraining(epochs=4), probe=None),
-        config=sweeps.Config(objective="accuracy", grace_epochs=3, reduction=2),
+        config=Config(objective="accuracy", grace_epochs=3, reduction=2),
     )
-    winner = sweeps.run(tried, ONE, sweeps.Budget(trials=3), at_once=1)
+    winner = searching.run(tried, ONE, Budget(trials=3), at_once=1)
     learns, diverges, idles = records.read_all(tried.uri)
     assert winner == learns
     assert (learns.status, diverges.status, idles.status) == ("done", "failed", "stopped")
@@ -194,7 +196,7 @@ def test_trials_fail_stop_and_go_on_each_by_itself(bucket: str, scans: str) -> N
             store.delete(entry.uri)
     records.write(tried.uri, replace(learns, status="running", history=learns.history[:1]))
     kept = versions(f"{idles.pretrain}")
-    resumed = sweeps.run(tried, ONE, sweeps.Budget(trials=3), at_once=1)
+    resumed = searching.run(tried, ONE, Budget(trials=3), at_once=1)
     assert resumed is not None
     assert (resumed.index, resumed.status, resumed.pretrain) == (0, "done", learns.pretrain)
     assert timeless(resumed.history) == timeless(learns.history)
@@ -212,16 +214,16 @@ def test_a_trial_that_can_never_fit_is_one_sentence(bucket: str, scans: str) -> 
     tried = sweep(bucket, scans, {"search": {"method.phi1": {"grid": [0.1, 0.2]}}})
     resources = Resources(workers=1, cpus_per_worker=64)
     with pytest.raises(UserError, match=r"1 workers x 64 CPUs do not fit .* fewer workers"):
-        sweeps.run(tried, resources, sweeps.Budget())
+        searching.run(tried, resources, Budget())
     assert list(store.listing(tried.uri)) == [], "a sweep that cannot run was begun"
     with pytest.raises(UserError, match=r"64 trials of 1 workers do not fit .* --concurrent [123] "):
-        sweeps.run(tried, ONE, sweeps.Budget(), at_once=64)
+        searching.run(tried, ONE, Budget(), at_once=64)
 
 
 def test_a_budget_is_wanted_where_keys_are_drawn(bucket: str, scans: str) -> None:
     tried = sweep(bucket, scans, {"search": {"method.phi1": {"uniform": [0.1, 0.4]}}})
     with pytest.raises(UserError, match=r"--budget\.trials"):
-        sweeps.run(tried, ONE, sweeps.Budget())
+        searching.run(tried, ONE, Budget())
 
 
 def test_optuna_goes_on_from_what_it_has_learnt(bucket: str, scans: str) -> None:
@@ -231,16 +233,16 @@ def test_optuna_goes_on_from_what_it_has_learnt(bucket: str, scans: str) -> None
         scans,
         {"search": {"method.phi1": {"uniform": [0.1, 0.4]}, "clusterers.n": {"choice": [2, 3]}}},
         base=replace(pretraining(epochs=1), probe=None),
-        config=sweeps.Config(objective="effective_rank", search="optuna"),
+        config=Config(objective="effective_rank", search="optuna"),
     )
-    sweeps.run(tried, ONE, sweeps.Budget(trials=2))
+    searching.run(tried, ONE, Budget(trials=2))
     first = records.read_all(tried.uri)
     assert [t.status for t in first] == ["done"] * 2
-    sweeps.run(tried, ONE, sweeps.Budget(trials=3))
+    searching.run(tried, ONE, Budget(trials=3))
     second = records.read_all(tried.uri)
     assert second[:2] == first
     assert len(second) == 3
-    assert len({sweeps.key_of(t.settings) for t in second}) == 3
+    assert len({key_of(t.settings) for t in second}) == 3
     clusterers_tried = {t.settings["clusterers.n"] for t in second}
     assert len(finished(tried.root, "clusterers")) == len(clusterers_tried)
 
@@ -248,13 +250,13 @@ def test_optuna_goes_on_from_what_it_has_learnt(bucket: str, scans: str) -> None
 # --------------------------------------------------------------------------------------------- without Ray
 
 
-def planned(**changes: Any) -> sweeps.Sweep:
+def planned(**changes: Any) -> Sweep:
     space = {"search": {"method.phi1": {"grid": [0.1, 0.2]}}}
     return sweep("s3://nowhere", "s3://nowhere/scans", space, **changes)
 
 
 def test_halving_remembers_trials_of_calls_before() -> None:
-    tried = planned(base=pretraining(epochs=4), config=sweeps.Config(reduction=2))
+    tried = planned(base=pretraining(epochs=4), config=Config(reduction=2))
     good = [{"epoch": e, "objective": 0.8} for e in (1, 2, 3, 4)]
     ended = Trial(0, {"method.phi1": 0.1}, status="done", history=good)
 
@@ -262,7 +264,7 @@ def test_halving_remembers_trials_of_calls_before() -> None:
         trial_id = "fresh"
 
     def verdict(trials: list[Trial], value: float, epoch: int = 1) -> str:
-        asha: Any = sweeps._scheduler(tried, {str(t.index): t for t in trials})
+        asha: Any = tuning.scheduler(tried, {str(t.index): t for t in trials})
         asha.on_trial_add(None, Fresh)
         return asha.on_trial_result(None, Fresh, {"t": epoch, "objective": value})
 
@@ -275,8 +277,8 @@ def test_halving_remembers_trials_of_calls_before() -> None:
 
 def test_no_trial_is_stopped_at_its_last_epoch() -> None:
     for epochs in range(2, 10):
-        tried = planned(base=pretraining(epochs=epochs), config=sweeps.Config(reduction=2))
-        asha: Any = sweeps._scheduler(tried, {})
+        tried = planned(base=pretraining(epochs=epochs), config=Config(reduction=2))
+        asha: Any = tuning.scheduler(tried, {})
 
         class One:
             trial_id = "one"
@@ -305,19 +307,19 @@ def test_objectives(name: Any, expected: float) -> None:
         "accuracy_floor": 0.5,
         "val_dice": 0.625,
     }
-    assert sweeps.objective_of(entry, name) == expected
-    assert sweeps.objective_of({"epoch": 1}, name) is None
-    assert sweeps.told(entry, name)["t"] == 1
-    assert "t" not in sweeps.told(entry, name, counts=False), "an epoch of another phase moves no rung"
+    assert objective_of(entry, name) == expected
+    assert objective_of({"epoch": 1}, name) is None
+    assert told(entry, name)["t"] == 1
+    assert "t" not in told(entry, name, counts=False), "an epoch of another phase moves no rung"
 
 
 def test_the_finetuning_of_a_sweep_is_judged_on_the_pretrainings_split() -> None:
-    resolved = sweeps.resolve(planned(finetuning=replace(finetuning(), split=splits.Config(seed=9))))
+    resolved = settings.resolve(planned(finetuning=replace(finetuning(), split=splits.Config(seed=9))))
     assert resolved.finetuning.split == SPLIT
     assert resolved.finetuning.backbone == {}
     assert resolved.finetuning.train.validate_every_epochs == 2
     with pytest.raises(UserError, match=r"split\.fold=0"):
-        sweeps.resolve(planned(base=replace(pretraining(), split=replace(SPLIT, fold=None))))
+        settings.resolve(planned(base=replace(pretraining(), split=replace(SPLIT, fold=None))))
 
 
 def test_settings_are_never_tried_twice(capsys: pytest.CaptureFixture[str]) -> None:
@@ -325,12 +327,12 @@ def test_settings_are_never_tried_twice(capsys: pytest.CaptureFixture[str]) -> N
         "s3://nowhere", "s3://nowhere/scans", {"search": {"method.phi1": {"choice": [0.1, 0.2, 0.3]}}}
     )
     trials: dict[str, Trial] = {}
-    found = sweeps._open(tried, trials, 5)
+    found = searching._open(tried, trials, 5)
     assert sorted(t.settings["method.phi1"] for t in found) == [0.1, 0.2, 0.3]
     assert "3 different settings" in capsys.readouterr().out
     assert [t.index for t in found] == [0, 1, 2]
     done = replace(found[0], status="done")
-    left = sweeps._open(tried, {sweeps.key_of(done.settings): done}, 5)
+    left = searching._open(tried, {key_of(done.settings): done}, 5)
     assert [t.index for t in left] == [1, 2]
 
 

@@ -22,6 +22,7 @@ from logonet import config, store
 from logonet.errors import UserError
 
 SPEC = "sweep.json"
+STATE = "state.json"
 TRIALS = "trials"
 READ_THREADS = 16
 SHOWN_DIFFERENCES = 5
@@ -151,6 +152,17 @@ def _parsed(data: bytes, index: int, record: str) -> Trial | str:
     except UserError as err:
         return str(err)
     return trial if trial.index == index else f"{record} is the record of trial {trial.index}"
+
+
+def state(uri: str) -> dict[str, Any]:
+    """What is known of the sweep at ``uri`` as a whole: "spent_s" over all calls, "shared" artifacts by stage."""
+    noted = store.join(uri, STATE)
+    return json.loads(store.read(noted)) if store.exists(noted) else {}
+
+
+def note(uri: str, **values: Any) -> None:
+    """Add to, or replace in, the sweep's `state`."""
+    store.write_json(store.join(uri, STATE), state(uri) | values)
 
 
 # ---------------------------------------------------------------------------------------------- the sweep
