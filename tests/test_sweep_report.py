@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -519,3 +520,40 @@ def test_mappings_are_written_as_people_write_them(placed):
     assert json.loads(table["clusterers"].iloc[0]) == {"k_min": 8, "k_max": 40}
     texts = placed(report.heat_map, table, "clusterers", "backbone", "probe_dice")
     assert {"k_min 8, k_max 40", "k_min 20\nk_max 100", "logonet", "not set"} <= set(texts)
+
+
+def test_the_command_writes_the_page_and_names_the_winner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from logonet import cli
+
+    uri = str(tmp_path / "sweep" / "tried")
+    records.claim(
+        uri,
+        records.Spec(
+            name="tried",
+            space={"search": {"method.phi1": {"grid": [0.1, 0.2]}}},
+            base={"method": {"name": "masked_clusters", "phi1": 0.1}},
+            objective="probe",
+            source="scans",
+            labelled="",
+            search="random",
+            seed=0,
+            finetuning={},
+            scheduler={},
+        ),
+    )
+    for index, (phi1, value, status) in enumerate([(0.1, 0.6, "done"), (0.2, 0.7, "stopped")]):
+        history = [{"epoch": 1, "objective": value}]
+        records.write(uri, records.Trial(index, {"method.phi1": phi1}, status, history=history))  # type: ignore[arg-type]
+    monkeypatch.setattr("sys.argv", ["logonet", "sweep-report", uri, "--out", str(tmp_path / "out")])
+    cli.main()
+    said = capsys.readouterr().out
+    assert "1 done, 1 stopped" in said
+    assert "trial 0  phi1=0.1" in said
+    assert {"report.html", "trials.csv", "heat_map.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr("sys.argv", ["logonet", "sweep-report", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "holds no sweep" in capsys.readouterr().err
