@@ -226,6 +226,27 @@ def test_a_budget_is_wanted_where_keys_are_drawn(bucket: str, scans: str) -> Non
         searching.run(tried, ONE, Budget())
 
 
+@pytest.mark.slow
+def test_a_sweep_out_of_hours_waits_for_more(bucket: str, scans: str) -> None:
+    tried = sweep(
+        bucket,
+        scans,
+        {"search": {"method.phi1": {"grid": [0.1, 0.2]}}},
+        base=replace(pretraining(epochs=6), probe=None),
+        config=Config(objective="accuracy", stop_early=False),
+    )
+    assert searching.run(tried, ONE, Budget(hours=12 / 3600), at_once=1) is None
+    assert {t.status for t in records.read_all(tried.uri)} == {"waiting"}
+    assert records.state(tried.uri)["spent_s"] >= 12
+    for attempt in tenacity.Retrying(stop=tenacity.stop_after_delay(60), wait=tenacity.wait_fixed(1)):
+        with attempt:
+            assert places_held() == 0
+    assert searching.run(tried, ONE, Budget(hours=12 / 3600), at_once=1) is None, "the hours were over"
+    winner = searching.run(tried, ONE, Budget(), at_once=2)
+    assert winner is not None
+    assert [t.status for t in records.read_all(tried.uri)] == ["done", "done"]
+
+
 def test_optuna_goes_on_from_what_it_has_learnt(bucket: str, scans: str) -> None:
     pytest.importorskip("optuna")
     tried = sweep(

@@ -113,6 +113,10 @@ class Recorder(tune.Callback):
             ray.kill(ray.cloudpickle.loads(bytes.fromhex(held[CONTROLLER])))
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(held[train.PLACE]))))
 
+    def free_all(self) -> None:
+        for trial_id in list(self.running):
+            self._free(trial_id)
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # Failures of the trial's own are results; this is a machine that went, more often than is borne.
         mine = self._of(trial)

@@ -75,6 +75,10 @@ def run(sweep: Sweep, resources: Resources, budget: Budget, *, at_once: int = 0)
             )
             recorder = Recorder(plan, trials, time.monotonic() + left_s, tracker, confirms=False)
             drive(tune.with_parameters(run_trial, plan=plan), plan, recorder, len(open_trials), runs, left_s)
+    for trial in trials.values():
+        if trial.status == "running":  # Tune ends without a word about them when its time is up
+            trial.status, trial.reason = "waiting", "the hours of the budget were over"
+            records.write(sweep.uri, trial)
     _confirm(plan, trials, tracker, max(sweep.confirm, 1 if sweep.register else 0), runs)
     winner = outcome.winner(list(trials.values()))
     files = outcome.report(sweep.uri, sweep.uri)

@@ -61,6 +61,7 @@ def drive(fn: Any, plan: Plan, recorder: Recorder, trials: int, runs: int, left_
     )
     try:
         tuner.fit()
+        recorder.free_all()  # what still ran when the time was up
     finally:
         records.note(plan.sweep.uri, spent_s=round(spent_s + time.monotonic() - began, 1))
 
