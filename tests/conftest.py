@@ -67,6 +67,8 @@ def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> 
 
     home = tmp_path_factory.mktemp("home")
     settings = {**s3_server.env(), "LOGONET_HOME": str(home), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+    # Idle worker processes are kept for the next test: Ray ends them after a second, and each costs seconds of imports.
+    settings |= {"RAY_num_workers_soft_limit": "8", "RAY_idle_worker_killing_time_threshold_ms": "600000"}
     kept = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     with cluster.connected(cluster.Resources(workers=2, object_store_mb=300)):
@@ -76,3 +78,14 @@ def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> 
             del os.environ[name]
         else:
             os.environ[name] = value
+
+
+@pytest.fixture(scope="module")
+def place(ray_local: None) -> Iterator[str]:
+    """One bucket for a whole file that works with Ray, so that what one test has made serves the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_CONFIG_FILE", os.devnull)
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        uri = f"s3://place-{uuid.uuid4().hex}"
+        store.create_bucket(uri)
+        yield uri

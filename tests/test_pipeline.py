@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import timeless, tiny_backbone
+from helpers import assert_same_gradients, fit_here, timeless, tiny_backbone
 
 from logonet import (
     artifacts,
@@ -19,10 +21,12 @@ from logonet import (
     crops,
     data,
     phantom,
+    seen,
     stages,
     store,
     train,
 )
+from logonet.artifacts import Artifact
 from logonet.cluster import Resources
 from logonet.errors import UserError
 
@@ -30,32 +34,73 @@ RESOURCES = Resources(workers=2)
 
 
 def tiny(**training: Any) -> stages.Pretraining:
+    settings: dict[str, Any] = {
+        "epochs": 2,
+        "global_batch": 4,
+        "batch_size": 2,
+        "lr": 3e-3,
+        "warmup_epochs": 0.5,
+    }
+    settings |= {"gradient_sync": "flat", "checkpoint_every_steps": 1, "keep_checkpoints": 4}
     return stages.Pretraining(
         crops=crops.Config(size_vox=(32, 32, 32), per_scan=2),
         clusterers=clusterers.Config(n=3, k_min=3, k_max=6, iterations=5),
         backbone=tiny_backbone(),
         method={"name": "masked_clusters", "phi1": 0.2, "final_relu": False},
-        train=train.Config(
-            **{"epochs": 2, "global_batch": 4, "batch_size": 2, "lr": 3e-3, "warmup_epochs": 0.5, **training}
-        ),
+        train=train.Config(**(settings | training)),
     )
 
 
+def pretrain(cfg: stages.Pretraining, scans: str, root: str) -> Artifact:
+    return stages.pretrain(cfg, scans, root, RESOURCES, "pipeline")
+
+
+@pytest.fixture(scope="module")
+def scans(place: str) -> str:
+    """Three phantoms and a torn one, as a listing: the dataset.json lies above it."""
+    phantom.write_dataset(f"{place}/scans", 3, size_vox=(40, 40, 40))
+    store.write(f"{place}/scans/imagesTr/broken.nii.gz", b"\x1f\x8b not gzip")
+    return f"{place}/scans/imagesTr/"
+
+
+@pytest.fixture(scope="module")
+def root(place: str) -> str:
+    return f"{place}/runs"
+
+
+@pytest.fixture(scope="module")
+def made(scans: str, root: str) -> tuple[Artifact, str]:
+    """The run that the tests look at, on two workers, and what it said."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        return pretrain(tiny(), scans, root), said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def done(made: tuple[Artifact, str]) -> Artifact:
+    return made[0]
+
+
 @pytest.fixture
-def scans(bucket: str, ray_local: None) -> str:
-    phantom.write_dataset(f"{bucket}/scans", 3, size_vox=(40, 40, 40))
-    return f"{bucket}/scans/"
+def prepared(done: Artifact, scans: str, root: str) -> tuple[data.CropTable, Artifact]:
+    """The crops that the run was made of."""
+    share = cluster.share(RESOURCES)
+    table, _ = stages.import_scans(scans, root, share)
+    return stages.make_crops(table, tiny().crops, root, share)
 
 
-def test_from_a_bucket_of_scans_to_a_tracked_pretrained_network(scans: str, bucket: str, capfd: Any) -> None:
-    scans += "imagesTr/"  # a listing, not the dataset.json above it
-    store.write(f"{scans}broken.nii.gz", b"\x1f\x8b not gzip")
-    root = f"{bucket}/runs"
-    done = stages.pretrain(tiny(), scans, root, RESOURCES, "pipeline")
+def history_of(artifact: Artifact) -> list[dict[str, Any]]:
+    return json.loads(artifact.read("history.json"))
+
+
+def test_from_a_bucket_of_scans_to_a_tracked_pretrained_network(
+    made: tuple[Artifact, str], scans: str, root: str
+) -> None:
+    done, said = made
     assert artifacts.verify(done, full=True) == []
-    said = capfd.readouterr().out
     assert "broken.nii.gz" in said
-    history = json.loads(done.read("history.json"))
+    assert "epoch 2/2" in said
+    history = history_of(done)
     assert [e["epoch"] for e in history] == [1, 2]
     assert history[1]["loss"] < history[0]["loss"]
     for name in (
@@ -67,6 +112,10 @@ def test_from_a_bucket_of_scans_to_a_tracked_pretrained_network(scans: str, buck
     ):
         assert done.read(name)
     assert {"manifest", "crops", "clusterers", "labels"} <= done.parents.keys()
+    table, _ = stages.import_scans(scans, root, cluster.share(RESOURCES))
+    assert {scan.sha256 for scan in seen.from_bytes(done.read("seen.parquet"))} == {
+        scan.sha256 for scan in table.scans
+    }
 
     from logonet import registry
 
@@ -83,49 +132,39 @@ def test_from_a_bucket_of_scans_to_a_tracked_pretrained_network(scans: str, buck
     assert secret not in str(runs[0].to_dictionary()) + said
 
     before = {e.uri: e.version for e in store.listing(root)}
-    again = stages.pretrain(tiny(), scans, root, RESOURCES, "pipeline")
-    assert again == done
+    assert pretrain(tiny(), scans, root) == done
     assert {e.uri: e.version for e in store.listing(root)} == before, "a finished run wrote something"
     assert len(client.search_runs([experiment.experiment_id])) == 1
 
+
+def test_another_number_of_workers_takes_the_same_steps(
+    done: Artifact, scans: str, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 worker accumulating, 2 workers side by side: the same samples, and the same gradients to rounding."""
+    monkeypatch.setattr(train, "fit", fit_here)
+    one = stages.pretrain(tiny(keep_checkpoints=5), scans, root, Resources(workers=1), "alone")
     # A run that varies only in training shares everything upstream.
-    other = stages.pretrain(tiny(lr=1e-3), scans, root, RESOURCES, "pipeline")
-    assert other.fingerprint != done.fingerprint
+    assert one.fingerprint != done.fingerprint
     for stage in ("manifest", "crops", "clusterers", "labels"):
         assert len({e.uri.split("/")[5] for e in store.listing(f"{root}/{stage}")}) == 1
-
-
-def test_another_number_of_workers_takes_the_same_steps(scans: str, bucket: str) -> None:
-    """1 worker accumulating, 2 workers side by side: the same samples and losses to rounding."""
-    # A tiny learning rate: AdamW's first step has the size of lr whatever the gradient's, so with a large one
-    # rounding of a gradient near 0 would move weights by 2 lr.
-    cfg, root = tiny(epochs=1, lr=1e-7), f"{bucket}/runs"
-    one = stages.pretrain(cfg, scans, root, Resources(workers=1), "workers")
-    a = json.loads(one.read("history.json"))
-    store.delete_prefix(one.uri)
-    two = stages.pretrain(cfg, scans, root, Resources(workers=2), "workers")
-    assert one.fingerprint == two.fingerprint
-    b = json.loads(two.read("history.json"))
-    assert a[0]["loss"] == pytest.approx(b[0]["loss"], rel=1e-5)
-    assert a[0]["accuracy_floor"] == b[0]["accuracy_floor"]
-    assert a[0]["masked_share"] == b[0]["masked_share"]
+    assert_same_gradients(one, done)
+    for a, b in zip(history_of(one), history_of(done)):
+        assert a["accuracy_floor"] == b["accuracy_floor"]
+        assert a["masked_share"] == b["masked_share"]
 
 
 @pytest.mark.parametrize("sync", ["flat", pytest.param("ddp", marks=pytest.mark.slow)])
-def test_an_interrupted_run_on_two_workers_resumes_exactly(
-    scans: str, bucket: str, sync: str, tmp_path: Any
-) -> None:
-    """What is left when a run dies after epoch 1: its checkpoint, and no manifest."""
-    cfg = tiny(gradient_sync=sync, keep_checkpoints=3)
-    whole = stages.pretrain(cfg, scans, f"{bucket}/whole", RESOURCES, "resume")
-    expected = json.loads(whole.read("history.json"))
-    kept = f"{bucket}/whole/pretrain/{whole.fingerprint}"
-    for entry in list(store.listing(kept)):
-        if "/checkpoints/step-00000002/" not in entry.uri:
+def test_an_interrupted_run_on_two_workers_resumes_exactly(scans: str, root: str, sync: str) -> None:
+    """What is left when a run dies within epoch 2: the state after step 3, and no manifest."""
+    cfg = tiny(gradient_sync=sync)
+    whole = pretrain(cfg, scans, root)
+    expected = history_of(whole)
+    for entry in list(store.listing(whole.uri)):
+        if "/checkpoints/step-00000003/" not in entry.uri:
             store.delete(entry.uri)
-    assert len(checkpoints.all_of(kept)) == 1
-    again = stages.pretrain(cfg, scans, f"{bucket}/whole", RESOURCES, "resume")
-    assert timeless(json.loads(again.read("history.json"))) == timeless(expected)
+    assert len(checkpoints.all_of(whole.uri)) == 1
+    again = pretrain(cfg, scans, root)
+    assert timeless(history_of(again)) == timeless(expected)
     assert again.files["method.safetensors"].sha256 == whole.files["method.safetensors"].sha256
 
 
@@ -142,27 +181,27 @@ def test_no_scans_at_all_is_one_sentence(bucket: str, ray_local: None) -> None:
         stages.pretrain(tiny(), f"{bucket}/nowhere/", f"{bucket}/runs", RESOURCES, "none")
 
 
-def test_clusterers_fitted_before_a_kill_are_kept(scans: str, bucket: str) -> None:
+def test_clusterers_fitted_before_a_kill_are_kept(
+    prepared: tuple[data.CropTable, Artifact], done: Artifact, root: str
+) -> None:
     """A fit that died after one clusterer: the rest are fitted, the set is the same."""
     cfg, share = tiny(), cluster.share(RESOURCES)
-    table, _ = stages.import_scans(scans, f"{bucket}/runs", share)
-    crop_table, crops_artifact = stages.make_crops(table, cfg.crops, f"{bucket}/runs", share)
-    artifact = stages.make_clusterers(crop_table, crops_artifact, cfg.clusterers, f"{bucket}/runs", share)
-    slices_ST = data.sample_slices(crop_table, cfg.clusterers.max_slices, cfg.clusterers.seed, share)
-    store.delete_prefix(artifact.uri)
+    slices_ST = data.sample_slices(prepared[0], cfg.clusterers.max_slices, cfg.clusterers.seed, share)
+    uri = done.parents["clusterers_uri"]
+    store.delete_prefix(uri)
     counts = clusterers.cluster_counts(cfg.clusterers)
     kept = clusterers.fit_one(slices_ST, counts[1], 1, cfg.clusterers)
-    store.write(f"{artifact.uri}/fits/00001.safetensors", kept.to_bytes())
-    store.write(f"{artifact.uri}/fits/00002.safetensors", b"torn")
-    again = stages.make_clusterers(crop_table, crops_artifact, cfg.clusterers, f"{bucket}/runs", share)
-    assert again.facts["id"] == artifact.facts["id"]
+    store.write(f"{uri}/fits/00001.safetensors", kept.to_bytes())
+    store.write(f"{uri}/fits/00002.safetensors", b"torn")
+    again = stages.make_clusterers(*prepared, cfg.clusterers, root, share)
+    assert (again.uri, again.facts["id"]) == (uri, done.parents["clusterers"])
 
 
-def test_the_clusters_report_judges_and_shows(scans: str, bucket: str, tmp_path: Path) -> None:
-    cfg, share, root = tiny(), cluster.share(RESOURCES), f"{bucket}/runs"
-    table, _ = stages.import_scans(scans, root, share)
-    crop_table, crops_artifact = stages.make_crops(table, cfg.crops, root, share)
-    artifact = stages.make_clusterers(crop_table, crops_artifact, cfg.clusterers, root, share)
+def test_the_clusters_report_judges_and_shows(
+    prepared: tuple[data.CropTable, Artifact], root: str, tmp_path: Path
+) -> None:
+    cfg, share = tiny(), cluster.share(RESOURCES)
+    artifact = stages.make_clusterers(*prepared, cfg.clusterers, root, share)
     quality = clusters_report.write(artifact.uri, str(tmp_path), max_slices=96, stability=2, share=share)
     assert quality["k"].tolist() == clusterers.cluster_counts(cfg.clusterers)
     assert ((quality["perplexity"] >= 1) & (quality["perplexity"] <= quality["k"])).all()
@@ -171,4 +210,4 @@ def test_the_clusters_report_judges_and_shows(scans: str, bucket: str, tmp_path:
     assert "stability over two seeds" in page
     assert page.count("<img") == 1 + len(list(tmp_path.glob("sheet_*.png")))
     with pytest.raises(UserError, match="no finished clusterers artifact"):
-        clusters_report.write(crops_artifact.uri, str(tmp_path), max_slices=96, stability=0, share=share)
+        clusters_report.write(prepared[1].uri, str(tmp_path), max_slices=96, stability=0, share=share)
