@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -23,7 +24,7 @@ from logonet.cluster import Resources
 from logonet.errors import UserError
 from logonet.manifest import Source
 
-RESOURCES = Resources(workers=2)
+RESOURCES = Resources(workers=1)
 CFG = infer.Config(overlap=0)
 LABEL_VALUES = (0, 3, 7)
 
@@ -63,10 +64,13 @@ def write_scan(
     store.write(uri, volume.encode_nifti(scan.array_CXYZ[0].astype(np.int16), scan.affine))
 
 
-@pytest.fixture
-def scans(bucket: str, ray_local: None) -> str:
+@pytest.fixture(scope="module")
+def model_uri(place: str) -> str:
+    return write_model(f"{place}/model")
+
+
+def write_scans(root: str) -> str:
     """Four good scans in two folders, and four of which nothing can be made."""
-    root = f"{bucket}/in"
     write_scan(f"{root}/a.nii.gz", 0)
     write_scan(f"{root}/deep/er/b.nii.gz", 1, "LPS")
     write_scan(f"{root}/deep/c.nii.gz", 2, "PIR", tilt_deg=20)
@@ -90,6 +94,25 @@ BAD = {
 }
 
 
+@pytest.fixture(scope="module")
+def scans(place: str) -> str:
+    return write_scans(f"{place}/in")
+
+
+@pytest.fixture(scope="module")
+def made(
+    scans: str, model_uri: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, list[predict.Row], str]:
+    """A run of two workers that several tests look at: its output, its rows, and what it said.
+
+    Into a folder, whose versions are times: what is written again is noticed even if it is the same.
+    """
+    said, output = io.StringIO(), f"{tmp_path_factory.mktemp('predictions')}/out"
+    with contextlib.redirect_stdout(said):
+        rows = stages.predict_bucket(CFG, model_uri, scans, output, Resources(workers=2))
+    return output, rows, said.getvalue()
+
+
 def run(model_uri: str, scans: str, output: str, **options: Any) -> list[predict.Row]:
     return stages.predict_bucket(CFG, model_uri, scans, output, RESOURCES, **options)
 
@@ -98,11 +121,9 @@ def versions(uri: str) -> dict[str, str]:
     return {e.uri: e.version for e in store.listing(uri)}
 
 
-def test_a_bucket_of_good_and_bad_scans(scans: str, bucket: str, capfd: Any) -> None:
-    output, model_uri = f"{bucket}/out", write_model(f"{bucket}/model")
-    rows = run(model_uri, scans, output)
+def test_a_bucket_of_good_and_bad_scans(made: tuple[str, list[predict.Row], str], model_uri: str) -> None:
+    output, rows, said = made
     assert [row.name for row in rows] == sorted([*GOOD, *BAD])
-    said = capfd.readouterr().out
     for row in rows:
         assert row.name in said
         assert row.seconds > 0
@@ -150,11 +171,9 @@ def plain(blob: bytes) -> bytes:
 
 
 def test_the_same_command_touches_nothing_and_missing_cases_alone_are_done(
-    scans: str, bucket: str, tmp_path: Path
+    made: tuple[str, list[predict.Row], str], scans: str, model_uri: str
 ) -> None:
-    """Into a folder, whose versions are times: what is written again is noticed even if it is the same."""
-    output, model_uri = f"{tmp_path}/out", write_model(f"{bucket}/model")
-    rows = run(model_uri, scans, output)
+    output, rows, _ = made
     before = versions(output)
     assert run(model_uri, scans, output) == rows
     assert versions(output) == before
@@ -175,8 +194,10 @@ def test_the_same_command_touches_nothing_and_missing_cases_alone_are_done(
     assert not [uri for uri in after if "/.attempts/" in uri]
 
 
-def test_a_replaced_scan_is_segmented_anew_and_quarantined_ones_when_asked(scans: str, bucket: str) -> None:
-    output, model_uri = f"{bucket}/out", write_model(f"{bucket}/model")
+def test_a_replaced_scan_is_segmented_anew_and_quarantined_ones_when_asked(
+    place: str, model_uri: str
+) -> None:
+    scans, output = write_scans(f"{place}/replaced"), f"{place}/replaced-out"
     first = {row.name: row for row in run(model_uri, scans, output)}
     before = versions(output)
     write_scan(f"{scans}torn.nii.gz", 6)  # mended by its owner
@@ -194,11 +215,12 @@ def test_a_replaced_scan_is_segmented_anew_and_quarantined_ones_when_asked(scans
     assert all(after[f"{output}/{name}.nii.gz"] == before[f"{output}/{name}.nii.gz"] for name in GOOD)
 
 
-def test_another_model_or_setting_does_not_mix_into_an_output(scans: str, bucket: str) -> None:
-    output, model_uri = f"{bucket}/out", write_model(f"{bucket}/model")
-    run(model_uri, scans, output)
+def test_another_model_or_setting_does_not_mix_into_an_output(
+    made: tuple[str, list[predict.Row], str], scans: str, place: str, model_uri: str
+) -> None:
+    output, _, _ = made
     before = versions(output)
-    other = write_model(f"{bucket}/other", seed=1)
+    other = write_model(f"{place}/other", seed=1)
     for cfg, uri, named in ((CFG, other, "model="), (infer.Config(overlap=0.25), model_uri, "infer=")):
         with pytest.raises(UserError, match=f"holds predictions made otherwise \\({named}") as err:
             stages.predict_bucket(cfg, uri, scans, output, RESOURCES)
@@ -206,7 +228,7 @@ def test_another_model_or_setting_does_not_mix_into_an_output(scans: str, bucket
     assert versions(output) == before
 
 
-def test_a_case_that_kills_its_process_is_set_aside(scans: str, bucket: str) -> None:
+def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str) -> None:
     """The others are done all the same, also those that were on their way in the killed process."""
 
     class TooLarge:  # in here, because Ray's workers know the test's classes by value only
@@ -223,11 +245,17 @@ def test_a_case_that_kills_its_process_is_set_aside(scans: str, bucket: str) -> 
     names = ("a.nii.gz", "d.nii", "deep/c.nii.gz")
     items = predict.items_of([Source(f"{scans}{name}") for name in names], scans)
     items.insert(1, predict.Item("huge", source=TooLarge()))  # type: ignore[arg-type]
-    output, deaths = f"{bucket}/out", f"{bucket}/deaths"
+    output, deaths = f"{place}/killed-out", f"{place}/deaths"
 
     def once(attempt: str) -> list[predict.Row]:
         return predict.run(
-            items, model_files(), output, CFG, cluster.share(RESOURCES), about={"model": "x"}, attempt=attempt
+            items,
+            model_files(),
+            output,
+            CFG,
+            cluster.share(Resources(workers=2)),
+            about={"model": "x"},
+            attempt=attempt,
         )
 
     rows = once("first")
@@ -240,11 +268,11 @@ def test_a_case_that_kills_its_process_is_set_aside(scans: str, bucket: str) -> 
     assert versions(output) == before
 
 
-def test_a_case_whose_answer_got_lost_is_not_done_again(scans: str, bucket: str) -> None:
+def test_a_case_whose_answer_got_lost_is_not_done_again(scans: str, place: str) -> None:
     """Ray gives a finished case again when the node that held its answer goes; it must not count as a death."""
     import ray
 
-    items, output = [predict.Item("a", source=Source(f"{scans}a.nii.gz"))], f"{bucket}/out"
+    items, output = [predict.Item("a", source=Source(f"{scans}a.nii.gz"))], f"{place}/lost-out"
     actor = predict._Segment(items, [ray.put(model_files())], output, CFG, 1, "attempt", False)
     batch = {"id": np.array([0])}
     first = actor(batch)
@@ -255,13 +283,13 @@ def test_a_case_whose_answer_got_lost_is_not_done_again(scans: str, bucket: str)
     assert versions(output) == before
 
 
-def test_an_output_among_the_scans_is_refused(scans: str, bucket: str) -> None:
+def test_an_output_among_the_scans_is_refused(scans: str, place: str, model_uri: str) -> None:
     """A label map must never replace a scan, nor be segmented by the next run."""
-    model_uri, before = write_model(f"{bucket}/model"), versions(scans)
+    before = versions(scans)
     for output in (scans, scans.rstrip("/"), f"{scans}labels"):
         with pytest.raises(UserError, match="lies in the input"):
             run(model_uri, scans, output)
-    listed = f"{bucket}/list.csv"
+    listed = f"{place}/list.csv"
     store.write(listed, f"image\n{scans}a.nii.gz\n".encode())
     with pytest.raises(UserError, match=r"a\.nii\.gz is a scan, which a label map would replace"):
         run(model_uri, listed, scans)
@@ -278,9 +306,9 @@ def test_an_output_among_the_scans_is_refused(scans: str, bucket: str) -> None:
     ],
 )
 def test_a_model_that_cannot_run_is_one_sentence_before_any_case(
-    spoilt: str, said: str, scans: str, bucket: str
+    spoilt: str, said: str, scans: str, tmp_path: Path
 ) -> None:
-    output, files = f"{bucket}/out", model_files()
+    output, files = f"{tmp_path}/out", model_files()
     if spoilt == "torn weights":
         files[model.WEIGHTS_FILE] = files[model.WEIGHTS_FILE][:-1000]
     elif spoilt == "other weights":
@@ -293,9 +321,9 @@ def test_a_model_that_cannot_run_is_one_sentence_before_any_case(
         files[model.CONFIG_FILE] = json.dumps(values).encode()
     if spoilt != "nothing":
         for name, blob in files.items():
-            store.write(f"{bucket}/model/{name}", blob)
+            store.write(f"{tmp_path}/model/{name}", blob)
     with pytest.raises(UserError, match=said) as err:
-        run(f"{bucket}/model", scans, output)
+        run(f"{tmp_path}/model", scans, output)
     assert "\n" not in str(err.value)
     assert not list(store.listing(output))
 
