@@ -32,7 +32,7 @@ def plain(said: str) -> str:
     return " ".join(re.sub("[\u2500-\u257f]", " ", said).split())
 
 
-ONE_WORD = ("compare", "register", "alias", "export", "doctor", "phantoms")
+ONE_WORD = ("compare", "register", "alias", "export", "sweep-report", "doctor", "phantoms")
 
 
 @pytest.mark.parametrize("command", [*cli.TWO_WORDS, *ONE_WORD])
@@ -50,7 +50,7 @@ def test_help_lists_every_command_with_one_line(monkeypatch: pytest.MonkeyPatch,
     assert listed is not None
     assert sorted(listed[1].split(",")) == sorted([*cli.TWO_WORDS, *ONE_WORD])
     for command in (*cli.TWO_WORDS, *ONE_WORD):
-        function = getattr(cli, command.replace(" ", "_"))
+        function = getattr(cli, re.sub("[ -]", "_", command))
         first, *rest = (function.__doc__ or "").split("\n\n")
         assert "\n" not in first, command
         assert len(first) <= 120, command
