@@ -369,7 +369,6 @@ def test_a_sweep_goes_on(
         assert first.wait(timeout=300) != 0, "a sweep without a cluster ended well"
         (tmp_path / "head.log").write_text("")
         _, address = heads()
-    assert len(trials_of(root)) == 3
     assert [t.status for t in trials_of(root).values()].count("done") < 3
     wait(sweep(scans, root, address), root)
     after = trials_of(root)
