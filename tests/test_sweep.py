@@ -34,6 +34,7 @@ from logonet.sweep.records import Trial
 from logonet.sweep.settings import Budget, Config, Sweep
 from logonet.sweep.trial import key_of, objective_of, told
 
+pytestmark = pytest.mark.timeout(1500)  # a dozen Ray Train runs in a test
 ONE = Resources(workers=1)
 SPLIT = splits.Config(test_share=0.25, folds=3)
 
