@@ -400,11 +400,11 @@ def drop_rates(highest: float, depths: Sequence[int]) -> list[list[float]]:
 def fit_window(grid: Triple, window: Triple) -> tuple[Triple, Triple]:
     """The window to use on a map of ``grid`` tokens, and the shift of a shifted block.
 
-    A map that fits into the window is one window. Where it does along some axis only, the released net cuts
-    the window to the shortest side and shifts nowhere.
+    A map as large as the window is one window. Else, where a side of it fits into the window, the released net
+    cuts the window to the shortest side of the map and shifts nowhere.
     """
-    if all(n <= w for n, w in zip(grid, window)):
-        return grid, (0, 0, 0)
+    if grid == window:
+        return window, (0, 0, 0)
     if any(n <= w for n, w in zip(grid, window)):
         x, y, z = (min(w, *grid) for w in window)
         return (x, y, z), (0, 0, 0)
