@@ -144,6 +144,11 @@ class DiNTS(nn.Module):
         ):  # MONAI moves what it has just made to the CPU, which the meta device cannot
             self.net: Any = _wrapped(cfg, in_channels, num_classes)
         self.net.to(device)
+        # To the end, so that the first convolution of the encoder is one on the crop: that one tells the number
+        # of its channels to whoever loads weights.
+        space = self.net.dints_space
+        del self.net.dints_space
+        self.net.dints_space = space
         # MONAI runs the stems of levels that no path starts from and multiplies by 0, and never runs those
         # above which no path ends: weights no gradient would ever reach.
         for level in range(cfg.num_depths):
@@ -199,19 +204,19 @@ class DiNTS(nn.Module):
         return {key: tuple(tuple(int(value) for value in row) for row in rows[key]) for key in rows}
 
 
-def _wrapped(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
+def _wrapped(cfg: Config, in_channels: int, num_classes: int) -> Any:
     import numpy as np
     from monai.networks.nets.dints import DiNTS as Wrapped
     from monai.networks.nets.dints import TopologyInstance, TopologySearch
 
     code = None if cfg.paths is None else [np.array(cfg.paths), np.array(cfg.ops)]
-    space_of = TopologySearch if cfg.search else TopologyInstance
+    space_of: Any = TopologySearch if cfg.search else TopologyInstance
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         # It prints a recommended size, and warns that an instance without a code is unusual.
         warnings.simplefilter("ignore", UserWarning)
         space = space_of(
-            code,
-            cfg.channel_mul,
+            arch_code=code,
+            channel_mul=cfg.channel_mul,
             num_blocks=cfg.num_blocks,
             num_depths=cfg.num_depths,
             norm_name=norm_name(cfg.norm),

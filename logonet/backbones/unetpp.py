@@ -116,10 +116,10 @@ class UNetPlusPlus(nn.Module):
         for diagonal in range(1, LEVELS):
             for column in range(1, diagonal + 1):
                 level = diagonal - column
-                node = getattr(self.net, f"upcat_{level}_{column}")
-                before = grid[level]
-                skip = before[0] if column == 1 else torch.cat(before, dim=1)
-                before.append(node(grid[level + 1][column - 1], skip))
+                # Not the block's own forward: it asks torch.jit for a type, which no compiler can follow.
+                node, before = getattr(self.net, f"upcat_{level}_{column}"), grid[level]
+                below = node.upsample(grid[level + 1][column - 1])
+                before.append(node.convs(torch.cat((*before, below), dim=1)))
         return grid[0][1:]
 
     def forward(self, x_BCXYZ: Tensor) -> SegOut:

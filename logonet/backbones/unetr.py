@@ -62,7 +62,7 @@ class Config:
             )
 
     @property
-    def vit(self) -> dict[str, int]:
+    def vit(self) -> dict[str, Any]:
         """hidden_size, mlp_dim and num_heads."""
         preset = _VARIANTS[self.variant]
         own = {key: getattr(self, key) for key in preset}
