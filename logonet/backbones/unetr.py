@@ -7,14 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from logonet.backbones import SegOut
+from logonet.backbones._monai import check_img_size
 from logonet.errors import UserError
 
 PATCH = 16  # side in voxels of what becomes one token; fixed by the four doublings of the decoder
+
+# Of the transformer's 12 layers: Dosovitskiy et al. 2021, Table 1, and Touvron et al. 2021, Table 1.
+_VARIANTS: dict[str, dict[str, int]] = {
+    "vit_b": {"hidden_size": 768, "mlp_dim": 3072, "num_heads": 12},
+    "vit_t": {"hidden_size": 192, "mlp_dim": 768, "num_heads": 3},
+}
 
 TINY: dict[str, Any] = {
     "img_size": (32, 32, 32),
@@ -27,30 +34,39 @@ TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are the UNETR of LoGoNet's Table 1, on ViT-B. ViT-T has hidden_size 192 and mlp_dim 768.
+    """The defaults are the UNETR of LoGoNet's Table 1, on ViT-B.
 
     Attributes:
         img_size: the one crop size (X, Y, Z in voxels) the net takes: it learns a vector for each position.
         feature_size: width at full resolution.
-        hidden_size, mlp_dim, num_heads: of the transformer's 12 layers.
+        variant: presets of the three below.
+        hidden_size, mlp_dim, num_heads: of the transformer's 12 layers; None is the variant's.
     """
 
     img_size: tuple[int, int, int] = (96, 96, 96)
     feature_size: int = 32
-    hidden_size: int = 768
-    mlp_dim: int = 3072
-    num_heads: int = 12
+    variant: Literal["vit_b", "vit_t"] = "vit_b"
+    hidden_size: int | None = None
+    mlp_dim: int | None = None
+    num_heads: int | None = None
 
     def __post_init__(self) -> None:
         if any(side < PATCH or side % PATCH for side in self.img_size):
             raise UserError(f"backbone.img_size is {self.img_size}; its sides must be multiples of {PATCH}")
-        if min(self.feature_size, self.mlp_dim, self.num_heads, self.hidden_size) < 1:
+        hidden, mlp, heads = (self.vit[key] for key in ("hidden_size", "mlp_dim", "num_heads"))
+        if min(self.feature_size, hidden, mlp, heads) < 1:
             raise UserError("backbone.feature_size, hidden_size, mlp_dim and num_heads must be above 0")
-        if self.hidden_size % self.num_heads:
+        if hidden % heads:
             raise UserError(
-                f"backbone.hidden_size {self.hidden_size} is not a multiple of backbone.num_heads "
-                f"{self.num_heads}; change either"
+                f"backbone.hidden_size {hidden} is not a multiple of backbone.num_heads {heads}; change either"
             )
+
+    @property
+    def vit(self) -> dict[str, Any]:
+        """hidden_size, mlp_dim and num_heads."""
+        preset = _VARIANTS[self.variant]
+        own = {key: getattr(self, key) for key in preset}
+        return {key: preset[key] if value is None else value for key, value in own.items()}
 
 
 def size_multiple(cfg: Config) -> tuple[int, int, int]:
@@ -58,11 +74,7 @@ def size_multiple(cfg: Config) -> tuple[int, int, int]:
 
 
 def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
-    if tuple(size_vox) != cfg.img_size:
-        raise UserError(
-            f"crop size {tuple(size_vox)} does not fit backbone 'unetr', which learns a vector for each "
-            f"position; set backbone.img_size to the crop's size or use crops of {cfg.img_size}"
-        )
+    check_img_size("unetr", "which learns a vector for each position", cfg.img_size, size_vox)
 
 
 def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
@@ -70,8 +82,8 @@ def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
 
 
 class UNETR(nn.Module):
-    """101,787,214 parameters and 264.60 G multiply-accumulates (as thop counts) at 96^3 with 14 classes;
-    MONAI's has 18,432 parameters more, which it never uses.
+    """101,787,214 parameters and 264.60 G multiply-accumulates (as thop counts) at 96^3 with 14 classes, on ViT-T
+    16,362,382 and 241.27 G; MONAI's has 18,432 (4,608) parameters more, which it never uses.
 
     Features: tokens after layers 4, 7, 10 and 12 of the transformer as maps, all at stride 16, the last
     normalised. What makes a pyramid of them, MONAI's encoder1 to encoder4, is the decoder's.
@@ -90,16 +102,14 @@ class UNETR(nn.Module):
             num_classes,
             img_size=cfg.img_size,
             feature_size=cfg.feature_size,
-            hidden_size=cfg.hidden_size,
-            mlp_dim=cfg.mlp_dim,
-            num_heads=cfg.num_heads,
+            **cfg.vit,
         )
         # MONAI gives each layer a norm for a cross-attention that UNETR lacks: weights nothing reads, which
         # no gradient would ever reach.
         for layer in self.net.vit.blocks:
             layer.cross_attn = layer.norm_cross_attn = nn.Identity()
         self.cfg = cfg
-        self.channels = (cfg.hidden_size,) * 4
+        self.channels = (cfg.vit["hidden_size"],) * 4
         self.feature_channels = cfg.feature_size
 
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
