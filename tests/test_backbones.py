@@ -44,6 +44,12 @@ def crop(name: str, batch: int = 2, seed: int = 0, widths: int = 1) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
+def everything(out: backbones.SegOut) -> Tensor:
+    """A loss of all that a network gives; an autoencoder's weights have no other gradient than ``aux_loss``'s."""
+    loss = torch.stack([logits.float().square().mean() for logits in (out.logits, *out.deep)]).sum()
+    return loss if out.aux_loss is None else loss + out.aux_loss
+
+
 def _multiple(name: str) -> tuple[int, int, int]:
     cfg = backbones.config(name, backbones.tiny(name))
     with pytest.raises(UserError) as refused:
@@ -86,9 +92,7 @@ def test_forward_is_decode_of_encode(name: str) -> None:
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     net = tiny_net(name)
     # Two widths: BatchNorm of only two values gives +-1 whatever they are, and so no gradient.
-    out = net(crop(name, widths=2))
-    loss = out.logits.square().mean() + sum(d.square().mean() for d in out.deep)
-    (loss if out.aux_loss is None else loss + out.aux_loss).backward()
+    everything(net(crop(name, widths=2))).backward()
     assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
@@ -122,7 +126,7 @@ def test_bf16_autocast_is_finite(name: str) -> None:
     # weight gradient of a padded 3x3x3 convolution then reads memory that nobody wrote.
     net, x = tiny_net(name), crop(name, widths=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = net(x).logits.float().square().mean()
+        loss = everything(net(x))
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
