@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from logonet import registry, store, train
+from logonet import registry, train
 from logonet.stages.common import say
 from logonet.sweep import outcome, records
 from logonet.sweep.outcome import MEASURES
@@ -63,7 +63,7 @@ class Recorder(tune.Callback):
             mine.final = result["final"]
         if "failed" in result:
             mine.reason = result["failed"]
-            store.write(f"{self.plan.sweep.uri}/trials/{mine.index:04d}.error.txt", result["trace"].encode())
+            records.write_traceback(self.plan.sweep.uri, mine.index, result["trace"])
         if "t" in result:
             entry = result["entry"]
             new = entry["epoch"] not in {e["epoch"] for e in mine.history}

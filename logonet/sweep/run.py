@@ -109,14 +109,14 @@ def _tracking(sweep: Sweep) -> dict[str, Any]:
 
 
 def _unfinished(trials: Mapping[str, Trial]) -> dict[str, list[dict[str, Any]]]:
-    return {key: t.history for key, t in trials.items() if t.status not in ("done", "stopped")}
+    return {key: t.history for key, t in trials.items() if not t.ended}
 
 
 def _open(sweep: Sweep, trials: dict[str, Trial], wanted: int) -> list[Trial]:
     """Trials to do: those that were begun or failed, and new ones; where a search decides as it goes, blank ones."""
-    ended = [t for t in trials.values() if t.status in ("done", "stopped")]
+    ended = [t for t in trials.values() if t.ended]
     if sweep.config.search != "random":
-        begun = [t for t in trials.values() if t.status not in ("done", "stopped")]
+        begun = [t for t in trials.values() if not t.ended]
         blank = [Trial(-1, {})] * (wanted - len(ended) - len(begun))
         return begun + blank
     base = config.to_dict(sweep.base)
@@ -133,7 +133,7 @@ def _open(sweep: Sweep, trials: dict[str, Trial], wanted: int) -> list[Trial]:
         say("sweep", f"the space holds {len(chosen)} different settings, fewer than the {wanted} asked for")
     for key, trial in chosen.items():
         trials.setdefault(key, trial)
-    return [t for t in chosen.values() if t.status not in ("done", "stopped")]
+    return [t for t in chosen.values() if not t.ended]
 
 
 def _left_s(sweep: Sweep, budget: Budget) -> float:
@@ -189,8 +189,8 @@ def _confirm(
     plan: Plan, trials: Mapping[str, Trial], tracker: registry.Tracker, wanted: int, runs: int
 ) -> None:
     """Finetune the best of the trials that ran to the end, as many as ``wanted``."""
-    ended = [t for t in trials.values() if t.status == "done" and not math.isnan(outcome.objective(t))]
-    best = sorted(ended, key=outcome.objective, reverse=True)[:wanted]
+    ended = [t for t in trials.values() if t.status == "done" and not math.isnan(t.objective)]
+    best = sorted(ended, key=lambda t: t.objective, reverse=True)[:wanted]
     todo = [t for t in best if not t.final]
     if not todo:
         return
@@ -220,7 +220,7 @@ def _close_runs(sweep: Sweep, trials: Mapping[str, Trial], parent: str | None) -
         tags |= {"logonet.sweep.outcome": f"{trial.status} {trial.reason}".strip()}
         if parent is not None:
             tags[registry.PARENT_TAG] = parent
-        metrics = {"objective": outcome.objective(trial), "final_dice": trial.final.get("dice", math.nan)}
+        metrics = {"objective": trial.objective, "final_dice": trial.final.get("dice", math.nan)}
         registry.catch_up(
             fingerprint=trial.pretrain.rsplit("/", 1)[-1] or f"{config.fingerprint(spec(sweep))}-{key}",
             experiment=sweep.experiment,
