@@ -22,9 +22,9 @@ class Recorder(tune.Callback):
     """Writes down, in the driver, all that is heard of trials."""
 
     def __init__(
-        self, plan: Plan, trials: dict[str, Trial], deadline: float, tracker: registry.Tracker, confirms: bool
+        self, plan: Plan, trials: dict[str, Trial], tracker: registry.Tracker, confirms: bool
     ) -> None:
-        self.plan, self.trials, self.deadline = plan, trials, deadline
+        self.plan, self.trials = plan, trials
         self.tracker, self.confirms = tracker, confirms
         self.began: dict[str, float] = {}
         self.running: dict[str, dict[str, str]] = {}  # by Tune's id of the trial: PLACE and CONTROLLER
@@ -94,9 +94,7 @@ class Recorder(tune.Callback):
             mine.status = "failed"
         elif result.get("finished"):
             mine.status = "done"
-        elif time.monotonic() >= self.deadline:
-            mine.status, mine.reason = "waiting", "the hours of the budget were over"
-        else:
+        else:  # by the scheduler; of trials that run when the time is up Tune says nothing
             mine.status, mine.reason = "stopped", f"stopped after epoch {mine.history[-1]['epoch']}"
         self._write(mine)
         say(f"trial {mine.index}", f"{mine.status}  {mine.reason}".rstrip())

@@ -8,7 +8,6 @@ been tried lies in `records`; Ray's own state of the experiment is scratch, sinc
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -73,7 +72,7 @@ def run(sweep: Sweep, resources: Resources, budget: Budget, *, at_once: int = 0)
                 "sweep",
                 f"{len(open_trials)} of {wanted} trials to do, {runs} at once on {share.workers} workers each",
             )
-            recorder = Recorder(plan, trials, time.monotonic() + left_s, tracker, confirms=False)
+            recorder = Recorder(plan, trials, tracker, confirms=False)
             drive(tune.with_parameters(run_trial, plan=plan), plan, recorder, len(open_trials), runs, left_s)
     for trial in trials.values():
         if trial.status == "running":  # Tune ends without a word about them when its time is up
@@ -197,7 +196,7 @@ def _confirm(
     say("confirm", f"finetuning {len(todo)} of {len(ended)} trials that ran to the end")
     plan = replace(plan, settings=[t.settings for t in todo])
     fn = tune.with_parameters(confirm_trial, plan=plan, uris=[t.pretrain for t in todo])
-    drive(fn, plan, Recorder(plan, dict(trials), math.inf, tracker, confirms=True), len(todo), runs, math.inf)
+    drive(fn, plan, Recorder(plan, dict(trials), tracker, confirms=True), len(todo), runs, math.inf)
 
 
 ENDED = {
