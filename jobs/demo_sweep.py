@@ -76,7 +76,7 @@ def ended(sweep: str) -> list[Trial]:
 
 
 def wait_for(sweep: str, count: int, process: subprocess.Popen[bytes], limit_s: float) -> list[Trial]:
-    """The trials that have ended, as soon as there are ``count``, and another is under way."""
+    """The trials that have ended, as soon as there are ``count``."""
     until = time.monotonic() + limit_s
     while time.monotonic() < until:
         if len(found := ended(sweep)) >= count:

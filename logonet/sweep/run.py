@@ -210,6 +210,7 @@ ENDED = {
 
 def _close_runs(sweep: Sweep, trials: Mapping[str, Trial], parent: str | None) -> None:
     """Every trial's MLflow run: there, below the sweep's, with its end and its objective."""
+    fingerprint = config.fingerprint(spec(sweep))
     for key, trial in trials.items():
         tags = {
             "logonet.stage": "pretrain",
@@ -221,7 +222,7 @@ def _close_runs(sweep: Sweep, trials: Mapping[str, Trial], parent: str | None) -
             tags[registry.PARENT_TAG] = parent
         metrics = {"objective": trial.objective, "final_dice": trial.final.get("dice", math.nan)}
         registry.catch_up(
-            fingerprint=trial.pretrain.rsplit("/", 1)[-1] or f"{config.fingerprint(spec(sweep))}-{key}",
+            fingerprint=trial.pretrain.rsplit("/", 1)[-1] or f"{fingerprint}-{key}",
             experiment=sweep.experiment,
             run_name=f"{sweep.name}-trial-{trial.index}",
             params=trial.settings,
