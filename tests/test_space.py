@@ -211,8 +211,8 @@ def test_what_the_papers_space_leaves_commented_out_works_too() -> None:
             "unknown config key 'backbone.dim'; did you mean 'backbone.dims'?",
         ),
         (
-            {"backbone.name": {"grid": ["logonet", "unet"]}},
-            "search key 'backbone.name' with value \"unet\": unknown",
+            {"backbone.name": {"grid": ["logonet", "resnet"]}},
+            "search key 'backbone.name' with value \"resnet\": unknown",
         ),
         (
             {"method.chain_length": {"grid": [3, 33]}},
