@@ -6,7 +6,6 @@ Letters: B batch, C channels, XYZ the crop's axes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,9 @@ from logonet import backbones
 from logonet.backbones import ulkanet
 from logonet.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = backbones.names()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Maps this small only make threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny_net(name: str, seed: int = 0, **options: Any) -> Any:

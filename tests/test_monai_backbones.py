@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from logonet import backbones, config
 from logonet.backbones import dynunet
 from logonet.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STRIDES = dynunet.TINY["strides"]
 # Small nets as a user of MONAI writes them, and the options that shall mean the same.
@@ -175,15 +177,6 @@ LEFT_OUT = {
     "unetpp": ("final_conv_0_1.", "final_conv_0_2.", "final_conv_0_3."),
 }
 NAMES = sorted({name for name, *_ in CASES.values()})
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Maps this small only make threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=CASES)
