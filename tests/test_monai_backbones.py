@@ -326,7 +326,7 @@ def test_the_search_names_the_architecture_it_likes_best() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("swinunetr", "unetr") else ()) for n in NAMES]
+    "name", [pytest.param(n, marks=() if n in ("dynunet", "unet") else pytest.mark.slow) for n in NAMES]
 )
 def test_compiles(name: str) -> None:
     """As one graph, forward and backward; without the code generator, which takes minutes."""
