@@ -76,7 +76,7 @@ def ended(sweep: str) -> list[Trial]:
 
 
 def wait_for(sweep: str, count: int, process: subprocess.Popen[bytes], limit_s: float) -> list[Trial]:
-    """The trials that have ended, as soon as there are ``count``, and another is under way."""
+    """The trials that have ended, as soon as there are ``count``."""
     until = time.monotonic() + limit_s
     while time.monotonic() < until:
         if len(found := ended(sweep)) >= count:
@@ -93,10 +93,10 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     children = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=20)
     for child in alive:
         child.kill()
-    psutil.wait_procs(alive, timeout=10)
+    psutil.wait_procs(alive, timeout=20)
 
 
 if __name__ == "__main__":

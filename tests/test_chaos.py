@@ -19,6 +19,7 @@ import psutil
 import pytest
 from helpers import timeless
 
+from jobs.demo_sweep import kill
 from logonet import artifacts, draws, phantom
 from logonet.s3server import free_ports
 from logonet.sweep import records
@@ -101,17 +102,6 @@ def checkpoint_done(root: Path, step: int, stage: str = "pretrain") -> Path | No
     return done[0].parent if done else None
 
 
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL the driver; then whatever of its Ray outlives it, by pid."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    for child in alive:
-        child.kill()
-    psutil.wait_procs(alive, timeout=20)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(scans: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:
     root = tmp_path_factory.mktemp("undisturbed") / "root"
@@ -128,7 +118,7 @@ def test_driver_and_workers_killed_mid_epoch(
     first = start(scans, root)
     newest = wait_for(lambda: checkpoint_done(root, 6 * 2), first)  # epoch 2 of 6 is over
     time.sleep(draws.rng(0, "chaos", str(torn)).uniform(0.05, 0.5))
-    kill_all(first)
+    kill(first)
     done = sorted(p.parent for p in newest.parent.glob("*/manifest.json"))
     assert not list((root / "pretrain").glob("*/manifest.json"))
     if torn:
@@ -165,7 +155,7 @@ def test_a_kill_while_clusterers_are_fitted(
     root.mkdir()
     first = start(scans, root)
     wait_for(lambda: list((root / "clusterers").glob("*/fits/*.safetensors")), first)
-    kill_all(first)
+    kill(first)
     assert finish(start(scans, root), root) == undisturbed
 
 
@@ -223,7 +213,7 @@ def test_finetuning_killed_mid_epoch(
     first = finetune(scans, root, weights)
     wait_for(lambda: checkpoint_done(root, 12, "finetune"), first)  # in the middle of epoch 2 of 4
     time.sleep(draws.rng(0, "chaos", "finetune").uniform(0.05, 0.5))
-    kill_all(first)
+    kill(first)
     assert not list((root / "finetune").glob("*/manifest.json"))
     wait(finetune(scans, root, weights), root)
     (history, files), (expected, expected_files) = (
@@ -263,7 +253,7 @@ def test_prediction_killed_in_the_middle(
 
     first = predict(model, bucket_of_scans, output)
     wait_for(lambda: len(list(output.glob(".cases/*/row.json"))) >= 3, first)
-    kill_all(first)
+    kill(first)
     rows = {p: p.stat().st_mtime_ns for p in output.glob(".cases/*/row.json")}
     assert 3 <= len(rows) < 12
     wait(predict(model, bucket_of_scans, output), output)
@@ -360,7 +350,7 @@ def test_a_sweep_goes_on(
     if how == "driver-killed":
         first, address = sweep(scans, root), None
         before = wait_for(lambda: one_ended_and_one_under_way(root), first, 400)
-        kill_all(first)
+        kill(first)
     else:
         head, address = heads()
         first = sweep(scans, root, address)

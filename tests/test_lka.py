@@ -5,7 +5,7 @@ Letters: B batch, C and O channels, K kernel side, XYZ the volume's axes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logonet.backbones import _conv
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = [(24, 9, 2), (7, 10, 25), (12, 12, 12), (6, 6, 6), (3, 3, 3), (4, 3, 7), (1, 5, 7)]
 LAYOUTS = {"channels_last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
@@ -42,15 +44,6 @@ def results(conv: Conv, args: tuple[Tensor, ...], dtype: torch.dtype) -> list[Te
     out = conv(*leaves)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(args[0].dtype)
     return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Maps this small only make threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from logonet import backbones, config
 from logonet.backbones import dynunet
 from logonet.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STRIDES = dynunet.TINY["strides"]
 # Small nets as a user of MONAI writes them, and the options that shall mean the same.
@@ -177,15 +179,6 @@ LEFT_OUT = {
 NAMES = sorted({name for name, *_ in CASES.values()})
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Maps this small only make threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=CASES)
 def pair(request: pytest.FixtureRequest) -> tuple[Any, Any, Tensor]:
     """Ours and MONAI's from one seed, and a crop of two channels."""
@@ -333,7 +326,7 @@ def test_the_search_names_the_architecture_it_likes_best() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in ("swinunetr", "unetr") else ()) for n in NAMES]
+    "name", [pytest.param(n, marks=() if n in ("dynunet", "unet") else pytest.mark.slow) for n in NAMES]
 )
 def test_compiles(name: str) -> None:
     """As one graph, forward and backward; without the code generator, which takes minutes."""

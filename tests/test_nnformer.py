@@ -6,7 +6,7 @@ Letters: B batch, C channels, D width of a stage, K classes, XYZ the crop's or a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from logonet import backbones, config
 from logonet.backbones import nnformer
 from logonet.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Triple = tuple[int, int, int]
 
@@ -33,15 +35,6 @@ SMALL: dict[str, Any] = {
     "drop_path": 0.0,
 }
 DEEP = {**SMALL, "depths": (3, 2, 2, 1), "decoder_heads": (2, 4, 8)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Maps this small only make threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small(**options: Any) -> Any:

@@ -6,7 +6,6 @@ Letters: B batch, C channels, K classes, XYZ the crop's axes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,14 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from logonet import backbones, config
 from logonet.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Maps this small only make threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(**options: Any) -> Any:

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,12 @@ from torch import Tensor, nn
 from logonet import backbones, cases, draws, phantom, probe, store
 from logonet.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = (16, 16, 16)
 CLASSES = ("background", "liver", "spleen")
 CPU = torch.device("cpu")
 FEW = probe.Config(train_cases=3, val_cases=2, voxels_per_crop=600)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Maps this small only make threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def kept(folder: Path, name: str, image_CXYZ: np.ndarray, labels_XYZ: np.ndarray) -> cases.Ref:

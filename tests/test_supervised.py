@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,17 +19,11 @@ from logonet.backbones import SegOut
 from logonet.errors import UserError
 from logonet.methods.supervised import SMOOTH, Config, Supervised, deep_weights, dice_and_ce, nearest
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = (8, 8, 6)
 K = 4
 NONE = {"augment": config.to_dict(augment.none())}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def facts(size_vox: tuple[int, int, int] = SIZE, num_classes: int = K) -> methods.Facts:

@@ -27,7 +27,7 @@ from logonet import (
 )
 from logonet.cluster import Resources
 from logonet.errors import UserError
-from logonet.sweep import outcome, records, settings, tuning
+from logonet.sweep import records, settings, tuning
 from logonet.sweep import run as searching
 from logonet.sweep import space as spaces
 from logonet.sweep.records import Trial
@@ -121,7 +121,7 @@ def test_trials_share_what_they_have_in_common_and_the_winner_is_registered(
         history = json.loads(artifacts.find(trial.pretrain).read("history.json"))  # type: ignore[union-attr]
         assert [e["probe_dice"] for e in history] == [e["objective"] for e in trial.history]
         assert [e["epoch"] for e in trial.history] == [1, 2]
-    best = max(trials, key=outcome.objective)
+    best = max(trials, key=lambda t: t.objective)
     assert winner.index == best.index
     tuned = artifacts.find(winner.final["uri"])
     assert tuned is not None
@@ -138,8 +138,8 @@ def test_trials_share_what_they_have_in_common_and_the_winner_is_registered(
     assert {c.data.tags[registry.PARENT_TAG] for c in children} == {parent.info.run_id}
     assert {c.info.status for c in [*children, parent]} == {"FINISHED"}
     objectives = {c.data.tags["logonet.fingerprint"]: c.data.metrics["objective"] for c in children}
-    assert objectives == {t.pretrain.rsplit("/", 1)[1]: outcome.objective(t) for t in trials}
-    assert parent.data.metrics["best_objective"] == outcome.objective(best)
+    assert objectives == {t.pretrain.rsplit("/", 1)[1]: t.objective for t in trials}
+    assert parent.data.metrics["best_objective"] == best.objective
     assert len(by_stage["finetune"]) == 1
     lineage = registry.lineage("models:/logonet-seg-phantom@candidate")
     assert lineage["logonet.sweep_uri"] == tried.uri

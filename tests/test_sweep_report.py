@@ -6,11 +6,13 @@ import io
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import test_records
 import test_report
 from scipy import stats
 from test_report import Page, pixels
@@ -528,21 +530,8 @@ def test_the_command_writes_the_page_and_names_the_winner(
     from logonet import cli
 
     uri = str(tmp_path / "sweep" / "tried")
-    records.claim(
-        uri,
-        records.Spec(
-            name="tried",
-            space={"search": {"method.phi1": {"grid": [0.1, 0.2]}}},
-            base={"method": {"name": "masked_clusters", "phi1": 0.1}},
-            objective="probe",
-            source="scans",
-            labelled="",
-            search="random",
-            seed=0,
-            finetuning={},
-            scheduler={},
-        ),
-    )
+    spec = replace(test_records.SPEC, base={"method": {"name": "masked_clusters", "phi1": 0.1}})
+    records.claim(uri, spec)
     for index, (phi1, value, status) in enumerate([(0.1, 0.6, "done"), (0.2, 0.7, "stopped")]):
         history = [{"epoch": 1, "objective": value}]
         records.write(uri, records.Trial(index, {"method.phi1": phi1}, status, history=history))  # type: ignore[arg-type]

@@ -340,8 +340,22 @@ class Killed(Exception):
     pass
 
 
-def test_training_learns_and_logs_what_it_must(feed: Any, tmp_path: Path) -> None:
-    history = a_worker(feed, a_job(str(tmp_path))).run(lambda metrics: None)
+@pytest.fixture(scope="module")
+def whole(feed: Any, tmp_path_factory: pytest.TempPathFactory) -> train.Worker:
+    """What has run to its end uninterrupted; its history and weights are what others must come to."""
+    worker = a_worker(feed, a_job(f"{tmp_path_factory.mktemp('whole')}"))
+    worker.run(lambda metrics: None)
+    return worker
+
+
+def assert_same_run(worker: train.Worker, expected: train.Worker) -> None:
+    assert timeless(worker.history) == timeless(expected.history)
+    for (name, a), b in zip(expected.method.state_dict().items(), worker.method.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_training_learns_and_logs_what_it_must(whole: train.Worker) -> None:
+    history = whole.history
     assert [e["epoch"] for e in history] == [1, 2, 3, 4]
     assert history[-1]["loss"] < history[0]["loss"]
     for entry in history:
@@ -357,12 +371,14 @@ def test_training_learns_and_logs_what_it_must(feed: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize("every", [None, 1])
 @pytest.mark.parametrize("die_at_step", [3, 5])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
-    feed: Any, tmp_path: Path, every: int | None, die_at_step: int, monkeypatch: pytest.MonkeyPatch
+    feed: Any,
+    whole: train.Worker,
+    tmp_path: Path,
+    every: int | None,
+    die_at_step: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed in the middle of an epoch (2 steps each), with checkpoints at epochs' ends or at every step."""
-    whole = a_worker(feed, a_job(f"{tmp_path}/whole", checkpoint_every_steps=every))
-    expected = whole.run(lambda metrics: None)
-
     job = a_job(f"{tmp_path}/killed", checkpoint_every_steps=every)
     first = a_worker(feed, job)
     real_step = train.step
@@ -379,17 +395,13 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     monkeypatch.setattr(train, "step", real_step)
 
     second = a_worker(feed, job)
-    history = second.run(lambda metrics: None)
-    assert timeless(history) == timeless(expected)
-    for (name, a), b in zip(whole.method.state_dict().items(), second.method.state_dict().values()):
-        assert torch.equal(a, b), name
+    second.run(lambda metrics: None)
+    assert_same_run(second, whole)
 
 
-def test_a_finished_run_is_not_trained_again(feed: Any, tmp_path: Path) -> None:
-    job = a_job(str(tmp_path))
-    expected = a_worker(feed, job).run(lambda metrics: None)
-    again = a_worker(feed, job)
-    assert again.run(lambda metrics: pytest.fail("trained again")) == expected
+def test_a_finished_run_is_not_trained_again(feed: Any, whole: train.Worker) -> None:
+    again = a_worker(feed, whole.job)
+    assert again.run(lambda metrics: pytest.fail("trained again")) == whole.history
 
 
 def test_accumulated_micro_batches_equal_one_batch(feed: Any, tmp_path: Path) -> None:
@@ -454,16 +466,20 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence(feed: Any, tmp_path: Pa
     assert checkpoints.newest(str(tmp_path), "a" * 16) is None
 
 
+@pytest.mark.parametrize("name", ["ulkanet", pytest.param("logonet", marks=pytest.mark.slow)])  # nine of them
 def test_a_compiled_network_takes_the_same_steps(
-    feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Through the tracer with its eager backend, so that no compiler is needed."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    settings = {"epochs": 1, "warmup_epochs": 0, "lr": 1e-7}
-    plain = a_worker(feed, a_job(f"{tmp_path}/plain", **settings)).run(lambda metrics: None)
-    compiled = a_worker(feed, a_job(f"{tmp_path}/compiled", compile=True, **settings)).run(
-        lambda metrics: None
-    )
+    settings = {"epochs": 1, "steps_per_epoch": 1, "global_batch": 2, "warmup_epochs": 0, "lr": 1e-7}
+
+    def history(compiled: bool) -> list[dict[str, Any]]:
+        job = a_job(f"{tmp_path}/{compiled}", compile=compiled, **settings)
+        job = dataclasses.replace(job, backbone={"name": name, **backbones.tiny(name)})
+        return a_worker(feed, job).run(lambda metrics: None)
+
+    plain, compiled = history(False), history(True)
     assert compiled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5)
 
 
@@ -861,16 +877,23 @@ def probe_task(labelled: data.LabelledFeed) -> probe.Task:
 PROBED = ("probe_dice", "probe_dice_per_class", "probe_dice_floor")
 
 
-def test_probing_changes_no_bit_of_the_training(feed: Any, tmp_path: Path, probe_task: probe.Task) -> None:
-    plain = a_worker(feed, a_job(f"{tmp_path}/plain", epochs=3))
-    expected = plain.run(silent)
-    probed = a_worker(feed, dataclasses.replace(a_job(f"{tmp_path}/probed", epochs=3), probe=probe_task))
-    history = probed.run(silent)
+@pytest.fixture(scope="module")
+def probed(feed: Any, probe_task: probe.Task, tmp_path_factory: pytest.TempPathFactory) -> train.Worker:
+    job = a_job(f"{tmp_path_factory.mktemp('probed')}")
+    worker = a_worker(feed, dataclasses.replace(job, probe=probe_task))
+    worker.run(silent)
+    return worker
+
+
+def test_probing_changes_no_bit_of_the_training(
+    feed: Any, whole: train.Worker, probed: train.Worker, tmp_path: Path, probe_task: probe.Task
+) -> None:
+    history = probed.history
     without = [{k: v for k, v in e.items() if k not in PROBED} for e in history]
-    assert timeless(without) == timeless(expected)
-    for (name, a), b in zip(plain.method.state_dict().items(), probed.method.state_dict().values()):
+    assert timeless(without) == timeless(whole.history)
+    for (name, a), b in zip(whole.method.state_dict().items(), probed.method.state_dict().values()):
         assert torch.equal(a, b), name
-    assert [set(PROBED) <= e.keys() for e in history] == [False, True, True]
+    assert [set(PROBED) <= e.keys() for e in history] == [False, True, False, True]
     # The last entry is of the network as it is now, and the floor of one that saw nothing.
     prober = probe.Probe(probe_task, torch.device("cpu"))
     last = prober.measure(probed.method.backbone)
@@ -881,18 +904,18 @@ def test_probing_changes_no_bit_of_the_training(feed: Any, tmp_path: Path, probe
 
 
 def test_a_killed_run_that_is_probed_equals_an_uninterrupted_one(
-    feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probe_task: probe.Task
+    feed: Any,
+    probed: train.Worker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    probe_task: probe.Task,
 ) -> None:
     """Its floor too, though the network that it resumes with is no fresh one."""
-    whole = a_worker(feed, dataclasses.replace(a_job(f"{tmp_path}/whole"), probe=probe_task))
-    expected = whole.run(silent)
-    assert ["probe_dice" in e for e in expected] == [False, True, False, True]
     job = dataclasses.replace(a_job(f"{tmp_path}/killed"), probe=probe_task)
     killed_at(monkeypatch, a_worker(feed, job), at_step=5)  # with a measurement before it and one to come
     second = a_worker(feed, job)
-    assert timeless(second.run(silent)) == timeless(expected)
-    for (name, a), b in zip(whole.method.state_dict().items(), second.method.state_dict().values()):
-        assert torch.equal(a, b), name
+    second.run(silent)
+    assert_same_run(second, probed)
 
 
 def test_the_floor_is_of_random_weights_though_the_run_starts_from_others(

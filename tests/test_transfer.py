@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,16 +18,10 @@ from logonet import backbones
 from logonet.errors import UserError
 from logonet.transfer import Report, other_channels, prove, transfer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = backbones.names()
 Weights = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def fresh(name: str, seed: int, in_channels: int = 1, num_classes: int = 3) -> Any:

@@ -6,7 +6,6 @@ Letters: B batch, C channels, K classes, XYZ the crop's axes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -20,6 +19,8 @@ from logonet import backbones, config
 from logonet.backbones import uxnet3d
 from logonet.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL: dict[str, Any] = {"feature_size": 4, "depths": (1, 2, 1, 1), "kernel_size": 5}
 CASES: dict[str, dict[str, Any]] = {
     "released": {},
@@ -30,15 +31,6 @@ CASES: dict[str, dict[str, Any]] = {
     "affine": {"norm": "instance_affine"},
     "group": {"norm": "group"},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Maps this small only make threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small(**options: Any) -> Any:

@@ -90,6 +90,16 @@ def quiet(axes: Axes, whole: bool = False) -> None:
     axes.locator_params(axis="x", nbins=5)
 
 
+def rows(axes: Axes, labels: list[str]) -> None:
+    """Quiet axes of one row a label, the first on top."""
+    quiet(axes)
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x", color=RULE, linewidth=0.5, alpha=0.6)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8.5, color=INK)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+
+
 def png(fig: Figure) -> bytes:
     out = io.BytesIO()
     # No "Software" and no date: the same data give the same bytes, which artifacts' checksums rely on.

@@ -48,7 +48,7 @@ def organ_boxes(rows: pd.DataFrame) -> bytes:
     for i, key in enumerate(BOXED):
         name, colour, form, _ = METRICS[key]
         axes = drawing.axes_at(fig, (left + i * (wide + right + gap), bottom, wide, height))
-        _rows(axes, classes if i == 0 else [""] * len(classes))
+        drawing.rows(axes, classes if i == 0 else [""] * len(classes))
         axes.set_title(name, loc="left", fontsize=9, color=INK, pad=8)
         values = rows[key].to_numpy(np.float64)
         _scale(axes, values[np.isfinite(values)], key)
@@ -144,7 +144,7 @@ def compare_picture(table: pd.DataFrame, a: str = "A", b: str = "B") -> bytes:
         at = (left + column * (wide + right + gap), bottom + row * (height + 0.55 + bottom), wide, height)
         axes = drawing.axes_at(fig, at)
         name, _, form, more = METRICS[metric]
-        _rows(axes, classes if column == 0 else [""] * len(classes))
+        drawing.rows(axes, classes if column == 0 else [""] * len(classes))
         _set_mean_apart(axes, classes)
         better = f"{'right' if more else 'left'} is better"
         drawing.title(axes, name, better)
@@ -192,7 +192,7 @@ def bars_with_ci(table: pd.DataFrame, title: str, measured: str = "Dice") -> byt
     height = ROW_IN * len(labels)
     fig = drawing.figure(left + wide + right, bottom + height + top)
     axes = drawing.axes_at(fig, (left, bottom, wide, height))
-    _rows(axes, labels)
+    drawing.rows(axes, labels)
     for place, head in heads:
         if place:
             axes.axhline(place - 0.5, color=RULE, linewidth=0.8)
@@ -220,16 +220,6 @@ def bars_with_ci(table: pd.DataFrame, title: str, measured: str = "Dice") -> byt
 def _interval(axes: Axes, row: int, middle: float, low: float, high: float, colour: str) -> None:
     axes.plot([low, high], [row, row], color=colour, linewidth=2.0, solid_capstyle="butt", zorder=2)
     axes.plot([middle], [row], "o", color=colour, markersize=6, zorder=3)
-
-
-def _rows(axes: Axes, labels: list[str]) -> None:
-    """Quiet axes of one row a label, the first on top."""
-    drawing.quiet(axes)
-    axes.grid(visible=False, axis="y")
-    axes.grid(axis="x", color=RULE, linewidth=0.5, alpha=0.6)
-    axes.set_yticks(range(len(labels)), labels, fontsize=8.5, color=INK)
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
 
 
 def _beside(axes: Axes, texts: list[str], row: int | None, step: float = 42) -> None:

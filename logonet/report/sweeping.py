@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from logonet.report import drawing
-from logonet.report.drawing import BLUE, GREY, INK, RED, RULE
+from logonet.report.drawing import BLUE, GREY, INK, RED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -433,12 +433,7 @@ def importance_bars(importances: pd.DataFrame, note: str = "") -> bytes:
     )
     fig = drawing.figure(left + wide + right, bottom + row_in * len(keys) + top + 0.2)
     axes = drawing.axes_at(fig, (left, bottom, wide, row_in * len(keys)))
-    drawing.quiet(axes)
-    axes.grid(visible=False, axis="y")
-    axes.grid(axis="x", color=RULE, linewidth=0.5, alpha=0.6)
-    axes.set_yticks(range(len(keys)), keys, fontsize=8.5, color=INK)
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(len(keys) - 0.5, -0.5)
+    drawing.rows(axes, keys)
     value_K, std_K = (importances[c].to_numpy(np.float64) for c in ("importance", "std"))
     ends = np.concatenate([value_K - std_K, value_K + std_K])
     ends = np.append(ends[np.isfinite(ends)], 0.0)

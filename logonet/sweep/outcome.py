@@ -22,12 +22,6 @@ MEASURES: dict[Objective, str] = {
 }
 
 
-def objective(trial: Trial) -> float:
-    """The trial's last finite objective; NaN without one."""
-    values = [e["objective"] for e in trial.history if math.isfinite(e.get("objective", math.nan))]
-    return values[-1] if values else math.nan
-
-
 def winner(trials: Sequence[Trial]) -> Trial | None:
     """The trial with the best finetuning, else with the best objective among those that ran to the end."""
     index = judge.best(records.table(trials, []))
@@ -40,9 +34,9 @@ def best_so_far(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     best = math.nan
     for count, trial in enumerate(sorted(ended, key=lambda t: t.index), 1):
-        best = max((v for v in (best, objective(trial)) if not math.isnan(v)), default=math.nan)
+        best = max((v for v in (best, trial.objective) if not math.isnan(v)), default=math.nan)
         out.append(
-            {"epoch": count, "step": count, "best_objective": best, "trial_objective": objective(trial)}
+            {"epoch": count, "step": count, "best_objective": best, "trial_objective": trial.objective}
         )
     return out
 
@@ -104,7 +98,7 @@ def summary(uri: str) -> str:
         spec = records.read_spec(uri)
         measure = MEASURES[spec.objective]  # type: ignore[index]
         lines.append(f"winner      trial {best.index}  {settings_text(best.settings)}")
-        lines.append(f"            {measure} {objective(best):.4f}  {best.pretrain}")
+        lines.append(f"            {measure} {best.objective:.4f}  {best.pretrain}")
         if best.final:
             lines.append(
                 f"            finetuned: validation Dice {best.final['dice']:.4f}  {best.final['uri']}"

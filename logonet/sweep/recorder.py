@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from logonet import registry, store, train
+from logonet import registry, train
 from logonet.stages.common import say
 from logonet.sweep import outcome, records
 from logonet.sweep.outcome import MEASURES
@@ -22,9 +22,9 @@ class Recorder(tune.Callback):
     """Writes down, in the driver, all that is heard of trials."""
 
     def __init__(
-        self, plan: Plan, trials: dict[str, Trial], deadline: float, tracker: registry.Tracker, confirms: bool
+        self, plan: Plan, trials: dict[str, Trial], tracker: registry.Tracker, confirms: bool
     ) -> None:
-        self.plan, self.trials, self.deadline = plan, trials, deadline
+        self.plan, self.trials = plan, trials
         self.tracker, self.confirms = tracker, confirms
         self.began: dict[str, float] = {}
         self.running: dict[str, dict[str, str]] = {}  # by Tune's id of the trial: PLACE and CONTROLLER
@@ -63,7 +63,7 @@ class Recorder(tune.Callback):
             mine.final = result["final"]
         if "failed" in result:
             mine.reason = result["failed"]
-            store.write(f"{self.plan.sweep.uri}/trials/{mine.index:04d}.error.txt", result["trace"].encode())
+            records.write_traceback(self.plan.sweep.uri, mine.index, result["trace"])
         if "t" in result:
             entry = result["entry"]
             new = entry["epoch"] not in {e["epoch"] for e in mine.history}
@@ -94,9 +94,7 @@ class Recorder(tune.Callback):
             mine.status = "failed"
         elif result.get("finished"):
             mine.status = "done"
-        elif time.monotonic() >= self.deadline:
-            mine.status, mine.reason = "waiting", "the hours of the budget were over"
-        else:
+        else:  # by the scheduler; of trials that run when the time is up Tune says nothing
             mine.status, mine.reason = "stopped", f"stopped after epoch {mine.history[-1]['epoch']}"
         self._write(mine)
         say(f"trial {mine.index}", f"{mine.status}  {mine.reason}".rstrip())

@@ -62,6 +62,17 @@ class Trial:
     final: dict[str, Any] = field(default_factory=dict)
     wall_s: float = 0.0
 
+    @property
+    def ended(self) -> bool:
+        """It ran to the end or was stopped, and is not tried again."""
+        return self.status in ("done", "stopped")
+
+    @property
+    def objective(self) -> float:
+        """The last finite one of the history; NaN without one."""
+        values = [entry.get("objective") for entry in reversed(self.history)]
+        return next((float(v) for v in values if v is not None and math.isfinite(v)), math.nan)
+
     def to_bytes(self) -> bytes:
         """Strict JSON: where a number is not finite stands null."""
         values = config.to_dict(self)
@@ -88,6 +99,11 @@ def write(uri: str, trial: Trial) -> None:
         if isinstance(_parsed(old, trial.index, record), str):
             store.write(f"{record}.torn-{hashlib.sha256(old).hexdigest()[:8]}", old)
     store.write(record, trial.to_bytes())
+
+
+def write_traceback(uri: str, index: int, text: str) -> None:
+    """Keep what a trial failed with beside its record, in the sweep at ``uri``."""
+    store.write(store.join(uri, TRIALS, f"{index:04d}.error.txt"), text.encode())
 
 
 def read_all(uri: str) -> list[Trial]:
@@ -120,7 +136,7 @@ def table(trials: Sequence[Trial], keys: Sequence[str]) -> pd.DataFrame:
             "status": trial.status,
             "reason": trial.reason,
             "epochs": int(trial.history[-1]["epoch"]) if trial.history else 0,
-            "objective": _last_objective(trial),
+            "objective": trial.objective,
             "final_dice": float(trial.final.get("dice", math.nan)),
             "wall_s": trial.wall_s,
             "pretrain": trial.pretrain,
@@ -130,11 +146,6 @@ def table(trials: Sequence[Trial], keys: Sequence[str]) -> pd.DataFrame:
     ]
     columns = ["trial", "status", "reason", "epochs", "objective", "final_dice", "wall_s", "pretrain"]
     return pd.DataFrame(rows, columns=[*columns, *keys])
-
-
-def _last_objective(trial: Trial) -> float:
-    values = [entry.get("objective") for entry in reversed(trial.history)]
-    return next((float(value) for value in values if value is not None and math.isfinite(value)), math.nan)
 
 
 def _cell(value: Any) -> Any:

@@ -8,7 +8,6 @@ been tried lies in `records`; Ray's own state of the experiment is scratch, sinc
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -73,7 +72,7 @@ def run(sweep: Sweep, resources: Resources, budget: Budget, *, at_once: int = 0)
                 "sweep",
                 f"{len(open_trials)} of {wanted} trials to do, {runs} at once on {share.workers} workers each",
             )
-            recorder = Recorder(plan, trials, time.monotonic() + left_s, tracker, confirms=False)
+            recorder = Recorder(plan, trials, tracker, confirms=False)
             drive(tune.with_parameters(run_trial, plan=plan), plan, recorder, len(open_trials), runs, left_s)
     for trial in trials.values():
         if trial.status == "running":  # Tune ends without a word about them when its time is up
@@ -109,14 +108,14 @@ def _tracking(sweep: Sweep) -> dict[str, Any]:
 
 
 def _unfinished(trials: Mapping[str, Trial]) -> dict[str, list[dict[str, Any]]]:
-    return {key: t.history for key, t in trials.items() if t.status not in ("done", "stopped")}
+    return {key: t.history for key, t in trials.items() if not t.ended}
 
 
 def _open(sweep: Sweep, trials: dict[str, Trial], wanted: int) -> list[Trial]:
     """Trials to do: those that were begun or failed, and new ones; where a search decides as it goes, blank ones."""
-    ended = [t for t in trials.values() if t.status in ("done", "stopped")]
+    ended = [t for t in trials.values() if t.ended]
     if sweep.config.search != "random":
-        begun = [t for t in trials.values() if t.status not in ("done", "stopped")]
+        begun = [t for t in trials.values() if not t.ended]
         blank = [Trial(-1, {})] * (wanted - len(ended) - len(begun))
         return begun + blank
     base = config.to_dict(sweep.base)
@@ -133,7 +132,7 @@ def _open(sweep: Sweep, trials: dict[str, Trial], wanted: int) -> list[Trial]:
         say("sweep", f"the space holds {len(chosen)} different settings, fewer than the {wanted} asked for")
     for key, trial in chosen.items():
         trials.setdefault(key, trial)
-    return [t for t in chosen.values() if t.status not in ("done", "stopped")]
+    return [t for t in chosen.values() if not t.ended]
 
 
 def _left_s(sweep: Sweep, budget: Budget) -> float:
@@ -189,15 +188,15 @@ def _confirm(
     plan: Plan, trials: Mapping[str, Trial], tracker: registry.Tracker, wanted: int, runs: int
 ) -> None:
     """Finetune the best of the trials that ran to the end, as many as ``wanted``."""
-    ended = [t for t in trials.values() if t.status == "done" and not math.isnan(outcome.objective(t))]
-    best = sorted(ended, key=outcome.objective, reverse=True)[:wanted]
+    ended = [t for t in trials.values() if t.status == "done" and not math.isnan(t.objective)]
+    best = sorted(ended, key=lambda t: t.objective, reverse=True)[:wanted]
     todo = [t for t in best if not t.final]
     if not todo:
         return
     say("confirm", f"finetuning {len(todo)} of {len(ended)} trials that ran to the end")
     plan = replace(plan, settings=[t.settings for t in todo])
     fn = tune.with_parameters(confirm_trial, plan=plan, uris=[t.pretrain for t in todo])
-    drive(fn, plan, Recorder(plan, dict(trials), math.inf, tracker, confirms=True), len(todo), runs, math.inf)
+    drive(fn, plan, Recorder(plan, dict(trials), tracker, confirms=True), len(todo), runs, math.inf)
 
 
 ENDED = {
@@ -211,6 +210,7 @@ ENDED = {
 
 def _close_runs(sweep: Sweep, trials: Mapping[str, Trial], parent: str | None) -> None:
     """Every trial's MLflow run: there, below the sweep's, with its end and its objective."""
+    fingerprint = config.fingerprint(spec(sweep))
     for key, trial in trials.items():
         tags = {
             "logonet.stage": "pretrain",
@@ -220,9 +220,9 @@ def _close_runs(sweep: Sweep, trials: Mapping[str, Trial], parent: str | None) -
         tags |= {"logonet.sweep.outcome": f"{trial.status} {trial.reason}".strip()}
         if parent is not None:
             tags[registry.PARENT_TAG] = parent
-        metrics = {"objective": outcome.objective(trial), "final_dice": trial.final.get("dice", math.nan)}
+        metrics = {"objective": trial.objective, "final_dice": trial.final.get("dice", math.nan)}
         registry.catch_up(
-            fingerprint=trial.pretrain.rsplit("/", 1)[-1] or f"{config.fingerprint(spec(sweep))}-{key}",
+            fingerprint=trial.pretrain.rsplit("/", 1)[-1] or f"{fingerprint}-{key}",
             experiment=sweep.experiment,
             run_name=f"{sweep.name}-trial-{trial.index}",
             params=trial.settings,

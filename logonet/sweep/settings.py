@@ -116,7 +116,7 @@ def resolve(sweep: Sweep) -> Sweep:
         raise UserError("the sweep is judged on validation cases and split.fold is null; set split.fold=0")
     if finetunes:  # before any hour is spent
         stages.resolve_finetuning(replace(tuned, backbone=base.backbone, init=Init()))
-    spaces.check(sweep.space, config.to_dict(base), lambda values: pretraining_of(values))
+    spaces.check(sweep.space, config.to_dict(base), pretraining_of)
     return replace(sweep, base=base, finetuning=tuned)
 
 

@@ -120,9 +120,8 @@ def run_trial(point: Mapping[str, Any], plan: Plan) -> None:
         for entry in history:
             tune.report(told(entry, name))
         tune.report({"finished": True, "final": final})
-    except (
-        Exception
-    ) as err:  # one trial's failure is its own: it is recorded with its reason, the others go on
+    except Exception as err:
+        # One trial's failure is its own: it is recorded with its reason, the others go on.
         tune.report({"failed": _reason(err), "trace": traceback.format_exc()})
 
 

@@ -16,7 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from logonet import cluster, config, draws
 from logonet.errors import UserError
-from logonet.sweep import outcome, records
+from logonet.sweep import records
 from logonet.sweep import space as spaces
 from logonet.sweep.recorder import LOST_TRIALS, Recorder
 from logonet.sweep.records import Trial
@@ -89,7 +89,7 @@ def scheduler(sweep: Sweep, trials: Mapping[str, Trial]) -> TrialScheduler:
         stop_last_trials=False,
     )
     for trial in trials.values():
-        if trial.status in ("done", "stopped"):
+        if trial.ended:
             ended: Any = _Ended(f"ended-{trial.index}")
             asha.on_trial_add(None, ended)  # type: ignore[arg-type]
             for entry in trial.history:
@@ -108,7 +108,7 @@ def _optuna(plan: Plan, recorder: Recorder) -> Any:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sweep, base = plan.sweep, config.to_dict(plan.sweep.base)
     points = {key: spaces.encode(sweep.space, t.settings, base) for key, t in recorder.trials.items()}
-    ended = [key for key, t in recorder.trials.items() if t.status in ("done", "stopped")]
+    ended = [key for key, t in recorder.trials.items() if t.ended]
     first = [spaces.encode(sweep.space, settings, base) for settings in sweep.space.first]
     open_points = [p for key, p in points.items() if key not in ended]
     untried = [p for p in first if p not in points.values()]
@@ -126,7 +126,7 @@ def _optuna(plan: Plan, recorder: Recorder) -> Any:
         seed=draws.integer(sweep.config.seed, "optuna", len(ended)) % 2**31,
     )
     for key in ended:
-        value = outcome.objective(recorder.trials[key])
+        value = recorder.trials[key].objective
         if not math.isnan(value) and (point := points[key]) is not None:
             search.add_evaluated_point(point, value)
     return search
