@@ -15,7 +15,9 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     """Where and when a benchmark ran."""
     name = platform.processor()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as cpuinfo:
-        name = next((line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")), name)
+        name = next(
+            (line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")), name
+        )
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "cpu": name,

@@ -23,19 +23,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import multiprocessing
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import psutil
 import torch
-from _measure import machine, markdown, peak_bytes, resident_bytes, reset_peak, sentence
+from _measure import machine, markdown, peak_bytes, reset_peak, resident_bytes, sentence
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,6 +44,7 @@ from logonet import backbones
 
 SIDE, IN_CHANNELS, CLASSES = 96, 1, 14
 REFERENCE, IN_TURNS = "SwinUNETR", "LoGoNet"
+TOO_BIG = "does not fit in"
 LONG_S = 60.0  # what takes longer is not repeated
 
 
@@ -168,7 +170,9 @@ def thop_count(net: nn.Module) -> int:
     import thop
 
     x = torch.empty(1, IN_CHANNELS, *(SIDE,) * 3, device="meta")
-    return int(thop.profile(net.eval(), (x,), verbose=False)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that an API of its own is deprecated
+        return int(thop.profile(net.eval(), (x,), verbose=False)[0])
 
 
 def cut(number: int, unit: int, decimals: int) -> str:
@@ -201,7 +205,9 @@ def counts_table(counts: dict[str, Counts]) -> str:
             said = f"no: {off_m:+.1f} % M, {off_g:+.1f} % G"
         printed = paper or Printed("", "")
         params_m = f"{c.params / 1e6:.3f}"
-        rows.append([name, printed.params_m, params_m, printed.gmacs, gmacs, f"{c.true_macs / 1e9:.2f}", said])
+        rows.append(
+            [name, printed.params_m, params_m, printed.gmacs, gmacs, f"{c.true_macs / 1e9:.2f}", said]
+        )
     return markdown(columns, rows)
 
 
@@ -215,43 +221,46 @@ class Run:
     peak_mb: float
 
 
+class Failed(str):
+    """In place of a Run: why there is none."""
+
+
 class Worker:
     """A process that holds one network and runs it when told to."""
 
-    def __init__(self, name: str, device: str, limit_bytes: int) -> None:
+    def __init__(self, name: str, device: str, memory_gib: float) -> None:
         context = multiprocessing.get_context("spawn")
         self.conn, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, name, device, limit_bytes), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, name, device, memory_gib), daemon=True)
         self.process.start()
         theirs.close()
         self.name = name
-        self.fits = self._answer() is not None
+        self.state = self._answer()
 
-    def run(self, what: str) -> Run | None:
-        """None when it does not fit, and from then on."""
-        if not self.fits:
-            return None
-        self.conn.send(what)
-        run = self._answer()
-        self.fits = run is not None
-        return run
+    def run(self, what: str) -> Run | Failed:
+        """After a failure all further runs fail alike."""
+        if not isinstance(self.state, Failed):
+            self.conn.send(what)
+            self.state = self._answer()
+        return self.state
 
     def _answer(self) -> Any:
         try:
             return self.conn.recv()
         except EOFError:
             self.process.join()
-            raise SystemExit(f"{self.name} ended with status {self.process.exitcode}; see above") from None
+            return Failed(f"ended with status {self.process.exitcode}")
 
     def close(self) -> None:
         self.conn.close()
         self.process.join()
 
 
-def serve(conn: Connection, name: str, device: str, limit_bytes: int) -> None:
-    """The worker's own main: builds, then answers each word with a Run, or None when memory ran out."""
+def serve(conn: Connection, name: str, device: str, memory_gib: float) -> None:
+    """The worker's own main: builds, then answers each word with a Run, or with Failed when memory ran out."""
     if device == "cpu":
         # Past this an allocation fails instead of the machine. It counts what is asked for, not what is touched.
+        limit_bytes = int(memory_gib * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
     try:
         torch.manual_seed(0)
@@ -262,13 +271,13 @@ def serve(conn: Connection, name: str, device: str, limit_bytes: int) -> None:
         conn.send("ready")
         while True:
             call = {"forward": forward, "step": step}[conn.recv()]
-            conn.send(measured(lambda call=call: call(net, optimizer, x), device, held_bytes))
+            conn.send(measured(partial(call, net, optimizer, x), device, held_bytes))
     except EOFError:  # told to end
         return
     except (MemoryError, RuntimeError) as err:
         if not ran_out(err):
             raise
-        conn.send(None)
+        conn.send(Failed(f"{TOO_BIG} {memory_gib:.1f} GiB"))
 
 
 def ran_out(err: Exception) -> bool:
@@ -314,40 +323,40 @@ def held(device: str) -> int:
     return torch.cuda.memory_allocated() if device == "cuda" else resident_bytes()
 
 
-Best = dict[str, Run | None]  # of "forward" and "step"
+Best = dict[str, Run | Failed]  # of "forward" and "step"
 
 
 def in_turns(names: Sequence[str], args: argparse.Namespace) -> dict[str, Best]:
     """Each network's best forward pass and step; with several networks they take turns, call by call."""
-    workers = [Worker(name, args.device, args.limit_bytes) for name in names]
+    workers = [Worker(name, args.device, args.memory_gib) for name in names]
     best: dict[str, Best] = {name: {} for name in names}
     for what, repeats in zip(("forward", "step"), args.repeats):
-        runs: dict[str, list[Run | None]] = {name: [] for name in names}
+        runs: dict[str, list[Run | Failed]] = {name: [] for name in names}
         for _ in range(repeats):
             for worker in workers:
                 so_far = runs[worker.name]
-                if not (so_far and (so_far[-1] is None or so_far[-1].wall_s > LONG_S)):
+                if not (so_far and (isinstance(so_far[-1], Failed) or so_far[-1].wall_s > LONG_S)):
                     so_far.append(worker.run(what))
         for name in names:
             best[name][what] = least(runs[name])
-            print(f"{name}, {what}: {best[name][what] or 'does not fit'}", file=sys.stderr, flush=True)
+            print(f"{name}, {what}: {best[name][what]}", file=sys.stderr, flush=True)
     for worker in workers:
         worker.close()
     return best
 
 
-def least(runs: Sequence[Run | None]) -> Run | None:
-    """The least times and the highest peak; None where memory ran out."""
-    fit = [run for run in runs if run]
+def least(runs: Sequence[Run | Failed]) -> Run | Failed:
+    """The least times and the highest peak."""
+    fit = [run for run in runs if isinstance(run, Run)]
     if len(fit) < len(runs):
-        return None
+        return next(run for run in runs if isinstance(run, Failed))
     return Run(min(r.wall_s for r in fit), min(r.cpu_s for r in fit), max(r.peak_mb for r in fit))
 
 
-def mean(a: Run | None, b: Run | None) -> Run | None:
-    if a is None or b is None:
-        return None
-    return Run((a.wall_s + b.wall_s) / 2, (a.cpu_s + b.cpu_s) / 2, max(a.peak_mb, b.peak_mb))
+def mean(a: Run | Failed, b: Run | Failed) -> Run | Failed:
+    if isinstance(a, Run) and isinstance(b, Run):
+        return Run((a.wall_s + b.wall_s) / 2, (a.cpu_s + b.cpu_s) / 2, max(a.peak_mb, b.peak_mb))
+    return a if isinstance(a, Failed) else b
 
 
 @dataclass
@@ -358,16 +367,16 @@ class Measured:
     start: Best | None = None
     end: Best | None = None
 
-    def reference(self, name: str, what: str) -> Run | None:
+    def reference(self, name: str, what: str) -> Run | Failed:
         if self.start is None or self.end is None:
-            return None
+            return Failed(f"{REFERENCE} was not asked for")
         if name == IN_TURNS:
             return self.start[what]
         return mean(self.start[what], self.end[what])
 
     def drift(self, what: str) -> float | None:
         a, b = (best[what] if best else None for best in (self.start, self.end))
-        return b.wall_s / a.wall_s - 1 if a and b else None
+        return b.wall_s / a.wall_s - 1 if isinstance(a, Run) and isinstance(b, Run) else None
 
 
 def measure(names: Sequence[str], args: argparse.Namespace) -> Measured:
@@ -385,20 +394,23 @@ def measure(names: Sequence[str], args: argparse.Namespace) -> Measured:
 
 
 def times_row(name: str, measured: Measured) -> dict[str, Any]:
-    """The keys of a row's JSON that come from the clock; null where it did not fit."""
+    """The keys of a row's JSON that come from the clock; null where there is nothing, and why."""
     row: dict[str, Any] = {}
     for what, prefix in (("forward", "forward"), ("step", "train_step")):
         run, reference = measured.best[name][what], measured.reference(name, what)
-        row[f"{prefix}_s"] = run and run.wall_s
-        row[f"{prefix}_cpu_s"] = run and run.cpu_s
-        row[f"{what}_peak_mb"] = run and run.peak_mb
-        row[f"{what}_ratio"] = run.wall_s / reference.wall_s if run and reference else None
-        row[f"{what}_cpu_ratio"] = run.cpu_s / reference.cpu_s if run and reference else None
+        row[f"{what}_failed"] = run if isinstance(run, Failed) else None
+        done = run if isinstance(run, Run) else None
+        both = (done, reference) if done and isinstance(reference, Run) else None
+        row[f"{prefix}_s"] = done and done.wall_s
+        row[f"{prefix}_cpu_s"] = done and done.cpu_s
+        row[f"{what}_peak_mb"] = done and done.peak_mb
+        row[f"{what}_ratio"] = both and both[0].wall_s / both[1].wall_s
+        row[f"{what}_cpu_ratio"] = both and both[0].cpu_s / both[1].cpu_s
     row["peak_mb"] = row["step_peak_mb"]
     return row
 
 
-def times_table(rows: list[dict[str, Any]], limit_gib: float) -> str:
+def times_table(rows: list[dict[str, Any]]) -> str:
     columns = ["network"]
     for what in ("forward", "step"):
         columns += [f"{what} s", f"of {REFERENCE}'s", f"{what} peak MB"]
@@ -406,8 +418,8 @@ def times_table(rows: list[dict[str, Any]], limit_gib: float) -> str:
     for row in rows:
         line = [row["name"]]
         for what, prefix in (("forward", "forward"), ("step", "train_step")):
-            if row[f"{prefix}_s"] is None:
-                line += [f"does not fit in {limit_gib:.1f} GiB", "-", "-"]
+            if row[f"{what}_failed"]:
+                line += [row[f"{what}_failed"], "-", "-"]
                 continue
             ratio, cpu_ratio = row[f"{what}_ratio"], row[f"{what}_cpu_ratio"]
             said = "-" if ratio is None else f"{ratio:.2f} ({cpu_ratio:.2f})"
@@ -437,7 +449,6 @@ def arguments() -> argparse.Namespace:
         args.memory_gib = 0.85 * psutil.virtual_memory().available / 2**30
     elif args.device == "cuda":  # where the GPU itself is the limit
         args.memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-    args.limit_bytes = int(args.memory_gib * 2**30)
     args.names = [name for name in NETWORKS if name in args.only]
     return args
 
@@ -471,18 +482,20 @@ def main() -> None:
         measured = measure(args.names, args)
         for row in rows:
             row |= times_row(row["name"], measured)
-        print(times_table(rows, args.memory_gib) + "\n")
+        print(times_table(rows) + "\n")
         drift = {what: measured.drift(what) for what in ("forward", "step")}
         for what, by in drift.items():
             if by is not None:
                 print(f"From the beginning to the end {REFERENCE}'s {what} became {by:+.1%} slower.")
         if measured.start and IN_TURNS in args.names:
-            turns = {what: run and asdict(run) for what, run in measured.start.items()}
-            seconds = " and ".join(f"{run.wall_s:.2f} s a {w}" for w, run in measured.start.items() if run)
+            turns = {what: asdict(run) for what, run in measured.start.items() if isinstance(run, Run)}
+            seconds = " and ".join(f"{run['wall_s']:.2f} s a {what}" for what, run in turns.items())
             print(f"{IN_TURNS}'s share is of the {REFERENCE} that it took turns with: {seconds}.")
-        assert all(row["forward_ratio"] is None or math.isfinite(row["forward_ratio"]) for row in rows)
     extra = {"memory_gib": args.memory_gib, "drift": drift, "reference_in_turns": turns}
     print(json.dumps({"benchmark": "table1", **about, **extra, "rows": rows}))
+    failed = [row.get(f"{what}_failed") or "" for row in rows for what in ("forward", "step")]
+    if any(why and not why.startswith(TOO_BIG) for why in failed):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
