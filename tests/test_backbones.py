@@ -22,6 +22,7 @@ from logonet.errors import UserError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = backbones.names()
+LONG_TO_TRACE = {"attention_unet", "dints", "nnformer", "segresnetvae", "swinunetr", "ulkanet", "unetr"}
 
 
 def tiny_net(name: str, seed: int = 0, **options: Any) -> Any:
@@ -155,6 +156,31 @@ def test_options_of_speed_and_memory_change_no_number(
     for (key, p), q in zip(nets[0].named_parameters(), nets[1].parameters()):
         assert p.grad is not None
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-7, msg=key)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in LONG_TO_TRACE else ()) for n in NAMES]
+)
+def test_compiles_into_one_graph(name: str) -> None:
+    """Forward and backward, traced whole; without the code generator, which takes minutes."""
+    more = {
+        "dynunet": {"deep_supervision": True},
+        "unetpp": {"deep_supervision": True},
+        "dints": {"search": True},
+    }
+    net, x = tiny_net(name, **more.get(name, {})), crop(name, widths=2)
+    torch._dynamo.reset()
+    traced: Any = torch.compile(net, backend="aot_eager", fullgraph=True)
+    losses, grads = [], []
+    for one in (net, traced):
+        net.zero_grad()
+        torch.manual_seed(0)  # an autoencoder draws
+        losses.append(everything(one(x)))
+        losses[-1].backward()
+        grads.append([p.grad.clone() for p in net.parameters()])
+    torch.testing.assert_close(losses[1], losses[0])
+    for plain, found in zip(*grads):
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

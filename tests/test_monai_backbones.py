@@ -325,28 +325,6 @@ def test_the_search_names_the_architecture_it_likes_best() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("dynunet", "unet") else pytest.mark.slow) for n in NAMES]
-)
-def test_compiles(name: str) -> None:
-    """As one graph, forward and backward; without the code generator, which takes minutes."""
-    more = {
-        "dynunet": {"deep_supervision": True},
-        "unetpp": {"deep_supervision": True},
-        "dints": {"search": True},
-    }
-    net: Any = backbones.build(name, num_classes=3, **{**backbones.tiny(name), **more.get(name, {})})
-    x = torch.randn(1, 1, 32, 32, 32)
-    compiled: Any = torch.compile(net, backend="aot_eager", fullgraph=True)
-    grads = []
-    for one in (net, compiled):
-        net.zero_grad()
-        torch.stack([o.square().mean() for o in as_monai(net, forward(one, x))]).sum().backward()
-        grads.append([p.grad.clone() for p in net.parameters()])
-    for plain, traced in zip(*grads):
-        torch.testing.assert_close(traced, plain, rtol=1e-4, atol=1e-5)
-
-
 # ---- sizes and options ---------------------------------------------------------------------------
 
 

@@ -380,19 +380,6 @@ def test_every_parameter_gets_a_gradient_from_all_logits() -> None:
     assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
-def test_compiles() -> None:
-    """As one graph, forward and backward; without the code generator, which takes minutes."""
-    net, x = small(depths=(2, 1, 1, 1)), crop()
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    grads = []
-    for one in (net, compiled):
-        net.zero_grad()
-        sum(y.square().mean() for y in (lambda out: [out.logits, *out.deep])(one(x))).backward()
-        grads.append([p.grad.clone() for p in net.parameters()])
-    for plain, traced in zip(*grads):
-        torch.testing.assert_close(traced, plain)
-
-
 # ---- sizes and options ---------------------------------------------------------------------------
 
 

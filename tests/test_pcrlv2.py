@@ -187,19 +187,6 @@ def test_without_skips_the_coarsest_level_tells_all(skips: bool) -> None:
     assert same is not skips
 
 
-def test_compiles() -> None:
-    """As one graph, forward and backward; without the code generator, which takes minutes."""
-    net, x = small(skips=True), crop()
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    grads = []
-    for one in (net, compiled):
-        net.zero_grad()
-        one(x).logits.square().mean().backward()
-        grads.append([p.grad.clone() for p in net.parameters()])
-    for plain, traced in zip(*grads):
-        torch.testing.assert_close(traced, plain)
-
-
 # ---- sizes and options ---------------------------------------------------------------------------
 
 

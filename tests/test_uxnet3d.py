@@ -315,19 +315,6 @@ def test_fast_layers_keep_channels_last() -> None:
     assert all(layouts)
 
 
-def test_compiles() -> None:
-    """As one graph, forward and backward; without the code generator, which takes minutes."""
-    net, x = small(depths=(1, 1, 1, 1), kernel_size=3), crop()
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    grads = []
-    for one in (net, compiled):
-        net.zero_grad()
-        one(x).logits.square().mean().backward()
-        grads.append([p.grad.clone() for p in net.parameters()])
-    for plain, traced in zip(*grads):
-        torch.testing.assert_close(traced, plain)
-
-
 # ---- sizes and options ---------------------------------------------------------------------------
 
 

@@ -124,9 +124,9 @@ def add_octants(whole_BCXYZ: Tensor, cubes: Sequence[Tensor]) -> Tensor:
 class _AddOctants(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole_BCXYZ: Tensor, *cubes: Tensor) -> Tensor:
-        out = torch.empty_like(whole_BCXYZ)
-        for out_part, part, cube in zip(octants(out), octants(whole_BCXYZ), cubes):
-            torch.add(part, cube, out=out_part)
+        out = whole_BCXYZ.clone()
+        for part, cube in zip(octants(out), cubes):
+            part.add_(cube)
         return out
 
     @staticmethod
