@@ -486,7 +486,7 @@ def main() -> None:
         drift = {what: measured.drift(what) for what in ("forward", "step")}
         for what, by in drift.items():
             if by is not None:
-                print(f"From the beginning to the end {REFERENCE}'s {what} became {by:+.1%} slower.")
+                print(f"{REFERENCE}'s {what} took {by:+.1%} at the end against the beginning.")
         if measured.start and IN_TURNS in args.names:
             turns = {what: asdict(run) for what, run in measured.start.items() if isinstance(run, Run)}
             seconds = " and ".join(f"{run['wall_s']:.2f} s a {what}" for what, run in turns.items())
