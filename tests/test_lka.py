@@ -120,3 +120,21 @@ def test_compiles_into_one_graph() -> None:
     torch.testing.assert_close(compiled(x), layer(x))
     ours, theirs = (torch.autograd.grad(f(x).square().sum(), layer.weight)[0] for f in (compiled, layer))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last_3d, torch.contiguous_format])
+def test_upsampling_is_torchs(layout: torch.memory_format) -> None:
+    """Bit for bit, of a map that is joined with another, as its gradient is then a part of that of the whole."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, 6).contiguous(memory_format=layout).requires_grad_()
+    other = torch.randn(2, 2, 8, 10, 12).contiguous(memory_format=layout)
+    plain = torch.nn.Upsample(scale_factor=2, mode="trilinear", align_corners=False)
+    results = []
+    for up in (_conv.Upsample(), plain):
+        out = up(x)
+        joined = torch.cat((out, other), dim=1)
+        (grad,) = torch.autograd.grad(joined.square().sum(), x)
+        results.append((out, grad))
+        assert out.is_contiguous(memory_format=layout)
+        assert grad.is_contiguous(memory_format=layout)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from logonet.backbones._conv import Conv3d, conv, dense
+from logonet.backbones._conv import Conv3d, Upsample, conv, dense
 from logonet.errors import UserError
 
 # Paper Table 12.
@@ -163,7 +163,7 @@ def dec(in_channels: int, out_channels: int, plain: bool) -> nn.Sequential:
         ConvBlock(in_channels, out_channels, plain),
         ConvBlock(out_channels, out_channels, plain),
         ConvBlock(out_channels, out_channels, plain),
-        nn.Upsample(scale_factor=2, mode="trilinear", align_corners=False),
+        nn.Upsample(scale_factor=2, mode="trilinear", align_corners=False) if plain else Upsample(),
     )
 
 
