@@ -466,6 +466,8 @@ class Worker:
         self.timing = {"wall_s": 0.0, "wait_s": 0.0, "samples": 0}
         if self.rank == 0:
             print(epoch_line(entry, self.cfg.epochs), flush=True)
+            if (advice := methods.warning(self.job.method["name"], entry)) is not None:
+                print(f"warning: {advice}", flush=True)
 
     def _share_buffers(self) -> None:
         """Give every rank the running statistics of rank 0, which are those that are saved."""
@@ -553,31 +555,53 @@ def load_weights(init: Init) -> dict[str, torch.Tensor]:
         raise UserError(f"{init.uri} is no safetensors file ({err}); give weights saved by logonet") from None
 
 
-def dry_run(backbone: dict[str, Any], cfg: Config, facts: Facts, rows: int = 1) -> None:
+def dry_run(backbone: dict[str, Any], method: dict[str, Any], facts: Facts) -> None:
     """Run the encoder on shapes alone, in training mode: what cannot train says so before anything is read.
 
+    Args:
+        backbone: {"name": ..., **options}; ``method`` alike.
+        facts: with the batch size.
+
     Raises:
-        UserError: such as a crop that shrinks to one voxel, which batch norm cannot normalise at batch size 1.
+        UserError: such as a crop that shrinks to one voxel, which batch norm cannot normalise at batch size 1, or a
+            method that needs of the network what it does not have.
     """
+    assert facts.batch_size is not None
+    b_cfg = backbones.config(backbone["name"], {k: v for k, v in backbone.items() if k != "name"})
+    m_cfg = methods.config(method["name"], {k: v for k, v in method.items() if k != "name"})
     text = json.dumps(backbone, sort_keys=True)
-    if (why := _cannot_train(text, cfg.batch_size * rows, facts.in_channels, facts.size_vox)) is not None:
-        size = "x".join(map(str, facts.size_vox))
+    if missing := methods.lacking(method["name"], _shapes_only(text, facts.in_channels)):
+        able = [name for name in backbones.names() if not missing - backbones.abilities(name)]
         raise UserError(
-            f"backbone '{backbone['name']}' cannot train on batches of {cfg.batch_size * rows} crops of {size} "
-            f"voxels ({why}); use a larger train.batch_size or crops.size_vox"
+            f"method '{method['name']}' needs {' and '.join(sorted(missing))} of its backbone, which "
+            f"'{backbone['name']}' does not have; backbones that do: {', '.join(able) or 'none'}"
         )
+    for size_vox in methods.sizes(method["name"], m_cfg, facts.size_vox):
+        backbones.check_size(backbone["name"], b_cfg, size_vox)
+        if (why := _cannot_train(text, facts.batch_size, facts.in_channels, size_vox)) is not None:
+            size = "x".join(map(str, size_vox))
+            raise UserError(
+                f"backbone '{backbone['name']}' cannot train on batches of {facts.batch_size} crops of {size} voxels "
+                f"({why}); use a larger train.batch_size or crops.size_vox"
+            )
 
 
-@functools.lru_cache(maxsize=256)  # a sweep asks of every trial
-def _cannot_train(backbone: str, batch: int, in_channels: int, size_vox: tuple[int, int, int]) -> str | None:
-    """Why not, or None. ``backbone`` as JSON."""
+@functools.lru_cache(maxsize=64)  # a sweep asks of every trial
+def _shapes_only(backbone: str, in_channels: int) -> Any:
+    """The network without weights. ``backbone`` as JSON."""
     options = json.loads(backbone)
     with torch.device("meta"):
-        net: Any = backbones.build(options.pop("name"), in_channels=in_channels, num_classes=2, **options)
-        try:
-            net.train().encode(torch.empty(batch, in_channels, *size_vox))
-        except (ValueError, RuntimeError) as err:
-            return str(err)
+        return backbones.build(options.pop("name"), in_channels=in_channels, num_classes=2, **options).train()
+
+
+@functools.lru_cache(maxsize=256)
+def _cannot_train(backbone: str, batch: int, in_channels: int, size_vox: tuple[int, int, int]) -> str | None:
+    """Why not, or None. ``backbone`` as JSON."""
+    try:
+        with torch.device("meta"):
+            _shapes_only(backbone, in_channels).encode(torch.empty(batch, in_channels, *size_vox))
+    except (ValueError, RuntimeError) as err:
+        return str(err)
     return None
 
 

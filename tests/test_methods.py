@@ -54,6 +54,15 @@ class Stub(nn.Module):
         return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
 
 
+def size_for(name: str) -> tuple[int, int, int]:
+    """SIZE_VOX, whose sides differ, or a cube where the method takes nothing else."""
+    try:
+        methods.check(name, methods.config(name), facts_for())
+    except UserError:
+        return 32, 32, 32
+    return SIZE_VOX
+
+
 def facts_for(size_vox: tuple[int, int, int] = SIZE_VOX, in_channels: int = 1) -> methods.Facts:
     return methods.Facts(size_vox, in_channels, SIZES, MAJORITY, num_classes=3)
 
@@ -110,7 +119,7 @@ def test_a_method_file_has_the_contract(name: str):
 
 
 def test_prepare_is_pure(name: str):
-    facts, cfg, prepare = facts_for(), methods.config(name), methods.prepare(name)
+    facts, cfg, prepare = facts_for(size_for(name)), methods.config(name), methods.prepare(name)
     sample = sample_for(0, facts, methods.needs(name))
     before = copy.deepcopy(sample)
     first, second = (prepare(sample, cfg, draws.rng(0, "p")) for _ in range(2))
@@ -126,7 +135,8 @@ def test_prepare_is_pure(name: str):
 @pytest.mark.parametrize("in_channels", [1, 2])
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_forward_gives_a_loss_metrics_and_every_gradient(name: str, num_samples: int, in_channels: int):
-    facts = facts_for(in_channels=in_channels)
+    num_samples = max(num_samples, methods.least_batch(name))
+    facts = facts_for(size_for(name), in_channels)
     module = stub_for(name, facts)
     batch = batch_for(name, methods.config(name), facts, list(range(num_samples)))
     assert_step(module, batch, num_samples, channels=8)
@@ -140,6 +150,10 @@ def test_every_method_trains_every_backbone(name: str, backbone: str):
     facts = facts_for((side, side, side))
     torch.manual_seed(0)
     net = backbones.build(backbone, 1, facts.num_classes, **options)
+    if methods.lacking(name, net):
+        with pytest.raises(UserError, match=f"'{name}' needs .* of its backbone"):
+            methods.build(name, net, facts)
+        return
     module = methods.build(name, net, facts)
     batch = batch_for(name, methods.config(name), facts, [0, 1])
     assert_step(module, batch, 2, channels=net.channels[-1])
@@ -168,7 +182,9 @@ def assert_step(module: nn.Module, batch: dict[str, Tensor], num_samples: int, c
 
 
 def test_metrics_add_up_however_samples_are_spread(name: str):
-    facts, cfg = facts_for(), methods.config(name)
+    facts, cfg = facts_for(size_for(name)), methods.config(name)
+    if methods.sees_batch(name):
+        pytest.skip("a sample's loss depends on the others of its batch")
     module = stub_for(name, facts).eval()  # with batch statistics samples see one another
     with torch.no_grad():
         together, whole = module(batch_for(name, cfg, facts, [0, 1, 2]), 0.5)
@@ -182,7 +198,7 @@ def test_metrics_add_up_however_samples_are_spread(name: str):
 
 
 def test_same_seed_same_bits(name: str):
-    facts, cfg = facts_for(), methods.config(name)
+    facts, cfg = facts_for(size_for(name)), methods.config(name)
 
     def step() -> list[Tensor]:
         module = stub_for(name, facts)
@@ -196,13 +212,14 @@ def test_same_seed_same_bits(name: str):
 @pytest.mark.parametrize("image", ["constant", "zero"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_featureless_crops_stay_finite(name: str, image: str, autocast: bool):
-    facts = facts_for()
-    batch = batch_for(name, methods.config(name), facts, [0], image=image)
+    facts = facts_for(size_for(name))
+    samples = list(range(methods.least_batch(name)))
+    batch = batch_for(name, methods.config(name), facts, samples, image=image)
     assert_finite_step(stub_for(name, facts), batch, autocast)
 
 
 def test_bfloat16_autocast_stays_finite_and_near(name: str):
-    facts = facts_for()
+    facts = facts_for(size_for(name))
     batch = batch_for(name, methods.config(name), facts, [0, 1])
     wide, narrow = (assert_finite_step(stub_for(name, facts), batch, autocast) for autocast in (False, True))
     assert abs(wide - narrow) < 0.05 * abs(wide)

@@ -25,21 +25,35 @@ The module it builds has
 - ``decode(x_BCXYZ, feats) -> SegOut``;
 - ``forward(x) = decode(x, encode(x))``.
 
+A network that cuts the crop into tokens can have more, for methods that mask tokens:
+
+- ``embed_stride``: three ints, the side of a token in voxels, and ``embed_channels``, the E of its vector;
+- ``encode_hidden(x_BCXYZ, hidden_Bxyz, token_E) -> list[Tensor]``: ``encode``, where the vectors of the
+  tokens that are hidden (bool, one for each token) are replaced by ``token_E`` before positions are added;
+- ``encode_visible(x_BCXYZ, keep_BV, prefix_B1E) -> tokens_BVE``: the last layer's normalised vectors of
+  the V tokens with the indices ``keep_BV`` (of the tokens in C order) from these alone. A prefix, unless
+  None, is one more vector, without a position, put before them, and the first of what comes back (V + 1).
+  The crop may be of any size that divides into tokens: positions are interpolated.
+
 A backbone knows nothing of methods, and tests parametrise over `names`: a new file is tested by existing.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from logonet.config import from_dict, unknown
 from logonet.errors import UserError
+
+OPTIONAL = ("encode_hidden", "encode_visible")
 
 
 class SegOut(NamedTuple):
@@ -103,6 +117,14 @@ def check_size(name: str, cfg: Any, size_vox: Sequence[int]) -> None:
         f"crop size {tuple(size_vox)} does not fit backbone '{name}', whose sides must be multiples of "
         f"{multiple}; use {near}"
     )
+
+
+@functools.cache
+def abilities(name: str) -> frozenset[str]:
+    """Which of the parts of the contract that a network need not have the backbone has."""
+    with torch.device("meta"):
+        net = build(name, **tiny(name))
+    return frozenset(part for part in OPTIONAL if hasattr(net, part))
 
 
 def tiny(name: str) -> dict[str, Any]:

@@ -22,6 +22,17 @@ N clusterers, F features.
     file), 0 background. Every array it returns has the same shape and dtype for every sample.
 ``build(cfg, backbone, facts) -> nn.Module``
     The module below.
+``WANTS: frozenset[str]``, optional
+    What it needs of its backbone beyond the contract, such as {"encode_visible"}.
+``LEAST_BATCH: int``, optional
+    Samples that a forward pass must hold at least; 1 where the file does not say.
+``SEES_BATCH: bool``, optional
+    True where a sample's loss depends on the others of its forward pass, and what is learnt on
+    ``train.batch_size``. Samples of one pass are the same whatever the number of workers.
+``sizes(cfg, size_vox) -> tuple[tuple[int, int, int], ...]``, optional
+    The sizes (X, Y, Z in voxels) of what it puts through ``encode``; the crop's where the file does not say.
+``warning(entry) -> str | None``, optional
+    One sentence with advice where an epoch's entry of the history says that training has collapsed.
 
 **The module has**
 
@@ -43,13 +54,15 @@ that requires a gradient gets one at every step and DDP never searches for unuse
 
 **Of a backbone** a method may use ``channels``, ``strides``, ``feature_channels``, ``encoder_prefixes``,
 ``head_prefixes`` (parameters that only the classifier uses), ``encode(x_BCXYZ) -> feats`` (fine to
-coarse), ``decode_features(x_BCXYZ, feats) -> f_BFXYZ`` (full resolution), ``decode(x_BCXYZ, feats)``.
+coarse), ``decode_features(x_BCXYZ, feats) -> f_BFXYZ`` (full resolution), ``decode(x_BCXYZ, feats)``, and
+of one that has them what ``backbones`` says of tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -62,6 +75,8 @@ from torch import nn
 from logonet.config import from_dict, unknown
 from logonet.errors import UserError
 
+COLLAPSED_RANK = 1.5  # of features whose directions healthy training counts in tens
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -73,6 +88,7 @@ class Facts:
         cluster_sizes: for each of the N clusterers its number of clusters.
         majority_labels: for each of the N clusterers its most frequent pseudo-label; () when unknown.
         num_classes: classes of the labels, background included; 0 without labels.
+        batch_size: samples of one forward pass; None when unknown.
     """
 
     size_vox: tuple[int, int, int]
@@ -80,6 +96,7 @@ class Facts:
     cluster_sizes: tuple[int, ...] = ()
     majority_labels: tuple[int, ...] = ()
     num_classes: int = 0
+    batch_size: int | None = None
 
 
 def names() -> list[str]:
@@ -101,9 +118,50 @@ def needs(name: str) -> frozenset[str]:
     return _file(name).NEEDS
 
 
+def sees_batch(name: str) -> bool:
+    """Whether a sample's loss depends on the others of its forward pass."""
+    return getattr(_file(name), "SEES_BATCH", False)
+
+
+def least_batch(name: str) -> int:
+    """Samples that a forward pass must hold at least."""
+    return getattr(_file(name), "LEAST_BATCH", 1)
+
+
+def sizes(name: str, cfg: Any, size_vox: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
+    """The sizes of what the method puts through ``encode`` where crops have ``size_vox`` voxels."""
+    of = getattr(_file(name), "sizes", None)
+    return (size_vox,) if of is None else of(cfg, size_vox)
+
+
 def check(name: str, cfg: Any, facts: Facts) -> None:
     """Raise UserError when ``cfg`` cannot work on this data."""
+    least = least_batch(name)
+    if facts.batch_size is not None and facts.batch_size < least:
+        raise UserError(
+            f"method '{name}' compares the crops of a batch and train.batch_size is {facts.batch_size}; set it to "
+            f"{least} or more"
+        )
     _file(name).check(cfg, facts)
+
+
+def lacking(name: str, backbone: nn.Module) -> set[str]:
+    """What the method needs of its backbone and this one does not have."""
+    return {part for part in getattr(_file(name), "WANTS", ()) if not hasattr(backbone, part)}
+
+
+def warning(name: str, entry: Mapping[str, Any]) -> str | None:
+    """One sentence with advice where an epoch's ``entry`` of the history says that training has collapsed."""
+    own = getattr(_file(name), "warning", None)
+    if own is not None and (sentence := own(entry)) is not None:
+        return sentence
+    rank = entry.get("effective_rank", math.inf)
+    if rank >= COLLAPSED_RANK:
+        return None
+    return (
+        f"the encoder gives every crop nearly the same features (effective rank {rank:.2f}): lower train.lr, raise "
+        "train.batch_size or choose another method"
+    )
 
 
 def prepare(name: str) -> Callable[[Mapping[str, Any], Any, np.random.Generator], dict[str, np.ndarray]]:
@@ -129,6 +187,11 @@ def build(
     assert cfg is None or not options, "give cfg or its fields, not both"
     cfg = config(name, options) if cfg is None else cfg
     check(name, cfg, facts)
+    if missing := lacking(name, backbone):
+        raise UserError(
+            f"method '{name}' needs {' and '.join(sorted(missing))} of its backbone, which "
+            f"{type(backbone).__name__} does not have; choose another backbone or method"
+        )
     return _file(name).build(cfg, backbone, facts)
 
 

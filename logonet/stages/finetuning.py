@@ -232,10 +232,10 @@ def resolve_finetuning(cfg: Finetuning, weights: Weights | None = None) -> Finet
             f"method '{m_name}' does not learn from labels; finetuning takes {', '.join(labelled)}"
         )
     b_cfg, m_cfg = backbones.config(b_name, backbone), methods.config(m_name, method)
-    backbones.check_size(b_name, b_cfg, cfg.crops.size_vox)
-    full = {"name": b_name, **config.to_dict(b_cfg)}
-    train.dry_run(full, cfg.train, Facts(size_vox=cfg.crops.size_vox), rows=cfg.crops.per_case)
-    return replace(cfg, backbone=full, method={"name": m_name, **config.to_dict(m_cfg)})
+    full, whole = {"name": b_name, **config.to_dict(b_cfg)}, {"name": m_name, **config.to_dict(m_cfg)}
+    rows = cfg.train.batch_size * cfg.crops.per_case
+    train.dry_run(full, whole, Facts(size_vox=cfg.crops.size_vox, batch_size=rows))
+    return replace(cfg, backbone=full, method=whole)
 
 
 # ------------------------------------------------------------------------------------- split and cases
@@ -360,7 +360,10 @@ def finetune(
         return found
     started = time.monotonic()
     facts = Facts(
-        size_vox=cfg.crops.size_vox, in_channels=cases_table.in_channels, num_classes=len(cases_table.classes)
+        size_vox=cfg.crops.size_vox,
+        in_channels=cases_table.in_channels,
+        num_classes=len(cases_table.classes),
+        batch_size=cfg.train.batch_size * cfg.crops.per_case,
     )
     method_cfg = methods.config(cfg.method["name"], options(cfg.method))
     methods.check(cfg.method["name"], method_cfg, facts)

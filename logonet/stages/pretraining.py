@@ -78,12 +78,12 @@ def resolve(cfg: Pretraining) -> Pretraining:
             raise UserError(f"config section '{section}' has no name; set {section}.name")
     b_name, m_name = b.pop("name"), m.pop("name")
     b_cfg, m_cfg = backbones.config(b_name, b), methods.config(m_name, m)
-    backbones.check_size(b_name, b_cfg, cfg.crops.size_vox)
     counts = tuple(clusterers.cluster_counts(cfg.clusterers)) if _pseudo(m_name) else ()
-    methods.check(m_name, m_cfg, Facts(size_vox=cfg.crops.size_vox, cluster_sizes=counts))
-    backbone = {"name": b_name, **config.to_dict(b_cfg)}
-    train.dry_run(backbone, cfg.train, Facts(size_vox=cfg.crops.size_vox))
-    return replace(cfg, backbone=backbone, method={"name": m_name, **config.to_dict(m_cfg)})
+    facts = Facts(size_vox=cfg.crops.size_vox, cluster_sizes=counts, batch_size=cfg.train.batch_size)
+    methods.check(m_name, m_cfg, facts)
+    backbone, method = {"name": b_name, **config.to_dict(b_cfg)}, {"name": m_name, **config.to_dict(m_cfg)}
+    train.dry_run(backbone, method, facts)
+    return replace(cfg, backbone=backbone, method=method)
 
 
 def _pseudo(method_name: str) -> bool:
@@ -118,7 +118,9 @@ def upstream(cfg: Pretraining, source: str, root: str, share: Share, labelled: s
     scans, _ = import_scans(source, root, share)
     table = training_part(scans, cfg.split)
     crop_table, crops_artifact = make_crops(table, cfg.crops, root, share)
-    facts = Facts(size_vox=cfg.crops.size_vox, in_channels=crop_table.in_channels)
+    facts = Facts(
+        size_vox=cfg.crops.size_vox, in_channels=crop_table.in_channels, batch_size=cfg.train.batch_size
+    )
     lineage = {"manifest": table.id, "crops": crops_artifact.fingerprint}
     cut = {ref.scan_id for ref in crop_table.refs}
     known = seen.to_bytes([s for s in table.scans if s.scan_id in cut], "pretraining")
