@@ -215,7 +215,7 @@ def main(args: Args) -> None:
 
 def markdown(lines: list[dict[str, Any]]) -> str:
     out = [
-        "| network | pretext | probe Dice (untrained) | Dice | against scratch | p | effective rank | s/step | peak MB |",
+        "| network | pretext | probe Dice (untrained) | Dice | to scratch | p | effective rank | s/step | peak MB |",
         "|" + "---|" * 9,
     ]
     for line in lines:
