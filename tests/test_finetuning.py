@@ -535,7 +535,10 @@ def test_weights_that_are_not_there(
     [
         ({"backbone": {}}, "config section 'backbone' has no name"),
         ({"method": {}}, "config section 'method' has no name"),
-        ({"method": {"name": "masked_clusters"}}, "does not learn from labels; finetuning takes supervised"),
+        (
+            {"method": {"name": "masked_clusters"}},
+            "does not learn from labels; finetuning takes medcontext, supervised",
+        ),
         ({"split": replace(SPLIT, fold=None)}, "no validation cases; set train.validate_every_epochs=0"),
         ({"crops": cases.Crops(size_vox=(40, 32, 32))}, "multiple"),
         ({"split": replace(SPLIT, test_share=0.95)}, "leaves none to train on"),

@@ -1,0 +1,282 @@
+"""MedContext (Gani et al. 2023): finetuning that also segments masked crops, as a teacher does whole ones.
+
+The student, which is what is kept, segments the crop X and its masked copy X^M, both against the labels; besides, its
+logits of X^M are drawn to those that the teacher, the student's moving average, gives to X (Eq. 2 to 6). What is hidden
+are tubes: units of the slice plane, all the way along Z.
+
+Published settings: UNETR and SwinUNETR, AdamW at 1e-4, weight decay 1e-5, 50 epochs of warm-up, 5000 epochs (Synapse),
+4 crops of 96^3 a step; nnFormer, crops of (128, 128, 64), ``unit_vox=4``, SGD with Nesterov momentum 0.99, gradients
+clipped at 12. A step costs two passes of the student and one, without gradient, of the teacher.
+
+Shapes: B samples, C input channels, K classes (0 is background), X Y Z the crop's axes, x y units of the slice plane,
+V voxels, E columns of a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from logonet import augment
+from logonet.errors import UserError
+from logonet.methods import Facts, supervised
+from logonet.methods._parts import ratio
+from logonet.methods._selfsup import follow, momentum, teacher_of
+from logonet.methods.supervised import deep_weights, dice_and_ce, nearest, per_class
+
+NEEDS = frozenset({"labels"})
+SMALLEST = 1e-8  # of a mean square of logits that one may divide by
+CONSTANT = 1e-3  # of a teacher's variation; a net that learns has tenths
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are the paper's where it gives them.
+
+    Attributes:
+        w_dice, w_ce, augment: as of ``supervised``; the paper adds both losses up.
+        mask_ratio: share of the units of the slice plane that are hidden, rounded down (0.4, the best of Table 7).
+        unit_vox: side of a unit in voxels. The paper's is a token of its network: UNETR's 16, nnFormer's 4.
+            SwinUNETR's would be 2, which its neighbours give away: leave it at 16 there.
+        beta: weight of the consistency (Eq. 4). The paper does not give it; the released code has 0.5.
+        consistency: "paper" is Eq. 2. "released" divides the mean squared difference by the norm of the teacher's
+            logits, not squared, as the released code does: at 96^3 and 14 classes next to nothing.
+        momentum_start, momentum_end: share that the teacher keeps of itself at each step, along half a cosine.
+    """
+
+    w_dice: float = 1.0
+    w_ce: float = 1.0
+    mask_ratio: float = 0.4
+    unit_vox: int = 16
+    beta: float = 0.5
+    consistency: Literal["paper", "released"] = "paper"
+    momentum_start: float = 0.996
+    momentum_end: float = 1.0
+    augment: augment.Config = field(default_factory=augment.Config)
+
+
+def check(cfg: Config, facts: Facts) -> None:
+    """Raise UserError when ``cfg`` cannot work on labelled crops like these."""
+    if min(cfg.w_dice, cfg.w_ce, cfg.beta) < 0 or cfg.w_dice + cfg.w_ce == 0:
+        raise UserError(
+            f"w_dice is {cfg.w_dice}, w_ce {cfg.w_ce} and beta {cfg.beta}; set all to 0 or above and w_dice or w_ce "
+            "above 0"
+        )
+    if not 0 <= cfg.momentum_start <= cfg.momentum_end <= 1:
+        raise UserError(
+            f"momentum_start is {cfg.momentum_start} and momentum_end {cfg.momentum_end}; they lie from 0 to 1, and "
+            "the first is not above the second"
+        )
+    if cfg.unit_vox < 1 or any(side % cfg.unit_vox for side in facts.size_vox[:2]):
+        num_x, num_y, _ = facts.size_vox
+        raise UserError(
+            f"unit_vox is {cfg.unit_vox}, which does not divide the crop's slices of {num_x}x{num_y} voxels; set it "
+            f"to a divisor of {math.gcd(num_x, num_y)}"
+        )
+    num_units = math.prod(units(cfg, facts.size_vox))
+    if not 0 < num_hidden(cfg, num_units) < num_units:
+        raise UserError(
+            f"mask_ratio {cfg.mask_ratio} hides {num_hidden(cfg, num_units)} of the {num_units} units of a slice; "
+            "lower unit_vox, or set it in (0, 1)"
+        )
+    if facts.num_classes < 2:
+        raise UserError(
+            f"medcontext learns from labels and the data declares {facts.num_classes} classes, background included; "
+            "import labelled scans that declare at least 2"
+        )
+
+
+def units(cfg: Config, size_vox: tuple[int, ...]) -> tuple[int, int]:
+    """How many units a slice has along X and Y."""
+    return size_vox[0] // cfg.unit_vox, size_vox[1] // cfg.unit_vox
+
+
+def num_hidden(cfg: Config, num_units: int) -> int:
+    """How many of the units of a slice are hidden."""
+    # 1e-9: 0.29 * 100 is 28.999999999999996.
+    return int(cfg.mask_ratio * num_units + 1e-9)
+
+
+def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Distort one crop as ``supervised`` does, and draw what to hide of it.
+
+    Returns:
+        ``image`` float32 (C, X, Y, Z), nominally in [0, 1]; ``labels`` uint8 (X, Y, Z); ``hidden`` bool (x, y), the
+        units of the slice plane that are hidden in every slice.
+    """
+    ready = supervised.prepare(sample, supervised.Config(augment=cfg.augment), rng)
+    hidden_xy = np.zeros(units(cfg, ready["labels"].shape), dtype=bool)
+    # The paper draws each unit by itself (Eq. 1); an exact number, of each crop anew, has less noise. The released
+    # code gives one mask to a whole batch.
+    hidden_xy.flat[rng.permutation(hidden_xy.size)[: num_hidden(cfg, hidden_xy.size)]] = True
+    return {**ready, "hidden": hidden_xy}
+
+
+def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
+    """The segmentation module on ``backbone``."""
+    return MedContext(cfg, backbone, facts)
+
+
+class MedContext(nn.Module):
+    """Student, teacher and what hidden parts are replaced by; ``forward`` as the package's contract says."""
+
+    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
+        super().__init__()
+        self.cfg, self.num_classes = cfg, facts.num_classes
+        self.backbone: Any = backbone
+        self.teacher: Any = teacher_of(backbone)
+        # In the released UNETR the first skip reads the crop itself, unmasked, so what is hidden is seen after all.
+        # Here hidden voxels are blanked before anything reads them, and tokens replaced besides where there are any:
+        # before positions are added, or all hidden tokens would be alike, as they are in the released code.
+        self.blank = nn.Parameter(torch.zeros(facts.in_channels))
+        self.token: nn.Parameter | None = None
+        if hasattr(backbone, "encode_hidden"):
+            stride_x, stride_y, _ = backbone.embed_stride
+            if cfg.unit_vox % stride_x or cfg.unit_vox % stride_y:
+                raise UserError(
+                    f"unit_vox is {cfg.unit_vox} and a token of the network {stride_x}x{stride_y} voxels wide; set it "
+                    f"to a multiple of {math.lcm(stride_x, stride_y)}"
+                )
+            self.token = nn.Parameter(torch.zeros(backbone.embed_channels))
+        self.train()
+
+    def train(self, mode: bool = True) -> MedContext:
+        """As nn.Module's, except that only the teacher's batch norms follow: it drops nothing, but normalises alike."""
+        super().train(mode)
+        self.teacher.train(False)
+        for module in self.teacher.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(mode)
+        return self
+
+    def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one batch of what ``prepare`` returns; ``progress`` drives the teacher alone."""
+        if progress == 0:
+            # Pretrained weights are loaded after the module is built, and into the student alone.
+            follow(self.teacher, self.backbone, 0.0)
+        x_BCXYZ, labels_BXYZ, hidden_BXYZ = batch["image"], batch["labels"], self.voxels(batch)
+        feats = self.backbone.encode(x_BCXYZ)
+        whole = self.backbone.decode(x_BCXYZ, feats)
+        masked = self.masked(x_BCXYZ, hidden_BXYZ)
+        with torch.no_grad():
+            target_BKXYZ = self.teacher.decode(x_BCXYZ, self.teacher.encode(x_BCXYZ)).logits
+        whole_B, dice_B, ce_B = self._supervised(whole, labels_BXYZ)
+        masked_B, masked_dice_B, masked_ce_B = self._supervised(masked, labels_BXYZ)
+        apart_B = consistency(masked.logits, target_BKXYZ, self.cfg.consistency)
+        loss = (whole_B + masked_B + self.cfg.beta * apart_B).mean()
+        num_samples = len(labels_BXYZ)
+        metrics = self._metrics(whole.logits, masked.logits, target_BKXYZ, labels_BXYZ)
+        if whole.aux_loss is not None:
+            # Of the whole crop alone: what a network wants besides, such as its input back, is not wanted of blanks.
+            loss = loss + whole.aux_loss
+            metrics["aux_loss"] = ratio(whole.aux_loss * num_samples, num_samples)
+        sums = {
+            "loss": loss * num_samples,
+            "dice_loss": dice_B.sum(),
+            "ce": ce_B.sum(),
+            "masked_dice_loss": masked_dice_B.sum(),
+            "masked_ce": masked_ce_B.sum(),
+            "consistency": apart_B.sum(),
+        }
+        metrics |= {name: ratio(total, num_samples) for name, total in sums.items()}
+        metrics["masked_share"] = ratio(hidden_BXYZ.sum(), hidden_BXYZ.numel())
+        metrics["embeddings_BF"] = feats[-1].detach().float().mean(dim=(2, 3, 4))
+        return loss, metrics
+
+    def voxels(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What is hidden, bool (B, X, Y, Z)."""
+        side = self.cfg.unit_vox
+        hidden_BXY = batch["hidden"].repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
+        return hidden_BXY[..., None].expand(batch["labels"].shape)
+
+    def masked(self, x_BCXYZ: Tensor, hidden_BXYZ: Tensor) -> Any:
+        """The student's ``decode`` of a crop of which it cannot see the hidden voxels."""
+        x_BCXYZ = torch.where(hidden_BXYZ[:, None], self.blank[:, None, None, None], x_BCXYZ)
+        if self.token is None:
+            return self.backbone.decode(x_BCXYZ, self.backbone.encode(x_BCXYZ))
+        step_x, step_y, step_z = self.backbone.embed_stride
+        hidden_Bxyz = hidden_BXYZ[:, ::step_x, ::step_y, ::step_z]
+        return self.backbone.decode(x_BCXYZ, self.backbone.encode_hidden(x_BCXYZ, hidden_Bxyz, self.token))
+
+    def after_step(self, progress: float) -> None:
+        """Let the teacher follow.
+
+        Algorithm 1 prints a minus where Eq. 6 has a plus; with it the teacher would become the student's negative. The
+        released code warms the momentum up by the step of the epoch, so that its teacher is nearly the student.
+        """
+        decay = momentum(progress, self.cfg.momentum_start, self.cfg.momentum_end)
+        follow(self.teacher, self.backbone, decay)
+
+    def _supervised(self, out: Any, labels_BXYZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted loss over all outputs, and the Dice loss and cross-entropy of the finest; each (B,)."""
+        # Eq. 3 lacks 1/C and turns the cross-entropy's sign: the DiceCE of ``supervised`` is meant.
+        parts = [dice_and_ce(logits, nearest(labels_BXYZ, logits)) for logits in (out.logits, *out.deep)]
+        losses = [self.cfg.w_dice * dice_B + self.cfg.w_ce * ce_B for dice_B, ce_B in parts]
+        weighted = [w * loss_B for w, loss_B in zip(deep_weights(len(parts)), losses)]
+        return torch.stack(weighted).sum(0), *parts[0]
+
+    @torch.no_grad()
+    def _metrics(
+        self, whole: Tensor, masked: Tensor, target: Tensor, labels_BXYZ: Tensor
+    ) -> dict[str, Tensor]:
+        """``train_dice`` and ``train_dice_per_class`` as of ``supervised``, of the whole crop.
+
+        ``agreement``: Dice of what the student answers to the masked crop with what the teacher answers to the whole
+        one, averaged over the classes, background included, that either answers. ``teacher_variation``: variance of
+        the teacher's logits over voxels as a share of their mean square; 0 where it says the same everywhere.
+        """
+        both_BK, sizes_BK = (x_BK[:, 1:] for x_BK in overlap(whole.argmax(1), labels_BXYZ, self.num_classes))
+        alike_BK, answers_BK = overlap(masked.argmax(1), target.argmax(1), self.num_classes)
+        target_BKV = target.flatten(2).float()
+        variance_B, square_B = target_BKV.var(2, correction=0).mean(1), target_BKV.square().mean((1, 2))
+        return {
+            "train_dice_per_class": ratio(both_BK.sum(0), sizes_BK.sum(0)),
+            "train_dice": ratio((both_BK / sizes_BK.clamp_min(1)).sum(), (sizes_BK > 0).sum()),
+            "agreement": ratio((alike_BK / answers_BK.clamp_min(1)).sum(), (answers_BK > 0).sum()),
+            "teacher_variation": ratio(
+                (variance_B / square_B.clamp_min(SMALLEST)).sum(), torch.tensor(len(variance_B))
+            ),
+        }
+
+
+def consistency(
+    student_BKXYZ: Tensor, teacher_BKXYZ: Tensor, mode: Literal["paper", "released"] = "paper"
+) -> Tensor:
+    """How far the student's logits are from the teacher's, (B,), in float32 or better: see `Config`.
+
+    Eq. 2 is of one volume. The released code takes its norms over the batch, whose loss would then not be the mean
+    of its samples' losses and change with the number of workers.
+    """
+    with torch.autocast(student_BKXYZ.device.type, enabled=False):
+        student_BV, teacher_BV = (
+            x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+            for x in (student_BKXYZ, teacher_BKXYZ)
+        )
+        # Means, where Eq. 2 has sums: the same ratio, and no sum of millions of squares in float32.
+        error_B = (student_BV - teacher_BV).square().mean(1)
+        power_B = teacher_BV.square().mean(1).clamp_min(SMALLEST)
+        return error_B / (power_B if mode == "paper" else (power_B * teacher_BV.shape[1]).sqrt())
+
+
+def overlap(guess_BXYZ: Tensor, truth_BXYZ: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Of each class 2 |P and G| and |P| + |G|, float64 (B, K)."""
+    guess_BV, truth_BV = guess_BXYZ.flatten(1), truth_BXYZ.flatten(1)
+    sizes_BK = per_class(None, guess_BV, num_classes) + per_class(None, truth_BV, num_classes)
+    return 2 * per_class(guess_BV == truth_BV, truth_BV, num_classes), sizes_BK
+
+
+def warning(entry: Mapping[str, Any]) -> str | None:
+    """Whether the teacher has become constant: then there is nothing to be consistent with."""
+    value = entry.get("teacher_variation", math.inf)
+    if value >= CONSTANT:
+        return None
+    return (
+        f"the teacher gives all voxels nearly the same logits (variation {value:.1e}, where healthy ones have tenths): "
+        "lower train.lr, or method.beta"
+    )
