@@ -1,7 +1,17 @@
-"""Many K-means clusterers over slices: fitting one, keeping them as a set, and how good their labels are.
+"""Many clusterers over slices: fitting one, keeping them as a set, and how good their labels are.
 
 The pseudo-labels of Masked LoGoNet (KDD 2024, sections 3.3.2 and 4.1): N scikit-learn MiniBatchKMeans,
 each with its own K, each updated 350 times on random tenths of the unlabelled slices.
+
+The paper says that other clusterings, "such as hierarchical or spectral methods, can be utilized". Here these
+(`Config.algorithm`) cluster one bounded random sample, and a clusterer is kept as the means of its clusters
+whatever made them: every slice is labelled by the nearest mean. So a clusterer is one matrix, the labeller and
+what is stored know nothing of algorithms, and a slice's label never depends on where it was when the
+clusterer was fitted. The price is that labels are not always the algorithm's own: a spectral cluster that bends
+around another is cut straight, and a mixture's posterior also weighs how wide and how likely its components are.
+Spectral and hierarchical clusterings have no rule for slices they have not seen at all; the alternative, the label
+of the nearest slice of the sample, would need every clusterer's whole sample (184 MB each at the defaults) and be
+out of the fused labeller's reach.
 
 Shape legend: P crops, S slices, T voxels of a slice (C*X*Y), N clusterers, K codes of one clusterer, V codes of
 all clusterers together, Z slices of a crop. Slices are uint16, 65535 x intensity, as crops are stored.
@@ -13,9 +23,10 @@ import functools
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -39,11 +50,16 @@ class Config:
         n: number of clusterers.
         k_min: smallest number of clusters of a clusterer.
         k_max: largest, inclusive.
-        iterations: partial_fit updates of every clusterer.
-        fraction: share of the sampled slices that one update sees.
+        iterations: partial_fit updates of every clusterer; of a Gaussian mixture, EM's at most.
+        fraction: share of the sampled slices that one update, or another algorithm than K-means, sees.
         max_slices: cap of the sample held in memory; 100,000 slices of 96 x 96 voxels are 1.8 GB of uint16
             and still 10,000 fresh slices per update.
         seed: of K, of the sampled slices and of K-means.
+        algorithm: "kmeans", the paper's; "gaussian_mixture" (spherical components), "spectral" (a graph of 10
+            nearest neighbours) or "hierarchical" (Ward's linkage). The last two take time and memory that grow
+            with the square of the slices they see.
+        max_fit_slices: cap of the slices that one clusterer other than K-means sees. Below it and where there are
+            so many, it sees at least 10 for each of its clusters.
     """
 
     n: int = 80
@@ -53,6 +69,8 @@ class Config:
     fraction: float = 0.1
     max_slices: int = 100_000
     seed: int = 0
+    algorithm: Literal["kmeans", "gaussian_mixture", "spectral", "hierarchical"] = "kmeans"
+    max_fit_slices: int = 5000
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -65,6 +83,11 @@ class Config:
             )
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction is {self.fraction}; it must be in (0, 1]")
+        if self.algorithm != "kmeans" and self.max_fit_slices < 2 * self.k_max:
+            raise ValueError(
+                f"max_fit_slices is {self.max_fit_slices}; {self.algorithm} clustering needs at least two slices for "
+                f"each of up to {self.k_max} clusters"
+            )
 
 
 def cluster_counts(cfg: Config) -> list[int]:
@@ -100,19 +123,19 @@ class Fitted:
 
 
 def fit_one(slices_ST: np.ndarray, k: int, index: int, cfg: Config) -> Fitted:
-    """Fit clusterer ``index`` with ``k`` clusters: k-means++, then ``cfg.iterations`` updates.
+    """Fit clusterer ``index`` with ``k`` clusters; K-means: k-means++, then ``cfg.iterations`` updates.
 
     Pure in its arguments: neither other clusterers nor the number of threads change a bit.
 
     Args:
         slices_ST: uint16 slices; may be a read-only view of shared memory. Only the rows of one update are
             converted to float32 at a time.
-        k: lowered, with a warning, to the number of distinct slices where there are fewer.
+        k: lowered, with a warning, to the number of distinct slices where there are fewer. Another algorithm may
+            leave a cluster empty, which is then none.
 
     Raises:
         UserError: there are no slices.
     """
-    from sklearn.cluster import MiniBatchKMeans
     from threadpoolctl import threadpool_limits
 
     S = len(slices_ST)
@@ -120,12 +143,35 @@ def fit_one(slices_ST: np.ndarray, k: int, index: int, cfg: Config) -> Fitted:
         raise UserError(
             "there are no slices to fit clusterers on; the crop stage must give at least one crop"
         )
+    # BLAS sums in an order that depends on its threads.
+    with threadpool_limits(1):
+        if cfg.algorithm == "kmeans":
+            centroids_KT, inertia = _kmeans(slices_ST, _at_most_distinct(slices_ST, k, index), index, cfg)
+        else:
+            # Ten slices a cluster: the means of fewer say little, and a tenth of a small sample is fewer.
+            rows = min(max(round(cfg.fraction * S), 10 * k), cfg.max_fit_slices, S)
+            chosen = draws.rng(cfg.seed, "fit", index).choice(S, rows, replace=False)
+            sample_ST = slices_ST[np.sort(chosen)]
+            k = _at_most_distinct(sample_ST, k, index)
+            centroids_KT, inertia = _means(from_uint16(sample_ST), k, index, cfg)
+    return Fitted(index, centroids_KT.astype(np.float32, copy=False), float(inertia))
+
+
+def _at_most_distinct(slices_ST: np.ndarray, k: int, index: int) -> int:
+    """``k``, or the number of different rows, with a warning, where that is lower."""
     distinct = _count_distinct(slices_ST, k)
     if distinct < k:
         log.warning(
             "clusterer %d: only %d distinct slices for %d clusters; K is %d", index, distinct, k, distinct
         )
-        k = distinct
+    return distinct
+
+
+def _kmeans(slices_ST: np.ndarray, k: int, index: int, cfg: Config) -> tuple[np.ndarray, float]:
+    """Section 4.1: centroids (K, T), and the mean squared distance to them over the last update's slices."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    S = len(slices_ST)
     size = max(1, round(cfg.fraction * S))
     kmeans = MiniBatchKMeans(
         k,
@@ -137,17 +183,57 @@ def fit_one(slices_ST: np.ndarray, k: int, index: int, cfg: Config) -> Fitted:
         # Or every update would label its slices a second time, for an attribute nobody reads.
         compute_labels=False,
     )
-    # fit() may stop early, and its max_iter counts epochs; partial_fit is exactly one update. BLAS sums in
-    # an order that depends on its threads.
-    with threadpool_limits(1):
-        for iteration in range(cfg.iterations):
-            # k-means++ starts from k different rows: where a tenth is fewer, the first update alone gets k.
-            rows = max(size, k) if iteration == 0 else size
-            chosen = draws.rng(cfg.seed, "fit", index, iteration).choice(S, rows, replace=False)
-            x_BT = from_uint16(slices_ST[np.sort(chosen)])
-            kmeans.partial_fit(x_BT)
-        inertia = -kmeans.score(x_BT) / len(x_BT)
-    return Fitted(index, kmeans.cluster_centers_.astype(np.float32, copy=False), float(inertia))
+    # fit() may stop early, and its max_iter counts epochs; partial_fit is exactly one update.
+    for iteration in range(cfg.iterations):
+        # k-means++ starts from k different rows: where a tenth is fewer, the first update alone gets k.
+        rows = max(size, k) if iteration == 0 else size
+        chosen = draws.rng(cfg.seed, "fit", index, iteration).choice(S, rows, replace=False)
+        x_BT = from_uint16(slices_ST[np.sort(chosen)])
+        kmeans.partial_fit(x_BT)
+    return kmeans.cluster_centers_, -kmeans.score(x_BT) / len(x_BT)
+
+
+def _means(x_ST: np.ndarray, k: int, index: int, cfg: Config) -> tuple[np.ndarray, float]:
+    """The means (K, T) of ``cfg.algorithm``'s clusters of all of ``x_ST``, and the mean squared distance of these
+    slices to the nearest. ``k`` is at most the number of different rows."""
+    from sklearn.metrics import pairwise_distances_argmin_min
+
+    labels_S = np.zeros(len(x_ST), int) if k == 1 else _cluster(x_ST, k, index, cfg)
+    means_KT = np.stack([x_ST[labels_S == label].mean(0) for label in np.unique(labels_S)])
+    _, distance_S = pairwise_distances_argmin_min(x_ST, means_KT)
+    return means_KT, np.square(distance_S, dtype=np.float64).mean()
+
+
+def _cluster(x_ST: np.ndarray, k: int, index: int, cfg: Config) -> np.ndarray:
+    """The algorithm's own labels (S,) of ``x_ST``."""
+    from sklearn.cluster import AgglomerativeClustering, SpectralClustering
+    from sklearn.mixture import GaussianMixture
+
+    seed = draws.integer(cfg.seed, "fit", index)
+    if cfg.algorithm == "hierarchical":
+        return AgglomerativeClustering(k, linkage="ward").fit_predict(x_ST)
+    if cfg.algorithm == "gaussian_mixture":
+        # Spherical: a full covariance of slices of 96 x 96 voxels has 85 million numbers, and K of them.
+        mixture = GaussianMixture(
+            k,
+            covariance_type="spherical",
+            init_params="k-means++",
+            max_iter=cfg.iterations,
+            random_state=seed,
+        )
+        return mixture.fit_predict(x_ST)
+    # Of neighbours: an RBF of distances between thousands of voxels is 0 for nearly all pairs.
+    spectral = SpectralClustering(
+        k,
+        affinity="nearest_neighbors",
+        n_neighbors=min(10, len(x_ST) - 1),
+        assign_labels="cluster_qr",
+        random_state=seed,
+    )
+    with warnings.catch_warnings():
+        # Air is many equal slices, which only know one another. Parts without a way between them are clusters.
+        warnings.filterwarnings("ignore", message="Graph is not fully connected")
+        return spectral.fit_predict(x_ST)
 
 
 def _count_distinct(slices_ST: np.ndarray, enough: int) -> int:
