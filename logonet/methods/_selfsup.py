@@ -1,6 +1,7 @@
-"""What the self-supervised methods share: teachers that follow, projection heads, contrasts.
+"""What the self-supervised methods share: what of an encoder they train, teachers that follow, contrasts.
 
-Shapes: N rows (one for each embedding), D columns.
+Shapes: B samples, C input channels, F features, X Y Z the crop's axes, x y z a map's, N rows (one for each
+embedding), D columns.
 """
 
 from __future__ import annotations
@@ -8,10 +9,79 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+COLLAPSED_SPREAD = (
+    0.01  # of projections; 1 is healthy, and networks fresh from their initialisation begin at 0.02 or above
+)
+
+
+def train_encoder(backbone: Any, in_channels: int, size_vox: tuple[int, int, int]) -> tuple[int, ...]:
+    """Leave nothing to train but the encoder, for a method that looks at its coarsest map.
+
+    Returns:
+        The levels of ``encode`` that `joined` shall join: the coarsest, and any finer one without which some
+        convolution or linear layer of the encoder would stay as it began. Most networks need the coarsest alone;
+        in LoGoNet the nets that see an octant end two levels above it. Norms that only finer maps pass through
+        are no reason to look at those: they are frozen too.
+    """
+    # On the meta device nothing is computed: what a map depends on is read off autograd's graph.
+    shapes = copy.deepcopy(backbone).requires_grad_(True).to("meta").train()
+    with torch.enable_grad():
+        feats = shapes.encode(torch.empty(2, in_channels, *size_vox, device="meta"))
+    names = {parameter: name for name, parameter in shapes.named_parameters()}
+    levels: list[int] = []
+    reached: set[Tensor] = set()
+    for level in reversed(range(len(feats))):
+        reaches = _leaves(feats[level]) & names.keys()
+        if not levels or any(weight.ndim > 1 for weight in reaches - reached):
+            levels.append(level)
+            reached |= reaches
+    trained = {names[parameter] for parameter in reached}
+    for name, parameter in backbone.named_parameters():
+        if name not in trained:
+            parameter.requires_grad_(False)
+    return tuple(levels)
+
+
+def _leaves(output: Tensor) -> set[Tensor]:
+    """The leaves of autograd's graph that ``output`` depends on."""
+    found, seen, todo = set(), set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        todo += [before for before, _ in node.next_functions]
+    return found
+
+
+def joined(feats: Sequence[Tensor], levels: tuple[int, ...]) -> Tensor:
+    """The map of ``levels[0]``, (B, F, x, y, z), with those of the others, shrunk to its size, after it along F."""
+    coarse = feats[levels[0]]
+    return torch.cat([_shrunk(feats[level], coarse.shape[2:]) for level in levels], dim=1)
+
+
+def _shrunk(map_BFxyz: Tensor, size: Sequence[int]) -> Tensor:
+    """Means of equal boxes. Not by pooling, whose backward pass on CUDA adds in no fixed order."""
+    if map_BFxyz.shape[2:] == size:
+        return map_BFxyz
+    x, y, z = size
+    assert all(old % new == 0 for old, new in zip(map_BFxyz.shape[2:], size)), "maps must nest"
+    boxes = map_BFxyz.unflatten(4, (z, -1)).unflatten(3, (y, -1)).unflatten(2, (x, -1))
+    return boxes.mean(dim=(3, 5, 7))
+
+
+def pooled(map_BFxyz: Tensor) -> Tensor:
+    """The mean over space, (B, F), in float32 or better."""
+    return map_BFxyz.to(_wide(map_BFxyz)).mean(dim=(2, 3, 4))
 
 
 def momentum(progress: float, start: float = 0.996, end: float = 1.0) -> float:
@@ -36,16 +106,34 @@ def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 def gathered(x_ND: Tensor) -> tuple[Tensor, int]:
     """The rows of every rank, in the order of the ranks, and how many come before one's own.
 
-    Gradients flow back to the rank a row is from. Where each rank's loss is a mean over its own rows, the
-    average of the ranks' gradients is then that of the mean over all rows.
+    Every rank has the same number of rows. Gradients flow back to the rank a row is from. Where each rank's loss
+    is a mean over its own rows, the average of the ranks' gradients is then that of the mean over all rows.
     """
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x_ND, 0
-    from torch.distributed.nn.functional import all_gather
+    return _Gather.apply(x_ND), dist.get_rank() * len(x_ND)
 
-    return torch.cat(list(all_gather(x_ND))), dist.get_rank() * len(x_ND)
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows; backward, the sum of what all ranks' losses say of one's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        parts = [torch.empty_like(x_ND) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x_ND.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def nt_xent(a_ND: Tensor, b_ND: Tensor, temperature: float, gather: bool = False) -> Tensor:
@@ -54,12 +142,12 @@ def nt_xent(a_ND: Tensor, b_ND: Tensor, temperature: float, gather: bool = False
     Args:
         gather: take the rows of all ranks as negatives, rather than one's own alone.
     """
-    (all_a, before), (all_b, _) = (gathered(x) if gather else (x, 0) for x in (a_ND, b_ND))
-    rows = len(a_ND)
-    own = torch.arange(before, before + rows, device=a_ND.device)
     # In float32 or better: exponentials of cosines over a temperature are no place for bfloat16.
     with torch.autocast(a_ND.device.type, enabled=False):
-        every = F.normalize(torch.cat([all_a, all_b]).to(_wide(a_ND)), dim=1)
+        ready = [F.normalize(x.to(_wide(x)), dim=1) for x in (a_ND, b_ND)]
+        (all_a, before), (all_b, _) = (gathered(x) if gather else (x, 0) for x in ready)
+        own = torch.arange(before, before + len(a_ND), device=a_ND.device)
+        every = torch.cat([all_a, all_b])
         anchors = torch.cat([own, own + len(all_a)])
         positives = torch.cat([own + len(all_a), own])
         logits = every[anchors] @ every.T / temperature
@@ -72,6 +160,33 @@ def cosine(a_ND: Tensor, b_ND: Tensor) -> Tensor:
     with torch.autocast(a_ND.device.type, enabled=False):
         wide = _wide(a_ND)
         return (F.normalize(a_ND.to(wide), dim=1) * F.normalize(b_ND.to(wide), dim=1)).sum(1)
+
+
+def byol_loss(prediction_ND: Tensor, target_ND: Tensor) -> Tensor:
+    """The mean of 2 - 2 cos over the rows (BYOL, 2020, Eq. 2), from 0 to 4. No gradient reaches ``target_ND``."""
+    return (2 - 2 * cosine(prediction_ND, target_ND.detach())).mean()
+
+
+@torch.no_grad()
+def spread(rows_ND: Tensor) -> Tensor:
+    """How far N >= 2 rows differ in direction, a scalar: 0 where all are alike, 1 where all are orthogonal.
+
+    The standard deviation of the normalised rows' columns (as a root mean square) times sqrt(D), the measure of
+    SimSiam (Chen & He 2021, section 4.1).
+    """
+    with torch.autocast(rows_ND.device.type, enabled=False):
+        return F.normalize(rows_ND.to(_wide(rows_ND)), dim=1).var(0).sum().sqrt()
+
+
+def collapse(entry: Mapping[str, Any]) -> str | None:
+    """A sentence with advice where an epoch's ``spread`` says that all projections point the same way."""
+    value = entry.get("spread", math.inf)
+    if value >= COLLAPSED_SPREAD:
+        return None
+    return (
+        f"the projections of different crops are nearly the same (spread {value:.3f}, where 1 is healthy): lower "
+        "train.lr or raise train.batch_size"
+    )
 
 
 def mlp(widths: tuple[int, ...], norm: bool = False, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:

@@ -1,0 +1,183 @@
+"""Two views of one crop for the methods that compare them: `draw` decides, `apply` does; both are pure.
+
+Shapes: C input channels, X Y Z the crop's axes in RAS order (Z is the slice axis). Images are float32,
+nominally in [0, 1] and not clipped afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from scipy import ndimage
+
+from logonet import augment
+from logonet.errors import UserError
+
+Views = Literal["nnssl", "texture"]
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What may happen to a view beyond what ``augment`` can do, and that.
+
+    Attributes:
+        blur_prob, blur_sigma_vox: Gaussian blur.
+        contrast_prob, contrast: each channel's distances from its mean times a factor, clipped to its old range.
+        low_resolution_prob, low_resolution: the view is shrunk to this share of its sides and enlarged again.
+        inverted_gamma_prob: gamma, with ``augment``'s range of powers, of the negative.
+        gibbs_prob: frequencies are cut off outside a sphere; of its radius a share drawn from [0, 1) is lost.
+    """
+
+    augment: augment.Config
+    blur_prob: float = 0.0
+    blur_sigma_vox: tuple[float, float] = (0.5, 1.0)
+    contrast_prob: float = 0.0
+    contrast: tuple[float, float] = (0.75, 1.25)
+    low_resolution_prob: float = 0.0
+    low_resolution: tuple[float, float] = (0.5, 1.0)
+    inverted_gamma_prob: float = 0.0
+    gibbs_prob: float = 0.0
+
+
+RECIPES: dict[str, Recipe] = {
+    # nnU-Net's distortions as nnssl has them. Its noise, of variance 0 to 0.1 in images of variance 1, is in
+    # ours of a window that spans about 3 standard deviations. Quarter turns, 0 to 3, are alike likely.
+    "nnssl": Recipe(
+        replace(
+            augment.none(),
+            flip_prob=0.5,
+            rotate90_prob=0.75,
+            gamma_prob=0.3,
+            gamma=(0.7, 1.5),
+            scale_intensity_prob=0.15,
+            scale_intensity=0.25,
+            noise_prob=0.1,
+            noise_std=0.1,
+        ),
+        blur_prob=0.2,
+        contrast_prob=0.15,
+        low_resolution_prob=0.1,
+        inverted_gamma_prob=0.1,
+    ),
+    # SimTROT, section 3.2: nothing moves. Strengths are those of the released code.
+    "texture": Recipe(
+        replace(
+            augment.none(),
+            scale_intensity_prob=0.1,
+            scale_intensity=0.1,
+            shift_intensity_prob=0.1,
+            shift_intensity=0.1,
+            noise_prob=0.5,
+            noise_std=0.1,
+        ),
+        gibbs_prob=0.5,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What happens to one view, in this order; the defaults change nothing."""
+
+    gibbs: float = 0.0
+    blur_sigma_vox: float = 0.0
+    contrast: float = 1.0
+    low_resolution: float = 1.0
+    inverted_gamma: float = 1.0
+    augment: augment.Drawn = field(default_factory=augment.Drawn)
+
+
+def draw(recipe: Recipe, size_vox: Size, rng: np.random.Generator) -> Drawn:
+    """What to do to a view of ``size_vox`` voxels; a function of the arguments alone."""
+    what: dict[str, Any] = {}
+    if rng.random() < recipe.gibbs_prob:
+        what["gibbs"] = rng.random()
+    if rng.random() < recipe.blur_prob:
+        what["blur_sigma_vox"] = rng.uniform(*recipe.blur_sigma_vox)
+    if rng.random() < recipe.contrast_prob:
+        what["contrast"] = rng.uniform(*recipe.contrast)
+    if rng.random() < recipe.low_resolution_prob:
+        what["low_resolution"] = rng.uniform(*recipe.low_resolution)
+    if rng.random() < recipe.inverted_gamma_prob:
+        what["inverted_gamma"] = rng.uniform(*recipe.augment.gamma)
+    return Drawn(**what, augment=augment.draw(recipe.augment, size_vox, rng))
+
+
+def apply(image_CXYZ: np.ndarray, drawn: Drawn) -> np.ndarray:
+    """The distorted float32 image: contiguous, of the same shape; the input stays as it is."""
+    image = image_CXYZ
+    if drawn.gibbs > 0:
+        from monai.transforms import GibbsNoise  # seconds to import, and most views can do without
+
+        image = np.asarray(GibbsNoise(drawn.gibbs)(image), np.float32)
+    if drawn.blur_sigma_vox > 0:
+        image = ndimage.gaussian_filter(image, (0, *(drawn.blur_sigma_vox,) * 3))
+    if drawn.contrast != 1:
+        mean, low, high = (f(image, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.min, np.max))
+        image = np.clip((image - mean) * np.float32(drawn.contrast) + mean, low, high)
+    if drawn.low_resolution != 1:
+        image = np.stack([_coarsened(channel_XYZ, drawn.low_resolution) for channel_XYZ in image])
+    if drawn.inverted_gamma != 1:
+        image = -_augmented(-image, augment.Drawn(gamma=drawn.inverted_gamma))
+    return _augmented(image, drawn.augment)
+
+
+def _coarsened(image_XYZ: np.ndarray, share: float) -> np.ndarray:
+    """Nearest neighbour down, cubic up, as nnU-Net has it."""
+    small = [max(1, round(side * share)) for side in image_XYZ.shape]
+    down = [new / old for new, old in zip(small, image_XYZ.shape)]
+    coarse = ndimage.zoom(image_XYZ, down, order=0, mode="nearest", grid_mode=True)
+    return ndimage.zoom(coarse, 1 / np.array(down), order=3, mode="nearest", grid_mode=True)
+
+
+def _augmented(image_CXYZ: np.ndarray, drawn: augment.Drawn) -> np.ndarray:
+    no_labels_XYZ = np.broadcast_to(np.uint8(0), image_CXYZ.shape[1:])
+    return augment.apply(image_CXYZ, no_labels_XYZ, drawn)[0]
+
+
+def view(image_CXYZ: np.ndarray, views: Views, rng: np.random.Generator) -> np.ndarray:
+    """One view of an image, float32 of the same shape."""
+    size_vox: Any = image_CXYZ.shape[1:]
+    return apply(image_CXYZ, draw(RECIPES[views], size_vox, rng))
+
+
+def starts(size_vox: Size, view_vox: Size, rng: np.random.Generator) -> tuple[Size, Size]:
+    """The first voxels of two views of a crop: the first anywhere, the second at most half a view from it."""
+    pairs = []
+    for side, view_side in zip(size_vox, view_vox):
+        last, half = side - view_side, view_side // 2
+        first = int(rng.integers(last + 1))
+        second = int(rng.integers(max(0, first - half), min(last, first + half) + 1))
+        pairs.append((first, second))
+    (x, xx), (y, yy), (z, zz) = pairs
+    return (x, y, z), (xx, yy, zz)
+
+
+def pair(
+    sample: Mapping[str, Any], views: Views, view_vox: Size | None, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Two views of a sample's crop.
+
+    Returns:
+        ``first`` and ``second``, float32 (C, X, Y, Z), of ``view_vox`` voxels or, where that is None, the crop's.
+    """
+    image_CXYZ = sample["image_CXYZ"].astype(np.float32) / 65535
+    size_vox = view_vox or image_CXYZ.shape[1:]
+    boxes = [
+        tuple(slice(a, a + n) for a, n in zip(start, size_vox))
+        for start in starts(image_CXYZ.shape[1:], size_vox, rng)
+    ]
+    first, second = (view(image_CXYZ[:, *box], views, rng) for box in boxes)
+    return {"first": first, "second": second}
+
+
+def check(view_vox: Size | None, size_vox: Size) -> None:
+    """Raise UserError unless views of ``view_vox`` fit into crops of ``size_vox``."""
+    if view_vox is not None and any(not 1 <= v <= side for v, side in zip(view_vox, size_vox)):
+        raise UserError(
+            f"method.view_vox is {view_vox} and the crops have {size_vox} voxels; a view cannot be larger than its crop"
+        )
