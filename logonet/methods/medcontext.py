@@ -27,7 +27,7 @@ from logonet import augment
 from logonet.errors import UserError
 from logonet.methods import Facts, supervised
 from logonet.methods._parts import ratio
-from logonet.methods._selfsup import follow, momentum, teacher_of
+from logonet.methods._selfsup import follow, momentum, pooled, teacher_of
 from logonet.methods.supervised import deep_weights, dice_and_ce, nearest, per_class
 
 NEEDS = frozenset({"labels"})
@@ -186,7 +186,7 @@ class MedContext(nn.Module):
         }
         metrics |= {name: ratio(total, num_samples) for name, total in sums.items()}
         metrics["masked_share"] = ratio(hidden_BXYZ.sum(), hidden_BXYZ.numel())
-        metrics["embeddings_BF"] = feats[-1].detach().float().mean(dim=(2, 3, 4))
+        metrics["embeddings_BF"] = pooled(feats[-1].detach()).float()
         return loss, metrics
 
     def voxels(self, batch: Mapping[str, Tensor]) -> Tensor:
