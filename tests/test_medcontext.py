@@ -155,6 +155,18 @@ def test_the_papers_counts(
     assert first.shape == (size_vox[0] // unit_vox, size_vox[1] // unit_vox)
 
 
+def test_84_of_unetrs_216_tokens_are_hidden() -> None:
+    module = methods.build("medcontext", Net(), facts((96, 96, 96)))
+    flat = {
+        "image_CXYZ": np.zeros((1, 96, 96, 96), np.uint16),
+        "labels_XYZ": np.zeros((96, 96, 96), np.uint8),
+    }
+    ready = medcontext.prepare(flat, module.cfg, draws.rng(0))
+    batch = {key: torch.from_numpy(array)[None] for key, array in ready.items()}
+    tokens = module.voxels(batch)[:, ::16, ::16, ::16]
+    assert (tokens.numel(), tokens.sum()) == (216, 84)
+
+
 def test_what_is_hidden_is_a_tube_along_the_slices() -> None:
     module = medcontext_of()
     batch = batch_of(module.cfg)
