@@ -22,29 +22,34 @@ from logonet.methods import _selfsup
 
 # --------------------------------------------------------- a step of a method, for the methods' own files
 
-SIDE_VOX = 32
+CUBE = (32, 32, 32)
+Size = tuple[int, int, int]
 
 
 @functools.cache
-def phantom_crop(seed: int, side_vox: int = SIDE_VOX) -> np.ndarray:
+def phantom_crop(seed: int, size_vox: Size = CUBE) -> np.ndarray:
     """A whole phantom as a crop, uint16 (1, X, Y, Z), in the window of -1000 to 1000 HU."""
-    volume, _ = phantom.phantom(seed, (side_vox,) * 3, (6.0, 6.0, 6.0))
+    x, y, z = (192 / side for side in size_vox)
+    volume, _ = phantom.phantom(seed, size_vox, (x, y, z))
     return np.round(65535 * np.clip((volume.array_CXYZ + 1000) / 2000, 0, 1)).astype(np.uint16)
 
 
-def phantom_batch(name: str, cfg: Any, seeds: tuple[int, ...] = (0, 1)) -> dict[str, Tensor]:
+def phantom_batch(
+    name: str, cfg: Any, seeds: tuple[int, ...] = (0, 1), size_vox: Size = CUBE
+) -> dict[str, Tensor]:
     prepare = methods.prepare(name)
-    ready = [prepare({"image_CXYZ": phantom_crop(i)}, cfg, draws.rng(0, "prepare", i)) for i in seeds]
+    samples = {i: {"image_CXYZ": phantom_crop(i, size_vox)} for i in seeds}
+    ready = [prepare(sample, cfg, draws.rng(0, "prepare", i)) for i, sample in samples.items()]
     return {key: torch.from_numpy(np.stack([r[key] for r in ready])) for key in ready[0]}
 
 
-def assert_learns_two_phantoms(name: str, backbone: str, **options: Any) -> None:
+def assert_learns_two_phantoms(name: str, backbone: str, size_vox: Size = CUBE, **options: Any) -> None:
     """20 steps on one batch of two phantoms lower the loss; the same step is finite in bfloat16."""
     torch.manual_seed(0)
     net = backbones.build(backbone, 1, 2, **backbones.tiny(backbone))
     cfg = methods.config(name, options)
-    module = methods.build(name, net, size_vox=(SIDE_VOX,) * 3, cfg=cfg)
-    batch = phantom_batch(name, cfg)
+    module = methods.build(name, net, size_vox=size_vox, cfg=cfg)
+    batch = phantom_batch(name, cfg, size_vox=size_vox)
     with torch.autocast("cpu", torch.bfloat16):
         narrow, _ = module(batch, 0.0)
     narrow.backward()

@@ -176,7 +176,10 @@ def test_how_often_and_how_strongly_views_are_distorted(views: Any):
 )
 def test_each_distortion_changes_what_it_should(change: dict[str, float]):
     image = (
-        np.concatenate([phantom_crop(0, 20), phantom_crop(1, 20)]).astype(np.float32)[:, :, :13, :7] / 65535
+        np.concatenate([phantom_crop(0, (20, 20, 20)), phantom_crop(1, (20, 20, 20))]).astype(np.float32)[
+            :, :, :13, :7
+        ]
+        / 65535
     )
     before = image.copy()
     out = _views.apply(image, _views.Drawn(**change))

@@ -1,0 +1,299 @@
+"""SimTROT (Hu et al. 2023), also called SimPROT, SimPROT-W and BPROT: views are compared token by token.
+
+The tokens are the places of the encoder's coarsest map. Both views show the same crop with other textures; in the
+second, boxes are filled with noise. The first is turned and mirrored, and its map is turned and mirrored back, so
+that places match again while an encoder that tells tokens by their place alone fails. In the framework "simclr" a
+token attracts its other view and repels all others (Eq. 1), those at the same place of other crops ``w`` times
+(Eq. 3); in "byol" a slowly moving copy's token is predicted (Eq. 2). Rows of the paper's Table 4: "simclr" with
+``mask`` and ``rotate`` and w = 5 is SimPROT-W, with w = 1 SimPROT, "byol" with both BPROT.
+
+Negatives come from one's own worker's batch, and "other crops" help most where they are of other patients; memory
+for the contrast grows with the square of the batch's tokens. The paper trains with SGD at 1e-4, Nesterov momentum
+0.99, weight decay 1e-5, 2 crops a batch.
+
+Departures from the released code, which does not do what the paper says: maps are restored by the exact inverse
+(it passes 2 of 12 cases); a row holds one token's channels (it mixes tokens); ``w`` weighs every cross-crop pair
+outside the exponential (it scales half the similarities inside); the projector is trained (it is made anew each
+epoch) and ends without ReLU; each sample has its own mask of an exact number of boxes (it draws one over the
+batch); textures are drawn once per view (twice for the second).
+
+Shapes: B samples, C input channels, X Y Z the crop's axes (Z slices), F features, x y z the map's axes, T = x * y * z
+tokens, R rows, D columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from logonet.errors import UserError
+from logonet.methods import Facts, _views
+from logonet.methods._parts import ratio
+from logonet.methods._selfsup import (
+    byol_loss,
+    collapse,
+    follow,
+    joined,
+    mlp,
+    momentum,
+    pooled,
+    spread,
+    teacher_of,
+    train_encoder,
+)
+
+NEEDS = frozenset({"crops"})
+LEAST_BATCH = 2  # other crops are what keeps places from being all that tokens say
+SEES_BATCH = True
+COLLAPSED_INDEX = 0.5  # position-collapse index; 0 is healthy, 1 means that places are all that tokens say
+NOISE_STD = 0.1  # of what fills masked boxes, about 0; the crop's window is [0, 1]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are SimPROT-W's.
+
+    Attributes:
+        framework: "simclr" contrasts tokens, "byol" predicts those of a moving copy.
+        mask: fill boxes of the second view with noise.
+        mask_unit_vox: a box (X, Y, Z in voxels). The paper's for abdominal CT; (8, 8, 8) for brains.
+        mask_ratio: share of the boxes that are filled, rounded down.
+        rotate: turn and mirror the first view, and its map back. Quarter turns in the slice plane need X and Y to
+            be of one length in the crop, and in the map too; where they are not, turns are by 0 or 180 degrees.
+        flips: "plane" mirrors no axis, X or Y, as the paper; "all" any of the three, each by itself.
+        w: weight of the tokens at the same place of other crops, of "simclr"; 1 treats all negatives alike.
+        temperature: tau, of "simclr".
+        hidden: width of the heads' hidden layer; None is twice the map's for "simclr", the map's for "byol".
+        projection: width of the projections; None is the map's for "simclr", 256 for "byol".
+        momentum_start, momentum_end: of "byol", as of the method of that name. The paper's code keeps 0.99.
+    """
+
+    framework: Literal["simclr", "byol"] = "simclr"
+    mask: bool = True
+    mask_unit_vox: tuple[int, int, int] = (8, 8, 4)
+    mask_ratio: float = 0.75
+    rotate: bool = True
+    flips: Literal["plane", "all"] = "plane"
+    w: float = 5.0
+    temperature: float = 0.5
+    hidden: int | None = None
+    projection: int | None = None
+    momentum_start: float = 0.99
+    momentum_end: float = 1.0
+
+
+def check(cfg: Config, facts: Facts) -> None:
+    """Raise UserError when ``cfg`` cannot work on crops like these."""
+    if not (cfg.temperature > 0 and cfg.w > 0):
+        raise UserError(f"method.temperature is {cfg.temperature} and method.w {cfg.w}; set both above 0")
+    if cfg.framework == "byol" and not 0 <= cfg.momentum_start <= cfg.momentum_end <= 1:
+        raise UserError(
+            f"method.momentum_start is {cfg.momentum_start} and method.momentum_end {cfg.momentum_end}; they lie from "
+            "0 to 1, and the first is not above the second"
+        )
+    if any(width is not None and width < 1 for width in (cfg.hidden, cfg.projection)):
+        raise UserError(
+            f"method.hidden is {cfg.hidden} and method.projection {cfg.projection}; set both above 0"
+        )
+    if not cfg.mask:
+        return
+    if not 0 < cfg.mask_ratio < 1:
+        raise UserError(f"method.mask_ratio is {cfg.mask_ratio}; set it above 0 and below 1")
+    if any(unit < 1 or side % unit for side, unit in zip(facts.size_vox, cfg.mask_unit_vox)):
+        raise UserError(
+            f"method.mask_unit_vox {cfg.mask_unit_vox} does not divide crops of {facts.size_vox} voxels; choose sides "
+            "that do, or set method.mask to false"
+        )
+
+
+def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Make two views and draw how the first shall be moved.
+
+    Returns:
+        ``first`` and ``second``, float32 (C, X, Y, Z), nominally in [0, 1], with boxes of noise in the second;
+        ``move`` int64 (4,): see `moved`. The first is moved on the device, where its map is moved back.
+    """
+    image_CXYZ = sample["image_CXYZ"].astype(np.float32) / 65535
+    first, second = (_views.view(image_CXYZ, "texture", rng) for _ in range(2))
+    if cfg.mask:
+        hidden_XYZ = draw_boxes(image_CXYZ.shape[1:], cfg.mask_unit_vox, cfg.mask_ratio, rng)
+        noise_CXYZ = NOISE_STD * rng.standard_normal(second.shape, np.float32)
+        second = np.where(hidden_XYZ, noise_CXYZ, second)
+    move = (0, 0, 0, 0)
+    if cfg.rotate:
+        move = draw_move(image_CXYZ.shape[1:], cfg.flips, rng)
+    return {"first": first, "second": second, "move": np.array(move, np.int64)}
+
+
+def draw_boxes(
+    size_vox: Sequence[int], unit_vox: tuple[int, int, int], share: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Voxels of int(share * N) of the N boxes that the crop divides into, bool (X, Y, Z)."""
+    grid = tuple(side // unit for side, unit in zip(size_vox, unit_vox))
+    hidden_N = np.zeros(math.prod(grid), bool)
+    hidden_N[rng.permutation(len(hidden_N))[: int(share * len(hidden_N))]] = True
+    return np.kron(hidden_N.reshape(grid), np.ones(unit_vox, bool))
+
+
+def draw_move(
+    size_vox: Sequence[int], flips: Literal["plane", "all"], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Quarter turns from X towards Y, and for each of X, Y, Z whether it is mirrored thereafter."""
+    turns = int(rng.integers(4)) if size_vox[0] == size_vox[1] else 2 * int(rng.integers(2))
+    if flips == "all":
+        x, y, z = (int(flip) for flip in rng.integers(2, size=3))
+        return turns, x, y, z
+    axis = int(rng.integers(3))
+    return turns, int(axis == 1), int(axis == 2), 0
+
+
+def moved(image_CXYZ: Tensor, move: Sequence[int]) -> Tensor:
+    """An image turned, then mirrored."""
+    turns, *flips = move
+    axes = [axis for axis, flip in enumerate(flips, start=1) if flip]
+    return torch.rot90(image_CXYZ, turns, (1, 2)).flip(axes)
+
+
+def restored(map_Fxyz: Tensor, move: Sequence[int]) -> Tensor:
+    """A map of a moved image in the image's own order: the exact inverse of `moved`, last step first."""
+    turns, *flips = move
+    axes = [axis for axis, flip in enumerate(flips, start=1) if flip]
+    return torch.rot90(map_Fxyz.flip(axes), -turns, (1, 2))
+
+
+def tokens(map_BFxyz: Tensor) -> Tensor:
+    """(B, T, F) in float32 or better: each row the F channels at one place."""
+    return map_BFxyz.to(torch.promote_types(map_BFxyz.dtype, torch.float32)).flatten(2).transpose(1, 2)
+
+
+def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
+    """The pretraining module on ``backbone``."""
+    return SimTROT(cfg, backbone, facts)
+
+
+class SimTROT(nn.Module):
+    """Backbone and heads, and for "byol" a copy; ``forward`` as the package's contract says."""
+
+    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.backbone: Any = backbone
+        self.levels = train_encoder(backbone, facts.in_channels, facts.size_vox)
+        stride = backbone.strides[self.levels[0]]
+        self.square = isinstance(stride, int) or stride[0] == stride[1]
+        width = sum(backbone.channels[level] for level in self.levels)
+        if cfg.framework == "simclr":
+            self.projector = mlp((width, cfg.hidden or 2 * width, cfg.projection or width))
+        else:
+            hidden, projection = cfg.hidden or width, cfg.projection or 256
+            self.projector = mlp((width, hidden, projection), norm=True)
+            self.predictor = mlp((projection, hidden, projection), norm=True)
+            self.target_backbone: Any = teacher_of(backbone)
+            self.target_projector = teacher_of(self.projector)
+
+    def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one batch of what ``prepare`` returns; ``progress`` drives `after_step`."""
+        moves = batch["move"].tolist()
+        if not self.square:
+            moves = [(turns - turns % 2, *flips) for turns, *flips in moves]
+        moved_BCXYZ = torch.stack([moved(image, move) for image, move in zip(batch["first"], moves)])
+        both_NCXYZ = torch.cat([moved_BCXYZ, batch["second"]])
+        num_samples = len(moves)
+        feats = self.backbone.encode(both_NCXYZ)
+        views = self._views(feats, moves)
+        with torch.autocast(views[0].device.type, enabled=False):
+            z_first, z_second = (_by_row(self.projector, view_BTF) for view_BTF in views)
+            if self.cfg.framework == "simclr":
+                loss = token_contrast(z_first, z_second, self.cfg.temperature, self.cfg.w)
+            else:
+                t_first, t_second = self._targets(both_NCXYZ, moves)
+                one = byol_loss(self.predictor(z_first.flatten(0, 1)), t_second.flatten(0, 1))
+                other = byol_loss(self.predictor(z_second.flatten(0, 1)), t_first.flatten(0, 1))
+                loss = one + other
+        index = (position_collapse(z_first) + position_collapse(z_second)) / 2
+        metrics = {
+            "loss": ratio(loss * num_samples, num_samples),
+            "position_collapse": ratio(index * num_samples, num_samples),
+            "spread": ratio(spread(z_first.flatten(0, 1)) * num_samples, num_samples),
+            "embeddings_BF": pooled(feats[-1].detach())[:num_samples].float(),
+        }
+        return loss, metrics
+
+    def _views(self, feats: Sequence[Tensor], moves: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T, F) of the first view, put back in order, and of the second."""
+        first_BFxyz, second_BFxyz = joined(feats, self.levels).chunk(2)
+        first_BFxyz = torch.stack([restored(one, move) for one, move in zip(first_BFxyz, moves)])
+        return tokens(first_BFxyz), tokens(second_BFxyz)
+
+    @torch.no_grad()
+    def _targets(self, both_NCXYZ: Tensor, moves: Sequence[Sequence[int]]) -> list[Tensor]:
+        views = self._views(self.target_backbone.encode(both_NCXYZ), moves)
+        return [_by_row(self.target_projector, view_BTF) for view_BTF in views]
+
+    def after_step(self, progress: float) -> None:
+        """Let the copy, if there is one, follow."""
+        if self.cfg.framework == "byol":
+            decay = momentum(progress, self.cfg.momentum_start, self.cfg.momentum_end)
+            follow(self.target_backbone, self.backbone, decay)
+            follow(self.target_projector, self.projector, decay)
+
+
+def _by_row(head: nn.Module, rows_BTF: Tensor) -> Tensor:
+    """``head``, whose batch norm takes a table, of every token."""
+    return head(rows_BTF.flatten(0, 1)).unflatten(0, rows_BTF.shape[:2])
+
+
+def token_contrast(first_BTD: Tensor, second_BTD: Tensor, temperature: float, w: float) -> Tensor:
+    """Eq. 3 meaned over all 2BT tokens; with w = 1 it is NT-Xent (Eq. 1) of BT pairs.
+
+    As printed Eq. 3 divides the exponentials by tau and leaves the positive out of the sum; here, as in Eq. 1,
+    tau divides the cosine and the sum is over all tokens but the anchor: the positive, those at other places and,
+    times w, those at the same place of other samples.
+    """
+    with torch.autocast(first_BTD.device.type, enabled=False):
+        num_samples, num_tokens, _ = first_BTD.shape
+        rows = torch.cat([first_BTD, second_BTD]).flatten(0, 1)
+        rows_RD = F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)
+        logits_RR = rows_RD @ rows_RD.T / temperature
+        row_R = torch.arange(len(rows_RD), device=rows_RD.device)
+        place_R, sample_R = row_R % num_tokens, row_R // num_tokens % num_samples
+        same_place = place_R[:, None] == place_R
+        same_sample = sample_R[:, None] == sample_R
+        logits_RR = logits_RR + math.log(w) * (same_place & ~same_sample)
+        logits_RR = logits_RR.masked_fill(row_R[:, None] == row_R, -math.inf)  # no token is its own negative
+        return F.cross_entropy(logits_RR, row_R.roll(num_samples * num_tokens))
+
+
+@torch.no_grad()
+def position_collapse(rows_BTD: Tensor) -> Tensor:
+    """The mean cosine of tokens at one place of two samples less that of two places of one sample, a scalar.
+
+    1 where tokens say nothing but their place; about 0 where they are healthy, or all alike. Where the map has
+    only one token the second mean is 0.
+    """
+    with torch.autocast(rows_BTD.device.type, enabled=False):
+        num_samples, num_tokens, _ = rows_BTD.shape
+        z_BTD = F.normalize(rows_BTD.to(torch.promote_types(rows_BTD.dtype, torch.float32)), dim=2)
+        own = z_BTD.square().sum()
+        # The cosines of all pairs out of n unit vectors are the squared length of their sum, less n.
+        across = (z_BTD.sum(0).square().sum() - own) / (num_tokens * num_samples * (num_samples - 1))
+        within = (z_BTD.sum(1).square().sum() - own) / max(1, num_samples * num_tokens * (num_tokens - 1))
+        return across - within
+
+
+def warning(entry: Mapping[str, Any]) -> str | None:
+    """One sentence with advice where an epoch's entry of the history says that training has collapsed."""
+    index = entry.get("position_collapse", 0.0)
+    if index > COLLAPSED_INDEX:
+        return (
+            f"tokens tell their place in the crop and little else (position-collapse index {index:.2f}, where 0 is "
+            "healthy): raise method.w, set method.rotate to true or raise train.batch_size"
+        )
+    return collapse(entry)
