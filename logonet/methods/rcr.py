@@ -169,7 +169,7 @@ class RCR(nn.Module):
         cuts = zip(*(batch[key].unbind(1) for key in ("cut", "swap", "other")))
         seen = [filled(intensity(cut), swap, other) for cut, swap, other in cuts]
         turns_N = batch["turns"].T.flatten()  # the first view of every sample, then the second
-        whole_NCXYZ = intensity(batch["whole"].transpose(0, 1).flatten(0, 1))
+        whole_NCXYZ = intensity(batch["whole"]).transpose(0, 1).flatten(0, 1)
 
         feats = self.backbone.encode(torch.cat(seen))
         rotation_N4, first_BD, second_BD, rebuilt_NCXYZ = self.heads(feats, whole_NCXYZ.shape[2:])
