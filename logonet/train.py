@@ -466,7 +466,8 @@ class Worker:
         self.timing = {"wall_s": 0.0, "wait_s": 0.0, "samples": 0}
         if self.rank == 0:
             print(epoch_line(entry, self.cfg.epochs), flush=True)
-            if (advice := methods.warning(self.job.method["name"], entry)) is not None:
+            samples = self.order.steps_per_epoch * self.cfg.global_batch
+            if (advice := methods.warning(self.job.method["name"], entry, samples)) is not None:
                 print(f"warning: {advice}", flush=True)
 
     def _share_buffers(self) -> None:

@@ -266,6 +266,13 @@ def test_facts_may_be_keywords():
     assert (changed.head.conv2.out_channels, changed.head.conv9.out_channels) == (2, 9)
 
 
+def test_features_that_are_all_alike_are_warned_of(name: str):
+    collapsed, healthy = ({"effective_rank": rank} for rank in (1.0, 12.0))
+    assert methods.warning(name, healthy, 64) is None
+    assert methods.warning(name, collapsed, 2) is None  # of two embeddings no rank is above 1
+    assert "train.lr" in (methods.warning(name, collapsed, 64) or "")
+
+
 # ------------------------------------------------------------------------------------------- parts
 
 

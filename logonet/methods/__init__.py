@@ -76,6 +76,7 @@ from logonet.config import from_dict, unknown
 from logonet.errors import UserError
 
 COLLAPSED_RANK = 1.5  # of features whose directions healthy training counts in tens
+ENOUGH_TO_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,17 @@ def lacking(name: str, backbone: nn.Module) -> set[str]:
     return {part for part in getattr(_file(name), "WANTS", ()) if not hasattr(backbone, part)}
 
 
-def warning(name: str, entry: Mapping[str, Any]) -> str | None:
-    """One sentence with advice where an epoch's ``entry`` of the history says that training has collapsed."""
+def warning(name: str, entry: Mapping[str, Any], num_samples: int) -> str | None:
+    """One sentence with advice where an epoch's ``entry`` of the history says that training has collapsed.
+
+    Args:
+        num_samples: of the epoch. The effective rank of a few embeddings is low whatever they are.
+    """
     own = getattr(_file(name), "warning", None)
     if own is not None and (sentence := own(entry)) is not None:
         return sentence
     rank = entry.get("effective_rank", math.inf)
-    if rank >= COLLAPSED_RANK:
+    if rank >= COLLAPSED_RANK or num_samples < ENOUGH_TO_RANK:
         return None
     return (
         f"the encoder gives every crop nearly the same features (effective rank {rank:.2f}): lower train.lr, raise "
