@@ -1,7 +1,7 @@
 """nnFormer (Zhou et al. 2021): windows of attention in the encoder, in the decoder and across the skips.
 
-Letters: B batch, C input channels, D width of a stage, F features, K classes, XYZ the crop's or a map's
-axes, W windows (those of all samples), N tokens of a window.
+Letters: B batch, C input channels, D width of a stage (E of the first), F features, K classes, XYZ the crop's or
+a map's axes (xyz those of the first stage), W windows (those of all samples), N tokens of a window.
 """
 
 from __future__ import annotations
@@ -170,12 +170,23 @@ class NnFormer(nn.Module):
             nn.ConvTranspose3d(dim, num_classes, cfg.patch, cfg.patch) for dim in heads
         )
         self.channels, self.strides = tuple(cfg.dims), tuple(cfg.total_strides)
-        self.feature_channels = cfg.embed_dim
+        self.feature_channels = self.embed_channels = cfg.embed_dim
+        self.embed_stride = cfg.patch
 
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
         """Raises UserError when the crop is not of the size the net was built for."""
         check_size(self.cfg, x_BCXYZ.shape[2:])
-        return self.encoder(x_BCXYZ)
+        return self.encoder(self.encoder.embed(x_BCXYZ))
+
+    def encode_hidden(self, x_BCXYZ: Tensor, hidden_Bxyz: Tensor, token_E: Tensor) -> list[Tensor]:
+        """Raises UserError when the crop is not of the size the net was built for.
+
+        The convolutions that make tokens overlap: mask the crop too, or its hidden voxels reach their neighbours.
+        """
+        check_size(self.cfg, x_BCXYZ.shape[2:])
+        tokens_BxyzE = self.encoder.embed(x_BCXYZ)
+        token_E = token_E.to(tokens_BxyzE.dtype)
+        return self.encoder(torch.where(hidden_Bxyz[..., None], token_E, tokens_BxyzE))
 
     def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
         finest = self._up(feats)[0]
@@ -216,8 +227,9 @@ class Encoder(nn.Module):
         self.downs = nn.ModuleList(Down(cfg, stage) for stage in range(3))
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in cfg.dims)
 
-    def forward(self, x_BCXYZ: Tensor) -> list[Tensor]:
-        x = self.embed(x_BCXYZ)
+    def forward(self, tokens_BxyzE: Tensor) -> list[Tensor]:
+        """The stages' features from the tokens that ``embed`` makes of a crop."""
+        x = tokens_BxyzE
         feats = []
         for n, (stage, norm) in enumerate(zip(self.stages, self.norms)):
             x = self.downs[n - 1](x) if n else x

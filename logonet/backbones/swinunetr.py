@@ -1,6 +1,7 @@
 """Swin UNETR (Hatamizadeh et al. 2022): MONAI's, behind the backbones' contract.
 
-Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
+Letters: B batch, C input channels, E a token's width, F features, K classes, XYZ the crop's axes, xyz those of
+the tokens.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class SwinUNETR(nn.Module):
     encoder_prefixes = ("net.swinViT.",)
     head_prefixes = ("net.out.",)
     strides = (2, 4, 8, 16, 32)
+    embed_stride = (2, 2, 2)
 
     def __init__(self, cfg: Config, in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -104,10 +106,26 @@ class SwinUNETR(nn.Module):
             )
         self.net.to(device)
         self.channels = tuple(cfg.feature_size * 2**level for level in range(5))
-        self.feature_channels = cfg.feature_size
+        self.feature_channels = self.embed_channels = cfg.feature_size
 
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
-        return self.net.swinViT(x_BCXYZ, self.net.normalize)
+        return self._stages(self.net.swinViT.patch_embed(x_BCXYZ))
+
+    def encode_hidden(self, x_BCXYZ: Tensor, hidden_Bxyz: Tensor, token_E: Tensor) -> list[Tensor]:
+        tokens_BExyz = self.net.swinViT.patch_embed(x_BCXYZ)
+        token_E111 = token_E[:, None, None, None].to(tokens_BExyz.dtype)
+        return self._stages(torch.where(hidden_Bxyz[:, None], token_E111, tokens_BExyz))
+
+    def _stages(self, tokens_BExyz: Tensor) -> list[Tensor]:
+        """MONAI's ``swinViT`` from its tokens on, which it does not offer by itself."""
+        vit, x = self.net.swinViT, tokens_BExyz
+        feats = [vit.proj_out(x, self.net.normalize)]
+        for stage in (1, 2, 3, 4):
+            if vit.use_v2:
+                x = getattr(vit, f"layers{stage}c")[0](x.contiguous())
+            x = getattr(vit, f"layers{stage}")[0](x.contiguous())
+            feats.append(vit.proj_out(x, self.net.normalize))
+        return feats
 
     def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
         net = self.net

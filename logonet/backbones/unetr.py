@@ -1,14 +1,18 @@
 """UNETR (Hatamizadeh et al. 2022): MONAI's, behind the backbones' contract.
 
-Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
+Letters: B batch, C input channels, E a token's width, F features, K classes, N tokens of a crop, V those that
+are seen, XYZ the crop's axes, xyz those of the tokens.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logonet.backbones import SegOut
@@ -41,6 +45,8 @@ class Config:
         feature_size: width at full resolution.
         variant: presets of the three below.
         hidden_size, mlp_dim, num_heads: of the transformer's 12 layers; None is the variant's.
+        positions: "learned" vectors, or "sincos", which are fixed (GL-MAE's).
+        qkv_bias: a bias in attention's projections, which GL-MAE's transformer has and UNETR's lacks.
     """
 
     img_size: tuple[int, int, int] = (96, 96, 96)
@@ -49,6 +55,8 @@ class Config:
     hidden_size: int | None = None
     mlp_dim: int | None = None
     num_heads: int | None = None
+    positions: Literal["learned", "sincos"] = "learned"
+    qkv_bias: bool = False
 
     def __post_init__(self) -> None:
         if any(side < PATCH or side % PATCH for side in self.img_size):
@@ -59,6 +67,11 @@ class Config:
         if hidden % heads:
             raise UserError(
                 f"backbone.hidden_size {hidden} is not a multiple of backbone.num_heads {heads}; change either"
+            )
+        if self.positions == "sincos" and hidden % 6:
+            raise UserError(
+                f"backbone.hidden_size is {hidden}; with backbone.positions sincos it must be a multiple of 6, a sine "
+                "and a cosine for each axis"
             )
 
     @property
@@ -92,6 +105,7 @@ class UNETR(nn.Module):
     encoder_prefixes = ("net.vit.",)
     head_prefixes = ("net.out.",)
     strides = (PATCH,) * 4
+    embed_stride = (PATCH,) * 3
 
     def __init__(self, cfg: Config, in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -102,6 +116,7 @@ class UNETR(nn.Module):
             num_classes,
             img_size=cfg.img_size,
             feature_size=cfg.feature_size,
+            qkv_bias=cfg.qkv_bias,
             **cfg.vit,
         )
         # MONAI gives each layer a norm for a cross-attention that UNETR lacks: weights nothing reads, which
@@ -109,14 +124,60 @@ class UNETR(nn.Module):
         for layer in self.net.vit.blocks:
             layer.cross_attn = layer.norm_cross_attn = nn.Identity()
         self.cfg = cfg
-        self.channels = (cfg.vit["hidden_size"],) * 4
+        self.embed_channels = cfg.vit["hidden_size"]
+        if cfg.positions == "sincos":
+            self.net.vit.patch_embedding.position_embeddings = sincos(self._grid, self.embed_channels)
+        self.channels = (self.embed_channels,) * 4
         self.feature_channels = cfg.feature_size
 
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
         """Raises UserError when the crop is not of the size the net was built for."""
         check_size(self.cfg, x_BCXYZ.shape[2:])
-        last, hidden = self.net.vit(x_BCXYZ)
-        return [self.net.proj_feat(tokens) for tokens in (hidden[3], hidden[6], hidden[9], last)]
+        return self._features(self._embed(x_BCXYZ))
+
+    def encode_hidden(self, x_BCXYZ: Tensor, hidden_Bxyz: Tensor, token_E: Tensor) -> list[Tensor]:
+        """Raises UserError when the crop is not of the size the net was built for."""
+        check_size(self.cfg, x_BCXYZ.shape[2:])
+        map_BExyz = self._embed(x_BCXYZ)
+        token_E111 = token_E[:, None, None, None].to(map_BExyz.dtype)
+        return self._features(torch.where(hidden_Bxyz[:, None], token_E111, map_BExyz))
+
+    def encode_visible(self, x_BCXYZ: Tensor, keep_BV: Tensor, prefix_B1E: Tensor | None) -> Tensor:
+        tokens_BNE = self._placed(self._embed(x_BCXYZ))
+        tokens_BVE = tokens_BNE.gather(1, keep_BV[:, :, None].expand(-1, -1, self.embed_channels))
+        if prefix_B1E is not None:
+            tokens_BVE = torch.cat([prefix_B1E.to(tokens_BVE.dtype), tokens_BVE], dim=1)
+        return self._layers(tokens_BVE)[-1]
+
+    def _features(self, map_BExyz: Tensor) -> list[Tensor]:
+        layers = self._layers(self._placed(map_BExyz))
+        return [self.net.proj_feat(tokens) for tokens in (layers[3], layers[6], layers[9], layers[12])]
+
+    def _embed(self, x_BCXYZ: Tensor) -> Tensor:
+        return self.net.vit.patch_embedding.patch_embeddings(x_BCXYZ)
+
+    def _layers(self, tokens_BNE: Tensor) -> list[Tensor]:
+        """What each of the 12 layers gives, and last that of the twelfth, normalised."""
+        outputs = []
+        for layer in self.net.vit.blocks:
+            tokens_BNE = layer(tokens_BNE)
+            outputs.append(tokens_BNE)
+        return [*outputs, self.net.vit.norm(tokens_BNE)]
+
+    @property
+    def _grid(self) -> tuple[int, int, int]:
+        """Tokens along X, Y and Z."""
+        x, y, z = (side // PATCH for side in self.cfg.img_size)
+        return x, y, z
+
+    def _placed(self, map_BExyz: Tensor) -> Tensor:
+        """The tokens of a map in C order, each with its position's vector added, (B, N, E)."""
+        positions_1NE: Tensor = self.net.vit.patch_embedding.position_embeddings
+        if (size := map_BExyz.shape[2:]) != self._grid:
+            own_1Exyz = positions_1NE.transpose(1, 2).unflatten(2, self._grid)
+            resized = F.interpolate(own_1Exyz, size=size, mode="trilinear", align_corners=False)
+            positions_1NE = resized.flatten(2).transpose(1, 2)
+        return map_BExyz.flatten(2).transpose(1, 2) + positions_1NE
 
     def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
         net = self.net
@@ -136,3 +197,14 @@ class UNETR(nn.Module):
 
     def forward(self, x_BCXYZ: Tensor) -> SegOut:
         return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
+
+
+def sincos(grid: tuple[int, int, int], width: int) -> nn.Parameter:
+    """Fixed vectors of positions, (1, N, width): sines and cosines along each axis (MONAI's)."""
+    from monai.networks.blocks.pos_embed_utils import build_sincos_position_embedding
+
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # it calls torch.meshgrid as torch will not have it one day
+        return build_sincos_position_embedding(list(grid), width, 3)
