@@ -5,7 +5,9 @@ Shapes: B samples, C input channels, X Y Z the crop's axes, N rows, F features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,20 @@ def freeze(module: nn.Module, prefixes: Iterable[str]) -> None:
     for name, parameter in module.named_parameters():
         if f"{name}.".startswith(stems):
             parameter.requires_grad_(False)
+
+
+def freeze_unreached(module: nn.Module, output: Callable[[Any], Tensor]) -> None:
+    """Stop gradients of the parameters that ``output(module)`` does not depend on.
+
+    Args:
+        output: is given a copy without weights, in eval mode, to run on tensors of the meta device.
+    """
+    shapes = copy.deepcopy(module).to("meta").eval()
+    with torch.enable_grad():
+        output(shapes).sum().backward()
+    for own, shape in zip(module.parameters(), shapes.parameters(), strict=True):
+        if shape.grad is None:
+            own.requires_grad_(False)
 
 
 def modules_under(module: nn.Module, prefixes: Iterable[str]) -> list[nn.Module]:

@@ -1,0 +1,148 @@
+"""What the methods that hide parts of a crop and rebuild them share.
+
+Shapes: B samples, C input channels, X Y Z the crop's axes, xyz those of its patches, N patches (C order), V those
+that are seen, P numbers of a patch (C times its voxels), E the encoder's width, D the decoder's.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from logonet.errors import UserError
+
+Triple = tuple[int, int, int]
+STILL = 1e-3  # a share of the true variance that only a constant answer stays below
+
+
+def space_to_depth(image_BCXYZ: Tensor, patch: Sequence[int]) -> Tensor:
+    """Each patch's voxels as channels, (B, P, x, y, z), in the order C, X, Y, Z."""
+    px, py, pz = patch
+    b, c, x, y, z = image_BCXYZ.shape
+    parts = image_BCXYZ.reshape(b, c, x // px, px, y // py, py, z // pz, pz)
+    return parts.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, -1, x // px, y // py, z // pz)
+
+
+def depth_to_space(map_BPxyz: Tensor, patch: Sequence[int]) -> Tensor:
+    """The 3D pixel shuffle that undoes `space_to_depth`."""
+    px, py, pz = patch
+    b, _, x, y, z = map_BPxyz.shape
+    parts = map_BPxyz.reshape(b, -1, px, py, pz, x, y, z)
+    return parts.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, -1, x * px, y * py, z * pz)
+
+
+def patches(image_BCXYZ: Tensor, patch: Sequence[int]) -> Tensor:
+    """(B, N, P)."""
+    return space_to_depth(image_BCXYZ, patch).flatten(2).transpose(1, 2)
+
+
+def draw_visible(num_patches: int, num_visible: int, rng: np.random.Generator) -> np.ndarray:
+    """Which patches are seen, int64 (V,), ascending: a transformer has no order of its own."""
+    return np.sort(rng.permutation(num_patches)[:num_visible])
+
+
+def check_ratio(ratio: float) -> None:
+    if not 0 < ratio <= 1:
+        raise UserError(f"method.ratio is {ratio}; it is the share of a crop to hide, set it in (0, 1]")
+
+
+def spread(guess: Tensor, truth: Tensor, hidden: Tensor) -> Tensor:
+    """A metric (total, count): the variance, within each sample, of what was guessed for hidden voxels over that of
+    the truth. All are (B, ...) and ``hidden`` is bool, which may have axes of 1 and hides the same number in each.
+    """
+    with torch.no_grad():
+        where = hidden.expand_as(truth)
+        flat = [x.double()[where].view(len(truth), -1) for x in (guess, truth)]
+        return torch.stack([(x - x.mean(1, keepdim=True)).square().sum() for x in flat])
+
+
+def still(entry: Mapping[str, Any]) -> str | None:
+    """The warning of an epoch whose `spread`, ``prediction_spread``, says that one intensity is the answer to all."""
+    value = entry.get("prediction_spread", math.inf)
+    if value >= STILL:
+        return None
+    return (
+        f"what the network rebuilds hardly varies (prediction_spread {value:.1g} of the true variance): if this "
+        "lasts, change train.lr or lower method.ratio"
+    )
+
+
+class Decoder(nn.Module):
+    """MAE's decoder: a narrow transformer that rebuilds every patch from the encoded visible ones (He et al. 2022).
+
+    Args:
+        positions: "learned" vectors, or "sincos", which are fixed.
+        qkv_bias: a bias in attention's projections.
+    """
+
+    def __init__(
+        self,
+        encoder_width: int,
+        patch_numbers: int,
+        grid: Triple,
+        *,
+        width: int,
+        depth: int,
+        num_heads: int,
+        positions: Literal["learned", "sincos"],
+        qkv_bias: bool,
+    ) -> None:
+        super().__init__()
+        from monai.networks.blocks.transformerblock import TransformerBlock
+
+        self.grid = grid
+        self.embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(width), std=0.02))
+        if positions == "learned":
+            table = nn.init.trunc_normal_(torch.empty(1, math.prod(grid), width), std=0.02)
+            self.positions = nn.Parameter(table)
+        else:
+            self.positions = nn.Parameter(sincos(grid, width), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, 4 * width, num_heads, qkv_bias=qkv_bias, use_flash_attention=True)
+            for _ in range(depth)
+        )
+        for block in self.blocks:  # MONAI's norm for a cross-attention that there is none of
+            block.cross_attn = block.norm_cross_attn = nn.Identity()
+        self.norm = nn.LayerNorm(width)
+        self.predict = nn.Linear(width, patch_numbers)
+
+    def forward(
+        self, tokens_BVE: Tensor, keep_BV: Tensor, grid: Triple, prefix_B1E: Tensor | None = None
+    ) -> Tensor:
+        """All N patches (B, N, P) of a crop of ``grid`` patches, in C order; a prefix takes part and is dropped."""
+        seen_BVD = self.embed(tokens_BVE)
+        at_BVD = keep_BV[:, :, None].expand(-1, -1, seen_BVD.shape[2])
+        every_BND = self.mask_token.to(seen_BVD.dtype).expand(len(seen_BVD), math.prod(grid), -1)
+        x = every_BND.scatter(1, at_BVD, seen_BVD) + self._positions(grid)
+        if prefix_B1E is not None:
+            x = torch.cat([self.embed(prefix_B1E).to(x.dtype), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.predict(self.norm(x[:, -math.prod(grid) :]))
+
+    def _positions(self, grid: Triple) -> Tensor:
+        if grid == self.grid:
+            return self.positions
+        own_1Dxyz = self.positions.transpose(1, 2).unflatten(2, self.grid)
+        resized = F.interpolate(own_1Dxyz, size=grid, mode="trilinear", align_corners=False)
+        return resized.flatten(2).transpose(1, 2)
+
+
+def sincos(grid: Triple, width: int) -> Tensor:
+    """Fixed vectors of positions, (1, N, width): MONAI's, and zeros where 6 does not divide ``width``."""
+    from monai.networks.blocks.pos_embed_utils import build_sincos_position_embedding
+
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # it calls torch.meshgrid as torch will not have it one day
+        table = build_sincos_position_embedding(list(grid), width // 6 * 6, 3)
+    return F.pad(table.detach(), (0, width % 6))

@@ -1,0 +1,191 @@
+"""SimMIM: hide blocks of a crop and rebuild their voxels with one light layer (Xie et al. 2022; in 3D, MIM-Med3D,
+Chen et al. 2023).
+
+Where the backbone has tokens, those of hidden blocks are replaced by a learnt vector before positions are added,
+and the layer stands on the encoder's last features: a 1x1x1 convolution to a cell's voxels and a 3D pixel shuffle.
+Elsewhere the layer is a 1x1x1 convolution on the full-resolution features, which is also what MAE's form for CNNs
+comes to. In both the image itself is masked: neither a skip from the image nor overlapping tokens may show what
+is to be guessed.
+
+MIM-Med3D trains ViT-B with AdamW, lr 1e-4 (3e-4 on BraTS), weight decay 1e-5, 50 epochs of warm-up, constant after.
+
+Shapes: B samples, C input channels, E a token's width, F features, X Y Z the crop's axes, uvw its units', xyz its
+tokens'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from logonet.errors import UserError
+from logonet.methods import Facts
+from logonet.methods._masked import Triple, check_ratio, depth_to_space, spread, still
+from logonet.methods._parts import freeze_unreached, intensity, ratio
+
+NEEDS = frozenset({"crops"})
+UNIT = 16  # voxels a side: a ViT's patch
+LEAST_UNIT = 64  # voxels: a crop has one random number for each so many
+
+warning = still
+
+
+@dataclass(frozen=True)
+class Config:
+    """
+    Attributes:
+        ratio: share of the units to hide, rounded down. MIM-Med3D's; 0.6 in 2D.
+        unit_vox: sides (X, Y, Z in voxels) of what is hidden or seen as a whole; they must divide the crop's. None
+            is 16 in each axis, or where the backbone has tokens the stride of its coarsest features (32 for Swin
+            UNETR), so that no coarsest cell sees both hidden and visible tokens.
+        head: what the light layer stands on: "encoder" its last features, "decoder" the full-resolution ones;
+            "auto" is the encoder's where the backbone has tokens.
+    """
+
+    ratio: float = 0.75
+    unit_vox: tuple[int, int, int] | None = None
+    head: Literal["auto", "encoder", "decoder"] = "auto"
+
+
+def check(cfg: Config, facts: Facts) -> None:
+    """Raise UserError when ``cfg`` cannot work on crops like these."""
+    check_ratio(cfg.ratio)
+    _check_unit(cfg, cfg.unit_vox or (UNIT,) * 3, facts.size_vox)
+
+
+def _check_unit(cfg: Config, unit_vox: Triple, size_vox: Triple) -> None:
+    if min(unit_vox) < 1 or any(side % unit for side, unit in zip(size_vox, unit_vox)):
+        raise UserError(
+            f"simmim hides units of {unit_vox} voxels, which do not divide crops of {size_vox}; set method.unit_vox "
+            "to sides that do, or change crops.size_vox"
+        )
+    if math.prod(unit_vox) < LEAST_UNIT:
+        raise UserError(f"method.unit_vox is {unit_vox}; a unit must have {LEAST_UNIT} voxels or more")
+    units = math.prod(side // unit for side, unit in zip(size_vox, unit_vox))
+    hidden = int(cfg.ratio * units)
+    if hidden < 1:
+        raise UserError(
+            f"simmim hides {cfg.ratio} of {units} units of {unit_vox} voxels, which is less than one; use larger crops "
+            "(crops.size_vox) or a larger method.ratio"
+        )
+
+
+def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Draw what to hide.
+
+    Returns:
+        ``image`` uint16 (C, X, Y, Z) untouched, ``scores`` float32, one for each 64 voxels: the first of them are
+        the units', in C order, and the lowest are hidden. How many units there are is up to the backbone.
+    """
+    image_CXYZ = sample["image_CXYZ"]
+    count = -(-math.prod(image_CXYZ.shape[1:]) // LEAST_UNIT)
+    return {"image": image_CXYZ, "scores": rng.random(count, dtype=np.float32)}
+
+
+def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
+    """The module on ``backbone``.
+
+    Raises:
+        UserError: the units do not suit the backbone.
+    """
+    return SimMIM(cfg, backbone, facts)
+
+
+class SimMIM(nn.Module):
+    """Backbone, mask tokens and light layer; ``forward`` as the package's contract says."""
+
+    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.backbone: Any = backbone
+        self.tokens = hasattr(backbone, "encode_hidden")
+        self.on_encoder = cfg.head == "encoder" or (cfg.head == "auto" and self.tokens)
+        self.stride = _triple(backbone.strides[-1])
+        self.unit_vox = cfg.unit_vox or (self.stride if self.tokens else (UNIT,) * 3)
+        _check_unit(cfg, self.unit_vox, facts.size_vox)
+        if self.tokens and any(unit % stride for unit, stride in zip(self.unit_vox, self.stride)):
+            raise UserError(
+                f"method.unit_vox is {self.unit_vox} and one coarsest cell of {type(backbone).__name__} sees "
+                f"{self.stride} voxels; set method.unit_vox to a multiple, so that no cell is hidden in part"
+            )
+        if self.on_encoder and any(side % stride for side, stride in zip(facts.size_vox, self.stride)):
+            raise UserError(
+                f"simmim's head on the encoder rebuilds cells of {self.stride} voxels, which do not divide crops of "
+                f"{facts.size_vox}; set method.head=decoder or change crops.size_vox"
+            )
+        self.token_C = nn.Parameter(torch.zeros(facts.in_channels))
+        if self.tokens:
+            self.token_E = nn.Parameter(nn.init.trunc_normal_(torch.empty(backbone.embed_channels), std=0.02))
+        width, numbers = backbone.feature_channels, facts.in_channels
+        if self.on_encoder:
+            width, numbers = backbone.channels[-1], facts.in_channels * math.prod(self.stride)
+        self.head = nn.Conv3d(width, numbers, 1)
+        x = torch.empty(1, facts.in_channels, *facts.size_vox, device="meta")
+        freeze_unreached(backbone, lambda net: self._used(net, x, net.encode(x)))
+
+    def _used(self, net: Any, x_BCXYZ: Tensor, feats: Sequence[Tensor]) -> Tensor:
+        """What the light layer stands on."""
+        return feats[-1] if self.on_encoder else net.decode_features(x_BCXYZ, feats)
+
+    def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one batch of what ``prepare`` returns; ``progress`` drives nothing here."""
+        image_BCXYZ = intensity(batch["image"])
+        hidden_Buvw = self.hidden(batch["scores"], image_BCXYZ.shape[2:])
+        feats, guess_BCXYZ = self.predict(image_BCXYZ, hidden_Buvw)
+        hidden_B1XYZ = enlarged(hidden_Buvw, self.unit_vox)[:, None]
+        loss_B = masked_l1(guess_BCXYZ, image_BCXYZ, hidden_B1XYZ)
+        metrics = {
+            "loss": ratio(loss_B.sum(), len(loss_B)),
+            "masked_share": ratio(hidden_Buvw.sum(), hidden_Buvw.numel()),
+            "prediction_spread": spread(guess_BCXYZ, image_BCXYZ, hidden_B1XYZ),
+            "embeddings_BF": feats[-1].detach().float().mean(dim=(2, 3, 4)),
+        }
+        return loss_B.mean(), metrics
+
+    def hidden(self, scores_BS: Tensor, size_vox: Sequence[int]) -> Tensor:
+        """Which units are hidden, bool (B, u, v, w): in every sample int(ratio * units) of them."""
+        u, v, w = (side // unit for side, unit in zip(size_vox, self.unit_vox))
+        scores_BN = scores_BS[:, : u * v * w]
+        lowest_BH = scores_BN.argsort(dim=1, stable=True)[:, : int(self.cfg.ratio * u * v * w)]
+        hidden_BN = torch.zeros_like(scores_BN, dtype=torch.bool).scatter(1, lowest_BH, True)
+        return hidden_BN.unflatten(1, (u, v, w))
+
+    def predict(self, image_BCXYZ: Tensor, hidden_Buvw: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """Encoder features, and the whole crop as rebuilt, (B, C, X, Y, Z), without a look at hidden units."""
+        hidden_BXYZ = enlarged(hidden_Buvw, self.unit_vox)
+        x_BCXYZ = torch.where(hidden_BXYZ[:, None], self.token_C[:, None, None, None], image_BCXYZ)
+        if self.tokens:
+            times = [unit // side for unit, side in zip(self.unit_vox, self.backbone.embed_stride)]
+            feats = self.backbone.encode_hidden(x_BCXYZ, enlarged(hidden_Buvw, times), self.token_E)
+        else:
+            feats = self.backbone.encode(x_BCXYZ)
+        guess = self.head(self._used(self.backbone, x_BCXYZ, feats))
+        return feats, depth_to_space(guess, self.stride) if self.on_encoder else guess
+
+
+def masked_l1(guess_BCXYZ: Tensor, image_BCXYZ: Tensor, hidden_B1XYZ: Tensor) -> Tensor:
+    """Of each sample the mean absolute error over hidden voxels, (B,), in float32.
+
+    SimMIM divides the batch's sum by the batch's count; every sample hides as many voxels, so it is the same.
+    """
+    error_BCXYZ = (guess_BCXYZ.float() - image_BCXYZ).abs() * hidden_B1XYZ
+    count_B = image_BCXYZ.shape[1] * hidden_B1XYZ.flatten(1).sum(1)
+    return error_BCXYZ.flatten(1).sum(1) / (count_B + 1e-5)
+
+
+def enlarged(map_Bxyz: Tensor, times: Sequence[int]) -> Tensor:
+    """Each cell repeated along X, Y and Z."""
+    for axis, n in enumerate(times, start=1):
+        map_Bxyz = map_Bxyz.repeat_interleave(n, dim=axis)
+    return map_Bxyz
+
+
+def _triple(stride: int | Sequence[int]) -> Triple:
+    x, y, z = (stride,) * 3 if isinstance(stride, int) else stride
+    return x, y, z
