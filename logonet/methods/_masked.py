@@ -43,9 +43,43 @@ def patches(image_BCXYZ: Tensor, patch: Sequence[int]) -> Tensor:
     return space_to_depth(image_BCXYZ, patch).flatten(2).transpose(1, 2)
 
 
+def grid_of(size_vox: Sequence[int], patch_vox: Triple) -> Triple:
+    """Patches along X, Y and Z."""
+    x, y, z = (side // patch for side, patch in zip(size_vox, patch_vox))
+    return x, y, z
+
+
 def draw_visible(num_patches: int, num_visible: int, rng: np.random.Generator) -> np.ndarray:
     """Which patches are seen, int64 (V,), ascending: a transformer has no order of its own."""
     return np.sort(rng.permutation(num_patches)[:num_visible])
+
+
+def unseen(keep_BV: Tensor, num_patches: int) -> Tensor:
+    """bool (B, N): all patches but ``keep``."""
+    every_BN = torch.ones(len(keep_BV), num_patches, dtype=torch.bool, device=keep_BV.device)
+    return every_BN.scatter(1, keep_BV, False)
+
+
+def over_patches(error_BNP: Tensor, which_BN: Tensor) -> Tensor:
+    """Of each sample the mean error over the patches that ``which`` (bool) names, (B,)."""
+    return (error_BNP.mean(2) * which_BN).sum(1) / which_BN.sum(1)
+
+
+def check_patch(patch_vox: Triple, backbone: Any) -> None:
+    """Refuse a backbone whose tokens are of another size."""
+    if patch_vox != backbone.embed_stride:
+        raise UserError(
+            f"method.patch_vox is {patch_vox} and a token of {type(backbone).__name__} has {backbone.embed_stride} "
+            f"voxels; set method.patch_vox to {backbone.embed_stride}"
+        )
+
+
+def check_decoder(width: int, depth: int, num_heads: int) -> None:
+    if min(width, depth, num_heads) < 1 or width % num_heads:
+        raise UserError(
+            f"method.decoder_width, decoder_depth and decoder_heads are {width}, {depth} and {num_heads}; set all "
+            "above 0 and the first to a multiple of the last"
+        )
 
 
 def check_ratio(ratio: float) -> None:
