@@ -1,0 +1,411 @@
+"""GL-MAE: masked autoencoding of global and local views, held together by a teacher that sees whole global ones
+(Zhuang et al. 2024; section and equation numbers are that paper's).
+
+A global view is a large part of a crop in low resolution, a local one a small part in high resolution. An encoder
+sees some patches of each and a decoder, which is thrown away, rebuilds the others (Eq. 3, 4). A class token goes
+with the patches; what a projection makes of it shall be, for masked global and local views (Eq. 9, 10), what a
+teacher, which follows encoder and projection (Eq. 5), makes of complete global ones.
+
+The paper's encoder is UNETR's transformer with ``backbone.positions=sincos`` and ``backbone.qkv_bias=true`` (and an
+epsilon of 1e-6 in its normalisations, where MONAI's is 1e-5). Crops should be large: the paper cuts views out of
+whole volumes.
+
+The paper trains with AdamW, lr 1e-2, batches of 256, 1600 epochs. As an absolute rate that is implausible for
+AdamW: MAE's 1.5e-4 for each 256 samples with 40 epochs of warm-up, weight decay 0.05 and betas 0.9 and 0.95 is safer.
+
+Shapes: B samples, C input channels, X Y Z a view's axes, W views of a sample, M those of all samples, N patches
+(C order), V those that are seen, P numbers of a patch, E the encoder's width, K the projection's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor, nn
+
+from logonet import augment
+from logonet.errors import UserError
+from logonet.methods import Facts
+from logonet.methods._masked import (
+    Decoder,
+    Triple,
+    check_decoder,
+    check_patch,
+    draw_visible,
+    grid_of,
+    over_patches,
+    patches,
+    spread,
+    still,
+    unseen,
+)
+from logonet.methods._parts import freeze_unreached, intensity, ratio
+from logonet.methods._selfsup import cosine, follow, gathered, mlp, momentum, teacher_of
+
+NEEDS = frozenset({"crops"})
+WANTS = frozenset({"encode_visible"})
+LARGE = 96  # sides in voxels of a crop from which on views have the paper's sizes
+MEAN_MOMENTUM = 0.9  # of the running mean of the teacher's projections; DINO's
+ONE_HOT, UNIFORM = 0.01, 0.99  # shares of the largest entropy beyond which the teacher says nothing
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are the paper's where it gives them.
+
+    Attributes:
+        num_global, num_local: p and q, views of a crop.
+        global_vox, local_vox: their sizes (X, Y, Z in voxels). None is the paper's 160 and 96 voxels a side for crops
+            of 96 or more; for smaller ones the crop's size, rounded to patches, and half of it, but two patches a
+            side.
+        global_scale, local_scale: what share of the crop's sides a view spans, drawn from this range.
+        augment: how views are distorted besides. The paper leaves that to a supplement: nothing here.
+        ratio: share of a view's patches to mask, rounded up.
+        patch_vox: sides (X, Y, Z in voxels) of a patch: those of the backbone's tokens.
+        decoder_width, decoder_depth, decoder_heads: of the decoder; not the paper's, which has none, but MAE's.
+        all_voxels: count visible patches in the reconstruction losses too, as Eq. 3 and 4 are written; their text,
+            and MAE, have the masked ones.
+        projection_hidden, projection: widths of the two hidden layers and of the output (K) of the projection. The
+            first is ours.
+        w_local, w_global, w_gg, w_gl: 1, beta_1, beta_2 and beta_3 of Eq. 11. 0 switches a loss off.
+        student_temperature, teacher_temperature: of Eq. 7, which has one without a value; DINO's.
+        centre: take the running mean off the teacher's projections (DINO; not the paper's).
+        momentum_start, momentum_end: the teacher's share of itself, along half a cosine; 1 - mu of Eq. 5. BYOL's.
+    """
+
+    num_global: int = 2
+    num_local: int = 8
+    global_vox: tuple[int, int, int] | None = None
+    local_vox: tuple[int, int, int] | None = None
+    global_scale: tuple[float, float] = (0.5, 1.0)
+    local_scale: tuple[float, float] = (0.25, 0.5)
+    augment: augment.Config = field(default_factory=augment.none)
+    ratio: float = 0.6
+    patch_vox: tuple[int, int, int] = (16, 16, 16)
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    all_voxels: bool = False
+    projection_hidden: int = 2048
+    projection: int = 512
+    w_local: float = 1.0
+    w_global: float = 1.0
+    w_gg: float = 1.0
+    w_gl: float = 1.0
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.04
+    centre: bool = False
+    momentum_start: float = 0.996
+    momentum_end: float = 1.0
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The kinds of views that some loss wants."""
+        wanted = {"global": self.w_global + self.w_gg + self.w_gl, "local": self.w_local + self.w_gl}
+        return tuple(kind for kind, weight in wanted.items() if weight)
+
+    def sizes(self, size_vox: Triple) -> dict[str, Triple]:
+        """A global and a local view's size where crops have ``size_vox`` voxels."""
+        if min(size_vox) >= LARGE:
+            whole, half = (160, 160, 160), (96, 96, 96)
+        else:
+            x, y, z = (max(1, round(side / patch)) for side, patch in zip(size_vox, self.patch_vox))
+            a, b, c = self.patch_vox
+            whole = a * x, b * y, c * z
+            half = a * _half(x), b * _half(y), c * _half(z)
+        return {"global": self.global_vox or whole, "local": self.local_vox or half}
+
+
+def _half(tokens: int) -> int:
+    return max(tokens // 2, min(tokens, 2))
+
+
+def check(cfg: Config, facts: Facts) -> None:
+    """Raise UserError when ``cfg`` cannot work on crops like these."""
+    weights = (cfg.w_local, cfg.w_global, cfg.w_gg, cfg.w_gl)
+    if min(weights) < 0 or max(weights) == 0:
+        raise UserError(
+            f"method.w_local, w_global, w_gg and w_gl are {weights}; set all to 0 or above, one of them above 0"
+        )
+    if min(cfg.num_global, cfg.num_local) < 1:
+        raise UserError(
+            f"method.num_global is {cfg.num_global} and method.num_local {cfg.num_local}; set both above 0 (to do "
+            "without local views set w_local and w_gl to 0)"
+        )
+    for key in ("global_scale", "local_scale"):
+        low, high = getattr(cfg, key)
+        if not 0 < low <= high <= 1:
+            raise UserError(f"method.{key} is ({low}, {high}); set (low, high) with 0 < low <= high <= 1")
+    if not 0 <= cfg.ratio < 1:
+        raise UserError(f"method.ratio is {cfg.ratio}; it is the share of patches to mask, set it in [0, 1)")
+    check_decoder(cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
+    for key in ("projection_hidden", "projection", "student_temperature", "teacher_temperature"):
+        if not getattr(cfg, key) > 0:
+            raise UserError(f"method.{key} is {getattr(cfg, key)}; set it above 0")
+    if not 0 <= cfg.momentum_start <= cfg.momentum_end <= 1:
+        raise UserError(
+            f"method.momentum_start is {cfg.momentum_start} and method.momentum_end {cfg.momentum_end}; they lie from "
+            "0 to 1, and the first is not above the second"
+        )
+    if min(cfg.patch_vox) < 1:
+        raise UserError(f"method.patch_vox is {cfg.patch_vox}; its sides must be above 0")
+    rebuilt = {"global": cfg.w_global, "local": cfg.w_local}
+    for kind, size_vox in cfg.sizes(facts.size_vox).items():
+        if min(size_vox) < 1 or any(side % patch for side, patch in zip(size_vox, cfg.patch_vox)):
+            raise UserError(
+                f"method.{kind}_vox is {size_vox}; its sides must be multiples of a patch's {cfg.patch_vox}"
+            )
+        num_patches = math.prod(grid_of(size_vox, cfg.patch_vox))
+        visible = num_visible(num_patches, cfg.ratio)
+        if visible < 1 or (visible == num_patches and rebuilt[kind] and not cfg.all_voxels):
+            raise UserError(
+                f"glmae masks {cfg.ratio} of the {num_patches} patches of a {kind} view, which leaves none to see or "
+                f"none to rebuild; change method.ratio or set method.{kind}_vox to a larger size"
+            )
+
+
+def sizes(cfg: Config, size_vox: Triple) -> tuple[Triple, ...]:
+    """None: views go through ``encode_visible``, which takes any size."""
+    return ()
+
+
+def num_visible(num_patches: int, share: float) -> int:
+    """Patches to see where ``share`` of them is masked, as MAE counts."""
+    return int(num_patches * (1 - share) + 1e-9)
+
+
+def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Cut views and draw what to see of each.
+
+    Returns:
+        Of the kinds of views that some loss wants ``global`` and ``local``, uint16 (W, C, X, Y, Z), and
+        ``keep_global`` and ``keep_local``, int64 (W, V), the visible patches.
+    """
+    image_CXYZ = sample["image_CXYZ"]
+    counts = {"global": cfg.num_global, "local": cfg.num_local}
+    scales = {"global": cfg.global_scale, "local": cfg.local_scale}
+    out: dict[str, np.ndarray] = {}
+    for kind, size_vox in cfg.sizes(image_CXYZ.shape[1:]).items():
+        num_patches = math.prod(grid_of(size_vox, cfg.patch_vox))
+        visible = num_visible(num_patches, cfg.ratio)
+        if kind in cfg.views:
+            views = [view(image_CXYZ, size_vox, scales[kind], cfg.augment, rng) for _ in range(counts[kind])]
+            out[kind] = np.stack(views)
+            keeps = [draw_visible(num_patches, visible, rng) for _ in range(counts[kind])]
+            out[f"keep_{kind}"] = np.stack(keeps)
+    return out
+
+
+def view(
+    image_CXYZ: np.ndarray,
+    size_vox: Triple,
+    scale: tuple[float, float],
+    distortion: augment.Config,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """A box of the image, resized to ``size_vox``: uint16 (C, X, Y, Z).
+
+    One number out of ``scale`` is the box's share of all three sides; it may lie anywhere.
+    """
+    share = rng.uniform(*scale)
+    box: list[slice] = []
+    for side in image_CXYZ.shape[1:]:
+        length = max(1, round(share * side))
+        first = int(rng.integers(side - length + 1))
+        box.append(slice(first, first + length))
+    part_CXYZ = image_CXYZ[:, *box].astype(np.float32) / 65535
+    zoom = [new / old for new, old in zip(size_vox, part_CXYZ.shape[1:])]
+    # Half a voxel at each end belongs to the image, as in interpolation without aligned corners.
+    resized = [ndimage.zoom(x_XYZ, zoom, order=1, mode="nearest", grid_mode=True) for x_XYZ in part_CXYZ]
+    drawn = augment.draw(distortion, size_vox, rng)
+    no_labels_XYZ = np.broadcast_to(np.uint8(0), size_vox)
+    out_CXYZ, _ = augment.apply(np.stack(resized), no_labels_XYZ, drawn)
+    return np.rint(out_CXYZ.clip(0, 1) * 65535).astype(np.uint16)
+
+
+def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
+    """The module on ``backbone``.
+
+    Raises:
+        UserError: the backbone's tokens are of another size.
+    """
+    return GLMAE(cfg, backbone, facts)
+
+
+class ClassToken(nn.Module):
+    """The token that stands for a whole view and, where a loss wants it, the projection of what becomes of it."""
+
+    def __init__(self, cfg: Config, width: int) -> None:
+        super().__init__()
+        self.token_11E = nn.Parameter(nn.init.normal_(torch.empty(1, 1, width), std=0.02))
+        hidden = cfg.projection_hidden
+        self.project: nn.Module = nn.Identity()
+        if cfg.w_gg or cfg.w_gl:
+            self.project = mlp((width, hidden, hidden, cfg.projection), activation=nn.GELU)
+
+
+class GLMAE(nn.Module):
+    """Backbone, class token, decoder and teacher; ``forward`` as the package's contract says.
+
+    What only losses that are switched off would use is not there.
+    """
+
+    mean_K: Tensor
+    heard_K: Tensor
+
+    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
+        super().__init__()
+        check_patch(cfg.patch_vox, backbone)
+        self.cfg = cfg
+        self.backbone: Any = backbone
+        width, size_vox = backbone.embed_channels, cfg.sizes(facts.size_vox)["local"]
+        self.class_token = ClassToken(cfg, width)
+        x = torch.empty(1, facts.in_channels, *size_vox, device="meta")
+        keep, prefix = (torch.zeros(shape, device="meta") for shape in ((1, 1), (1, 1, width)))
+        freeze_unreached(backbone, lambda net: net.encode_visible(x, keep.long(), prefix))
+        self.decoder: Any = None
+        if cfg.w_global or cfg.w_local:
+            self.decoder = Decoder(
+                width,
+                facts.in_channels * math.prod(cfg.patch_vox),
+                grid_of(size_vox, cfg.patch_vox),
+                width=cfg.decoder_width,
+                depth=cfg.decoder_depth,
+                num_heads=cfg.decoder_heads,
+                positions="sincos",
+                qkv_bias=True,
+            )
+        self.teacher: Any = None
+        self.teacher_token: Any = None
+        if cfg.w_gg or cfg.w_gl:
+            self.teacher, self.teacher_token = teacher_of(backbone), teacher_of(self.class_token)
+            self.register_buffer("mean_K", torch.zeros(cfg.projection))
+            # The sum of the teacher's projections since the last step and, behind it, their number.
+            self.register_buffer("heard_K", torch.zeros(cfg.projection + 1), persistent=False)
+
+    def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one batch of what ``prepare`` returns; ``progress`` drives `after_step`."""
+        cfg = self.cfg
+        images = {kind: intensity(batch[kind]) for kind in cfg.views}
+        weighed: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
+        if self.teacher is not None:
+            taught_BWK = self.teach(images["global"])
+            metrics |= self._hear(taught_BWK)
+        for kind, w_rebuild, w_agree in (
+            ("global", cfg.w_global, cfg.w_gg),
+            ("local", cfg.w_local, cfg.w_gl),
+        ):
+            if not (w_rebuild or w_agree):
+                continue
+            keep_BWV = batch[f"keep_{kind}"].long()
+            tokens_BWVE = self.encode(images[kind], keep_BWV)
+            if w_rebuild:
+                mse_B, varied = self._rebuild(images[kind], tokens_BWVE, keep_BWV)
+                weighed.append(w_rebuild * mse_B)
+                metrics[f"{kind}_mse"] = ratio(mse_B.sum(), len(mse_B))
+                metrics.setdefault("prediction_spread", varied)
+            if w_agree:
+                student_BWK = self.class_token.project(tokens_BWVE[:, :, 0])
+                entropy_B = consistency(self._centred(taught_BWK), student_BWK, cfg)
+                weighed.append(w_agree * entropy_B)
+                metrics[f"{kind}_consistency"] = ratio(entropy_B.sum(), len(entropy_B))
+            metrics.setdefault("embeddings_BF", tokens_BWVE[:, 0, 1:].detach().float().mean(1))
+        loss_B = torch.stack(weighed).sum(0)
+        metrics["loss"] = ratio(loss_B.sum(), len(loss_B))
+        return loss_B.mean(), metrics
+
+    def encode(self, image_BWCXYZ: Tensor, keep_BWV: Tensor) -> Tensor:
+        """The class token's and the visible patches' vectors, (B, W, 1 + V, E)."""
+        image_MCXYZ, keep_MV = image_BWCXYZ.flatten(0, 1), keep_BWV.flatten(0, 1)
+        prefix_M1E = self.class_token.token_11E.expand(len(keep_MV), -1, -1)
+        tokens_MVE = self.backbone.encode_visible(image_MCXYZ, keep_MV, prefix_M1E)
+        return tokens_MVE.unflatten(0, image_BWCXYZ.shape[:2])
+
+    def _rebuild(self, image_BWCXYZ: Tensor, tokens_BWVE: Tensor, keep_BWV: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 3 or 4 for each sample, (B,), and the metric `spread`.
+
+        Both equations divide by a view's voxels and by its patches, which is read as a mean.
+        """
+        image_MCXYZ, keep_MV, tokens_MVE = (x.flatten(0, 1) for x in (image_BWCXYZ, keep_BWV, tokens_BWVE))
+        grid = grid_of(image_MCXYZ.shape[2:], self.cfg.patch_vox)
+        guess_MNP = self.decoder(tokens_MVE[:, 1:], keep_MV, grid, tokens_MVE[:, :1])
+        target_MNP = patches(image_MCXYZ, self.cfg.patch_vox)
+        hidden_MN = unseen(keep_MV, target_MNP.shape[1])
+        counted_MN = torch.ones_like(hidden_MN) if self.cfg.all_voxels else hidden_MN
+        mse_M = over_patches((guess_MNP.float() - target_MNP).square(), counted_MN)
+        return mse_M.unflatten(0, keep_BWV.shape[:2]).mean(1), spread(
+            guess_MNP, target_MNP, counted_MN[:, :, None]
+        )
+
+    @torch.no_grad()
+    def teach(self, image_BWCXYZ: Tensor) -> Tensor:
+        """The teacher's projections of complete views, (B, W, K) in float32."""
+        image_MCXYZ = image_BWCXYZ.flatten(0, 1)
+        num_patches = math.prod(grid_of(image_MCXYZ.shape[2:], self.cfg.patch_vox))
+        every_MN = torch.arange(num_patches, device=image_MCXYZ.device).expand(len(image_MCXYZ), -1)
+        prefix_M1E = self.teacher_token.token_11E.expand(len(image_MCXYZ), -1, -1)
+        tokens_MNE = self.teacher.encode_visible(image_MCXYZ, every_MN, prefix_M1E)
+        return self.teacher_token.project(tokens_MNE[:, 0]).float().unflatten(0, image_BWCXYZ.shape[:2])
+
+    @torch.no_grad()
+    def _hear(self, taught_BWK: Tensor) -> dict[str, Tensor]:
+        """How the teacher collapses: an entropy near 0 (always the same class) or near the largest (none), or
+        projections that point where their running mean does, whatever the volume."""
+        rows_NK = taught_BWK.flatten(0, 1)
+        if self.training:
+            self.heard_K += torch.cat([rows_NK.sum(0), rows_NK.new_tensor([len(rows_NK)])])
+        p_NK = (self._centred(rows_NK) / self.cfg.teacher_temperature).softmax(1)
+        share_N = torch.special.entr(p_NK).sum(1) / math.log(max(self.cfg.projection, 2))
+        cosine_N = cosine(rows_NK, self.mean_K.expand_as(rows_NK))
+        return {
+            "teacher_entropy": ratio(share_N.sum(), len(share_N)),
+            "teacher_cosine": ratio(cosine_N.sum(), len(cosine_N)),
+        }
+
+    def _centred(self, taught: Tensor) -> Tensor:
+        return taught - self.mean_K if self.cfg.centre else taught
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Let the teacher follow (Eq. 5) and move the running mean of its projections."""
+        if self.teacher is None:
+            return
+        decay = momentum(progress, self.cfg.momentum_start, self.cfg.momentum_end)
+        follow(self.teacher, self.backbone, decay)
+        follow(self.teacher_token, self.class_token, decay)
+        *sums, count = gathered(self.heard_K[None])[0].sum(0).split([self.cfg.projection, 1])
+        self.mean_K.lerp_(sums[0] / count, 1 - MEAN_MOMENTUM)
+        self.heard_K.zero_()
+
+
+def consistency(teacher_BWK: Tensor, student_BVK: Tensor, cfg: Config) -> Tensor:
+    """Eq. 9 and 10: of each sample the mean cross-entropy over all pairs of a complete and a masked view, (B,)."""
+    # Exponentials of projections over a temperature are no place for bfloat16.
+    with torch.autocast(student_BVK.device.type, enabled=False):
+        p_BWK = (teacher_BWK.detach().float() / cfg.teacher_temperature).softmax(-1)
+        log_q_BVK = (student_BVK.float() / cfg.student_temperature).log_softmax(-1)
+        # The mean over pairs of a product is the product of the means.
+        return -(p_BWK.mean(1) * log_q_BVK.mean(1)).sum(-1)
+
+
+def warning(entry: Mapping[str, Any]) -> str | None:
+    """A sentence where the teacher says the same of everything, or nothing of anything."""
+    entropy = entry.get("teacher_entropy", 0.5)
+    if ONE_HOT < entropy < UNIFORM:
+        return still(entry)
+    what, advice = (
+        ("gives all its weight to one class", "raise method.teacher_temperature or set method.centre=true")
+        if entropy <= ONE_HOT
+        else ("gives all classes the same weight", "lower method.teacher_temperature")
+    )
+    return (
+        f"the teacher {what} (its entropy is {entropy:.3f} of the largest), so the consistency losses teach nothing: "
+        f"if this lasts, {advice}"
+    )
