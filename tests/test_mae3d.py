@@ -6,7 +6,6 @@ Letters: B samples, C input channels, N patches, V those that are seen, P number
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,17 +18,10 @@ from logonet.errors import UserError
 from logonet.methods._masked import Decoder, depth_to_space, patches, sincos, unseen
 from logonet.methods.mae3d import MAE3D, masked_l1, normalised
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = (32, 32, 32)
 SMALL: dict[str, Any] = {"decoder_width": 24, "decoder_depth": 2, "decoder_heads": 2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Maps this small only make threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def module_for(size_vox: tuple[int, int, int] = SIZE, in_channels: int = 1, **options: Any) -> MAE3D:

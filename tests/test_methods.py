@@ -22,6 +22,8 @@ from logonet.errors import UserError
 from logonet.methods._parts import effective_rank, freeze
 from logonet.methods.masked_clusters import Head, MaskedClusters, cluster_nll
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES, MAJORITY = (5, 7, 3), (1, 6, 0)
 SIZE_VOX = (16, 8, 12)
 

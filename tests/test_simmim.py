@@ -6,7 +6,6 @@ Letters: B samples, C input channels, E a token's width, XYZ the crop's axes, uv
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,9 @@ from logonet.errors import UserError
 from logonet.methods._masked import depth_to_space, space_to_depth
 from logonet.methods.simmim import SimMIM, enlarged, masked_l1
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = (32, 32, 32)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Maps this small only make threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def module_on(

@@ -7,7 +7,6 @@ axes, xyz those of the tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,17 +17,10 @@ from torch import Tensor
 from logonet import backbones
 from logonet.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HIDING = [name for name in backbones.names() if "encode_hidden" in backbones.abilities(name)]
 SIDE = 32
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Maps this small only make threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def net_for(name: str, **options: Any) -> Any:
