@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logonet import backbones, config, draws, methods
+from logonet import backbones, config, draws, methods, phantom
 from logonet.errors import UserError
 from logonet.methods._parts import effective_rank, freeze
 from logonet.methods.masked_clusters import Head, MaskedClusters, cluster_nll
@@ -72,20 +72,22 @@ def facts_for(size_vox: tuple[int, int, int] = SIZE_VOX, in_channels: int = 1) -
 def sample_for(
     index: int, facts: methods.Facts, needs: frozenset[str], image: str = "noise"
 ) -> dict[str, np.ndarray]:
-    """One sample that holds what ``needs`` names and no more; ``image``: noise, constant or zero."""
+    """One sample that holds what ``needs`` names and no more; ``image``: noise, constant, zero or phantom."""
     generator = draws.rng(0, "sample", index)
     size = (facts.in_channels, *facts.size_vox)
-    fill = {
-        "noise": generator.integers(0, 65536, size),
-        "constant": np.full(size, 30000),
-        "zero": np.zeros(size),
-    }
-    sample = {"image_CXYZ": fill[image].astype(np.uint16)}
+    if image == "phantom":
+        scan, labels_XYZ = phantom.phantom(index, facts.size_vox, classes=facts.num_classes)
+        filled = np.broadcast_to((scan.array_CXYZ.clip(-1000, 1000) + 1000) / 2000 * 65535, size)
+    else:
+        labels_XYZ = generator.integers(0, facts.num_classes, facts.size_vox).astype(np.uint8)
+        noise = generator.integers(0, 65536, size)
+        filled = {"noise": noise, "constant": np.full(size, 30000), "zero": np.zeros(size)}[image]
+    sample = {"image_CXYZ": filled.astype(np.uint16)}
     if "pseudo_labels" in needs:
         per_clusterer = [generator.integers(0, k, facts.size_vox[2]) for k in facts.cluster_sizes]
         sample["labels_NZ"] = np.stack(per_clusterer).astype(np.int16)
     if "labels" in needs:
-        sample["labels_XYZ"] = generator.integers(0, facts.num_classes, facts.size_vox).astype(np.uint8)
+        sample["labels_XYZ"] = labels_XYZ
     return sample
 
 
@@ -101,7 +103,7 @@ def stub_for(name: str, facts: methods.Facts, seed: int = 0, **options: Any) -> 
     """The method on a Stub, or where that lacks what the method wants, on the smallest network that has it."""
     torch.manual_seed(seed)
     net: nn.Module = Stub(facts.in_channels)
-    if missing := methods.lacking(name, net):
+    if missing := wanting(name):
         able = next(b for b in backbones.names() if missing <= backbones.abilities(b))
         net = tiny_net(able, facts)
     return methods.build(name, net, facts, **options)
@@ -159,20 +161,59 @@ def test_forward_gives_a_loss_metrics_and_every_gradient(name: str, num_samples:
 
 @pytest.mark.parametrize("backbone", backbones.names())
 def test_every_method_trains_every_backbone(name: str, backbone: str):
-    torch.manual_seed(0)
-    facts = facts_for((32, 32, 32))
-    net = tiny_net(backbone, facts)
-    if methods.lacking(name, net):
-        with pytest.raises(UserError, match=f"'{name}' needs .* of its backbone"):
-            methods.build(name, net, facts)
+    if missing := wanting(name) - backbones.abilities(backbone):
+        facts = facts_for((32, 32, 32))
+        with pytest.raises(
+            UserError, match=f"'{name}' needs {' and '.join(sorted(missing))} of its backbone"
+        ):
+            methods.build(name, tiny_net(backbone, facts), facts)
         return
-    try:
-        module = methods.build(name, net, facts)
-    except UserError:  # such as units as large as the crop
-        facts = facts_for((64, 32, 32))
-        module = methods.build(name, tiny_net(backbone, facts), facts)
+    module, facts = module_on(name, backbone)
     batch = batch_for(name, methods.config(name), facts, [0, 1])
     assert_step(module, batch, 2, channels=module.backbone.channels[-1])
+
+
+def wanting(name: str) -> set[str]:
+    """What the method needs of a backbone beyond the contract."""
+    return methods.lacking(name, Stub())
+
+
+def module_on(name: str, backbone: str) -> tuple[Any, methods.Facts]:
+    """The method on the smallest network of that name, for crops of 32 voxels a side, or 64 along X where the
+    method has too little to do there, such as units to hide that are as large as the crop."""
+    torch.manual_seed(0)
+    facts = facts_for((32, 32, 32))
+    try:
+        return methods.build(name, tiny_net(backbone, facts), facts), facts
+    except UserError:
+        facts = facts_for((64, 32, 32))
+        return methods.build(name, tiny_net(backbone, facts), facts), facts
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        pytest.param("logonet", marks=pytest.mark.slow),
+        pytest.param("swinunetr", marks=pytest.mark.slow),
+        "unetr",
+    ],
+)
+def test_loss_falls_on_two_phantoms(name: str, backbone: str):
+    if wanting(name) - backbones.abilities(backbone):
+        pytest.skip("the method is not for this network")
+    module, facts = module_on(name, backbone)
+    batch = batch_for(name, methods.config(name), facts, [0, 1], image="phantom")
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for step in range(20):
+        loss, _ = module(batch, step / 20)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if hasattr(module, "after_step"):
+            module.after_step(step / 20)
+        losses.append(loss.item())
+    assert sum(losses[-3:]) / 3 < losses[0], losses
 
 
 def assert_step(module: nn.Module, batch: dict[str, Tensor], num_samples: int, channels: int) -> None:
