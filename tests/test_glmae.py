@@ -369,13 +369,15 @@ def test_centring_takes_the_running_mean_off() -> None:
     [
         ({"teacher_entropy": 0.001}, "all its weight to one class"),
         ({"teacher_entropy": 0.999}, "all classes the same weight"),
+        ({"teacher_entropy": 0.5, "teacher_cosine": 0.99995}, "the same of all volumes"),
         ({"teacher_entropy": 0.5, "prediction_spread": 1e-6}, "hardly varies"),
         ({"prediction_spread": 1e-6}, "hardly varies"),
     ],
 )
 def test_collapse_is_warned_of(entry: dict[str, float], words: str) -> None:
     assert words in str(methods.warning("glmae", entry))
-    assert methods.warning("glmae", {"teacher_entropy": 0.5, "prediction_spread": 0.2}) is None
+    healthy = {"teacher_entropy": 0.5, "teacher_cosine": 0.998, "prediction_spread": 0.2}
+    assert methods.warning("glmae", healthy) is None
 
 
 # --------------------------------------------------------------------------------------- sizes and settings

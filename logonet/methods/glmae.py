@@ -53,6 +53,7 @@ WANTS = frozenset({"encode_visible"})
 LARGE = 96  # sides in voxels of a crop from which on views have the paper's sizes
 MEAN_MOMENTUM = 0.9  # of the running mean of the teacher's projections; DINO's
 ONE_HOT, UNIFORM = 0.01, 0.99  # shares of the largest entropy beyond which the teacher says nothing
+ALIKE = 0.9999  # cosine of the teacher's projections to their mean; fresh from initialisation about 0.995
 
 
 @dataclass(frozen=True)
@@ -380,8 +381,8 @@ class GLMAE(nn.Module):
         decay = momentum(progress, self.cfg.momentum_start, self.cfg.momentum_end)
         follow(self.teacher, self.backbone, decay)
         follow(self.teacher_token, self.class_token, decay)
-        *sums, count = gathered(self.heard_K[None])[0].sum(0).split([self.cfg.projection, 1])
-        self.mean_K.lerp_(sums[0] / count, 1 - MEAN_MOMENTUM)
+        sums_K, count_1 = gathered(self.heard_K[None])[0].sum(0).split([self.cfg.projection, 1])
+        self.mean_K.lerp_(sums_K / count_1, 1 - MEAN_MOMENTUM)
         self.heard_K.zero_()
 
 
@@ -397,15 +398,16 @@ def consistency(teacher_BWK: Tensor, student_BVK: Tensor, cfg: Config) -> Tensor
 
 def warning(entry: Mapping[str, Any]) -> str | None:
     """A sentence where the teacher says the same of everything, or nothing of anything."""
-    entropy = entry.get("teacher_entropy", 0.5)
-    if ONE_HOT < entropy < UNIFORM:
+    entropy, cosine_value = entry.get("teacher_entropy", 0.5), entry.get("teacher_cosine", 0.0)
+    if entropy <= ONE_HOT:
+        what = f"gives all its weight to one class (entropy {entropy:.3f} of the largest)"
+        advice = "raise method.teacher_temperature or set method.centre=true"
+    elif entropy >= UNIFORM:
+        what = f"gives all classes the same weight (entropy {entropy:.3f} of the largest)"
+        advice = "lower method.teacher_temperature"
+    elif cosine_value >= ALIKE:
+        what = f"says the same of all volumes (cosine {cosine_value:.5f} to their mean)"
+        advice = "set method.centre=true or lower train.lr"
+    else:
         return still(entry)
-    what, advice = (
-        ("gives all its weight to one class", "raise method.teacher_temperature or set method.centre=true")
-        if entropy <= ONE_HOT
-        else ("gives all classes the same weight", "lower method.teacher_temperature")
-    )
-    return (
-        f"the teacher {what} (its entropy is {entropy:.3f} of the largest), so the consistency losses teach nothing: "
-        f"if this lasts, {advice}"
-    )
+    return f"the teacher {what}, so the consistency losses teach nothing: if this lasts, {advice}"
