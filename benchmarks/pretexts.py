@@ -13,7 +13,7 @@ import contextlib
 import io
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class Run:
     label: str
     backbone: str
     method: dict[str, Any] | None = None
-    objective: str = "supervised"
+    objective: dict[str, Any] = field(default_factory=lambda: {"name": "supervised"})
 
 
 CLUSTERS = {"name": "masked_clusters", "final_relu": False}
@@ -68,19 +68,19 @@ RUNS = (
     Run(SCRATCH, "logonet"),
     Run("masked clusters (LoGoNet)", "logonet", CLUSTERS),
     Run("the same without masking", "logonet", {**CLUSTERS, "masking": "none"}),
-    Run("SimMIM", "logonet", {"name": "simmim"}),
-    Run("Rubik's Cube++", "logonet", {"name": "rubik", "sub_cube_vox": 8}),
+    Run("SimMIM", "logonet", {"name": "simmim", "unit_vox": [8, 8, 8]}),
+    Run("Rubik's Cube++", "logonet", {"name": "rubik", "cubie_vox": 8}),
     Run("SimCLR", "logonet", {"name": "simclr"}),
     Run("BYOL", "logonet", {"name": "byol"}),
     Run("RCR", "logonet", {"name": "rcr"}),
     Run("SimPROT-W (SimTROT)", "logonet", {"name": "simtrot"}),
-    Run("MedContext (joint)", "logonet", None, "medcontext"),
+    Run("MedContext (joint)", "logonet", None, {"name": "medcontext", "unit_vox": 8}),
     Run(SCRATCH, "unetr"),
     Run("masked clusters (LoGoNet)", "unetr", CLUSTERS),
     Run("SimMIM", "unetr", {"name": "simmim"}),
     Run("MAE3D", "unetr", {"name": "mae3d"}),
     Run("GL-MAE", "unetr", {"name": "glmae"}),
-    Run("MedContext (joint)", "unetr", None, "medcontext"),
+    Run("MedContext (joint)", "unetr", None, {"name": "medcontext"}),
 )
 
 
@@ -124,7 +124,7 @@ def pretrained(args: Args, run: Run, root: str) -> Artifact | None:
 
 def finetuned(args: Args, run: Run, root: str, init: Artifact | None) -> Artifact:
     base = recipes.hippocampus_finetune()
-    method = {**base.method, "name": run.objective}
+    method = {**base.method, **run.objective}
     cfg = replace(
         base,
         split=split(0.1),
