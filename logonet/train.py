@@ -11,6 +11,7 @@ Shapes: B batch, P samples of the run, F features.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import logging
@@ -557,7 +558,7 @@ def load_weights(init: Init) -> dict[str, torch.Tensor]:
 
 
 def dry_run(backbone: dict[str, Any], method: dict[str, Any], facts: Facts) -> None:
-    """Run the encoder on shapes alone, in training mode: what cannot train says so before anything is read.
+    """Build the pair and run the encoder on shapes alone: what cannot train says so before anything is read.
 
     Args:
         backbone: {"name": ..., **options}; ``method`` alike.
@@ -585,6 +586,8 @@ def dry_run(backbone: dict[str, Any], method: dict[str, Any], facts: Facts) -> N
                 f"backbone '{backbone['name']}' cannot train on batches of {facts.batch_size} crops of {size} voxels "
                 f"({why}); use a larger train.batch_size or crops.size_vox"
             )
+    with torch.device("meta"):  # what only the two together can say; a copy, since methods freeze
+        methods.build(method["name"], copy.deepcopy(_shapes_only(text, facts.in_channels)), facts, cfg=m_cfg)
 
 
 @functools.lru_cache(maxsize=64)  # a sweep asks of every trial

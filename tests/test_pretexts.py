@@ -173,6 +173,12 @@ def test_a_network_that_a_method_cannot_take_is_refused_with_those_that_it_can(s
         stages.resolve(pretraining({"name": "mae3d"}, {"name": "logonet", **backbones.tiny("logonet")}))
 
 
+def test_units_that_a_network_cannot_hide_are_refused_before_anything_is_read() -> None:
+    method = {"name": "simmim", "unit_vox": (8, 8, 8)}
+    with pytest.raises(UserError, match=r"method\.unit_vox"):
+        stages.resolve(pretraining(method, {"name": "unetr", **backbones.tiny("unetr")}))
+
+
 def test_comparing_methods_want_more_than_one_crop() -> None:
     from dataclasses import replace
 

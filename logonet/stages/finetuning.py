@@ -234,7 +234,7 @@ def resolve_finetuning(cfg: Finetuning, weights: Weights | None = None) -> Finet
     b_cfg, m_cfg = backbones.config(b_name, backbone), methods.config(m_name, method)
     full, whole = {"name": b_name, **config.to_dict(b_cfg)}, {"name": m_name, **config.to_dict(m_cfg)}
     rows = cfg.train.batch_size * cfg.crops.per_case
-    train.dry_run(full, whole, Facts(size_vox=cfg.crops.size_vox, batch_size=rows))
+    train.dry_run(full, whole, Facts(size_vox=cfg.crops.size_vox, num_classes=2, batch_size=rows))
     return replace(cfg, backbone=full, method=whole)
 
 
