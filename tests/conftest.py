@@ -15,6 +15,19 @@ from logonet.errors import UserError
 from logonet.s3server import S3Server, store_python
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``-n 2``: one process begins with all tests that work with Ray, the other has the rest, file by file.
+
+    Two Rays on one machine want twice the memory, and clean up after each other.
+    """
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        group = "ray" if "ray_local" in fixtures else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: "ray_local" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server. In CI its absence is a failure: an integration test that is skipped proves nothing."""

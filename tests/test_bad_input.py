@@ -41,7 +41,7 @@ def pretrain(monkeypatch: pytest.MonkeyPatch, capsys: Any, *argv: str) -> str:
     ("settings", "said"),
     [
         (["backbone.name=logonett"], "unknown backbone 'logonett'; did you mean 'logonet'?"),
-        (["method.name=masked"], "unknown method 'masked'; did you mean 'masked_clusters'?"),
+        (["method.name=masked_cluster"], "unknown method 'masked_cluster'; did you mean 'masked_clusters'?"),
         (["backbone.dimss=[1]"], "did you mean 'backbone.dims'?"),
         (["method.phi3=0.1"], "did you mean 'method.phi"),
         (["crops.size_vox=[40, 32, 32]"], "multiple"),
