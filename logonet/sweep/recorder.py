@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import ray
+import tenacity
 from ray import tune
 
 from logonet import registry, train
@@ -112,8 +113,10 @@ class Recorder(tune.Callback):
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(held[train.PLACE]))))
 
     def free_all(self) -> None:
+        """Give back every place, at the end, when no trial runs any more."""
         for trial_id in list(self.running):
             self._free(trial_id)
+        _free_strays()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # Failures of the trial's own are results; this is a machine that went, more often than is borne.
@@ -125,3 +128,29 @@ class Recorder(tune.Callback):
             mine.status = "failed"
         self._write(mine)
         say(f"trial {mine.index}", f"failed  {mine.reason}")
+
+
+@tenacity.retry(
+    retry=tenacity.retry_if_result(bool),
+    wait=tenacity.wait_fixed(1),
+    stop=tenacity.stop_after_delay(30),
+    retry_error_callback=lambda state: state.outcome.result() if state.outcome else 0,
+)
+def _free_strays() -> int:
+    """Remove what places this job still holds; how many those were.
+
+    When the time is up Tune also ends trials that have not said yet where their workers are, and Ray's cleaner may
+    never come by. More than once, because a controller that is on its way out may still ask for a place.
+    """
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+    from ray.util.state import list_placement_groups
+
+    job = ray.get_runtime_context().get_job_id()
+    held = [
+        group
+        for group in list_placement_groups(filters=[("creator_job_id", "=", job)], limit=10_000)
+        if group.state != "REMOVED"
+    ]
+    for group in held:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group.placement_group_id))))
+    return len(held)
