@@ -51,6 +51,16 @@ BACKBONES: dict[str, dict[str, Any]] = {
     },
 }
 SCRATCH = "from scratch"
+# What a method watches itself by, beside the effective rank: the first of these that it reports.
+OWN_MEASURES = (
+    "position_collapse",
+    "teacher_cosine",
+    "spread",
+    "prediction_spread",
+    "restored_error",
+    "agreement",
+    "accuracy",
+)
 
 
 @dataclass(frozen=True)
@@ -215,8 +225,8 @@ def main(args: Args) -> None:
 
 def markdown(lines: list[dict[str, Any]]) -> str:
     out = [
-        "| network | pretext | probe Dice (untrained) | Dice | to scratch | p | effective rank | s/step | peak MB |",
-        "|" + "---|" * 9,
+        "| network | pretext | probe Dice (untrained) | Dice | to scratch | p | rank | own measure | s/step | MB |",
+        "|" + "---|" * 10,
     ]
     for line in lines:
         probed = f"{line['probe_dice']:.3f} ({line['probe_dice_floor']:.3f})" if line["probe_dice"] else ""
@@ -226,7 +236,9 @@ def markdown(lines: list[dict[str, Any]]) -> str:
             against, p = f"{line['difference']:+.4f} ({low:+.4f} to {high:+.4f})", f"{line['p']:.4f}"
         rank = f"{line['effective_rank']:.1f}" if line["effective_rank"] is not None else ""
         dice = f"{line['dice']:.3f} ({line['ci_low']:.3f} to {line['ci_high']:.3f})"
-        cells = [line["backbone"], line["label"], probed, dice, against, p, rank]
+        own = next((k for k in OWN_MEASURES if k in line["metrics"]), None)
+        measure = f"{own.replace('_', ' ')} {line['metrics'][own]:.3f}" if own else ""
+        cells = [line["backbone"], line["label"], probed, dice, against, p, rank, measure]
         out.append("| " + " | ".join([*cells, f"{line['step_s']:.2f}", f"{line['peak_mb']:,.0f}"]) + " |")
     return "\n".join(out)
 
