@@ -32,7 +32,7 @@ sweep: setup     ## the paper's Table 14 on phantoms: 9 trials, killed with SIGK
 	$(BIN)/python jobs/demo_sweep.py --dir sweep-run
 
 test: setup      ## the default tests: CPU only, under 12 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: setup  ## also the slow ones
 	$(BIN)/python -m pytest -m 'not real and not chaos and not cuda'
