@@ -79,7 +79,7 @@ def sample_for(
         scan, labels_XYZ = phantom.phantom(index, facts.size_vox, classes=facts.num_classes)
         filled = np.broadcast_to((scan.array_CXYZ.clip(-1000, 1000) + 1000) / 2000 * 65535, size)
     else:
-        labels_XYZ = generator.integers(0, facts.num_classes, facts.size_vox).astype(np.uint8)
+        labels_XYZ = generator.integers(0, max(facts.num_classes, 1), facts.size_vox).astype(np.uint8)
         noise = generator.integers(0, 65536, size)
         filled = {"noise": noise, "constant": np.full(size, 30000), "zero": np.zeros(size)}[image]
     sample = {"image_CXYZ": filled.astype(np.uint16)}

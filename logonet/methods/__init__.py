@@ -151,7 +151,7 @@ def lacking(name: str, backbone: nn.Module) -> set[str]:
     return {part for part in getattr(_file(name), "WANTS", ()) if not hasattr(backbone, part)}
 
 
-def warning(name: str, entry: Mapping[str, Any], num_samples: int) -> str | None:
+def warning(name: str, entry: Mapping[str, Any], num_samples: int = ENOUGH_TO_RANK) -> str | None:
     """One sentence with advice where an epoch's ``entry`` of the history says that training has collapsed.
 
     Args:
