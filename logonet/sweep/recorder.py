@@ -145,10 +145,12 @@ def _free_strays() -> int:
     from ray.util.placement_group import PlacementGroup, remove_placement_group
     from ray.util.state import list_placement_groups
 
-    job = ray.get_runtime_context().get_job_id()
+    here = ray.get_runtime_context()
+    mine = [("creator_job_id", "=", here.get_job_id())]
     held = [
         group
-        for group in list_placement_groups(filters=[("creator_job_id", "=", job)], limit=10_000)
+        # Without the address Ray asks whichever cluster was started last on this machine, be it gone or not.
+        for group in list_placement_groups(address=here.gcs_address, filters=mine, limit=10_000)
         if group.state != "REMOVED"
     ]
     for group in held:
