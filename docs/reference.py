@@ -24,7 +24,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 CHOSEN_BY_NAME = {"backbone": "backbones.md", "method": "methods.md"}  # mappings {"name": ..., **options}
-SHELL_WIDTH = 100
+SHELL_WIDTH = 80
 
 
 # ------------------------------------------------------------------------------------------ one dataclass
@@ -54,7 +54,7 @@ def attributes(cls: type) -> dict[str, str]:
                 break
     sentences = re.split(r"(?<=\.)\s+", inspect.cleandoc(cls.__doc__ or "").partition("Attributes:")[0])
     for name in [name for name in fields(cls) if name not in out]:
-        told = [sentence for sentence in sentences if f"``{name}``" in sentence]
+        told = [" ".join(sentence.split()) for sentence in sentences if f"``{name}``" in sentence]
         told += [f"see `{other}`" for other, text in out.items() if f"``{name}``" in text]
         if told:
             out[name] = told[0]
@@ -89,9 +89,11 @@ def kind(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join("`null`" if arg is type(None) else kind(arg) for arg in args)
     if origin is tuple and args[-1] is Ellipsis:
-        return f"list of {kind(args[0])}"
+        inner = kind(args[0])
+        return f"list of {inner}" if inner[0].isdigit() else f"list of {inner}s"
     if origin is tuple:
-        return f"[{', '.join(kind(arg) for arg in args)}]"
+        each = {kind(arg) for arg in args}
+        return f"{len(args)} {each.pop()}s" if len(each) == 1 else " and ".join(map(kind, args))
     if origin in (dict, Mapping):
         return "mapping"
     if dataclasses.is_dataclass(hint):
@@ -103,6 +105,10 @@ def value(default: Any) -> str:
     """A default as it would stand in YAML."""
     plain = yaml.safe_dump(_plain(default), default_flow_style=True, width=10_000).removesuffix("\n")
     return f"`{plain.removesuffix('...').strip()}`"
+
+
+def _yaml_words(text: str) -> str:
+    return re.sub(r"\bNone\b", "`null`", text)
 
 
 def _plain(default: Any) -> Any:
@@ -129,8 +135,8 @@ def table(cfg: Any, path: str) -> str:
     for name, hint in fields(type(cfg)).items():
         if section_of(hint) is not None or name in CHOSEN_BY_NAME:
             continue
-        what = re.sub(r"\bNone\b", "`null`", markdown(said.get(name, "")).replace("|", r"\|"))
-        if re.match(r"[a-z]+[ ,:;]", what):
+        what = _yaml_words(markdown(said.get(name, "")).replace("|", r"\|"))
+        if re.match(r"[a-z]{2,}[ ,:;]", what):
             what = what[0].upper() + what[1:]
         key = f"{path}.{name}".lstrip(".")
         rows.append(f"| `{key}` | {kind(hint)} | {value(getattr(cfg, name))} | {what} |".replace("  ", " "))
@@ -160,7 +166,7 @@ def tree(cfg: Any, path: str = "", level: int = 2) -> str:
                 out.append(
                     f"Off (`{where}: null`) by default; `--set {where}={{}}` turns it on with these:\n"
                 )
-        out += [prose(type(part).__doc__) + "\n", table(part, where)]
+        out += [_yaml_words(prose(type(part).__doc__)) + "\n", table(part, where)]
         for name, page in CHOSEN_BY_NAME.items():
             if name in fields(type(part)):
                 chosen = getattr(part, name)
