@@ -98,7 +98,8 @@ def kind(hint: Any) -> str:
         return "mapping"
     if dataclasses.is_dataclass(hint):
         return "section"
-    return {"int": "integer", "float": "number", "bool": "true or false", "str": "text"}[hint.__name__]
+    name = getattr(hint, "__name__", str(hint))
+    return {"int": "integer", "float": "number", "bool": "true or false", "str": "text"}.get(name, name)
 
 
 def value(default: Any) -> str:
