@@ -5,7 +5,7 @@ STORE := .venv-store
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo sweep test test-all test-real test-chaos test-cuda lint bench clean
+.PHONY: help setup demo sweep test test-all test-real test-chaos test-cuda lint bench docs clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -55,6 +55,9 @@ LONG := $(addprefix benchmarks/,hippocampus.py pretexts.py table1.py)
 bench: setup     ## the short benchmarks; each prints a table and, last, one JSON line
 	for b in $(filter-out $(LONG),$(wildcard benchmarks/[a-z]*.py)); do echo "== $$b"; $(BIN)/python $$b || exit 1; done
 
+docs: $(VENV)/.done ## the site, in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:           ## environments, caches and the demo's folder
-	rm -rf $(VENV) $(STORE) demo-run sweep-run build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(STORE) demo-run sweep-run site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

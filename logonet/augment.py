@@ -46,6 +46,7 @@ class Config:
             small where voxels are far from cubes.
         zoom: lowest and highest magnification.
         gamma_prob: the image's own range is mapped to [0, 1], raised to a power out of ``gamma``, mapped back.
+        scale_intensity_prob, shift_intensity_prob, noise_prob: of what the three keys below say.
         scale_intensity: times a factor from 1 - this to 1 + this.
         shift_intensity: plus an offset from -this to this.
         noise_std: plus Gaussian noise whose standard deviation is drawn from 0 to this.

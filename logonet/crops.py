@@ -22,13 +22,16 @@ CANDIDATES = 4
 class Config:
     """How crops are cut.
 
-    size_vox: crop side along X, Y, Z (paper section 4.1: 96 x 96 x 96).
-    spacing_mm: resample to this voxel size first; None keeps each scan's own.
-    window_hu: CT intensities mapped to [0, 1] (paper Table 2).
-    mr_percentiles: of the nonzero voxels, mapped to [0, 1], for scans without an absolute scale.
-    min_image_share: a scan that fills less of a crop than this is refused.
-    min_foreground: the first of a few candidate boxes with this share of non-air voxels is taken, else the
-        best of them.
+    Attributes:
+        size_vox: crop side along X, Y, Z (paper section 4.1: 96 x 96 x 96).
+        per_scan: crops of a scan.
+        spacing_mm: resample to this voxel size first; None keeps each scan's own.
+        window_hu: CT intensities mapped to [0, 1] (paper Table 2).
+        mr_percentiles: of the nonzero voxels, mapped to [0, 1], for scans without an absolute scale.
+        min_image_share: a scan that fills less of a crop than this is refused.
+        min_foreground: the first of a few candidate boxes with this share of non-air voxels is taken, else the
+            best of them.
+        seed: of the places.
     """
 
     size_vox: tuple[int, int, int] = (96, 96, 96)

@@ -35,9 +35,10 @@ MIN_WEIGHT = 1e-3  # MONAI's floor, so that a voxel seen only by a window's corn
 class Config:
     """How scans are segmented.
 
-    overlap: share of a window's side that neighbours have in common, in [0, 1).
-    mirror: average the logits over all 8 flips of each window (test-time augmentation), in 8 times the time.
-    windows_per_batch: windows that the network sees at once.
+    Attributes:
+        overlap: share of a window's side that neighbours have in common, in [0, 1).
+        mirror: average the logits over all 8 flips of each window (test-time augmentation), in 8 times the time.
+        windows_per_batch: windows that the network sees at once.
     """
 
     overlap: float = 0.5

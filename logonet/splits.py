@@ -18,9 +18,13 @@ SETS = ("test", "val", "train", "excluded")  # the earlier wins where a manifest
 class Config:
     """How to split.
 
-    ``test_share`` of the subjects are put aside for testing when the manifest has no labelled test scans.
-    ``fold`` is the one of ``folds`` that validates, None to train on all that is not tested. Of the training
-    subjects a share ``fraction`` is used, at least one, or ``shots`` of them: nested, so 1 % lies within 5 %.
+    Attributes:
+        test_share: of the subjects, put aside for testing when the manifest has no labelled test scans.
+        folds: parts that the subjects that are not tested fall into.
+        fold: the one that validates; None trains on all that is not tested.
+        fraction: share of the training subjects that is used, at least one; nested, so 1 % lies within 5 %.
+        shots: use so many training subjects instead; nested too.
+        seed: of the subjects' order.
     """
 
     test_share: float = 0.0

@@ -56,6 +56,7 @@ class Config:
         batch_size: samples a worker puts through the network at once; what batch norm sees. A worker
             accumulates gradients over global_batch / (workers x batch_size) of them.
         lr: peak learning rate; linear warm-up over ``warmup_epochs``, then cosine to ``min_lr``.
+        weight_decay, betas: of AdamW.
         grad_clip: largest gradient norm; None does not clip.
         precision: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on CPU, so that a run that moves from
             one to the other changes its arithmetic. On CPU bf16 is for trying out: torch 2.13's gradient of a

@@ -34,14 +34,12 @@ class UlkaConfig:
     depths: tuple[int, ...] | None = None  # LKA modules in each encoder block
     mlp_ratios: tuple[int, ...] | None = None  # hidden width of each MLP over its block's width
     full_width: int = 32  # decoder width at full resolution
-    prenorm_residual: bool = (
-        False  # residual from the block's input (usual), not the normalised tensor (paper)
-    )
+    # residual from the block's input (usual), not the normalised tensor (paper)
+    prenorm_residual: bool = False
     channels_last: bool = True  # memory layout only; about twice as fast on CPU
     checkpointing: bool = False  # recompute LKA modules and Decs in backward: less memory, more time
-    lka: Literal["polyphase", "plain"] = (
-        "polyphase"  # convolutions on fast routes, or torch's own: the same numbers
-    )
+    # convolutions on fast routes, or torch's own: the same numbers
+    lka: Literal["polyphase", "plain"] = "polyphase"
 
     @property
     def plain(self) -> bool:

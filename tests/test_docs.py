@@ -1,0 +1,152 @@
+"""The site's pages that are written from the code cover all of it, and what people wrote names only what there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs import recipes
+from logonet import backbones, cli, methods
+from logonet.stages import Finetuning, Pretraining
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    spec = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(page: str) -> dict[str, tuple[str, str]]:
+    """key -> (default, what it is) of a page's tables."""
+    found = re.findall(r"^\| `([\w.]+)` \| .+? \| (`.*?`) \|(.*)\|$", page, re.MULTILINE)
+    return {key: (default, what.strip()) for key, default, what in found}
+
+
+def keys(reference: Any, cfg: Any, path: str = "") -> set[str]:
+    """What --set could name, found without the generator's own walk."""
+    out = set()
+    for field in dataclasses.fields(cfg):
+        value, where = getattr(cfg, field.name), f"{path}.{field.name}".lstrip(".")
+        section = reference.section_of(reference.fields(type(cfg))[field.name])
+        if section is not None:
+            out |= keys(reference, section() if value is None else value, where)
+        elif field.name not in ("backbone", "method"):
+            out.add(where)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("page", "cfg"),
+    [("pretraining", Pretraining()), ("finetuning", Finetuning())],
+    ids=["pretraining", "finetuning"],
+)
+def test_every_key_of_a_config_is_there_and_explained(reference, page, cfg):
+    found = rows(reference.PAGES[f"reference/{page}.md"]())
+    assert found.keys() == keys(reference, cfg)
+    assert [key for key, (_, what) in found.items() if not what] == []
+    assert found["train.epochs"][0] == f"`{cfg.train.epochs}`"
+
+
+@pytest.mark.parametrize(("package", "section"), [(methods, "method"), (backbones, "backbone")])
+def test_every_option_of_every_method_and_network_is_there_and_explained(reference, package, section):
+    page = reference.PAGES[f"reference/{package.__name__.split('.')[1]}.md"]()
+    for name in package.names():
+        _, _, own = page.partition(f"\n## {name}\n")
+        found = rows(own.split("\n## ")[0])
+        assert found.keys() == keys(reference, package.config(name), section), name
+        assert [key for key, (_, what) in found.items() if not what] == [], name
+
+
+def test_recipes_and_commands_are_all_there(reference):
+    page = reference.PAGES["reference/recipes.md"]()
+    for job, named in (("pretrain", recipes.PRETRAINING), ("finetune", recipes.FINETUNING)):
+        for name in named:
+            assert f"### {name} {{#{job}-{name}}}" in page
+    shown = yaml.safe_load(
+        page.partition("{#pretrain-small}")[2].partition("```yaml\n")[2].partition("```")[0]
+    )
+    assert shown["train"] == {"epochs": 50, "global_batch": 8, "warmup_epochs": 5}
+    page = reference.PAGES["reference/commands.md"]()
+    for command in cli.app._subcommands:
+        assert f"## logonet {command}\n" in page
+        assert f"usage: logonet {command} " in page
+    for job in ("pretrain", "finetune", "evaluate", "predict", "sweep"):
+        assert f"usage: jobs/{job}.py " in page
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """``last`` is named here alone. Nothing else is.
+
+    Attributes:
+        first, second: of two
+            lines, beside ``fourth``.
+    """
+
+    first: int = 1
+    second: tuple[float, float] = (1.0, 2.0)
+    third: int = 3  # beside it
+    # above it
+    above: bool = True
+    fourth: str | None = None
+    last: str = ""
+
+
+def test_what_is_said_of_a_field_is_found_wherever_it_stands(reference):
+    said = reference.attributes(Said)
+    assert said["first"] == said["second"] == "of two lines, beside ``fourth``."
+    assert said["third"] == "beside it" and said["above"] == "above it"
+    assert said["fourth"] == "see `first`"
+    assert said["last"] == "``last`` is named here alone."
+
+
+def test_links_out_of_the_site_become_names(reference):
+    page = SimpleNamespace(file=SimpleNamespace(src_path="methods.md"))
+    mended = reference.on_page_markdown(
+        "[the loop](../logonet/train.py) [d](data.md) [no](../logonet/no.py)", page
+    )
+    assert mended == "the loop (`logonet/train.py`) [d](data.md) [no](../logonet/no.py)"
+
+
+def nav_pages(part: Any) -> list[str]:
+    if isinstance(part, str):
+        return [part]
+    return [
+        page for value in (part.values() if isinstance(part, dict) else part) for page in nav_pages(value)
+    ]
+
+
+def test_the_navigation_leads_to_pages_that_exist(reference):
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert config["hooks"] == ["docs/reference.py"]
+    pages = nav_pages(config["nav"])
+    assert set(reference.PAGES) <= set(pages)
+    for page in pages:
+        assert page in reference.PAGES or (DOCS / page).exists(), page
+
+
+@pytest.mark.parametrize("file", [*sorted(DOCS.glob("*.md")), ROOT / "README.md"], ids=lambda f: f.name)
+def test_pages_name_commands_that_exist(file):
+    text = file.read_text()
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    code = [*re.findall(r"`([^`\n]+)`", text), *blocks.splitlines()]
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in code:
+        if named := re.match(r"(?:.* -- )?logonet ([a-z0-9-]+)(?: ([a-z0-9-]+))?", line):
+            assert {named[1], f"{named[1]} {named[2]}"} & set(cli.app._subcommands), line
+        if named := re.match(r"make ([a-z-]+)", line):
+            assert named[1] in targets, line
+        for script in re.findall(r"\b((?:jobs|benchmarks|deploy|tests)/[\w/-]+\.(?:py|yaml))\b", line):
+            assert (ROOT / script).exists(), line
