@@ -462,7 +462,7 @@ def resample(volume: Volume, spacing_mm: Sequence[float], order: int = 1) -> Vol
 
 
 def resampled_shape(
-    shape_xyz: Sequence[int], old_mm: Sequence[float], new_mm: Sequence[float]
+    shape_xyz: Sequence[int], old_mm: Sequence[float] | np.ndarray, new_mm: Sequence[float] | np.ndarray
 ) -> tuple[int, int, int]:
     """The voxels along each axis after `resample` from ``old_mm`` to ``new_mm`` between voxels."""
     step = np.asarray(new_mm, np.float64) / np.asarray(old_mm, np.float64)

@@ -114,11 +114,21 @@ class Constants:
 
 
 def step_fingerprint(
-    backbone: dict[str, Any], method: dict[str, Any], size_vox: tuple[int, ...], batch_size: int, precision: str
+    backbone: dict[str, Any],
+    method: dict[str, Any],
+    size_vox: tuple[int, ...],
+    batch_size: int,
+    precision: str,
 ) -> str:
     """Names what a step's time depends on, beside the machine."""
     return config.fingerprint(
-        {"backbone": backbone, "method": method, "size": list(size_vox), "batch": batch_size, "precision": precision}
+        {
+            "backbone": backbone,
+            "method": method,
+            "size": list(size_vox),
+            "batch": batch_size,
+            "precision": precision,
+        }
     )
 
 

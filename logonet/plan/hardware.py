@@ -88,7 +88,9 @@ class Pool:
             raise UserError(
                 f"{self.name} has no spot price in the price table; give spot_price_per_h, or plan it on demand"
             )
-        return self.nodes * (m.spot_price_per_h if self.spot and m.spot_price_per_h is not None else m.price_per_h)
+        return self.nodes * (
+            m.spot_price_per_h if self.spot and m.spot_price_per_h is not None else m.price_per_h
+        )
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,9 @@ def pool_of(entry: Any, table: Prices, where: str) -> Pool:
     if not isinstance(spot, bool):
         raise UserError(f"{where}: spot is {spot!r}; give true or false")
     if name and name not in table.machines:
-        raise UserError(f"{where}: {config.unknown('machine', str(name), table.machines)}; --prices FILE can have others")
+        raise UserError(
+            f"{where}: {config.unknown('machine', str(name), table.machines)}; --prices FILE can have others"
+        )
     base = config.to_dict(table.machines[name]) if name else {}
     machine = config.from_dict(Machine, {**base, **own}, where)
     return Pool(name or "own machine", machine, nodes, spot)
@@ -207,3 +211,32 @@ def this_machine(currency: str = "USD") -> Cluster:
         disk_gib=max(0.1, round(shutil.disk_usage(tempfile.gettempdir()).free / GIB, 1)),
     )
     return Cluster((Pool("this machine", machine),), currency=currency, known_from="this machine")
+
+
+def connected_cluster(currency: str = "USD") -> Cluster:
+    """The Ray cluster that this process has joined, for nothing: nodes of equal resources are a pool."""
+    import ray
+
+    counts: dict[tuple[float, float, int, float], int] = {}
+    for node in ray.nodes():
+        own = node["Resources"]
+        if not node["Alive"] or not own.get("CPU"):
+            continue  # a head without CPUs takes no work
+        shared = own.get("object_store_memory", 0.0)
+        # Ray's own "memory" is what it may hand out beside its object store.
+        key = (own["CPU"], own.get("memory", 0.0) + shared, int(own.get("GPU", 0)), shared)
+        counts[key] = counts.get(key, 0) + 1
+    pools = tuple(
+        Pool(
+            f"node with {cpus:g} CPUs",
+            Machine(
+                cpus=cpus,
+                memory_gib=round(memory / GIB, 1),
+                gpus=gpus,
+                shm_gib=round(shared / GIB / SHM_OF_STORE, 2),
+            ),
+            nodes,
+        )
+        for (cpus, memory, gpus, shared), nodes in counts.items()
+    )
+    return Cluster(pools, currency=currency, known_from="the connected Ray cluster")

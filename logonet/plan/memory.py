@@ -60,40 +60,52 @@ def prepared(facts: Facts, method: Mapping[str, Any], rng: np.random.Generator) 
 
 def micro_batch(
     backbone: Mapping[str, Any], method: Mapping[str, Any], facts: Facts, *, bf16: bool, sample: Arrays
-) -> MicroBatch | None:
+) -> MicroBatch:
     """Count one pass over ``facts.batch_size`` samples like ``sample``.
 
-    Returns:
-        None where the method looks at numbers to decide on shapes, which only a real step can tell.
+    Where the method looks at numbers to decide on shapes, the network alone is counted: ``known_from`` says so.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
-
     assert facts.batch_size is not None
     with torch.device("meta"):
         module = train.build_method(dict(backbone), dict(method), facts).train()
-    live, flops = _Live(), FlopCounterMode(display=False)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            _to_fake(module)
-            batch = {
-                k: torch.empty((facts.batch_size, *v.shape), dtype=torch.from_numpy(np.array(v)).dtype)
-                for k, v in sample.items()
-            }
-            with live, flops, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-                loss, _ = module(batch, 0.0)
-                forward = live.live_bytes
-                loss.backward()
+        return _counted(module, facts.batch_size, sample, bf16, network_alone=False)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as err:
         if not _needs_numbers(err):
             raise
-        return None
+    with torch.device("meta"):  # anew, for a pass that broke off has left its traces
+        module = train.build_method(dict(backbone), dict(method), facts).train()
+    return _counted(module, facts.batch_size, sample, bf16, network_alone=True)
+
+
+def _counted(module: Any, batch_size: int, sample: Arrays, bf16: bool, network_alone: bool) -> MicroBatch:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    live, flops = _Live(), FlopCounterMode(display=False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _to_fake(module)
+        batch = {
+            k: torch.empty((batch_size, *v.shape), dtype=torch.from_numpy(np.array(v)).dtype)
+            for k, v in sample.items()
+        }
+        with live, flops, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            if network_alone:
+                largest = max((t for t in batch.values() if t.ndim == 5), key=lambda t: t.numel())
+                x_BCXYZ = torch.empty(largest.shape)
+                features_BFXYZ = module.backbone.decode_features(x_BCXYZ, module.backbone.encode(x_BCXYZ))
+                loss = features_BFXYZ.float().mean()
+            else:
+                loss, _ = module(batch, 0.0)
+            forward = live.live_bytes
+            loss.backward()
+    how = "counted on shapes" + (", bfloat16 as autocast for CPUs has it" if bf16 else "")
     return MicroBatch(
         forward_bytes=forward,
         peak_bytes=live.peak_bytes,
         batch_bytes=sum(t.numel() * t.element_size() for t in batch.values()),
         flop=float(flops.get_total_flops()),
-        known_from="counted on shapes" + (", bfloat16 as autocast for CPUs has it" if bf16 else ""),
+        known_from=f"{how}, of the network alone, without what the method adds" if network_alone else how,
     )
 
 
@@ -135,12 +147,12 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aten = torch.ops.aten
+        writes = (aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
         if func is aten.index.Tensor:
             args = _without_masks(*args)
-        elif func in (aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
-            if any(i is not None and i.dtype == torch.bool for i in args[1]):
-                # Which places are written changes no shape.
-                return self._note(args[0] if func is not aten.index_put.default else torch.empty_like(args[0]))
+        elif func in writes and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            # Which places are written changes no shape.
+            return self._note(torch.empty_like(args[0]) if func is aten.index_put.default else args[0])
         return self._note(func(*args, **(kwargs or {})))
 
     def _note(self, out: Any) -> Any:
@@ -161,13 +173,12 @@ class _Live(TorchDispatchMode):
 
 def _without_masks(source: Tensor, indices: Any) -> tuple[Tensor, list[Any]]:
     """Arguments of an indexing that has as many rows as if every mask were all True, which is the most there can be."""
-    axis, out = 0, []
-    for index in indices:
+    out = []
+    for axis, index in enumerate(indices):
         if index is not None and index.dtype == torch.bool:
             source = source.flatten(axis, axis + index.ndim - 1)
             index = torch.empty(index.numel(), dtype=torch.long, device=index.device)
         out.append(index)
-        axis += 1
     return source, out
 
 

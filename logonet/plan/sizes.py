@@ -16,7 +16,18 @@ from logonet.errors import BadScan
 from logonet.methods import Facts
 from logonet.stages import Pretraining
 
-DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "U8": 1, "BOOL": 1}
+DTYPE_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+}
 SHA256 = "0" * 64
 INERTIA = 0.1234567890123456  # as long as most numbers in JSON: what of our files' sizes depends on values
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors names it, shape
@@ -57,7 +68,9 @@ class Scans:
         return sum(s.voxels for s in self.scans)
 
 
-STORED_PER_VOXEL = 1.3  # gzipped int16 CT and MR: 1.30 to 1.31 bytes a voxel in the three we have (docs/planning.md)
+STORED_PER_VOXEL = (
+    1.3  # gzipped int16 CT and MR: 1.30 to 1.31 bytes a voxel in the three we have (docs/planning.md)
+)
 
 
 def equal_scans(
@@ -80,7 +93,9 @@ def of_manifest(table: manifest.Manifest, known_from: str) -> Scans:
 
 def of_row(row: manifest.Scan) -> Scan:
     """A manifest's row with its axes in RAS order."""
-    place = [next(i for i, letter in enumerate(row.orientation) if letter in pair) for pair in ("RL", "AP", "SI")]
+    place = [
+        next(i for i, letter in enumerate(row.orientation) if letter in pair) for pair in ("RL", "AP", "SI")
+    ]
     x, y, z = (row.shape[i] for i in place)
     dx, dy, dz = (row.spacing_mm[i] for i in place)
     return Scan(row.scan_id, (x, y, z), (dx, dy, dz), row.size_bytes)
@@ -177,7 +192,9 @@ class Network:
     @property
     def backbone_file(self) -> int:
         stem = "backbone."
-        return safetensors_bytes({n.removeprefix(stem): t for n, t in self.state.items() if n.startswith(stem)})
+        return safetensors_bytes(
+            {n.removeprefix(stem): t for n, t in self.state.items() if n.startswith(stem)}
+        )
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -344,7 +361,8 @@ def _stages(cfg: Pretraining, of: Sizes) -> tuple[Stage, ...]:
         out.append(
             Stage(
                 "clusterers",
-                read=sample + fits,  # every fit is stored, read back and, when all are there, stored once more
+                read=sample
+                + fits,  # every fit is stored, read back and, when all are there, stored once more
                 written=fits + of.clusterers_bytes,
                 kept=of.clusterers_bytes,
                 node_shared=sample,
@@ -362,7 +380,11 @@ def _stages(cfg: Pretraining, of: Sizes) -> tuple[Stage, ...]:
             )
         )
     every, epochs = cfg.train.checkpoint_every_steps, cfg.train.epochs
-    saves = epochs + (0 if every is None else of.steps // every - sum(e * of.steps_per_epoch % every == 0 for e in range(1, epochs + 1)))
+    saves = epochs + (
+        0
+        if every is None
+        else of.steps // every - sum(e * of.steps_per_epoch % every == 0 for e in range(1, epochs + 1))
+    )
     final = net.backbone_file + net.model_file
     out.append(
         Stage(
@@ -370,7 +392,8 @@ def _stages(cfg: Pretraining, of: Sizes) -> tuple[Stage, ...]:
             read=of.steps * cfg.train.global_batch * of.crop_bytes,
             written=saves * net.checkpoint_bytes + final,
             kept=min(saves, cfg.train.keep_checkpoints) * net.checkpoint_bytes + final,
-            node_shared=2 * math.prod((of.num_crops, len(of.cluster_sizes), cfg.crops.size_vox[2])) + 400 * of.num_crops,
+            node_shared=2 * math.prod((of.num_crops, len(of.cluster_sizes), cfg.crops.size_vox[2]))
+            + 400 * of.num_crops,
             driver=3 * of.labels_bytes,
         )
     )

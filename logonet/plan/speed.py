@@ -12,6 +12,7 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
+from logonet import cluster as sharing
 from logonet import clusterers, data, train
 from logonet.errors import UserError
 from logonet.plan.constants import Constants, StepTimes
@@ -19,7 +20,9 @@ from logonet.plan.hardware import Cluster, Machine
 from logonet.plan.sizes import Sizes
 from logonet.stages import Pretraining
 
-GPU_UTILISATION = 0.25  # of a data sheet's peak, where no step was measured: an assumption, and said to be one
+GPU_UTILISATION = (
+    0.25  # of a data sheet's peak, where no step was measured: an assumption, and said to be one
+)
 DDP_OVERLAP = 0.5  # of the backward pass, during which DDP can send what is ready; an assumption
 
 
@@ -54,18 +57,18 @@ def place(cluster: Cluster, workers: int, gpu: bool | None = None, cpus_per_work
     Raises:
         UserError: they do not fit; the sentence says what would.
     """
-    from logonet import cluster as sharing
-
     if workers < 1:
         raise UserError(f"workers is {workers}; it must be at least 1")
     gpus, cpus = cluster.gpus, cluster.cpus
     if gpu is None and 0 < gpus < workers:
         raise UserError(
-            f"the cluster has {gpus} GPUs for {workers} workers; plan --workers {gpus}, add GPU nodes, or train on CPUs "
-            "with --gpu False"
+            f"the cluster has {gpus} GPUs for {workers} workers; plan --workers {gpus}, add GPU nodes, or train "
+            "on CPUs with --gpu False"
         )
     if gpu and gpus < workers:
-        raise UserError(f"the cluster has {gpus} GPUs for {workers} workers; add GPU nodes or plan --workers {gpus or 1}")
+        raise UserError(
+            f"the cluster has {gpus} GPUs for {workers} workers; add GPU nodes or plan --workers {gpus or 1}"
+        )
     use_gpu = gpus >= workers > 0 if gpu is None else gpu
     homes = [p for p in cluster.pools if p.machine.gpus or not use_gpu]
     machine = min((p.machine for p in homes), key=lambda m: (m.gpus, m.cpus))
@@ -76,7 +79,9 @@ def place(cluster: Cluster, workers: int, gpu: bool | None = None, cpus_per_work
     node_cpus = [logical] if alone else [float(p.machine.cpus) for p in homes for _ in range(p.nodes)]
     per_worker = sharing.cpus_of_worker(logical, node_cpus, workers, cpus_per_worker)
     if use_gpu:
-        per_node = min(max(p.machine.gpus for p in homes), -(-workers // slots) if machine.gpus == 1 else machine.gpus)
+        per_node = min(
+            max(p.machine.gpus for p in homes), -(-workers // slots) if machine.gpus == 1 else machine.gpus
+        )
         nodes = -(-workers // per_node)
     else:
         nodes = min(slots, workers)
@@ -185,7 +190,11 @@ def step(load: Load, where: Place, c: Constants) -> Step:
     micro = micro_batch_s(load, where, c)
     optimizer = load.times.optimizer_s if load.times else load.gradient_bytes / c.optimizer_bytes_s
     flatten = 2 * load.gradient_bytes / c.copy_bytes_s if load.flat and n > 1 else 0.0
-    prepare = load.times.prepare_s if load.times else c.task_s / _rows_per_task(load) + load.crop_bytes / c.prepare_bytes_s
+    prepare = (
+        load.times.prepare_s
+        if load.times
+        else c.task_s / rows_per_task(load) + load.crop_bytes / c.prepare_bytes_s
+    )
     slow = 1.0 if where.gpu else _slowdown(load, where, c)
     own = a * micro * slow + optimizer + flatten
     node_data = load.global_batch * prepare / where.nodes if where.shared else 0.0
@@ -193,8 +202,13 @@ def step(load: Load, where: Place, c: Constants) -> Step:
     data_rate = max(1e-9, where.data_cores)
     data_s = max(
         load.global_batch * prepare / data_rate,
-        load.global_batch * load.crop_bytes / (max(1, where.nodes) * min(c.store_node_bytes_s, where.machine.network_bytes_s)
-            if where.nodes > 1 else c.store_node_bytes_s),
+        load.global_batch
+        * load.crop_bytes
+        / (
+            max(1, where.nodes) * min(c.store_node_bytes_s, where.machine.network_bytes_s)
+            if where.nodes > 1
+            else c.store_node_bytes_s
+        ),
     )
     spread = load.times.spread if load.times else c.spread
     return Step(
@@ -208,7 +222,7 @@ def step(load: Load, where: Place, c: Constants) -> Step:
     )
 
 
-def _rows_per_task(load: Load) -> int:
+def rows_per_task(load: Load) -> int:
     """Samples of one data task (`data.batches`)."""
     return load.batch_size * max(1, int(data.TASK_BYTES // (load.row_bytes * load.batch_size)))
 
@@ -231,7 +245,11 @@ def _stragglers(where: Place, a: int, spread: float) -> float:
     if where.workers == 1 or spread == 0:
         return 0.0
     k = where.per_node * where.threads / where.machine.cpus if where.oversold > 1 else 1.0
-    units = where.workers if where.oversold == 1 else max(1, round(where.nodes * where.machine.cpus / where.threads))
+    units = (
+        where.workers
+        if where.oversold == 1
+        else max(1, round(where.nodes * where.machine.cpus / where.threads))
+    )
     return expected_max(units, summed_spread(spread, a * k)) - 1
 
 
@@ -283,7 +301,8 @@ def scaling(load: Load, where: Place, c: Constants, workers: list[int]) -> list[
     One worker has its micro-batches to itself, and the global batch is ``workers`` times its samples.
     """
     each = load.batch_size * train.accumulation(
-        train.Config(global_batch=load.global_batch, batch_size=load.batch_size, warmup_epochs=0), where.workers
+        train.Config(global_batch=load.global_batch, batch_size=load.batch_size, warmup_epochs=0),
+        where.workers,
     )
     most = where.per_node
     rows, single = [], 0.0
@@ -297,7 +316,12 @@ def scaling(load: Load, where: Place, c: Constants, workers: list[int]) -> list[
             data_cores=where.data_cores / where.workers * n,
         )
         found = step(replace(load, global_batch=each * n), spot, c)
-        single = single or step(replace(load, global_batch=each), replace(spot, workers=1, nodes=1, per_node=1), c).samples_per_s
+        single = (
+            single
+            or step(
+                replace(load, global_batch=each), replace(spot, workers=1, nodes=1, per_node=1), c
+            ).samples_per_s
+        )
         rows.append(Scaling(found, found.samples_per_s / (n * single)))
     return rows
 
@@ -323,7 +347,9 @@ def durations(cfg: Pretraining, of: Sizes, cluster: Cluster, step_: Step, c: Con
     fleet = cluster.nodes * node_rate
     out = []
     for stage in of.stages:
-        transfer = stage.read / fleet + stage.written / (cluster.nodes * min(node_rate, c.store_write_bytes_s * cores))
+        transfer = stage.read / fleet + stage.written / (
+            cluster.nodes * min(node_rate, c.store_write_bytes_s * cores)
+        )
         if stage.name in ("import", "crops"):
             rate = c.import_voxels_s if stage.name == "import" else c.cut_voxels_s
             requests = len(of.scans.scans) * 3 * c.request_s / cores
@@ -354,7 +380,13 @@ def _pretraining(cfg: Pretraining, of: Sizes, cluster: Cluster, step_: Step, c: 
     interval = max(every * step_.total_s, saving)
     copying = of.network.checkpoint_bytes / c.copy_bytes_s
     training = of.steps / every * (interval + copying) + cfg.train.epochs * c.epoch_s
-    bound = "checkpoints" if saving > every * step_.total_s else "data" if step_.data_s > step_.busy_s else "steps"
+    bound = (
+        "checkpoints"
+        if saving > every * step_.total_s
+        else "data"
+        if step_.data_s > step_.busy_s
+        else "steps"
+    )
     spot = sum(p.nodes for p in cluster.pools if p.spot)
     rate_s = spot * cluster.preemptions_per_node_h / 3600
     # Each loss costs a start and half of what lies between two checkpoints.
