@@ -52,11 +52,10 @@ def plan(cfg: Pretraining, asked: Question) -> whole.Plan:
             stack.enter_context(cluster.connected(asked.resources))
         scans = find_scans(cfg, asked)
         found = find_cluster(asked)
-        known = (
-            constants.read(asked.constants) if asked.constants and not asked.probe_s else constants.defaults()
-        )
         if asked.probe_s:
             known = _measured(cfg, asked)
+        else:
+            known = constants.read(asked.constants) if asked.constants else constants.defaults()
         local = bool(asked.root) and not store.is_s3(asked.root) and found.nodes == 1
         return whole.make(cfg, scans, found, asked.resources, known, local_root=local)
 

@@ -338,7 +338,8 @@ def _labellers(of: Sizes, cluster: Cluster, each: float) -> list[str]:
         return []
     return [
         f"{actors} labelling actors of up to {gib(each)} and {gib(of.centroid_bytes)} of centroids want "
-        f"{gib(total)} of a node with {worst.memory_gib:g} GiB; use nodes with more memory for each core, or lower clusterers.n"
+        f"{gib(total)} of a node with {worst.memory_gib:g} GiB; use nodes with more memory for each core, or "
+        "lower clusterers.n"
     ]
 
 
