@@ -150,7 +150,7 @@ class _Live(TorchDispatchMode):
         writes = (aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
         if func is aten.index.Tensor:
             args = _without_masks(*args)
-        elif func in writes and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        elif func in writes and any(i is not None and i.dtype == torch.bool and _is_fake(i) for i in args[1]):
             # Which places are written changes no shape.
             return self._note(torch.empty_like(args[0]) if func is aten.index_put.default else args[0])
         return self._note(func(*args, **(kwargs or {})))
@@ -171,11 +171,17 @@ class _Live(TorchDispatchMode):
         self.live_bytes -= size
 
 
+def _is_fake(tensor: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
 def _without_masks(source: Tensor, indices: Any) -> tuple[Tensor, list[Any]]:
     """Arguments of an indexing that has as many rows as if every mask were all True, which is the most there can be."""
     out = []
     for axis, index in enumerate(indices):
-        if index is not None and index.dtype == torch.bool:
+        if index is not None and index.dtype == torch.bool and _is_fake(index):
             source = source.flatten(axis, axis + index.ndim - 1)
             index = torch.empty(index.numel(), dtype=torch.long, device=index.device)
         out.append(index)

@@ -16,17 +16,18 @@ from logonet.errors import BadScan
 from logonet.methods import Facts
 from logonet.stages import Pretraining
 
+# In the library's own order, which is that of tensors in a file, the last first.
 DTYPE_BYTES = {
-    "F64": 8,
-    "I64": 8,
-    "F32": 4,
-    "I32": 4,
-    "F16": 2,
-    "BF16": 2,
+    "BOOL": 1,
+    "U8": 1,
     "I16": 2,
     "U16": 2,
-    "U8": 1,
-    "BOOL": 1,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "F32": 4,
+    "F64": 8,
+    "I64": 8,
 }
 SHA256 = "0" * 64
 INERTIA = 0.1234567890123456  # as long as most numbers in JSON: what of our files' sizes depends on values
@@ -108,8 +109,9 @@ def safetensors_bytes(tensors: Tensors, metadata: Mapping[str, str] | None = Non
     """The size of a safetensors file: 8 bytes, a JSON header filled up to a multiple of 8, the tensors."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
-    # The file's own order: the widest type first, then by name. Offsets have digits.
-    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-DTYPE_BYTES[item[1][0]], item[0])):
+    place = list(DTYPE_BYTES).index
+    # Offsets have digits, so order has a length.
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-place(item[1][0]), item[0])):
         begin, end = end, end + DTYPE_BYTES[dtype] * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
