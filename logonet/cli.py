@@ -23,15 +23,27 @@ from logonet.errors import UserError, user_sentence
 
 
 @dataclass(frozen=True)
-class JobArgs:
+class ConfigArgs:
+    """How a config is chosen.
+
+    Attributes:
+        recipe: a named full config (--list-recipes shows them).
+        config: a YAML file laid on the recipe.
+        set: section.key=value laid on both; may be repeated.
+    """
+
+    recipe: str = "paper"
+    config: str | None = None
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="A.B=C")] = ()
+
+
+@dataclass(frozen=True)
+class JobArgs(ConfigArgs):
     """What every job script takes.
 
     Attributes:
         data: the scans: a folder or s3:// prefix, an MSD dataset.json, or a DICOM series folder.
         root: folder or s3:// prefix that holds every stage's artifacts; the same root resumes.
-        recipe: a named full config (--list-recipes shows them).
-        config: a YAML file laid on the recipe.
-        set: section.key=value laid on both; may be repeated.
         resources: what the run may use; never changes a result.
         experiment: MLflow experiment.
         show_config: print the resolved config as YAML and stop.
@@ -40,9 +52,6 @@ class JobArgs:
 
     data: str = ""
     root: str = ""
-    recipe: str = "paper"
-    config: str | None = None
-    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="A.B=C")] = ()
     resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
     experiment: str = "logonet"
     show_config: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -102,7 +111,7 @@ def absolute_model(uri: str, flag: str = "--model") -> str:
     return uri if uri.startswith("models:/") else absolute(uri, flag)
 
 
-def job_config(args: JobArgs, recipes: Mapping[str, Callable[[], Any]]) -> Any:
+def job_config(args: ConfigArgs, recipes: Mapping[str, Callable[[], Any]]) -> Any:
     """Recipe, then file, then --set: each laid on what came before, strictly."""
     if args.recipe not in recipes:
         raise UserError(config.unknown("recipe", args.recipe, recipes))
@@ -330,6 +339,87 @@ def doctor(root: str = "/tmp/logonet-doctor", nodes: bool = True) -> None:
         rows = checks.preflight(root, nodes=nodes, tracking=registry.check)
     checks.print_table(rows)
     if any(row.status == "fail" for row in rows):
+        sys.exit(1)
+
+
+@dataclass(frozen=True)
+class PlanArgs(ConfigArgs):
+    """What is planned: on which scans, with which recipe, where.
+
+    Attributes:
+        data: the scans, as for a job, or a finished import ROOT/manifest/<id>; they are listed, and three of them read.
+        scans: plan with so many scans instead, of --shape.
+        shape: voxels of every scan, such as 512x512x400; with --data nothing is read then.
+        spacing: its mm, such as 0.8x0.8x1; what crops.spacing_mm resamples from.
+        import_scans: read and check every scan of --data first, as the job would; ROOT keeps the table.
+        root: where the run would keep its artifacts; --probe and --import-scans write there.
+        resources: what the run may use.
+        cluster: YAML of pools of machines (docs/planning.md); empty for --machine, else RAY_ADDRESS, else this machine.
+        machine: a name of the price table, --nodes of them.
+        nodes: how many.
+        spot: at the spot price.
+        prices: YAML of machines and prices; empty for the package's examples.
+        constants: measured numbers, as --probe stores them; where it goes with --probe.
+        probe: measure them first, on the cluster at RAY_ADDRESS or on this machine, in about so many seconds.
+        json: print JSON instead of tables.
+    """
+
+    data: str = ""
+    scans: int = 0
+    shape: str = ""
+    spacing: str = ""
+    import_scans: tyro.conf.FlagCreatePairsOff[bool] = False
+    root: str = ""
+    resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
+    cluster: str = ""
+    machine: str = ""
+    nodes: int = 1
+    spot: tyro.conf.FlagCreatePairsOff[bool] = False
+    prices: str = ""
+    constants: str = ""
+    probe: float = 0.0
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+
+
+@app.command
+def plan(args: tyro.conf.OmitArgPrefixes[PlanArgs]) -> None:
+    """Say what a pretraining will read, keep, take and cost; exit status 1 when something will not fit.
+
+    Args:
+        args: what is planned.
+    """
+    import json
+
+    from jobs import recipes
+    from logonet import stages
+    from logonet.plan import asking, table
+
+    # Stages say what they do on the way; what this prints is the plan.
+    with contextlib.redirect_stdout(sys.stderr):
+        found = asking.plan(
+            stages.resolve(job_config(args, recipes.PRETRAINING)),
+            asking.Question(
+                data=absolute(args.data, "--data") if args.data else "",
+                scans=args.scans,
+                shape_vox=asking.triple(args.shape, "--shape", int),
+                spacing_mm=asking.triple(args.spacing, "--spacing", float),
+                import_scans=args.import_scans,
+                root=absolute(args.root, "--root") if args.root else "",
+                resources=args.resources,
+                cluster=args.cluster,
+                machine=args.machine,
+                nodes=args.nodes,
+                spot=args.spot,
+                prices=args.prices,
+                constants=args.constants,
+                probe_s=args.probe,
+            ),
+        )
+    print(
+        json.dumps(found.to_dict(), indent=1) if args.json else table.text(found),
+        end="\n" if args.json else "",
+    )
+    if found.refusals:
         sys.exit(1)
 
 

@@ -164,14 +164,7 @@ def share(resources: Resources) -> Share:
     use_gpu = gpus >= workers if resources.gpu is None else resources.gpu
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
     homes = [n.get("CPU", 0.0) for n in nodes if n.get("GPU", 0.0) > 0 or not use_gpu]
-    data_cpus = max(0.25 * cpus, min(1.0, cpus / 2))
-    most = (cpus - data_cpus) / workers
-    per_worker = resources.cpus_per_worker or _largest_that_fits(homes, workers, most)
-    if per_worker * workers >= cpus or sum(int(cpu / per_worker + 1e-9) for cpu in homes) < workers:
-        raise UserError(
-            f"{workers} workers x {per_worker:g} CPUs do not fit on nodes with {', '.join(f'{c:g}' for c in homes)} "
-            f"CPUs beside the data tasks; use --cpus-per-worker {most:.2g} or less, or fewer workers"
-        )
+    per_worker = cpus_of_worker(cpus, homes, workers, resources.cpus_per_worker)
     data_cpus = cpus - per_worker * workers
     # A Ray of our own has more logical CPUs than the machine has cores, so that every worker finds a place; other
     # tasks count as that much more, or as many would run at once as there are workers.
@@ -242,6 +235,27 @@ def shares(resources: Resources, most: int, at_once: int = 0) -> tuple[int, Shar
         f"{resources.workers} workers leave no CPU of the cluster's {one.cpus:g} to the data tasks; use fewer workers "
         "or a smaller --cpus-per-worker"
     )
+
+
+def cpus_of_worker(cpus: float, homes: list[float], workers: int, asked: float = 0.0) -> float:
+    """Logical CPUs of each of ``workers``, beside what the data tasks need.
+
+    Args:
+        cpus: of the whole cluster; ``homes`` those of each node that workers may stand on.
+        asked: as many, and not as many as there are; 0 takes what there are.
+
+    Raises:
+        UserError: the workers do not fit.
+    """
+    data_cpus = max(0.25 * cpus, min(1.0, cpus / 2))
+    most = (cpus - data_cpus) / workers
+    per_worker = asked or _largest_that_fits(homes, workers, most)
+    if per_worker * workers >= cpus or sum(int(cpu / per_worker + 1e-9) for cpu in homes) < workers:
+        raise UserError(
+            f"{workers} workers x {per_worker:g} CPUs do not fit on nodes with {', '.join(f'{c:g}' for c in homes)} "
+            f"CPUs beside the data tasks; use --cpus-per-worker {most:.2g} or less, or fewer workers"
+        )
+    return per_worker
 
 
 def _largest_that_fits(nodes: list[float], workers: int, most: float) -> float:

@@ -452,13 +452,22 @@ def resample(volume: Volume, spacing_mm: Sequence[float], order: int = 1) -> Vol
     if np.allclose(old_mm, new_mm, rtol=1e-4):
         return volume
     step = new_mm / old_mm
-    shape_xyz = tuple(int(n) for n in np.round((np.array(volume.shape_xyz) - 1) / step + 1))
+    shape_xyz = resampled_shape(volume.shape_xyz, old_mm, new_mm)
     array_XYZ = ndimage.affine_transform(
         volume.array_CXYZ[0], step, output_shape=shape_xyz, order=order, mode="nearest", prefilter=order > 1
     )
     affine = volume.affine.copy()
     affine[:3, :3] *= step
     return replace(volume, array_CXYZ=array_XYZ[None], affine=affine)
+
+
+def resampled_shape(
+    shape_xyz: Sequence[int], old_mm: Sequence[float] | np.ndarray, new_mm: Sequence[float] | np.ndarray
+) -> tuple[int, int, int]:
+    """The voxels along each axis after `resample` from ``old_mm`` to ``new_mm`` between voxels."""
+    step = np.asarray(new_mm, np.float64) / np.asarray(old_mm, np.float64)
+    x, y, z = (int(n) for n in np.round((np.array(shape_xyz) - 1) / step + 1))
+    return x, y, z
 
 
 def window(array: np.ndarray, window_hu: tuple[float, float]) -> np.ndarray:

@@ -74,6 +74,7 @@ NEIGHBOURS = {
     ("labeller", "clusterers"),
     ("doctor", "cluster"),
     ("sweep", "stages"),
+    ("plan", "stages"),
 }
 ONLY = {"boto3": {"store"}, "botocore": {"store"}, "mlflow": {"registry"}}
 NO_RAY_BELOW = 6
@@ -113,7 +114,8 @@ def test_imports_go_down(path: Path) -> None:
     for line, name in imports(path):
         where = f"{path.relative_to(ROOT)}:{line} imports {name}"
         top, *rest = name.split(".")
-        assert top != "jobs", f"{where}; nothing imports jobs"
+        # A plan is made of what a job would run, so the command line may know the recipes, and nothing else of jobs.
+        assert top != "jobs" or (room == "cli" and name == "jobs.recipes"), f"{where}; nothing imports jobs"
         if top in ONLY:
             assert room in ONLY[top], f"{where}; only {ONLY[top]} may"
         if top == "ray":

@@ -1,0 +1,177 @@
+"""Is the model of steps true? Measures the constants, then trains on 1, 2, 4, 8 and 16 workers of this machine, and prints
+predicted beside measured samples a second and memory.
+
+    python benchmarks/scaling.py
+
+All workers share the machine's cores. What else runs there takes some of them away, so the cores that a run's own
+processes got are measured while it trains, and stand in the model for ``cores``; the steps' own times are in core
+seconds of their process, which others do not lengthen.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import tyro
+from _measure import machine, markdown, sentence
+
+from jobs import recipes
+from logonet import cluster, data, methods, phantom, stages, train
+from logonet.cluster import Resources
+from logonet.methods import Facts
+from logonet.plan import hardware, measuring, sizes, speed, whole
+from logonet.stages.common import options
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Args:
+    """Which runs.
+
+    Attributes:
+        workers: one run each.
+        steps: of an epoch; there are two, and the second is measured.
+        probe_s: to spend on constants.
+        constants: where they are written; empty keeps them here alone.
+    """
+
+    workers: tuple[int, ...] = (1, 2, 4, 8, 16)
+    steps: int = 8
+    probe_s: float = 60.0
+    constants: str = ""
+
+
+class Cores:
+    """Core seconds of this process's children, by time: a thread that looks at them twice a second."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, float] = {}
+        self.rows: list[tuple[float, float]] = []
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        here = psutil.Process()
+        while not self.stop.wait(0.5):
+            for child in here.children(recursive=True):
+                try:
+                    times = child.cpu_times()
+                except psutil.Error:  # it has ended; what it had used is known
+                    continue
+                self.seen[child.pid] = times.user + times.system
+            self.rows.append((time.time(), sum(self.seen.values())))
+
+    def between(self, begin_s: float, end_s: float) -> float:
+        """How many cores the children kept busy on average."""
+        inside = [row for row in self.rows if begin_s <= row[0] <= end_s]
+        (first_s, first), (last_s, last) = inside[0], inside[-1]
+        return (last - first) / (last_s - first_s)
+
+
+def main(args: Args) -> None:
+    about = machine()
+    print(sentence(about), flush=True)
+    cfg = stages.resolve(
+        replace(
+            recipes.real_ct(),
+            train=train.Config(
+                epochs=2, steps_per_epoch=args.steps, global_batch=16, batch_size=1, lr=1e-4, warmup_epochs=0
+            ),
+        )
+    )
+    most = max(args.workers)
+    with tempfile.TemporaryDirectory(prefix="logonet-scaling-") as root:
+        phantom.write_dataset(os.path.join(root, "scans"), 4, size_vox=(48, 48, 48))
+        with cluster.connected(Resources(workers=most, object_store_mb=300), logs=False):
+            work = whole.work(cfg, gpu=False)
+            known = measuring.measure(cfg, work, root, Resources(workers=2), args.probe_s)
+            print(f"constants   {known}", flush=True)
+            if args.constants:
+                with open(args.constants, "wb") as file:
+                    file.write(known.to_json())
+            up = stages.upstream(cfg, os.path.join(root, "scans"), root, cluster.share(Resources(workers=2)))
+            rows = [run(cfg, work, known, up, root, n) for n in args.workers]
+    report(rows)
+    print(json.dumps({"about": about, "date": datetime.date.today().isoformat(), "rows": rows}))
+
+
+def run(
+    cfg: stages.Pretraining, work: whole.Work, known: Any, up: stages.pretraining.Upstream, root: str, n: int
+) -> dict[str, Any]:
+    """One run, and what was predicted of it."""
+    share = cluster.share(Resources(workers=n))
+    order = data.Order(len(up.crops), cfg.train.global_batch, 0, cfg.train.steps_per_epoch)
+    method_cfg = methods.config(cfg.method["name"], options(cfg.method))
+    feed = data.Feed(up.crops, up.labels_PNZ, cfg.method["name"], method_cfg, order)
+    facts: Facts = up.facts
+    job = train.Job(os.path.join(root, f"run-{n}"), "0" * 16, cfg.backbone, cfg.method, cfg.train, facts)
+    cores = Cores()
+    history = train.fit(job, feed, Resources(workers=n), share)["history"]
+    cores.stop.set()
+    cores.thread.join()
+    first, last = history
+    got = min(cores.between(first["unix_s"], last["unix_s"]), os.cpu_count() or 1)
+    here = hardware.this_machine()
+    of = sizes.sizes(cfg, sizes.equal_scans(4, (48, 48, 48)), work.network)
+    load = whole.load_of(cfg, of, work, False, known)
+    place = speed.place(here, n)
+    seen = replace(place, machine=replace(place.machine, cpus=got))
+    predicted, quiet = (epoch_rate(cfg, load, at, known) for at in (seen, place))
+    memory = whole.worker_memory(cfg, of, work, place, load, known, False)
+    row = {
+        "workers": n,
+        "threads": place.threads,
+        "cores": got,
+        "measured": last["samples_per_s"],
+        "predicted": predicted,
+        "predicted_quiet": quiet,
+        "error": predicted / last["samples_per_s"] - 1,
+        "peak_gib": last["peak_memory_mb"] / 1024,
+        "predicted_gib": memory.cpu_bytes / GIB,
+        "data_wait_share": last["data_wait_share"],
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def epoch_rate(cfg: stages.Pretraining, load: speed.Load, at: speed.Place, known: Any) -> float:
+    """Samples a second over an epoch, in which the report and the copy of the one before fall."""
+    assert cfg.train.steps_per_epoch is not None
+    steps = cfg.train.steps_per_epoch
+    return steps * cfg.train.global_batch / (steps * speed.step(load, at, known).total_s + known.epoch_s)
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """The table of docs/planning.md."""
+    heads = [
+        "workers",
+        "threads each",
+        "cores had",
+        "samples/s",
+        "predicted",
+        "error",
+        "peak GiB",
+        "predicted GiB",
+    ]
+    lines = [
+        [
+            str(r["workers"]), str(r["threads"]), f"{r['cores']:.2f}", f"{r['measured']:.2f}", f"{r['predicted']:.2f}",
+            f"{r['error']:+.0%}", f"{r['peak_gib']:.2f}", f"{r['predicted_gib']:.2f}",
+        ]
+        for r in rows
+    ]  # fmt: skip
+    print(markdown(heads, lines), flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
