@@ -161,6 +161,7 @@ def test_trials_share_what_they_have_in_common_and_the_winner_is_registered(
         searching.run(other, ONE, Budget())
 
 
+@pytest.mark.slow
 def test_trials_fail_stop_and_go_on_each_by_itself(bucket: str, scans: str) -> None:
     """One learns, one diverges, one learns nothing and is stopped; then one is found as a kill would leave it."""
     space = {
@@ -248,6 +249,7 @@ def test_a_sweep_out_of_hours_waits_for_more(bucket: str, scans: str) -> None:
     assert [t.status for t in records.read_all(tried.uri)] == ["done", "done"]
 
 
+@pytest.mark.slow
 def test_optuna_goes_on_from_what_it_has_learnt(bucket: str, scans: str) -> None:
     pytest.importorskip("optuna")
     tried = sweep(
