@@ -40,7 +40,8 @@ def attributes(cls: type) -> dict[str, str]:
         if not dataclasses.is_dataclass(base):
             continue
         source = inspect.getsource(base)
-        out |= {name: text for text, name in re.findall(r"^    # (.+)\n    (\w+): ", source, re.MULTILINE)}
+        above = re.findall(r"^((?:    # .+\n)+)    (\w+): ", source, re.MULTILINE)
+        out |= {name: " ".join(re.findall(r"# (.+)", text)) for text, name in above}
         out |= dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", source, re.MULTILINE))
         _, _, listed = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")
         names: list[str] = []
@@ -90,7 +91,8 @@ def kind(hint: Any) -> str:
         return " or ".join("`null`" if arg is type(None) else kind(arg) for arg in args)
     if origin is tuple and args[-1] is Ellipsis:
         inner = kind(args[0])
-        return f"list of {inner}" if inner[0].isdigit() else f"list of {inner}s"
+        plural = inner.replace("list of", "lists of") if inner.startswith("list of") else f"{inner}s"
+        return f"list of {inner if inner[0].isdigit() else plural}"
     if origin is tuple:
         each = {kind(arg) for arg in args}
         return f"{len(args)} {each.pop()}s" if len(each) == 1 else " and ".join(map(kind, args))

@@ -7,7 +7,7 @@ import importlib.util
 import pathlib
 import re
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -98,7 +98,8 @@ class Said:
     first: int = 1
     second: tuple[float, float] = (1.0, 2.0)
     third: int = 3  # beside it
-    # above it
+    # above
+    # it
     above: bool = True
     fourth: str | None = None
     last: str = ""
@@ -110,6 +111,19 @@ def test_what_is_said_of_a_field_is_found_wherever_it_stands(reference):
     assert said["third"] == "beside it" and said["above"] == "above it"
     assert said["fourth"] == "see `first`"
     assert said["last"] == "``last`` is named here alone."
+
+
+def test_types_are_said_as_people_say_them_who_write_yaml(reference):
+    said = {
+        int | None: "integer or `null`",
+        tuple[float, float]: "2 numbers",
+        tuple[int, ...]: "list of integers",
+        tuple[tuple[int, int, int], ...]: "list of 3 integers",
+        tuple[tuple[int, ...], ...] | None: "list of lists of integers or `null`",
+        Literal["a", "b"]: "`a` or `b`",
+        bool: "true or false",
+    }
+    assert {hint: reference.kind(hint) for hint in said} == said
 
 
 def test_links_out_of_the_site_become_names(reference):
