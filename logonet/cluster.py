@@ -117,8 +117,8 @@ class Resources:
         """The one number of workers that ``what`` wants. UserError for a range."""
         if isinstance(self.workers, Workers):
             raise UserError(
-                f"--workers {self.workers} is a range, which a pretraining or finetuning run takes and {what} does not; "
-                f"give one number, such as --workers {self.least}"
+                f"--workers {self.workers} is a range, which pretraining and finetuning take and {what} does not; give "
+                f"one number, such as --workers {self.least}"
             )
         return self.workers
 

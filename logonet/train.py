@@ -194,8 +194,9 @@ def accumulation(cfg: Config, workers: int) -> int:
     count = micro_batches(cfg)
     if workers > count:
         raise UserError(
-            f"train.global_batch {cfg.global_batch} is {count} batches of train.batch_size {cfg.batch_size}, too few for "
-            f"{workers} workers; use --workers {count} or fewer, or --set train.global_batch={workers * cfg.batch_size}"
+            f"train.global_batch {cfg.global_batch} is {count} batches of train.batch_size {cfg.batch_size}, and there "
+            f"are {workers} workers; use --workers {count} or fewer, or --set "
+            f"train.global_batch={workers * cfg.batch_size} or more"
         )
     return -(-count // workers)
 

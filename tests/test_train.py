@@ -64,15 +64,20 @@ def test_learning_rate_warms_up_linearly_then_follows_a_cosine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "batch", "glob", "count"), [(1, 1, 16, 16), (16, 1, 16, 1), (2, 2, 8, 2)]
+    ("workers", "batch", "glob", "count"), [(1, 1, 16, 16), (16, 1, 16, 1), (2, 2, 8, 2), (3, 1, 16, 6)]
 )
 def test_accumulation_keeps_the_global_batch(workers: int, batch: int, glob: int, count: int) -> None:
     assert train.accumulation(train.Config(global_batch=glob, batch_size=batch), workers) == count
 
 
 def test_a_global_batch_that_does_not_divide_names_those_that_do() -> None:
-    with pytest.raises(UserError, match=r"train.global_batch=15 or 18"):
-        train.accumulation(train.Config(global_batch=16), workers=3)
+    with pytest.raises(UserError, match=r"train.global_batch=14 or 16"):
+        train.accumulation(train.Config(global_batch=15, batch_size=2), workers=3)
+
+
+def test_a_worker_without_anything_to_do_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--workers 8 or fewer, or --set train.global_batch=18 or more"):
+        train.accumulation(train.Config(global_batch=16, batch_size=2), workers=9)
 
 
 @pytest.mark.parametrize(
