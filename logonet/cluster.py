@@ -74,6 +74,15 @@ def _bad_workers(text: str) -> str:
     return f"--workers {text} is neither a number such as 4 nor a range such as 4:16, from 1 on and the smaller first"
 
 
+WORKERS_FLAG = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="N|N:M",
+    instance_from_str=lambda args: Workers.parse(args[0]),
+    is_instance=lambda value: isinstance(value, int | Workers),
+    str_from_instance=lambda value: [str(value)],
+)
+
+
 @dataclass(frozen=True)
 class Resources:
     """What a run may use. It changes how fast a result comes, and the result by rounding at most.
@@ -88,16 +97,7 @@ class Resources:
         object_store_mb: Ray's shared memory on a machine where the job starts Ray itself; 0 lets Ray choose.
     """
 
-    workers: Annotated[
-        int | Workers,
-        tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="N|N:M",
-            instance_from_str=lambda args: Workers.parse(args[0]),
-            is_instance=lambda value: isinstance(value, int | Workers),
-            str_from_instance=lambda value: [str(value)],
-        ),
-    ] = 1
+    workers: Annotated[int | Workers, WORKERS_FLAG] = 1
     gpu: bool | None = None
     cpus_per_worker: float = 0.0
     max_failures: int = 8
@@ -364,7 +364,7 @@ def range_that_fits(
         raise UserError(
             f"{wanted.least} workers{f' x {given:g} CPUs' if given else ''} do not fit on nodes with "
             f"{', '.join(f'{cpus:g}' for cpus, _ in nodes)} CPUs, each of which keeps some for the data tasks; use "
-            f"{'a smaller --cpus-per-worker, ' if given else ''}larger nodes or fewer workers"
+            f"{'another --cpus-per-worker, ' if given else ''}larger nodes or fewer workers"
         )
     return best[1]
 
