@@ -8,6 +8,7 @@ end (`Notices.due`), and `train.Worker` has them agree on the most urgent.
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -103,11 +104,9 @@ class Notices:
         self.run, self.rank, self.preemption = run, rank, preemption
         self._sigterm = threading.Event()
         self._told = False
-        self._deadline_s: float | None = (
-            None  # Unix time; infinite once a machine goes, and nobody knows when
-        )
+        self._deadline_s: float | None = None  # Unix time when a machine goes; 0 where Ray does not know
         self._saved_for_s: float | None = None  # the deadline that a checkpoint was already written for
-        self._asked_s = -ASK_EVERY_S
+        self._asked_s = -math.inf
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -154,7 +153,6 @@ class Notices:
         """Ask Ray whether a machine is going. All ranks wait for each other here."""
         info = self.preemption()
         if info is not None:
-            # Nobody knows when: then it is now.
             self._deadline_s = info.deadline_ms / 1000 if info.deadline_ms else 0.0
 
     def left(self) -> None:
