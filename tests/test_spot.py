@@ -24,14 +24,14 @@ from logonet.s3server import free_ports
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
 REPO = Path(__file__).parents[1]
-EPOCHS, STEPS = 20, 10  # 200 steps: time enough to lose a machine and to find another
+EPOCHS, STEPS = 14, 10  # time enough to lose a machine and to find another
 SETTINGS = [
     "split=null",
     "crops.per_scan=3",
     f"train.epochs={EPOCHS}",
     f"train.steps_per_epoch={STEPS}",
-    "train.global_batch=6",
-    "train.batch_size=1",
+    "train.global_batch=10",  # five batches, which 2 and 4 workers share unequally
+    "train.batch_size=2",
     "train.lr=1e-3",
     "train.warmup_epochs=1",
     "train.keep_checkpoints=1000",
@@ -110,7 +110,7 @@ class Run:
 
 
 def assert_same_curve(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """The same samples, masks and learning rates; losses to rounding, which the steps of 20 epochs make grow."""
+    """The same samples, masks and learning rates; losses to rounding, which the later steps make grow."""
     assert [e["step"] for e in found] == [e["step"] for e in expected]
     assert [e["lr"] for e in found] == [e["lr"] for e in expected]
     assert [e["masked_share"] for e in found] == pytest.approx(
