@@ -16,9 +16,9 @@ import torch
 import tyro
 from torch import nn
 
-from logonet import cluster, data, methods, notices, train
+from logonet import cli, cluster, data, methods, notices, train
 from logonet.cluster import Resources, Workers
-from logonet.errors import UserError
+from logonet.errors import Stopped, UserError
 
 # ------------------------------------------------------------------------------------------ how it is written
 
@@ -313,3 +313,13 @@ def test_the_controllers_callback_waits_until_the_ranks_have_left(clock: list[fl
     steps[:] = [0.0] * 4  # nobody answers: it gives up
     callback.after_controller_state_update(None, ResizingState(scaling_decision=None))
     assert clock[0] >= 1000 + notices.RESIZE_WAIT_S
+
+
+def test_a_command_that_was_asked_to_stop_says_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, cli.sentences():
+        raise Stopped("stopped after step 7, which is stored; the same command goes on from there")
+    assert end.value.code == 143
+    assert (
+        capsys.readouterr().err
+        == "stopped after step 7, which is stored; the same command goes on from there\n"
+    )
