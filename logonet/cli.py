@@ -1,7 +1,7 @@
 """The command line: ``logonet <what>`` for looking after data and runs, and what every job script shares.
 
-Every command ends in one of three ways: status 0; one sentence for the user and status 2; or a traceback
-and status 1, which is our mistake.
+Every command ends in one of four ways: status 0; one sentence for the user and status 2; a word on what was kept
+when it was asked to stop, and status 130 or 143; or a traceback and status 1, which is our mistake.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ import tyro
 
 from logonet import cluster, config, store
 from logonet.cluster import Resources
-from logonet.errors import UserError, user_sentence
+from logonet.errors import Stopped, UserError, user_sentence
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,9 @@ def sentences() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         sys.exit(130)
+    except Stopped as err:
+        print(err, file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except Exception as err:
         sentence = user_sentence(err)
         if sentence is None:

@@ -341,7 +341,7 @@ class Order:
 
     Step ``s`` uses positions ``s * global_batch`` up to the next step's; a pass is a seeded permutation
     of all samples, filled up from its own start to whole steps. A rank takes a contiguous part of each
-    step, so another number of workers sees the same samples at the same steps.
+    step (see `dealt`), so another number of workers sees the same samples at the same steps.
 
     ``epoch_steps`` is what counts as an epoch in steps; None is one pass. With it, runs on few and on many
     samples are equally long (as nnU-Net's 250 iterations).
@@ -371,6 +371,11 @@ class Order:
         place = within * self.global_batch + slot
         draws_per_pass = -(-self.steps_per_pass * self.global_batch // self.num_samples)
         return number * draws_per_pass + place // self.num_samples, int(order[place % self.num_samples])
+
+
+def dealt(count: int, rank: int, world: int) -> range:
+    """Which of a step's ``count`` micro-batches a rank takes: a contiguous part, evenly but for one."""
+    return range(rank * count // world, (rank + 1) * count // world)
 
 
 @functools.lru_cache(maxsize=4)
@@ -455,7 +460,8 @@ def batches(
     import ray
 
     feed = opened(feed_ref[0])
-    per_rank = feed.order.global_batch // world
+    own = dealt(feed.order.global_batch // batch_size, rank, world)
+    per_rank = len(own) * batch_size
     rows = (stop_step - start_step) * per_rank
     sample_bytes = feed.row_bytes * feed.rows_per_sample
     group = batch_size * max(1, min(TASK_BYTES // (sample_bytes * batch_size), -(-rows // (4 * batch_size))))
@@ -466,7 +472,7 @@ def batches(
     for begin in range(0, rows, group):
         places = []
         for row in range(begin, min(begin + group, rows)):
-            step, slot = start_step + row // per_rank, rank * per_rank + row % per_rank
+            step, slot = start_step + row // per_rank, own.start * batch_size + row % per_rank
             places.append((step, slot))
         ahead.append(prepare.remote(feed_ref, places))
         if len(ahead) > TASKS_AHEAD:

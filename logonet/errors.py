@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class Stopped(Exception):
+    """Somebody asked a command to end before it was done; its message says what was kept and how to go on."""
+
+
 class BadScan(UserError):
     """One scan cannot be used. The stage that meets it quarantines the scan and goes on."""
 

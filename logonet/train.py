@@ -3,7 +3,8 @@
 A run is a sequence of optimizer steps. What step ``s`` does is a pure function of the run's config, the
 data and the state after step ``s - 1``: samples, masks, learning rate and dropout seeds are all computed
 from ``s``. So a checkpoint is the state after a step and nothing else, and a run that was killed equals
-one that was not, bit for bit on CPU at the same number of workers.
+one that was not, bit for bit on CPU at the same number of workers; at another number, or where workers came and
+went in between, to rounding.
 
 Shapes: B batch, P samples of the run, F features.
 """
@@ -17,6 +18,7 @@ import json
 import logging
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,10 +28,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from logonet import backbones, cases, checkpoints, data, draws, infer, methods, probe, store, transfer, volume
+from logonet import (
+    backbones,
+    cases,
+    checkpoints,
+    data,
+    draws,
+    infer,
+    methods,
+    notices,
+    probe,
+    store,
+    transfer,
+    volume,
+)
 from logonet.cluster import Resources, Share, quiet
 from logonet.config import unknown
-from logonet.errors import BadScan, UserError
+from logonet.errors import BadScan, Stopped, UserError
 from logonet.methods import Facts
 from logonet.methods._parts import effective_rank
 
@@ -45,6 +60,14 @@ class Diverged(UserError):
     """Training cannot go on; every rank raises it at the same step."""
 
 
+class Left(Exception):
+    """The ranks were asked to go: the state after ``step`` is stored; every rank raises it at the same step."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
+
+
 @dataclass(frozen=True)
 class Config:
     """Training settings; the defaults are the paper's Table 2.
@@ -53,8 +76,8 @@ class Config:
         epochs: passes over all samples, or as many times ``steps_per_epoch``.
         steps_per_epoch: what counts as an epoch, in optimizer steps; None is one pass over all samples.
         global_batch: samples of one optimizer step, over all workers (the paper: 16 GPUs x 1).
-        batch_size: samples a worker puts through the network at once; what batch norm sees. A worker
-            accumulates gradients over global_batch / (workers x batch_size) of them.
+        batch_size: samples a worker puts through the network at once; what batch norm sees. The global_batch /
+            batch_size of them that make a step are dealt to the workers, which accumulate gradients over theirs.
         lr: peak learning rate; linear warm-up over ``warmup_epochs``, then cosine to ``min_lr``.
         weight_decay, betas: of AdamW.
         grad_clip: largest gradient norm; None does not clip.
@@ -155,18 +178,43 @@ def lr_at(step: int, cfg: Config, steps_per_epoch: int) -> float:
     return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def accumulation(cfg: Config, workers: int) -> int:
-    """Micro-batches per worker and step. UserError when the global batch does not divide."""
-    per_pass = workers * cfg.batch_size
-    if cfg.global_batch % per_pass:
-        near = sorted(
-            {max(1, cfg.global_batch // per_pass) * per_pass, -(-cfg.global_batch // per_pass) * per_pass}
-        )
+def micro_batches(cfg: Config) -> int:
+    """Forward passes of one optimizer step, over all workers. UserError when the global batch does not divide."""
+    count, rest = divmod(cfg.global_batch, cfg.batch_size)
+    if rest:
+        near = [n * cfg.batch_size for n in (count, count + 1) if n]
         raise UserError(
-            f"train.global_batch {cfg.global_batch} is no multiple of {workers} workers x batch_size "
-            f"{cfg.batch_size}; use --set train.global_batch={' or '.join(map(str, near))}, or other workers"
+            f"train.global_batch {cfg.global_batch} is no multiple of train.batch_size {cfg.batch_size}; use --set "
+            f"train.global_batch={' or '.join(map(str, near))}"
         )
-    return cfg.global_batch // per_pass
+    return count
+
+
+def accumulation(cfg: Config, workers: int) -> int:
+    """Micro-batches that the busiest worker has in a step. UserError when one would have none."""
+    count = micro_batches(cfg)
+    if workers > count:
+        raise UserError(
+            f"train.global_batch {cfg.global_batch} is {count} batches of train.batch_size {cfg.batch_size}, and there "
+            f"are {workers} workers; use --workers {count} or fewer, or --set "
+            f"train.global_batch={workers * cfg.batch_size} or more"
+        )
+    return -(-count // workers)
+
+
+def check_workers(cfg: Config, method: dict[str, Any], resources: Resources) -> None:
+    """UserError when a number of workers in ``resources`` cannot share the steps of ``cfg``."""
+    accumulation(cfg, resources.most)
+    count, options = micro_batches(cfg), {k: v for k, v in method.items() if k != "name"}
+    if not methods.gathers(method["name"], methods.config(method["name"], options)):
+        return
+    if resources.least < resources.most or count % resources.most:
+        able = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        raise UserError(
+            f"method '{method['name']}' with method.gather compares the crops of all workers, so each of them needs as "
+            f"many batches as the others and their number must not change; use --workers with one of {able}, or "
+            "--set method.gather=false"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ step
@@ -184,13 +232,17 @@ def step(
     seeds: Sequence[int],
     autocast: contextlib.AbstractContextManager[Any],
     sync: Callable[[list[nn.Parameter]], None],
+    mean_count: float | None = None,
 ) -> dict[str, torch.Tensor]:
     """One optimizer step over ``count`` micro-batches; returns the method's metrics, summed.
 
     Args:
         seeds: one per micro-batch, for whatever the network draws (dropout, drop path).
         sync: averages the gradients over the workers.
+        mean_count: ``count`` on average over the workers, where they have unequally many: divided by it, the average
+            of the workers' gradients is that of all micro-batches. None where all have ``count``.
     """
+    mean_count = count if mean_count is None else mean_count
     totals: dict[str, torch.Tensor] = {}
     ddp = method if isinstance(method, nn.parallel.DistributedDataParallel) else None
     optimizer.zero_grad(set_to_none=True)
@@ -201,7 +253,7 @@ def step(
         with contextlib.nullcontext() if last or ddp is None else ddp.no_sync():
             with autocast:
                 loss, metrics = method(batch, progress)
-            (loss / count).backward()
+            (loss / mean_count).backward()
         add_metrics(totals, metrics)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     sync(params)
@@ -250,7 +302,9 @@ class Worker:
         self.job, self.cfg, self.feed, self.share = job, job.train, feed, share
         self.rank, self.world, self.device = rank, world, device
         self.order = data.opened(feed[0]).order
-        self.count = accumulation(self.cfg, world)
+        accumulation(self.cfg, world)
+        self.micro_batches = micro_batches(self.cfg)
+        self.own = data.dealt(self.micro_batches, rank, world)
         self.total_steps = self.cfg.epochs * self.order.steps_per_epoch
         # Every rank builds from the same seed, so all start alike without a broadcast.
         torch.manual_seed(draws.integer(self.cfg.seed, "init"))
@@ -306,7 +360,8 @@ class Worker:
             lr = lr_at(min(self.step, self.total_steps - 1), self.cfg, self.order.steps_per_epoch)
             print(
                 f"resumed after step {self.step:,} of {self.total_steps:,} "
-                f"(epoch {self.step // self.order.steps_per_epoch + 1}), lr {lr:.3g}, {tensors:,} tensors",
+                f"(epoch {self.step // self.order.steps_per_epoch + 1}), lr {lr:.3g}, {tensors:,} tensors, "
+                f"{self.world} workers",
                 flush=True,
             )
 
@@ -352,8 +407,17 @@ class Worker:
 
     # -- the loop
 
-    def run(self, report: Callable[[dict[str, Any]], None], tracker: Any = None) -> list[dict[str, Any]]:
-        """Train from the newest checkpoint to the end; returns the history (one mapping per epoch)."""
+    def run(
+        self,
+        report: Callable[[dict[str, Any]], None],
+        tracker: Any = None,
+        heard: notices.Notices | None = None,
+    ) -> list[dict[str, Any]]:
+        """Train from the newest checkpoint to the end; returns the history (one mapping per epoch).
+
+        Raises:
+            Left: ``heard`` says that it is time to go; the state after the last step is stored.
+        """
         if self.probe is not None:  # before anything is restored, so that a resumed run has the same number
             self.probe_floor = self.probe.measure(self.method.backbone)["probe_dice"]
         self.restore()
@@ -366,20 +430,20 @@ class Worker:
         batches = _Timed(self._batches())
         bar = _progress_bar(self.job.progress and self.rank == 0, self.total_steps, self.step)
         started = time.monotonic()
+        save_s = 0.0
         while not self._finished():
+            step_started = time.monotonic()
             totals = step(
                 wrapped,
                 self.optimizer,
                 batches,
-                count=self.count,
+                count=len(self.own),
+                mean_count=self.micro_batches / self.world,
                 progress=self.step / self.total_steps,
                 lr=lr_at(self.step, self.cfg, steps_per_epoch),
                 cfg=self.cfg,
                 # By place in the step, not by rank: another number of workers draws the same.
-                seeds=[
-                    draws.integer(self.cfg.seed, "torch", self.step, self.rank * self.count + i)
-                    for i in range(self.count)
-                ],
+                seeds=[draws.integer(self.cfg.seed, "torch", self.step, place) for place in self.own],
                 autocast=_autocast(self.cfg, self.device),
                 sync=sync,
             )
@@ -394,13 +458,25 @@ class Worker:
                 self.timing["wait_s"] = batches.reset()
                 self._end_epoch()
                 started = time.monotonic()  # validating and probing are not training
-            if epoch_done or (every is not None and self.step % every == 0):
+            due = (
+                notices.GO_ON if heard is None else self._due(heard, time.monotonic() - step_started, save_s)
+            )
+            if due or epoch_done or (every is not None and self.step % every == 0):
                 state = self.state()
                 if self.rank == 0:
                     self.writer.save(state)
+            if due:
+                save_started = time.monotonic()
+                self.writer.wait()
+                save_s = time.monotonic() - save_started
+            if epoch_done and tracker is not None:
+                tracker.sync(self.history)
+            if heard is not None and due == notices.LEAVE and not self._finished():
+                # Before the report, in which all ranks wait for a controller that may be waiting for us.
+                bar.close()
+                heard.left()
+                raise Left(self.step)
             if epoch_done:
-                if tracker is not None:
-                    tracker.sync(self.history)
                 report(_scalars(self.history[-1]))
         bar.close()
         self.writer.wait()
@@ -409,6 +485,19 @@ class Worker:
     def _finished(self) -> bool:
         at_epochs_end = self.step % self.order.steps_per_epoch == 0
         return self.step >= self.total_steps or (at_epochs_end and out_of_patience(self.history, self.cfg))
+
+    def _due(self, heard: notices.Notices, step_s: float, save_s: float) -> int:
+        """The most urgent of what the ranks think is due, the same on every rank."""
+        due, ask = heard.due(step_s, save_s)
+        if self.world > 1:
+            import torch.distributed as dist
+
+            agreed = torch.tensor([due, int(ask)], device=self.device)
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+            due, ask = agreed.tolist()
+        if ask:
+            heard.ask()
+        return due
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         arrays = data.batches(
@@ -769,33 +858,57 @@ def fit(
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    accumulation(job.train, share.workers)
+    check_workers(job.train, job.method, resources)
     if job.train.validate_every_epochs and not getattr(feed, "val", ()):
         raise UserError("there are no labelled cases to validate on; set train.validate_every_epochs=0")
-    trainer = TorchTrainer(
-        train_worker,  # type: ignore[arg-type]  # it may return a value; Ray's annotation forgets that
-        # References in lists: Ray would otherwise put the values themselves into every worker's arguments.
-        train_loop_config={"job": job, "feed": [ray.put(feed)], "share": share, "watched": bool(callbacks)},
-        scaling_config=ScalingConfig(
-            num_workers=share.workers,
-            use_gpu=share.use_gpu,
-            resources_per_worker={"CPU": share.cpus_per_worker, **({"GPU": 1} if share.use_gpu else {})},
-        ),
-        run_config=RunConfig(  # type: ignore[call-arg]  # Ray's stub is of its older RunConfig
-            # Checkpoints are ours (verified on load, a torn one falls back); Ray's own records are only of this
-            # attempt, so a run killed while Ray wrote them cannot hinder the next.
-            name=f"{job.fingerprint}-{time.time_ns():x}",
-            storage_path=_scratch(),
-            failure_config=FailureConfig(max_failures=resources.max_failures),
-            callbacks=list(callbacks),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    result: Any = trainer.fit()  # Ray's stub lacks return_value, what rank 0 returned
-    assert result.return_value is not None
-    if "diverged" in result.return_value:
-        raise Diverged(result.return_value["diverged"])
-    return result.return_value
+    # References in lists: Ray would otherwise put the values themselves into every worker's arguments.
+    config = {"job": job, "feed": [ray.put(feed)], "share": share, "watched": bool(callbacks)}
+    elastic = resources.least < resources.most
+    num_workers: Any = (resources.least, resources.most) if elastic else share.workers
+    stop = threading.Event()
+    while True:
+        run = f"{job.fingerprint}-{time.time_ns():x}"
+
+        def told(run: str = run) -> None:
+            stop.set()
+            notices.tell(run)
+
+        watchers = list(callbacks)
+        if elastic:
+            watchers.append(notices.leave_before_resizing(run))
+        trainer = TorchTrainer(
+            train_worker,  # type: ignore[arg-type]  # it may return a value; Ray's annotation forgets that
+            train_loop_config={**config, "run": run},
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]  # Ray's stub is of its older ScalingConfig
+                num_workers=num_workers,
+                elastic_resize_monitor_interval_s=resources.resize_every_s,
+                use_gpu=share.use_gpu,
+                resources_per_worker={"CPU": share.cpus_per_worker, **({"GPU": 1} if share.use_gpu else {})},
+            ),
+            run_config=RunConfig(  # type: ignore[call-arg]  # and of its older RunConfig
+                # Checkpoints are ours (verified on load, a torn one falls back); Ray's own records are only of this
+                # attempt, so a run killed while Ray wrote them cannot hinder the next.
+                name=run,
+                storage_path=_scratch(),
+                failure_config=FailureConfig(max_failures=resources.max_failures),
+                callbacks=watchers,
+                logging_config=LoggingConfig(log_level="WARNING"),
+            ),
+        )
+        with notices.sigterm(told):
+            result: Any = trainer.fit()  # Ray's stub lacks return_value, what rank 0 returned
+        notices.forget(run)
+        assert result.return_value is not None
+        if "diverged" in result.return_value:
+            raise Diverged(result.return_value["diverged"])
+        if "left" not in result.return_value:
+            return result.return_value
+        step = result.return_value["left"]
+        if stop.is_set():
+            raise Stopped(
+                f"stopped after step {step:,}, which is stored; the same command goes on from there"
+            )
+        print(f"workers were asked to go: step {step:,} is stored, training goes on from there", flush=True)
 
 
 def _scratch() -> str:
@@ -827,8 +940,12 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives of Python objects go through the current device
     worker = Worker(job, config["feed"], share, rank=rank, world=world, device=device)
+    heard = notices.Notices(config["run"], rank, ray.train.get_preemption_info)
     try:
-        history = worker.run(ray.train.report, tracker)
+        with heard.listening():
+            history = worker.run(ray.train.report, tracker, heard)
+    except Left as err:
+        return {"left": err.step}  # Ray would count an exception as a failure; `fit` starts the ranks again
     except Diverged as err:
         # A value and not an exception, which Ray would answer by starting all workers again.
         if tracker is not None:

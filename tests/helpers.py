@@ -70,10 +70,13 @@ def fit_here(
         context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
         patch.setattr(ray.train, "get_context", lambda: context)
         patch.setattr(ray.train, "report", lambda metrics: None)
+        patch.setattr(ray.train, "get_preemption_info", lambda: None)
         patch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
         try:
             feeds = [ray.put(feed)]
-            return train.train_worker({"job": job, "feed": feeds, "share": alone, "watched": False})
+            return train.train_worker(
+                {"job": job, "feed": feeds, "share": alone, "watched": False, "run": "here"}
+            )
         finally:
             root.setLevel(level)
             torch.set_num_threads(threads)

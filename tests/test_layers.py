@@ -39,6 +39,7 @@ FLOORS = [
         "infer",
         "probe",
         "checkpoints",
+        "notices",
         "doctor",
         "report",
         "serving",

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from logonet import (
     evaluate,
     infer,
     methods,
+    notices,
     phantom,
     probe,
     store,
@@ -64,15 +66,20 @@ def test_learning_rate_warms_up_linearly_then_follows_a_cosine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "batch", "glob", "count"), [(1, 1, 16, 16), (16, 1, 16, 1), (2, 2, 8, 2)]
+    ("workers", "batch", "glob", "count"), [(1, 1, 16, 16), (16, 1, 16, 1), (2, 2, 8, 2), (3, 1, 16, 6)]
 )
 def test_accumulation_keeps_the_global_batch(workers: int, batch: int, glob: int, count: int) -> None:
     assert train.accumulation(train.Config(global_batch=glob, batch_size=batch), workers) == count
 
 
 def test_a_global_batch_that_does_not_divide_names_those_that_do() -> None:
-    with pytest.raises(UserError, match=r"train.global_batch=15 or 18"):
-        train.accumulation(train.Config(global_batch=16), workers=3)
+    with pytest.raises(UserError, match=r"train.global_batch=14 or 16"):
+        train.accumulation(train.Config(global_batch=15, batch_size=2), workers=3)
+
+
+def test_a_worker_without_anything_to_do_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--workers 8 or fewer, or --set train.global_batch=18 or more"):
+        train.accumulation(train.Config(global_batch=16, batch_size=2), workers=9)
 
 
 @pytest.mark.parametrize(
@@ -455,6 +462,58 @@ def test_ranks_share_a_step_whatever_their_number(feed: Any) -> None:
             )
             parts.append(list(stream)[step]["image"])
         assert np.array_equal(np.concatenate(parts), one[step]["image"])
+
+
+def test_ranks_that_have_unequally_many_batches_share_a_step_too(feed: Any) -> None:
+    stream = functools.partial(data.batches, feed, start_step=1, stop_step=3, batch_size=1, share=SHARE)
+    one = [batch["image"] for batch in stream(rank=0, world=1)]
+    ranks = [[batch["image"] for batch in stream(rank=rank, world=3)] for rank in range(3)]
+    assert [len(parts) for parts in ranks] == [2, 2, 4]
+    for step in range(2):
+        own = [part for rank, n in zip(ranks, (1, 1, 2)) for part in rank[step * n : (step + 1) * n]]
+        assert np.array_equal(np.concatenate(own), np.concatenate(one[4 * step : 4 * step + 4]))
+
+
+@pytest.mark.parametrize("at_step", [3, 4])  # in the middle of epoch 2 and at its end
+def test_sigterm_stores_the_step_and_the_run_goes_on_from_it(
+    feed: Any, whole: train.Worker, tmp_path: Path, at_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = a_job(f"{tmp_path}/left")
+    first = a_worker(feed, job)
+    real_step, reported = train.step, []
+
+    def step_with_signal(*args: Any, **kwargs: Any) -> Any:
+        if first.step + 1 == at_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "step", step_with_signal)
+        heard = notices.Notices("left", 0, lambda: None)
+        with heard.listening(), pytest.raises(train.Left) as left:
+            first.run(reported.append, heard=heard)
+    assert left.value.step == at_step
+    assert len(reported) == 1
+    found = checkpoints.newest(job.uri, job.fingerprint)
+    assert found is not None
+    assert found.step == at_step
+    second = a_worker(feed, job)
+    second.run(lambda metrics: None, heard=notices.Notices("left", 0, lambda: None))
+    assert_same_run(second, whole)
+
+
+def test_a_sigterm_during_the_last_step_is_no_reason_to_leave(
+    feed: Any, whole: train.Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = a_worker(feed, a_job(str(tmp_path)))
+    heard = notices.Notices("end", 0, lambda: None)
+    monkeypatch.setattr(
+        heard,
+        "due",
+        lambda *_: (notices.LEAVE if worker.step == worker.total_steps else notices.GO_ON, False),
+    )
+    worker.run(lambda metrics: None, heard=heard)
+    assert_same_run(worker, whole)
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_sentence(feed: Any, tmp_path: Path) -> None:
@@ -958,6 +1017,76 @@ def test_the_epoch_line_says_probe_dice_against_the_untrained_network() -> None:
 
 
 # --------------------------------------------------------------------------------------------- the ranks
+
+
+@pytest.mark.parametrize("mode", ["flat", "ddp"])
+def test_three_ranks_average_the_gradients_of_four_batches(
+    mode: str, ray_local: None, tmp_path: Path
+) -> None:
+    """Through real collectives: one rank has two of them. And what one rank hears, all do."""
+    import ray
+
+    @ray.remote(num_cpus=1)
+    def take(rank: int, world: int) -> tuple[list[np.ndarray], int]:
+        from datetime import timedelta
+        from types import SimpleNamespace
+
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        if world > 1:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{tmp_path}/meet-{mode}",
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=120),
+            )
+        try:
+            torch.manual_seed(0)
+            net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+            module: Any = train.nn.Module()
+            module.net = net
+            module.forward = lambda batch, progress: (net(batch["x"]).square().mean(), {})
+            x_MBF = torch.randn(4, 2, 6, generator=torch.Generator().manual_seed(1))
+            sync = train.average_gradients if world > 1 else lambda params: None
+            if mode == "ddp" and world > 1:
+                kwargs = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+                module, sync = (
+                    torch.nn.parallel.DistributedDataParallel(module, **kwargs),
+                    lambda params: None,
+                )
+            own = data.dealt(4, rank, world)
+            for _ in range(2):  # DDP lays its buckets out anew after the first
+                train.step(
+                    module,
+                    torch.optim.SGD(net.parameters(), lr=0.1),
+                    ({"x": x_MBF[i]} for i in own),
+                    count=len(own),
+                    mean_count=4 / world,
+                    progress=0.0,
+                    lr=0.1,
+                    cfg=train.Config(),
+                    seeds=list(own),
+                    autocast=torch.autocast("cpu", enabled=False),
+                    sync=sync,
+                )
+            me: Any = SimpleNamespace(world=world, device=torch.device("cpu"))
+            heard: Any = SimpleNamespace(
+                due=lambda *_: (notices.LEAVE if rank == 1 else notices.GO_ON, False)
+            )
+            due = train.Worker._due(me, heard, 0.0, 0.0)
+            return [p.detach().numpy() for p in net.parameters()], due
+        finally:
+            if world > 1:
+                dist.destroy_process_group()
+
+    alone, _ = ray.get(take.remote(0, 1))
+    ranks = ray.get([take.remote(rank, 3) for rank in range(3)])
+    for weights, due in ranks:
+        assert due == notices.LEAVE
+        for a, b in zip(weights, alone):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_one_rank_probes_and_all_are_told(

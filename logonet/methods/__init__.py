@@ -29,6 +29,9 @@ N clusterers, F features.
 ``SEES_BATCH: bool``, optional
     True where a sample's loss depends on the others of its forward pass, and what is learnt on
     ``train.batch_size``. Samples of one pass are the same whatever the number of workers.
+``gathers(cfg) -> bool``, optional
+    True where ``forward`` waits for the other ranks': every rank then needs equally many forward passes, and what is
+    learnt depends on the number of workers.
 ``sizes(cfg, size_vox) -> tuple[tuple[int, int, int], ...]``, optional
     The sizes (X, Y, Z in voxels) of what it puts through ``encode``; the crop's where the file does not say.
 ``warning(entry) -> str | None``, optional
@@ -122,6 +125,12 @@ def needs(name: str) -> frozenset[str]:
 def sees_batch(name: str) -> bool:
     """Whether a sample's loss depends on the others of its forward pass."""
     return getattr(_file(name), "SEES_BATCH", False)
+
+
+def gathers(name: str, cfg: Any) -> bool:
+    """Whether a forward pass waits for those of the other ranks."""
+    of = getattr(_file(name), "gathers", None)
+    return of is not None and of(cfg)
 
 
 def least_batch(name: str) -> int:

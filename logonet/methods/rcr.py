@@ -64,6 +64,11 @@ class Config:
     gather: bool = False
 
 
+def gathers(cfg: Config) -> bool:
+    """Whether ``forward`` waits for those of the other ranks."""
+    return cfg.gather
+
+
 def check(cfg: Config, facts: Facts) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
     if facts.size_vox[0] != facts.size_vox[1]:

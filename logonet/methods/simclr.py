@@ -52,6 +52,11 @@ class Config:
     gather: bool = False
 
 
+def gathers(cfg: Config) -> bool:
+    """Whether ``forward`` waits for those of the other ranks."""
+    return cfg.gather
+
+
 def check(cfg: Config, facts: Facts) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
     _views.check(cfg.view_vox, facts.size_vox)

@@ -136,6 +136,7 @@ def evaluate_model(
         if chosen.artifact is None:
             raise UserError(f"--data is missing; {model_uri} does not say which scans it was split on")
         source = chosen.artifact.facts["source"]
+    resources.fixed("an evaluation")
     share = cluster.share(resources)
     table, _ = import_scans(source, root, share)
     scans = test_scans(table, chosen)

@@ -314,7 +314,7 @@ def finetune(
     """
     weights = find_weights(cfg.init.weights, root)
     cfg = resolve_finetuning(cfg, weights)
-    train.accumulation(cfg.train, resources.workers)
+    train.check_workers(cfg.train, cfg.method, resources)
     share = trial.share if trial else cluster.share(resources)
     table, _ = import_scans(source, root, share)
     split, split_artifact = make_split(table, cfg.split, cfg.leaks, weights.seen if weights else None, root)

@@ -21,6 +21,7 @@ def predict_bucket(
     """
     started = time.monotonic()
     chosen = choose(model_uri)
+    resources.fixed("a prediction")
     share = cluster.share(resources)
     items = predict.items_of(importers.sources(source), source)
     predict.check_apart(items, source, output)

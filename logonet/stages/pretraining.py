@@ -189,7 +189,7 @@ def pretrain(
         trial: of the sweep that the run is a trial of.
     """
     cfg = resolve(cfg)
-    train.accumulation(cfg.train, resources.workers)
+    train.check_workers(cfg.train, cfg.method, resources)
     share = trial.share if trial else cluster.share(resources)
     up = upstream(cfg, source, root, share, labelled)
     crop_table, labels_PNZ, lineage = up.crops, up.labels_PNZ, up.lineage

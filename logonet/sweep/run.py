@@ -44,7 +44,7 @@ def run(sweep: Sweep, resources: Resources, budget: Budget, *, at_once: int = 0)
     wanted = budget.trials or spaces.default_trials(sweep.space)
     if wanted is None:
         raise UserError("not all searched keys are grids; say how many trials with --budget.trials")
-    train.accumulation(sweep.base.train, resources.workers)
+    train.accumulation(sweep.base.train, resources.fixed("a sweep"))
     runs, share = cluster.shares(resources, wanted, at_once)
     records.claim(sweep.uri, spec(sweep))
     say("sweep", f"{sweep.uri}\n{spaces.describe(sweep.space)}")

@@ -1,0 +1,168 @@
+"""How a run hears that a machine is about to go, or that one has come: SIGTERM, Ray's preemption notice, and the word
+of the driver or of Ray's controller.
+
+The ranks hear of it at different moments and must all do the same, so each only says what it thinks is due at a step's
+end (`Notices.due`), and `train.Worker` has them agree on the most urgent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+GO_ON, SAVE, LEAVE = range(3)  # what is due at a step's end; LEAVE saves too
+ASK_EVERY_S = 1.0
+LEAST_MARGIN_S = 5.0  # before a machine goes, beside what steps and saving take
+RESIZE_WAIT_S = 60.0  # for the workers to save and leave before their group is made anew
+TOLD, LEFT = b"leave", b"left"
+
+
+# ------------------------------------------------------------------- words between driver, controller and rank 0
+
+
+def _kv() -> Any:
+    # A few bytes in Ray's own table: an actor for them would be one more process on every machine that runs a sweep.
+    from ray.experimental import internal_kv
+
+    return internal_kv
+
+
+def tell(run: str) -> None:
+    """Have the ranks of ``run`` save and leave after the step that they are in."""
+    _kv()._internal_kv_put(f"logonet/{run}", TOLD, overwrite=True)
+
+
+def forget(run: str) -> None:
+    """Take back what was told."""
+    _kv()._internal_kv_del(f"logonet/{run}")
+
+
+def leave_before_resizing(run: str) -> Any:
+    """A callback for Ray Train's controller, which would else stop its workers within a step and lose the steps since
+    their last checkpoint."""
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+    from ray.train.v2._internal.execution.controller.state import ResizingState
+
+    class LeaveFirst(ControllerCallback):
+        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+            if not isinstance(current_state, ResizingState):
+                return
+            tell(run)
+            until = time.monotonic() + RESIZE_WAIT_S
+            while time.monotonic() < until and _kv()._internal_kv_get(f"logonet/{run}") != LEFT:
+                time.sleep(0.05)
+            forget(run)
+
+    return LeaveFirst()
+
+
+# ---------------------------------------------------------------------------------------------------- SIGTERM
+
+
+def _on_sigterm(then: Callable[[], None]) -> Any:
+    """Call ``then`` at the first SIGTERM; the second does what it did before, which is returned. Main thread only."""
+    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+
+    def heard(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, before)
+        then()
+
+    signal.signal(signal.SIGTERM, heard)
+    return before
+
+
+@contextlib.contextmanager
+def sigterm(then: Callable[[], None]) -> Iterator[None]:
+    """Call ``then`` at SIGTERM, in this block. Off the main thread, as in a sweep's trial, there is nothing to hear."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = _on_sigterm(then)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ------------------------------------------------------------------------------------------------------ a rank
+
+
+class Notices:
+    """What one rank has heard.
+
+    Args:
+        run: that `tell` names; only rank 0 listens to it.
+        preemption: Ray's ``get_preemption_info``, which all ranks must call equally often.
+    """
+
+    def __init__(self, run: str, rank: int, preemption: Callable[[], Any]):
+        self.run, self.rank, self.preemption = run, rank, preemption
+        self._sigterm = threading.Event()
+        self._told = False
+        self._deadline_s: float | None = None  # Unix time when a machine goes; 0 where Ray does not know
+        self._saved_for_s: float | None = None  # the deadline that a checkpoint was already written for
+        self._asked_s = -math.inf
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear SIGTERM in this block, instead of ending by it."""
+        if threading.current_thread() is not threading.main_thread():
+            # Ray Train runs us in a thread, and Python lets only the main one set handlers: that runs actors' methods.
+            import ray
+
+            _LISTENERS[self.run] = self._sigterm
+            me: Any = ray.get_runtime_context().current_actor
+            ray.get(me.execute.remote(_listen, self.run))
+        with sigterm(self._sigterm.set):
+            yield
+
+    def due(self, step_s: float, save_s: float) -> tuple[int, bool]:
+        """What this rank thinks is due at the end of a step, and whether all ranks should call `ask` now.
+
+        Args:
+            step_s: what the step took.
+            save_s: what writing a checkpoint took the last time; 0 when unknown.
+        """
+        if self._sigterm.is_set():
+            return LEAVE, False
+        if self.rank:
+            return GO_ON, False
+        ask = time.monotonic() - self._asked_s >= ASK_EVERY_S
+        if ask:
+            self._asked_s = time.monotonic()
+            self._told = self._told or _kv()._internal_kv_get(f"logonet/{self.run}") == TOLD
+        if self._told:
+            return LEAVE, False
+        if self._deadline_s is None:
+            return GO_ON, ask
+        # Two of each, since neither takes the same time twice.
+        margin_s = LEAST_MARGIN_S + 2 * (step_s + save_s)
+        if time.time() > self._deadline_s - margin_s:
+            return LEAVE, False
+        if self._saved_for_s != self._deadline_s:
+            self._saved_for_s = self._deadline_s
+            return SAVE, ask
+        return GO_ON, ask
+
+    def ask(self) -> None:
+        """Ask Ray whether a machine is going. All ranks wait for each other here."""
+        info = self.preemption()
+        if info is not None:
+            self._deadline_s = info.deadline_ms / 1000 if info.deadline_ms else 0.0
+
+    def left(self) -> None:
+        """Say that the ranks have saved and leave."""
+        if self._told:
+            _kv()._internal_kv_put(f"logonet/{self.run}", LEFT, overwrite=True)
+
+
+_LISTENERS: dict[str, threading.Event] = {}
+
+
+def _listen(run: str) -> None:
+    _on_sigterm(_LISTENERS[run].set)
