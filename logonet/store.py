@@ -100,7 +100,14 @@ def is_s3(uri: str) -> bool:
 
 
 def join(root: str, *parts: str) -> str:
-    """``root/part/...`` with single slashes between."""
+    """``root/part/...`` with single slashes between: always a place below ``root``.
+
+    Raises:
+        UserError: for a part with ``..`` in it, since names come from manifests and listings too.
+    """
+    for part in parts:
+        if ".." in part.split("/"):
+            raise UserError(f"the name '{part}' leads out of {root}; use a name without '..'")
     return "/".join([root.rstrip("/"), *(p.strip("/") for p in parts if p.strip("/"))])
 
 
@@ -678,8 +685,14 @@ def _walk(prefix_uri: str) -> Iterator[str]:
         if not isinstance(err, FileNotFoundError):  # as on S3, a folder that is not there is empty
             raise err
 
+    way_to = {root: {os.path.realpath(root)}}
     with _plainly(prefix_uri):
-        for folder, _, files in os.walk(root, onerror=refuse, followlinks=True):
+        for folder, below, files in os.walk(root, onerror=refuse, followlinks=True):
+            # A link back to a folder on the way here would be followed for ever.
+            here = way_to.pop(folder)
+            real = {name: os.path.realpath(os.path.join(folder, name)) for name in below}
+            below[:] = [name for name in below if real[name] not in here]
+            way_to |= {os.path.join(folder, name): here | {real[name]} for name in below}
             for name in files:
                 yield os.path.relpath(os.path.join(folder, name), root)
 
