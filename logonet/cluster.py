@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from logonet.errors import UserError
+from logonet.redaction import HIDE_NAMES, without_secrets
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ PASSED_ON = (
     "AWS_REGION",
     "LOGONET_HOME",
     "MLFLOW_TRACKING_URI",
+    HIDE_NAMES,
 )
 
 
@@ -84,7 +86,7 @@ def _env_vars() -> dict[str, str]:
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     given = ((job.get("runtime_env") or {}).get("env_vars") or {}).keys()
     names = [n for n in (*PASSED_ON, *RAY_SETTINGS) if n in os.environ and n not in given]
-    return {n: os.environ[n] for n in names if "@" not in os.environ[n]}
+    return {n: os.environ[n] for n in names if without_secrets(os.environ[n]) == os.environ[n]}
 
 
 def address() -> str | None:

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from logonet import config, store
+from logonet import config, redaction, store
 from logonet.errors import UserError
 from logonet.manifest import MAX_LABEL, NIFTI_SUFFIXES, Source, stem
 from logonet.store import Entry
@@ -90,6 +90,7 @@ def sources(uri: str) -> list[Source]:
         nothing = f"no scans found ({len(known)} files; looked for {looked_for}); correct the URI"
     if not found:
         raise UserError(f"{uri}: {nothing}")
+    redaction.hide_names((s.uri, (*s.files, s.label_uri, s.subject)) for s in found)
     return _versioned(found, known)
 
 

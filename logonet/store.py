@@ -54,6 +54,7 @@ from botocore.exceptions import (
 from urllib3.exceptions import HTTPError as Urllib3Error
 
 from logonet.errors import UserError
+from logonet.redaction import without_secrets
 
 S3 = "s3://"
 TEMP_MARK = ".logonet-tmp-"  # unfinished local writes; listings skip them, abort_stale_uploads sweeps them
@@ -134,6 +135,10 @@ def local_path(uri: str) -> str:
 
 def _bucket_key(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix(S3).partition("/")
+    if "@" in uri and without_secrets(uri) != uri:
+        raise UserError(
+            f"{uri}: holds credentials, which would end up in logs; leave them out and set {_KEYS} or AWS_PROFILE"
+        )
     if not bucket:
         raise UserError(f"{uri} names no bucket; write s3://bucket/key")
     return bucket, key

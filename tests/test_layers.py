@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
+    {"redaction"},
     {"errors"},
     {"config", "draws", "tables"},
     {"store"},
@@ -76,7 +77,7 @@ NEIGHBOURS = {
     ("sweep", "stages"),
 }
 ONLY = {"boto3": {"store"}, "botocore": {"store"}, "mlflow": {"registry"}}
-NO_RAY_BELOW = 6
+NO_RAY_BELOW = 7
 
 
 def floor(room: str) -> int:
