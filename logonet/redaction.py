@@ -28,10 +28,10 @@ _CREDENTIALS = [
     (re.compile(r"(\w+://)[^/\s@:]+:(?!\d+/)[^\s@]+@"), r"\1REDACTED@"),
     (re.compile(r"([?&](?:x-amz-\w+|signature|sig|awsaccesskeyid|se|sv)=)[^&\s]+", re.I), r"\1REDACTED"),
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), HIDDEN),
-    (re.compile(rf"([\w.-]*{_SECRET}[\w.-]*[\"']?=)[^\s,&]+", re.I), r"\1REDACTED"),
+    (re.compile(rf"({_SECRET}[\w.-]*[\"']?=)[^\s,&]+", re.I), r"\1REDACTED"),
 ]
 # In data, unlike in sentences, what follows such a word is its value.
-_VALUES = (re.compile(rf"([\w.-]*{_SECRET}[\w.-]*[\"']?(?:\s*[=:]\s*|\s+))[^\s,&]+", re.I), r"\1REDACTED")
+_VALUES = (re.compile(rf"({_SECRET}[\w.-]*[\"']?(?:\s*[=:]\s*|\s+))[^\s,&]+", re.I), r"\1REDACTED")
 _SCANS = (re.compile(r"[^=,;'\"\[\]{}]*\.(?:nii(?:\.gz)?|dcm|ima|mha|mhd|nrrd)\b", re.I), "[scan]")
 
 

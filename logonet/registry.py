@@ -33,13 +33,14 @@ from typing import Any, Literal, get_args
 import logonet
 from logonet import config
 from logonet.errors import UserError
-from logonet.redaction import SECRET_NAME, redact
+from logonet.redaction import SECRET_NAME, redact, without_secrets
 
 log = logging.getLogger(__name__)
 
 FINGERPRINT_TAG = "logonet.fingerprint"
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own: its pages show a run below the one named here
 NON_FINITE_TAG = "logonet.non_finite"
+TEXTS = (".yaml", ".json", ".csv", ".html", ".txt")  # artifacts that are looked through for secrets
 MAX_METRICS_PER_BATCH = 1000  # the REST API refuses more
 RETRY_S = 2.0
 # MLflow's own defaults (7 retries, 120 s each) hold the last flush of a job for minutes when the server
@@ -177,8 +178,12 @@ class Tracker:
         for name in files:
             assert not posixpath.isabs(name), name
             assert ".." not in name.split("/"), name
+        clean = {
+            name: without_secrets(data.decode()).encode() if name.endswith(TEXTS) else data
+            for name, data in files.items()
+        }
         with self._changed:
-            self._files.update(files)
+            self._files.update(clean)
             self._ask()
 
     def run_id(self, timeout_s: float = 20.0) -> str | None:

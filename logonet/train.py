@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from logonet import backbones, cases, checkpoints, data, draws, infer, methods, probe, store, transfer, volume
-from logonet.cluster import Resources, Share, quiet
+from logonet.cluster import Resources, Share, on_loopback, quiet
 from logonet.config import unknown
 from logonet.errors import BadScan, UserError
 from logonet.methods import Facts
@@ -766,7 +766,9 @@ def fit(
     """
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from logonet.rendezvous import LocalTorchConfig
 
     accumulation(job.train, share.workers)
     if job.train.validate_every_epochs and not getattr(feed, "val", ()):
@@ -775,6 +777,7 @@ def fit(
         train_worker,  # type: ignore[arg-type]  # it may return a value; Ray's annotation forgets that
         # References in lists: Ray would otherwise put the values themselves into every worker's arguments.
         train_loop_config={"job": job, "feed": [ray.put(feed)], "share": share, "watched": bool(callbacks)},
+        torch_config=LocalTorchConfig() if on_loopback() else TorchConfig(),
         scaling_config=ScalingConfig(
             num_workers=share.workers,
             use_gpu=share.use_gpu,

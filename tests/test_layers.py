@@ -46,6 +46,7 @@ FLOORS = [
         "export",
         "evaluate",
     },
+    {"rendezvous"},
     {"train", "predict", "clusters_report"},
     {"stages", "sweep", "plan"},
     {"cli"},
