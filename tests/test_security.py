@@ -7,7 +7,10 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import pickle
+import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -628,3 +631,56 @@ def test_names_of_files_are_hidden_where_that_is_asked(
     assert redaction.name_of(f"{tmp_path}/scans/Smith^Joe.nii.gz") in hidden
     monkeypatch.setattr(sys, "argv", ["jobs/pretrain.py", "--data", f"{tmp_path}/scans/Miller Ann, 1950"])
     assert "Miller" not in redaction.command_line(sys.argv)
+
+
+@pytest.mark.slow
+def test_a_whole_run_writes_no_secret_and_no_patient(bucket: str, tmp_path: Path) -> None:
+    """A pretraining on DICOM series in a bucket, in a process of its own: every byte that it leaves anywhere."""
+    import tempfile
+
+    folder = f"{bucket}/scans/Miller^Ann 1950"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in range(2):
+            for name, data in dicom_series((40, 40, 40), **IDENTIFIERS, RescaleIntercept=-1024 - number)[0]:
+                store.write(f"{folder}/visit{number}/{Path(name).name}", data)
+        for name, data in dicom_series((6, 5, 4), **IDENTIFIERS, damaged=damaged)[0]:
+            store.write(f"{folder}/torn/{Path(name).name}", data)
+    ray_folder = tempfile.mkdtemp(prefix="sec-", dir="/tmp")  # short: it holds sockets
+    env = {
+        **os.environ,
+        "LOGONET_HOME": str(tmp_path / "home"),
+        "RAY_TMPDIR": ray_folder,
+        "PYTHONPATH": str(ROOT),
+    }
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        env.pop(name, None)
+    for name in ("MLFLOW_TRACKING_PASSWORD", "MY_API_KEY", "SOME_SECRET"):
+        env[name] = PLANTED
+    env |= {redaction.HIDE_NAMES: "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "jobs/pretrain.py", "--recipe", "demo", "--data", f"{bucket}/scans/"]
+    command += ["--root", f"{bucket}/runs", "--workers", "2", "--object-store-mb", "300"]
+    for setting in ("clusterers.n=2", "clusterers.iterations=2", "train.epochs=1", "split=null"):
+        command += ["--set", setting]
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=540)
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said[-3000:]
+        places = {"output": said.encode()}
+        for place in (tmp_path, Path(ray_folder)):
+            places |= {str(p): p.read_bytes() for p in place.rglob("*") if p.is_file() and not p.is_symlink()}
+        places |= {e.uri: store.read(e.uri) for e in store.listing(f"{bucket}/runs")}
+    finally:
+        shutil.rmtree(ray_folder, ignore_errors=True)
+    for part in ("/home/mlflow.db", "/logs/", "report.html", "quarantine.csv"):
+        assert any(part in place for place in places), part
+    assert "quarantined" in said
+    for text in (PLANTED, os.environ["AWS_SECRET_ACCESS_KEY"], *TEXTS):
+        leaks = [place for place, data in places.items() if text.encode() in data]
+        assert not leaks, (text, leaks)
+    # Names may be in the root, which is the user's own; and were they not, this would show nothing.
+    named = {place for place, data in places.items() if b"Miller" in data}
+    assert any(place.startswith(f"{bucket}/runs/manifest/") for place in named)
+    assert not [place for place in named if not place.startswith(f"{bucket}/runs/") or "mlflow" in place], (
+        named
+    )
