@@ -6,6 +6,7 @@ whoever connects. Between machines there is no other way. On one there is a file
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from typing import Any
 
@@ -23,10 +24,14 @@ class LocalTorchConfig(TorchConfig):
 
 
 class _Backend(ray_torch._TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    folder = ""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         gpus = worker_group.get_resources_per_worker().get("GPU", 0)
         worker_group.execute(ray_torch._set_torch_distributed_env_vars)
-        url = f"file://{tempfile.mkdtemp(prefix='logonet-meet-')}/workers"  # a new one each time: it must be empty
+        self.folder = tempfile.mkdtemp(
+            prefix="logonet-meet-"
+        )  # for each start a new one: the file must be new
         ray.get(
             [
                 worker_group.execute_single_async(
@@ -35,9 +40,13 @@ class _Backend(ray_torch._TorchBackend):
                     backend=backend_config.backend or ("nccl" if gpus else "gloo"),
                     world_rank=rank,
                     world_size=len(worker_group),
-                    init_method=url,
+                    init_method=f"file://{self.folder}/workers",
                     timeout_s=backend_config.timeout_s,
                 )
                 for rank in range(len(worker_group))
             ]
         )
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        super().on_shutdown(worker_group, backend_config)
+        shutil.rmtree(self.folder, ignore_errors=True)
