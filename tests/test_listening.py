@@ -54,15 +54,6 @@ class Group:
         return self.workers[rank].run.remote(fn, **given)
 
 
-def sum_of_ranks() -> float:
-    import torch
-    import torch.distributed as dist
-
-    total = torch.tensor([float(dist.get_rank() + 1)])
-    dist.all_reduce(total)
-    return float(total)
-
-
 def test_an_open_door_is_found() -> None:
     with socket.socket() as inside, socket.socket() as outside:
         inside.bind(("127.0.0.1", 0))
@@ -78,6 +69,15 @@ def test_ray_the_s3_server_and_training_workers_listen_on_loopback(
     ray_local: None, s3_server: S3Server
 ) -> None:
     """GCS, raylet, object manager, agents, dashboard, drivers and workers, and gloo between the workers."""
+
+    def sum_of_ranks() -> float:  # in here, as Ray's workers do not know this file
+        import torch
+        import torch.distributed as dist
+
+        total = torch.tensor([float(dist.get_rank() + 1)])
+        dist.all_reduce(total)
+        return float(total)
+
     assert cluster.on_loopback()
     group = Group(2)
     config = rendezvous.LocalTorchConfig()
