@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -684,3 +685,11 @@ def test_a_whole_run_writes_no_secret_and_no_patient(bucket: str, tmp_path: Path
     assert not [place for place in named if not place.startswith(f"{bucket}/runs/") or "mlflow" in place], (
         named
     )
+
+
+def test_every_test_that_the_page_names_is_there() -> None:
+    page = (ROOT / "docs" / "security.md").read_text()
+    named = re.findall(r"`(test_\w+)`", page)
+    defined = "".join((ROOT / "tests" / f"test_{file}.py").read_text() for file in ("security", "listening"))
+    assert len(named) > 15
+    assert not [name for name in named if f"def {name}(" not in defined]
