@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from logonet.errors import UserError
-from logonet.redaction import HIDE_NAMES, without_secrets
+from logonet.redaction import HIDE_NAMES, holds_credentials
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _env_vars() -> dict[str, str]:
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     given = ((job.get("runtime_env") or {}).get("env_vars") or {}).keys()
     names = [n for n in (*PASSED_ON, *RAY_SETTINGS) if n in os.environ and n not in given]
-    return {n: os.environ[n] for n in names if without_secrets(os.environ[n]) == os.environ[n]}
+    return {n: os.environ[n] for n in names if not holds_credentials(os.environ[n])}
 
 
 def address() -> str | None:

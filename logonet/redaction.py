@@ -17,11 +17,12 @@ from collections.abc import Iterable, Sequence
 
 HIDE_NAMES = "LOGONET_HIDE_NAMES"
 HIDDEN = "REDACTED"
-SHORTEST = 6  # characters of a secret that is told by its value; shorter ones occur by chance
+SHORTEST = 8  # characters of a secret that is told by its value; shorter ones occur by chance
 SHORTEST_NAME = 3  # the same of a scan's name: "1" stands in every second line
 
 _SECRET = r"(?:secret|passw|credential|token(?!s|i)|api_?key|access_?key|private_?key)"
 SECRET_NAME = re.compile(_SECRET, re.I)
+_NO_SECRET = re.compile(r"_(ID|FILE|PATH|DIR|CREDENTIALS)$", re.I)  # AWS_ACCESS_KEY_ID and where secrets lie
 _CREDENTIALS = [
     (re.compile(r"(\w+://)[^/\s@]+@"), r"\1REDACTED@"),
     # A secret key may have slashes; a port is none.
@@ -38,11 +39,21 @@ _SCANS = (re.compile(r"[^=,;'\"\[\]{}]*\.(?:nii(?:\.gz)?|dcm|ima|mha|mhd|nrrd)\b
 def without_secrets(text: str) -> str:
     """``text``, such as a sentence, without passwords, signatures, access keys and the environment's secrets."""
     for name, value in os.environ.items():
-        if len(value) >= SHORTEST and SECRET_NAME.search(name) and value in text:
+        if (
+            len(value) >= SHORTEST
+            and value in text
+            and SECRET_NAME.search(name)
+            and not _NO_SECRET.search(name)
+        ):
             text = text.replace(value, HIDDEN)
     for pattern, by in _CREDENTIALS:
         text = pattern.sub(by, text)
     return text
+
+
+def holds_credentials(text: str) -> bool:
+    """Whether some stand in ``text``, such as an address; by their place alone."""
+    return any(pattern.search(text) for pattern, _ in _CREDENTIALS)
 
 
 def redact(text: str) -> str:

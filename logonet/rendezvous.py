@@ -29,9 +29,7 @@ class _Backend(ray_torch._TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         gpus = worker_group.get_resources_per_worker().get("GPU", 0)
         worker_group.execute(ray_torch._set_torch_distributed_env_vars)
-        self.folder = tempfile.mkdtemp(
-            prefix="logonet-meet-"
-        )  # for each start a new one: the file must be new
+        self.folder = tempfile.mkdtemp(prefix="logonet-meet-")  # for each start: the file must be a new one
         ray.get(
             [
                 worker_group.execute_single_async(

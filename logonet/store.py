@@ -54,7 +54,7 @@ from botocore.exceptions import (
 from urllib3.exceptions import HTTPError as Urllib3Error
 
 from logonet.errors import UserError
-from logonet.redaction import without_secrets
+from logonet.redaction import holds_credentials
 
 S3 = "s3://"
 TEMP_MARK = ".logonet-tmp-"  # unfinished local writes; listings skip them, abort_stale_uploads sweeps them
@@ -135,7 +135,7 @@ def local_path(uri: str) -> str:
 
 def _bucket_key(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix(S3).partition("/")
-    if "@" in uri and without_secrets(uri) != uri:
+    if "@" in uri and holds_credentials(uri):
         raise UserError(
             f"{uri}: holds credentials, which would end up in logs; leave them out and set {_KEYS} or AWS_PROFILE"
         )

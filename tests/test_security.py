@@ -496,6 +496,8 @@ def test_known_secrets_are_told_by_their_value(monkeypatch: pytest.MonkeyPatch, 
             said = capsys.readouterr().err
             assert "RuntimeError: the server says" in said
             assert PLANTED not in said
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "session-token")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "session token")
     sentence = "s3://b/x: the session token has run out; log in again, or correct AWS_SECRET_ACCESS_KEY and the token"
     assert str(UserError(sentence)) == sentence, "an innocent sentence is garbled"
     assert str(pickle.loads(pickle.dumps(UserError(sentence)))) == sentence  # as Ray carries it
@@ -542,7 +544,8 @@ def test_mlflow_never_holds_a_secret(
         "pretrain", "name", "f00d", cfg, lineage, str(tmp_path / "runs"), "secrets"
     )
     history = [{"epoch": 1, "step": 1, "loss": 1.0}]
-    assert registry.catch_up(**told, history=history, files={"config.yaml": f"note: {PLANTED}".encode()})
+    files = {"config.yaml": f"note: {PLANTED}".encode()}
+    assert registry.catch_up(**told, history=history, files=files, timeout_s=300)
     registry.register("logonet-encoder", {"a.json": b"{}"}, {"logonet.pretrain_uri": URIS[1]}, kind="encoder")
     written = [path for folder in (mlflow_home, tmp_path) for path in folder.rglob("*") if path.is_file()]
     assert any(path.name == "mlflow.db" for path in written)
