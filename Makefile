@@ -5,7 +5,7 @@ STORE := .venv-store
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo sweep test test-all test-real test-chaos test-cuda lint bench docs clean
+.PHONY: help setup demo sweep test test-all test-real test-chaos test-cuda lint audit bench docs clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -51,6 +51,17 @@ lint: setup      ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Strict: a package that the advisory service does not know is a failure, not a pass.
+AUDIT := --strict --no-deps --disable-pip --progress-spinner off
+audit: setup     ## known vulnerabilities of every pinned package (asks PyPI), broken requirements, licences
+	test -d .venv-audit || $(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit==2.10.1 pip-licenses==5.5.5
+	.venv-audit/bin/pip-licenses --python=$(BIN)/python --summary --order=count
+	$(BIN)/python -m pip check
+	$(STORE)/bin/python -m pip check
+	.venv-audit/bin/pip-audit $(AUDIT) -r constraints.txt
+	.venv-audit/bin/pip-audit $(AUDIT) -r constraints-store.txt
+
 LONG := $(addprefix benchmarks/,hippocampus.py pretexts.py table1.py)
 bench: setup     ## the short benchmarks; each prints a table and, last, one JSON line
 	for b in $(filter-out $(LONG),$(wildcard benchmarks/[a-z]*.py)); do echo "== $$b"; $(BIN)/python $$b || exit 1; done
@@ -59,5 +70,5 @@ docs: $(VENV)/.done ## the site, in site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:           ## environments, caches and the demo's folder
-	rm -rf $(VENV) $(STORE) demo-run sweep-run site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(STORE) .venv-audit demo-run sweep-run site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

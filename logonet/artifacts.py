@@ -183,6 +183,10 @@ def _parse(raw: bytes) -> tuple[dict[str, Any], str]:
     content = {k: v for k, v in values.items() if k != "checksum"}
     if values["checksum"] != _checksum(content):
         return {}, "does not match its own checksum"
+    files = values.get("files")
+    names = files if isinstance(files, dict) else ()
+    if strange := [name for name in names if name.startswith("/") or ".." in name.split("/")]:
+        return {}, f"lists the file '{strange[0]}', which is outside its folder"
     return values, ""
 
 

@@ -12,13 +12,15 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import TracebackType
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from logonet import cluster, config, store
+from logonet import cluster, config, redaction, store
 from logonet.cluster import Resources
 from logonet.errors import Stopped, UserError, user_sentence
 
@@ -126,7 +128,10 @@ def job_config(args: ConfigArgs, recipes: Mapping[str, Callable[[], Any]]) -> An
 @contextlib.contextmanager
 def sentences() -> Iterator[None]:
     """Turn UserError, also one from a Ray task or worker, into one sentence and exit status 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
+    sys.excepthook = _traceback
     try:
         yield
     except KeyboardInterrupt:
@@ -139,8 +144,23 @@ def sentences() -> Iterator[None]:
         sentence = user_sentence(err)
         if sentence is None:
             raise
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {_shown(sentence)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _shown(text: str) -> str:
+    """What may be printed of ``text``."""
+    return redaction.without_names(redaction.without_secrets(text))
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _shown(super().format(record))
+
+
+def _traceback(kind: type[BaseException], err: BaseException, trace: TracebackType | None) -> None:
+    """A library's error may repeat an address with its password."""
+    print(_shown("".join(traceback.format_exception(kind, err, trace))), end="", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------- commands
@@ -168,7 +188,7 @@ def data_import(
     with cluster.connected(resources):
         share = cluster.share(resources)
         table, artifact = stages.import_scans(absolute(source, "SOURCE"), absolute(root, "--root"), share)
-    print(table.describe())
+    print(_shown(table.describe()))
     print(f"id {table.id}\n{artifact.uri}")
 
 
@@ -189,7 +209,7 @@ def data_check(
         found = importers.sources(absolute(source, "SOURCE"))
         checked = data.check_sources(found, cluster.share(resources))
     problems = datacheck.problems(checked)
-    print(datacheck.table(problems, cases=len(checked)))
+    print(_shown(datacheck.table(problems, cases=len(checked))))
     if datacheck.failed(problems):
         sys.exit(1)
 

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from typing import Annotated, Any
 import tyro
 
 from logonet.errors import UserError
+from logonet.redaction import HIDE_NAMES, holds_credentials
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ PASSED_ON = (
     "AWS_REGION",
     "LOGONET_HOME",
     "MLFLOW_TRACKING_URI",
+    HIDE_NAMES,
 )
 
 
@@ -152,11 +155,45 @@ def _env_vars() -> dict[str, str]:
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     given = ((job.get("runtime_env") or {}).get("env_vars") or {}).keys()
     names = [n for n in (*PASSED_ON, *RAY_SETTINGS) if n in os.environ and n not in given]
-    return {n: os.environ[n] for n in names if "@" not in os.environ[n]}
+    return {n: os.environ[n] for n in names if not holds_credentials(os.environ[n])}
 
 
 def address() -> str | None:
     return os.environ.get("RAY_ADDRESS") or None
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts within this block listens on 127.0.0.1 and nowhere else.
+
+    Its processes believe whoever reaches them. ``ray.init`` takes no loopback address; the one way to tell it is the
+    setting by which Ray serves Windows and macOS, where its clusters have one node, as ours does. It is read when
+    Ray is imported, hence the second half; and must not stay, as it forbids 'ray start' to join a cluster.
+    """
+    from ray._private import ray_constants
+
+    name, kept = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    was = os.environ.get(name)
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = kept
+        del os.environ[name]
+        if was is not None:
+            os.environ[name] = was
+
+
+def on_loopback() -> bool:
+    """Whether all of the connected cluster is on this machine and out of others' reach, as a Ray of our own is."""
+    import ray
+
+    return all(node["NodeManagerAddress"].startswith("127.") for node in ray.nodes() if node["Alive"])
+
+
+def _loopback_interface() -> str:
+    """ "lo" on Linux, "lo0" on macOS."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
 @contextlib.contextmanager
@@ -184,10 +221,12 @@ def connected(resources: Resources, logs: bool = True) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only, and it ends with this process
         options.update(address="local", num_cpus=max(cores, resources.most + 2), include_dashboard=True)
         options.update(dashboard_host="127.0.0.1")
+        runtime_env["env_vars"]["GLOO_SOCKET_IFNAME"] = _loopback_interface()
         if resources.object_store_mb:
             options["object_store_memory"] = resources.object_store_mb * MIB
     try:
-        ray.init(**options)
+        with _on_loopback() if address() is None else contextlib.nullcontext():
+            ray.init(**options)
     except ConnectionError as err:
         raise UserError(
             f"no Ray cluster answers at RAY_ADDRESS={address()} ({err}); start it with 'ray start --head' "

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from logonet import cases, clusterers, crops, datacheck, draws, manifest, methods, store
+from logonet import cases, clusterers, crops, datacheck, draws, manifest, methods, store, tables
 from logonet.artifacts import Artifact
 from logonet.cluster import Share, quiet
 from logonet.errors import BadScan, UserError
@@ -170,8 +170,10 @@ class CropTable:
     @classmethod
     def open(cls, artifact: Artifact) -> CropTable:
         """The table of a finished crops artifact."""
-        rows = pd.read_parquet(io.BytesIO(artifact.read("crops.parquet"))).to_dict("records")
-        refs = tuple(CropRef(**{str(k): v for k, v in row.items()}) for row in rows)
+        rows = tables.read_parquet(
+            artifact.read("crops.parquet"), artifact.uri_of("crops.parquet")
+        ).to_pylist()
+        refs = tuple(CropRef(**row) for row in rows)
         num_x, num_y, num_z = artifact.config["size_vox"]
         return cls(artifact.uri, (num_x, num_y, num_z), artifact.facts["in_channels"], refs)
 

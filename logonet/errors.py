@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import re
 
+from logonet.redaction import without_secrets
+
 
 class UserError(Exception):
     """Something only the user can mend.
 
     Its message is one sentence that names the file, key or setting and says what to do. The command
-    line prints it without a traceback and exits with status 2.
+    line prints it without a traceback and exits with status 2. Credentials in it are taken out: a sentence may
+    name a URI or repeat what a library said, and it goes to logs, tables and reports.
     """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(without_secrets(sentence))
 
 
 class Stopped(Exception):

@@ -66,6 +66,7 @@ def bundle(folder_uri: str, out_dir: str) -> None:
     """
     spec, weights = model.read(folder_uri)
     model.build(spec, weights)  # a bundle whose weights do not fit would only fail at the clinic
+    _need_plain_texts(spec)
     last = store.join(out_dir, "configs/metadata.json")
     if not store.exists(last) and any(store.listing(out_dir)):
         raise UserError(f"{out_dir} is not empty and not a bundle; name a new folder")
@@ -81,6 +82,21 @@ def bundle(folder_uri: str, out_dir: str) -> None:
     }
     for name, data in files.items():
         store.write(store.join(out_dir, name), data)
+
+
+def _need_plain_texts(spec: model.Spec) -> None:
+    """MONAI runs texts of a config that begin with "$"; class names come from whoever wrote the dataset.json.
+
+    Raises:
+        UserError: naming one that would be no text there.
+    """
+    texts = [*spec.classes, *(value for value in spec.backbone.values() if isinstance(value, str))]
+    for text in texts:
+        if text.lstrip().startswith(("$", "@", "%")):
+            raise UserError(
+                f"the model has a class or option called '{text}', which a MONAI config would not take as text; "
+                "rename it in the dataset.json and finetune again"
+            )
 
 
 def network(backbone: Mapping[str, Any], in_channels: int, num_classes: int) -> nn.Module:

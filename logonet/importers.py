@@ -3,6 +3,10 @@
 ``sources`` is the one entrance. The layouts: Medical Segmentation Decathlon and MONAI lists (JSON), nnU-Net v2
 raw folders, BIDS with derivatives, CSV tables, DICOM series, and plain folders of NIfTI files. Files are
 told by their names; no scan is opened here. Everything may lie in a local folder or in a bucket.
+
+Lists travel with the data they describe, so a JSON list may name what lies below the folder it was found in, and
+whatever the user allows in ``LOGONET_DATA_ROOTS``. A CSV is the user's own and may name any place; from a bucket it
+may not name this machine's files.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +22,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from logonet import config, store
+from logonet import config, redaction, store
 from logonet.errors import UserError
 from logonet.manifest import MAX_LABEL, NIFTI_SUFFIXES, Source, stem
 from logonet.store import Entry
@@ -43,6 +48,7 @@ CSV_COLUMNS = (
     "sha256",
 )
 STATS_AT_ONCE = 16
+DATA_ROOTS = "LOGONET_DATA_ROOTS"  # places that lists may name besides their own, with commas between
 Entries = Mapping[str, Entry]  # what a listing gave, by URI
 
 
@@ -65,7 +71,7 @@ def sources(uri: str) -> list[Source]:
             found = _nnunet(uri, description, known)
             nothing = f"no images of this nnU-Net dataset in {_folder(uri)}/imagesTr; copy them there"
         else:
-            found = _lists(uri, description)
+            found = _lists(uri, description, _folder(uri))
             nothing = "has no 'training', 'validation' or 'test' list of scans; is it a dataset.json?"
     elif uri.lower().endswith(".csv"):
         found = _table_of_scans(uri)
@@ -84,6 +90,7 @@ def sources(uri: str) -> list[Source]:
         nothing = f"no scans found ({len(known)} files; looked for {looked_for}); correct the URI"
     if not found:
         raise UserError(f"{uri}: {nothing}")
+    redaction.hide_names((s.uri, (*s.files, s.label_uri, s.subject)) for s in found)
     return _versioned(found, known)
 
 
@@ -98,7 +105,7 @@ def _below(root: str, entries: Entries) -> list[Source]:
             # described even when empty: nnU-Net copies its dataset.json beside preprocessed data and results
             found += _nnunet(uri, description, entries)
             described.append(_folder(uri) + "/")
-        elif listed := _lists(uri, description):
+        elif listed := _lists(uri, description, root):
             found += listed
             described.append(_folder(uri) + "/")
     rest = {u: e for u, e in entries.items() if not u.startswith(tuple(described))}
@@ -147,8 +154,11 @@ def _json(uri: str) -> Any:
         raise UserError(f"{uri} is not valid JSON ({err}); mend it") from None
 
 
-def _lists(uri: str, description: Mapping[str, Any]) -> list[Source]:
-    """The scans of an MSD dataset.json or a MONAI list; none when it has no lists of scans."""
+def _lists(uri: str, description: Mapping[str, Any], root: str) -> list[Source]:
+    """The scans of an MSD dataset.json or a MONAI list; none when it has no lists of scans.
+
+    All of them must lie below ``root``.
+    """
     if not any(description.get(key) for key in LISTS):
         return []
     folder = _folder(uri)
@@ -180,12 +190,12 @@ def _lists(uri: str, description: Mapping[str, Any]) -> list[Source]:
             subject = str(pair.get("subject") or _subject(case))
             for channel, image in enumerate(images):
                 source = Source(
-                    uri=_resolve(folder, image),
+                    uri=_inside(root, _resolve(folder, image), uri),
                     subject=subject,
                     modality=str(modalities.get(str(channel), "")),
                     split=split,
                     fold=fold,
-                    label_uri=_resolve(folder, label[0]) if label else "",
+                    label_uri=_inside(root, _resolve(folder, label[0]), uri) if label else "",
                     **common,
                 )
                 found.append(_series(source))
@@ -440,10 +450,12 @@ def _table_of_scans(uri: str) -> list[Source]:
                 raise UserError(f"{uri}: {config.unknown('column', column, CSV_COLUMNS)}")
         if not row.get("image"):
             raise UserError(f"{where}: names no image; fill in the column 'image'")
-        image = _resolve(_folder(uri), row["image"])
+        image, label = (_resolve(_folder(uri), row[c]) if row.get(c) else "" for c in ("image", "label"))
+        for place in filter(None, (image, label)):
+            if store.is_s3(uri) and not store.is_s3(place):
+                _inside(uri, place, where)
         if image in found:
             raise UserError(f"{where}: lists {image} a second time; keep one of the rows")
-        label = row.get("label", "")
         found[image] = _series(
             Source(
                 uri=image,
@@ -453,7 +465,7 @@ def _table_of_scans(uri: str) -> list[Source]:
                 modality=row.get("modality", ""),
                 split=_split(row.get("split", ""), where),
                 fold=_fold(row.get("fold", ""), where),
-                label_uri=_resolve(_folder(uri), label) if label else "",
+                label_uri=label,
                 sha256=_digest(row.get("sha256", ""), where),
             )
         )
@@ -567,8 +579,35 @@ def _resolve(folder: str, path: str) -> str:
         return path
     for part in PurePosixPath(path).parts:  # drops the Decathlon's "./"
         # the file system walks up by itself, and knows links; a bucket has no folders to walk
-        folder = _folder(folder) if part == ".." and store.is_s3(folder) else store.join(folder, part)
+        up = part == ".."
+        folder = _folder(folder) if up and store.is_s3(folder) else f"{folder.rstrip('/')}/{part}"
     return folder
+
+
+def _inside(root: str, place: str, named_by: str) -> str:
+    """``place``, once it is known to lie below ``root`` or where the user allows it.
+
+    Links in a local folder count as part of it: who can make one there can as well copy files there.
+
+    Raises:
+        UserError: that starts with ``named_by``, when it does not.
+    """
+    allowed = [root, *filter(None, os.environ.get(DATA_ROOTS, "").split(","))]
+    if any(_below_folder(place, folder.strip()) for folder in allowed):
+        return place
+    raise UserError(
+        f"{named_by}: names {place}, which does not lie below {root}; move it there, or set {DATA_ROOTS} to the "
+        "folders or prefixes that lists may name, with commas between"
+    )
+
+
+def _below_folder(place: str, folder: str) -> bool:
+    if store.is_s3(place) or store.is_s3(folder):
+        return ".." not in place.split("/") and place.startswith(folder.rstrip("/") + "/")
+    path, top = store.local_path(place), os.path.abspath(store.local_path(folder))
+    if ".." in path.split("/"):  # what it means depends on links that come before it
+        path, top = os.path.join(os.path.realpath(os.path.dirname(path)), "x"), os.path.realpath(top)
+    return os.path.commonpath([os.path.abspath(path), top]) == top
 
 
 def _subject(path: str) -> str:

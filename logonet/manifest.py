@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from logonet import config, fingerprints, store, volume
+from logonet import config, fingerprints, store, tables, volume
 from logonet.errors import BadScan, UserError
 from logonet.volume import Volume
 
@@ -349,11 +349,10 @@ class Manifest:
     def from_parquet(cls, scans: bytes, quarantine: bytes) -> Manifest:
         rows: list[dict[str, Any]] = [
             {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
-            for row in _from_parquet(scans)
+            for row in tables.read_parquet(scans, "scans.parquet").to_pylist()
         ]
-        return cls(
-            tuple(Scan(**row) for row in rows), tuple(Quarantined(**row) for row in _from_parquet(quarantine))
-        )
+        bad = tables.read_parquet(quarantine, "quarantine.parquet").to_pylist()
+        return cls(tuple(Scan(**row) for row in rows), tuple(Quarantined(**row) for row in bad))
 
     def quarantine_csv(self) -> bytes:
         text = io.StringIO()
@@ -429,9 +428,3 @@ def _to_parquet(rows: list[dict[str, Any]], row_type: type) -> bytes:
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
     return sink.getvalue()
-
-
-def _from_parquet(data: bytes) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    return pq.read_table(io.BytesIO(data)).to_pylist()

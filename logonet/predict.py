@@ -87,6 +87,8 @@ def items_of(sources: Sequence[Source], root: str) -> list[Item]:
         name = name or source.uri.rstrip("/").rpartition("/")[2]
         for suffix in manifest.NIFTI_SUFFIXES:
             name = name.removesuffix(suffix)
+        # A bucket's keys may have "..", "." or nothing between slashes, and the output may be a folder.
+        name = "/".join("_" if part in ("", ".", "..") else part for part in name.split("/"))
         if name in found:
             raise UserError(
                 f"{source.uri} and {found[name].uri} would both be written to {name}.nii.gz; rename one of them"

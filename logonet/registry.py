@@ -22,7 +22,6 @@ import math
 import os
 import posixpath
 import re
-import shlex
 import subprocess
 import tempfile
 import threading
@@ -34,12 +33,14 @@ from typing import Any, Literal, get_args
 import logonet
 from logonet import config
 from logonet.errors import UserError
+from logonet.redaction import SECRET_NAME, redact, without_secrets
 
 log = logging.getLogger(__name__)
 
 FINGERPRINT_TAG = "logonet.fingerprint"
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own: its pages show a run below the one named here
 NON_FINITE_TAG = "logonet.non_finite"
+TEXTS = (".yaml", ".json", ".csv", ".html", ".txt")  # artifacts that are looked through for secrets
 MAX_METRICS_PER_BATCH = 1000  # the REST API refuses more
 RETRY_S = 2.0
 # MLflow's own defaults (7 retries, 120 s each) hold the last flush of a job for minutes when the server
@@ -51,6 +52,7 @@ MLFLOW_DEFAULTS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_UV_AUTO_DETECT": "false",  # it copies a lock file it finds in the current folder into the model
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",  # we never ask for it; so that nothing does by accident
 }
 
 Kind = Literal["encoder", "segmentation", "clusterers"]
@@ -63,17 +65,6 @@ MODEL_FILES = "data"  # folder of the model's files, beside MLmodel
 MODEL_URI = re.compile(r"models:/([\w.\- ]+)(?:@([\w.\-]+)|/(\d+))")
 # What the network needs where it is served; the bounds are our own.
 SERVING_PACKAGES = ("torch", "monai", "nibabel", "numpy", "scipy", "safetensors", "pandas")
-
-_SECRET = r"(?:secret|passw|credential|token(?!s|i)|api_?key|access_?key|private_?key)"
-_REDACTIONS = [
-    (re.compile(r"(\w+://)[^/\s@]+@"), r"\1REDACTED@"),
-    (re.compile(r"([?&](?:x-amz-\w+|signature|sig|awsaccesskeyid|se|sv)=)[^&\s]+", re.I), r"\1REDACTED"),
-    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), "REDACTED"),
-    (re.compile(rf"([\w.-]*{_SECRET}[\w.-]*[\"']?(?:\s*[=:]\s*|\s+))[^\s,&]+", re.I), r"\1REDACTED"),
-    # A scan's file name can be a patient's name.
-    (re.compile(r"[^=,;'\"\[\]{}]*\.(?:nii(?:\.gz)?|dcm|ima|mha|mhd|nrrd)\b", re.I), "[scan]"),
-]
-_SECRET_NAME = re.compile(_SECRET, re.I)
 
 
 def home() -> str:
@@ -90,24 +81,6 @@ def tracking_uri() -> str:
     if uri.startswith("sqlite:///"):
         return "sqlite:///" + os.path.abspath(uri.removeprefix("sqlite:///"))
     return uri
-
-
-def redact(text: str) -> str:
-    """``text`` without passwords, tokens, access keys, signed URLs and scans' file names."""
-    for pattern, by in _REDACTIONS:
-        text = pattern.sub(by, text)
-    return text
-
-
-def command_line(argv: Sequence[str]) -> str:
-    """The command as one shell line, without secrets; what the ``logonet.command`` tag should hold."""
-    words, hide_next = [], False
-    for word in argv:
-        name, equals, _ = word.partition("=")
-        secret = bool(_SECRET_NAME.search(name))
-        words.append("REDACTED" if hide_next else f"{name}=REDACTED" if secret and equals else redact(word))
-        hide_next = secret and not equals and word.startswith("-")
-    return shlex.join(words)
 
 
 def git_commit(folder: str) -> str | None:
@@ -136,13 +109,13 @@ class Tracker:
         params: config mapping, flattened to ``train.lr``. MLflow's params cannot change, so a resumed
             job only adds those its run lacks.
         tags: such as ``logonet.git_commit``, ``logonet.manifest``, ``logonet.clusterers`` and
-            ``logonet.command`` (from :func:`command_line`); rewritten by each resume.
+            ``logonet.command`` (from `redaction.command_line`); rewritten by each resume.
         artifact_root: where a new experiment keeps artifacts when tracking is SQLite, such as
             ``s3://bucket/run/mlflow-artifacts``; None is a folder under :func:`home`. A tracking server
             decides by itself. S3 is reached through boto3 as everywhere else: ``AWS_ENDPOINT_URL_S3``
             is honoured.
 
-    Params and tags are redacted (:func:`redact`); the environment is never recorded.
+    Params and tags are redacted (`redaction.redact`); the environment is never recorded.
     """
 
     def __init__(
@@ -158,7 +131,7 @@ class Tracker:
         self.uri = tracking_uri()
         self._fingerprint, self._experiment, self._run_name = fingerprint, experiment, run_name
         self._params = {
-            key: "REDACTED" if _SECRET_NAME.search(key) else redact(value) for key, value in _flat(params)
+            key: "REDACTED" if SECRET_NAME.search(key) else redact(value) for key, value in _flat(params)
         }
         self._tags = _clean({FINGERPRINT_TAG: fingerprint, "logonet.version": logonet.__version__, **tags})
         self._artifact_root = artifact_root or os.path.join(home(), "mlflow-artifacts")
@@ -205,8 +178,12 @@ class Tracker:
         for name in files:
             assert not posixpath.isabs(name), name
             assert ".." not in name.split("/"), name
+        clean = {
+            name: without_secrets(data.decode()).encode() if name.endswith(TEXTS) else data
+            for name, data in files.items()
+        }
         with self._changed:
-            self._files.update(files)
+            self._files.update(clean)
             self._ask()
 
     def run_id(self, timeout_s: float = 20.0) -> str | None:

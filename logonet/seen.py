@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from logonet import leaks
+from logonet import leaks, tables
 from logonet.errors import UserError
 from logonet.manifest import Scan
 
@@ -90,7 +90,7 @@ def from_bytes(table: bytes) -> list[Scan]:
 
 
 def _frame(table: bytes) -> pd.DataFrame:
-    frame = pd.read_parquet(io.BytesIO(table))
+    frame = tables.read_parquet(table, "a table of seen scans").to_pandas(ignore_metadata=True)
     if tuple(frame.columns) != COLUMNS:
         raise UserError(
             f"a table of seen scans has the columns {', '.join(map(str, frame.columns))}; it must have "

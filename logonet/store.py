@@ -54,6 +54,7 @@ from botocore.exceptions import (
 from urllib3.exceptions import HTTPError as Urllib3Error
 
 from logonet.errors import UserError
+from logonet.redaction import holds_credentials
 
 S3 = "s3://"
 TEMP_MARK = ".logonet-tmp-"  # unfinished local writes; listings skip them, abort_stale_uploads sweeps them
@@ -100,7 +101,14 @@ def is_s3(uri: str) -> bool:
 
 
 def join(root: str, *parts: str) -> str:
-    """``root/part/...`` with single slashes between."""
+    """``root/part/...`` with single slashes between: always a place below ``root``.
+
+    Raises:
+        UserError: for a part with ``..`` in it, since names come from manifests and listings too.
+    """
+    for part in parts:
+        if ".." in part.split("/"):
+            raise UserError(f"the name '{part}' leads out of {root}; use a name without '..'")
     return "/".join([root.rstrip("/"), *(p.strip("/") for p in parts if p.strip("/"))])
 
 
@@ -127,6 +135,10 @@ def local_path(uri: str) -> str:
 
 def _bucket_key(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix(S3).partition("/")
+    if "@" in uri and holds_credentials(uri):
+        raise UserError(
+            f"{uri}: holds credentials, which would end up in logs; leave them out and set {_KEYS} or AWS_PROFILE"
+        )
     if not bucket:
         raise UserError(f"{uri} names no bucket; write s3://bucket/key")
     return bucket, key
@@ -678,8 +690,14 @@ def _walk(prefix_uri: str) -> Iterator[str]:
         if not isinstance(err, FileNotFoundError):  # as on S3, a folder that is not there is empty
             raise err
 
+    way_to = {root: {os.path.realpath(root)}}
     with _plainly(prefix_uri):
-        for folder, _, files in os.walk(root, onerror=refuse, followlinks=True):
+        for folder, below, files in os.walk(root, onerror=refuse, followlinks=True):
+            # A link back to a folder on the way here would be followed for ever.
+            here = way_to.pop(folder)
+            real = {name: os.path.realpath(os.path.join(folder, name)) for name in below}
+            below[:] = [name for name in below if real[name] not in here]
+            way_to |= {os.path.join(folder, name): here | {real[name]} for name in below}
             for name in files:
                 yield os.path.relpath(os.path.join(folder, name), root)
 

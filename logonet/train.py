@@ -42,7 +42,7 @@ from logonet import (
     transfer,
     volume,
 )
-from logonet.cluster import Resources, Share, quiet
+from logonet.cluster import Resources, Share, on_loopback, quiet
 from logonet.config import unknown
 from logonet.errors import BadScan, Stopped, UserError
 from logonet.methods import Facts
@@ -856,7 +856,9 @@ def fit(
     """
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from logonet.rendezvous import LocalTorchConfig
 
     check_workers(job.train, job.method, resources)
     if job.train.validate_every_epochs and not getattr(feed, "val", ()):
@@ -879,6 +881,7 @@ def fit(
         trainer = TorchTrainer(
             train_worker,  # type: ignore[arg-type]  # it may return a value; Ray's annotation forgets that
             train_loop_config={**config, "run": run},
+            torch_config=LocalTorchConfig() if on_loopback() else TorchConfig(),
             scaling_config=ScalingConfig(  # type: ignore[call-arg]  # Ray's stub is of its older ScalingConfig
                 num_workers=num_workers,
                 elastic_resize_monitor_interval_s=resources.resize_every_s,

@@ -36,6 +36,23 @@ DICOM_TAGS = (
     "Columns",
     "PhotometricInterpretation",
 )
+DICOM_MORE_TAGS = (  # read where they are there: for the intensities and by pydicom's decoders
+    "Modality",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "NumberOfFrames",
+    "SamplesPerPixel",
+    "PlanarConfiguration",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "PixelData",
+    "FloatPixelData",
+    "DoubleFloatPixelData",
+    "ExtendedOffsetTable",
+    "ExtendedOffsetTableLengths",
+)
 
 
 @dataclass(frozen=True)
@@ -330,7 +347,8 @@ def _dicom_slice(name: str, data: bytes) -> _Slice:
         return values
 
     try:
-        dataset = pydicom.dcmread(io.BytesIO(data))
+        # Nothing that names a patient is even parsed: pydicom's own warnings and errors repeat values.
+        dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=list(DICOM_TAGS + DICOM_MORE_TAGS))
         if int(dataset.get("NumberOfFrames") or 1) > 1:
             raise BadScan(f"{name}: is a multi-frame DICOM; convert it to NIfTI (dcm2niix)")
         if missing := [tag for tag in DICOM_TAGS if tag not in dataset]:
@@ -355,7 +373,10 @@ def _dicom_slice(name: str, data: bytes) -> _Slice:
     except BadScan:
         raise
     except Exception as err:  # pydicom raises a dozen unrelated types on damaged files
-        raise BadScan(f"{name}: unreadable DICOM slice ({' '.join(str(err).split())[:200]})") from None
+        # Of others the type alone: their text may hold a value, and a damaged file a name where a number belongs.
+        plain = isinstance(err, pydicom.errors.InvalidDicomError)
+        reason = " ".join(str(err).split())[:200] if plain else type(err).__name__
+        raise BadScan(f"{name}: unreadable DICOM slice ({reason})") from None
 
 
 def _dicom_geometry(slices: Sequence[_Slice]) -> tuple[list[_Slice], np.ndarray]:

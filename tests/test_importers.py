@@ -125,7 +125,8 @@ DESCRIPTION = {
 
 
 @pytest.mark.parametrize("by", ["its dataset.json", "its folder", "a folder above"])
-def test_decathlon(tmp_path: Path, by: str) -> None:
+def test_decathlon(tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(importers.DATA_ROOTS, "s3://other/, /elsewhere")
     task = tmp_path / "all" / "Task03"
     put(task, "imagesTr/a.nii.gz", "labelsTr/a.nii.gz", "imagesTr/not_listed.nii.gz")
     (task / "dataset.json").write_text(json.dumps(DESCRIPTION))
@@ -168,7 +169,8 @@ LISTED = {
 }
 
 
-def test_monai_list_under_any_name(root: str) -> None:
+def test_monai_list_under_any_name(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(importers.DATA_ROOTS, root)
     put(root, "lists/a.nii.gz", "lists/a_label.nii.gz", "v.nii.gz")
     uri = put_json(root, "lists/fold_list.json", LISTED)
     rows = [
@@ -195,7 +197,10 @@ def test_channels_of_a_list_are_scans_of_one_subject(tmp_path: Path) -> None:
     ]
 
 
-def test_a_list_sees_that_a_scan_far_away_was_replaced(tmp_path: Path) -> None:
+def test_a_list_sees_that_a_scan_far_away_was_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(importers.DATA_ROOTS, f"{tmp_path}/far")
     put(tmp_path, "far/a.nii.gz")
     uri = put_json(tmp_path, "near/list.json", {"training": [f"{tmp_path}/far/a.nii.gz"]})
     (before,) = importers.sources(uri)

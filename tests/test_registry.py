@@ -16,6 +16,7 @@ import pytest
 
 from logonet import registry
 from logonet.errors import UserError
+from logonet.redaction import command_line
 from logonet.registry import Tracker, catch_up
 
 PARAMS = {"train": {"lr": 1e-4, "epochs": 4, "amp": True}, "method": {"name": "masked", "sizes": [1, 2]}}
@@ -300,7 +301,7 @@ def test_secrets_and_patients_names_stay_out(client, database, tmp_path, monkeyp
     argv = ["logonet", "predict", "s3://b/Miller_Ann.nii.gz", "--set", "store.secret=a,b argv-one"]
     argv += ["--api-token", "argv-two", "https://u:argv-three@h/x?X-Amz-Signature=argv-four&a=1"]
     argv += ["--scan=/ward/Ann Miller/t1.nii", "AKIAIOSFODNN7EXAMPLE"]
-    line = registry.command_line(argv)
+    line = command_line(argv)
     assert line.startswith("logonet predict")
     assert "a=1" in line
     params = {"store": {"secret_key": "param-one", "url": "s3://u:param-two@b"}, "scans": ["/x/Miller.dcm"]}

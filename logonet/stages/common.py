@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import logonet
-from logonet import config, registry, store
+from logonet import config, redaction, registry, store
 from logonet.artifacts import Artifact
 from logonet.cluster import Share
 
@@ -35,7 +35,7 @@ class Trial:
 
 def say(stage: str, text: str) -> None:
     """One line of a job's log."""
-    print(f"{stage:<11} {text}", flush=True)
+    print(redaction.without_names(redaction.without_secrets(f"{stage:<11} {text}")), flush=True)
 
 
 def took(started: float) -> str:
@@ -71,7 +71,7 @@ def tracking_of(
         "tags": {
             "logonet.stage": stage,
             "logonet.git_commit": registry.git_commit(os.path.dirname(os.path.dirname(logonet.__file__))),
-            "logonet.command": registry.command_line(sys.argv),
+            "logonet.command": redaction.command_line(sys.argv),
             **{f"logonet.{k}": v for k, v in lineage.items()},
             **(trial.tags if trial else {}),
         },

@@ -20,6 +20,7 @@ import pandas as pd
 
 from logonet import config, store
 from logonet.errors import UserError
+from logonet.redaction import without_secrets
 
 SPEC = "sweep.json"
 STATE = "state.json"
@@ -103,7 +104,7 @@ def write(uri: str, trial: Trial) -> None:
 
 def write_traceback(uri: str, index: int, text: str) -> None:
     """Keep what a trial failed with beside its record, in the sweep at ``uri``."""
-    store.write(store.join(uri, TRIALS, f"{index:04d}.error.txt"), text.encode())
+    store.write(store.join(uri, TRIALS, f"{index:04d}.error.txt"), without_secrets(text).encode())
 
 
 def read_all(uri: str) -> list[Trial]:
