@@ -87,6 +87,7 @@ REFUSED_ATTEMPTS = 5  # for a 403 that names no cause
 BODY_ATTEMPTS = 8  # for what shows after a reply's headers
 CONTACT_ATTEMPTS = 3  # first contact with an endpoint: a wrong address should not cost 25 s of backoff
 POOL_CONNECTIONS = 32
+PAGE_KEYS = 1000  # the most that one page of a listing holds
 DELETE_BATCH = 1000  # the most keys one DeleteObjects takes
 
 
@@ -882,7 +883,7 @@ def _pages(prefix_uri: str) -> Iterator[list[dict[str, Any]]]:
     """The items below a prefix, page by page; a page that is torn, or the one before once more, is asked for again."""
     bucket, prefix = _folder(prefix_uri)
     before: set[str] = set()
-    args: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+    args: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS}
 
     def whole_page() -> dict[str, Any]:
         page = _call("list_objects_v2", **args)

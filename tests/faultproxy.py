@@ -14,6 +14,7 @@ and which of those in KINDS that its sort of request can meet. The draw depends 
 often it came before, never on what other requests come meanwhile. Kinds:
 
     status        answer with ``status`` and an S3 error ``code``; the store is never asked
+    refused       the same; a rate makes it 403 AccessDenied
     ok_error      the same body under status 200, as some stores and gateways do
     reset_before  TCP reset once the request is in
     lost_reply    the store does the work, the client gets a TCP reset
@@ -39,7 +40,7 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, replace
 from types import TracebackType
 from urllib.parse import parse_qs, urlsplit
@@ -85,7 +86,7 @@ class Request:
 # What a rate may do to each sort of request, all alike likely.
 _ANY = [
     Rule("status"),
-    Rule("status", status=403, code="AccessDenied"),
+    Rule("refused", status=403, code="AccessDenied"),
     Rule("reset_before"),
     Rule("lost_reply"),
     Rule("stall"),
@@ -136,13 +137,21 @@ class _Head:
 
 
 class FaultProxy:
-    def __init__(self, upstream: str, *, rate: float = 0.0, seed: int = 0, stall_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        upstream: str,
+        *,
+        rate: float = 0.0,
+        seed: int = 0,
+        stall_s: float = 5.0,
+        spared: Collection[str] = (),
+    ) -> None:
         parts = urlsplit(upstream)
         self._upstream = (parts.hostname, parts.port)
         self._rules: list[Rule] = []
         self._ready = threading.Event()
         self.requests: list[Request] = []
-        self.rate, self.seed, self.stall_s = rate, seed, stall_s
+        self.rate, self.seed, self.stall_s, self.spared = rate, seed, stall_s, spared
         self._seen: Counter[tuple[str, str, str]] = Counter()
         self._pages: dict[str, bytes] = {}  # of listings, by the token that each ends with
 
@@ -203,7 +212,7 @@ class FaultProxy:
             head.raw = b"\r\n".join(ln for ln in lines if not ln.lower().startswith(b"expect:"))
         if rule and rule.kind == "reset_before":
             return _reset(writer)
-        if rule and rule.kind in ("status", "ok_error"):
+        if rule and rule.kind in ("status", "refused", "ok_error"):
             async for _ in _body(reader, head.headers):
                 pass
             await _refuse(writer, rule, method)
@@ -304,6 +313,8 @@ class FaultProxy:
         if rng.random() >= self.rate:
             return None
         rule = kinds[int(rng.integers(len(kinds)))]
+        if rule.kind in self.spared:
+            return None
         if rule.kind == "repeat_page" and _token(target) not in self._pages:
             rule = kinds[0]  # a first page has none before it
         share = None if rule.share is None else float(rng.random())
@@ -315,7 +326,7 @@ def _token(target: str) -> str:
     return parse_qs(urlsplit(target).query).get("continuation-token", [""])[0]
 
 
-_REQUEST_FAULTS = ("status", "ok_error", "reset_before", "lost_reply", "header", "stall")
+_REQUEST_FAULTS = ("status", "refused", "ok_error", "reset_before", "lost_reply", "header", "stall")
 _REQUEST_FAULTS += ("cut_upload", "flip_upload", "repeat_page")
 _BODY_FAULTS = ("close_body", "reset_body", "short", "flip", "stall_body", "run")
 
