@@ -241,9 +241,8 @@ _PASSING = {  # codes of statuses that mostly mean a mistake: what was sent arri
     "XAmzContentChecksumMismatch",
     "XAmzContentSHA256Mismatch",
 }
-_silences_s: dict[str, deque[float]] = defaultdict(
-    lambda: deque(maxlen=64)
-)  # of the last replies, by operation
+# Of the last replies, by operation.
+_silences_s: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=64))
 _silences_lock = threading.Lock()
 
 
@@ -681,17 +680,14 @@ class _S3Read(_Read):
     def replaced(self) -> NoReturn:
         gone = IntegrityError(f"{self.uri} was replaced while it was read; run the command again")
         if self.gone is None and (self.size_bytes is not None or self.sha256):
-            self.gone = (
-                gone  # unless it was the first reply's ETag that was wrong, which the promise will show
-            )
+            self.gone = gone  # unless only the first reply's ETag was wrong: the promise will tell
         self.restart()
         self.etag, self.total = None, self.size_bytes
         raise _Retry(gone)
 
 
-_PART_SIZES = [
-    n << 20 for n in (5, 8, 10, 15, 16, 25, 32, 50, 64, 100, 128, 256, 512)
-]  # of the usual uploaders
+# Of the usual uploaders.
+_PART_SIZES = [n << 20 for n in (5, 8, 10, 15, 16, 25, 32, 50, 64, 100, 128, 256, 512)]
 
 
 def _md5(data: bytes) -> Any:
@@ -890,13 +886,8 @@ def _pages(prefix_uri: str) -> Iterator[list[dict[str, Any]]]:
         items = page.get("Contents", [])
         keys = {item["Key"] for item in items}
         counted = page.get("KeyCount", len(items)) == len(items) == len(keys)
-        goes_on = page.get("IsTruncated")
-        if (
-            goes_on is None
-            or (goes_on and "NextContinuationToken" not in page)
-            or not counted
-            or keys & before
-        ):
+        ends = page.get("IsTruncated") is False
+        if not (counted and (ends or "NextContinuationToken" in page)) or keys & before:
             raise _Retry(
                 IntegrityError(
                     f"{prefix_uri}: a page of the object store's listing is torn or comes twice; check the store"
@@ -1042,7 +1033,7 @@ def arrow_filesystem(uri: str) -> tuple[Any, str]:
     """A pyarrow file system and the path of ``uri`` in it, for Parquet and Ray, on write-once keys only.
 
     pyarrow sends no If-Match: of an object replaced while it is read it returns a mix of both, or stale
-    memory. Its constructor ignores the endpoint variables, and its default retry strategy gives up on
+    memory. It also believes a body that was cut short or altered on its way. Its constructor ignores the endpoint variables, and its default retry strategy gives up on
     the third 503, so both are set here.
 
     Raises:
