@@ -1033,8 +1033,8 @@ def arrow_filesystem(uri: str) -> tuple[Any, str]:
     """A pyarrow file system and the path of ``uri`` in it, for Parquet and Ray, on write-once keys only.
 
     pyarrow sends no If-Match: of an object replaced while it is read it returns a mix of both, or stale
-    memory. It also believes a body that was cut short or altered on its way. Its constructor ignores the endpoint variables, and its default retry strategy gives up on
-    the third 503, so both are set here.
+    memory, and it believes a body that was cut short or altered on its way. Its constructor ignores the endpoint
+    variables, and its default retry strategy gives up on the third 503, so both are set here.
 
     Raises:
         UserError: unreachable endpoint.
