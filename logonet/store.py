@@ -251,10 +251,10 @@ def _call(operation: str, *, impatience: int = 0, **args: Any) -> Any:
 
     ``impatience`` is how often the caller has been left waiting for what it now asks for.
     """
-    waits = impatience
+    waits, refusals = impatience, 0
 
     def once() -> Any:
-        nonlocal waits
+        nonlocal waits, refusals
         client = _client(_timeout_s(operation, waits))
         began = time.monotonic()
         try:
@@ -262,12 +262,19 @@ def _call(operation: str, *, impatience: int = 0, **args: Any) -> Any:
         except ReadTimeoutError:
             waits += 1
             raise
+        except ClientError as err:
+            refusals += _unexplained(err)
+            raise
         with _silences_lock:
             _silences_s[operation].append(time.monotonic() - began)
         return reply
 
+    def enough(state: tenacity.RetryCallState) -> bool:
+        tried, seconds = state.attempt_number, state.seconds_since_start or 0
+        return tried >= REQUEST_ATTEMPTS or refusals >= REFUSED_ATTEMPTS or seconds > REQUEST_SECONDS
+
     return tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_may_pass), stop=_enough, wait=WAIT, reraise=True
+        retry=tenacity.retry_if_exception(_may_pass), stop=enough, wait=WAIT, reraise=True
     )(once)
 
 
@@ -279,12 +286,6 @@ def _timeout_s(operation: str, waits: int) -> float:
     usual_s = last[len(last) * 9 // 10] if last else 0.0
     level = sum(patience_s < SLOW * usual_s for patience_s in PATIENCE_S) + waits
     return PATIENCE_S[min(level, len(PATIENCE_S) - 1)]
-
-
-def _enough(state: tenacity.RetryCallState) -> bool:
-    err = state.outcome.exception() if state.outcome else None
-    limit = REFUSED_ATTEMPTS if isinstance(err, ClientError) and _unexplained(err) else REQUEST_ATTEMPTS
-    return state.attempt_number >= limit or (state.seconds_since_start or 0) > REQUEST_SECONDS
 
 
 def _may_pass(err: BaseException) -> bool:
