@@ -78,8 +78,9 @@ CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 30
 # A reader's, for the next byte: it changes nothing, so it may ask again early, then waiting longer each time. No
 # shorter than SLOW times what nine of ten of the last replies took, or a slow store would have twice the work.
-PATIENCE_S = (1.0, 4.0, READ_TIMEOUT_S)
+PATIENCE_S = (0.25, 1.0, 4.0, READ_TIMEOUT_S)
 SLOW = 4
+KNOWN_REPLIES = 16  # until then the second patience is the first
 WAIT = tenacity.wait_random_exponential(multiplier=0.1, max=8)  # between attempts
 REQUEST_ATTEMPTS = 13  # about 25 s of pauses, enough for a store's restart
 REQUEST_SECONDS = 240  # no further attempt after this long, for a store that answers nothing
@@ -283,9 +284,11 @@ def _timeout_s(operation: str, waits: int) -> float:
         return READ_TIMEOUT_S
     with _silences_lock:
         last = sorted(_silences_s[operation])
-    usual_s = last[len(last) * 9 // 10] if last else 0.0
-    level = sum(patience_s < SLOW * usual_s for patience_s in PATIENCE_S) + waits
-    return PATIENCE_S[min(level, len(PATIENCE_S) - 1)]
+    if len(last) < KNOWN_REPLIES:
+        level = 1
+    else:
+        level = sum(patience_s < SLOW * last[len(last) * 9 // 10] for patience_s in PATIENCE_S)
+    return PATIENCE_S[min(level + waits, len(PATIENCE_S) - 1)]
 
 
 def _may_pass(err: BaseException) -> bool:

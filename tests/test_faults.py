@@ -27,7 +27,7 @@ SMALL = (12, 12, 12)
 @pytest.fixture
 def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """Without a rate at first: what is to be there is written, then ``proxy.rate`` is set."""
-    monkeypatch.setattr(store, "PATIENCE_S", (0.3, 2.0, 30.0))
+    monkeypatch.setattr(store, "PATIENCE_S", (0.3, 0.3, 2.0, 30.0))
     store._silences_s.clear()
     with FaultProxy(s3_server.endpoint, stall_s=1.0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
@@ -189,13 +189,14 @@ def test_a_reader_asks_again_soon_a_writer_waits(proxy: FaultProxy, bucket: str)
 
 def test_a_store_that_is_always_slow_is_not_asked_twice() -> None:
     store._silences_s.clear()
-    assert store._timeout_s("get_object", 0) == store.PATIENCE_S[0]
+    assert store._timeout_s("get_object", 0) == store.PATIENCE_S[1], "nothing is known of it"
     assert store._timeout_s("get_object", 9) == store.PATIENCE_S[-1]
     assert store._timeout_s("put_object", 0) == store.READ_TIMEOUT_S
     store._silences_s["get_object"].extend([0.01] * 60 + [5.0] * 4)
     assert store._timeout_s("get_object", 0) == store.PATIENCE_S[0], "a few stalls make no slow store"
+    assert store._timeout_s("get_object", 1) == store.PATIENCE_S[1]
     store._silences_s["get_object"].extend([0.9] * 64)
-    assert store._timeout_s("get_object", 0) == store.PATIENCE_S[1]
+    assert store._timeout_s("get_object", 0) == 4.0
     store._silences_s.clear()
 
 
