@@ -5,9 +5,8 @@ from __future__ import annotations
 import collections
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from logonet.errors import UserError
 from logonet.s3server import S3Server
 from logonet.volume import encode_nifti
 
-REPO = Path(__file__).parents[1]
+WAIT = store.WAIT  # `no_waiting` takes it away
 SMALL = (12, 12, 12)
 
 
@@ -348,44 +347,32 @@ def test_parquet_through_pyarrow_survives_what_its_docstring_says(
 # ------------------------------------------------------------------------------------- whole pipelines
 
 RATE = 0.05
-COMMON = ["--workers", "2", "--object-store-mb", "300", "--experiment", "faults"]
-PRETRAIN = ["split=null", "crops.per_scan=3", "train.epochs=3", "train.warmup_epochs=1"]
-FINETUNE = ["split.test_share=0", "split.folds=4", "train.epochs=2", "train.steps_per_epoch=8"]
-FINETUNE += ["train.global_batch=2", "train.checkpoint_every_steps=3", "train.validate_every_epochs=1"]
 # What a run writes of its own time, place and name.
 OWN = ("manifest.json", "history.json", "tracked.json", "predictions.csv", "predictions.parquet", "row.json")
 
 
-def job(script: str, *words: str, settings: list[str], home: Path, endpoint: str) -> None:
-    command = [sys.executable, f"jobs/{script}.py", *words]
-    for setting in settings:
-        command += ["--set", setting]
-    env = {**os.environ, "AWS_ENDPOINT_URL_S3": endpoint, "LOGONET_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    env.pop("RAY_ADDRESS", None)
-    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+def pipeline(bucket: str, name: str) -> str:
+    """Scans to label maps on the Ray that is there; the root below which everything lies."""
+    from jobs import recipes
+    from logonet import infer, splits
 
-
-def pipeline(bucket: str, name: str, home: Path, endpoint: str) -> str:
-    """Scans to label maps at ``endpoint``; the root below which everything lies."""
-    root, here = f"{bucket}/{name}", {"home": home, "endpoint": endpoint}
-    recipe = ["--recipe", "demo", "--data", f"{bucket}/scans/dataset.json", "--root", root, *COMMON]
-    job("pretrain", *recipe, settings=PRETRAIN, **here)  # type: ignore[arg-type]
-    job("finetune", *recipe, "--init", only(root, "pretrain").uri, settings=FINETUNE, **here)  # type: ignore[arg-type]
-    places = [
-        "--model",
-        only(root, "finetune").uri,
-        "--input",
-        f"{bucket}/new/imagesTr/",
-        "--output",
-        f"{root}/maps",
-    ]
-    job("predict", *places, *COMMON[:4], settings=[], **here)  # type: ignore[arg-type]
+    root, source, resources = f"{bucket}/{name}", f"{bucket}/scans/dataset.json", cluster.Resources(workers=2)
+    before = recipes.demo()
+    before = replace(before, split=None, crops=replace(before.crops, per_scan=3))
+    before = replace(before, train=replace(before.train, epochs=3, checkpoint_every_steps=2))
+    pretrained = stages.pretrain(before, source, root, resources, name)
+    after = recipes.demo_finetune()
+    steps = {"epochs": 2, "steps_per_epoch": 8, "checkpoint_every_steps": 3, "validate_every_epochs": 1}
+    after = replace(after, split=splits.Config(test_share=0, folds=3), train=replace(after.train, **steps))  # type: ignore[arg-type]
+    after = replace(after, init=replace(after.init, weights=pretrained.uri))
+    tuned = stages.finetune(after, source, root, resources, name)
+    maps = f"{root}/maps"
+    stages.predict_bucket(infer.Config(), tuned.uri, f"{bucket}/new/imagesTr/", maps, resources)
     return root
 
 
 def only(root: str, stage: str) -> artifacts.Artifact:
-    """The one finished artifact of a stage, read past the proxy."""
+    """The one finished artifact of a stage."""
     (uri,) = (e.uri for e in store.listing(f"{root}/{stage}") if e.uri.endswith(f"/{artifacts.MANIFEST}")
               and e.uri.count("/") == f"{root}/{stage}".count("/") + 2)  # fmt: skip
     found = artifacts.find(uri.removesuffix(f"/{artifacts.MANIFEST}"))
@@ -404,13 +391,21 @@ def contents(root: str) -> dict[str, bytes]:
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("seed", [0])
 def test_a_pipeline_on_a_faulty_store_makes_what_it_makes_on_a_sound_one(
-    s3_server: S3Server, bucket: str, tmp_path: Path, seed: int
+    s3_server: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
+    monkeypatch.setattr(store, "WAIT", WAIT)
     phantom.write_dataset(f"{bucket}/scans", 6, size_vox=(40, 40, 40))
     phantom.write_dataset(f"{bucket}/new", 3, seed=1, size_vox=(48, 48, 48))
-    sound = pipeline(bucket, "sound", tmp_path / "sound", s3_server.endpoint)
-    with FaultProxy(s3_server.endpoint, rate=RATE, seed=seed) as proxy:
-        faulty = pipeline(bucket, "faulty", tmp_path / "faulty", proxy.endpoint)
+    monkeypatch.setenv("LOGONET_HOME", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with FaultProxy(s3_server.endpoint, seed=seed) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        with cluster.connected(cluster.Resources(workers=2, object_store_mb=300)):
+            sound = pipeline(bucket, "sound")
+            proxy.requests.clear()
+            proxy.rate = RATE
+            faulty = pipeline(bucket, "faulty")
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server.endpoint)
     faults = collections.Counter((r.sort, r.fault) for r in proxy.requests if r.fault)
     print(f"{len(proxy.requests)} requests, {sum(faults.values())} faults: {dict(sorted(faults.items()))}")  # type: ignore[type-var]
     assert sum(faults.values()) > 20
