@@ -5,7 +5,7 @@ STORE := .venv-store
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo sweep test test-all test-real test-chaos test-cuda lint audit bench docs clean
+.PHONY: help setup demo sweep test test-all test-real test-chaos faults test-cuda lint audit bench docs clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -35,13 +35,17 @@ test: setup      ## the default tests: CPU only, under 12 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: setup  ## also the slow ones
-	$(BIN)/python -m pytest -m 'not real and not chaos and not cuda'
+	$(BIN)/python -m pytest -m 'not real and not chaos and not faults and not cuda'
 
 test-real: setup ## real scans through 'ray job submit' with 16 workers; wants ../shared/data
 	$(BIN)/python -m pytest -m real
 
 test-chaos: setup ## kills drivers and workers, tears checkpoints, and compares bit for bit
 	$(BIN)/python -m pytest -m chaos
+
+faults: setup    ## whole pipelines through a store of which one request in twenty fails, and what that costs
+	$(BIN)/python -m pytest -m faults
+	$(BIN)/python benchmarks/faults.py
 
 test-cuda: setup ## wants a GPU
 	$(BIN)/python -m pytest -m cuda
@@ -62,7 +66,7 @@ audit: setup     ## known vulnerabilities of every pinned package (asks PyPI), b
 	.venv-audit/bin/pip-audit $(AUDIT) -r constraints.txt
 	.venv-audit/bin/pip-audit $(AUDIT) -r constraints-store.txt
 
-LONG := $(addprefix benchmarks/,hippocampus.py pretexts.py table1.py)
+LONG := $(addprefix benchmarks/,faults.py hippocampus.py pretexts.py table1.py)
 bench: setup     ## the short benchmarks; each prints a table and, last, one JSON line
 	for b in $(filter-out $(LONG),$(wildcard benchmarks/[a-z]*.py)); do echo "== $$b"; $(BIN)/python $$b || exit 1; done
 

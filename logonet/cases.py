@@ -252,6 +252,7 @@ def read_crop(ref: Ref, start: Sequence[int], size_vox: Sequence[int]) -> tuple[
     """
     image_CXYZ = np.zeros((ref.shape_cxyz[0], *size_vox), np.uint16)
     labels_XYZ = np.zeros(tuple(size_vox), np.uint8)
+    met = []
     for name, box in _bricks(ref.shape_cxyz[1:]):
         lows = [max(b.start, int(s)) for b, s in zip(box, start)]
         highs = [min(b.stop, int(s) + n) for b, s, n in zip(box, start, size_vox)]
@@ -259,8 +260,13 @@ def read_crop(ref: Ref, start: Sequence[int], size_vox: Sequence[int]) -> tuple[
             continue
         source = tuple(slice(lo - b.start, hi - b.start) for lo, hi, b in zip(lows, highs, box))
         target = tuple(slice(lo - int(s), hi - int(s)) for lo, hi, s in zip(lows, highs, start))
-        image_CXYZ[(slice(None), *target)] = _tensor(ref, f"image/{name}")[(slice(None), *source)]
-        labels_XYZ[target] = _tensor(ref, f"labels/{name}")[source]
+        met.append((name, source, target))
+    _header(ref)  # once, before the bricks ask for it all at once
+    names = [f"{kind}/{name}" for name, *_ in met for kind in ("image", "labels")]
+    bricks = dict(zip(names, store.at_once(functools.partial(_tensor, ref), names)))
+    for name, source, target in met:
+        image_CXYZ[(slice(None), *target)] = bricks[f"image/{name}"][(slice(None), *source)]
+        labels_XYZ[target] = bricks[f"labels/{name}"][source]
     return image_CXYZ, labels_XYZ
 
 

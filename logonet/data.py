@@ -34,6 +34,8 @@ BLOCK_BYTES = 32 << 20  # of one Ray Data block: enough to amortise a task, few 
 TASK_BYTES = 8 << 20  # prepared samples of one task that feeds training
 TASKS_AHEAD = 3  # such tasks a rank keeps going before it needs them
 CROPS_PER_ACTOR = 64  # labelling this many takes longer than starting the actor does
+CROPS_AT_ONCE = 4  # read together where each is worked on alone
+MAX_UNREAD = 32  # scans that a store may withhold before it has given one
 MAX_TASKS = 2000  # blocks of a graph over scans: enough to balance, few enough to schedule
 SHARD_DTYPE = "U16"
 
@@ -41,9 +43,28 @@ SHARD_DTYPE = "U16"
 # ------------------------------------------------------------------------------------------- manifest
 
 
-def inspect_scans(sources: list[manifest.Source], share: Share) -> list[manifest.Scan | manifest.Quarantined]:
-    """Read and check every scan, in parallel; the answers are in the order of ``sources``."""
-    return _map_in_order(sources, manifest.inspect, share)
+def inspect_scans(
+    sources: list[manifest.Source], share: Share, known: int = 0
+) -> list[manifest.Scan | manifest.Quarantined]:
+    """Read and check every scan, in parallel; the answers are in the order of ``sources``.
+
+    ``known`` is how many others of the same import have been read before.
+
+    Raises:
+        UserError: for what concerns every scan, such as a store that withholds the first MAX_UNREAD of them.
+    """
+    read, unread = known, 0
+
+    def note(answer: manifest.Scan | manifest.Quarantined) -> None:
+        nonlocal read, unread
+        if not isinstance(answer, manifest.Unread):
+            read += 1
+            return
+        unread += 1
+        if not read and unread == min(MAX_UNREAD, len(sources)):
+            raise UserError(f"none of the first {unread} scans can be read; the last: {answer.reason}")
+
+    return _map_in_order(sources, manifest.inspect, share, note)
 
 
 def check_sources(sources: list[manifest.Source], share: Share) -> list[datacheck.Checked]:
@@ -162,6 +183,10 @@ class CropTable:
             ) from None
         return np.frombuffer(data, np.uint16).reshape(self.in_channels, *self.size_vox)
 
+    def read_all(self, indices: Iterable[int]) -> list[np.ndarray]:
+        """Several crops, read at once."""
+        return store.at_once(self.read, indices)
+
     def to_parquet(self) -> bytes:
         out = io.BytesIO()
         pd.DataFrame([asdict(r) for r in self.refs]).to_parquet(out, index=False)
@@ -241,7 +266,7 @@ def sample_slices(table: CropTable, max_slices: int, seed: int, share: Share) ->
     slices_ST = np.empty((num_crops * depth, length), np.uint16)
 
     def read(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        rows = [slices_of(table.read(int(chosen[i]))) for i in batch["id"]]
+        rows = [slices_of(crop_CXYZ) for crop_CXYZ in table.read_all(int(chosen[i]) for i in batch["id"])]
         return {"id": batch["id"], "slices": np.stack(rows)}
 
     stream = _stream(num_crops, read, row_bytes=depth * length * 2, share=share)
@@ -308,7 +333,8 @@ class _LabelCrops:
         self.labeller = Labeller(clusterers.ClustererSet.view(ray.get(centroids_VT[0]), sizes_N))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        labels = [self.labeller(slices_of(self.table.read(int(i)))).T for i in batch["id"]]
+        crops = self.table.read_all(int(i) for i in batch["id"])
+        labels = [self.labeller(slices_of(crop_CXYZ)).T for crop_CXYZ in crops]
         return {"id": batch["id"], "labels_NZ": np.stack(labels).astype(np.int16)}
 
 
@@ -322,7 +348,7 @@ def label_crops(table: CropTable, fitted: clusterers.ClustererSet, share: Share)
     actors = max(1, min(-(-len(table) // CROPS_PER_ACTOR), room))
     stream = ray.data.range(len(table), override_num_blocks=min(len(table), 8 * actors)).map_batches(
         _LabelCrops,
-        batch_size=1,
+        batch_size=CROPS_AT_ONCE,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=share.cpus_per_task,
         # In a list, so that Ray hands the reference on and does not copy the centroids into the call.
@@ -400,12 +426,17 @@ class Feed:
     def row_bytes(self) -> int:
         return 4 * int(np.prod(self.table.size_vox)) * self.table.in_channels
 
-    def samples(self, draw: int, index: int) -> list[dict[str, np.ndarray]]:
-        return [self.sample(draw, index)]
+    def rows(self, places: list[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
+        """The rows of several (draw, sample), whose crops are read at once."""
+        crops = self.table.read_all(index for _, index in places)
+        return [self._prepared(draw, index, crop) for (draw, index), crop in zip(places, crops)]
 
     def sample(self, draw: int, index: int) -> dict[str, np.ndarray]:
         """Sample ``index`` as the method's ``prepare`` makes it for ``draw`` (see `Order.at`)."""
-        raw: dict[str, Any] = {"image_CXYZ": self.table.read(index)}
+        return self._prepared(draw, index, self.table.read(index))
+
+    def _prepared(self, draw: int, index: int, crop_CXYZ: np.ndarray) -> dict[str, np.ndarray]:
+        raw: dict[str, Any] = {"image_CXYZ": crop_CXYZ}
         if self.labels_PNZ is not None:
             raw["labels_NZ"] = self.labels_PNZ[index]
         rng = draws.rng(self.order.seed, "prepare", draw, self.table.refs[index].crop_id)
@@ -430,6 +461,9 @@ class LabelledFeed:
     @property
     def rows_per_sample(self) -> int:
         return self.crops.per_case
+
+    def rows(self, places: list[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
+        return [row for draw, index in places for row in self.samples(draw, index)]
 
     @property
     def row_bytes(self) -> int:
@@ -486,7 +520,7 @@ def batches(
 def _prepare(feed_ref: Any, places: list[tuple[int, int]]) -> dict[str, np.ndarray]:
     """The samples at (step, slot) ``places``, stacked. Runs as a Ray task."""
     feed = opened(feed_ref[0])
-    samples = [row for step, slot in places for row in feed.samples(*feed.order.at(step, slot))]
+    samples = feed.rows([feed.order.at(step, slot) for step, slot in places])
     return {key: np.stack([s[key] for s in samples]) for key in samples[0]}
 
 
@@ -523,8 +557,16 @@ def _stream(rows: int, fn: Callable[..., Any], *, row_bytes: int, share: Share) 
     )
 
 
-def _map_in_order(items: Iterable[Any], fn: Callable[[Any], Any], share: Share) -> list[Any]:
-    """``fn`` over ``items`` on Ray Data's workers; answers in order, as Python objects."""
+def _map_in_order(
+    items: Iterable[Any],
+    fn: Callable[[Any], Any],
+    share: Share,
+    note: Callable[[Any], None] = lambda answer: None,
+) -> list[Any]:
+    """``fn`` over ``items`` on Ray Data's workers; answers in order, as Python objects.
+
+    ``note`` is called with each as it comes.
+    """
     import pickle
 
     import ray
@@ -542,4 +584,5 @@ def _map_in_order(items: Iterable[Any], fn: Callable[[Any], Any], share: Share) 
     for batch in stream.iter_batches(batch_size=None, batch_format="numpy"):
         for i, blob in zip(batch["id"], batch["answer"]):
             answers[int(i)] = pickle.loads(blob)
+            note(answers[int(i)])
     return [answers[i] for i in range(len(items))]

@@ -16,7 +16,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from logonet import fingerprints, manifest, volume
+from logonet import fingerprints, manifest, store, volume
 from logonet.errors import BadScan
 from logonet.manifest import Grid, Source
 
@@ -64,7 +64,7 @@ def _check_image(source: Source, found: list[Problem]) -> tuple[Grid | None, str
     uri = source.uri
     try:
         blobs, sha256 = manifest.read_scan(source)
-    except BadScan as err:
+    except (BadScan, store.NotGiven) as err:
         found.append(Problem(uri, "opens", ERROR, str(err)))
         return None, ""
     if fault := manifest.checksum_fault(source, sha256):
@@ -108,7 +108,7 @@ def _check_label(source: Source, image: Grid | None, found: list[Problem]) -> No
     uri = source.label_uri
     try:
         data = manifest.read_one(uri)
-    except BadScan as err:
+    except (BadScan, store.NotGiven) as err:
         return add("label opens", str(err))
     grid: Grid | None
     try:

@@ -49,4 +49,6 @@ def user_sentence(err: BaseException | None) -> str | None:
     return None
 
 
-_TOLD = re.compile(r"^(?:.*\s)?logonet\.\w+\.(?:UserError|BadScan|IntegrityError): (.+)$", re.MULTILINE)
+_TOLD = re.compile(
+    r"^(?:.*\s)?logonet\.\w+\.(?:UserError|BadScan|IntegrityError|Refused): (.+)$", re.MULTILINE
+)

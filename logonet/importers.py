@@ -125,7 +125,7 @@ def _versioned(found: Sequence[Source], known: Entries) -> list[Source]:
     """``found`` with sizes and versions; lists may name files far away from where anything was listed."""
     named = {u for s in found for u in (*(s.files or (s.uri,)), s.label_uri) if u}
     with ThreadPoolExecutor(STATS_AT_ONCE) as pool:
-        more = pool.map(store.stat, sorted(named - set(known)))
+        more = pool.map(_stat, sorted(named - set(known)))
         entries = {**known, **{e.uri: e for e in more if e is not None}}
     out = []
     for source in found:
@@ -134,6 +134,13 @@ def _versioned(found: Sequence[Source], known: Entries) -> list[Source]:
         version = config.fingerprint([[e.uri, e.size_bytes, e.version] for e in scan + label])
         out.append(replace(source, size_bytes=sum(e.size_bytes for e in scan), version=version))
     return out
+
+
+def _stat(uri: str) -> Entry | None:
+    try:
+        return store.stat(uri)
+    except store.Refused:  # one scan of a list: who reads it will say so
+        return None
 
 
 # ------------------------------------------------------------------------------- Decathlon, MONAI lists

@@ -100,13 +100,19 @@ class Quarantined:
     reason: str
 
 
+@dataclass(frozen=True)
+class Unread(Quarantined):
+    """A scan that the store did not give. That is no fault of the scan, so the next import asks for it again."""
+
+
 # -------------------------------------------------------------------------------------------- inspect
 
 
 def inspect(source: Source) -> Scan | Quarantined:
     """Read, hash, decode and check one scan and its label.
 
-    Whatever is wrong with the scan itself, a missing file included, comes back as ``Quarantined``.
+    Whatever is wrong with the scan itself, a missing file included, comes back as ``Quarantined``; a scan that the
+    store refuses, or gives differently each time, as ``Unread``.
 
     Raises:
         UserError: for what concerns every scan: an unreachable store, refused credentials.
@@ -115,6 +121,8 @@ def inspect(source: Source) -> Scan | Quarantined:
         return _inspect(source)
     except BadScan as err:
         return Quarantined(source.uri, str(err))
+    except store.NotGiven as err:
+        return Unread(source.uri, str(err))
 
 
 def _inspect(source: Source) -> Scan:
@@ -161,6 +169,7 @@ def read_scan(source: Source) -> tuple[list[bytes], str]:
 
     Raises:
         BadScan: for a file that is too large or missing.
+        NotGiven: where the store withholds it.
     """
     if source.size_bytes > volume.MAX_BYTES:
         raise BadScan(
@@ -181,11 +190,11 @@ def checksum_fault(source: Source, sha256: str) -> str:
 
 
 def read_one(uri: str) -> bytes:
-    """The bytes of one object; what is wrong with this object alone is a BadScan."""
+    """The bytes of one object; that it is missing is a BadScan."""
     try:
         return store.read(uri)
-    except store.IntegrityError as err:
-        raise BadScan(str(err)) from None
+    except store.NotGiven:
+        raise
     except UserError:
         if store.exists(uri):  # raises by itself when the store as a whole is out of reach
             raise

@@ -29,7 +29,7 @@ from logonet.volume import Volume
 MAX_ATTEMPTS = 2  # of a case whose process dies; a healthy one dies with its machine, hardly twice in a run
 READS_AT_ONCE = 16
 CASES, ATTEMPTS, ABOUT, TABLE = ".cases", ".attempts", ".cases/about.json", "predictions"
-DONE, QUARANTINED = "done", "quarantined"
+DONE, QUARANTINED, UNREAD = "done", "quarantined", "unread"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Row:
     Attributes:
         name: its path below the input, without the suffix.
         version: of the scan, as its store tells it; a scan replaced under its name is segmented anew.
-        status: "done" or "quarantined", and then ``reason`` says why.
+        status: "done", or "quarantined" or "unread", and then ``reason`` says why. What the store did not give is
+            unread: such a row is not committed, and the same command tries the case again.
         output, sha256: the label map and its digest.
         seconds: reading, segmenting and writing.
         volumes_ml: class -> ml in the label map.
@@ -267,19 +268,16 @@ class _Segment:
                 row = self._segment(item)
             except BadScan as err:
                 row = Row(item.name, item.uri, QUARANTINED, item.version, str(err))
-            except UserError as err:
-                # The store is out of reach, or refuses: that concerns every case. So does a scan that is no longer
-                # the manifest's, where a mean over the others would pass for the whole.
-                if item.scan is not None or not isinstance(err, store.IntegrityError):
-                    raise
-                row = Row(item.name, item.uri, QUARANTINED, item.version, str(err))
+            except UserError:  # the store is out of reach, or takes nothing: that concerns every case
+                raise
             except Exception as err:  # one case must not stop a bucket; the reason is kept in its row
                 if item.scan is not None:
                     raise
                 reason = f"{item.uri}: {type(err).__name__}: {' '.join(str(err).split())[:300]}"
                 row = Row(item.name, item.uri, QUARANTINED, item.version, reason)
         row = Row(**{**asdict(row), "seconds": round(time.monotonic() - started, 3)})
-        store.write_json(row_uri, asdict(row))
+        if row.status != UNREAD:
+            store.write_json(row_uri, asdict(row))
         return row
 
     def _deaths(self, item: Item) -> int:
@@ -292,7 +290,12 @@ class _Segment:
         return before
 
     def _segment(self, item: Item) -> Row:
-        image, modality, original = _open(item, self.predictor.spec.modality)
+        try:
+            image, modality, original = _open(item, self.predictor.spec.modality)
+        except store.NotGiven as err:
+            if item.scan is not None:  # a mean over the others would pass for the whole
+                raise
+            return Row(item.name, item.uri, UNREAD, item.version, str(err))
         labels_XYZ = self.predictor.segment(image, modality, item.name)
         blob = volume.encode_labels(labels_XYZ, original, image.affine)
         uri = _label_uri(self.output, item.name)

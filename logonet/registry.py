@@ -31,7 +31,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import logonet
-from logonet import config
+from logonet import config, store
 from logonet.errors import UserError
 from logonet.redaction import SECRET_NAME, redact, without_secrets
 
@@ -328,7 +328,9 @@ class Tracker:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "wb") as file:
                 file.write(data)
-            self._client.log_artifacts(self._run_id, folder)
+            place = self._client.get_run(self._run_id).info.artifact_uri
+            if not _to_bucket(folder, place):
+                self._client.log_artifacts(self._run_id, folder)
         with self._changed:
             if self._files.get(name) is data:  # it may have been replaced meanwhile
                 del self._files[name]
@@ -584,7 +586,8 @@ def _new_version(
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     with tempfile.TemporaryDirectory(prefix="logonet-model-") as folder:
         _write_model(folder, files, kind, model, run_id)
-        client.log_model_artifacts(model.model_id, folder)
+        if not _to_bucket(folder, model.artifact_location):
+            client.log_model_artifacts(model.model_id, folder)
     client.finalize_logged_model(model.model_id, "READY")
     # The place itself, not models:/<id>: a SQLite registry would look that up in MLflow's default database.
     # A registry of its own does not know the model's id either.
@@ -671,10 +674,30 @@ def _version(client: Any, model_uri: str) -> Any:
     return versions[wanted]
 
 
+def _to_bucket(folder: str, location: str) -> bool:
+    """Put a folder's files where MLflow keeps them, if that is a bucket: `store` survives what its client does not."""
+    if not store.is_s3(location):
+        return False
+    for at, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(at, name)
+            store.write_file(path, store.join(location, os.path.relpath(path, folder).replace(os.sep, "/")))
+    return True
+
+
 def _fetch(model_uri: str, location: str, folder: str, uri: str) -> str:
     from mlflow import artifacts
     from mlflow.exceptions import MlflowException
 
+    if store.is_s3(location):
+        target = os.path.join(folder, MODEL_FILES)
+        for entry in store.listing(location):
+            name = store.relative(entry.uri, location)
+            if ".." in name.split("/"):
+                raise UserError(f"{entry.uri} leads out of the model's folder; delete it")
+            store.read_to_file(entry.uri, os.path.join(target, name), size_bytes=entry.size_bytes)
+        if os.path.isdir(target):
+            return target
     try:
         return artifacts.download_artifacts(artifact_uri=location, dst_path=folder, tracking_uri=uri)
     except (MlflowException, OSError) as err:

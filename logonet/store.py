@@ -7,7 +7,12 @@ by ``AWS_ENDPOINT_URL_S3`` alone.
 Why not s3fs, pyarrow or boto3's own download for the bytes we trust: under injected faults each of them
 returned wrong bytes without an error (a short reply with a matching Content-Length, an object replaced
 while it was read, an error page with status 200). ``read`` pins the ETag of the first good reply, asks
-for the rest with If-Match, and checks length and SHA-256 against what the caller knows.
+for the rest with If-Match, and checks length and SHA-256 against what the caller knows. Where the caller knows no
+SHA-256, the object's ETag or the store's checksum must vouch for the bytes, or they are read twice.
+
+Every request is repeated here and not by botocore, whose first pause is as long as a hundred reads, which waits
+half a minute for a reply that will not come, and which believes an empty or a repeated page of a listing. A 403
+that names no cause is repeated a few times too: rights that change take seconds to reach all of a store.
 
 Every failure that a user can mend is a ``UserError`` of one sentence that names the URI; no message ever
 holds a credential. This is the only module that imports boto3.
@@ -27,53 +32,77 @@ import re
 import shutil
 import socket
 import threading
+import time
 import urllib.request
 import uuid
-from collections.abc import Iterable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
 import botocore.config
 import tenacity
-from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectionClosedError,
     ConnectionError,
     CredentialRetrievalError,
+    HTTPClientError,
     NoCredentialsError,
     ParamValidationError,
     PartialCredentialsError,
     ProfileNotFound,
     ReadTimeoutError,
 )
+from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError as Urllib3Error
 
 from logonet.errors import UserError
 from logonet.redaction import holds_credentials
 
+T = TypeVar("T")
+X = TypeVar("X")
+
 S3 = "s3://"
 TEMP_MARK = ".logonet-tmp-"  # unfinished local writes; listings skip them, abort_stale_uploads sweeps them
 PIECE_BYTES = 1 << 20
 MULTIPART_BYTES = 64 << 20
+PARTS_AT_ONCE = 4
+READS_AT_ONCE = 8
+MAX_PARTS = 10_000  # S3's own limit
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 30
-REQUEST_ATTEMPTS = (
-    7  # botocore, for 5xx and lost connections: about 25 s of backoff, enough for a store's restart
-)
-BODY_ATTEMPTS = 5  # ours, for what botocore never retries: faults after the reply's headers
-BODY_WAIT = tenacity.wait_random_exponential(multiplier=0.2, max=5)
+# A reader's, for the next byte: it changes nothing, so it may ask again early, then waiting longer each time. No
+# shorter than SLOW times what nine of ten of the last replies took, or a slow store would have twice the work.
+PATIENCE_S = (0.25, 1.0, 4.0, READ_TIMEOUT_S)
+SLOW = 4
+KNOWN_REPLIES = 16  # until then the second patience is the first
+WAIT = tenacity.wait_random_exponential(multiplier=0.1, max=8)  # between attempts
+REQUEST_ATTEMPTS = 13  # about 25 s of pauses, enough for a store's restart
+REQUEST_SECONDS = 240  # no further attempt after this long, for a store that answers nothing
+REFUSED_ATTEMPTS = 5  # for a 403 that names no cause
+BODY_ATTEMPTS = 8  # for what shows after a reply's headers
 CONTACT_ATTEMPTS = 3  # first contact with an endpoint: a wrong address should not cost 25 s of backoff
 POOL_CONNECTIONS = 32
+PAGE_KEYS = 1000  # the most that one page of a listing holds
 DELETE_BATCH = 1000  # the most keys one DeleteObjects takes
 
 
-class IntegrityError(UserError):
+class NotGiven(UserError):
+    """The store does not give this one object; of others that says nothing, and of its content neither."""
+
+
+class IntegrityError(NotGiven):
     """Bytes that are not the ones the caller was promised: wrong size, wrong SHA-256, replaced, torn."""
+
+
+class Refused(NotGiven):
+    """The rights do not reach to this object, which is not to say that the credentials are wrong."""
 
 
 @dataclass(frozen=True)
@@ -155,34 +184,40 @@ def _folder(uri: str) -> tuple[str, str]:
 _client_lock = threading.Lock()  # boto3 sessions are not thread-safe while they make a client
 
 
-def _client() -> Any:
+def _client(read_timeout_s: float = READ_TIMEOUT_S) -> Any:
     """The process's S3 client for the current AWS_* variables: made on first use, never pickled or forked."""
     settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
     with _client_lock:
-        return _make_client(os.getpid(), settings)
+        return _make_client(os.getpid(), settings, read_timeout_s)
 
 
-@functools.lru_cache(maxsize=8)
-def _make_client(pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
+@functools.lru_cache(maxsize=8 * len(PATIENCE_S))
+def _make_client(pid: int, settings: tuple[tuple[str, str], ...], read_timeout_s: float) -> Any:
     config = botocore.config.Config(
         connect_timeout=CONNECT_TIMEOUT_S,
-        read_timeout=READ_TIMEOUT_S,
-        retries={"mode": "standard", "total_max_attempts": REQUEST_ATTEMPTS},
+        read_timeout=read_timeout_s,
+        retries={"mode": "standard", "total_max_attempts": 1},
         max_pool_connections=POOL_CONNECTIONS,
         user_agent_extra="logonet",
     )
     try:
-        client = boto3.session.Session().client("s3", config=config)
+        client = _session(pid, settings).client("s3", config=config)
     except ProfileNotFound:
         raise UserError("AWS_PROFILE names a profile that does not exist; correct or unset it") from None
     except ValueError:
         raise UserError("AWS_ENDPOINT_URL_S3 is not an address; write it as http://host:port") from None
-    _contact(client.meta.endpoint_url)
+    _contact(pid, client.meta.endpoint_url)
     return client
 
 
-def _contact(endpoint: str) -> None:
-    """Fail in seconds, with a sentence, where nothing listens at ``endpoint``."""
+@functools.lru_cache(maxsize=8)
+def _session(pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
+    return boto3.session.Session()
+
+
+@functools.lru_cache(maxsize=8)
+def _contact(pid: int, endpoint: str) -> None:
+    """Fail in seconds, with a sentence, where nothing listens at ``endpoint``; once it has answered, never again."""
     parts = urlsplit(endpoint)
     host = parts.hostname or ""
     if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
@@ -206,6 +241,110 @@ def _unreachable(endpoint: str, err: Exception) -> str:
     # An address may carry user:password@.
     named = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     return f"cannot reach the object store at {named} ({why}); start it or correct AWS_ENDPOINT_URL_S3"
+
+
+# ------------------------------------------------------------------------------------------- requests
+
+_READING = {"get_object", "head_object", "head_bucket", "list_objects_v2", "list_multipart_uploads"}
+_PASSING = {  # codes of statuses that mostly mean a mistake: what was sent arrived damaged or not whole
+    "BadDigest",
+    "IncompleteBody",
+    "InvalidDigest",
+    "RequestTimeout",
+    "XAmzContentChecksumMismatch",
+    "XAmzContentSHA256Mismatch",
+}
+# Of the last replies, by operation.
+_silences_s: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=64))
+_silences_lock = threading.Lock()
+
+
+def _call(operation: str, *, impatience: int = 0, **args: Any) -> Any:
+    """One request of the S3 API, repeated while that may help. What it raises in the end is botocore's.
+
+    ``impatience`` is how often the caller has been left waiting for what it now asks for.
+    """
+    waits, refusals = impatience, 0
+
+    def once() -> Any:
+        nonlocal waits, refusals
+        client = _client(_timeout_s(operation, waits))
+        began = time.monotonic()
+        try:
+            reply = getattr(client, operation)(**args)
+        except ReadTimeoutError:
+            waits += 1
+            raise
+        except ClientError as err:
+            refusals += _unexplained(err)
+            raise
+        with _silences_lock:
+            _silences_s[operation].append(time.monotonic() - began)
+        return reply
+
+    def enough(state: tenacity.RetryCallState) -> bool:
+        tried, seconds = state.attempt_number, state.seconds_since_start or 0
+        return tried >= REQUEST_ATTEMPTS or refusals >= REFUSED_ATTEMPTS or seconds > REQUEST_SECONDS
+
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_may_pass), stop=enough, wait=WAIT, reraise=True
+    )(once)
+
+
+def _timeout_s(operation: str, waits: int) -> float:
+    if operation not in _READING:
+        return READ_TIMEOUT_S
+    with _silences_lock:
+        last = sorted(_silences_s[operation])
+    if len(last) < KNOWN_REPLIES:
+        level = 1
+    else:
+        level = sum(patience_s < SLOW * last[len(last) * 9 // 10] for patience_s in PATIENCE_S)
+    return PATIENCE_S[min(level + waits, len(PATIENCE_S) - 1)]
+
+
+def _may_pass(err: BaseException) -> bool:
+    """Whether the same request may succeed when it is made again."""
+    if isinstance(err, ClientError):
+        status = _status(err)
+        ill = status in (408, 429) or (status >= 500 and status not in (501, 507))
+        return ill or _code(err) in _PASSING or _unexplained(err)
+    # A reply that is no XML was cut short or damaged on its way.
+    return isinstance(err, HTTPClientError | ConnectionError | ResponseParserError)
+
+
+def _unexplained(err: ClientError) -> bool:
+    """A 403 that may be anything: a policy or a role that is being changed, a proxy's whim."""
+    return _status(err) == 403 and _code(err) not in _MENDS
+
+
+def _status(err: ClientError) -> int:
+    return int(err.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _code(err: ClientError) -> str:
+    return str(err.response.get("Error", {}).get("Code", "unknown"))
+
+
+class _Retry(Exception):
+    """This attempt is worth repeating; ``final`` is what to raise when it was the last."""
+
+    def __init__(self, final: UserError) -> None:
+        self.final = final
+
+
+def _insisting(attempt: Callable[[], T]) -> T:
+    """What ``attempt`` returns, as soon as it raises no _Retry: for replies whose fault shows after their headers."""
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(_Retry),
+        stop=tenacity.stop_after_attempt(BODY_ATTEMPTS),
+        wait=WAIT,
+        reraise=True,
+    )
+    try:
+        return retrying(attempt)
+    except _Retry as last:
+        raise last.final from last.__cause__
 
 
 # --------------------------------------------------------------------------------------------- errors
@@ -248,25 +387,23 @@ def _plainly(uri: str) -> Iterator[None]:
     # Several of botocore's errors are OSErrors too, so its own come first.
     except ClientError as err:
         raise _client_error(uri, err) from err
-    except (BotoCoreError, Urllib3Error) as err:
+    except (BotoCoreError, ResponseParserError, Urllib3Error) as err:
         raise UserError(f"{uri}: {_transport(err)}") from err
     except OSError as err:
         mend = _ERRNOS.get(
             err.errno or 0, f"{err.strerror or type(err).__name__}; check the disk and the path"
         )
-        raise UserError(f"{uri}: {mend}") from err
+        kind = Refused if err.errno in (errno.EACCES, errno.EPERM) else UserError
+        raise kind(f"{uri}: {mend}") from err
 
 
 def _client_error(uri: str, err: ClientError) -> UserError:
     # Only the code is shown: a store's message may repeat the access key or the string that was signed.
-    code = str(err.response.get("Error", {}).get("Code", "unknown"))
-    status = err.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    code, status = _code(err), _status(err)
     if code in _MENDS:
         return UserError(f"{uri}: {_MENDS[code]}")
     if status == 403:
-        return UserError(
-            f"{uri}: access is refused ({code}); correct {_KEYS} or ask for rights on the bucket"
-        )
+        return Refused(f"{uri}: access is refused ({code}); correct {_KEYS} or ask for rights on the bucket")
     if status == 416:
         return IntegrityError(
             f"{uri}: the object is shorter than the range that was asked for; write it again"
@@ -293,15 +430,11 @@ def _transport(err: Exception) -> str:
 def _need_bucket(uri: str) -> None:
     """HEAD has no body, so its bare 404 leaves open whether the key or the bucket is missing."""
     try:
-        _client().head_bucket(Bucket=_bucket_key(uri)[0])
+        _call("head_bucket", Bucket=_bucket_key(uri)[0])
     except ClientError as err:
         if _status(err) == 404:
             raise UserError(f"{uri}: {_MENDS['NoSuchBucket']}") from err
         raise
-
-
-def _status(err: ClientError) -> int:
-    return int(err.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 # ---------------------------------------------------------------------------------------------- reads
@@ -349,6 +482,15 @@ def read_json(uri: str) -> Any:
         raise IntegrityError(f"{uri} is not valid JSON; it is torn or not ours, write it again") from None
 
 
+def at_once(fn: Callable[[X], T], items: Iterable[X]) -> list[T]:
+    """``fn`` of each, in their order, several at once: while one waits for the store, others work."""
+    items = list(items)
+    if len(items) < 2:
+        return [fn(item) for item in items]
+    with ThreadPoolExecutor(min(READS_AT_ONCE, len(items))) as pool:
+        return list(pool.map(fn, items))
+
+
 def _copy_out(
     uri: str, sink: BinaryIO, size_bytes: int | None, sha256: str | None, start: int, length: int | None
 ) -> None:
@@ -356,13 +498,6 @@ def _copy_out(
     assert length is None or length >= 0
     source = _S3Read if is_s3(uri) else _LocalRead
     source(uri, sink, size_bytes, sha256, start, length).run()
-
-
-class _Retry(Exception):
-    """This attempt is worth repeating; ``final`` is what to raise when it was the last."""
-
-    def __init__(self, final: UserError) -> None:
-        self.final = final
 
 
 class _Read:
@@ -379,17 +514,20 @@ class _Read:
     ) -> None:
         self.uri, self.sink, self.size_bytes, self.sha256 = uri, sink, size_bytes, sha256
         self.start, self.length = start, length
-        self.digest = hashlib.sha256()
+        self.digest = self.blank()
+
+    def blank(self) -> Any:
+        """What was promised is a SHA-256; without it, MD5 is what most ETags are."""
+        return hashlib.sha256() if self.sha256 else hashlib.md5(usedforsecurity=False)
 
     def put(self, piece: bytes) -> None:
         self.sink.write(piece)
-        if self.sha256:
-            self.digest.update(piece)
+        self.digest.update(piece)
 
     def restart(self) -> None:
         self.sink.seek(0)
         self.sink.truncate()
-        self.digest = hashlib.sha256()
+        self.digest = self.blank()
 
     def stop_for(self, total: int) -> int:
         """The byte to stop before, in an object of ``total`` bytes."""
@@ -426,33 +564,43 @@ class _LocalRead(_Read):
 
 
 class _S3Read(_Read):
-    """Repeats what botocore does not: faults of the body. It goes on from the byte it has reached."""
+    """Repeats what `_call` cannot: faults of the body. It goes on from the byte it has reached."""
 
     etag: str | None = None
     total: int | None = None
+    waits = 0  # how often the body stopped coming
+    gone: IntegrityError | None = None  # the store has said that the object is another one now
 
     def run(self) -> None:
         if self.length == 0:
             return  # S3 has no empty ranges
         self.total = self.size_bytes
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_Retry),
-            stop=tenacity.stop_after_attempt(BODY_ATTEMPTS),
-            wait=BODY_WAIT,
-            reraise=True,
-        )
-        try:
-            retrying(self.attempt)
-        except _Retry as last:
-            raise last.final from last.__cause__
+        _insisting(self.attempt)
 
     def attempt(self) -> None:
-        reply, stop = self.request()
+        vouched = self.fetch()
+        found = self.digest.hexdigest()
+        if self.sha256:
+            if found != self.sha256:
+                self.restart()
+                raise self.gone or _Retry(self.wrong_digest())
+        elif not vouched:
+            self.restart()
+            if not self.fetch() and self.digest.hexdigest() != found:
+                self.restart()
+                raise _Retry(
+                    IntegrityError(f"{self.uri}: the object store gives it differently each time; check it")
+                )
+
+    def fetch(self) -> bool:
+        """All bytes that are still missing, and whether the store vouches for the whole of them."""
+        reply, stop, ranged = self.request()
         try:
             with contextlib.closing(reply["Body"]) as body:
                 for piece in body.iter_chunks(PIECE_BYTES):
                     self.put(piece)
         except (BotoCoreError, Urllib3Error) as err:
+            self.waits += isinstance(err, ReadTimeoutError)
             if type(err).__name__ == "FlexibleChecksumError":  # damaged in transit, no telling where
                 self.restart()
             raise _Retry(UserError(f"{self.uri}: {_transport(err)}")) from err
@@ -463,12 +611,30 @@ class _S3Read(_Read):
             raise _Retry(
                 IntegrityError(f"{self.uri}: the object store sent {reached} of {stop} bytes; check it")
             )
-        if self.sha256 and self.digest.hexdigest() != self.sha256:
-            self.restart()
-            raise _Retry(self.wrong_digest())
+        if self.sha256 or self.start > 0 or self.length is not None:
+            return False
+        checked = not ranged and "ChecksumAlgorithm" in reply["ResponseMetadata"]
+        return checked or self.is_etag()
 
-    def request(self) -> tuple[Any, int]:
-        """A reply known to be the pinned object from the byte reached on, and the byte to stop before."""
+    def is_etag(self) -> bool:
+        """Whether the ETag is an MD5 of these bytes: of the whole, or of the digests of its parts."""
+        etag = (self.etag or "").strip('"')
+        if etag == self.digest.hexdigest():
+            return True
+        num_parts = int(etag.partition("-")[2]) if re.fullmatch(r"[0-9a-f]{32}-[0-9]+", etag) else 0
+        total = self.sink.tell()
+        for part_bytes in _PART_SIZES:
+            if num_parts and -(-total // part_bytes) == num_parts:
+                self.sink.seek(0)
+                digests = (_md5(self.sink.read(part_bytes)).digest() for _ in range(num_parts))
+                if f"{_md5(b''.join(digests)).hexdigest()}-{num_parts}" == etag:
+                    return True
+        return False
+
+    def request(self) -> tuple[Any, int, bool]:
+        """A reply known to be the pinned object from the byte reached on, the byte to stop before, and whether
+        a range was asked for.
+        """
         bucket, key = _bucket_key(self.uri)
         ranged = self.start > 0 or self.length is not None
         with _plainly(self.uri):
@@ -476,25 +642,25 @@ class _S3Read(_Read):
                 # A whole object of unknown size has nothing else to check Content-Length against.
                 self.pin_by_head(bucket, key)
             first = self.start + self.sink.tell()
-            args: dict[str, str] = {"IfMatch": self.etag} if self.etag else {}
+            args: dict[str, Any] = {"IfMatch": self.etag} if self.etag else {}
             if first or ranged:
                 last = self.start + self.length - 1 if self.length is not None else ""
                 args["Range"] = f"bytes={first}-{last}"
             try:
-                reply = _client().get_object(Bucket=bucket, Key=key, **args)
+                reply = _call("get_object", impatience=self.waits, Bucket=bucket, Key=key, **args)
             except ClientError as err:
                 if _status(err) != 412:
                     raise
                 self.replaced()
         try:
-            return reply, self.check(reply, first, "Range" in args)
+            return reply, self.check(reply, first, "Range" in args), "Range" in args
         except _Retry:
             reply["Body"].close()
             raise
 
     def pin_by_head(self, bucket: str, key: str) -> None:
         try:
-            head = _client().head_object(Bucket=bucket, Key=key)
+            head = _call("head_object", Bucket=bucket, Key=key)
         except ClientError as err:
             if _status(err) == 404:
                 _need_bucket(self.uri)
@@ -520,18 +686,28 @@ class _S3Read(_Read):
         else:
             total = size
         if self.total not in (None, total):
-            raise _Retry(self.wrong_size(total) if self.size_bytes is not None else not_ours.final)
+            if self.size_bytes is not None:
+                raise self.gone or _Retry(self.wrong_size(total))
+            raise not_ours
         stop = self.stop_for(total)
         self.etag, self.total = etag, total  # pinned: from now on only this version will do
         return stop
 
     def replaced(self) -> NoReturn:
         gone = IntegrityError(f"{self.uri} was replaced while it was read; run the command again")
-        if self.size_bytes is not None or self.sha256:
-            raise gone
-        self.restart()  # nothing was promised about the content: read the new version whole
-        self.etag, self.total = None, None
+        if self.gone is None and (self.size_bytes is not None or self.sha256):
+            self.gone = gone  # unless only the first reply's ETag was wrong: the promise will tell
+        self.restart()
+        self.etag, self.total = None, self.size_bytes
         raise _Retry(gone)
+
+
+# Of the usual uploaders.
+_PART_SIZES = [n << 20 for n in (5, 8, 10, 15, 16, 25, 32, 50, 64, 100, 128, 256, 512)]
+
+
+def _md5(data: bytes) -> Any:
+    return hashlib.md5(data, usedforsecurity=False)
 
 
 # --------------------------------------------------------------------------------------------- writes
@@ -550,7 +726,7 @@ def write(uri: str, data: bytes | memoryview) -> Stored:
     elif stored.size_bytes < MULTIPART_BYTES:
         _put(uri, bytes(data), stored)
     else:
-        _upload(uri, io.BytesIO(data))
+        _upload(uri, io.BytesIO(data), stored.size_bytes)
     return stored
 
 
@@ -565,7 +741,7 @@ def write_file(path: str, uri: str) -> Stored:
         elif stored.size_bytes < MULTIPART_BYTES:
             _put(uri, file.read(), stored)
         else:
-            _upload(uri, file)
+            _upload(uri, file, stored.size_bytes)
     return stored
 
 
@@ -584,24 +760,66 @@ def create_bucket(uri: str) -> None:
         elsewhere = region not in ("us-east-1", "aws-global")  # the one region that may not be named
         args: Any = {"CreateBucketConfiguration": {"LocationConstraint": region}} if elsewhere else {}
         try:
-            _client().create_bucket(Bucket=bucket, **args)
+            _call("create_bucket", Bucket=bucket, **args)
         except ClientError as err:
-            if err.response["Error"].get("Code") != "BucketAlreadyOwnedByYou":
+            if _code(err) != "BucketAlreadyOwnedByYou":
                 raise
 
 
 def _put(uri: str, data: bytes, stored: Stored) -> None:
     bucket, key = _bucket_key(uri)
-    checksum = base64.b64encode(bytes.fromhex(stored.sha256)).decode()
+    sums: dict[str, Any] = {
+        "ChecksumSHA256": _base64(bytes.fromhex(stored.sha256)),
+        "ContentMD5": _base64(_md5(data).digest()),
+    }
     with _plainly(uri):
-        _client().put_object(Bucket=bucket, Key=key, Body=data, ChecksumSHA256=checksum)
+        _call("put_object", Bucket=bucket, Key=key, Body=data, **sums)
 
 
-def _upload(uri: str, file: BinaryIO) -> None:
+def _base64(digest: bytes) -> str:
+    return base64.b64encode(digest).decode()
+
+
+def _upload(uri: str, file: BinaryIO, size_bytes: int) -> None:
+    """Write a large object in parts. What a lost reply or a kill leaves of it, `abort_stale_uploads` sweeps."""
     bucket, key = _bucket_key(uri)
-    transfer = TransferConfig(multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES // 4)
+    part_bytes = max(MULTIPART_BYTES // 4, -(-size_bytes // MAX_PARTS))
+    reading = threading.Lock()
+
+    def part(number: int) -> tuple[dict[str, Any], bytes]:
+        with reading:
+            file.seek((number - 1) * part_bytes)
+            data = file.read(part_bytes)
+        md5 = _md5(data).digest()
+        # A store that knows nothing of CRC32 still compares the MD5.
+        reply = _call("upload_part", PartNumber=number, Body=data, ContentMD5=_base64(md5), **upload)
+        sums = {name: reply[name] for name in ("ETag", "ChecksumCRC32") if name in reply}
+        return {"PartNumber": number, **sums}, md5
+
     with _plainly(uri):
-        _client().upload_fileobj(file, bucket, key, Config=transfer)
+        upload: dict[str, Any] = {"Bucket": bucket, "Key": key}
+        upload["UploadId"] = _call("create_multipart_upload", **upload)["UploadId"]
+        try:
+            with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+                parts = list(pool.map(part, range(1, -(-size_bytes // part_bytes) + 1)))
+            etag = f"{_md5(b''.join(md5 for _, md5 in parts)).hexdigest()}-{len(parts)}"
+            _complete(upload, [told for told, _ in parts], size_bytes, etag)
+        except BaseException:
+            with contextlib.suppress(BotoCoreError, ClientError, ResponseParserError):
+                _call("abort_multipart_upload", **upload)
+            raise
+
+
+def _complete(upload: dict[str, Any], parts: list[dict[str, Any]], size_bytes: int, etag: str) -> None:
+    try:
+        _call("complete_multipart_upload", MultipartUpload={"Parts": parts}, **upload)
+    except ClientError as err:
+        # A repetition after a reply that got lost finds no upload any more. Then the object is what was uploaded.
+        if _code(err) != "NoSuchUpload":
+            raise
+        head = _call("head_object", Bucket=upload["Bucket"], Key=upload["Key"])
+        if (head["ContentLength"], head["ETag"].strip('"')) != (size_bytes, etag):
+            raise
 
 
 @contextlib.contextmanager
@@ -641,7 +859,7 @@ def stat(uri: str) -> Entry | None:
         bucket, key = _bucket_key(uri)
         with _plainly(uri):
             try:
-                head = _client().head_object(Bucket=bucket, Key=key)
+                head = _call("head_object", Bucket=bucket, Key=key)
             except ClientError as err:
                 if _status(err) != 404:
                     raise
@@ -666,12 +884,42 @@ def listing(prefix_uri: str) -> Iterator[Entry]:
 
 
 def _s3_listing(prefix_uri: str) -> Iterator[Entry]:
+    for page in _pages(prefix_uri):
+        for item in page:
+            if not item["Key"].endswith("/"):  # pyarrow's empty folder markers
+                uri = f"{S3}{_bucket_key(prefix_uri)[0]}/{item['Key']}"
+                yield Entry(uri, item["Size"], item["ETag"].strip('"'))
+
+
+def _pages(prefix_uri: str) -> Iterator[list[dict[str, Any]]]:
+    """The items below a prefix, page by page; a page that is torn, or the one before once more, is asked for again."""
     bucket, prefix = _folder(prefix_uri)
-    with _plainly(prefix_uri):
-        for page in _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-            for item in page.get("Contents", []):
-                if not item["Key"].endswith("/"):  # pyarrow's empty folder markers
-                    yield Entry(f"{S3}{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
+    before: set[str] = set()
+    args: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS}
+
+    def whole_page() -> dict[str, Any]:
+        page = _call("list_objects_v2", **args)
+        items = page.get("Contents", [])
+        keys = {item["Key"] for item in items}
+        counted = page.get("KeyCount", len(items)) == len(items) == len(keys)
+        ends = page.get("IsTruncated") is False
+        if not (counted and (ends or "NextContinuationToken" in page)) or keys & before:
+            raise _Retry(
+                IntegrityError(
+                    f"{prefix_uri}: a page of the object store's listing is torn or comes twice; check the store"
+                )
+            )
+        return page
+
+    while True:
+        with _plainly(prefix_uri):
+            page = _insisting(whole_page)
+        items = page.get("Contents", [])
+        yield items
+        if not page["IsTruncated"]:
+            return
+        before = {item["Key"] for item in items}
+        args["ContinuationToken"] = page["NextContinuationToken"]
 
 
 def _local_listing(prefix_uri: str) -> Iterator[Entry]:
@@ -707,7 +955,7 @@ def delete(uri: str) -> None:
     with _plainly(uri):
         if is_s3(uri):
             bucket, key = _bucket_key(uri)
-            _client().delete_object(Bucket=bucket, Key=key)
+            _call("delete_object", Bucket=bucket, Key=key)
         else:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(local_path(uri))
@@ -720,19 +968,32 @@ def delete_prefix(uri: str) -> int:
         with _plainly(uri), contextlib.suppress(FileNotFoundError):
             shutil.rmtree(local_path(uri))
         return count
-    bucket, prefix = _folder(uri)
+    bucket, _ = _bucket_key(uri)
     count = 0
     with _plainly(uri):
-        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        for keys in _batches(item["Key"] for page in pages for item in page.get("Contents", [])):
-            objects: Any = {"Objects": [{"Key": k} for k in keys], "Quiet": True}
-            errors = _client().delete_objects(Bucket=bucket, Delete=objects).get("Errors", [])
-            if errors:
-                code = errors[0].get("Code", "unknown")
-                key = errors[0].get("Key", prefix)
-                raise UserError(f"{S3}{bucket}/{key} could not be deleted ({code}); check your rights on it")
+        for keys in _batches(item["Key"] for page in _pages(uri) for item in page):
+            _delete_all(bucket, keys)
             count += len(keys)
     return count
+
+
+def _delete_all(bucket: str, keys: list[str]) -> None:
+    left = set(keys)
+
+    def delete_left() -> None:
+        objects = {"Objects": [{"Key": key} for key in sorted(left)]}
+        reply = _call("delete_objects", Bucket=bucket, Delete=objects)
+        left.difference_update(item["Key"] for item in reply.get("Deleted", []))
+        if left:  # refused each by itself, or the reply was torn
+            told = {item.get("Key"): item.get("Code", "unknown") for item in reply.get("Errors", [])}
+            key = min(left)
+            raise _Retry(
+                UserError(
+                    f"{S3}{bucket}/{key} could not be deleted ({told.get(key, 'no answer')}); check your rights on it"
+                )
+            )
+
+    _insisting(delete_left)
 
 
 def _batches(keys: Iterable[str]) -> Iterator[list[str]]:
@@ -757,11 +1018,21 @@ def abort_stale_uploads(prefix_uri: str, older_than_h: float = 24) -> int:
 
 def _abort_uploads(prefix_uri: str, before: datetime) -> int:
     bucket, prefix = _folder(prefix_uri)
+    stale = []
+    args: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
     with _plainly(prefix_uri):
-        pages = _client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
-        stale = [u for page in pages for u in page.get("Uploads", []) if u["Initiated"] < before]
+        while True:
+            page = _call("list_multipart_uploads", **args)
+            stale += [u for u in page.get("Uploads", []) if u["Initiated"] < before]
+            if not page.get("IsTruncated"):
+                break
+            args |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
         for upload in stale:
-            _client().abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            try:
+                _call("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+            except ClientError as err:
+                if _code(err) != "NoSuchUpload":  # an earlier attempt did it, and its reply got lost
+                    raise
     return len(stale)
 
 
@@ -784,8 +1055,8 @@ def arrow_filesystem(uri: str) -> tuple[Any, str]:
     """A pyarrow file system and the path of ``uri`` in it, for Parquet and Ray, on write-once keys only.
 
     pyarrow sends no If-Match: of an object replaced while it is read it returns a mix of both, or stale
-    memory. Its constructor ignores the endpoint variables, and its default retry strategy gives up on
-    the third 503, so both are set here.
+    memory, and it believes a body that was cut short or altered on its way. Its constructor ignores the endpoint
+    variables, and its default retry strategy gives up on the third 503, so both are set here.
 
     Raises:
         UserError: unreachable endpoint.

@@ -53,8 +53,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pauses between the store's attempts at a damaged body."""
-    monkeypatch.setattr(store, "BODY_WAIT", tenacity.wait_none())
+    """No pauses between attempts at the store."""
+    monkeypatch.setattr(store, "WAIT", tenacity.wait_none())
 
 
 @pytest.fixture

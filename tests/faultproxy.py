@@ -5,10 +5,16 @@
         ... a client whose endpoint is proxy.endpoint ...
         assert proxy.faults() == ["close_body"]
 
+    with FaultProxy(server.endpoint, rate=0.05, seed=0) as proxy:
+        ... one request in twenty meets a fault, whatever it is for ...
+
 The Host header passes unchanged, so request signatures stay valid. Each rule acts on the first ``times``
-requests whose method and target match. Kinds:
+requests whose method and target match. A rate draws, for every request that no rule met, whether it meets a fault
+and which of those in KINDS that its sort of request can meet. The draw depends on the seed, the request, and how
+often it came before, never on what other requests come meanwhile. Kinds:
 
     status        answer with ``status`` and an S3 error ``code``; the store is never asked
+    refused       the same; a rate makes it 403 AccessDenied
     ok_error      the same body under status 200, as some stores and gateways do
     reset_before  TCP reset once the request is in
     lost_reply    the store does the work, the client gets a TCP reset
@@ -17,6 +23,11 @@ requests whose method and target match. Kinds:
     short         only ``at`` bytes, and a Content-Length that agrees with them
     flip          the byte at ``at`` inverted
     header        the reply's header ``name`` says ``value``
+    stall         nothing for ``seconds`` once the request is in, then all is well
+    stall_body    the same after ``at`` bytes of the body
+    cut_upload    TCP reset in the middle of the request's body
+    flip_upload   a byte of the request's body inverted on its way to the store
+    repeat_page   of a listing, the page before once more
     run           ``action()`` is called before byte ``at``, then close_body: what changes while we read
 """
 
@@ -24,13 +35,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 import struct
 import threading
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection
+from dataclasses import dataclass, replace
 from types import TracebackType
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
+from xml.sax.saxutils import unescape
+
+from logonet import draws
 
 Headers = dict[str, str]
 
@@ -47,6 +63,8 @@ class Rule:
     key: str = ""
     times: int = 1
     at: int = 0
+    share: float | None = None  # of the body, instead of ``at``
+    seconds: float = 5.0
     status: int = 503
     code: str = "SlowDown"
     name: str = ""
@@ -62,6 +80,46 @@ class Request:
     target: str
     headers: Headers
     fault: str | None = None
+    sort: str = ""
+
+
+# What a rate may do to each sort of request, all alike likely.
+_ANY = [
+    Rule("status"),
+    Rule("refused", status=403, code="AccessDenied"),
+    Rule("reset_before"),
+    Rule("lost_reply"),
+    Rule("stall"),
+]
+_REPLY = [Rule(kind, share=0.0) for kind in ("close_body", "reset_body", "short", "flip", "stall_body")]
+_SENT = [Rule("cut_upload"), Rule("flip_upload")]
+KINDS: dict[str, list[Rule]] = {
+    "get": [*_ANY, *_REPLY, Rule("ok_error"), Rule("header", name="ETag", value='"damaged"')],
+    "head": _ANY,
+    "list": [*_ANY, *_REPLY, Rule("ok_error"), Rule("repeat_page")],
+    "put": [*_ANY, *_SENT, Rule("ok_error")],
+    "part": [*_ANY, *_SENT, Rule("ok_error")],
+    "create": [*_ANY, Rule("ok_error")],
+    "complete": [*_ANY, Rule("ok_error")],
+    "abort": _ANY,
+    "delete": _ANY,
+    "delete many": [*_ANY, *_SENT, Rule("ok_error")],
+}
+
+
+def sort_of(method: str, target: str) -> str:
+    """Which of KINDS a request is; "" for the rest, such as making a bucket."""
+    parts = urlsplit(target)
+    query = parse_qs(parts.query, keep_blank_values=True)
+    if "/" not in parts.path.strip("/") and not query:
+        return "head" if method == "HEAD" else ""
+    if "uploadId" in query:
+        return {"PUT": "part", "POST": "complete", "DELETE": "abort"}.get(method, "")
+    if method == "GET":
+        return "list" if "list-type" in query or "uploads" in query else "get"
+    if method == "POST":
+        return "create" if "uploads" in query else "delete many" if "delete" in query else ""
+    return {"HEAD": "head", "PUT": "put", "DELETE": "delete"}.get(method, "")
 
 
 @dataclass
@@ -79,12 +137,23 @@ class _Head:
 
 
 class FaultProxy:
-    def __init__(self, upstream: str) -> None:
+    def __init__(
+        self,
+        upstream: str,
+        *,
+        rate: float = 0.0,
+        seed: int = 0,
+        stall_s: float = 5.0,
+        spared: Collection[str] = (),
+    ) -> None:
         parts = urlsplit(upstream)
         self._upstream = (parts.hostname, parts.port)
         self._rules: list[Rule] = []
         self._ready = threading.Event()
         self.requests: list[Request] = []
+        self.rate, self.seed, self.stall_s, self.spared = rate, seed, stall_s, spared
+        self._seen: Counter[tuple[str, str, str]] = Counter()
+        self._pages: dict[str, bytes] = {}  # of listings, by the token that each ends with
 
     def add(self, kind: str, **options: object) -> None:
         assert kind in _REQUEST_FAULTS + _BODY_FAULTS, kind
@@ -134,31 +203,49 @@ class FaultProxy:
         """Serve one request; False ends the connection."""
         head = await _read_head(reader)
         method, target, _ = head.first
-        rule = self._pick(method, target)
-        self.requests.append(Request(method, target, head.headers, rule.kind if rule else None))
+        rule = self._pick(method, target) or self._draw(method, target, head.headers.get("range", ""))
+        fault = rule.kind if rule else None
+        self.requests.append(Request(method, target, head.headers, fault, sort_of(method, target)))
         if head.headers.get("expect", "").lower() == "100-continue":
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             lines = head.raw.split(b"\r\n")
             head.raw = b"\r\n".join(ln for ln in lines if not ln.lower().startswith(b"expect:"))
         if rule and rule.kind == "reset_before":
             return _reset(writer)
-        if rule and rule.kind in ("status", "ok_error"):
+        if rule and rule.kind in ("status", "refused", "ok_error"):
             async for _ in _body(reader, head.headers):
                 pass
             await _refuse(writer, rule, method)
+            return True
+        if rule and rule.kind == "repeat_page":
+            writer.write(self._pages[_token(target)])
+            await writer.drain()
             return True
         up_reader, up_writer = await asyncio.open_connection(*self._upstream)
         try:
             up_writer.write(head.raw)
             async for piece in _body(reader, head.headers):
+                if rule and rule.kind == "cut_upload":
+                    return _reset(writer)
+                if rule and rule.kind == "flip_upload" and len(piece) > 2:
+                    middle = len(piece) // 2
+                    piece = piece[:middle] + bytes([piece[middle] ^ 0xFF]) + piece[middle + 1 :]
+                    rule = None
                 up_writer.write(piece)
                 await up_writer.drain()
-            return await self._reply(rule, method, up_reader, writer)
+            if rule and rule.kind == "stall":
+                await asyncio.sleep(rule.seconds)
+            return await self._reply(rule, method, target, up_reader, writer)
         finally:
             up_writer.close()
 
     async def _reply(
-        self, rule: Rule | None, method: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        rule: Rule | None,
+        method: str,
+        target: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> bool:
         head = await _read_head(reader)
         while head.first[1] == "100":
@@ -168,17 +255,27 @@ class FaultProxy:
             async for _ in _body(reader, head.headers, empty):
                 pass
             return _reset(writer)
-        if rule and rule.kind == "short":
+        if rule and rule.share is not None:
+            rule = replace(rule, at=int(rule.share * int(head.headers.get("content-length", 0))))
+        if rule and rule.kind == "short" and "content-length" in head.headers:
             head.set("Content-Length", str(rule.at))
-        if rule and rule.kind == "header":
+        if rule and rule.kind == "header" and rule.name.lower() in head.headers:
             head.set(rule.name, rule.value)
         writer.write(head.raw)
+        page = head.raw
         position = 0
         async for piece in _body(reader, head.headers, empty):
             if rule and position <= rule.at < position + len(piece):
                 cut = rule.at - position
                 if rule.kind == "flip":
                     piece = piece[:cut] + bytes([piece[cut] ^ 0xFF]) + piece[cut + 1 :]
+                elif rule.kind == "stall_body":
+                    writer.write(piece[:cut])
+                    await writer.drain()
+                    await asyncio.sleep(rule.seconds)
+                    writer.write(piece[cut:])
+                    position += len(piece)
+                    continue
                 elif rule.kind in _BODY_FAULTS:
                     writer.write(piece[:cut])
                     await writer.drain()
@@ -186,6 +283,10 @@ class FaultProxy:
             writer.write(piece)
             await writer.drain()
             position += len(piece)
+            if rule is None and sort_of(method, target) == "list":
+                page += piece
+        if token := re.search(rb"<NextContinuationToken>(.+?)</", page):
+            self._pages[unescape(token[1].decode())] = page
         return True
 
     async def _break_off(self, rule: Rule, writer: asyncio.StreamWriter) -> bool:
@@ -203,9 +304,31 @@ class FaultProxy:
                 return rule
         return None
 
+    def _draw(self, method: str, target: str, span: str) -> Rule | None:
+        kinds = KINDS.get(sort_of(method, target))
+        if not self.rate or not kinds:
+            return None
+        self._seen[method, target, span] += 1
+        rng = draws.rng(self.seed, "fault", method, target, span, self._seen[method, target, span])
+        if rng.random() >= self.rate:
+            return None
+        rule = kinds[int(rng.integers(len(kinds)))]
+        if rule.kind in self.spared:
+            return None
+        if rule.kind == "repeat_page" and _token(target) not in self._pages:
+            rule = kinds[0]  # a first page has none before it
+        share = None if rule.share is None else float(rng.random())
+        return replace(rule, share=share, seconds=self.stall_s)
 
-_REQUEST_FAULTS = ("status", "ok_error", "reset_before", "lost_reply", "header")
-_BODY_FAULTS = ("close_body", "reset_body", "short", "flip", "run")
+
+def _token(target: str) -> str:
+    """Where in a listing a request goes on; "" where it starts."""
+    return parse_qs(urlsplit(target).query).get("continuation-token", [""])[0]
+
+
+_REQUEST_FAULTS = ("status", "refused", "ok_error", "reset_before", "lost_reply", "header", "stall")
+_REQUEST_FAULTS += ("cut_upload", "flip_upload", "repeat_page")
+_BODY_FAULTS = ("close_body", "reset_body", "short", "flip", "stall_body", "run")
 
 
 def _reset(writer: asyncio.StreamWriter) -> bool:

@@ -7,6 +7,7 @@ from collections import Counter
 
 from logonet import cluster, config, importers, infer, predict
 from logonet.cluster import Resources
+from logonet.errors import UserError
 from logonet.stages.common import say, took
 from logonet.stages.evaluation import choose
 
@@ -48,4 +49,6 @@ def predict_bucket(
     counts = Counter(row.status for row in rows)
     told = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
     say("predict", f"{told}  {took(started)}  {uri}")
+    if counts[predict.UNREAD] == len(rows):
+        raise UserError(f"none of the {len(rows)} scans at {source} can be read; the last: {rows[-1].reason}")
     return rows

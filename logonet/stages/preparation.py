@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
@@ -27,14 +28,22 @@ def import_scans(source: str, root: str, share: Share) -> tuple[manifest.Manifes
     # Versions (ETags, modification times) stand in for content until it is read: an unchanged listing is not
     # read again, and a replaced scan gives a new manifest.
     listed = [asdict(s) for s in sources]
-    cfg = {"source": source, "listing": config.fingerprint(listed), "scans": len(sources)}
+    cfg: dict[str, Any] = {"source": source, "listing": config.fingerprint(listed), "scans": len(sources)}
     uri, fingerprint = artifacts.address(root, "manifest", cfg, {})
     if (found := artifacts.find(uri)) is not None:
         table = manifest.Manifest.from_parquet(found.read("scans.parquet"), found.read("quarantine.parquet"))
         say("manifest", f"{table.summary()}  (already there: {uri})")
         return _usable(table, source, uri), found
     started = time.monotonic()
-    table = manifest.Manifest.of(data.inspect_scans(sources, share))
+    earlier = store.join(uri, UNREAD_FILE)
+    answers, waiting = _answers(earlier, sources) if store.exists(earlier) else ([], sources)
+    answers += data.inspect_scans(waiting, share, known=len(answers))
+    table = manifest.Manifest.of(answers)
+    unread = sorted(a.uri for a in answers if isinstance(a, manifest.Unread))
+    if unread:
+        # Used, but not for good: it has an address of its own, and the same command asks for the missing ones again.
+        cfg["unread"] = unread
+        uri, fingerprint = artifacts.address(root, "manifest", cfg, {})
     files = {
         "scans.parquet": store.write(store.join(uri, "scans.parquet"), table.scans_parquet()),
         "quarantine.parquet": store.write(store.join(uri, "quarantine.parquet"), table.quarantine_parquet()),
@@ -44,10 +53,28 @@ def import_scans(source: str, root: str, share: Share) -> tuple[manifest.Manifes
     artifact = artifacts.commit(
         uri, "manifest", fingerprint, config=cfg, parents={}, files=files, facts=facts
     )
+    if unread:
+        store.write_json(earlier, {"manifest": uri, "unread": unread})
+        say("manifest", f"{len(unread)} scans could not be read; the same command tries them again")
     say("manifest", f"{table.summary()}  {took(started)}  {uri}")
     for bad in table.quarantined:
         say("", f"quarantined: {bad.reason}")
     return _usable(table, source, uri), artifact
+
+
+UNREAD_FILE = "unread.json"
+
+
+def _answers(
+    uri: str, sources: list[manifest.Source]
+) -> tuple[list[manifest.Scan | manifest.Quarantined], list[manifest.Source]]:
+    """What an earlier import of the same listing has found out, and the sources that it could not read."""
+    earlier = store.read_json(uri)
+    if artifacts.find(earlier["manifest"]) is None:
+        return [], sources
+    table, unread = open_manifest(earlier["manifest"]), set(earlier["unread"])
+    kept = [q for q in table.quarantined if q.uri not in unread]
+    return [*table.scans, *kept], [s for s in sources if s.uri in unread]
 
 
 def open_manifest(uri: str) -> manifest.Manifest:

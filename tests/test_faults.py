@@ -1,0 +1,439 @@
+"""A store of which many requests fail at random: nothing is lost, doubled or altered, and no scan is blamed for it."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faultproxy import KINDS, FaultProxy, sort_of
+from helpers import timeless
+
+from logonet import artifacts, cluster, data, manifest, phantom, predict, registry, stages, store
+from logonet.errors import UserError
+from logonet.s3server import S3Server
+from logonet.volume import encode_nifti
+
+WAIT = store.WAIT  # `no_waiting` takes it away
+SMALL = (12, 12, 12)
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Without a rate at first: what is to be there is written, then ``proxy.rate`` is set."""
+    monkeypatch.setattr(store, "PATIENCE_S", (0.3, 0.3, 2.0, 30.0))
+    store._silences_s.clear()
+    with FaultProxy(s3_server.endpoint, stall_s=1.0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        yield proxy
+
+
+# ----------------------------------------------------------------------------------- the proxy's rates
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "sort"),
+    [
+        ("GET", "/b/a.bin", "get"),
+        ("HEAD", "/b/a.bin", "head"),
+        ("HEAD", "/b", "head"),
+        ("PUT", "/b", ""),
+        ("PUT", "/b/a.bin", "put"),
+        ("GET", "/b?list-type=2&prefix=x%2F", "list"),
+        ("GET", "/b?uploads", "list"),
+        ("POST", "/b/a?uploads", "create"),
+        ("PUT", "/b/a?uploadId=1&partNumber=2", "part"),
+        ("POST", "/b/a?uploadId=1", "complete"),
+        ("DELETE", "/b/a?uploadId=1", "abort"),
+        ("DELETE", "/b/a", "delete"),
+        ("POST", "/b?delete", "delete many"),
+    ],
+)
+def test_requests_are_told_apart(method: str, target: str, sort: str) -> None:
+    assert sort_of(method, target) == sort
+
+
+def drawn(proxy: FaultProxy, keys: range) -> dict[int, str]:
+    found = {key: proxy._draw("GET", f"/b/{key}", "") for key in keys}
+    return {key: rule.kind for key, rule in found.items() if rule}
+
+
+def test_a_rate_is_what_it_says_and_depends_on_the_request_alone() -> None:
+    keys = range(8000)
+    found = drawn(FaultProxy("http://127.0.0.1:9", rate=0.05), keys)
+    assert 0.05 - 4 * 0.0024 < len(found) / len(keys) < 0.05 + 4 * 0.0024  # four standard deviations
+    counts = collections.Counter(found.values())
+    assert set(counts) == {rule.kind for rule in KINDS["get"]}
+    expected = len(found) / len(KINDS["get"])
+    assert all(abs(n - expected) < 4 * expected**0.5 for n in counts.values()), counts
+    again = FaultProxy("http://127.0.0.1:9", rate=0.05)
+    assert drawn(again, keys[::-1]) == found
+    assert drawn(again, keys) != found, "a repetition is another request"
+    assert drawn(FaultProxy("http://127.0.0.1:9", rate=0.05, seed=1), keys) != found
+    assert not drawn(FaultProxy("http://127.0.0.1:9"), keys)
+
+
+# -------------------------------------------------------------------- the store's functions under them
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_call_does_what_it_says_while_a_quarter_of_all_requests_fail(
+    proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(store, "PAGE_KEYS", 4)
+    monkeypatch.setattr(store, "MULTIPART_BYTES", 20 << 20)
+    proxy.rate, proxy.seed = 0.25, seed
+    blobs = {f"{store.join(bucket, 'x')}/{n:03d}": os.urandom(40_000 + n) for n in range(24)}
+    big = os.urandom(21 << 20)
+    large = store.write(store.join(bucket, "large"), big)
+    written = dict(zip(blobs, store.at_once(lambda uri: store.write(uri, blobs[uri]), blobs)))
+    assert [e.uri for e in store.listing(store.join(bucket, "x"))] == sorted(blobs)
+    for uri, blob in blobs.items():
+        assert store.read(uri, sha256=written[uri].sha256) == blob
+        assert store.read(uri, start=7, length=20_000) == blob[7:20_007]
+        assert store.read(uri) == blob
+        entry = store.stat(uri)
+        assert entry is not None
+        assert entry.size_bytes == len(blob)
+    assert store.read(store.join(bucket, "large"), sha256=large.sha256) == big
+    assert store.read(store.join(bucket, "large")) == big
+    assert store.stat(store.join(bucket, "none")) is None
+    store.delete(store.join(bucket, "large"))
+    assert store.delete_prefix(store.join(bucket, "x")) == len(blobs)
+    assert list(store.listing(bucket)) == []
+    store.abort_stale_uploads(bucket, older_than_h=-1)
+    faults = [r for r in proxy.requests if r.fault]
+    assert 0.15 < len(faults) / len(proxy.requests) < 0.35
+    sorts = {"get", "head", "list", "put", "part"}
+    assert sorts <= {r.sort for r in faults}
+    assert {rule.kind for rule in KINDS["get"]} <= {r.fault for r in faults if r.sort == "get"}
+
+
+def test_a_page_that_is_empty_or_comes_twice_loses_and_doubles_no_key(
+    proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "PAGE_KEYS", 3)
+    uris = [f"{bucket}/{n:02d}" for n in range(8)]
+    for uri in uris:
+        store.write(uri, b"1")
+    for faults in (["short"], ["repeat_page", "repeat_page"], ["repeat_page", "short"]):
+        for kind in faults:
+            key = "list-type" if kind == "short" else "continuation-token"
+            proxy.add(kind, method="GET", key=key)
+        proxy.requests.clear()
+        assert [e.uri for e in store.listing(bucket)] == uris
+        assert proxy.faults() != []
+    proxy.add("repeat_page", method="GET", key="continuation-token", times=99)
+    with pytest.raises(store.IntegrityError, match="comes twice"):
+        list(store.listing(bucket))
+
+
+def test_bytes_that_nobody_promised_must_be_the_objects_own(proxy: FaultProxy, bucket: str) -> None:
+    """An ETag says so, of a whole or of its parts; else they are read twice."""
+    uri, blob = store.join(bucket, "x"), os.urandom(50_000)
+    store.write(uri, blob)
+    proxy.add("flip", method="GET", at=1234)
+    assert store.read(uri) == blob
+    assert [r.method for r in proxy.requests if r.method != "PUT"] == ["HEAD", "GET", "GET"]
+
+    proxy.requests.clear()
+    proxy.add("flip", method="GET", at=100)
+    assert store.read(uri, start=50, length=1000) == blob[50:1050]
+    assert len(proxy.requests) == 2 + 2  # two that differ, then two that agree
+
+    for part_bytes, reads in ((8 << 20, 1), (6 << 20, 2)):  # 6 MiB is nobody's part size
+        client, place = store._client(), {"Bucket": bucket.removeprefix(store.S3), "Key": "parts"}
+        upload = place | {"UploadId": client.create_multipart_upload(**place)["UploadId"]}
+        blob = os.urandom(part_bytes + 1000)
+        parts = []
+        for number, piece in enumerate((blob[:part_bytes], blob[part_bytes:]), 1):
+            etag = client.upload_part(PartNumber=number, Body=piece, **upload)["ETag"]
+            parts.append({"PartNumber": number, "ETag": etag})
+        client.complete_multipart_upload(MultipartUpload={"Parts": parts}, **upload)
+        proxy.requests.clear()
+        assert store.read(store.join(bucket, "parts")) == blob
+        assert [r.method for r in proxy.requests] == ["HEAD"] + ["GET"] * reads
+
+
+def test_a_refusal_is_asked_again_and_then_believed(proxy: FaultProxy, bucket: str) -> None:
+    uri = store.join(bucket, "x")
+    proxy.add("refused", status=403, code="AccessDenied", times=2)
+    store.write(uri, b"1")
+    assert proxy.faults() == ["refused"] * 2
+    for call in (lambda: store.read(uri), lambda: store.write(uri, b"2"), lambda: store.stat(uri)):
+        proxy.requests.clear()
+        proxy.add("refused", status=403, code="AccessDenied", times=99)
+        with pytest.raises(store.Refused, match="access is refused"):
+            call()
+        assert len(proxy.faults()) == store.REFUSED_ATTEMPTS
+        proxy._rules.clear()
+
+
+def test_a_reader_asks_again_soon_a_writer_waits(proxy: FaultProxy, bucket: str) -> None:
+    uri = store.join(bucket, "x")
+    proxy.add("stall", method="PUT", seconds=1.0)
+    store.write(uri, b"1" * 1000)
+    assert [r.method for r in proxy.requests] == ["PUT"]
+    proxy.requests.clear()
+    proxy.add("stall", method="GET", seconds=1.0)
+    proxy.add("stall_body", method="GET", at=500, seconds=1.0)
+    assert store.read(uri, size_bytes=1000) == b"1" * 1000
+    assert [r.fault for r in proxy.requests] == ["stall", "stall_body", None]
+
+
+def test_a_store_that_is_always_slow_is_not_asked_twice() -> None:
+    store._silences_s.clear()
+    assert store._timeout_s("get_object", 0) == store.PATIENCE_S[1], "nothing is known of it"
+    assert store._timeout_s("get_object", 9) == store.PATIENCE_S[-1]
+    assert store._timeout_s("put_object", 0) == store.READ_TIMEOUT_S
+    store._silences_s["get_object"].extend([0.01] * 60 + [5.0] * 4)
+    assert store._timeout_s("get_object", 0) == store.PATIENCE_S[0], "a few stalls make no slow store"
+    assert store._timeout_s("get_object", 1) == store.PATIENCE_S[1]
+    store._silences_s["get_object"].extend([0.9] * 64)
+    assert store._timeout_s("get_object", 0) == 4.0
+    store._silences_s.clear()
+
+
+def test_an_upload_whose_end_was_not_heard_is_whole(
+    proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "MULTIPART_BYTES", 20 << 20)
+    uri, blob = store.join(bucket, "x"), os.urandom(21 << 20)
+    proxy.add("lost_reply", method="POST", key="uploadId=")
+    stored = store.write(uri, blob)
+    assert store.read(uri, sha256=stored.sha256) == blob
+    proxy.add("status", method="PUT", key="partNumber=3", status=400, code="InvalidArgument")
+    with pytest.raises(UserError):
+        store.write(uri, blob[::-1])
+    assert store.read(uri) == blob
+    assert store.abort_stale_uploads(bucket, older_than_h=-1) == 0, "the failed upload was not aborted"
+
+
+# --------------------------------------------------------------------- no scan is blamed for the store
+
+
+@pytest.fixture
+def withheld(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """URIs that `store.read` refuses."""
+    uris: set[str] = set()
+    read = store.read
+
+    def reading(uri: str, **options: Any) -> bytes:
+        if uri in uris:
+            raise store.Refused(f"{uri}: access is refused (AccessDenied); ask for rights on the bucket")
+        return read(uri, **options)
+
+    monkeypatch.setattr(store, "read", reading)
+    return uris
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> cluster.Share:
+    """Ray Data's mapping without Ray."""
+
+    def mapped(items: Any, fn: Any, share: Any, note: Any = lambda answer: None) -> list[Any]:
+        answers = []
+        for item in items:
+            answers.append(fn(item))
+            note(answers[-1])
+        return answers
+
+    monkeypatch.setattr(data, "_map_in_order", mapped)
+    return None  # type: ignore[return-value]
+
+
+def test_a_scan_that_is_refused_is_listed_and_asked_for_again(
+    tmp_path: Path, withheld: set[str], in_process: cluster.Share
+) -> None:
+    uri, root = phantom.write_dataset(str(tmp_path / "scans"), 3, size_vox=SMALL), str(tmp_path / "root")
+    refused = str(tmp_path / "scans/imagesTr/phantom_001.nii.gz")
+    withheld.add(refused)
+    table, artifact = stages.import_scans(uri, root, in_process)
+    assert [q.uri for q in table.quarantined] == [refused]
+    assert "access is refused" in table.quarantined[0].reason
+    assert len(table.scans) == 2
+    assert stages.import_scans(uri, root, in_process)[1].uri == artifact.uri
+    withheld.clear()
+    read = withheld_count = []  # which scans are read once the rights are there
+    with pytest.MonkeyPatch.context() as patch:
+        inspect = manifest.inspect
+        patch.setattr(manifest, "inspect", lambda source: (read.append(source.uri), inspect(source))[1])
+        whole, final = stages.import_scans(uri, root, in_process)
+    assert withheld_count == [refused]
+    assert len(whole.scans) == 3
+    assert whole.quarantined == ()
+    assert final.uri != artifact.uri
+    assert artifacts.find(artifact.uri) is not None, "what runs were made from stays"
+    assert stages.import_scans(uri, root, in_process)[1].uri == final.uri
+    assert whole.id == stages.import_scans(uri, str(tmp_path / "other"), in_process)[0].id
+
+
+def test_a_store_that_refuses_everything_stops_an_import(
+    tmp_path: Path, withheld: set[str], in_process: cluster.Share, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "MAX_UNREAD", 2)
+    uri = phantom.write_dataset(str(tmp_path / "scans"), 4, size_vox=SMALL)
+    withheld |= {str(p) for p in (tmp_path / "scans/imagesTr").iterdir()}
+    with pytest.raises(
+        UserError, match=r"none of the first 2 scans can be read; the last: .*access is refused"
+    ):
+        stages.import_scans(uri, str(tmp_path / "root"), in_process)
+    assert not list((tmp_path / "root").rglob("manifest.json"))
+
+
+def test_damage_on_the_way_quarantines_no_scan(proxy: FaultProxy, bucket: str) -> None:
+    scan, _ = phantom.phantom(0, SMALL)
+    uri = store.join(bucket, "scan.nii")
+    store.write(uri, encode_nifti(scan.array_CXYZ[0], scan.affine))
+    expected = manifest.inspect(manifest.Source(uri))
+    assert isinstance(expected, manifest.Scan)
+    proxy.add("flip", method="GET", at=400, times=3)
+    assert manifest.inspect(manifest.Source(uri)) == expected
+    proxy.add("flip", method="GET", at=400, times=99)
+    proxy.add("short", method="GET", at=400, times=99)
+    proxy._rules.pop(0)
+    answer = manifest.inspect(manifest.Source(uri))
+    assert isinstance(answer, manifest.Unread)
+    assert uri in answer.reason
+
+
+def test_a_case_that_is_refused_is_no_bad_case(tmp_path: Path, withheld: set[str]) -> None:
+    uri, output = str(tmp_path / "a.nii.gz"), str(tmp_path / "out")
+    segment = object.__new__(predict._Segment)
+    segment.items, segment.output, segment.attempt, segment.score = (), output, "1", False
+    segment.predictor = type("", (), {"spec": type("", (), {"modality": "CT"})})()
+    withheld.add(uri)
+    row = segment._one(predict.Item("a", source=manifest.Source(uri)))
+    assert (row.status, "access is refused" in row.reason) == (predict.UNREAD, True)
+    assert predict.finished(output) == {}
+
+
+def test_mlflow_files_reach_the_bucket_and_come_back(proxy: FaultProxy, bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "in/model").mkdir(parents=True)
+    files = {"a.bin": os.urandom(5000), "model/b.json": b"{}"}
+    for name, blob in files.items():
+        (tmp_path / "in" / name).write_bytes(blob)
+    proxy.rate = 0.3
+    assert registry._to_bucket(str(tmp_path / "in"), store.join(bucket, "run"))
+    fetched = Path(registry._fetch("models:/m/1", store.join(bucket, "run"), str(tmp_path / "out"), ""))
+    assert {str(p.relative_to(fetched)): p.read_bytes() for p in fetched.rglob("*") if p.is_file()} == files
+    assert not registry._to_bucket(str(tmp_path / "in"), str(tmp_path / "elsewhere"))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", [0, 1])
+def test_parquet_through_pyarrow_survives_what_its_docstring_says(
+    proxy: FaultProxy, bucket: str, seed: int
+) -> None:
+    """pyarrow repeats requests, but believes what it is given and a refusal: those faults are spared here."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    proxy.spared = ("flip", "short", "header", "ok_error", "refused", "repeat_page")
+    proxy.rate, proxy.seed = 0.1, seed
+    table = pa.table({"x": list(range(200_000))})
+    for n in range(20):
+        filesystem, path = store.arrow_filesystem(store.join(bucket, f"{n}.parquet"))
+        pq.write_table(table, path, filesystem=filesystem)
+        assert pq.read_table(path, filesystem=filesystem).equals(table)
+    assert len(proxy.faults()) > 5
+
+
+# ------------------------------------------------------------------------------------- whole pipelines
+
+RATE = 0.05
+# What a run writes of its own time, place and name.
+OWN = ("manifest.json", "history.json", "tracked.json", "predictions.csv", "predictions.parquet", "row.json")
+
+
+def pipeline(bucket: str, name: str) -> str:
+    """Scans to label maps on the Ray that is there; the root below which everything lies."""
+    from jobs import recipes
+    from logonet import infer, splits
+
+    root, source, resources = f"{bucket}/{name}", f"{bucket}/scans/dataset.json", cluster.Resources(workers=2)
+    before = recipes.demo()
+    before = replace(before, split=None, crops=replace(before.crops, per_scan=3))
+    before = replace(before, train=replace(before.train, epochs=3, checkpoint_every_steps=2))
+    pretrained = stages.pretrain(before, source, root, resources, name)
+    after = recipes.demo_finetune()
+    steps = {"epochs": 2, "steps_per_epoch": 8, "checkpoint_every_steps": 3, "validate_every_epochs": 1}
+    after = replace(after, split=splits.Config(test_share=0, folds=3), train=replace(after.train, **steps))  # type: ignore[arg-type]
+    after = replace(after, init=replace(after.init, weights=pretrained.uri))
+    tuned = stages.finetune(after, source, root, resources, name)
+    maps = f"{root}/maps"
+    stages.predict_bucket(infer.Config(), tuned.uri, f"{bucket}/new/imagesTr/", maps, resources)
+    return root
+
+
+def only(root: str, stage: str) -> artifacts.Artifact:
+    """The one finished artifact of a stage."""
+    (uri,) = (e.uri for e in store.listing(f"{root}/{stage}") if e.uri.endswith(f"/{artifacts.MANIFEST}")
+              and e.uri.count("/") == f"{root}/{stage}".count("/") + 2)  # fmt: skip
+    found = artifacts.find(uri.removesuffix(f"/{artifacts.MANIFEST}"))
+    assert found is not None
+    return found
+
+
+def contents(root: str) -> dict[str, bytes]:
+    """Everything that two runs of the same work must have alike, by its place below ``root``."""
+    names = [store.relative(e.uri, root) for e in store.listing(root) if "mlflow-artifacts/" not in e.uri]
+    blobs = store.at_once(lambda name: store.read(store.join(root, name)), names)
+    return dict(zip(names, blobs))
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("seed", [0])
+def test_a_pipeline_on_a_faulty_store_makes_what_it_makes_on_a_sound_one(
+    s3_server: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(store, "WAIT", WAIT)
+    phantom.write_dataset(f"{bucket}/scans", 6, size_vox=(40, 40, 40))
+    phantom.write_dataset(f"{bucket}/new", 3, seed=1, size_vox=(48, 48, 48))
+    monkeypatch.setenv("LOGONET_HOME", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with FaultProxy(s3_server.endpoint, seed=seed) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        with cluster.connected(cluster.Resources(workers=2, object_store_mb=300)):
+            sound = pipeline(bucket, "sound")
+            proxy.requests.clear()
+            proxy.rate = RATE
+            faulty = pipeline(bucket, "faulty")
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server.endpoint)
+    faults = collections.Counter((r.sort, r.fault) for r in proxy.requests if r.fault)
+    print(f"{len(proxy.requests)} requests, {sum(faults.values())} faults: {dict(sorted(faults.items()))}")  # type: ignore[type-var]
+    assert sum(faults.values()) > 20
+
+    expected, found = contents(sound), contents(faulty)
+    assert set(found) == set(expected)
+    shards = [name for name in found if "/shards/" in name]
+    assert len(shards) == 6
+    weights = [
+        n for n in found if n.endswith(("method.safetensors", "best.safetensors", "weights.safetensors"))
+    ]
+    assert len(weights) >= 4
+    assert sum(name.endswith(".nii.gz") for name in found) == 3
+    differing = [n for n in found if not n.endswith(OWN) and found[n] != expected[n]]
+    assert [n for n in differing if n in shards or n in weights or n.endswith(".nii.gz")] == []
+    print(f"{len(found)} objects, differing besides {', '.join(OWN)}: {differing}")
+    for stage in ("pretrain", "finetune"):
+        histories = [json.loads(only(root, stage).read("history.json")) for root in (sound, faulty)]
+        assert timeless(histories[0]) == timeless(histories[1])
+    for stage in ("manifest", "crops", "cases"):
+        assert only(faulty, stage).facts["quarantined"] == 0
+    rows = predict.finished(f"{faulty}/maps").values()
+    assert [row.status for row in rows] == [predict.DONE] * 3
+    uploads = store._call("list_multipart_uploads", Bucket=bucket.removeprefix(store.S3)).get("Uploads", [])
+    assert uploads == []
+
+    def tracked(root: str) -> list[str]:
+        place = f"{root}/mlflow-artifacts"
+        return sorted(store.relative(e.uri, place).split("/", 1)[1] for e in store.listing(place))
+
+    assert tracked(faulty) == tracked(sound) != []
