@@ -1,4 +1,4 @@
-"""Is the model of steps true? Measures the constants, then trains on 1, 2, 4, 8 and 16 workers of this machine, and prints
+"""Is the model of steps true? Measures constants, trains on 1, 2, 4, 8 and 16 workers of this machine, and prints
 predicted beside measured samples a second and memory.
 
     python benchmarks/scaling.py
