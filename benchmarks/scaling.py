@@ -85,7 +85,7 @@ def main(args: Args) -> None:
         replace(
             recipes.real_ct(),
             train=train.Config(
-                epochs=2, steps_per_epoch=args.steps, global_batch=16, batch_size=1, lr=1e-4, warmup_epochs=0
+                epochs=2, steps_per_epoch=args.steps, global_batch=32, batch_size=2, lr=1e-4, warmup_epochs=0
             ),
         )
     )
