@@ -130,7 +130,8 @@ def run(
     place = speed.place(here, n)
     seen = replace(place, machine=replace(place.machine, cpus=got))
     predicted, quiet = (epoch_rate(cfg, load, at, known) for at in (seen, place))
-    memory = whole.worker_memory(cfg, of, work, place, load, known, False)
+    # As counted on shapes: a plan with measured steps would know the answer.
+    memory = whole.worker_memory(cfg, of, work, place, replace(load, times=None), known, False)
     row = {
         "workers": n,
         "threads": place.threads,
