@@ -1,4 +1,4 @@
-"""Is the model of steps true? Measures the constants, then trains on 1, 2, 4, 8 and 16 workers of this machine, and prints
+"""Is the model of steps true? Measures constants, trains on 1, 2, 4, 8 and 16 workers of this machine, and prints
 predicted beside measured samples a second and memory.
 
     python benchmarks/scaling.py
@@ -24,7 +24,7 @@ import tyro
 from _measure import machine, markdown, sentence
 
 from jobs import recipes
-from logonet import cluster, data, methods, phantom, stages, train
+from logonet import backbones, cluster, data, methods, phantom, stages, train
 from logonet.cluster import Resources
 from logonet.methods import Facts
 from logonet.plan import hardware, measuring, sizes, speed, whole
@@ -39,13 +39,15 @@ class Args:
 
     Attributes:
         workers: one run each.
+        backbone: its smallest form, with 16 clusterers on 32^3 crops.
         steps: of an epoch; there are two, and the second is measured.
         probe_s: to spend on constants.
         constants: where they are written; empty keeps them here alone.
     """
 
     workers: tuple[int, ...] = (1, 2, 4, 8, 16)
-    steps: int = 8
+    backbone: str = "dynunet"
+    steps: int = 4
     probe_s: float = 60.0
     constants: str = ""
 
@@ -84,8 +86,9 @@ def main(args: Args) -> None:
     cfg = stages.resolve(
         replace(
             recipes.real_ct(),
+            backbone={"name": args.backbone, **backbones.tiny(args.backbone)},
             train=train.Config(
-                epochs=2, steps_per_epoch=args.steps, global_batch=16, batch_size=1, lr=1e-4, warmup_epochs=0
+                epochs=2, steps_per_epoch=args.steps, global_batch=32, batch_size=2, lr=1e-4, warmup_epochs=0
             ),
         )
     )
@@ -127,7 +130,8 @@ def run(
     place = speed.place(here, n)
     seen = replace(place, machine=replace(place.machine, cpus=got))
     predicted, quiet = (epoch_rate(cfg, load, at, known) for at in (seen, place))
-    memory = whole.worker_memory(cfg, of, work, place, load, known, False)
+    # As counted on shapes: a plan with measured steps would know the answer.
+    memory = whole.worker_memory(cfg, of, work, place, replace(load, times=None), known, False)
     row = {
         "workers": n,
         "threads": place.threads,

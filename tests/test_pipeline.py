@@ -211,3 +211,33 @@ def test_the_clusters_report_judges_and_shows(
     assert page.count("<img") == 1 + len(list(tmp_path.glob("sheet_*.png")))
     with pytest.raises(UserError, match="no finished clusterers artifact"):
         clusters_report.write(prepared[1].uri, str(tmp_path), max_slices=96, stability=0, share=share)
+
+
+def test_the_plan_had_said_what_the_run_would_write(done: Artifact, scans: str, root: str) -> None:
+    """Sizes, before anything is read, against what lies in the bucket: to the byte where values have no say."""
+    import torch
+
+    from logonet.plan import sizes
+
+    cfg = stages.resolve(tiny())
+    with torch.device("meta"):
+        net = sizes.network(train.build_method(cfg.backbone, cfg.method, sizes.facts_of(cfg)))
+    table, _ = stages.import_scans(scans, root, cluster.share(RESOURCES))
+    planned = sizes.sizes(cfg, sizes.of_manifest(table, "the import"), net)
+
+    def size_of(uri: str) -> int:
+        entry = store.stat(uri)
+        assert entry is not None, uri
+        return entry.size_bytes
+
+    shards = store.listing(f"{root}/crops/{done.parents['crops']}/shards")
+    assert planned.cache_bytes == sum(e.size_bytes for e in shards)
+    assert planned.labels_bytes == size_of(f"{root}/labels/{done.parents['labels']}/labels.safetensors")
+    fitted_bytes = size_of(f"{done.parents['clusterers_uri']}/clusterers.safetensors")
+    # The inertias in its header have as many digits as they have.
+    assert abs(planned.clusterers_bytes - fitted_bytes) <= 3 * len(planned.cluster_sizes) + 8
+    assert net.backbone_file == done.files["backbone.safetensors"].size_bytes
+    assert net.model_file == done.files["method.safetensors"].size_bytes
+    saved = {e.uri.rsplit("/", 1)[1]: e.size_bytes for e in store.listing(checkpoints.all_of(done.uri)[-1])}
+    assert net.checkpoint_bytes == sum(n for name, n in saved.items() if name.endswith(".safetensors"))
+    assert planned.steps == done.facts["steps"]

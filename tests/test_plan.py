@@ -63,7 +63,7 @@ LOAD = Load(
     global_batch=8, batch_size=1, flop=1e10, gradient_bytes=8e7, flat=True, crop_bytes=1e6, row_bytes=2e6
 )
 NODE = Machine(cpus=4, memory_gib=16)
-GPU = replace(NODE, gpus=2, gpu="T4", gpu_tflop_s=1, gpu_memory_gib=0.05)
+GPU = replace(NODE, gpus=2, gpu="T4", gpu_tflop_s=1, gpu_memory_gib=0.02)
 
 
 def at(workers: int, per_node: int, threads: int = 1, machine: Machine = NODE, **more: Any) -> Place:
@@ -451,7 +451,7 @@ def test_what_fits_is_not_refused(
     ("why", "machine", "more", "sentence"),
     [
         ("gpus", replace(GPU, gpu_memory_gib=8), {"workers": 4}, "2 GPUs for 4 workers; plan --workers 2"),
-        ("gpu memory", GPU, {"workers": 2}, "T4 has 51.2 MiB; lower train.batch_size"),
+        ("gpu memory", GPU, {"workers": 2}, "T4 has 20.5 MiB; lower train.batch_size"),
         ("cpus", NODE, {"workers": 2, "cpus_per_worker": 4.0}, "--cpus-per-worker 1.5 or less"),
         (
             "memory",

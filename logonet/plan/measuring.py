@@ -341,13 +341,15 @@ def _measure_steps(config: dict[Any, Any]) -> dict[str, Any]:
     from ray.train.torch import get_device
 
     begun_unix_s, begun_core_s = time.time(), time.process_time()
-    resident = float(psutil.Process().memory_info().rss)
     cluster.quiet()
     wanted: _Steps = config["wanted"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = get_device()
     steps = _Stepper(wanted, device)
+    # What the process is without a network, but with all that is imported for one.
+    own_bytes = 0 if device.type == "cuda" else sum(p.nbytes for p in steps.method.parameters())
+    resident = float(psutil.Process().memory_info().rss - own_bytes)
     on_gpu = device.type == "cuda"
     budget_s = max(1.0, (wanted.seconds - (begun_unix_s - wanted.asked_unix_s)) / (2 if on_gpu else 3))
     alone: dict[str, list[float]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -225,6 +225,15 @@ def worker_memory(
 ) -> WorkerMemory:
     """The peak of one training worker."""
     workers = place.workers if place else 1
+    micro = own.micro
+    if load.times is not None:
+        beside = own.network.weight_bytes + own.network.moment_bytes + micro.batch_bytes
+        measured = load.times.peak_bytes - beside - (0.0 if gpu else c.worker_bytes)
+        micro = replace(
+            micro,
+            peak_bytes=int(max(measured, own.network.gradient_bytes)),
+            known_from=f"activations measured in {load.times.steps} real steps",
+        )
     per_pass = workers * cfg.train.batch_size
     rows = speed.rows_per_task(load)
     return memory.worker(
@@ -232,7 +241,7 @@ def worker_memory(
         gradients=own.network.gradient_bytes,
         state_bytes=of.network.checkpoint_bytes,
         largest_file=max(of.network.optimizer_file, of.network.model_file),
-        pass_=own.micro,
+        pass_=micro,
         accumulate=max(1, cfg.train.global_batch // per_pass),
         workers=workers,
         flat_sync=load.flat,
