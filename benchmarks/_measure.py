@@ -1,4 +1,4 @@
-"""What the benchmarks of whole networks share: on which machine, and how much memory."""
+"""What the benchmarks share: on which machine, how many processor seconds, and how much memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 import datetime
 import os
 import platform
+import threading
 from typing import Any
 
+import psutil
 import torch
 
 
@@ -63,3 +65,50 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     """A table, its first column to the left and the others to the right."""
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tree_seconds() -> float:
+    """Processor seconds so far of this process and all below it, Ray and the S3 server among them."""
+    total = 0.0
+    for process in [own := psutil.Process(), *own.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # Its waited-for children too: Ray's idle workers end at any time.
+            total += sum(process.cpu_times()[:4])
+    return total
+
+
+class StoreWatch:
+    """While it is open, samples how full Ray's object stores are: ``peak_bytes``, ``spilled_bytes``, ``samples``."""
+
+    def __init__(self, every_s: float = 0.05) -> None:
+        self.every_s, self.peak_bytes, self.spilled_bytes, self.samples = every_s, 0, 0, 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> StoreWatch:
+        self._before = self._spilled()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self.spilled_bytes = self._spilled() - self._before
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self.every_s):
+            used = sum(stats.object_store_bytes_used for stats in store_stats())
+            self.peak_bytes, self.samples = max(self.peak_bytes, used), self.samples + 1
+
+    @staticmethod
+    def _spilled() -> int:
+        return sum(stats.spilled_bytes_total for stats in store_stats())
+
+
+def store_stats() -> list[Any]:
+    """What every raylet says of its object store; ``ray memory --stats-only`` prints the same."""
+    import ray
+    from ray._private.internal_api import node_stats
+
+    nodes = [(n["NodeManagerAddress"], n["NodeManagerPort"]) for n in ray.nodes() if n["Alive"]]
+    return [node_stats(host, port, include_memory_info=False).store_stats for host, port in nodes]
