@@ -126,7 +126,7 @@ def _gunzip() -> tuple[type[gzip.GzipFile], type[Exception]]:
         from isal import igzip, isal_zlib
     except ImportError:
         return gzip.GzipFile, zlib.error
-    return igzip.IGzipFile, isal_zlib.error
+    return igzip.IGzipFile, isal_zlib.error  # type: ignore[return-value]  # its stub says an instance
 
 
 def _read(stream: Any, size: int, name: str) -> bytes:
