@@ -12,6 +12,19 @@ from typing import Any
 import psutil
 import torch
 
+# For a benchmark that starts Ray and the embedded S3 server. Ray makes its workers yield to all else (niceness 15):
+# beside other work, what is compared with them would win. Idle workers are kept, for a run that goes on has no pauses
+# in which Ray would end them.
+SETTINGS = {
+    "RAY_worker_niceness": "0",
+    "RAY_num_workers_soft_limit": "8",
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "NO_PROXY": "127.0.0.1",
+    "OMP_NUM_THREADS": "1",  # of tasks; where more are wanted they are set
+}
+
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Where and when a benchmark ran."""

@@ -54,8 +54,7 @@ class Args:
 
 def main(args: Args) -> None:
     about = _measure.machine()
-    os.environ |= {"RAY_num_workers_soft_limit": "8", "RAY_idle_worker_killing_time_threshold_ms": "600000"}
-    os.environ |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "NO_PROXY": "*"}
+    os.environ |= _measure.SETTINGS
     with tempfile.TemporaryDirectory(prefix="logonet-fitting-") as folder, S3Server(f"{folder}/s3") as server:
         os.environ |= server.env()
         store.create_bucket("s3://fitting")

@@ -86,9 +86,7 @@ class Turn:
 def main(args: Args) -> None:
     torch.set_num_threads(1)
     about = _measure.machine()
-    # Idle workers are kept: a run that goes on has no pauses in which Ray would end them.
-    os.environ |= {"RAY_num_workers_soft_limit": "8", "RAY_idle_worker_killing_time_threshold_ms": "600000"}
-    os.environ |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "NO_PROXY": "*"}
+    os.environ |= _measure.SETTINGS
     cfg = crops.Config(size_vox=(args.crop_vox,) * 3, per_scan=args.per_scan, spacing_mm=args.spacing_mm)
     with tempfile.TemporaryDirectory(prefix="logonet-ingest-") as folder, S3Server(f"{folder}/s3") as server:
         os.environ |= server.env()

@@ -168,9 +168,7 @@ class Turns:
 
 def main(args: Args) -> None:
     about = _measure.machine()
-    os.environ |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "NO_PROXY": "*"}
-    # Threads are set where a loop runs; tasks of Ray have one.
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= _measure.SETTINGS
     results = {}
     with (
         tempfile.TemporaryDirectory(prefix="logonet-training-") as folder,
