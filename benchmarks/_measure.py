@@ -7,6 +7,7 @@ import datetime
 import os
 import platform
 import threading
+from collections.abc import Collection
 from typing import Any
 
 import psutil
@@ -80,10 +81,13 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def tree_seconds() -> float:
-    """Processor seconds so far of this process and all below it, Ray and the S3 server among them."""
+def tree_seconds(pids: Collection[int] = ()) -> float:
+    """Processor seconds so far of this process and all below it, Ray and the S3 server among them; or of ``pids``."""
     total = 0.0
-    for process in [own := psutil.Process(), *own.children(recursive=True)]:
+    own = psutil.Process()
+    for process in [own, *own.children(recursive=True)]:
+        if pids and process.pid not in pids:
+            continue
         with contextlib.suppress(psutil.NoSuchProcess):
             # Its waited-for children too: Ray's idle workers end at any time.
             total += sum(process.cpu_times()[:4])

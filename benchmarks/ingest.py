@@ -76,10 +76,11 @@ class Args:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One way, once over all scans: wall seconds, processor seconds of everything, and crops that came."""
+    """One way, once over all scans: wall seconds, and processor seconds of all processes and of the S3 server."""
 
     wall_s: float
     processor_s: float
+    server_s: float
     crops: int
 
 
@@ -95,7 +96,7 @@ def main(args: Args) -> None:
         with concurrent.futures.ProcessPoolExecutor(CORES, multiprocessing.get_context("fork")) as pool:
             uris = upload(args, pool)
         with cluster.connected(cluster.Resources(workers=1, object_store_mb=300), logs=False):
-            result = measure(args, cfg, uris, folder)
+            result = measure(args, cfg, uris, folder, server)
     report(args, about, result)
 
 
@@ -242,7 +243,7 @@ def monai_epoch(loader: Any) -> int:
 # ---------------------------------------------------------------------------------------------- turns
 
 
-def measure(args: Args, cfg: crops.Config, uris: list[str], folder: str) -> dict[str, Any]:
+def measure(args: Args, cfg: crops.Config, uris: list[str], folder: str, server: S3Server) -> dict[str, Any]:
     ours = Ours(args, cfg)
     started = time.perf_counter()
     sources = [manifest.Source(u) for u in uris]
@@ -262,16 +263,16 @@ def measure(args: Args, cfg: crops.Config, uris: list[str], folder: str) -> dict
         ours.feed()
         for number in range(args.rounds):
             uri = f"s3://ingest/crops-{number}"
-            take(turns, "ours, cutting", functools.partial(ours.cut, rest, uri))
-            take(turns, "ours, feeding", ours.feed)
+            take(turns, server, "ours, cutting", functools.partial(ours.cut, rest, uri))
+            take(turns, server, "ours, feeding", ours.feed)
             if number == 0:
                 same_crops(ours, pool, tasks)
-            take(turns, "bare", lambda: sum(len(c) for c in bare_epoch(pool, tasks)))
+            take(turns, server, "bare", lambda: sum(len(c) for c in bare_epoch(pool, tasks)))
             if args.monai:
                 place = f"{folder}/monai-{number}"
                 loader = monai_loader(args, cfg, [s.uri for s in rest], place)
-                take(turns, "MONAI, first epoch", functools.partial(monai_epoch, loader))
-                take(turns, "MONAI, second epoch", functools.partial(monai_epoch, loader))
+                take(turns, server, "MONAI, first epoch", functools.partial(monai_epoch, loader))
+                take(turns, server, "MONAI, second epoch", functools.partial(monai_epoch, loader))
                 del loader
                 shutil.rmtree(place)
             store.delete_prefix(uri)
@@ -289,12 +290,22 @@ def measure(args: Args, cfg: crops.Config, uris: list[str], folder: str) -> dict
     }
 
 
-def take(turns: dict[str, list[Turn]], name: str, work: Callable[[], int]) -> None:
-    wall_s, processor_s = time.perf_counter(), _measure.tree_seconds()
+def take(turns: dict[str, list[Turn]], server: S3Server, name: str, work: Callable[[], int]) -> None:
+    pids = server.pids.values()
+    wall_s, processor_s, server_s = time.perf_counter(), _measure.tree_seconds(), _measure.tree_seconds(pids)
     count = work()
-    turn = Turn(time.perf_counter() - wall_s, _measure.tree_seconds() - processor_s, count)
+    turn = Turn(
+        time.perf_counter() - wall_s,
+        _measure.tree_seconds() - processor_s,
+        _measure.tree_seconds(pids) - server_s,
+        count,
+    )
     turns.setdefault(name, []).append(turn)
-    print(f"{name:22} {turn.wall_s:6.2f} s  {turn.processor_s:6.2f} processor s  {count} crops", flush=True)
+    print(
+        f"{name:22} {turn.wall_s:6.2f} s  {turn.processor_s:6.2f} processor s, {turn.server_s:5.2f} of them the "
+        f"server's  {count} crops",
+        flush=True,
+    )
 
 
 def bare_epoch(pool: Any, tasks: list[Task]) -> Iterator[torch.Tensor]:
@@ -356,32 +367,49 @@ def report(args: Args, about: dict[str, Any], result: dict[str, Any]) -> None:
         "MONAI PersistentDataset, first epoch": ("MONAI, first epoch",),
         "MONAI PersistentDataset, later epochs": ("MONAI, second epoch",),
     }
-    wall_s, processor_s = {}, {}
-    for name, parts in ways.items():
-        if all(part in turns for part in parts):
-            wall_s[name] = statistics.median(
-                sum(t.wall_s for t in together) for together in zip(*(turns[part] for part in parts))
-            )
-            processor_s[name] = statistics.median(
-                sum(t.processor_s for t in together) for together in zip(*(turns[part] for part in parts))
-            )
-    bare = wall_s["bare nibabel + NumPy, every epoch"]
+    present = {name: parts for name, parts in ways.items() if all(part in turns for part in parts)}
+
+    def median(name: str, of: Callable[[Turn], float]) -> float:
+        return statistics.median(
+            sum(map(of, together)) for together in zip(*(turns[p] for p in present[name]))
+        )
+
+    bare = "bare nibabel + NumPy, every epoch"
+    measured = {
+        name: {
+            "scans_per_s": n / median(name, lambda t: t.wall_s),
+            "mb_per_s": result["voxel_bytes"] / median(name, lambda t: t.wall_s) / 1e6,
+            "processor_s": median(name, lambda t: t.processor_s) / n,
+            "server_s": median(name, lambda t: t.server_s) / n,
+            "of_bare": median(bare, lambda t: t.wall_s) / median(name, lambda t: t.wall_s),
+            "of_bare_by_processor": median(bare, lambda t: t.processor_s)
+            / median(name, lambda t: t.processor_s),
+            "of_bare_without_server": median(bare, lambda t: t.processor_s - t.server_s)
+            / median(name, lambda t: t.processor_s - t.server_s),
+        }
+        for name in present
+    }
     rows = [
         [
             name,
-            f"{n / wall_s[name]:.2f}",
-            f"{result['voxel_bytes'] / wall_s[name] / 1e6:.0f}",
-            f"{processor_s[name] / n:.3f}",
-            f"{bare / wall_s[name]:.2f}",
+            f"{m['scans_per_s']:.2f}",
+            f"{m['mb_per_s']:.0f}",
+            f"{m['processor_s']:.3f}",
+            f"{m['server_s']:.3f}",
+            f"{m['of_bare']:.2f}",
+            f"{m['of_bare_by_processor']:.2f}",
+            f"{m['of_bare_without_server']:.2f}",
         ]
-        for name in wall_s
+        for name, m in measured.items()
     ]
+    heads = ["way", "scans/s", "MB/s", "processor s a scan", "of them the S3 server's"]
+    heads += ["of the bare loop, by the clock", "by processor s", "by processor s without the server's"]
     what = "real scans" if args.real else f"phantoms of {'x'.join(map(str, args.shape))} int16"
     grid = "own spacing" if args.spacing_mm is None else f"{args.spacing_mm} mm"
     print(
         f"\n{n} {what}, {args.per_scan} crops of {args.crop_vox}^3 each, {grid}; {_measure.sentence(about)}\n"
     )
-    print(_measure.markdown(["way", "scans/s", "MB/s", "processor s a scan", "of the bare loop"], rows))
+    print(_measure.markdown(heads, rows))
     rates: dict[str, float] = result["floors"]
     print("\nFloors of one core, MB/s: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items()))
     print(f"Importing (once a dataset): {1 / result['import_s_per_scan']:.2f} scans/s")
@@ -390,9 +418,7 @@ def report(args: Args, about: dict[str, Any], result: dict[str, Any]) -> None:
         f"Object store: peak {peak / 1e6:.0f} MB in {result['samples']} samples, {spilled / 1e6:.0f} MB spilled"
     )
     line = {
-        "scans_per_s": {name: n / s for name, s in wall_s.items()},
-        "processor_s_per_scan": {name: s / n for name, s in processor_s.items()},
-        "of_bare": {name: bare / s for name, s in wall_s.items()},
+        "ways": measured,
         "turns": {name: [dataclasses.astuple(t) for t in taken] for name, taken in turns.items()},
         **{k: v for k, v in result.items() if k != "turns"},
         "args": dataclasses.asdict(args),
