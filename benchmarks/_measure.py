@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import torch
 
+from logonet import crops, data, manifest, phantom, store
+
 # For a benchmark that starts Ray and the embedded S3 server. Ray makes its workers yield to all else (niceness 15):
 # beside other work, what is compared with them would win. Idle workers are kept, for a run that goes on has no pauses
 # in which Ray would end them.
@@ -51,6 +53,19 @@ def sentence(about: dict[str, Any]) -> str:
         f"{where}{about['cpu']}, {about['threads']} threads of {about['cores']} cores, torch {about['torch']}, "
         f"{about['date']}, load average {about['load']} at the start"
     )
+
+
+def phantom_crops(uri: str, cfg: crops.Config, scans: int, size_vox: tuple[int, int, int]) -> data.CropTable:
+    """Crops of a few phantoms, cut in this process and stored under ``uri``."""
+    phantom.write_dataset(f"{uri}/scans", scans, size_vox=size_vox)
+    refs: list[data.CropRef] = []
+    for entry in store.listing(f"{uri}/scans/imagesTr"):
+        row = manifest.inspect(manifest.Source(entry.uri))
+        assert isinstance(row, manifest.Scan), row
+        answer = data._CutScan(cfg, f"{uri}/crops", {})(row)
+        assert isinstance(answer, list), answer
+        refs += answer
+    return data.CropTable(f"{uri}/crops", cfg.size_vox, 1, tuple(refs))
 
 
 def resident_bytes() -> int:

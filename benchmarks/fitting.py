@@ -31,10 +31,9 @@ import tyro
 from sklearn.cluster import MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 
-from logonet import cluster, clusterers, crops, data, draws, phantom, store, volume
+from logonet import cluster, clusterers, crops, data, draws, store, volume
 from logonet.labeller import Labeller
 from logonet.s3server import S3Server
-from logonet.stages.preparation import import_scans, make_crops
 
 CORES = os.cpu_count() or 1
 
@@ -46,7 +45,7 @@ class Args:
     clusterers: int = 8
     k_min: int = 80
     k_max: int = 240
-    iterations: int = 30
+    iterations: int = 20
     slices: int = 6144
     side: int = 64
     rounds: int = 3
@@ -58,17 +57,15 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory(prefix="logonet-fitting-") as folder, S3Server(f"{folder}/s3") as server:
         os.environ |= server.env()
         store.create_bucket("s3://fitting")
-        phantom.write_dataset("s3://fitting/scans", 4, size_vox=(128, 128, 96))
+        cut = crops.Config(size_vox=(args.side,) * 3, per_scan=-(-args.slices // (4 * args.side)))
+        table = _measure.phantom_crops("s3://fitting", cut, 4, (128, 128, 96))
         with cluster.connected(cluster.Resources(workers=1, object_store_mb=300), logs=False):
-            result = measure(args)
+            result = measure(args, table)
     report(args, about, result)
 
 
-def measure(args: Args) -> dict[str, Any]:
+def measure(args: Args, table: data.CropTable) -> dict[str, Any]:
     share = cluster.share(cluster.Resources(workers=1))
-    table, _ = import_scans("s3://fitting/scans/imagesTr/", "s3://fitting/runs", share)
-    cut = crops.Config(size_vox=(args.side,) * 3, per_scan=-(-args.slices // (4 * args.side)))
-    crop_table, _ = make_crops(table, cut, "s3://fitting/runs", share)
     cfg = clusterers.Config(
         n=args.clusterers,
         k_min=args.k_min,
@@ -77,7 +74,7 @@ def measure(args: Args) -> dict[str, Any]:
         max_slices=args.slices,
     )
     counts = clusterers.cluster_counts(cfg)
-    slices_ST = data.sample_slices(crop_table, cfg.max_slices, cfg.seed, share)
+    slices_ST = data.sample_slices(table, cfg.max_slices, cfg.seed, share)
     turns: dict[str, list[tuple[float, float]]] = {}
     labels: dict[str, np.ndarray] = {}
     # Ray's workers import what they need before anything is timed.
@@ -102,14 +99,12 @@ def measure(args: Args) -> dict[str, Any]:
             take(turns, "fitting, scikit-learn with all threads", plain_loop, slices_ST, counts, cfg)
             fitted = clusterers.ClustererSet.from_fitted(alone, {})
             labeller = Labeller(fitted)
-            labels["tasks"] = take(
-                turns, "labelling, Ray actors", data.label_crops, crop_table, fitted, share
-            )
+            labels["tasks"] = take(turns, "labelling, Ray actors", data.label_crops, table, fitted, share)
             labels["alone"] = take(
                 turns,
                 "labelling, one process",
                 lambda labeller: np.stack(
-                    [labeller(data.slices_of(crop_table.read(i))).T for i in range(len(crop_table))]
+                    [labeller(data.slices_of(table.read(i))).T for i in range(len(table))]
                 ),
                 labeller,
             )
@@ -119,7 +114,7 @@ def measure(args: Args) -> dict[str, Any]:
     return {
         "turns": turns,
         "slices": len(slices_ST),
-        "crops": len(crop_table),
+        "crops": len(table),
         "tasks_at_once": int(share.cpus / share.cpus_per_task),
         "product_flop": products,
         "flop_per_s": product_rate(rows, slices_ST.shape[1], max(counts)),

@@ -34,10 +34,9 @@ import numpy as np
 import torch
 import tyro
 
-from logonet import cluster, crops, data, draws, methods, phantom, store, train
+from logonet import cluster, crops, data, draws, methods, store, train
 from logonet.methods import Facts
 from logonet.s3server import S3Server
-from logonet.stages.preparation import import_scans, make_crops
 
 CORES = os.cpu_count() or 1
 BACKBONE = {"name": "logonet", "depths": [1, 1, 1, 1], "mlp_ratios": [2, 2, 2, 2]}
@@ -178,25 +177,22 @@ def main(args: Args) -> None:
     ):
         os.environ |= server.env()
         store.create_bucket("s3://training")
-        phantom.write_dataset("s3://training/scans", 4, size_vox=(96, 96, 80))
+        cut = crops.Config(size_vox=(args.size,) * 3, per_scan=16)
+        table = _measure.phantom_crops("s3://training", cut, 4, (96, 96, 80))
         for workers in args.workers:
-            results[workers] = run(args, workers, f"{folder}/{workers}")
+            results[workers] = run(args, table, workers, f"{folder}/{workers}")
     report(args, about, results)
 
 
-def run(args: Args, workers: int, address: str) -> dict[str, Any]:
+def run(args: Args, table: data.CropTable, workers: int, address: str) -> dict[str, Any]:
     resources = cluster.Resources(workers=workers, object_store_mb=300)
     with cluster.connected(resources, logs=False):
         share = cluster.share(resources)
-        source, root = "s3://training/scans/imagesTr/", "s3://training/runs"
-        table, _ = import_scans(source, root, share)
-        cut = crops.Config(size_vox=(args.size,) * 3, per_scan=16)
-        crop_table, _ = make_crops(table, cut, root, share)
         rng = draws.rng(0, "labels")
-        labels_PNZ = rng.integers(0, args.k, (len(crop_table), args.clusterers, args.size)).astype(np.int16)
+        labels_PNZ = rng.integers(0, args.k, (len(table), args.clusterers, args.size)).astype(np.int16)
         sizes = (args.k,) * args.clusterers
         job = train.Job(
-            uri=f"{root}/pretrain/{workers}",
+            uri=f"s3://training/runs/{workers}",
             fingerprint="0" * 16,
             backbone={**BACKBONE, "dims": list(args.dims), "full_width": args.dims[0]},
             method=METHOD,
@@ -207,12 +203,12 @@ def run(args: Args, workers: int, address: str) -> dict[str, Any]:
                 warmup_epochs=0,
             ),
             facts=Facts(
-                size_vox=cut.size_vox, cluster_sizes=sizes, majority_labels=(0,) * len(sizes), batch_size=1
+                size_vox=table.size_vox, cluster_sizes=sizes, majority_labels=(0,) * len(sizes), batch_size=1
             ),
         )
         method_cfg = methods.config(METHOD["name"], {"final_relu": False})
-        order = data.Order(len(crop_table), args.global_batch, 0, args.steps)
-        feed = data.Feed(crop_table, labels_PNZ, str(METHOD["name"]), method_cfg, order)
+        order = data.Order(len(table), args.global_batch, 0, args.steps)
+        feed = data.Feed(table, labels_PNZ, str(METHOD["name"]), method_cfg, order)
         line, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
         threads = cluster.share(dataclasses.replace(resources, workers=1)).threads_per_worker
