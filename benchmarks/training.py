@@ -51,13 +51,13 @@ class Args:
     """
 
     workers: tuple[int, ...] = (1, 16)
-    steps: int = 4
+    steps: int = 2
     epochs: int = 4
     global_batch: int = 16
     size: int = 64
-    dims: tuple[int, ...] = (16, 32, 64, 128)
-    clusterers: int = 24
-    k: int = 50
+    dims: tuple[int, ...] = (8, 16, 24, 32)
+    clusterers: int = 8
+    k: int = 20
 
 
 @dataclasses.dataclass(frozen=True)
