@@ -1,4 +1,4 @@
-"""What the benchmarks of whole networks share: on which machine, and how much memory."""
+"""What the benchmarks share: on which machine, how many processor seconds, and how much memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,27 @@ import contextlib
 import datetime
 import os
 import platform
+import threading
+from collections.abc import Collection
 from typing import Any
 
+import psutil
 import torch
+
+from logonet import crops, data, manifest, phantom, store
+
+# For a benchmark that starts Ray and the embedded S3 server. Ray makes its workers yield to all else (niceness 15):
+# beside other work, what is compared with them would win. Idle workers are kept, for a run that goes on has no pauses
+# in which Ray would end them.
+SETTINGS = {
+    "RAY_worker_niceness": "0",
+    "RAY_num_workers_soft_limit": "8",
+    "RAY_idle_worker_killing_time_threshold_ms": "600000",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "NO_PROXY": "127.0.0.1",
+    "OMP_NUM_THREADS": "1",  # of tasks; where more are wanted they are set
+}
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -37,6 +55,19 @@ def sentence(about: dict[str, Any]) -> str:
     )
 
 
+def phantom_crops(uri: str, cfg: crops.Config, scans: int, size_vox: tuple[int, int, int]) -> data.CropTable:
+    """Crops of a few phantoms, cut in this process and stored under ``uri``."""
+    phantom.write_dataset(f"{uri}/scans", scans, size_vox=size_vox)
+    refs: list[data.CropRef] = []
+    for entry in store.listing(f"{uri}/scans/imagesTr"):
+        row = manifest.inspect(manifest.Source(entry.uri))
+        assert isinstance(row, manifest.Scan), row
+        answer = data._CutScan(cfg, f"{uri}/crops", {})(row)
+        assert isinstance(answer, list), answer
+        refs += answer
+    return data.CropTable(f"{uri}/crops", cfg.size_vox, 1, tuple(refs))
+
+
 def resident_bytes() -> int:
     return _status("VmRSS")
 
@@ -63,3 +94,53 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     """A table, its first column to the left and the others to the right."""
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tree_seconds(pids: Collection[int] = ()) -> float:
+    """Processor seconds so far of this process and all below it, Ray and the S3 server among them; or of ``pids``."""
+    total = 0.0
+    own = psutil.Process()
+    for process in [own, *own.children(recursive=True)]:
+        if pids and process.pid not in pids:
+            continue
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # Its waited-for children too: Ray's idle workers end at any time.
+            total += sum(process.cpu_times()[:4])
+    return total
+
+
+class StoreWatch:
+    """While it is open, samples how full Ray's object stores are: ``peak_bytes``, ``spilled_bytes``, ``samples``."""
+
+    def __init__(self, every_s: float = 0.2) -> None:
+        self.every_s, self.peak_bytes, self.spilled_bytes, self.samples = every_s, 0, 0, 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> StoreWatch:
+        self._before = self._spilled()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self.spilled_bytes = self._spilled() - self._before
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self.every_s):
+            used = sum(stats.object_store_bytes_used for stats in store_stats())
+            self.peak_bytes, self.samples = max(self.peak_bytes, used), self.samples + 1
+
+    @staticmethod
+    def _spilled() -> int:
+        return sum(stats.spilled_bytes_total for stats in store_stats())
+
+
+def store_stats() -> list[Any]:
+    """What every raylet says of its object store; ``ray memory --stats-only`` prints the same."""
+    import ray
+    from ray._private.internal_api import node_stats
+
+    nodes = [(n["NodeManagerAddress"], n["NodeManagerPort"]) for n in ray.nodes() if n["Alive"]]
+    return [node_stats(host, port, include_memory_info=False).store_stats for host, port in nodes]

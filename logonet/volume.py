@@ -7,6 +7,7 @@ sentence that names the file, and never allocates more than ``max_bytes``.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import math
@@ -125,10 +126,24 @@ def decode_nifti(
 def _open(data: bytes, name: str) -> tuple[Any, int]:
     """A stream of the decompressed bytes, and an upper bound on how many it can give."""
     if data[:2] == b"\x1f\x8b":
-        return gzip.GzipFile(fileobj=io.BytesIO(data)), len(data) * GZIP_MAX_RATIO
+        gzip_file, _ = _gunzip()
+        return gzip_file(fileobj=io.BytesIO(data)), len(data) * GZIP_MAX_RATIO
     if name.lower().endswith(".gz"):
         raise BadScan(f"{name}: is not gzip data, though its name says so; copy the file again")
     return io.BytesIO(data), len(data)
+
+
+@functools.cache
+def _gunzip() -> tuple[type[gzip.GzipFile], type[Exception]]:
+    """What reads gzip data, and what it raises beside gzip's own errors.
+
+    Inflating is most of decoding; ISA-L, where it is installed, takes about half of zlib's time.
+    """
+    try:
+        from isal import igzip, isal_zlib
+    except ImportError:
+        return gzip.GzipFile, zlib.error
+    return igzip.IGzipFile, isal_zlib.error  # type: ignore[return-value]  # its stub says an instance
 
 
 def _read(stream: Any, size: int, name: str) -> bytes:
@@ -137,7 +152,7 @@ def _read(stream: Any, size: int, name: str) -> bytes:
         return stream.read(size)
     except EOFError:
         raise BadScan(f"{name}: truncated gzip data; copy the file again") from None
-    except (OSError, zlib.error) as err:  # gzip.BadGzipFile is an OSError
+    except (OSError, _gunzip()[1]) as err:  # gzip.BadGzipFile is an OSError
         raise BadScan(f"{name}: damaged gzip data ({err}); copy the file again") from None
 
 
@@ -462,21 +477,29 @@ def resample(volume: Volume, spacing_mm: Sequence[float], order: int = 1) -> Vol
     """``volume`` in RAS axes with ``spacing_mm`` between voxels; ``order`` 1 is trilinear, 0 nearest.
 
     The first voxel keeps its place and edges are repeated, as in ``monai.transforms.Spacing`` with
-    ``scale_extent=False`` and ``padding_mode="border"``; a test holds the two equal. SciPy because it is
-    light: importing MONAI takes seconds on every worker, and its Spacing runs a general grid sampler where
-    a diagonal scaling is all that is needed.
+    ``scale_extent=False`` and ``padding_mode="border"``; a test holds the two equal. Not MONAI: importing it
+    takes seconds on every worker, and its Spacing runs a general grid sampler where a diagonal scaling is all
+    that is needed.
     """
-    from scipy import ndimage
-
     volume = to_ras(volume)
     old_mm, new_mm = np.array(volume.spacing_mm), np.array(spacing_mm, np.float64)
     if np.allclose(old_mm, new_mm, rtol=1e-4):
         return volume
     step = new_mm / old_mm
     shape_xyz = resampled_shape(volume.shape_xyz, old_mm, new_mm)
-    array_XYZ = ndimage.affine_transform(
-        volume.array_CXYZ[0], step, output_shape=shape_xyz, order=order, mode="nearest", prefilter=order > 1
-    )
+    if order == 1:
+        array_XYZ = _trilinear(volume.array_CXYZ[0], step, shape_xyz)
+    else:
+        from scipy import ndimage
+
+        array_XYZ = ndimage.affine_transform(
+            volume.array_CXYZ[0],
+            step,
+            output_shape=shape_xyz,
+            order=order,
+            mode="nearest",
+            prefilter=order > 1,
+        )
     affine = volume.affine.copy()
     affine[:3, :3] *= step
     return replace(volume, array_CXYZ=array_XYZ[None], affine=affine)
@@ -489,6 +512,43 @@ def resampled_shape(
     step = np.asarray(new_mm, np.float64) / np.asarray(old_mm, np.float64)
     x, y, z = (int(n) for n in np.round((np.array(shape_xyz) - 1) / step + 1))
     return x, y, z
+
+
+def _trilinear(array_XYZ: np.ndarray, step: np.ndarray, shape_xyz: Sequence[int]) -> np.ndarray:
+    """``ndimage.affine_transform(array_XYZ, step, output_shape=shape_xyz, order=1, mode="nearest")``, every bit of it.
+
+    SciPy weighs and adds eight neighbours for each voxel alone, in whatever order they lie in memory. Here whole
+    planes are weighed along X and Y once for all the planes made of them: about a tenth of the time. The products
+    and sums are SciPy's and in its order, ((voxel x w_x) x w_y) x w_z in float64, so no crop changes.
+    """
+    taps_xyz = [_taps(n, float(s), m) for n, s, m in zip(array_XYZ.shape, step, shape_xyz)]
+    (at_2X, weight_2X), (at_2Y, weight_2Y), (at_2Z, weight_2Z) = taps_xyz
+
+    @functools.lru_cache(maxsize=2)
+    def weighed(z: int) -> list[np.ndarray]:
+        """Plane ``z`` at its four neighbours (x0 y0, x0 y1, x1 y0, x1 y1) along X and Y."""
+        plane_XY = array_XYZ[:, :, z].astype(np.float64, order="C")
+        rows = [plane_XY[at_X] * weight_X[:, None] for at_X, weight_X in zip(at_2X, weight_2X)]
+        return [
+            row_XY.take(at_Y, 1) * weight_Y for row_XY in rows for at_Y, weight_Y in zip(at_2Y, weight_2Y)
+        ]
+
+    out_XYZ = np.empty(shape_xyz, array_XYZ.dtype)
+    for z in range(shape_xyz[2]):
+        sum_XY = np.zeros(shape_xyz[:2])
+        for lower_XY, upper_XY in zip(weighed(int(at_2Z[0, z])), weighed(int(at_2Z[1, z]))):
+            sum_XY += lower_XY * weight_2Z[0, z]
+            sum_XY += upper_XY * weight_2Z[1, z]
+        out_XYZ[:, :, z] = sum_XY
+    return out_XYZ
+
+
+def _taps(old: int, step: float, new: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two neighbours of each of ``new`` places among ``old`` voxels, int (2, new), and their weights."""
+    place = np.arange(new) * step
+    lower = np.floor(place).astype(int)
+    weight = 1 - (place - lower)
+    return np.minimum([lower, lower + 1], old - 1), np.stack([weight, 1 - weight])
 
 
 def window(array: np.ndarray, window_hu: tuple[float, float]) -> np.ndarray:

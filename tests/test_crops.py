@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from logonet import config, crops, volume
+from logonet import config, crops, data, manifest, volume
 from logonet.errors import BadScan, UserError
 from logonet.volume import Volume
 
@@ -152,6 +153,32 @@ def test_too_small_is_refused_with_the_name() -> None:
 def test_impossible_configs_are_refused(values: dict, key: str) -> None:
     with pytest.raises(UserError, match=key):
         config.from_dict(crops.Config, values, "crops")
+
+
+def test_a_scan_is_cut_once_and_again_only_when_its_shard_is_torn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_scans() -> list[data.CropRef]:
+        share: Any = None
+        refs, bad = data.cut_scans([row], CFG, f"{tmp_path}/crops", share)
+        assert not bad
+        return refs
+
+    monkeypatch.setattr(data, "_map_in_order", lambda items, fn, share: [fn(item) for item in items])
+    (tmp_path / "a.nii").write_bytes(volume.encode_nifti(ct(12, 11, 10).array_CXYZ[0], AFFINE))
+    row: Any = manifest.inspect(manifest.Source(f"{tmp_path}/a.nii"))
+    refs = cut_scans()
+    table = data.CropTable(f"{tmp_path}/crops", CFG.size_vox, 1, tuple(refs))
+    expected = crops.crops_of(manifest.load(row), row.modality, CFG, row.scan_id)
+    np.testing.assert_array_equal(np.stack([table.read(i) for i in range(3)]), expected)
+    shard = tmp_path / "crops" / refs[0].shard
+    whole = shard.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest, "load", lambda row: pytest.fail("cut again"))
+        assert cut_scans() == refs
+    shard.write_bytes(whole[:-1])
+    assert cut_scans() == refs
+    assert shard.read_bytes() == whole
 
 
 def test_config_from_yaml_lists() -> None:

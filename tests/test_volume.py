@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
+import platform
 import random
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -14,10 +16,22 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from scipy import ndimage
 
 from logonet import volume
 from logonet.errors import BadScan
 from logonet.volume import Volume, decode_dicom, decode_nifti, encode_nifti
+
+
+@pytest.fixture(params=["isal", "zlib"])
+def inflater(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hostile gzip data meets both readers: the fast one, and the one where that cannot be installed."""
+    if request.param == "zlib":
+        monkeypatch.setattr(volume, "_gunzip", lambda: (gzip.GzipFile, zlib.error))
+    else:
+        pytest.importorskip("isal")
+        assert volume._gunzip()[0] is not gzip.GzipFile
+
 
 AFFINE = np.array([[-1.5, 0.2, 0, 30], [0.1, 2.0, 0.3, -20], [0, -0.2, 3.0, 7], [0, 0, 0, 1]])
 
@@ -79,6 +93,7 @@ def test_trailing_singleton_axis_is_dropped() -> None:
     np.testing.assert_array_equal(got.array_CXYZ[0], array)
 
 
+@pytest.mark.usefixtures("inflater")
 def test_gzip_in_several_members_and_with_zero_padding() -> None:
     data, array = nifti_bytes(random_xyz(6, 5, 4)), random_xyz(6, 5, 4)
     parts = gzip.compress(data[:100]) + gzip.compress(data[100:400]) + gzip.compress(data[400:]) + bytes(64)
@@ -198,6 +213,7 @@ def test_bad_nifti_says_why(case: str, zipped: bool) -> None:
     assert reason in str(refusal.value)
 
 
+@pytest.mark.usefixtures("inflater")
 def test_gzip_truncated_anywhere_is_refused() -> None:
     data = encode_nifti(GOOD, AFFINE)
     for length in range(len(data)):
@@ -205,6 +221,7 @@ def test_gzip_truncated_anywhere_is_refused() -> None:
             decode_nifti(data[:length], "x.nii.gz")
 
 
+@pytest.mark.usefixtures("inflater")
 def test_gzip_with_one_flipped_bit_never_gives_other_voxels() -> None:
     data = encode_nifti(GOOD, AFFINE)
     rng = random.Random(0)
@@ -242,12 +259,14 @@ def _peak_bytes(data: bytes) -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.usefixtures("inflater")
 def test_gzip_bomb_is_refused_in_bounded_memory() -> None:
     zeros = gzip.compress(bytes(16 * 2**20))
     bomb = gzip.compress(nifti_bytes(GOOD)) + zeros * 64  # 1 GiB in 1 MiB
     assert _peak_bytes(bomb) < 16 * 2**20
 
 
+@pytest.mark.usefixtures("inflater")
 def test_a_claim_that_the_file_cannot_hold_allocates_nothing() -> None:
     data = nifti_bytes(GOOD, dim=[3, 1024, 1024, 1024, 1, 1, 1, 1])
     assert _peak_bytes(data) < 2**20
@@ -458,6 +477,21 @@ def test_resample_equals_monai_spacing(spacing_mm: tuple[float, float, float], o
     np.testing.assert_allclose(got.affine, want.affine.numpy(), atol=1e-6)
     np.testing.assert_allclose(got.spacing_mm, spacing_mm, rtol=1e-6)
     np.testing.assert_allclose(got.array_CXYZ, want.numpy(), atol=1e-4 if order else 0)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="SciPy may fuse products and sums")
+@pytest.mark.parametrize("layout", ["F", "C", "flipped"])
+def test_resample_is_scipys_to_the_last_bit(layout: str) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        array = rng.normal(0, 500, rng.integers(2, 40, 3)).astype(
+            np.float32, order="F" if layout == "F" else "C"
+        )
+        array = array[::-1, :, ::-1] if layout == "flipped" else array
+        step = rng.choice([rng.uniform(0.3, 3, 3), np.array([0.1, 0.5, 0.75]) * rng.integers(1, 6, 3)])
+        shape = tuple(int(n) for n in np.round((np.array(array.shape) - 1) / step + 1))
+        expected = ndimage.affine_transform(array, step, output_shape=shape, order=1, mode="nearest")
+        np.testing.assert_array_equal(volume._trilinear(array, step, shape), expected)
 
 
 def test_resample_turns_to_ras_and_keeps_places() -> None:

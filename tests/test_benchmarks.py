@@ -1,0 +1,60 @@
+"""The benchmarks of throughput compare like with like, and run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from logonet import crops, manifest, phantom, store, volume
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import ingest  # noqa: E402  (the benchmarks are no package)
+
+
+@pytest.mark.parametrize("spacing_mm", [None, (1.0, 1.2, 1.5)])
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_the_bare_loop_cuts_our_crops(
+    bucket: str, modality: str, spacing_mm: tuple[float, float, float] | None
+) -> None:
+    scan, _ = phantom.phantom(0, (40, 36, 28), (0.9, 0.9, 2.0), modality, orientation="LPS")
+    uri = f"{bucket}/scan.nii.gz"
+    store.write(uri, volume.encode_nifti(scan.array_CXYZ[0].astype(np.int16), scan.affine))
+    row = manifest.inspect(manifest.Source(uri, modality=modality))
+    assert isinstance(row, manifest.Scan)
+    cfg = crops.Config(size_vox=(32, 24, 32), spacing_mm=spacing_mm)
+    ours_RCXYZ = crops.crops_of(manifest.load(row), row.modality, cfg, row.scan_id)
+    bare_RXYZ = ingest.bare_scan((uri, row.modality, row.scan_id, cfg))
+    np.testing.assert_array_equal(bare_RXYZ, ours_RCXYZ[:, 0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "ingest.py --scans 3 --distinct 2 --rounds 1 --shape 40 40 40 --crop-vox 32 --batch 2",
+        "training.py --workers 1 2 --steps 1 --epochs 1 --global-batch 2 --size 32 --dims 8 16 24 32",
+        "fitting.py --clusterers 2 --k-min 4 --k-max 8 --iterations 2 --slices 256 --side 32 --rounds 1",
+    ],
+    ids=lambda command: command.split(".")[0],
+)
+def test_benchmarks_run_and_end_on_json(command: str) -> None:
+    name, *argv = command.split()
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / name), *argv],
+        env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"},
+        cwd=BENCHMARKS.parent,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["cores"] == os.cpu_count()
