@@ -47,6 +47,7 @@ FLOORS = [
     },
     {"train", "predict", "clusters_report"},
     {"stages", "sweep", "plan"},
+    {"chaos"},
     {"cli"},
 ]
 # Within a floor, who may use whom.
