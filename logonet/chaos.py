@@ -392,6 +392,7 @@ class Raylets:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=60)
             kill(process, patience_s=0)
+        self.head, self.nodes = None, [None] * len(self.nodes)
         shutil.rmtree(self.temp, ignore_errors=True)
 
     def _head_options(self) -> list[str]:
