@@ -65,11 +65,11 @@ NOT_OF_THE_RUN = re.compile(r"ray::(IDLE|DashboardAgent|RuntimeEnvAgent|JobSuper
 COMPARED = (".safetensors", ".nii.gz", "crops.parquet")
 # Short runs that write checkpoints all the time: starting again is what a kill costs.
 _SHORT = (
-    *("train.epochs=8", "train.steps_per_epoch=10", "train.global_batch=2", "train.batch_size=1"),
-    *("train.warmup_epochs=1", "train.checkpoint_every_steps=2"),
+    *("train.epochs=6", "train.steps_per_epoch=10", "train.warmup_epochs=1"),
+    "train.checkpoint_every_steps=2",
 )
 PRETRAINING_SET = ("split=null", "crops.per_scan=3", "clusterers.n=16", "clusterers.iterations=100", *_SHORT)
-FINETUNING_SET = ("split.test_share=0", "split.folds=4", "train.validate_every_epochs=4", *_SHORT)
+FINETUNING_SET = ("split.test_share=0", "split.folds=4", "train.validate_every_epochs=2", *_SHORT)
 SWEEP_SET = ("train.epochs=3",)
 SPACE = "search:\n  method.phi1: {grid: [0.1, 0.2, 0.3]}\n"
 SPACE_NAME = "grid"
