@@ -57,6 +57,7 @@ HOST = (
 OBJECT_STORE_MIB = 100  # each raylet's
 DISK_MIB = 192
 BALLAST = "ballast"
+MOST_ENDS = 3  # of a command with nothing done to it in between; beyond, it does not recover
 # Ray's own processes beside a raylet's workers, and workers that nobody has work for.
 NOT_OF_THE_RUN = re.compile(r"ray::(IDLE|DashboardAgent|RuntimeEnvAgent|JobSupervisor)")
 
@@ -198,8 +199,11 @@ def damaged(root: str, torn: set[str]) -> list[str]:
             continue
         out += [f"{uri}/{name}" for name in bad]
     for name, row in _rows(root).items():
-        if row["status"] == "done" and _sha256(store.read(row["output"])) != row["sha256"]:
-            out.append(store.join(root, name))
+        if row["status"] == "done":
+            try:
+                store.read(row["output"], sha256=row["sha256"])
+            except UserError:  # another, or none
+                out.append(store.join(root, name))
     for sweep in _sweeps(root):
         there_are = sum(e.uri.endswith(".json") for e in store.listing(store.join(sweep, records.TRIALS)))
         if len(records.read_all(sweep)) < there_are:
@@ -733,6 +737,7 @@ class Chaos:
             while True:
                 if waiting and self._await_moment(stage, process, root, waiting[0]):
                     note = self._strike(waiting[0], process, root, disk, torn)
+                    since = 0
                     if note is not None:
                         note |= {"stage": stage, "seed": self.cfg.seed, "run": number}
                         note |= {"after_s": round(time.monotonic() - began, 2), "unix_s": time.time()}
@@ -750,11 +755,17 @@ class Chaos:
                 if process.returncode == HUNG:
                     self.say(f"{stage}: the command did nothing for {self.cfg.limit_s:g} s")
                     break
+                since += 1
+                if since > MOST_ENDS:
+                    self.say(
+                        f"{stage}: the command ended {since} times with nothing done to it; see {self.log(stage)}"
+                    )
+                    break
                 self.say(f"{stage}: ended with status {process.returncode}; the same command again")
                 process = self.start(stage, place, root, f"chaos-{stage}-{number}")
             done.wall_s = time.monotonic() - began
-            found = outcome(root)
             done.unfit += damaged(root, torn)
+            found = {} if done.unfit else outcome(root)
             done.differing = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
             done.compared = len(expected)
         finally:
