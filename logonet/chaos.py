@@ -190,9 +190,12 @@ def damaged(root: str, torn: set[str]) -> list[str]:
     for uri in _manifests(root):
         bad: list[str] = []
         for _ in range(2):  # twice: one that was read while its run deleted it is gone the second time
-            artifact = artifacts.find(uri)
-            there = store.exists(store.join(uri, artifacts.MANIFEST))
-            bad = artifacts.verify(artifact, full=True) if artifact else ["manifest.json"] * there
+            try:
+                artifact = artifacts.find(uri)
+                there = store.exists(store.join(uri, artifacts.MANIFEST))
+                bad = artifacts.verify(artifact, full=True) if artifact else [artifacts.MANIFEST] * there
+            except UserError:
+                bad = [artifacts.MANIFEST]
         if uri in torn:
             if not bad:
                 torn.discard(uri)
@@ -815,6 +818,7 @@ class Chaos:
             self.mlflow.start()
         elif due.kind == "checkpoint":
             kill(process)
+            self._await_quiet()  # or a worker that outlives its driver writes over what is torn
             if (folder := tear(root)) is None:
                 return None
             torn.add(folder)
@@ -824,6 +828,12 @@ class Chaos:
             time.sleep(due.away_s)
             disk.free()
         return {**asdict(due), **met}
+
+    def _await_quiet(self, seconds: float = 60.0) -> None:
+        """Until Ray has ended what a killed driver has left."""
+        until = time.monotonic() + seconds
+        while self.ray.workers() and time.monotonic() < until:
+            time.sleep(0.2)
 
     def _end(
         self, process: subprocess.Popen[bytes], root: str, enough: Callable[[], bool] = lambda: False
