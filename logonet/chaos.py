@@ -479,9 +479,13 @@ class Disk:
         shutil.rmtree(path, ignore_errors=True)
         os.makedirs(path)
         options = ["-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", path]
-        self.mounted = (
-            os.geteuid() == 0 and subprocess.run(["mount", *options], capture_output=True).returncode == 0
-        )
+        root = os.geteuid() == 0
+        self.mounted = root and subprocess.run(["mount", *options], capture_output=True).returncode == 0
+        if root and not self.mounted:
+            raise UserError(
+                f"no disk can be filled here: mounting a tmpfs at {path} is refused, and root writes to read-only "
+                "folders too; run as another user, or allow mounting"
+            )
 
     def fill(self) -> str:
         """Until nothing more goes onto it."""
@@ -731,7 +735,7 @@ class Chaos:
         root = os.path.join(self.folder, stage, f"run-{number}")
         disk = Disk(root)
         done, torn, waiting = Round(), set[str](), list(kills)
-        began = time.monotonic()
+        began, since = time.monotonic(), 0
         self.say(
             f"{stage}: run {number}, {len(waiting)} kills to go" + ("" if disk.mounted else ", no mount")
         )

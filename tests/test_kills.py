@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,6 +144,83 @@ def test_a_result_knows_whether_it_is_equal_and_survives_its_file() -> None:
     assert chaos.Result(**{**values, "rounds": [chaos.Round(**r) for r in values["rounds"]]}) == result
     for bad in ({"differing": ["x"]}, {"unfit": ["x"]}, {"statuses": [2]}, {"statuses": []}):
         assert not replace(good, **bad).equal
+
+
+# A stage of six parts that goes on where it was; "forgetful" tells how often it was started.
+TOY = """
+import os, sys, time
+from logonet import artifacts, store
+root, mode = sys.argv[1:]
+uri = root + "/pretrain/0123"
+starts = sum(1 for _ in store.listing(root + "/starts"))
+store.write(f"{root}/starts/{starts}", b"")
+for part in range(6):
+    if not store.exists(f"{uri}/checkpoints/step-{part:08d}/manifest.json"):
+        time.sleep(0.1)
+        at = f"{uri}/checkpoints/step-{part:08d}"
+        files = {"model.safetensors": store.write(at + "/model.safetensors", b"x" * 1000)}
+        artifacts.commit(at, "checkpoint", "0123", config={}, parents={}, files=files, facts={})
+weights = str(starts if mode == "forgetful" else 0).encode()
+if mode == "stuck":
+    time.sleep(600)
+if mode == "broken":
+    sys.exit(2)
+files = {"method.safetensors": store.write(uri + "/method.safetensors", weights)}
+artifacts.commit(uri, "pretrain", "0123", config={}, parents={}, files=files, facts={})
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[chaos.Round, list[str]]]:
+    """Runs TOY in a mode, with real processes and a real disk, and does kills of some kinds to it."""
+    script = tmp_path / "toy.py"
+    script.write_text(TOY)
+
+    def go(mode: str, *kinds: chaos.Kind, limit_s: float = 60.0) -> tuple[chaos.Round, list[str]]:
+        monkeypatch.setattr(
+            chaos, "command", lambda stage, cfg, place, root, name: [sys.executable, str(script), root, mode]
+        )
+        said: list[str] = []
+        env = chaos.clean_environment()
+        ray: Any = SimpleNamespace(env=env, address="none", nodes=[None], workers=lambda: [])
+        mlflow = chaos.TrackingServer(env, str(tmp_path))
+        cfg = chaos.Config(dir=str(tmp_path), limit_s=limit_s)
+        doer = chaos.Chaos(cfg, str(tmp_path), ray, mlflow, said.append)
+        place = chaos.Place("", "")
+        kills = [chaos.Kill(i, kind, False, 0.0, 0.0, 0.3) for i, kind in enumerate(kinds)]
+        expected = {"pretrain/0123/method.safetensors": hashlib.sha256(b"0").hexdigest()}
+        return doer.round("pretrain", place, kills, 0, expected), said
+
+    return go
+
+
+def test_a_run_that_goes_on_is_equal_and_one_that_does_not_is_not(
+    toy: Callable[..., Any], tmp_path: Path
+) -> None:
+    done, said = toy("sound", "driver", "checkpoint", "disk")
+    assert done.equal, said
+    assert [note["kind"] for note in done.kills] == ["driver", "checkpoint", "disk"]
+    assert len(done.statuses) >= 3 and -9 in done.statuses
+    assert done.kills[1]["what"].startswith("pretrain/0123/checkpoints/step-")
+    logged = [json.loads(line) for line in (tmp_path / "kills.jsonl").read_text().splitlines()]
+    assert logged == done.kills
+    assert not (tmp_path / "pretrain" / "run-0").exists(), "an equal run's folder is not kept"
+
+    done, said = toy("forgetful", "driver")
+    assert (done.equal, done.differing) == (False, ["pretrain/0123/method.safetensors"])
+    run = tmp_path / "pretrain" / "run-0"
+    assert (run / "pretrain" / "0123" / "manifest.json").exists(), "one that differs is, to be looked at"
+    chaos.Disk(str(run)).close()
+
+
+@pytest.mark.parametrize(("mode", "ended"), [("stuck", [chaos.HUNG]), ("broken", [2, 2, 2, 2])])
+def test_a_run_that_never_ends_well_ends(
+    toy: Callable[..., Any], tmp_path: Path, mode: str, ended: list[int]
+) -> None:
+    done, said = toy(mode, limit_s=3.0 if mode == "stuck" else 60.0)
+    assert not done.equal
+    assert done.statuses == ended, said
+    chaos.Disk(str(tmp_path / "pretrain" / "run-0")).close()
 
 
 def test_what_cannot_be_done_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
