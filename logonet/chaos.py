@@ -778,10 +778,10 @@ class Chaos:
         finally:
             if process.poll() is None:
                 kill(process)
-            if done.equal:
-                disk.close()
+            if done.wall_s and not done.equal:
+                disk.free()  # its contents stay, to be looked at
             else:
-                disk.free()
+                disk.close()
         self.say(f"{stage}: run {number} {'equal' if done.equal else 'NOT EQUAL'}, {done.wall_s:.0f} s")
         return done
 
