@@ -700,7 +700,12 @@ class Chaos:
             self.say(f"{stage}: undisturbed")
             began = time.monotonic()
             process = self.start(stage, place, root, f"chaos-{stage}")
-            if status := self._end(process, root):
+            try:
+                status = self._end(process, root)
+            finally:
+                if process.poll() is None:
+                    kill(process)
+            if status:
                 raise UserError(f"{stage} fails without any kill (status {status}); see {self.log(stage)}")
             store.write_json(known, {"wall_s": time.monotonic() - began, "outcome": outcome(root)})
         values = store.read_json(known)
