@@ -5,7 +5,7 @@ STORE := .venv-store
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo sweep test test-all test-real test-chaos faults test-cuda lint audit bench docs clean
+.PHONY: help setup demo sweep chaos test test-all test-real test-chaos faults test-cuda lint audit bench docs clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -30,6 +30,9 @@ demo: setup      ## phantoms in an S3 server -> pretrain -> finetune -> evaluate
 sweep: setup     ## the paper's Table 14 on phantoms: 9 trials, killed with SIGKILL in the middle, resumed
 	rm -rf sweep-run
 	$(BIN)/python jobs/demo_sweep.py --dir sweep-run
+
+chaos: setup     ## 20 kills of every stage, compared with the undisturbed run; goes on where it was
+	$(BIN)/logonet chaos
 
 test: setup      ## the default tests: CPU only, under 12 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 
-import psutil
 import tyro
 
 from logonet import cli, phantom, store
+from logonet.chaos import kill
 from logonet.errors import UserError
 from logonet.sweep import outcome, records
 from logonet.sweep.records import Trial
@@ -86,17 +85,6 @@ def wait_for(sweep: str, count: int, process: subprocess.Popen[bytes], limit_s: 
         time.sleep(0.2)
     kill(process)
     raise UserError(f"fewer than {count} trials ended within {limit_s:g} s")
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL the driver, then whatever of its Ray outlives it, by pid."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    for child in alive:
-        child.kill()
-    psutil.wait_procs(alive, timeout=20)
 
 
 if __name__ == "__main__":

@@ -186,17 +186,20 @@ class Writer:
             self._failure = err
 
     def _prune(self, newest: str) -> None:
-        """Delete all but the last ``keep`` up to ``newest``, the one just written.
+        """Delete all but the last ``keep`` up to ``newest``, the one just written, and what is left of older ones.
 
         Later ones are there after a fallback: torn, and about to be written again.
         """
-        finished = [
-            u for u in all_of(self.run_uri) if u <= newest and store.exists(store.join(u, "manifest.json"))
-        ]
+        there = all_of(self.run_uri)
+        finished = [u for u in there if u <= newest and store.exists(store.join(u, "manifest.json"))]
+        oldest = finished[-self.keep :][0]
         try:
-            for uri in finished[: -self.keep]:
-                store.delete(store.join(uri, "manifest.json"))  # first, so that no half of it is ever trusted
-                store.delete_prefix(uri)
+            for uri in there:
+                if uri < oldest:  # unfinished ones too: their run was killed while it wrote or deleted them
+                    store.delete(
+                        store.join(uri, "manifest.json")
+                    )  # first, so that no half of it is ever trusted
+                    store.delete_prefix(uri)
         except UserError as err:
             log.warning("old checkpoints stay: %s", err)
 

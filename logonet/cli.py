@@ -473,6 +473,48 @@ def clusters_report(
     print(f"{out.rstrip('/')}/report.html")
 
 
+@app.command
+def chaos(
+    dir: str = "chaos-run",
+    stages: tuple[str, ...] = ("pretrain", "cluster", "finetune", "predict", "sweep"),
+    kills: int = 20,
+    seed: int = 0,
+    data: str = "",
+    recipe: str = "",
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="A.B=C")] = (),
+    finetune_set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="A.B=C")] = (),
+    workers: int = 2,
+    nodes: int = 2,
+    limit_s: float = 600.0,
+) -> None:
+    """Kill every stage at random moments, run it again, and compare with the undisturbed run, bit for bit.
+
+    Workers, drivers, raylets, the MLflow server, the newest checkpoint and the disk, on a Ray cluster of its own on
+    this machine. The same command goes on with what is left; exit status 1 on any difference.
+
+    Args:
+        dir: keeps runs, results and the log of kills.
+        stages: "cluster" is crops, clusterers and pseudo-labels.
+        kills: of each stage.
+        seed: of kinds, moments and victims.
+        data: labelled scans; empty for phantoms.
+        recipe: of the jobs; empty for the demo's made smaller.
+        set: section.key=value for pretraining, clustering and sweeping; may be repeated.
+        finetune_set: the same for finetuning.
+        workers: training workers.
+        nodes: raylets beside the head's.
+        limit_s: a command that wrote nothing for so long has hung.
+    """
+    from logonet import chaos as killing
+
+    where = absolute(data, "--data") if data else ""
+    cfg = killing.Config(dir, stages, kills, seed, where, recipe, set, finetune_set, workers, nodes, limit_s)
+    results = killing.run(cfg)
+    killing.print_table(results)
+    if not all(result.equal for result in results):
+        sys.exit(1)
+
+
 @app.command(name="s3 serve")
 def s3_serve(dir: str, port: int = 9100) -> None:
     """Run a real S3 server (OpenStack Swift) on loopback, for trying things out; Ctrl-C stops it.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ from logonet.cluster import Share
 from logonet.errors import BadScan, UserError
 from logonet.manifest import Scan, Source
 from logonet.volume import Volume
+
+log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 2  # of a case whose process dies; a healthy one dies with its machine, hardly twice in a run
 READS_AT_ONCE = 16
@@ -163,11 +166,19 @@ def run(
 
 
 def finished(output: str) -> dict[str, Row]:
-    """The rows already committed under ``output``, by name."""
+    """The rows already committed under ``output``, by name; a torn one counts as absent."""
     uris = [e.uri for e in store.listing(store.join(output, CASES)) if e.uri.endswith("/row.json")]
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        rows = [Row(**values) for values in pool.map(store.read_json, uris)]
-    return {row.name: row for row in rows}
+        return {row.name: row for row in pool.map(_read_row, uris) if row is not None}
+
+
+def _read_row(uri: str) -> Row | None:
+    """A committed row, or None for one that is torn."""
+    try:
+        return Row(**store.read_json(uri))
+    except (store.IntegrityError, TypeError):  # no JSON, or not a row's
+        log.warning("%s is torn; its case is segmented again", uri)
+        return None
 
 
 def forget_quarantined(output: str) -> int:
@@ -253,9 +264,10 @@ class _Segment:
     def _one(self, item: Item) -> Row:
         row_uri = _row_uri(self.output, item.name)
         if store.exists(row_uri):
-            row = Row(**store.read_json(row_uri))
-            if row.version == item.version:  # its answer was lost with a node, and Ray gives the case again
-                return row
+            there = _read_row(row_uri)
+            # Its answer was lost with a node, and Ray gives the case again.
+            if there is not None and there.version == item.version:
+                return there
         started = time.monotonic()
         if self._deaths(item) >= MAX_ATTEMPTS:
             reason = (

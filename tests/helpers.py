@@ -11,6 +11,7 @@ import pytest
 
 from logonet import checkpoints, data, train
 from logonet.artifacts import Artifact
+from logonet.chaos import timeless as timeless
 from logonet.cluster import Resources, Share
 
 
@@ -18,11 +19,6 @@ def tiny_backbone() -> dict[str, Any]:
     from logonet.backbones import logonet
 
     return {"name": "logonet", **logonet.TINY}
-
-
-def timeless(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A history without what depends on the machine."""
-    return [{k: v for k, v in e.items() if k not in train.TIMINGS} for e in history]
 
 
 def assert_same_gradients(a: Artifact, b: Artifact) -> None:

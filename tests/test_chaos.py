@@ -5,9 +5,8 @@ make test-chaos
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,11 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers import timeless
 
-from jobs.demo_sweep import kill
-from logonet import artifacts, draws, phantom
-from logonet.s3server import free_ports
+from logonet import artifacts, chaos, draws, phantom
+from logonet.chaos import kill, timeless
 from logonet.sweep import records
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
@@ -55,14 +52,12 @@ def start(scans: str, root: Path, *extra: str) -> subprocess.Popen[bytes]:
 def launch(root: Path, job: list[str], address: str | None = None) -> subprocess.Popen[bytes]:
     """A job script in a process group of its own, its words in ``<root>.log``; on its own Ray without ``address``."""
     command = [sys.executable, *job, "--object-store-mb", "300"]
-    env = {**os.environ, "LOGONET_HOME": str(root / "home"), "OMP_NUM_THREADS": "1"}
-    env.pop("RAY_ADDRESS", None)
-    if address is not None:
-        env |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
-    log = open(root.parent / f"{root.name}.log", "ab")
-    return subprocess.Popen(
-        command, cwd=REPO, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    env = environment(root) | ({} if address is None else {"RAY_ADDRESS": address})
+    return chaos.launch(command, env, str(root.parent / f"{root.name}.log"), str(REPO))
+
+
+def environment(root: Path) -> dict[str, str]:
+    return chaos.clean_environment(LOGONET_HOME=str(root / "home"))
 
 
 def finish(process: subprocess.Popen[bytes], root: Path) -> tuple[list[dict[str, Any]], str]:
@@ -88,13 +83,7 @@ def log_of(root: Path) -> str:
 
 
 def wait_for(found: Callable[[], Any], process: subprocess.Popen[bytes], seconds: float = 300) -> Any:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if value := found():
-            return value
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.02)
-    raise AssertionError("it never came to that")
+    return chaos.wait_for(found, process, seconds, "the run, which was to be killed")
 
 
 def checkpoint_done(root: Path, step: int, stage: str = "pretrain") -> Path | None:
@@ -305,40 +294,12 @@ def swept_undisturbed(scans: str, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture
-def heads(tmp_path: Path) -> Iterator[Callable[[], tuple[subprocess.Popen[bytes], str]]]:
+def heads(tmp_path: Path) -> Iterator[Callable[[], chaos.Raylets]]:
     """Starts Ray heads, and stops them all at the end."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start_head() -> tuple[subprocess.Popen[bytes], str]:
-        port = free_ports()
-        ray = str(Path(sys.executable).parent / "ray")
-        command = [ray, "start", "--head", "--block", "--num-cpus", "4", "--port", str(port)]
-        command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(port + 1)]
-        command += ["--dashboard-agent-listen-port", str(port + 2), "--object-store-memory", str(300 << 20)]
-        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        env |= {
-            "RAY_AUTH_MODE": "disabled",
-            "OMP_NUM_THREADS": "1",
-            "LOGONET_HOME": str(tmp_path / "root" / "home"),
-        }
-        log = open(tmp_path / "head.log", "ab")
-        head = subprocess.Popen(
-            command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(
+            chaos.Raylets(0, environment(tmp_path / "root"), str(tmp_path), head_cpus=4)
         )
-        started.append(head)
-        wait_for(lambda: "Ray runtime started" in (tmp_path / "head.log").read_text(), head, 90)
-        return head, f"127.0.0.1:{port}"
-
-    yield start_head
-    for head in started:
-        stop_head(head)
-
-
-def stop_head(head: subprocess.Popen[bytes]) -> None:
-    """What 'ray stop' does, to this head alone."""
-    if head.poll() is None:
-        head.send_signal(signal.SIGTERM)
-        head.wait(timeout=90)
 
 
 @pytest.mark.parametrize("how", ["driver-killed", "ray-stopped"])
@@ -352,13 +313,12 @@ def test_a_sweep_goes_on(
         before = wait_for(lambda: one_ended_and_one_under_way(root), first, 400)
         kill(first)
     else:
-        head, address = heads()
-        first = sweep(scans, root, address)
+        head = heads()
+        first = sweep(scans, root, head.address)
         before = wait_for(lambda: one_ended_and_one_under_way(root), first, 400)
-        stop_head(head)
+        head.stop()
         assert first.wait(timeout=300) != 0, "a sweep without a cluster ended well"
-        (tmp_path / "head.log").write_text("")
-        _, address = heads()
+        address = heads().address
     assert [t.status for t in trials_of(root).values()].count("done") < 3
     wait(sweep(scans, root, address), root)
     after = trials_of(root)
@@ -369,3 +329,19 @@ def test_a_sweep_goes_on(
     assert {i: timeless(t.history) for i, t in after.items()} == {
         i: timeless(t.history) for i, t in expected.items()
     }
+
+
+# ------------------------------------------------------------------------------------------- logonet chaos
+
+
+def test_every_kind_of_kill_on_several_raylets(tmp_path: Path) -> None:
+    """What `make chaos` does to every stage, 20 times, done 10 times to pretraining."""
+    cfg = chaos.Config(dir=str(tmp_path), stages=("pretrain",), kills=10)
+    (result,) = chaos.run(cfg)
+    assert result.equal, result
+    row = result.row()
+    assert row["kills"] == 10 and all(row[kind] for kind in chaos.KINDS)
+    assert row["restarts"] >= row["driver"] + row["checkpoint"]
+    logged = [json.loads(line) for line in (tmp_path / "kills.jsonl").read_text().splitlines()]
+    assert [note["kind"] for note in logged] == [k.kind for k in chaos.plan(0, "pretrain", 10)]
+    assert chaos.run(cfg) == [result], "what is done is not done again"

@@ -50,6 +50,7 @@ FLOORS = [
     {"rendezvous"},
     {"train", "predict", "clusters_report"},
     {"stages", "sweep", "plan"},
+    {"chaos"},
     {"cli"},
 ]
 # Within a floor, who may use whom.

@@ -185,6 +185,9 @@ def test_the_same_command_touches_nothing_and_missing_cases_alone_are_done(
     for name in lost:
         store.delete(f"{output}/.cases/{name}/row.json")
     store.delete(f"{output}/a.nii.gz")
+    torn = f"{output}/.cases/d/row.json"  # counts as absent too
+    store.write(torn, store.read(torn)[:-40])
+    lost.append("d")
     again = run(model_uri, scans, output)
     assert [(r.name, r.status, r.sha256) for r in again] == [(r.name, r.status, r.sha256) for r in rows]
     after = versions(output)
