@@ -5,7 +5,7 @@ STORE := .venv-store
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo sweep test test-all test-real test-chaos test-cuda lint bench clean
+.PHONY: help setup demo sweep test test-all test-real test-chaos test-cuda fuzz lint bench clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -35,7 +35,7 @@ test: setup      ## the default tests: CPU only, under 12 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: setup  ## also the slow ones
-	$(BIN)/python -m pytest -m 'not real and not chaos and not cuda'
+	$(BIN)/python -m pytest -m 'not real and not chaos and not cuda and not fuzz'
 
 test-real: setup ## real scans through 'ray job submit' with 16 workers; wants ../shared/data
 	$(BIN)/python -m pytest -m real
@@ -45,6 +45,9 @@ test-chaos: setup ## kills drivers and workers, tears checkpoints, and compares 
 
 test-cuda: setup ## wants a GPU
 	$(BIN)/python -m pytest -m cuda
+
+fuzz: setup      ## damaged scans, lists, settings, weights and checkpoints: a sentence or quarantine, never more
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fuzz -rP tests/test_fuzz.py
 
 lint: setup      ## ruff and mypy
 	$(BIN)/ruff check .

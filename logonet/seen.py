@@ -90,7 +90,12 @@ def from_bytes(table: bytes) -> list[Scan]:
 
 
 def _frame(table: bytes) -> pd.DataFrame:
-    frame = pd.read_parquet(io.BytesIO(table))
+    try:
+        frame = pd.read_parquet(io.BytesIO(table))
+    except (ValueError, OSError) as err:  # pyarrow's ArrowInvalid is a ValueError
+        raise UserError(
+            f"the model's seen.parquet is no whole Parquet file ({err}); fetch the model again"
+        ) from None
     if tuple(frame.columns) != COLUMNS:
         raise UserError(
             f"a table of seen scans has the columns {', '.join(map(str, frame.columns))}; it must have "

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors"},
     {"config", "draws"},
-    {"store"},
+    {"store", "tables"},
     {
         "artifacts",
         "volume",

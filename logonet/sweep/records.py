@@ -274,7 +274,7 @@ def _seal(values: dict[str, Any]) -> bytes:
 
 def _unseal(data: bytes, where: str) -> dict[str, Any]:
     try:
-        values = json.loads(data)
+        values = config.parse_json(data)
     except ValueError:  # UnicodeDecodeError too
         raise UserError(f"{where} is torn") from None
     if not isinstance(values, dict) or "checksum" not in values:
