@@ -48,7 +48,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         raise UserError(
             f"config key '{f'{where}.{err.field_path}'.lstrip('.')}' is missing; set it"
         ) from None
-    except (ValueError, TypeError) as err:
+    except (ValueError, TypeError, OverflowError, dacite.UnexpectedDataError) as err:
         raise UserError(f"config section '{where or cls.__name__}': {err}") from None
 
 

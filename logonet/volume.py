@@ -93,9 +93,9 @@ def decode_nifti(
     dtype = _dtype(header, name)
     offset = _offset(header, name)
     end = offset + math.prod(shape_xyz) * dtype.itemsize
-    if end > limit:
-        raise BadScan(f"{name}: truncated; its header claims {end} bytes of voxels; copy the file again")
     claimed = max(end, math.prod(shape_xyz) * 4)
+    if end > limit and claimed <= max_bytes:
+        raise BadScan(f"{name}: truncated; its header claims {end} bytes of voxels; copy the file again")
     check_claim(
         f"{name}: its header claims {'x'.join(map(str, shape_xyz))} voxels", claimed, len(data), max_bytes
     )

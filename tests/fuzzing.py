@@ -1586,7 +1586,11 @@ def _start() -> subprocess.Popen[bytes]:
         "PYTHONMALLOC": "default",
     }
     return subprocess.Popen(
-        [sys.executable, str(here), "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
+        [sys.executable, str(here), "--serve"],
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=env,
     )
 
 
