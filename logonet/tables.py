@@ -38,14 +38,15 @@ def from_parquet(data: bytes, row_type: type[T], where: str) -> list[T]:
         raise UserError(
             f"{where} is no whole Parquet file ({' '.join(str(err).split())}); make it again"
         ) from None
-    wanted = _schema(row_type)
+    wanted, names = _schema(row_type), table.column_names
     try:
-        table = table.cast(wanted) if table.column_names == wanted.names else None
+        table = table.cast(wanted) if names == wanted.names else None
     except pa.ArrowException:
         table = None
     if table is None or any(column.null_count for column in table.columns):
         raise UserError(
-            f"{where} is no table of {', '.join(wanted.names)}; make it again with this version of logonet"
+            f"{where} has the columns {', '.join(names)}; it must have {', '.join(wanted.names)}, every cell of their "
+            "types: it is of another version of logonet"
         )
     return [
         row_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})

@@ -1356,25 +1356,39 @@ def _reach_trials(folder: Path) -> Iterator[str]:
 
 
 def _make_tables(folder: Path) -> None:
-    from logonet import importers, manifest, seen
+    import pandas as pd
+
+    from logonet import evaluate, importers, manifest, seen
 
     _make_decathlon(folder)
     sources = importers.sources(f"{folder}/dataset.json")
     table = manifest.Manifest.of(map(manifest.inspect, sources))
     (folder / "seen.parquet").write_bytes(seen.to_bytes(table.scans, "training"))
-    rows = ["scan_id,class,label,dice,hd95_mm,nsd"]
+    rows = []
     for i in range(4):
-        rows += [f"scan-{i},liver,1,0.{i + 1},1.5,0.9", f"scan-{i},spleen,2,0.5,2.5,0.8"]
-    (folder / "cases.csv").write_text("\n".join([*rows, ""]))
+        truth_XYZ = np.zeros((6, 6, 6), np.uint8)
+        truth_XYZ[1:3, 1:4, 1:4], truth_XYZ[4:, 4:, 3:] = 1, 2
+        pred_XYZ = np.roll(truth_XYZ, i % 2, axis=0)
+        rows += evaluate.case_rows(
+            pred_XYZ, truth_XYZ, (1.0, 1.0, 2.0), {1: "liver", 2: "spleen"}, f"scan-{i}"
+        )
+    (folder / "cases.csv").write_text(pd.DataFrame(rows).to_csv(index=False))
+
+
+def _damage_bytes_in(name: str) -> Callable[[Random, Path], str]:
+    def damage(rng: Random, folder: Path) -> str:
+        (folder / name).write_bytes(damaged(rng, (folder / name).read_bytes()))
+        return name
+
+    return damage
 
 
 def _reach_seen(folder: Path) -> Iterator[str]:
     """The leak check of an evaluation against what a registered model has seen."""
     from logonet import leaks, seen, store
 
-    uri = f"{folder}/seen.parquet"
-    known = seen.from_bytes(store.read(uri), uri)
-    leaks.table(leaks.find(known, seen.from_bytes(seen.join(store.read(uri)), uri)))
+    table = store.read(f"{folder}/seen.parquet")
+    leaks.table(leaks.find(seen.from_bytes(table), seen.from_bytes(seen.join(table))))
     yield from ()
 
 
@@ -1383,7 +1397,7 @@ def _reach_scores(folder: Path) -> Iterator[str]:
     from logonet import evaluate, stages
 
     uri = f"{folder}/cases.csv"
-    evaluate.compare(stages.scores_of(uri), stages.scores_of(uri), "a", "b")
+    evaluate.compare(stages.scores_of(uri), stages.scores_of(uri))
     yield from ()
 
 
@@ -1425,6 +1439,8 @@ TARGETS: dict[str, Target] = {
     ),
     "checkpoint": Target(_make_run, _damage_run, _reach_run, ("step-", "checkpoint")),
     "split": Target(_make_split, _damage_split, _reach_split, ("split.json",)),
+    "seen": Target(_make_tables, _damage_bytes_in("seen.parquet"), _reach_seen, ("seen",)),
+    "scores": Target(_make_tables, _damage_text_in("cases.csv"), _reach_scores, ("cases.csv", "scan")),
     "trials": Target(_make_trials, _damage_trials, _reach_trials, ("trials", "state.json")),
 }
 

@@ -89,8 +89,9 @@ class Trial:
         for part in ("history", "final"):
             values[part] = _replace(values.get(part), lambda v: v is None, math.nan)
         trial = _build(cls, values, where)
-        numbers = [entry.get(k) for entry in trial.history for k in ("epoch", "objective")]
-        if not all(map(_is_number, filter(None, [*numbers, trial.final.get("dice")]))):
+        epochs = [entry.get("epoch") for entry in trial.history]
+        objectives = [entry.get("objective", 0.0) for entry in trial.history]
+        if not all(map(_is_number, [*epochs, *objectives, trial.final.get("dice", 0.0)])):
             raise UserError(
                 f"{where} is no record of a trial: where a number stands in others it has something else"
             )
