@@ -860,6 +860,18 @@ def _make_config(folder: Path) -> None:
     (folder / "mine.yaml").write_text(config.to_yaml(recipes.demo()))
 
 
+def _damage_config(rng: Random, folder: Path) -> str:
+    """Half of them well-formed: one value is another, so that what checks values is reached and not the parser."""
+    if rng.random() < 0.5:
+        return _damage_text_in("mine.yaml")(rng, folder)
+    from logonet import config
+
+    path = folder / "mine.yaml"
+    values = config.read_yaml(path.read_text(), "mine.yaml")
+    path.write_bytes(damaged_json(rng, json.dumps(values).encode(), times=1))
+    return "mine.yaml by one value"
+
+
 def _reach_config(folder: Path) -> Iterator[str]:
     from jobs import recipes
     from logonet import cli, config, stages
@@ -1416,7 +1428,7 @@ TARGETS: dict[str, Target] = {
     "csv": Target(_make_table, _damage_text_in("scans.csv"), _reach_table, ("scans.csv", "csv")),
     "bids": Target(_make_bids, _damage_bids, _reach_scans, ("sub-0", ".tsv", ".json")),
     "places": Target(_make_scans, _damage_places, _reach_scans, ("places",)),
-    "config": Target(_make_config, _damage_text_in("mine.yaml"), _reach_config, ()),
+    "config": Target(_make_config, _damage_config, _reach_config, ()),
     "settings": Target(_make_settings, _damage_text_in("settings"), _reach_settings, ()),
     "space": Target(_make_space, _damage_text_in("space.yaml"), _reach_space, ("space.yaml",)),
     "weights": Target(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import fuzzing
@@ -16,13 +17,12 @@ from logonet import config, manifest, store, volume
 from logonet.errors import LONGEST, BadScan, UserError, plain
 from logonet.manifest import Source
 
-EACH = 130  # of the marked test; 21 targets
+EACH = 130  # of the marked test; 21 kinds of input
 QUICK = 5
 
 
-@pytest.mark.parametrize("first", [0])
-def test_a_hundred_mutations(first: int) -> None:
-    wanted = [(name, n) for name in fuzzing.TARGETS for n in range(first, first + QUICK)]
+def test_a_hundred_mutations() -> None:
+    wanted = [(name, n) for name in fuzzing.TARGETS for n in range(QUICK)]
     assert len(wanted) >= 100
     found = list(fuzzing.attempts(wanted))
     assert not fuzzing.same_faults(found), "\n".join(fuzzing.same_faults(found))
@@ -161,3 +161,81 @@ def test_a_config_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(b"a: \xff")
     with pytest.raises(UserError, match=r"x\.yaml: is not UTF-8 text"):
         store.read_text(str(tmp_path / "x.yaml"))
+
+
+def test_splits_that_name_no_text(tmp_path: Path) -> None:
+    from logonet import importers
+
+    fuzzing._make_nnunet(tmp_path)
+    (tmp_path / "splits_final.json").write_text('[{"val": [null, "case_0"]}]')
+    with pytest.raises(UserError, match=r"splits_final\.json must hold a list"):
+        importers.sources(f"{tmp_path}/dataset.json")
+
+
+def test_a_table_of_other_rows() -> None:
+    from logonet import tables
+    from logonet.data import CropRef
+
+    good = tables.to_parquet([asdict(CropRef("a/0", "a", "shards/a", 0, 8, "0" * 64))], CropRef)
+    assert tables.from_parquet(good, CropRef, "x") == [CropRef("a/0", "a", "shards/a", 0, 8, "0" * 64)]
+    with pytest.raises(UserError, match="^x has the columns uri, reason; it must have crop_id"):
+        tables.from_parquet(manifest.Manifest((), ()).quarantine_parquet(), CropRef, "x")
+    with pytest.raises(UserError, match="^x is no whole Parquet file"):
+        tables.from_parquet(good[:-9], CropRef, "x")
+
+
+def test_a_case_whose_header_is_another_is_prepared_again(tmp_path: Path) -> None:
+    import json
+
+    from logonet import cases
+
+    fuzzing._make_case(tmp_path)
+    path = tmp_path / "cases" / "scan-1.safetensors"
+    blob = path.read_bytes()
+    assert cases.stored(str(path), len(blob)) is not None
+    size = int.from_bytes(blob[:8], "little")
+    for change in (
+        {"image/0_0_0": 3},
+        {"image/0_0_0": None},
+        {"__metadata__": {"shape": "[1, 99999999, 99999999, 2]"}},
+    ):
+        header = json.dumps(json.loads(blob[8 : 8 + size]) | change).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + blob[8 + size :])
+        assert cases.stored(str(path), path.stat().st_size) is None
+
+
+@pytest.mark.parametrize("facts", [{"step": 1, "world": 10**9}, {"step": "1", "world": 1}, {}])
+def test_a_checkpoint_with_odd_facts_is_passed_over(tmp_path: Path, facts: dict[str, object]) -> None:
+    import json
+
+    from logonet import checkpoints
+
+    fuzzing._make_run(tmp_path)
+    newest = tmp_path / "checkpoints" / "step-00000002"
+    content = json.loads((newest / "manifest.json").read_text())
+    content["facts"] = {"history": [], **facts}
+    (newest / "manifest.json").write_text(json.dumps(content))
+    fuzzing.sealed(newest)
+    with pytest.raises(checkpoints.Damaged, match="step-00000002 is no checkpoint of this version"):
+        checkpoints.load_state(str(newest), "f" * 16)
+    found = checkpoints.newest(str(tmp_path), "f" * 16)
+    assert found is not None
+    assert found.step == 1
+
+
+def test_a_sweeps_state_that_is_torn(tmp_path: Path) -> None:
+    from logonet.sweep import records
+
+    for text in ("{", "[]", '{"spent_s": "x"}'):
+        (tmp_path / "state.json").write_text(text)
+        with pytest.raises(UserError, match=r"state\.json"):
+            records.state(str(tmp_path))
+
+
+def test_scores_that_are_none(tmp_path: Path) -> None:
+    from logonet import stages
+
+    for text in ("", "a,b\n1,2\n", "scan_id\n\0\n"):
+        (tmp_path / "cases.csv").write_text(text)
+        with pytest.raises(UserError, match=r"cases\.csv is no table of scores"):
+            stages.scores_of(f"{tmp_path}/cases.csv")
