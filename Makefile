@@ -5,7 +5,7 @@ STORE := .venv-store
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo sweep chaos test test-all test-real test-chaos faults test-cuda lint audit bench docs clean
+.PHONY: help setup demo sweep chaos test test-all test-real test-chaos faults fuzz test-cuda lint audit bench docs clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -38,7 +38,7 @@ test: setup      ## the default tests: CPU only, under 12 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: setup  ## also the slow ones
-	$(BIN)/python -m pytest -m 'not real and not chaos and not faults and not cuda'
+	$(BIN)/python -m pytest -m 'not real and not chaos and not faults and not fuzz and not cuda'
 
 test-real: setup ## real scans through 'ray job submit' with 16 workers; wants ../shared/data
 	$(BIN)/python -m pytest -m real
@@ -52,6 +52,9 @@ faults: setup    ## whole pipelines through a store of which one request in twen
 
 test-cuda: setup ## wants a GPU
 	$(BIN)/python -m pytest -m cuda
+
+fuzz: setup      ## damaged scans, lists, settings, weights and checkpoints: a sentence or quarantine, never more
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fuzz -rP tests/test_fuzz.py
 
 lint: setup      ## ruff and mypy
 	$(BIN)/ruff check .

@@ -65,7 +65,7 @@ def sweep_of(cfg: stages.Pretraining, args: Args) -> Sweep:
     tuned = config.override(config.to_dict(recipes.FINETUNING[recipe]()), args.finetune_set)
     return Sweep(
         name=args.name or os.path.splitext(os.path.basename(args.space))[0],
-        space=spaces.read(store.read(args.space).decode(), args.space),
+        space=spaces.read(store.read_text(args.space), args.space),
         base=cfg,
         finetuning=config.from_dict(stages.Finetuning, tuned),
         source=args.data,

@@ -102,7 +102,10 @@ def find(uri: str) -> Artifact | None:
     if why:
         log.warning("%s %s; the stage will run again and keep it as %s.torn-*", manifest_uri, why, MANIFEST)
         return None
-    return _artifact(uri, config.from_dict(_Manifest, values, MANIFEST))
+    try:
+        return _artifact(uri, config.from_dict(_Manifest, values, MANIFEST))
+    except UserError as err:
+        raise UserError(f"{manifest_uri} is of another version of logonet: {err}") from None
 
 
 def verify(artifact: Artifact, *, full: bool = False) -> list[str]:
@@ -175,7 +178,7 @@ def _keep_torn(manifest_uri: str) -> None:
 def _parse(raw: bytes) -> tuple[dict[str, Any], str]:
     """A manifest's values and what is wrong with it, empty when it may be trusted."""
     try:
-        values = json.loads(raw)
+        values = config.parse_json(raw)
     except ValueError:  # UnicodeDecodeError too
         return {}, "is torn"
     if not isinstance(values, dict) or "checksum" not in values:

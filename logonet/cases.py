@@ -13,13 +13,14 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from logonet import crops, draws, store, volume
+from logonet import config, crops, draws, store, volume
 from logonet.errors import BadScan, UserError
 from logonet.volume import Volume
 
@@ -194,12 +195,15 @@ class _Header:
 
 
 def ref_of(uri: str, blob: bytes) -> Ref:
-    """The reference to a case just written as ``blob``, or to the first bytes of one that is stored."""
+    """The reference to a case just written as ``blob``, or to the first bytes of one that is stored.
+
+    Raises:
+        NotACase: the blob's header is not one that `to_bytes` writes.
+    """
     size = int.from_bytes(blob[:8], "little")
     header = blob[8 : 8 + size]
-    meta = json.loads(header)["__metadata__"]
-    c, x, y, z = json.loads(meta["shape"])
-    return Ref(meta["scan_id"], uri, size, (c, x, y, z), hashlib.sha256(header).hexdigest())
+    scan_id, shape_cxyz, _ = _parsed(header)
+    return Ref(scan_id, uri, size, shape_cxyz, hashlib.sha256(header).hexdigest())
 
 
 def stored(uri: str, size_bytes: int) -> Ref | None:
@@ -211,18 +215,68 @@ def stored(uri: str, size_bytes: int) -> Ref | None:
         return None
     blob = store.read(uri, start=0, length=8 + header_bytes)
     try:
-        fields = json.loads(blob[8:])
-        end = max(f["data_offsets"][1] for name, f in fields.items() if name != "__metadata__")
-        return ref_of(uri, blob) if 8 + header_bytes + end == size_bytes else None
-    except (ValueError, KeyError):  # the header's own bytes are damaged
+        _, _, header = _parsed(blob[8:])
+    except NotACase:
         return None
+    end = max(entry["data_offsets"][1] for entry in header.entries.values())
+    return ref_of(uri, blob) if 8 + header_bytes + end == size_bytes else None
+
+
+class NotACase(ValueError):
+    """A header that `to_bytes` does not write."""
+
+
+def _parsed(header: bytes) -> tuple[str, tuple[int, int, int, int], _Header]:
+    """Scan id, shape (C, X, Y, Z) and the rest of a case's header, all of it checked.
+
+    Raises:
+        NotACase: anything in it is missing or other than `to_bytes` writes it.
+    """
+    try:
+        fields = config.parse_json(header)
+        meta = fields.pop("__metadata__")
+        c, x, y, z = map(operator.index, config.parse_json(meta["shape"]))
+        sums, scan_id = config.parse_json(meta["sha256"]), meta["scan_id"]
+        wanted: dict[str, tuple[str, list[int]]] = {}
+        # counted first: a shape of any size would be walked through
+        if min(c, x, y, z) < 1 or 2 * math.prod(-(-n // BRICK_VOX) for n in (x, y, z)) > len(fields):
+            raise NotACase(f"shape {(c, x, y, z)}")
+        for name, box in _bricks((x, y, z)):
+            shape = [b.stop - b.start for b in box]
+            wanted |= {f"image/{name}": ("U16", [c, *shape]), f"labels/{name}": ("U8", shape)}
+        for name, entry in fields.items():
+            place = ("I16", [operator.index(entry["shape"][0]), 3]) if name.startswith("places/") else None
+            dtype, shape = wanted.pop(name, place) or (None, [])
+            begin, end = map(operator.index, entry["data_offsets"])
+            whole = (
+                dtype is not None and begin >= 0 and end - begin == math.prod(shape) * TYPES[dtype].itemsize
+            )
+            if (
+                (entry["dtype"], entry["shape"]) != (dtype, shape)
+                or not whole
+                or (place and not shape[0] > 0)
+            ):
+                raise NotACase(name)
+            if not isinstance(sums[name], str) or (place and not name.removeprefix("places/").isdecimal()):
+                raise NotACase(name)
+    except (ValueError, LookupError, TypeError, AttributeError) as err:
+        raise NotACase(f"not the header of a case ({err})") from None
+    if wanted or not isinstance(scan_id, str):
+        raise NotACase("not the header of a case")
+    return scan_id, (c, x, y, z), _Header(fields, sums, 8 + len(header))
 
 
 @functools.lru_cache(maxsize=1024)
 def _header(ref: Ref) -> _Header:
-    fields = json.loads(_read(ref, 8, ref.header_bytes, ref.header_sha256))
-    meta = fields.pop("__metadata__")
-    return _Header(fields, json.loads(meta["sha256"]), 8 + ref.header_bytes)
+    try:
+        _, shape_cxyz, header = _parsed(_read(ref, 8, ref.header_bytes, ref.header_sha256))
+    except NotACase as err:
+        raise store.IntegrityError(f"{ref.uri} is {err}; delete it and run the same command") from None
+    if shape_cxyz != ref.shape_cxyz:
+        raise store.IntegrityError(
+            f"{ref.uri} holds a case of shape {shape_cxyz}, not {ref.shape_cxyz}; delete it and run the same command"
+        )
+    return header
 
 
 @functools.lru_cache(maxsize=BRICKS_CACHED)
@@ -323,5 +377,9 @@ class Table:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Table:
-        refs = tuple(Ref(**{**r, "shape_cxyz": tuple(r["shape_cxyz"])}) for r in values["refs"])
-        return cls(refs, tuple(values["classes"]), tuple(values["label_values"]))
+        """What `to_json` gave.
+
+        Raises:
+            UserError: it is something else.
+        """
+        return config.from_dict(cls, values, "cases.json")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from logonet import artifacts, store
+from logonet import artifacts, config, store
 from logonet.errors import UserError
 from logonet.store import IntegrityError, Stored
 
@@ -27,7 +27,17 @@ class Damaged(UserError):
     """A checkpoint that is not whole: unfinished, torn or altered."""
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """Of a checkpoint's manifest."""
+
+    step: int
+    world: int
+    history: list[dict[str, Any]]
+
+
 STAGE = "checkpoint"
+MAX_WORLD = 2**20  # ranks; each has a place in the state
 TENSOR_FILES = ("model", "optimizer", "partial")
 
 
@@ -120,8 +130,13 @@ def load_state(uri: str, fingerprint: str) -> State:
         groups = {group: load(artifact.read(f"{group}.safetensors")) for group in TENSOR_FILES}
     except (IntegrityError, SafetensorError) as err:
         raise Damaged(f"{uri} is damaged: {err}") from None
-    facts = artifact.facts
-    return State._of(groups, facts["step"], facts["history"], facts["world"])
+    try:
+        facts = config.from_dict(_Facts, artifact.facts)
+        if not 1 <= facts.world <= MAX_WORLD:
+            raise ValueError(f"world {facts.world}")
+        return State._of(groups, facts.step, facts.history, facts.world)
+    except (UserError, ValueError, IndexError) as err:
+        raise Damaged(f"{uri} is no checkpoint of this version of logonet ({err})") from None
 
 
 def all_of(run_uri: str) -> list[str]:

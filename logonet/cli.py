@@ -121,7 +121,7 @@ def job_config(args: ConfigArgs, recipes: Mapping[str, Callable[[], Any]]) -> An
     base = recipes[args.recipe]()
     values = config.to_dict(base)
     if args.config is not None:
-        values = config.merge(values, config.read_yaml(store.read(args.config).decode(), args.config))
+        values = config.merge(values, config.read_yaml(store.read_text(args.config), args.config))
     return config.from_dict(type(base), config.override(values, args.set))
 
 

@@ -19,6 +19,8 @@ import yaml
 from logonet.errors import UserError
 
 T = TypeVar("T")
+MAX_YAML_NODES = 100_000
+MAX_DEPTH = 100  # of a JSON document
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         raise UserError(
             f"config key '{f'{where}.{err.field_path}'.lstrip('.')}' is missing; set it"
         ) from None
-    except (ValueError, TypeError) as err:
+    except (ValueError, TypeError, OverflowError, dacite.UnexpectedDataError) as err:
         raise UserError(f"config section '{where or cls.__name__}': {err}") from None
 
 
@@ -125,11 +127,54 @@ def read_yaml(text: str, source: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, source: str) -> Any:
+    loader = None
     try:
-        value = yaml.safe_load(text)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        _refuse_bomb(node, source)
+        value = loader.construct_document(node) if node is not None else None
     except yaml.YAMLError as err:
         raise UserError(f"{source} is not valid YAML: {' '.join(str(err).split())}") from None
+    except RecursionError:
+        raise UserError(f"{source} is nested too deeply; mend it") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
     return _yaml_number(value)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's constructors raise what int(), float() and datetime() do; here they say line and column."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, OverflowError):
+            sort = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                problem=f"this is no {sort}", problem_mark=node.start_mark
+            ) from None
+
+
+def _refuse_bomb(root: yaml.Node | None, source: str) -> None:
+    """Aliases cost nothing to read, but what they stand for is walked, merged and printed again at each of them."""
+    sizes: dict[int, int] = {}  # 0 while a node's own parts are counted
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 0
+            parts = node.value if isinstance(node, yaml.SequenceNode) else []
+            if isinstance(node, yaml.MappingNode):
+                parts = [part for pair in node.value for part in pair]
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        if sizes[id(node)] == 0:
+            raise UserError(f"{source} holds a list or mapping that contains itself; remove that alias")
+        return sizes[id(node)]
+
+    if root is not None and (nodes := size(root)) > MAX_YAML_NODES:
+        raise UserError(
+            f"{source} has {nodes} values once its aliases are written out, more than {MAX_YAML_NODES}; remove some"
+        )
 
 
 def _yaml_number(value: Any) -> Any:
@@ -144,6 +189,28 @@ def _yaml_number(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def parse_json(data: str | bytes) -> Any:
+    """A JSON document from anywhere.
+
+    Raises:
+        ValueError: it is none, or so deeply nested that it cannot be walked (which json tells by a RecursionError).
+    """
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [part for node in level for part in _parts(node)]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
+
+
+def _parts(node: Any) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
 
 
 def to_yaml(cfg: Any) -> str:

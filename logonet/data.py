@@ -16,6 +16,8 @@ import hashlib
 import io
 import json
 import logging
+import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,7 +25,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from logonet import cases, clusterers, crops, datacheck, draws, manifest, methods, store, tables
+from logonet import (
+    cases,
+    clusterers,
+    config,
+    crops,
+    datacheck,
+    draws,
+    manifest,
+    methods,
+    store,
+    tables,
+)
 from logonet.artifacts import Artifact
 from logonet.cluster import Share, quiet
 from logonet.errors import BadScan, UserError
@@ -149,21 +162,32 @@ def _shard_index(uri: str, name: str, size_bytes: int) -> list[CropRef]:
     header_bytes = int.from_bytes(store.read(uri, start=0, length=8), "little")
     if not 0 < header_bytes <= size_bytes - 8:
         return []
-    refs = _parse_shard_header(name, store.read(uri, start=8, length=header_bytes))
+    try:
+        refs = _parse_shard_header(name, store.read(uri, start=8, length=header_bytes))
+    except (ValueError, LookupError, TypeError, AttributeError):  # the header's own bytes are damaged
+        return []
     return refs if refs and refs[-1].offset + refs[-1].num_bytes == size_bytes else []
 
 
 def _parse_shard_header(name: str, header: bytes) -> list[CropRef]:
-    fields: dict[str, Any] = json.loads(header)
+    """Raises ValueError, TypeError, LookupError or AttributeError where this is no shard's header."""
+    fields: dict[str, Any] = config.parse_json(header)
     meta = fields.pop("__metadata__")
-    sums, scan_id = json.loads(meta["sha256"]), meta["scan_id"]
+    sums, scan_id = config.parse_json(meta["sha256"]), meta["scan_id"]
     refs = []
     for key in sorted(fields):
-        assert fields[key]["dtype"] == SHARD_DTYPE
-        begin, end = fields[key]["data_offsets"]
+        begin, end = map(operator.index, fields[key]["data_offsets"])
+        if fields[key]["dtype"] != SHARD_DTYPE or not 0 <= begin <= end:
+            raise ValueError(key)
         offset = 8 + len(header) + begin
         refs.append(CropRef(f"{scan_id}/{key}", scan_id, name, offset, end - begin, sums[key]))
     return refs
+
+
+@dataclass(frozen=True)
+class _CropSize:
+    size_vox: tuple[int, int, int]
+    in_channels: int
 
 
 @dataclass(frozen=True)
@@ -202,12 +226,20 @@ class CropTable:
     @classmethod
     def open(cls, artifact: Artifact) -> CropTable:
         """The table of a finished crops artifact."""
-        rows = tables.read_parquet(
-            artifact.read("crops.parquet"), artifact.uri_of("crops.parquet")
-        ).to_pylist()
-        refs = tuple(CropRef(**row) for row in rows)
-        num_x, num_y, num_z = artifact.config["size_vox"]
-        return cls(artifact.uri, (num_x, num_y, num_z), artifact.facts["in_channels"], refs)
+        uri = artifact.uri_of("crops.parquet")
+        refs = tuple(tables.from_parquet(artifact.read("crops.parquet"), CropRef, uri))
+        size = config.from_dict(
+            _CropSize,
+            {"size_vox": artifact.config.get("size_vox"), "in_channels": artifact.facts.get("in_channels")},
+            artifact.uri,
+        )
+        num_bytes = 2 * size.in_channels * math.prod(size.size_vox)
+        if wrong := [r for r in refs if r.num_bytes != num_bytes or r.offset < 0]:
+            raise UserError(
+                f"{artifact.uri}: crop {wrong[0].crop_id} is listed with {wrong[0].num_bytes} bytes, not {num_bytes}; "
+                f"to have it made again delete {artifact.uri}/manifest.json and run the same command"
+            )
+        return cls(artifact.uri, size.size_vox, size.in_channels, refs)
 
 
 # ---------------------------------------------------------------------------------------------- cases

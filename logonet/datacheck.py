@@ -17,7 +17,7 @@ from itertools import takewhile
 import numpy as np
 
 from logonet import fingerprints, manifest, store, volume
-from logonet.errors import BadScan
+from logonet.errors import BadScan, plain
 from logonet.manifest import Grid, Source
 
 ERROR, WARNING = "error", "warning"
@@ -35,6 +35,9 @@ class Problem:
     check: str
     severity: str
     sentence: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sentence", plain(self.sentence))
 
 
 @dataclass(frozen=True)
@@ -255,7 +258,7 @@ def table(found: Sequence[Problem], cases: int) -> str:
             sentence = p.sentence.removeprefix(f"{p.uri}: ")
             sentence = sentence.replace(root, "") if root else sentence
             # as Text: brackets in file names are no markup
-            grid.add_row(Text(p.uri.removeprefix(root)), p.check, p.severity, Text(sentence))
+            grid.add_row(Text(plain(p.uri.removeprefix(root))), p.check, p.severity, Text(sentence))
         console.print(grid)
     wrong = {p.uri for p in found if p.severity == ERROR}
     warned = {p.uri for p in found} - wrong

@@ -6,17 +6,23 @@ import re
 
 from logonet.redaction import without_secrets
 
+LONGEST = 600  # characters of a sentence; names and values that a file holds have any length
+
 
 class UserError(Exception):
     """Something only the user can mend.
 
     Its message is one sentence that names the file, key or setting and says what to do. The command
     line prints it without a traceback and exits with status 2. Credentials in it are taken out: a sentence may
-    name a URI or repeat what a library said, and it goes to logs, tables and reports.
+    name a URI or repeat what a library said, and it goes to logs, tables and reports. As text it is one printable
+    line whatever it quotes: a file's name may hold a line break, half a UTF-8 letter or what turns a terminal red.
     """
 
     def __init__(self, sentence: str) -> None:
         super().__init__(without_secrets(sentence))
+
+    def __str__(self) -> str:
+        return plain(super().__str__())
 
 
 class Stopped(Exception):
@@ -25,6 +31,20 @@ class Stopped(Exception):
 
 class BadScan(UserError):
     """One scan cannot be used. The stage that meets it quarantines the scan and goes on."""
+
+
+def plain(text: str, longest: int = LONGEST) -> str:
+    """``text`` as one printable line of at most ``longest`` characters; its middle is left out where it has more."""
+    text = _shortened(text, longest)
+    if text.isprintable():
+        return text
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return _shortened("".join(escaped), longest)
+
+
+def _shortened(text: str, longest: int) -> str:
+    half = (longest - 5) // 2
+    return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
 
 
 def user_sentence(err: BaseException | None) -> str | None:

@@ -82,7 +82,7 @@ def rows(prints: Sequence[str]) -> np.ndarray:
     Raises:
         UserError: for prints of another grid than ours.
     """
-    if any(len(p) != GRID**3 for p in prints):
+    if any(len(p) != GRID**3 or not p.isascii() for p in prints):
         raise UserError(
             "the manifest's fingerprints are of another version of logonet; import its scans again"
         )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -156,7 +155,7 @@ def _description(uri: str) -> dict[str, Any]:
 
 def _json(uri: str) -> Any:
     try:
-        return json.loads(store.read(uri))
+        return config.parse_json(store.read(uri))
     except ValueError as err:
         raise UserError(f"{uri} is not valid JSON ({err}); mend it") from None
 
@@ -308,6 +307,8 @@ def _with_folds(found: Sequence[Source], uri: str) -> list[Source]:
     try:
         for number, fold in enumerate(_json(uri)):
             for case in fold["val"]:
+                if not isinstance(case, str):
+                    raise TypeError
                 if folds.setdefault(case, number) != number:
                     raise UserError(
                         f"{uri}: validates '{case}' in the folds {folds[case]} and {number}; keep one of them"
@@ -484,11 +485,7 @@ def _rows(uri: str, delimiter: str, wanted: set[str]) -> Iterator[tuple[str, dic
 
     ``where`` names file and line in errors.
     """
-    try:
-        text = store.read(uri).decode("utf-8-sig")  # spreadsheets put a byte order mark first
-    except UnicodeDecodeError as err:
-        raise UserError(f"{uri}: is not UTF-8 text ({err.reason}); save it as CSV in UTF-8") from None
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    lines = csv.reader(io.StringIO(store.read_text(uri), newline=""), delimiter=delimiter)
     header = [cell.strip() for cell in next(lines, [])]
     if not wanted & set(header):
         return

@@ -14,14 +14,13 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 
 from logonet import config, fingerprints, store, tables, volume
-from logonet.errors import BadScan, UserError
+from logonet.errors import BadScan, UserError, plain
 from logonet.volume import Volume
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
@@ -99,6 +98,9 @@ class Quarantined:
     uri: str
     reason: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", plain(self.reason))
+
 
 @dataclass(frozen=True)
 class Unread(Quarantined):
@@ -120,7 +122,7 @@ def inspect(source: Source) -> Scan | Quarantined:
     try:
         return _inspect(source)
     except BadScan as err:
-        return Quarantined(source.uri, str(err))
+        return Quarantined(source.uri.encode(errors="backslashreplace").decode(), str(err))
     except store.NotGiven as err:
         return Unread(source.uri, str(err))
 
@@ -168,9 +170,20 @@ def read_scan(source: Source) -> tuple[list[bytes], str]:
     """The bytes of the scan's file or slices, and their SHA-256.
 
     Raises:
-        BadScan: for a file that is too large or missing.
+        BadScan: for a file that is too large or missing, or whose description no table can hold.
         NotGiven: where the store withholds it.
     """
+    for value in (
+        source.uri,
+        source.label_uri,
+        source.subject,
+        source.dataset,
+        *source.files,
+        *source.classes,
+    ):
+        # half a UTF-8 letter: file systems allow it in names, JSON as "\\ud800"
+        if value != value.encode(errors="ignore").decode():
+            raise BadScan(f"{source.uri}: '{value}' is not UTF-8 text; rename it")
     if source.size_bytes > volume.MAX_BYTES:
         raise BadScan(
             f"{source.uri}: has {source.size_bytes / 2**30:.1f} GiB, more than can be decoded; split it"
@@ -349,19 +362,22 @@ class Manifest:
         )
 
     def scans_parquet(self) -> bytes:
-        return _to_parquet([asdict(s) for s in self.scans], Scan)
+        return tables.to_parquet([asdict(s) for s in self.scans], Scan)
 
     def quarantine_parquet(self) -> bytes:
-        return _to_parquet([asdict(q) for q in self.quarantined], Quarantined)
+        return tables.to_parquet([asdict(q) for q in self.quarantined], Quarantined)
 
     @classmethod
-    def from_parquet(cls, scans: bytes, quarantine: bytes) -> Manifest:
-        rows: list[dict[str, Any]] = [
-            {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
-            for row in tables.read_parquet(scans, "scans.parquet").to_pylist()
-        ]
-        bad = tables.read_parquet(quarantine, "quarantine.parquet").to_pylist()
-        return cls(tuple(Scan(**row) for row in rows), tuple(Quarantined(**row) for row in bad))
+    def from_parquet(cls, scans: bytes, quarantine: bytes, where: str = "the manifest") -> Manifest:
+        """What `scans_parquet` and `quarantine_parquet` gave.
+
+        Raises:
+            UserError: naming ``where``, for anything else.
+        """
+        return cls(
+            tuple(tables.from_parquet(scans, Scan, f"{where}/scans.parquet")),
+            tuple(tables.from_parquet(quarantine, Quarantined, f"{where}/quarantine.parquet")),
+        )
 
     def quarantine_csv(self) -> bytes:
         text = io.StringIO()
@@ -418,22 +434,3 @@ class Manifest:
         for bad in self.quarantined:
             console.print(f"quarantined: {bad.reason}", soft_wrap=True, markup=False)
         return text.getvalue()
-
-
-def _to_parquet(rows: list[dict[str, Any]], row_type: type) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    types = {
-        "str": pa.string(),
-        "int": pa.int64(),
-        "float": pa.float64(),
-        "tuple[int, int, int]": pa.list_(pa.int64()),
-        "tuple[int, ...]": pa.list_(pa.int64()),
-        "tuple[float, float, float]": pa.list_(pa.float64()),
-        "tuple[str, ...]": pa.list_(pa.string()),
-    }
-    schema = pa.schema([(f.name, types[str(f.type)]) for f in fields(row_type)])
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
-    return sink.getvalue()

@@ -110,7 +110,7 @@ def parse(blobs: Mapping[str, bytes], where: str = "") -> tuple[Spec, dict[str, 
 
     config_name, weights_name = (store.join(where, n) if where else n for n in (CONFIG_FILE, WEIGHTS_FILE))
     try:
-        values = json.loads(blobs[CONFIG_FILE])
+        values = config.parse_json(blobs[CONFIG_FILE])
     except ValueError as err:
         raise UserError(f"{config_name} is not valid JSON ({err}); fetch the model again") from None
     try:

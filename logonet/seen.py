@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 
 from logonet import leaks, tables
-from logonet.errors import UserError
 from logonet.manifest import Scan
 
 COLUMNS = ("scan_id", "sha256", "voxel_sha256", "thumbprint", "subject")
@@ -89,14 +88,18 @@ def from_bytes(table: bytes) -> list[Scan]:
     return [replace(NOBODY, **row) for row in _frame(table).to_dict("records")]  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class _Row:
+    scan_id: str
+    sha256: str
+    voxel_sha256: str
+    thumbprint: str
+    subject: str
+
+
 def _frame(table: bytes) -> pd.DataFrame:
-    frame = tables.read_parquet(table, "a table of seen scans").to_pandas(ignore_metadata=True)
-    if tuple(frame.columns) != COLUMNS:
-        raise UserError(
-            f"a table of seen scans has the columns {', '.join(map(str, frame.columns))}; it must have "
-            f"{', '.join(COLUMNS)}: the model is of another version of logonet"
-        )
-    return frame
+    rows = tables.from_parquet(table, _Row, "the model's table of seen scans, seen.parquet,")
+    return pd.DataFrame([asdict(row) for row in rows], columns=list(COLUMNS))
 
 
 def _parquet(frame: pd.DataFrame) -> bytes:

@@ -85,7 +85,7 @@ class Split:
             UserError: naming ``name``, for anything else, a scan or subject in two sets included.
         """
         try:
-            values = json.loads(text)
+            values = config.parse_json(text)
             stated = values.pop("id")
             cases = {i: Case(**row) for i, row in values.pop("cases").items()}
             split = cls(**{key: tuple(ids) for key, ids in values.items()}, cases=cases)

@@ -40,6 +40,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from stat import S_ISREG
 from typing import Any, BinaryIO, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
@@ -62,6 +63,7 @@ from botocore.exceptions import (
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError as Urllib3Error
 
+from logonet import config
 from logonet.errors import UserError
 from logonet.redaction import holds_credentials
 
@@ -155,11 +157,15 @@ def local_path(uri: str) -> str:
         UserError: for a scheme that is neither s3:// nor file://.
     """
     assert not is_s3(uri), f"{uri} is not local"
-    if uri.startswith("file://"):
-        return uri.removeprefix("file://")
-    if "://" in uri:
+    if not uri.startswith("file://") and "://" in uri:
         raise UserError(f"{uri} is not a place logonet can use; give s3://bucket/key, file:///path or a path")
-    return os.path.expanduser(uri)
+    path = uri.removeprefix("file://") if uri.startswith("file://") else os.path.expanduser(uri)
+    try:
+        if b"\0" not in os.fsencode(path):
+            return path
+    except UnicodeEncodeError:
+        pass
+    raise UserError(f"{uri}: this can be no file's name; correct it")
 
 
 def _bucket_key(uri: str) -> tuple[str, str]:
@@ -170,6 +176,10 @@ def _bucket_key(uri: str) -> tuple[str, str]:
         )
     if not bucket:
         raise UserError(f"{uri} names no bucket; write s3://bucket/key")
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{uri}: this can be no object's key; correct it") from None
     return bucket, key
 
 
@@ -470,6 +480,18 @@ def read_to_file(uri: str, path: str, *, size_bytes: int | None = None, sha256: 
         _copy_out(uri, out, size_bytes, sha256, 0, None)
 
 
+def read_text(uri: str) -> str:
+    """The object as UTF-8 text, without a byte order mark.
+
+    Raises:
+        UserError: when it is something else.
+    """
+    try:
+        return read(uri).decode("utf-8-sig")  # spreadsheets put one first
+    except UnicodeDecodeError as err:
+        raise UserError(f"{uri}: is not UTF-8 text ({err.reason}); save it as UTF-8") from None
+
+
 def read_json(uri: str) -> Any:
     """The parsed object.
 
@@ -477,7 +499,7 @@ def read_json(uri: str) -> Any:
         IntegrityError: when it is not JSON.
     """
     try:
-        return json.loads(read(uri))
+        return config.parse_json(read(uri))
     except ValueError:
         raise IntegrityError(f"{uri} is not valid JSON; it is torn or not ours, write it again") from None
 
@@ -545,9 +567,16 @@ class _Read:
         return IntegrityError(f"{self.uri}: its SHA-256 is not the recorded one; write it again")
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    """Opening a named pipe waits for its writer, for ever if there is none."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 class _LocalRead(_Read):
     def run(self) -> None:
-        with _plainly(self.uri), open(local_path(self.uri), "rb") as file:
+        with _plainly(self.uri), open(local_path(self.uri), "rb", opener=_without_waiting) as file:
+            if not S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{self.uri} is a pipe or a device; name a file")
             total = os.fstat(file.fileno()).st_size
             if self.size_bytes not in (None, total):
                 raise self.wrong_size(total)
@@ -869,9 +898,12 @@ def stat(uri: str) -> Entry | None:
     with _plainly(uri):
         try:
             info = os.stat(local_path(uri))
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as err:
+            if err.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
             return None
-    return None if os.path.isdir(local_path(uri)) else Entry(uri, info.st_size, str(info.st_mtime_ns))
+    # folders, pipes and devices hold no bytes that could be read twice
+    return Entry(uri, info.st_size, str(info.st_mtime_ns)) if S_ISREG(info.st_mode) else None
 
 
 def exists(uri: str) -> bool:

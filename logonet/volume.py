@@ -2,7 +2,8 @@
 
 Shape suffixes: C channels (always 1 here), X Y Z voxel axes. Affines are (4, 4), voxel index -> RAS+ mm.
 Bytes come from anywhere, so every decoder treats them as hostile: it refuses with ``BadScan``, in one
-sentence that names the file, and never allocates more than ``max_bytes``.
+sentence that names the file, and before it allocates compares what the file claims to hold with ``max_bytes`` and with
+the file's own size (``check_claim``). The peak is three times that claim.
 """
 
 from __future__ import annotations
@@ -23,11 +24,16 @@ from logonet.errors import BadScan
 
 UINT16_MAX = 65535  # stored crops: 0..65535 for intensities 0..1
 MAX_BYTES = 8 * 2**30  # of one decoded scan; 1024 x 1024 x 2048 float32 voxels
+# A file may claim SMALL_BYTES whatever its own size, an empty label map of a long CT for one; beyond that MAX_EXPANSION
+# times its own bytes. Scans shrink 2 to 30 times.
+SMALL_BYTES = 2**30
+MAX_EXPANSION = 200
 GZIP_MAX_RATIO = 1032  # deflate cannot expand further, so a shorter file cannot hold what its header claims
 TRAILING_BYTES = 2**20  # some writers pad after the last voxel; more than this is not padding
 CHUNK_BYTES = 4 * 2**20
 AIR_HU = -200.0  # below fat (-100 HU) and above air (-1000 HU)
 AIR_SHARE = 0.005
+DEFLATED = "1.2.840.10008.1.2.1.99"  # pydicom inflates the whole of it, whatever it grows to
 DICOM_TAGS = (
     "SeriesInstanceUID",
     "ImageOrientationPatient",
@@ -106,13 +112,11 @@ def decode_nifti(
     offset = _offset(header, name)
     end = offset + math.prod(shape_xyz) * dtype.itemsize
     claimed = max(end, math.prod(shape_xyz) * 4)
-    if claimed > max_bytes:
-        raise BadScan(
-            f"{name}: its header claims {'x'.join(map(str, shape_xyz))} voxels ({claimed / 2**30:.1f} GiB), "
-            f"more than the {max_bytes / 2**30:.1f} GiB allowed; split the scan or leave it out"
-        )
-    if end > limit:
+    if end > limit and claimed <= max_bytes:
         raise BadScan(f"{name}: truncated; its header claims {end} bytes of voxels; copy the file again")
+    check_claim(
+        f"{name}: its header claims {'x'.join(map(str, shape_xyz))} voxels", claimed, len(data), max_bytes
+    )
     raw = np.empty(end, np.uint8)
     raw[: len(head)] = np.frombuffer(head, np.uint8)
     _fill(stream, raw, len(head), name)
@@ -121,6 +125,24 @@ def decode_nifti(
     del raw, stored_XYZ
     _check_values(array_XYZ, name, allow_constant)
     return Volume(array_XYZ[None], _nifti_affine(header, name), None, dtype.newbyteorder("=").name)
+
+
+def check_claim(claim: str, claimed: int, stored: int, max_bytes: int = MAX_BYTES) -> None:
+    """Refuse bytes that a file of ``stored`` bytes claims to become, before they are allocated.
+
+    Raises:
+        BadScan: beginning with ``claim``.
+    """
+    size = f"{claim} ({claimed / 2**30:.1f} GiB)"
+    if claimed > max_bytes:
+        raise BadScan(
+            f"{size}, more than the {max_bytes / 2**30:.1f} GiB allowed; split the scan or leave it out"
+        )
+    if claimed > max(SMALL_BYTES, MAX_EXPANSION * stored):
+        raise BadScan(
+            f"{size}, more than {MAX_EXPANSION} times what the file has ({stored / 2**20:.1f} MiB); if that is "
+            "right, save it without compression"
+        )
 
 
 def _open(data: bytes, name: str) -> tuple[Any, int]:
@@ -340,8 +362,12 @@ def decode_dicom(files: Sequence[tuple[str, bytes]], *, max_bytes: int = MAX_BYT
                 "per folder"
             )
     claimed = first.rows * first.columns * len(slices) * 4
-    if claimed > max_bytes:
-        raise BadScan(f"{first.name}: its series claims {claimed / 2**30:.1f} GiB, more than allowed")
+    check_claim(
+        f"{first.name}: its series claims {first.columns}x{first.rows}x{len(slices)} voxels",
+        claimed,
+        sum(len(data) for _, data in files),
+        max_bytes,
+    )
     ordered, affine = _dicom_geometry(slices)
     _check_affine(affine, first.name)
     array_XYZ = np.empty((first.columns, first.rows, len(slices)), np.float32, order="F")
@@ -362,6 +388,10 @@ def _dicom_slice(name: str, data: bytes) -> _Slice:
         return values
 
     try:
+        if _transfer_syntax(data) == DEFLATED:
+            raise BadScan(
+                f"{name}: is deflated DICOM, which may hold any number of bytes; inflate it (dcmconv)"
+            )
         # Nothing that names a patient is even parsed: pydicom's own warnings and errors repeat values.
         dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=list(DICOM_TAGS + DICOM_MORE_TAGS))
         if int(dataset.get("NumberOfFrames") or 1) > 1:
@@ -392,6 +422,16 @@ def _dicom_slice(name: str, data: bytes) -> _Slice:
         plain = isinstance(err, pydicom.errors.InvalidDicomError)
         reason = " ".join(str(err).split())[:200] if plain else type(err).__name__
         raise BadScan(f"{name}: unreadable DICOM slice ({reason})") from None
+
+
+def _transfer_syntax(data: bytes) -> str:
+    """The UID in the head of a DICOM file, as pydicom's reader is going to find it."""
+    from pydicom import filereader
+
+    stream = io.BytesIO(data)
+    filereader.read_preamble(stream, force=False)
+    # its public sister opens a path
+    return str(filereader._read_file_meta_info(stream).get("TransferSyntaxUID", ""))
 
 
 def _dicom_geometry(slices: Sequence[_Slice]) -> tuple[list[_Slice], np.ndarray]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from logonet import (
@@ -354,8 +355,24 @@ AS_WRITTEN: dict[str, Any] = {
 def scores_of(uri: str) -> pd.DataFrame:
     """The scores per case and class of an evaluation artifact, or of a cases.csv."""
     if uri.endswith(".csv"):
-        return pd.read_csv(io.BytesIO(store.read(uri)), **AS_WRITTEN)
+        return _scores(store.read(uri), uri)
     artifact = artifacts.find(uri)
     if artifact is None or artifact.stage != "evaluation":
         raise UserError(f"{uri} is no finished evaluation; give <root>/evaluation/<id> or its cases.csv")
-    return pd.read_csv(io.BytesIO(artifact.read("cases.csv")), **AS_WRITTEN)
+    return _scores(artifact.read("cases.csv"), artifact.uri_of("cases.csv"))
+
+
+def _scores(data: bytes, where: str) -> pd.DataFrame:
+    numbers = ["value", *evaluate.METRICS]
+    try:
+        rows = pd.read_csv(io.BytesIO(data), **AS_WRITTEN)
+        if missing := [c for c in ("scan_id", "class", "empty", *numbers) if c not in rows]:
+            raise ValueError(f"no column '{missing[0]}'")
+        rows[numbers] = rows[numbers].apply(pd.to_numeric)
+        if not (np.isfinite(rows["value"]).all() and rows[["scan_id", "class"]].notna().all(axis=None)):
+            raise ValueError("a row without scan_id, class or value")
+    except (ValueError, TypeError) as err:  # pandas' own are ValueErrors
+        raise UserError(
+            f"{where} is no table of scores ({err}); give the cases.csv of an evaluation"
+        ) from None
+    return rows

@@ -8,7 +8,6 @@ Shapes: P crops, N clusterers, Z slices of a crop.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from typing import Any
@@ -31,7 +30,9 @@ def import_scans(source: str, root: str, share: Share) -> tuple[manifest.Manifes
     cfg: dict[str, Any] = {"source": source, "listing": config.fingerprint(listed), "scans": len(sources)}
     uri, fingerprint = artifacts.address(root, "manifest", cfg, {})
     if (found := artifacts.find(uri)) is not None:
-        table = manifest.Manifest.from_parquet(found.read("scans.parquet"), found.read("quarantine.parquet"))
+        table = manifest.Manifest.from_parquet(
+            found.read("scans.parquet"), found.read("quarantine.parquet"), uri
+        )
         say("manifest", f"{table.summary()}  (already there: {uri})")
         return _usable(table, source, uri), found
     started = time.monotonic()
@@ -84,7 +85,9 @@ def open_manifest(uri: str) -> manifest.Manifest:
         raise UserError(
             f"{uri} holds no finished manifest; give ROOT/manifest/<id>, which 'logonet data import' makes"
         )
-    return manifest.Manifest.from_parquet(artifact.read("scans.parquet"), artifact.read("quarantine.parquet"))
+    return manifest.Manifest.from_parquet(
+        artifact.read("scans.parquet"), artifact.read("quarantine.parquet"), uri
+    )
 
 
 def _usable(table: manifest.Manifest, source: str, uri: str) -> manifest.Manifest:
@@ -208,7 +211,7 @@ def make_cases(
     uri, fingerprint = artifacts.address(root, "cases", own, parents)
     found = artifacts.find(uri)
     if found is not None:
-        cases_table = cases.Table.from_json(json.loads(found.read("cases.json")))
+        cases_table = cases.Table.from_json(config.parse_json(found.read("cases.json")))
         say("cases", f"{len(cases_table)} labelled cases  (already there: {uri})")
         return cases_table, found
     started = time.monotonic()

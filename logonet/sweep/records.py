@@ -89,7 +89,18 @@ class Trial:
         values = _unseal(data, where)
         for part in ("history", "final"):
             values[part] = _replace(values.get(part), lambda v: v is None, math.nan)
-        return _build(cls, values, where)
+        trial = _build(cls, values, where)
+        epochs = [entry.get("epoch") for entry in trial.history]
+        objectives = [entry.get("objective", 0.0) for entry in trial.history]
+        if not all(map(_is_number, [*epochs, *objectives, trial.final.get("dice", 0.0)])):
+            raise UserError(
+                f"{where} is no record of a trial: where a number stands in others it has something else"
+            )
+        return trial
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def write(uri: str, trial: Trial) -> None:
@@ -169,7 +180,12 @@ def _parsed(data: bytes, index: int, record: str) -> Trial | str:
 def state(uri: str) -> dict[str, Any]:
     """What is known of the sweep at ``uri`` as a whole: "spent_s" over all calls, "shared" artifacts by stage."""
     noted = store.join(uri, STATE)
-    return json.loads(store.read(noted)) if store.exists(noted) else {}
+    known = store.read_json(noted) if store.exists(noted) else {}
+    if not isinstance(known, dict) or not _is_number(known.get("spent_s", 0.0)):
+        raise UserError(
+            f"{noted} does not hold what a sweep notes; delete it (its time is then counted anew)"
+        )
+    return known
 
 
 def note(uri: str, **values: Any) -> None:
@@ -275,7 +291,7 @@ def _seal(values: dict[str, Any]) -> bytes:
 
 def _unseal(data: bytes, where: str) -> dict[str, Any]:
     try:
-        values = json.loads(data)
+        values = config.parse_json(data)
     except ValueError:  # UnicodeDecodeError too
         raise UserError(f"{where} is torn") from None
     if not isinstance(values, dict) or "checksum" not in values:

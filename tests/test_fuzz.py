@@ -1,0 +1,241 @@
+"""Bad input: every mutation of every kind of file ends in success, one sentence or quarantine (tests/fuzzing.py).
+
+And the smallest input for each fault that mutations have found, by the name of what was wrong.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import fuzzing
+import pytest
+
+from logonet import config, manifest, store, volume
+from logonet.errors import LONGEST, BadScan, UserError, plain
+from logonet.manifest import Source
+
+EACH = 130  # of the marked test; 21 kinds of input
+QUICK = 5
+
+
+def test_a_hundred_mutations() -> None:
+    wanted = [(name, n) for name in fuzzing.TARGETS for n in range(QUICK)]
+    assert len(wanted) >= 100
+    found = list(fuzzing.attempts(wanted))
+    assert not fuzzing.same_faults(found), "\n".join(fuzzing.same_faults(found))
+
+
+@pytest.mark.fuzz
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", fuzzing.TARGETS)
+def test_mutations(name: str) -> None:
+    found = list(fuzzing.attempts((name, n) for n in range(EACH)))
+    print(f"\n{fuzzing.summary(found)}")
+    assert len(found) == EACH
+    assert not fuzzing.same_faults(found), "\n".join(fuzzing.same_faults(found))
+
+
+# ---------------------------------------------------------------------------- what mutations have found
+
+
+def test_a_sentence_is_one_short_printable_line() -> None:
+    said = str(UserError(f"/a\nb\ud800\x1b[31m{'x' * 5000}: is wrong; mend it"))
+    assert said.isprintable()
+    assert len(said) <= LONGEST
+    assert said.startswith("/a\\nb\\ud800\\x1b[31mx")
+    assert said.endswith("x: is wrong; mend it")
+    assert plain("a scan of 5 × 5 voxels") == "a scan of 5 × 5 voxels"
+
+
+def header(*dims: int) -> bytes:
+    """Of a NIfTI file of int16 voxels."""
+    import nibabel as nib
+    import numpy as np
+
+    raw = nib.Nifti1Image(np.zeros((2, 2, 2), np.int16), np.eye(4)).to_bytes()[:352]
+    return raw[:40] + np.array([3, *dims, 1, 1, 1, 1], "<i2").tobytes() + raw[56:]
+
+
+def test_a_gzip_bomb_is_refused_by_its_size_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 GiB of zeros in 2 MiB, as the header says: 4 GiB of float32."""
+    bomb = gzip.compress(header(1024, 1024, 1024), 1) + gzip.compress(bytes(1 << 20)) * 2048
+    monkeypatch.setattr(volume, "_fill", None)  # nothing is read
+    monkeypatch.setattr(volume.np, "empty", None)
+    with pytest.raises(BadScan, match=r"^bomb.nii.gz: .*4.0 GiB.*more than 200 times .*save it without"):
+        volume.decode_nifti(bomb, "bomb.nii.gz")
+
+
+def test_a_header_that_claims_ten_to_the_twelve_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(volume.np, "empty", None)
+    for data in (header(10_000, 10_000, 10_000), gzip.compress(header(10_000, 10_000, 10_000))):
+        with pytest.raises(BadScan, match="claims"):
+            volume.decode_nifti(data, "x.nii")
+
+
+def test_deflated_dicom_is_not_inflated(tmp_path: Path) -> None:
+    fuzzing._make_series(tmp_path)
+    files = sorted((tmp_path / "series").iterdir())
+    fuzzing._deflate(files[0], 1 << 20)
+    with pytest.raises(BadScan, match=r"0\.dcm: is deflated DICOM"):
+        volume.decode_dicom([(p.name, p.read_bytes()) for p in files])
+
+
+def test_pipes_and_devices_are_no_objects(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.nii")
+    (tmp_path / "zero.nii").symlink_to("/dev/zero")
+    (tmp_path / "self.nii").symlink_to("self.nii")
+    assert list(store.listing(str(tmp_path))) == []
+    for name in ("pipe.nii", "zero.nii"):
+        with pytest.raises(UserError, match="pipe or a device"):
+            store.read(str(tmp_path / name))
+
+
+def test_links_that_lead_back_are_walked_once(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "x").write_bytes(b"1")
+    for n in range(4):  # followed, they would be 4 ** 40 ways
+        (tmp_path / "a" / "b" / f"up{n}").symlink_to("..")
+    (tmp_path / "twin").symlink_to("a/b")  # another way, and not back
+    names = [store.relative(e.uri, str(tmp_path)) for e in store.listing(f"{tmp_path}/")]
+    assert names[0] == "a/b/x"
+    assert len(names) < 20
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_what_can_be_no_name(name: str) -> None:
+    for uri in (f"/tmp/{name}", f"s3://bucket/{name}"):
+        if name == "a\0b" and store.is_s3(uri):
+            continue  # S3 has such keys
+        with pytest.raises(UserError, match="can be no"):
+            store.exists(uri)
+
+
+def test_a_name_that_is_not_utf8_is_quarantined_and_can_be_written_down(tmp_path: Path) -> None:
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.nii.gz")
+    Path(name).write_bytes(b"x")
+    bad = manifest.inspect(Source(name))
+    assert isinstance(bad, manifest.Quarantined)
+    assert "is not UTF-8" in bad.reason
+    table = manifest.Manifest.of([bad])
+    assert manifest.Manifest.from_parquet(table.scans_parquet(), table.quarantine_parquet()) == table
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "\n".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]" for old, new in zip("abcdefgh", "bcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB, "aliases"),
+        ("a: &a [*a]", "contains itself"),
+        ("a: !!float x", "is no float .*line 1"),
+        ("a: 2001-99-99", "is no timestamp"),
+        ("a: !!int ''", "is no int"),
+        ("a: !!bool x", "is no bool"),
+        ("a: " + "1" * 5000, "is no int"),
+        ("[" * 5000, "nested too deeply"),
+        ("!!python/object/apply:os.system [x]", "not valid YAML"),
+    ],
+)
+def test_yaml(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"^mine.yaml .*{said}"):
+        config.parse_yaml(text, "mine.yaml")
+
+
+def test_yaml_with_honest_aliases() -> None:
+    assert config.parse_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}", "x") == {"a": {"x": 1}, "b": {"x": 1, "y": 2}}
+
+
+@pytest.mark.parametrize("depth", [150, 100_000])
+def test_json_that_is_nested_too_deeply(depth: int) -> None:
+    with pytest.raises(ValueError, match="nested too deeply"):
+        config.parse_json("[" * depth + "]" * depth)
+
+
+def test_a_config_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_bytes(b"a: \xff")
+    with pytest.raises(UserError, match=r"x\.yaml: is not UTF-8 text"):
+        store.read_text(str(tmp_path / "x.yaml"))
+
+
+def test_splits_that_name_no_text(tmp_path: Path) -> None:
+    from logonet import importers
+
+    fuzzing._make_nnunet(tmp_path)
+    (tmp_path / "splits_final.json").write_text('[{"val": [null, "case_0"]}]')
+    with pytest.raises(UserError, match=r"splits_final\.json must hold a list"):
+        importers.sources(f"{tmp_path}/dataset.json")
+
+
+def test_a_table_of_other_rows() -> None:
+    from logonet import tables
+    from logonet.data import CropRef
+
+    good = tables.to_parquet([asdict(CropRef("a/0", "a", "shards/a", 0, 8, "0" * 64))], CropRef)
+    assert tables.from_parquet(good, CropRef, "x") == [CropRef("a/0", "a", "shards/a", 0, 8, "0" * 64)]
+    with pytest.raises(UserError, match=r"^x has the columns uri, reason; it must have crop_id"):
+        tables.from_parquet(manifest.Manifest((), ()).quarantine_parquet(), CropRef, "x")
+    with pytest.raises(UserError, match="^x is not a Parquet table"):
+        tables.from_parquet(good[:-9], CropRef, "x")
+
+
+def test_a_case_whose_header_is_another_is_prepared_again(tmp_path: Path) -> None:
+    import json
+
+    from logonet import cases
+
+    fuzzing._make_case(tmp_path)
+    path = tmp_path / "cases" / "scan-1.safetensors"
+    blob = path.read_bytes()
+    assert cases.stored(str(path), len(blob)) is not None
+    size = int.from_bytes(blob[:8], "little")
+    for change in (
+        {"image/0_0_0": 3},
+        {"image/0_0_0": None},
+        {"__metadata__": {"shape": "[1, 99999999, 99999999, 2]"}},
+    ):
+        header = json.dumps(json.loads(blob[8 : 8 + size]) | change).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + blob[8 + size :])
+        assert cases.stored(str(path), path.stat().st_size) is None
+
+
+@pytest.mark.parametrize("facts", [{"step": 1, "world": 10**9}, {"step": "1", "world": 1}, {}])
+def test_a_checkpoint_with_odd_facts_is_passed_over(tmp_path: Path, facts: dict[str, object]) -> None:
+    import json
+
+    from logonet import checkpoints
+
+    fuzzing._make_run(tmp_path)
+    newest = tmp_path / "checkpoints" / "step-00000002"
+    content = json.loads((newest / "manifest.json").read_text())
+    content["facts"] = {"history": [], **facts}
+    (newest / "manifest.json").write_text(json.dumps(content))
+    fuzzing.sealed(newest)
+    with pytest.raises(checkpoints.Damaged, match="step-00000002 is no checkpoint of this version"):
+        checkpoints.load_state(str(newest), "f" * 16)
+    found = checkpoints.newest(str(tmp_path), "f" * 16)
+    assert found is not None
+    assert found.step == 1
+
+
+def test_a_sweeps_state_that_is_torn(tmp_path: Path) -> None:
+    from logonet.sweep import records
+
+    for text in ("{", "[]", '{"spent_s": "x"}'):
+        (tmp_path / "state.json").write_text(text)
+        with pytest.raises(UserError, match=r"state\.json"):
+            records.state(str(tmp_path))
+
+
+def test_scores_that_are_none(tmp_path: Path) -> None:
+    from logonet import stages
+
+    for text in ("", "a,b\n1,2\n", "scan_id\n\0\n"):
+        (tmp_path / "cases.csv").write_text(text)
+        with pytest.raises(UserError, match=r"cases\.csv is no table of scores"):
+            stages.scores_of(f"{tmp_path}/cases.csv")
