@@ -180,7 +180,7 @@ def test_a_table_of_other_rows() -> None:
     assert tables.from_parquet(good, CropRef, "x") == [CropRef("a/0", "a", "shards/a", 0, 8, "0" * 64)]
     with pytest.raises(UserError, match=r"^x has the columns uri, reason; it must have crop_id"):
         tables.from_parquet(manifest.Manifest((), ()).quarantine_parquet(), CropRef, "x")
-    with pytest.raises(UserError, match="^x is not a Parquet table"):
+    with pytest.raises(UserError, match=r"^x is not a Parquet table"):
         tables.from_parquet(good[:-9], CropRef, "x")
 
 
