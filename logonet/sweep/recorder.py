@@ -146,11 +146,13 @@ def _free_strays() -> int:
     from ray.util.state import list_placement_groups
 
     here = ray.get_runtime_context()
-    mine = [("creator_job_id", "=", here.get_job_id())]
     held = [
         group
-        # Without the address Ray asks whichever cluster was started last on this machine, be it gone or not.
-        for group in list_placement_groups(address=here.gcs_address, filters=mine, limit=10_000)
+        for group in list_placement_groups(
+            address=here.gcs_address,  # or Ray asks whichever cluster was started last on this machine, gone or not
+            filters=[("creator_job_id", "=", here.get_job_id())],
+            limit=10_000,
+        )
         if group.state != "REMOVED"
     ]
     for group in held:
