@@ -19,7 +19,6 @@ import psutil
 import pytest
 from helpers import timeless
 
-
 from jobs.demo_sweep import kill
 from logonet import phantom
 from logonet.s3server import free_ports
