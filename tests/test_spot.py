@@ -19,12 +19,14 @@ import psutil
 import pytest
 from helpers import timeless
 
+from jobs.demo_sweep import kill
 from logonet import phantom
 from logonet.s3server import free_ports
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
 REPO = Path(__file__).parents[1]
-EPOCHS, STEPS = 14, 10  # time enough to lose a machine and to find another
+EPOCHS, STEPS = 14, 10  # more than any of these runs comes to: they are stopped when all has happened
+COMPARED = 4  # epochs
 SETTINGS = [
     "split=null",
     "crops.per_scan=3",
@@ -100,26 +102,45 @@ class Run:
         mine = psutil.Process(self.process.pid).children(recursive=True)
         return [p for p in mine if "RayTrainWorker" in " ".join(p.cmdline())]
 
-    def outcome(self) -> tuple[list[dict[str, Any]], str]:
-        """The history, and the weights' SHA-256."""
-        assert self.process.wait(timeout=900) == 0, self.said()[-4000:]
-        (manifest,) = self.root.glob("pretrain/*/manifest.json")
-        history = json.loads((manifest.parent / "history.json").read_text())
-        files = json.loads(manifest.read_text())["files"]
-        return timeless(history), files["method.safetensors"]["sha256"]
+    def history(self) -> list[dict[str, Any]]:
+        """Of the newest checkpoint."""
+        newest = max(self.root.glob("pretrain/*/checkpoints/*/manifest.json"), default=None)
+        return [] if newest is None else timeless(json.loads(newest.read_text())["facts"]["history"])
+
+    def weights(self, step: int) -> str:
+        """SHA-256 of the model after ``step``."""
+        (manifest,) = self.root.glob(f"pretrain/*/checkpoints/step-{step:08d}/manifest.json")
+        return json.loads(manifest.read_text())["files"]["model.safetensors"]["sha256"]
+
+    def stop(self) -> int:
+        """SIGTERM to the driver; returns the step that it left after."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(timeout=300) == 128 + signal.SIGTERM, self.said()[-4000:]
+        step = int(self.said().split("stopped after step ")[-1].split(",")[0])
+        assert step == max(self.worlds())
+        return step
+
+    def kill(self) -> None:
+        """Whatever is left of it."""
+        if self.process.poll() is None:
+            kill(self.process)
 
 
 def assert_same_curve(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """The same samples, masks and learning rates; losses to rounding, which the later steps make grow."""
-    assert [e["step"] for e in found] == [e["step"] for e in expected]
-    assert [e["lr"] for e in found] == [e["lr"] for e in expected]
-    assert [e["masked_share"] for e in found] == pytest.approx(
-        [e["masked_share"] for e in expected], rel=1e-12
+    """The same samples, masks and learning rates; losses to rounding, which later steps make grow."""
+    found, expected = found[:COMPARED], expected[:COMPARED]
+    assert (
+        [e["step"] for e in found]
+        == [e["step"] for e in expected]
+        == [STEPS * (k + 1) for k in range(COMPARED)]
     )
-    worst = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(found, expected)]
-    print("largest difference of an epoch's loss:", max(worst), "of the first three:", max(worst[:3]))
-    assert max(worst[:3]) < 1e-4
-    assert max(worst) < 0.02
+    assert [e["lr"] for e in found] == [e["lr"] for e in expected]
+    for key in ("masked_share", "accuracy_floor"):
+        assert [e[key] for e in found] == pytest.approx([e[key] for e in expected], rel=1e-12)
+    apart = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(found, expected)]
+    print("relative differences of the epochs' losses:", *(f"{x:.1e}" for x in apart))
+    assert apart[0] < 1e-4
+    assert max(apart) < 0.01
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +151,15 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(scans: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:
-    """On two workers, from the first step to the last."""
-    return Run(scans, tmp_path_factory.mktemp("undisturbed") / "root", "--workers", "2").outcome()
+def undisturbed(scans: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """On two workers, from the first step on."""
+    run = Run(scans, tmp_path_factory.mktemp("undisturbed") / "root", "--workers", "2")
+    try:
+        run.wait_for(lambda: len(run.history()) >= COMPARED, 1200)
+        run.stop()
+    finally:
+        run.kill()
+    return run
 
 
 @pytest.fixture
@@ -144,6 +171,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv(
+        "RAY_worker_niceness", "0"
+    )  # 15 would have the times below be those of whatever else runs
     head = {"num_cpus": 0, "object_store_memory": 150 << 20, "include_dashboard": True}
     head |= {"dashboard_host": "127.0.0.1", "dashboard_port": free_ports()}
     made = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
@@ -154,75 +184,70 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         made.shutdown()
 
 
-def test_a_machine_that_is_lost_and_one_that_comes(
-    scans: str, undisturbed: tuple[list[dict[str, Any]], str], cluster: Any, tmp_path: Path
+def test_a_machine_is_lost_another_comes_and_goes_with_notice(
+    scans: str, undisturbed: Run, cluster: Any, tmp_path: Path
 ) -> None:
-    """2:4 workers on two machines; one dies without a word, and later another joins."""
-    flags = ["--workers", "2:4", "--resize-every-s", "10", "--set", "train.checkpoint_every_steps=5"]
+    """2:4 workers on two machines of two each. One dies without a word, a third joins, and gets notice and is gone."""
+    flags = ["--workers", "2:4", "--resize-every-s", "10", "--set", "train.checkpoint_every_steps=2"]
     run = Run(scans, tmp_path / "root", *flags, address=cluster.address)
-    before = run.wait_for(lambda: run.world_reached(4))
+    try:
+        scenario(run, cluster, run.wait_for(lambda: run.world_reached(4)))
+        run.wait_for(lambda: len(run.history()) >= COMPARED, 1200)
+        run.stop()
+    finally:
+        run.kill()
+    assert_same_curve(run.history(), undisturbed.history())
+
+
+def scenario(run: Run, cluster: Any, on_four: int) -> None:
     cluster.remove_node(cluster.nodes[1], allow_graceful=False)
     lost = time.monotonic()
-    fewer = run.wait_for(lambda: run.world_reached(2, before))
-    print(f"on 2 workers again {time.monotonic() - lost:.0f} s after the loss")
-    cluster.add_node(num_cpus=NODE_CPUS)
+    on_two = run.wait_for(lambda: run.world_reached(2, on_four))
+    print(f"lost after step {on_four}; 2 workers store step {on_two} {time.monotonic() - lost:.0f} s later")
+    going = cluster.add_node(num_cpus=NODE_CPUS)
     came = time.monotonic()
-    more = run.wait_for(lambda: run.world_reached(4, fewer))
-    print(f"on 4 workers again {time.monotonic() - came:.0f} s after another came")
-    history, _ = run.outcome()
-    worlds = run.worlds()
-    print("steps stored by 4, 2 and 4 workers:", before, fewer, more, worlds)
-    # The change from 2 to 4 was planned, so it lost nothing: the last checkpoint of the two is where the four began.
-    planned = max(step for step, world in worlds.items() if world == 2)
-    assert f"resumed after step {planned:,} of" in run.said()
-    assert f"resumed after step {planned:,} of" in run.said().split("2 workers")[-1]
-    assert_same_curve(history, undisturbed[0])
+    four_again = run.wait_for(lambda: run.world_reached(4, on_two))
+    planned = max(step for step, world in run.worlds().items() if world == 2)
+    print(
+        f"2 workers leave after {planned}; 4 store {four_again} {time.monotonic() - came:.0f} s after the node came"
+    )
+    # The change was planned, so it lost nothing: the four began where the two left off.
+    assert f"resumed after step {planned:,} of" in run.said().rpartition("2 workers")[2]
 
-
-def test_a_machine_that_gives_notice_costs_no_step(
-    scans: str, undisturbed: tuple[list[dict[str, Any]], str], cluster: Any, tmp_path: Path
-) -> None:
-    """Checkpoints at epochs' ends only, and yet nothing is computed twice: as clouds do it, notice and then the end."""
-    run = Run(scans, tmp_path / "root", "--workers", "2:4", "--resize-every-s", "10", address=cluster.address)
-    run.wait_for(lambda: run.world_reached(4))
-    going = cluster.nodes[1]
     ray = str(Path(sys.executable).parent / "ray")
     command = [ray, "drain-node", "--address", cluster.address, "--node-id", going.node_id]
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
     subprocess.run([*command, "--deadline-remaining-seconds", str(NOTICE_S)], check=True, timeout=60)
-    given = time.monotonic()
     time.sleep(NOTICE_S)
     assert "workers were asked to go" in run.said(), run.said()[-4000:]
+    left = max(step for step, world in run.worlds().items() if world == 4)
     cluster.remove_node(going, allow_graceful=False)
-    after = max(step for step, world in run.worlds().items() if world == 4)
-    run.wait_for(lambda: run.world_reached(2, after))
-    print(f"on 2 workers {time.monotonic() - given - NOTICE_S:.0f} s after the machine was gone")
-    history, _ = run.outcome()
-    extra = [step for step in run.worlds() if step % STEPS]
-    print("stored within epochs:", extra, "left after", after)
-    assert len(extra) == 2 or after % STEPS == 0  # one as the notice came, one as the time was nearly over
-    assert f"step {after:,} is stored" in run.said()
-    assert f"resumed after step {after:,} of" in run.said()
-    assert_same_curve(history, undisturbed[0])
+    gone = time.monotonic()
+    two_again = run.wait_for(lambda: run.world_reached(2, left))
+    print(
+        f"4 workers leave after {left}; 2 store {two_again} {time.monotonic() - gone:.0f} s after the node was gone"
+    )
+    assert f"workers were asked to go: step {left:,} is stored" in run.said()
+    assert f"resumed after step {left:,} of" in run.said().rpartition("workers were asked to go")[2]
 
 
-def test_sigterm_to_a_worker_and_to_the_driver(
-    scans: str, undisturbed: tuple[list[dict[str, Any]], str], tmp_path: Path
-) -> None:
+def test_sigterm_to_a_worker_and_to_the_driver(scans: str, undisturbed: Run, tmp_path: Path) -> None:
     """A fixed number of workers: bit for bit what it would have been."""
     run = Run(scans, tmp_path / "root", "--workers", "2")
-    run.wait_for(lambda: run.world_reached(2))
-    run.workers()[-1].send_signal(signal.SIGTERM)
-    run.wait_for(lambda: "workers were asked to go" in run.said())
-    first = int(run.said().split("workers were asked to go: step ")[1].split()[0])
-    run.wait_for(lambda: f"resumed after step {first:,} of" in run.said())
-    run.wait_for(lambda: run.world_reached(2, first))
-    run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(timeout=120) == 128 + signal.SIGTERM, run.said()[-4000:]
-    second = int(run.said().split("stopped after step ")[1].split(",")[0])
-    assert second == max(run.worlds())
-    again = Run(scans, tmp_path / "root", "--workers", "2")
-    found = again.outcome()
+    try:
+        run.wait_for(lambda: run.world_reached(2))
+        run.workers()[-1].send_signal(signal.SIGTERM)
+        run.wait_for(lambda: "workers were asked to go" in run.said())
+        first = int(run.said().split("workers were asked to go: step ")[1].split()[0])
+        run.wait_for(lambda: f"resumed after step {first:,} of" in run.said())
+        run.wait_for(lambda: run.world_reached(2, first))
+        second = run.stop()
+        run = Run(scans, tmp_path / "root", "--workers", "2")
+        run.wait_for(lambda: len(run.history()) >= COMPARED, 1200)
+        run.stop()
+    finally:
+        run.kill()
     print("left after steps", first, "and", second)
-    assert f"resumed after step {second:,} of" in again.said()
-    assert found == undisturbed
+    assert f"resumed after step {second:,} of" in run.said()
+    assert run.history()[:COMPARED] == undisturbed.history()[:COMPARED]
+    assert run.weights(COMPARED * STEPS) == undisturbed.weights(COMPARED * STEPS)
