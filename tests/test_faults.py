@@ -76,10 +76,9 @@ def test_a_rate_is_what_it_says_and_depends_on_the_request_alone() -> None:
     assert drawn(again, keys) != found, "a repetition is another request"
     assert drawn(FaultProxy("http://127.0.0.1:9", rate=0.05, seed=1), keys) != found
     assert not drawn(FaultProxy("http://127.0.0.1:9"), keys)
-    other_bucket = [again._draw("GET", f"/other/{key}?uploadId=7", "") for key in keys]
-    same_bucket = [
-        FaultProxy("http://127.0.0.1:9", rate=0.05)._draw("GET", f"/b/{key}?uploadId=8", "") for key in keys
-    ]
+    here, there = (FaultProxy("http://127.0.0.1:9", rate=0.05) for _ in range(2))
+    other_bucket = [there._draw("GET", f"/other/{key}?uploadId=7", "") for key in keys[:500]]
+    same_bucket = [here._draw("GET", f"/b/{key}?uploadId=8", "") for key in keys[:500]]
     assert other_bucket == same_bucket, "a bucket's name or an upload's id must not change the draw"
 
 
