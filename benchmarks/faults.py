@@ -1,6 +1,6 @@
 """Crops cut and read through a store of which one request in twenty fails, against the same through a sound one.
 
-    python benchmarks/faults.py [--rate 0.05] [--turns 4] [--scans 12] [--passes 3]
+    python benchmarks/faults.py [--rate 0.05] [--turns 3] [--scans 8] [--passes 3]
 
 The embedded S3 server behind the tests' proxy (tests/faultproxy.py), a local Ray, phantoms of 112^3. A turn cuts
 every scan into crops of 96^3 (`data.cut_scans`: stat, read, write) and reads every crop ``passes`` times as
@@ -82,8 +82,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rate", type=float, default=0.05, help="share of requests that meet a fault")
-    parser.add_argument("--turns", type=int, default=4, help="of each kind")
-    parser.add_argument("--scans", type=int, default=12)
+    parser.add_argument("--turns", type=int, default=3, help="of each kind")
+    parser.add_argument("--scans", type=int, default=8)
     parser.add_argument("--per-scan", type=int, default=8, help="crops of a scan")
     parser.add_argument("--passes", type=int, default=3, help="over all crops, as training reads them")
     args = parser.parse_args()

