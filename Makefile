@@ -51,7 +51,7 @@ lint: setup      ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-LONG := $(addprefix benchmarks/,hippocampus.py pretexts.py table1.py)
+LONG := $(addprefix benchmarks/,hippocampus.py pretexts.py scaling.py table1.py)
 bench: setup     ## the short benchmarks; each prints a table and, last, one JSON line
 	for b in $(filter-out $(LONG),$(wildcard benchmarks/[a-z]*.py)); do echo "== $$b"; $(BIN)/python $$b || exit 1; done
 
