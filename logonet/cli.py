@@ -30,7 +30,7 @@ class ConfigArgs:
     """How a config is chosen.
 
     Attributes:
-        recipe: a named full config (--list-recipes shows them).
+        recipe: a named full config (a job's --list-recipes shows them).
         config: a YAML file laid on the recipe.
         set: section.key=value laid on both; may be repeated.
     """
@@ -367,6 +367,35 @@ def doctor(root: str = "/tmp/logonet-doctor", nodes: bool = True) -> None:
 
 
 @dataclass(frozen=True)
+class NodeArgs:
+    """One kind of node by hand: laid on --machine, or all of it.
+
+    Attributes:
+        cpus: logical cores.
+        memory_gib: RAM.
+        gpus: of a node.
+        gpu_memory_gib: of one GPU.
+        gpu_tflop_s: a GPU's dense bfloat16 peak.
+        shm_gib: /dev/shm.
+        disk_gib: local disk.
+        network_gbit_s: to other nodes and the store.
+        price_per_h: on demand.
+        spot_price_per_h: as a spot node.
+    """
+
+    cpus: float | None = None
+    memory_gib: float | None = None
+    gpus: int | None = None
+    gpu_memory_gib: float | None = None
+    gpu_tflop_s: float | None = None
+    shm_gib: float | None = None
+    disk_gib: float | None = None
+    network_gbit_s: float | None = None
+    price_per_h: float | None = None
+    spot_price_per_h: float | None = None
+
+
+@dataclass(frozen=True)
 class PlanArgs(ConfigArgs):
     """What is planned: on which scans, with which recipe, where.
 
@@ -380,6 +409,7 @@ class PlanArgs(ConfigArgs):
         resources: what the run may use.
         cluster: YAML of pools of machines (docs/planning.md); empty for --machine, else RAY_ADDRESS, else this machine.
         machine: a name of the price table, --nodes of them.
+        node: what a node has, by hand.
         nodes: how many.
         spot: at the spot price.
         prices: YAML of machines and prices; empty for the package's examples.
@@ -397,6 +427,7 @@ class PlanArgs(ConfigArgs):
     resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
     cluster: str = ""
     machine: str = ""
+    node: tyro.conf.OmitArgPrefixes[NodeArgs] = field(default_factory=NodeArgs)
     nodes: int = 1
     spot: tyro.conf.FlagCreatePairsOff[bool] = False
     prices: str = ""
@@ -432,6 +463,7 @@ def plan(args: tyro.conf.OmitArgPrefixes[PlanArgs]) -> None:
                 resources=args.resources,
                 cluster=args.cluster,
                 machine=args.machine,
+                node={k: v for k, v in vars(args.node).items() if v is not None},
                 nodes=args.nodes,
                 spot=args.spot,
                 prices=args.prices,

@@ -540,6 +540,20 @@ def test_a_clusters_file_that_is_wrong_says_where(text: str, sentence: str, tmp_
         hardware.read_cluster(str(tmp_path / "c.yaml"), hardware.prices())
 
 
+def test_a_node_may_be_told_by_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    own = {"cpus": 8.0, "memory_gib": 32.0, "price_per_h": 0.5}
+    found = asking.find_cluster(asking.Question(node=own, nodes=3))
+    assert (found.cpus, found.price_per_h) == (24, 1.5)
+    laid = asking.find_cluster(asking.Question(machine="g5.2xlarge", node={"shm_gib": 11.0}))
+    assert (laid.gpus, laid.pools[0].machine.shm_gib) == (1, 11.0)
+    with pytest.raises(UserError, match="memory_gib"):
+        asking.find_cluster(asking.Question(node={"cpus": 8.0}))
+    here = asking.find_cluster(asking.Question())
+    assert here.known_from == "this machine"
+    assert here.cpus >= 1
+
+
 @pytest.mark.parametrize("text", ["512x512", "512x512x0", "axbxc", "512x512x400x2"])
 def test_a_shape_is_three_numbers(text: str) -> None:
     with pytest.raises(UserError, match="three numbers"):

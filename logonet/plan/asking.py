@@ -38,6 +38,7 @@ class Question:
     resources: Resources = field(default_factory=Resources)
     cluster: str = ""
     machine: str = ""
+    node: dict[str, Any] = field(default_factory=dict)
     nodes: int = 1
     spot: bool = False
     prices: str = ""
@@ -187,11 +188,14 @@ def find_cluster(asked: Question) -> Cluster:
     table = hardware.prices(asked.prices)
     if asked.cluster:
         return hardware.read_cluster(asked.cluster, table)
-    if asked.machine:
-        entry = {"machine": asked.machine, "nodes": asked.nodes, "spot": asked.spot}
-        pool = hardware.pool_of(entry, table, "--machine")
-        return Cluster((pool,), currency=table.currency, known_from=f"{asked.nodes} x {asked.machine}, {table.note} "
-                       f"({table.dated})")  # fmt: skip
+    if asked.machine or asked.node:
+        name = {"machine": asked.machine} if asked.machine else {}
+        pool = hardware.pool_of(
+            {**name, "nodes": asked.nodes, "spot": asked.spot, **asked.node}, table, "flags"
+        )
+        rests = f"{table.note} ({table.dated})" if asked.machine else "flags"
+        known = f"{asked.nodes} x {pool.name}, {rests}"
+        return Cluster((pool,), currency=table.currency, known_from=known)
     if cluster.address() is not None:
         with cluster.connected(asked.resources):
             return hardware.connected_cluster(table.currency)

@@ -32,6 +32,7 @@ from logonet.stages import Pretraining
 MIB = 1 << 20
 OBJECT_BYTES = 4 * MIB
 SCANS = 3
+CODES = 4096  # that the labeller is tried with
 LEAST = 3  # steps or repeats of anything, the first of which only warms up
 
 
@@ -243,14 +244,18 @@ def _clusterers(cfg: Pretraining, seconds: float) -> dict[str, float]:
         timed(lambda i: clusterers.fit_one(slices_ST, k, i, replace(own, iterations=6)), seconds / 4)
     )
     update_s = max((six - first) / 5, 1e-6)
-    fits = [clusterers.fit_one(slices_ST, k, i, own) for i in range(4)]
-    label = Labeller(clusterers.ClustererSet.from_fitted(fits, {}))
-    crop_ZT = slices_ST[:z] if z <= rows else np.resize(slices_ST, (z, slices_ST.shape[1]))
+    # Enough codes for the screen's fixed part to be small; noise, or every slice would lie in its subspace.
+    codes = min(CODES, sum(clusterers.cluster_counts(cfg.clusterers)))
+    rng = draws.rng(0, "plan", "labels")
+    rows_VT = slices_ST[rng.integers(0, rows, codes)] / np.float32(65535)
+    rows_VT += 0.02 * rng.standard_normal(rows_VT.shape, dtype=np.float32)
+    label = Labeller(clusterers.ClustererSet.view(rows_VT, np.array([codes])))
+    crop_ZT = slices_ST[rng.integers(0, rows, z)]
     label_s = median(timed(lambda _: label(crop_ZT), seconds / 4))
     return {
         "kmeans_flop_s": distances / update_s,
         "kmeans_init_flop_s": distances * (2 + math.log(k)) / max(first - update_s, 1e-6),
-        "label_flop_s": 2.0 * len(crop_ZT) * slices_ST.shape[1] * 4 * k / label_s,
+        "label_flop_s": 2.0 * len(crop_ZT) * slices_ST.shape[1] * codes / label_s,
     }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from logonet import cluster as sharing
 from logonet import clusterers, data, train
@@ -23,6 +24,14 @@ from logonet.stages import Pretraining
 GPU_UTILISATION = (
     0.25  # of a data sheet's peak, where no step was measured: an assumption, and said to be one
 )
+# Where constants are a CPU's: half of an A10G's memory rate, of which AdamW moves seven numbers for each parameter, and
+# a ring within a node at PCIe's rate. Assumptions too.
+GPU_GUESSES: dict[str, Any] = {
+    "optimizer_bytes_s": 3e11 / 7,
+    "copy_bytes_s": 1.5e11,
+    "allreduce_bytes_s": 1e10,
+    "allreduce_latency_s": 1e-5,
+}
 DDP_OVERLAP = 0.5  # of the backward pass, during which DDP can send what is ready; an assumption
 
 
@@ -183,6 +192,8 @@ def step(load: Load, where: Place, c: Constants) -> Step:
     Raises:
         UserError: the global batch does not divide.
     """
+    if where.gpu and c.device == "cpu":
+        c = replace(c, **GPU_GUESSES)
     n, m, h = where.workers, where.per_node, where.threads
     cores = where.machine.cpus
     cfg = train.Config(global_batch=load.global_batch, batch_size=load.batch_size, warmup_epochs=0)
@@ -190,25 +201,13 @@ def step(load: Load, where: Place, c: Constants) -> Step:
     micro = micro_batch_s(load, where, c)
     optimizer = load.times.optimizer_s if load.times else load.gradient_bytes / c.optimizer_bytes_s
     flatten = 2 * load.gradient_bytes / c.copy_bytes_s if load.flat and n > 1 else 0.0
-    prepare = (
-        load.times.prepare_s
-        if load.times
-        else c.task_s / rows_per_task(load) + load.crop_bytes / c.prepare_bytes_s
-    )
     slow = 1.0 if where.gpu else _slowdown(load, where, c)
     own = a * micro * slow + optimizer + flatten
-    node_data = load.global_batch * prepare / where.nodes if where.shared else 0.0
+    prepare = load.global_batch * prepare_s(load, c)
+    node_data = prepare / where.nodes if where.shared else 0.0
     compute = own if where.gpu else max(own, (m * h * own + node_data) / cores)
-    data_rate = max(1e-9, where.data_cores)
-    data_s = max(
-        load.global_batch * prepare / data_rate,
-        load.global_batch
-        * load.crop_bytes
-        / (
-            max(1, where.nodes) * min(c.store_node_bytes_s, where.machine.network_bytes_s)
-            if where.nodes > 1
-            else c.store_node_bytes_s
-        ),
+    reading = (
+        load.global_batch * load.crop_bytes / (where.nodes * node_read_bytes_s(where.machine, where.nodes, c))
     )
     spread = load.times.spread if load.times else c.spread
     return Step(
@@ -218,8 +217,20 @@ def step(load: Load, where: Place, c: Constants) -> Step:
         compute_s=compute,
         stragglers_s=_stragglers(where, a, spread) * a * micro * slow * where.oversold,
         allreduce_s=_allreduce(load, where, c, backward_s=2 / 3 * micro * slow),
-        data_s=data_s,
+        data_s=max(prepare / max(1e-9, where.data_cores), reading),
     )
+
+
+def prepare_s(load: Load, c: Constants) -> float:
+    """Core seconds of a data task for one sample."""
+    if load.times is not None:
+        return load.times.prepare_s
+    return c.task_s / rows_per_task(load) + load.crop_bytes / c.prepare_bytes_s
+
+
+def node_read_bytes_s(machine: Machine, nodes: int, c: Constants) -> float:
+    """What one of ``nodes`` nodes reads from the store; one alone as fast as was measured."""
+    return c.store_node_bytes_s if nodes == 1 else min(c.store_node_bytes_s, machine.network_bytes_s)
 
 
 def rows_per_task(load: Load) -> int:
@@ -341,9 +352,8 @@ class Duration:
 def durations(cfg: Pretraining, of: Sizes, cluster: Cluster, step_: Step, c: Constants) -> list[Duration]:
     """Every stage's seconds."""
     cores = max(1.0, cluster.cpus)
-    node_rate = min(c.store_node_bytes_s, min(p.machine.network_bytes_s for p in cluster.pools))
-    if cluster.nodes == 1:
-        node_rate = c.store_node_bytes_s
+    slowest = min((p.machine for p in cluster.pools), key=lambda m: m.network_bytes_s)
+    node_rate = node_read_bytes_s(slowest, cluster.nodes, c)
     fleet = cluster.nodes * node_rate
     out = []
     for stage in of.stages:

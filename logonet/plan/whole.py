@@ -265,7 +265,11 @@ def labeller_bytes(of: Sizes, c: Constants) -> float:
 
 
 def gib(n: float) -> str:
-    return f"{n / GIB:.1f} GiB" if n >= 0.1 * GIB else f"{n / (1 << 20):.1f} MiB"
+    """Bytes for people."""
+    for unit, size in (("GiB", GIB), ("MiB", 1 << 20)):
+        if n >= 0.1 * size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n / 1024:.1f} KiB" if n else "0"
 
 
 def _memory(cfg: Pretraining, of: Sizes, at: Place, worker: WorkerMemory, resources: Resources) -> list[str]:
