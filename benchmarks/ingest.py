@@ -1,6 +1,6 @@
 """From the bucket to the step: scans and bytes a second, ours against a bare loop and against MONAI.
 
-    python benchmarks/ingest.py                          # 24 CTs of 256 x 256 x 128, each scan's own spacing
+    python benchmarks/ingest.py                          # 32 CTs of 256 x 256 x 128, each scan's own spacing
     python benchmarks/ingest.py --spacing-mm 1.5 1.5 2   # the same, resampled
     python benchmarks/ingest.py --real                   # the real scans of ../shared/data
 
@@ -61,7 +61,7 @@ class Args:
     monai: False leaves MONAI out.
     """
 
-    scans: int = 24
+    scans: int = 32
     distinct: int = 6
     shape: tuple[int, int, int] = (256, 256, 128)
     scan_spacing_mm: tuple[float, float, float] = (0.9, 0.9, 2.0)
@@ -209,25 +209,21 @@ def bare_client() -> Any:
 # ----------------------------------------------------------------------------------------------- MONAI
 
 
-class Get:
-    """The first transform: a file of the bucket on the local disk, as MONAI's readers want it."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        bucket, key = item["image"].removeprefix("s3://").split("/", 1)
-        path = f"{self.folder}/{Path(key).name}"
-        bare_client().download_file(bucket, key, path)
-        return {"image": path}
-
-
 def monai_loader(args: Args, cfg: crops.Config, uris: list[str], folder: str) -> Any:
     from monai import transforms as mt
     from monai.data import DataLoader, PersistentDataset, list_data_collate
 
+    class Get(mt.Transform):
+        """A file of the bucket on the local disk, as MONAI's readers want it."""
+
+        def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+            bucket, key = item["image"].removeprefix("s3://").split("/", 1)
+            path = f"{folder}/files/{Path(key).name}"
+            bare_client().download_file(bucket, key, path)
+            return {"image": path}
+
     os.makedirs(f"{folder}/files")
-    chain = [Get(f"{folder}/files"), mt.LoadImaged("image", image_only=True, ensure_channel_first=True)]
+    chain = [Get(), mt.LoadImaged("image", image_only=True, ensure_channel_first=True)]
     chain += [mt.Orientationd("image", axcodes="RAS", labels=None)]
     if cfg.spacing_mm is not None:
         chain += [mt.Spacingd("image", pixdim=cfg.spacing_mm, mode="bilinear", padding_mode="border")]
