@@ -132,6 +132,12 @@ def make_scan(args: Args, number: int) -> bytes:
 # ------------------------------------------------------------------------------------------------ ours
 
 
+def feed_of(table: data.CropTable, batch: int) -> data.Feed:
+    labels_PNZ = np.zeros((len(table), LABELS, table.size_vox[2]), np.int16)
+    order = data.Order(len(table), batch, seed=0)
+    return data.Feed(table, labels_PNZ, "masked_clusters", methods.config("masked_clusters"), order)
+
+
 class Ours:
     def __init__(self, args: Args, cfg: crops.Config) -> None:
         self.args, self.cfg = args, cfg
@@ -151,13 +157,11 @@ class Ours:
         import ray
 
         assert self.table is not None
-        labels_PNZ = np.zeros((len(self.table), LABELS, self.cfg.size_vox[2]), np.int16)
-        order = data.Order(len(self.table), self.args.batch, seed=0)
-        feed = data.Feed(self.table, labels_PNZ, "masked_clusters", methods.config("masked_clusters"), order)
+        feed = feed_of(self.table, self.args.batch)
         arrays = data.batches(
             [ray.put(feed)],
             start_step=0,
-            stop_step=order.steps_per_pass,
+            stop_step=feed.order.steps_per_pass,
             rank=0,
             world=1,
             batch_size=self.args.batch,
@@ -348,6 +352,20 @@ def floors(cfg: crops.Config, uri: str) -> dict[str, float]:
             len(raw),
             lambda: crops.crops_of(decoded, modality, dataclasses.replace(cfg, spacing_mm=None), uri),
         ),
+    }
+    row = manifest.inspect(manifest.Source(uri))
+    assert isinstance(row, manifest.Scan), row
+    cut = data._CutScan(cfg, "s3://ingest/floors", {})
+    refs = cut(row)
+    assert isinstance(refs, list), refs
+    feed = feed_of(data.CropTable("s3://ingest/floors", cfg.size_vox, 1, tuple(refs)), len(refs))
+    work |= {
+        "a scan, bare loop, without Ray or pipe": (
+            len(raw),
+            lambda: bare_scan((uri, modality, row.scan_id, cfg)),
+        ),
+        "a scan, ours, cut and kept, without Ray": (len(raw), lambda: cut(row)),
+        "a scan, ours, fed, without Ray": (len(raw), lambda: [feed.sample(0, i) for i in range(len(refs))]),
     }
     if (spacing_mm := cfg.spacing_mm) is not None:
         new = volume.resample(decoded, spacing_mm)
