@@ -265,7 +265,7 @@ def measure(args: Args, cfg: crops.Config, uris: list[str], folder: str, server:
     first, *tasks = [(s.uri, s.modality, s.scan_id, cfg) for s in table]
     with context.Pool(CORES) as pool, watch:
         pool.map(bare_scan, [first] * (2 * CORES), chunksize=1)
-        ours.cut([warm], "s3://ingest/warm")
+        ours.cut([warm] * (4 * CORES), "s3://ingest/warm")  # each of Ray's workers imports what it needs
         ours.feed()
         for number in range(args.rounds):
             uri = f"s3://ingest/crops-{number}"
