@@ -112,7 +112,7 @@ def tree_seconds(pids: Collection[int] = ()) -> float:
 class StoreWatch:
     """While it is open, samples how full Ray's object stores are: ``peak_bytes``, ``spilled_bytes``, ``samples``."""
 
-    def __init__(self, every_s: float = 0.2) -> None:
+    def __init__(self, every_s: float = 0.5) -> None:
         self.every_s, self.peak_bytes, self.spilled_bytes, self.samples = every_s, 0, 0, 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)

@@ -1,6 +1,6 @@
 """From the bucket to the step: scans and bytes a second, ours against a bare loop and against MONAI.
 
-    python benchmarks/ingest.py                          # 24 CTs of 256 x 256 x 128, each scan's own spacing
+    python benchmarks/ingest.py                          # 32 CTs of 256 x 256 x 128, each scan's own spacing
     python benchmarks/ingest.py --spacing-mm 1.5 1.5 2   # the same, resampled
     python benchmarks/ingest.py --real                   # the real scans of ../shared/data
 
@@ -61,7 +61,7 @@ class Args:
     monai: False leaves MONAI out.
     """
 
-    scans: int = 24
+    scans: int = 32
     distinct: int = 6
     shape: tuple[int, int, int] = (256, 256, 128)
     scan_spacing_mm: tuple[float, float, float] = (0.9, 0.9, 2.0)
@@ -132,6 +132,12 @@ def make_scan(args: Args, number: int) -> bytes:
 # ------------------------------------------------------------------------------------------------ ours
 
 
+def feed_of(table: data.CropTable, batch: int) -> data.Feed:
+    labels_PNZ = np.zeros((len(table), LABELS, table.size_vox[2]), np.int16)
+    order = data.Order(len(table), batch, seed=0)
+    return data.Feed(table, labels_PNZ, "masked_clusters", methods.config("masked_clusters"), order)
+
+
 class Ours:
     def __init__(self, args: Args, cfg: crops.Config) -> None:
         self.args, self.cfg = args, cfg
@@ -151,13 +157,11 @@ class Ours:
         import ray
 
         assert self.table is not None
-        labels_PNZ = np.zeros((len(self.table), LABELS, self.cfg.size_vox[2]), np.int16)
-        order = data.Order(len(self.table), self.args.batch, seed=0)
-        feed = data.Feed(self.table, labels_PNZ, "masked_clusters", methods.config("masked_clusters"), order)
+        feed = feed_of(self.table, self.args.batch)
         arrays = data.batches(
             [ray.put(feed)],
             start_step=0,
-            stop_step=order.steps_per_pass,
+            stop_step=feed.order.steps_per_pass,
             rank=0,
             world=1,
             batch_size=self.args.batch,
@@ -209,25 +213,21 @@ def bare_client() -> Any:
 # ----------------------------------------------------------------------------------------------- MONAI
 
 
-class Get:
-    """The first transform: a file of the bucket on the local disk, as MONAI's readers want it."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        bucket, key = item["image"].removeprefix("s3://").split("/", 1)
-        path = f"{self.folder}/{Path(key).name}"
-        bare_client().download_file(bucket, key, path)
-        return {"image": path}
-
-
 def monai_loader(args: Args, cfg: crops.Config, uris: list[str], folder: str) -> Any:
     from monai import transforms as mt
     from monai.data import DataLoader, PersistentDataset, list_data_collate
 
+    class Get(mt.Transform):
+        """A file of the bucket on the local disk, as MONAI's readers want it."""
+
+        def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+            bucket, key = item["image"].removeprefix("s3://").split("/", 1)
+            path = f"{folder}/files/{Path(key).name}"
+            bare_client().download_file(bucket, key, path)
+            return {"image": path}
+
     os.makedirs(f"{folder}/files")
-    chain = [Get(f"{folder}/files"), mt.LoadImaged("image", image_only=True, ensure_channel_first=True)]
+    chain = [Get(), mt.LoadImaged("image", image_only=True, ensure_channel_first=True)]
     chain += [mt.Orientationd("image", axcodes="RAS", labels=None)]
     if cfg.spacing_mm is not None:
         chain += [mt.Spacingd("image", pixdim=cfg.spacing_mm, mode="bilinear", padding_mode="border")]
@@ -265,7 +265,7 @@ def measure(args: Args, cfg: crops.Config, uris: list[str], folder: str, server:
     first, *tasks = [(s.uri, s.modality, s.scan_id, cfg) for s in table]
     with context.Pool(CORES) as pool, watch:
         pool.map(bare_scan, [first] * (2 * CORES), chunksize=1)
-        ours.cut([warm], "s3://ingest/warm")
+        ours.cut([warm] * (4 * CORES), "s3://ingest/warm")  # each of Ray's workers imports what it needs
         ours.feed()
         for number in range(args.rounds):
             uri = f"s3://ingest/crops-{number}"
@@ -352,6 +352,20 @@ def floors(cfg: crops.Config, uri: str) -> dict[str, float]:
             len(raw),
             lambda: crops.crops_of(decoded, modality, dataclasses.replace(cfg, spacing_mm=None), uri),
         ),
+    }
+    row = manifest.inspect(manifest.Source(uri))
+    assert isinstance(row, manifest.Scan), row
+    cut = data._CutScan(cfg, "s3://ingest/floors", {})
+    refs = cut(row)
+    assert isinstance(refs, list), refs
+    feed = feed_of(data.CropTable("s3://ingest/floors", cfg.size_vox, 1, tuple(refs)), len(refs))
+    work |= {
+        "a scan, bare loop, without Ray or pipe": (
+            len(raw),
+            lambda: bare_scan((uri, modality, row.scan_id, cfg)),
+        ),
+        "a scan, ours, cut and kept, without Ray": (len(raw), lambda: cut(row)),
+        "a scan, ours, fed, without Ray": (len(raw), lambda: [feed.sample(0, i) for i in range(len(refs))]),
     }
     if (spacing_mm := cfg.spacing_mm) is not None:
         new = volume.resample(decoded, spacing_mm)

@@ -48,6 +48,8 @@ class Args:
     """
     workers: a job for each.
     steps: of an epoch, each of ``global_batch`` crops; ``epochs`` are measured, after one that is not.
+    threads: of the bare loop and of each worker; 0 is what the job takes, all cores for one worker. Two threads that
+        wait for each other beside much other work measure that work.
     """
 
     workers: tuple[int, ...] = (1, 16)
@@ -58,6 +60,7 @@ class Args:
     dims: tuple[int, ...] = (8, 16, 24, 32)
     clusterers: int = 8
     k: int = 20
+    threads: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +215,8 @@ def run(args: Args, table: data.CropTable, workers: int, address: str) -> dict[s
         line, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
         threads = cluster.share(dataclasses.replace(resources, workers=1)).threads_per_worker
+        if args.threads:
+            threads, share = args.threads, dataclasses.replace(share, threads_per_worker=args.threads)
         bare = context.Process(target=bare_loop, args=(theirs, job, feed, threads), daemon=True)
         bare.start()
         assert line.recv() == "ready"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,9 @@ def test_every_neighbour_exception_is_used() -> None:
         if name.startswith("logonet.")
     }
     assert used >= NEIGHBOURS - {("doctor", "cluster")}
+
+
+def test_reading_and_cutting_scans_imports_no_torch() -> None:
+    """Ray's workers of the stages before training would each take seconds and 200 MB for what they do not use."""
+    code = "import sys, logonet.data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -70,13 +70,17 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
 
 from logonet.config import from_dict, unknown
 from logonet.errors import UserError
+
+if (
+    TYPE_CHECKING
+):  # tasks that read and cut scans import this file, and torch takes longer to import than a scan to cut
+    from torch import nn
 
 COLLAPSED_RANK = 1.5  # of features whose directions healthy training counts in tens
 ENOUGH_TO_RANK = 16
