@@ -58,8 +58,12 @@ OBJECT_STORE_MIB = 100  # each raylet's
 DISK_MIB = 192
 BALLAST = "ballast"
 MOST_ENDS = 3  # of a command with nothing done to it in between; beyond, it does not recover
-# Ray's own processes beside a raylet's workers, and workers that nobody has work for.
-NOT_OF_THE_RUN = re.compile(r"ray::(IDLE|DashboardAgent|RuntimeEnvAgent|JobSupervisor)")
+# Ray's own processes beside a raylet's workers, workers that nobody has work for, and detached actors, which outlive
+# every run. (That of a training run, PlacementGroupCleaner, ends with it.)
+NOT_OF_THE_RUN = re.compile(
+    r"ray::(IDLE|DashboardAgent|RuntimeEnvAgent|JobSupervisor|_StatsActor|_AutoscalingCoordinatorActor|"
+    r"ActorLocationTracker|TrainStateActor)"
+)
 
 # What is compared of a run: weights, clusterers, label arrays, label maps, and the tables that name every crop by its
 # digest. Pages and pictures hold times and folders.
@@ -713,19 +717,14 @@ class Chaos:
 
     def stage(self, stage: Stage, place: Place) -> Result:
         """All kills of a stage, over as many runs of its command as they take; goes on where it was."""
-        kept = os.path.join(self.folder, f"{stage}.json")
-        result = Result(stage, self.cfg.seed, self.cfg.kills)
-        if store.exists(kept):
-            values = store.read_json(kept)
-            values["rounds"] = [Round(**r) for r in values["rounds"]]
-            result = Result(**values)
+        result = _result(self.cfg, self.folder, stage)
         kills = plan(self.cfg.seed, stage, self.cfg.kills)
         barren = 0
         while not result.complete:
             _, expected, result.undisturbed_s = self.undisturbed(stage, place)
             done = self.round(stage, place, kills[result.done :], len(result.rounds), expected)
             result.rounds.append(done)
-            store.write_json(kept, asdict(result))
+            store.write_json(os.path.join(self.folder, f"{stage}.json"), asdict(result))
             if not done.equal:
                 break  # what differs lies in the run's folder, to be looked at
             barren = 0 if done.kills else barren + 1
@@ -877,10 +876,12 @@ def run(cfg: Config, say: Callable[[str], None] = lambda text: print(text, flush
     folder = os.path.abspath(cfg.dir)
     os.makedirs(folder, exist_ok=True)
     _claim(cfg, folder)
+    results = [_result(cfg, folder, stage) for stage in STAGES if stage in cfg.stages]
+    if all(r.complete for r in results):
+        return results
     # Whatever ends this process in order ends what it has started.
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     env = clean_environment(LOGONET_HOME=os.path.join(folder, "home"))
-    results = []
     try:
         place = _place(cfg, folder)
         with TrackingServer(env, folder) as mlflow:
@@ -888,10 +889,7 @@ def run(cfg: Config, say: Callable[[str], None] = lambda text: print(text, flush
             with Raylets(cfg.nodes, env, folder) as ray:
                 say(f"a Ray cluster of {cfg.nodes + 1} raylets at {ray.address}, MLflow at {mlflow.uri}")
                 chaos = Chaos(cfg, folder, ray, mlflow, say)
-                for stage in STAGES:
-                    if stage not in cfg.stages:
-                        continue
-                    results.append(chaos.stage(stage, _stand_on(chaos, stage, place)))
+                results = [chaos.stage(r.stage, _stand_on(chaos, r.stage, place)) for r in results]
     finally:
         signal.signal(signal.SIGTERM, previous)
     return results
@@ -928,6 +926,15 @@ def _claim(cfg: Config, folder: str) -> None:
     elif (there := store.read_json(uri)) != own:
         differing = ", ".join(k for k in own if own[k] != there.get(k))
         raise UserError(f"{cfg.dir} holds kills with other settings ({differing}); give another --dir")
+
+
+def _result(cfg: Config, folder: str, stage: Stage) -> Result:
+    """What there is of a stage."""
+    kept = os.path.join(folder, f"{stage}.json")
+    if not store.exists(kept):
+        return Result(stage, cfg.seed, cfg.kills)
+    values = store.read_json(kept)
+    return Result(**{**values, "rounds": [Round(**r) for r in values["rounds"]]})
 
 
 def _place(cfg: Config, folder: str) -> Place:

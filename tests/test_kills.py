@@ -233,3 +233,18 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = chaos.Round(kills=[{"kind": "driver"}], statuses=[-9, 0], compared=3, wall_s=2.0)
+    result = chaos.Result("cluster", 0, 1, undisturbed_s=1.0, rounds=[done])
+    store.write_json(str(tmp_path / "cluster.json"), asdict(result))
+    words = ["logonet", "chaos", "--dir", str(tmp_path), "--stages", "cluster", "--kills", "1"]
+    monkeypatch.setattr("sys.argv", words)
+    cli.main()  # without a cluster, and without an exit status
+    store.write_json(
+        str(tmp_path / "cluster.json"), asdict(replace(result, rounds=[replace(done, differing=["x"])]))
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
