@@ -261,3 +261,7 @@ def test_decoding_takes_at_most_four_times_what_the_header_claims(stored: str) -
     tracemalloc.stop()
     claimed = n**3 * max(4, dtype.itemsize)
     assert peak < 4 * claimed + len(data) + (1 << 20)
+
+
+def test_a_key_that_is_no_text() -> None:
+    assert config.unknown("key", True, ["train"]).startswith("unknown key 'True'; did you mean 'train'?")
