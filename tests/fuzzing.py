@@ -1410,7 +1410,10 @@ TARGETS: dict[str, Target] = {
     "nifti": Target(_make_scans, _damage_scan, _reach_scans, ("case_0", "imagesTr")),
     "dicom": Target(_make_series, _damage_series, _reach_scans, (".dcm", "series")),
     "decathlon": Target(
-        _make_decathlon, _damage_json_in("dataset.json"), _reach_list, (".json", "decathlon", "label")
+        _make_decathlon,
+        _damage_json_in("dataset.json"),
+        _reach_list,
+        (".json", "decathlon", "label", "/etc/passwd"),
     ),
     "nnunet": Target(
         _make_nnunet,

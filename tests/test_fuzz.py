@@ -265,3 +265,22 @@ def test_decoding_takes_at_most_four_times_what_the_header_claims(stored: str) -
 
 def test_a_key_that_is_no_text() -> None:
     assert config.unknown("key", True, ["train"]).startswith("unknown key 'True'; did you mean 'train'?")
+
+
+@pytest.mark.parametrize("fold", ["true", "1" + "0" * 30, "9223372036854775808", "1.0"])
+def test_a_fold_that_no_table_can_hold(tmp_path: Path, fold: str) -> None:
+    from logonet import importers
+
+    (tmp_path / "d.json").write_text('{"training": [{"image": "x.nii", "fold": ' + fold + "}]}")
+    (tmp_path / "d.csv").write_text(f"image,fold\nx.nii,{fold}\n")
+    for name in ("d.json", "d.csv"):
+        with pytest.raises(UserError, match=f"{name}.* fold .*; write an integer"):
+            importers.sources(str(tmp_path / name))
+
+
+def test_a_table_with_a_cell_without_end(tmp_path: Path) -> None:
+    from logonet import importers
+
+    (tmp_path / "d.csv").write_text(f"image,fold\n{'x' * 200_000},0\n")
+    with pytest.raises(UserError, match=r"d\.csv, line 2: is no line of a table"):
+        importers.sources(str(tmp_path / "d.csv"))
