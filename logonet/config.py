@@ -68,10 +68,10 @@ def check_keys(cls: type, values: Mapping[str, Any], where: str = "") -> None:
             raise UserError(f"config section '{path}' must be a mapping of keys to values, not {value!r}")
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """The sentence for a name that does not exist, with the nearest that does."""
+def unknown(kind: str, name: Any, known: Iterable[str]) -> str:
+    """The sentence for a name that does not exist, with the nearest that does. YAML's keys may be no text."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
     hint = f"; did you mean '{near[0]}'?" if near else ""
     return f"unknown {kind} '{name}'{hint} (known: {', '.join(known) or 'none'})"
 

@@ -48,6 +48,7 @@ CSV_COLUMNS = (
 )
 STATS_AT_ONCE = 16
 DATA_ROOTS = "LOGONET_DATA_ROOTS"  # places that lists may name besides their own, with commas between
+MAX_FOLD = 10**6
 Entries = Mapping[str, Entry]  # what a listing gave, by URI
 
 
@@ -189,7 +190,7 @@ def _lists(uri: str, description: Mapping[str, Any], root: str) -> list[Source]:
                     f"{uri}: an item of '{key}' has the label {pair['label']!r}; give the path of one label map"
                 )
             fold = pair.get("fold", -1)
-            if not isinstance(fold, int):
+            if type(fold) is not int or abs(fold) > MAX_FOLD:  # True is an int too
                 raise UserError(f"{uri}: an item of '{key}' has the fold {fold!r}; write an integer")
             # one subject for all channels, or they could fall on both sides of a split
             case = images[0] if len(images) == 1 else (label or images)[0]
@@ -485,17 +486,26 @@ def _rows(uri: str, delimiter: str, wanted: set[str]) -> Iterator[tuple[str, dic
 
     ``where`` names file and line in errors.
     """
-    lines = csv.reader(io.StringIO(store.read_text(uri), newline=""), delimiter=delimiter)
-    header = [cell.strip() for cell in next(lines, [])]
+    lines = _lines(uri, delimiter)
+    _, first = next(lines, ("", []))
+    header = [cell.strip() for cell in first]
     if not wanted & set(header):
         return
-    for cells in lines:
-        where = f"{uri}, line {lines.line_num}"
+    for where, cells in lines:
         if not any(cells):
             continue
         if len(cells) != len(header):
             raise UserError(f"{where}: has {len(cells)} cells, its header {len(header)}; mend the line")
         yield where, {name: cell.strip() for name, cell in zip(header, cells)}
+
+
+def _lines(uri: str, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    lines = csv.reader(io.StringIO(store.read_text(uri), newline=""), delimiter=delimiter)
+    try:
+        for cells in lines:
+            yield f"{uri}, line {lines.line_num}", cells
+    except csv.Error as err:
+        raise UserError(f"{uri}, line {lines.line_num}: is no line of a table ({err}); mend it") from None
 
 
 def _split(word: str, where: str) -> str:
@@ -510,9 +520,11 @@ def _fold(word: str, where: str) -> int:
     if word in ("", "n/a"):
         return -1
     try:
-        return int(word)
+        if abs(fold := int(word)) <= MAX_FOLD:
+            return fold
     except ValueError:
-        raise UserError(f"{where}: the fold is {word!r}; write an integer") from None
+        pass
+    raise UserError(f"{where}: the fold is {word!r}; write an integer")
 
 
 def _digest(word: str, where: str) -> str:

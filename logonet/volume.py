@@ -3,7 +3,7 @@
 Shape suffixes: C channels (always 1 here), X Y Z voxel axes. Affines are (4, 4), voxel index -> RAS+ mm.
 Bytes come from anywhere, so every decoder treats them as hostile: it refuses with ``BadScan``, in one
 sentence that names the file, and before it allocates compares what the file claims to hold with ``max_bytes`` and with
-the file's own size (``check_claim``). The peak is three times that claim.
+the file's own size (``check_claim``). The peak is four times that claim.
 """
 
 from __future__ import annotations

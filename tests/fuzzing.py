@@ -40,7 +40,7 @@ from logonet import draws, errors
 from logonet.errors import UserError
 
 SECONDS = 10  # of processor time for one mutation; a reader of files this small takes milliseconds
-LOADED = 4  # times as long by the clock, where other work runs beside
+LOADED = 30  # times as long by the clock, where other work runs beside
 GRACE_S = 20  # more, before a child whose alarm did not help is killed
 IMPORT_S = 600  # for making valid files and importing what reads them
 PEAK_MB = 256  # that one mutation may add to the process's memory; the files have kilobytes
@@ -882,14 +882,7 @@ def _reach_config(folder: Path) -> Iterator[str]:
 
 
 def _make_settings(folder: Path) -> None:
-    settings = [
-        "train.lr=1e-3",
-        "method.phi1=0.2",
-        "split=null",
-        "crops.size_vox=[32, 32, 32]",
-        "backbone.dims=[8]",
-    ]
-    settings += ["clusterers.n=4", "train.precision=fp32", "method={name: simmim}", "crops={per_scan: 2}"]
+    settings = ["train.lr=1e-3", "method.phi1=0.2", "crops.size_vox=[32, 32, 32]", "backbone.full_width=8"]
     (folder / "settings").write_text("\n".join(settings))
 
 
@@ -1417,7 +1410,10 @@ TARGETS: dict[str, Target] = {
     "nifti": Target(_make_scans, _damage_scan, _reach_scans, ("case_0", "imagesTr")),
     "dicom": Target(_make_series, _damage_series, _reach_scans, (".dcm", "series")),
     "decathlon": Target(
-        _make_decathlon, _damage_json_in("dataset.json"), _reach_list, (".json", "decathlon", "label")
+        _make_decathlon,
+        _damage_json_in("dataset.json"),
+        _reach_list,
+        (".json", "decathlon", "label", "/etc/passwd"),
     ),
     "nnunet": Target(
         _make_nnunet,

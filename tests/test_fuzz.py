@@ -197,7 +197,7 @@ def test_a_case_whose_header_is_another_is_prepared_again(tmp_path: Path) -> Non
     for change in (
         {"image/0_0_0": 3},
         {"image/0_0_0": None},
-        {"__metadata__": {"shape": "[1, 99999999, 99999999, 2]"}},
+        {"__metadata__": {"scan_id": "x", "shape": "[1, 99999999, 99999999, 2]", "sha256": "{}"}},
     ):
         header = json.dumps(json.loads(blob[8 : 8 + size]) | change).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header + blob[8 + size :])
@@ -239,3 +239,48 @@ def test_scores_that_are_none(tmp_path: Path) -> None:
         (tmp_path / "cases.csv").write_text(text)
         with pytest.raises(UserError, match=r"cases\.csv is no table of scores"):
             stages.scores_of(f"{tmp_path}/cases.csv")
+
+
+@pytest.mark.parametrize("stored", ["u1", "i4", "f8"])
+def test_decoding_takes_at_most_four_times_what_the_header_claims(stored: str) -> None:
+    import tracemalloc
+
+    import numpy as np
+
+    n, dtype = 60, np.dtype(stored)
+    voxels = (np.arange(n**3) % 200).astype(dtype).tobytes()
+    code = {"u1": 2, "i4": 8, "f8": 64}[stored]
+    head = bytearray(header(n, n, n))
+    head[70:74] = np.array([code, dtype.itemsize * 8], "<i2").tobytes()
+    head[112:116] = np.float32(2).tobytes()
+    data = gzip.compress(bytes(head) + voxels, 1)
+    volume.decode_nifti(data, "x.nii.gz")  # imports
+    tracemalloc.start()
+    volume.decode_nifti(data, "x.nii.gz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    claimed = n**3 * max(4, dtype.itemsize)
+    assert peak < 4 * claimed + len(data) + (1 << 20)
+
+
+def test_a_key_that_is_no_text() -> None:
+    assert config.unknown("key", True, ["train"]).startswith("unknown key 'True'; did you mean 'train'?")
+
+
+@pytest.mark.parametrize("fold", ["true", "1" + "0" * 30, "9223372036854775808", "1.0"])
+def test_a_fold_that_no_table_can_hold(tmp_path: Path, fold: str) -> None:
+    from logonet import importers
+
+    (tmp_path / "d.json").write_text('{"training": [{"image": "x.nii", "fold": ' + fold + "}]}")
+    (tmp_path / "d.csv").write_text(f"image,fold\nx.nii,{fold}\n")
+    for name in ("d.json", "d.csv"):
+        with pytest.raises(UserError, match=f"{name}.* fold .*; write an integer"):
+            importers.sources(str(tmp_path / name))
+
+
+def test_a_table_with_a_cell_without_end(tmp_path: Path) -> None:
+    from logonet import importers
+
+    (tmp_path / "d.csv").write_text(f"image,fold\n{'x' * 200_000},0\n")
+    with pytest.raises(UserError, match=r"d\.csv, line 2: is no line of a table"):
+        importers.sources(str(tmp_path / "d.csv"))

@@ -87,7 +87,7 @@ def parse(values: Mapping[str, Any], source: str) -> Space:
     """The space of a parsed YAML file, or of ``Space.to_dict``. Raises as ``read`` does."""
     for word in values:
         if word not in WORDS:
-            raise UserError(config.unknown(f"word in {source}", str(word), WORDS))
+            raise UserError(config.unknown(f"word in {source}", word, WORDS))
     search = values.get("search")
     if not isinstance(search, Mapping) or not search:
         raise UserError(f"{source} searches nothing; give 'search:' a mapping of config keys to their values")
@@ -125,7 +125,7 @@ def _key(path: Any, spec: Any, source: str) -> Key:
         )
     ((sort, values),) = spec.items()
     if sort not in LISTS + RANGES:
-        raise UserError(config.unknown(f"sort of values of {where},", str(sort), LISTS + RANGES))
+        raise UserError(config.unknown(f"sort of values of {where},", sort, LISTS + RANGES))
     return Key(path, sort, _listed(values, where) if sort in LISTS else _ends(values, sort, where))
 
 
