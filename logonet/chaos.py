@@ -540,7 +540,7 @@ def tear(root: str) -> str | None:
 
 
 def _title(process: psutil.Process) -> str:
-    return " ".join(process.cmdline())
+    return " ".join(process.cmdline()).strip()
 
 
 def _bytes(path: str) -> bytes:
