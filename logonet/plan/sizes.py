@@ -70,7 +70,7 @@ class Scans:
 
 
 STORED_PER_VOXEL = (
-    1.3  # gzipped int16 CT and MR: 1.30 to 1.31 bytes a voxel in the three we have (docs/planning.md)
+    1.3  # gzipped int16: 1.31 bytes a voxel of a CT and 1.30 of an MR scan (docs/planning.md)
 )
 
 
