@@ -144,7 +144,7 @@ def make(
     refusals: list[str] = []
     place: Place | None = None
     try:
-        place = speed.place(cluster, resources.workers, resources.gpu, resources.cpus_per_worker)
+        place = speed.place(cluster, resources.most, resources.gpu, resources.cpus_per_worker)
     except UserError as err:
         refusals.append(str(err))
     gpu = place.gpu if place else bool(cluster.gpus) and resources.gpu is not False
