@@ -69,9 +69,7 @@ class Scans:
         return sum(s.voxels for s in self.scans)
 
 
-STORED_PER_VOXEL = (
-    1.3  # gzipped int16: 1.31 bytes a voxel of a CT and 1.30 of an MR scan (docs/planning.md)
-)
+STORED_PER_VOXEL = 1.3  # gzipped int16: 1.31 bytes a voxel of a CT and 1.30 of an MR scan (docs/planning.md)
 
 
 def equal_scans(
