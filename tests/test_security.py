@@ -428,7 +428,7 @@ def test_a_scan_id_from_a_store_cannot_lead_out(tmp_path: Path) -> None:
     values = {f.name: () if "tuple" in str(f.type) else "" for f in dataclasses.fields(Scan)}
     scan = Scan(**{**values, "scan_id": "../../outside"})  # type: ignore[arg-type]
     for cut in (
-        data._CutScan(crops.Config(), str(tmp_path / "crops")),
+        data._CutScan(crops.Config(), str(tmp_path / "crops"), {}),
         data._PrepareCase((0, 1), cases.Config(), str(tmp_path / "cases")),
     ):
         with pytest.raises(UserError, match=r"leads out of"):
