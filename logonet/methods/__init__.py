@@ -77,9 +77,7 @@ import numpy as np
 from logonet.config import from_dict, unknown
 from logonet.errors import UserError
 
-if (
-    TYPE_CHECKING
-):  # tasks that read and cut scans import this file, and torch takes longer to import than a scan to cut
+if TYPE_CHECKING:  # torch takes longer to import than a scan to cut, and tasks that cut import this file
     from torch import nn
 
 COLLAPSED_RANK = 1.5  # of features whose directions healthy training counts in tens
