@@ -519,15 +519,13 @@ def chaos(
     nodes: int = 2,
     limit_s: float = 600.0,
 ) -> None:
-    """Kill every stage at random moments, run it again, and compare with the undisturbed run, bit for bit.
-
-    Workers, drivers, raylets, the MLflow server, the newest checkpoint and the disk, on a Ray cluster of its own on
-    this machine. The same command goes on with what is left; exit status 1 on any difference.
+    """Kill every stage at random moments and compare with the undisturbed run; exit status 1 on a difference.
 
     Args:
-        dir: keeps runs, results and the log of kills.
+        dir: keeps runs, results and the log of kills; the same command goes on with what is left.
         stages: "cluster" is crops, clusterers and pseudo-labels.
-        kills: of each stage.
+        kills: of each stage: workers, drivers, raylets, the MLflow server, the newest checkpoint, the disk, on a Ray
+            cluster of its own on this machine.
         seed: of kinds, moments and victims.
         data: labelled scans; empty for phantoms.
         recipe: of the jobs; empty for the demo's made smaller.

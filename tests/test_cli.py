@@ -32,7 +32,7 @@ def plain(said: str) -> str:
     return " ".join(re.sub("[\u2500-\u257f]", " ", said).split())
 
 
-ONE_WORD = ("compare", "register", "alias", "export", "sweep-report", "plan", "doctor", "phantoms")
+ONE_WORD = ("compare", "register", "alias", "chaos", "export", "sweep-report", "plan", "doctor", "phantoms")
 
 
 @pytest.mark.parametrize("command", [*cli.TWO_WORDS, *ONE_WORD])
