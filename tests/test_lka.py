@@ -54,7 +54,12 @@ def results(conv: Conv, args: tuple[Tensor, ...], dtype: torch.dtype) -> list[Te
 def test_equals_conv3d(
     route: str, batch: int, dtype: torch.dtype, tolerance: float, layout: str, size: tuple[int, int, int]
 ) -> None:
-    """Torch's side is in float64: its own bfloat16 weight gradients are wrong on the smallest maps."""
+    """Torch's side is in float64: its own bfloat16 weight gradients are wrong on the smallest maps.
+
+    On processors without bfloat16 arithmetic torch sums an input's gradient in bfloat16 too: of a plain 5x5x5 depthwise
+    convolution it is up to 0.028 off there.
+    """
+    summed_bf16 = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     ours, torchs, channels, weight_shape = ROUTES[route]
     rng = torch.Generator().manual_seed(0)
     x = torch.randn((batch, channels, *size), generator=rng).contiguous(memory_format=LAYOUTS[layout])
@@ -63,7 +68,8 @@ def test_equals_conv3d(
     expected = results(torchs, args, torch.float64)
     for name, got, want in zip(("output", "input", "weight", "bias"), results(ours, args, dtype), expected):
         assert got.dtype == dtype, name
-        assert (got - want).abs().max() <= tolerance * want.abs().max(), name
+        bound = 2 * tolerance if summed_bf16 and name == "input" else tolerance
+        assert (got - want).abs().max() <= bound * want.abs().max(), name
 
 
 @pytest.mark.parametrize("size", [(12, 12, 12), (7, 10, 25), (6, 6, 6), (3, 3, 3)], ids=str)
