@@ -77,6 +77,7 @@ def test_histories_are_strict_json_and_what_is_not_finite_becomes_nan(
     def no_constants(name: str) -> None:
         pytest.fail(f"{name} is not JSON")
 
+    history = [{**entry, "epoch": epoch, "objective": dice} for epoch, entry in enumerate(history, 1)]
     data = trial(history=history, final={"dice": dice}).to_bytes()
     json.loads(data, parse_constant=no_constants)
     back = Trial.from_bytes(data, "here")
