@@ -238,9 +238,11 @@ def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str) -> N
         """In a source's place: a scan that wants more memory than there is, so that Linux kills whoever opens it."""
 
         uri, version = "s3://somewhere/huge.nii.gz", "1"
+        label_uri = subject = dataset = ""
+        files = classes = ()
 
         @property
-        def size_bytes(self) -> int:  # the first that is asked of it
+        def size_bytes(self) -> int:  # asked of it before a byte is read
             store.write(f"{deaths}/{os.getpid()}", b"")
             os.kill(os.getpid(), signal.SIGKILL)
             raise AssertionError("still alive")
