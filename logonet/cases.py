@@ -200,10 +200,14 @@ def ref_of(uri: str, blob: bytes) -> Ref:
     Raises:
         NotACase: the blob's header is not one that `to_bytes` writes.
     """
+    return _described(uri, blob)[0]
+
+
+def _described(uri: str, blob: bytes) -> tuple[Ref, _Header]:
     size = int.from_bytes(blob[:8], "little")
     header = blob[8 : 8 + size]
-    scan_id, shape_cxyz, _ = _parsed(header)
-    return Ref(scan_id, uri, size, shape_cxyz, hashlib.sha256(header).hexdigest())
+    scan_id, shape_cxyz, fields = _parsed(header)
+    return Ref(scan_id, uri, size, shape_cxyz, hashlib.sha256(header).hexdigest()), fields
 
 
 def stored(uri: str, size_bytes: int) -> Ref | None:
@@ -215,11 +219,11 @@ def stored(uri: str, size_bytes: int) -> Ref | None:
         return None
     blob = store.read(uri, start=0, length=8 + header_bytes)
     try:
-        _, _, header = _parsed(blob[8:])
+        ref, header = _described(uri, blob)
     except NotACase:
         return None
     end = max(entry["data_offsets"][1] for entry in header.entries.values())
-    return ref_of(uri, blob) if 8 + header_bytes + end == size_bytes else None
+    return ref if 8 + header_bytes + end == size_bytes else None
 
 
 class NotACase(ValueError):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -51,9 +50,8 @@ ANY_MOMENT = 0.2
 ANY_MOMENT_S = (1.0, 20.0)
 AFTER_PROGRESS_S = (0.0, 2.5)
 AWAY_S = (1.0, 6.0)  # how long the MLflow server is away, or the disk full
-HOST = (
-    "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
-)  # Ray takes 127.0.0.1 for "whatever faces the net"
+# Ray takes 127.0.0.1 for "whatever faces the net".
+HOST = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 OBJECT_STORE_MIB = 100  # each raylet's
 DISK_MIB = 192
 BALLAST = "ballast"
@@ -171,16 +169,15 @@ def outcome(root: str) -> dict[str, str]:
             if name.endswith(COMPARED):
                 found[f"{store.relative(uri, root)}/{name}"] = stored.sha256
             elif name == "history.json":
-                found[f"{store.relative(uri, root)}/{name}"] = _digest(
-                    timeless(store.read_json(f"{uri}/{name}"))
-                )
+                history = timeless(store.read_json(f"{uri}/{name}"))
+                found[f"{store.relative(uri, root)}/{name}"] = config.fingerprint(history)
     for name, row in _rows(root).items():
         # The version is the scan's, the URI the output's: another folder has others.
-        found[name] = _digest([row["status"], row["reason"], row["sha256"], row["volumes_ml"]])
+        found[name] = config.fingerprint([row["status"], row["reason"], row["sha256"], row["volumes_ml"]])
     for sweep in _sweeps(root):
         for trial in records.read_all(sweep):
             values = [trial.settings, trial.status, timeless(trial.history)]
-            found[f"{store.relative(sweep, root)}/trial {trial.index}"] = _digest(values)
+            found[f"{store.relative(sweep, root)}/trial {trial.index}"] = config.fingerprint(values)
     return found
 
 
@@ -236,14 +233,6 @@ def _rows(root: str) -> dict[str, dict[str, Any]]:
 def _sweeps(root: str) -> list[str]:
     end = f"/{records.SPEC}"
     return [e.uri.removesuffix(end) for e in store.listing(store.join(root, "sweep")) if e.uri.endswith(end)]
-
-
-def _digest(value: Any) -> str:
-    return _sha256(json.dumps(value, sort_keys=True).encode())
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -306,9 +295,8 @@ def clean_environment(**values: str) -> dict[str, str]:
     paths = [package_folder(), *filter(None, [os.environ.get("PYTHONPATH")])]
     # On loopback, for the length of a test: no token, and no question about usage.
     own = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-    own |= {
-        "RAY_prestart_worker_first_driver": "0"
-    }  # they would not have the run's environment, and cost seconds
+    # Workers started ahead would not have the run's environment, and cost seconds.
+    own["RAY_prestart_worker_first_driver"] = "0"
     return {**kept, "PYTHONPATH": os.pathsep.join(paths), **own, **values}
 
 

@@ -211,9 +211,8 @@ class Writer:
         try:
             for uri in there:
                 if uri < oldest:  # unfinished ones too: their run was killed while it wrote or deleted them
-                    store.delete(
-                        store.join(uri, "manifest.json")
-                    )  # first, so that no half of it is ever trusted
+                    # The manifest first, so that no half of it is ever trusted.
+                    store.delete(store.join(uri, "manifest.json"))
                     store.delete_prefix(uri)
         except UserError as err:
             log.warning("old checkpoints stay: %s", err)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import collections
 import functools
 import hashlib
-import io
 import json
 import logging
 import math
@@ -23,7 +22,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from logonet import (
     cases,
@@ -219,9 +217,7 @@ class CropTable:
         return store.at_once(self.read, indices)
 
     def to_parquet(self) -> bytes:
-        out = io.BytesIO()
-        pd.DataFrame([asdict(r) for r in self.refs]).to_parquet(out, index=False)
-        return out.getvalue()
+        return tables.to_parquet([asdict(r) for r in self.refs], CropRef)
 
     @classmethod
     def open(cls, artifact: Artifact) -> CropTable:

@@ -9,14 +9,24 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import pandas as pd
 
 from logonet import leaks, tables
 from logonet.manifest import Scan
 
-COLUMNS = ("scan_id", "sha256", "voxel_sha256", "thumbprint", "subject")
+
+@dataclass(frozen=True)
+class _Row:
+    scan_id: str
+    sha256: str
+    voxel_sha256: str
+    thumbprint: str
+    subject: str
+
+
+COLUMNS = tuple(f.name for f in fields(_Row))
 NOBODY = Scan(
     scan_id="",
     uri="",
@@ -86,15 +96,6 @@ def join(*tables: bytes) -> bytes:
 def from_bytes(table: bytes) -> list[Scan]:
     """The scans of such a table, for `leaks.find`."""
     return [replace(NOBODY, **row) for row in _frame(table).to_dict("records")]  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class _Row:
-    scan_id: str
-    sha256: str
-    voxel_sha256: str
-    thumbprint: str
-    subject: str
 
 
 def _frame(table: bytes) -> pd.DataFrame:

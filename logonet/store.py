@@ -539,12 +539,13 @@ class _Read:
         self.digest = self.blank()
 
     def blank(self) -> Any:
-        """What was promised is a SHA-256; without it, MD5 is what most ETags are."""
-        return hashlib.sha256() if self.sha256 else hashlib.md5(usedforsecurity=False)
+        """A fresh digest of what was promised; None where nothing was."""
+        return hashlib.sha256() if self.sha256 else None
 
     def put(self, piece: bytes) -> None:
         self.sink.write(piece)
-        self.digest.update(piece)
+        if self.digest is not None:
+            self.digest.update(piece)
 
     def restart(self) -> None:
         self.sink.seek(0)
@@ -599,6 +600,9 @@ class _S3Read(_Read):
     total: int | None = None
     waits = 0  # how often the body stopped coming
     gone: IntegrityError | None = None  # the store has said that the object is another one now
+
+    def blank(self) -> Any:
+        return super().blank() or hashlib.md5(usedforsecurity=False)  # what most ETags are
 
     def run(self) -> None:
         if self.length == 0:
