@@ -7,6 +7,7 @@ import datetime
 import os
 import platform
 import threading
+import time
 from collections.abc import Collection
 from typing import Any
 
@@ -107,6 +108,39 @@ def tree_seconds(pids: Collection[int] = ()) -> float:
             # Its waited-for children too: Ray's idle workers end at any time.
             total += sum(process.cpu_times()[:4])
     return total
+
+
+class Cores:
+    """While it is open, core seconds of this process's children by time, looked at twice a second."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, float] = {}
+        self.rows: list[tuple[float, float]] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Cores:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        here = psutil.Process()
+        while not self._ended.wait(0.5):
+            for child in here.children(recursive=True):
+                with contextlib.suppress(psutil.Error):  # it has ended; what it had used is known
+                    times = child.cpu_times()
+                    self.seen[child.pid] = times.user + times.system
+            self.rows.append((time.time(), sum(self.seen.values())))
+
+    def between(self, begin_s: float, end_s: float) -> float:
+        """How many cores the children kept busy on average."""
+        inside = [row for row in self.rows if begin_s <= row[0] <= end_s]
+        (first_s, first), (last_s, last) = inside[0], inside[-1]
+        return (last - first) / (last_s - first_s)
 
 
 class StoreWatch:

@@ -14,14 +14,11 @@ import datetime
 import json
 import os
 import tempfile
-import threading
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import tyro
-from _measure import machine, markdown, sentence
+from _measure import Cores, machine, markdown, sentence
 
 from jobs import recipes
 from logonet import backbones, cluster, data, methods, phantom, stages, train
@@ -50,34 +47,6 @@ class Args:
     steps: int = 4
     probe_s: float = 60.0
     constants: str = ""
-
-
-class Cores:
-    """Core seconds of this process's children, by time: a thread that looks at them twice a second."""
-
-    def __init__(self) -> None:
-        self.seen: dict[int, float] = {}
-        self.rows: list[tuple[float, float]] = []
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
-        here = psutil.Process()
-        while not self.stop.wait(0.5):
-            for child in here.children(recursive=True):
-                try:
-                    times = child.cpu_times()
-                except psutil.Error:  # it has ended; what it had used is known
-                    continue
-                self.seen[child.pid] = times.user + times.system
-            self.rows.append((time.time(), sum(self.seen.values())))
-
-    def between(self, begin_s: float, end_s: float) -> float:
-        """How many cores the children kept busy on average."""
-        inside = [row for row in self.rows if begin_s <= row[0] <= end_s]
-        (first_s, first), (last_s, last) = inside[0], inside[-1]
-        return (last - first) / (last_s - first_s)
 
 
 def main(args: Args) -> None:
@@ -118,10 +87,8 @@ def run(
     feed = data.Feed(up.crops, up.labels_PNZ, cfg.method["name"], method_cfg, order)
     facts: Facts = up.facts
     job = train.Job(os.path.join(root, f"run-{n}"), "0" * 16, cfg.backbone, cfg.method, cfg.train, facts)
-    cores = Cores()
-    history = train.fit(job, feed, Resources(workers=n), share)["history"]
-    cores.stop.set()
-    cores.thread.join()
+    with Cores() as cores:
+        history = train.fit(job, feed, Resources(workers=n), share)["history"]
     first, last = history
     got = min(cores.between(first["unix_s"], last["unix_s"]), os.cpu_count() or 1)
     here = hardware.this_machine()

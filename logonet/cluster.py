@@ -219,8 +219,8 @@ def connected(resources: Resources, logs: bool = True) -> Iterator[None]:
         # Two extra logical CPUs keep the data tasks alive beside the workers; threads are set per worker.
         cores = os.cpu_count() or 1
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only, and it ends with this process
-        options.update(address="local", num_cpus=max(cores, resources.most + 2), include_dashboard=True)
-        options.update(dashboard_host="127.0.0.1")
+        # A dashboard is eleven processes and a gigabyte, and gone with this process; a cluster of 'ray start' has one.
+        options.update(address="local", num_cpus=max(cores, resources.most + 2), include_dashboard=False)
         runtime_env["env_vars"]["GLOO_SOCKET_IFNAME"] = _loopback_interface()
         if resources.object_store_mb:
             options["object_store_memory"] = resources.object_store_mb * MIB

@@ -266,8 +266,8 @@ def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str) -> N
     rows = once("first")
     assert [row.name for row in rows] == ["a", "huge", "d", "deep/c"]
     assert [row.status for row in rows] == [predict.DONE, predict.QUARANTINED, predict.DONE, predict.DONE]
-    assert rows[1].reason.startswith(f"{TooLarge.uri}: took its process down 2 times")
-    assert len(list(store.listing(deaths))) == predict.MAX_ATTEMPTS == 2
+    assert rows[1].reason.startswith(f"{TooLarge.uri}: took its process down 3 times")
+    assert len(list(store.listing(deaths))) == predict.MAX_ATTEMPTS == 3
     before = versions(output)
     assert once("second") == rows
     assert versions(output) == before

@@ -34,7 +34,7 @@ SETTINGS = [
     f"train.steps_per_epoch={STEPS}",
     "train.global_batch=10",  # five batches, which 2 and 4 workers share unequally
     "train.batch_size=2",
-    "train.lr=1e-3",
+    "train.lr=1e-4",  # AdamW's first steps are signs of gradients: at 1e-3 what rounding makes of those is 1 % by epoch 3
     "train.warmup_epochs=1",
     "train.keep_checkpoints=1000",
 ]
@@ -140,7 +140,7 @@ def assert_same_curve(found: list[dict[str, Any]], expected: list[dict[str, Any]
     apart = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(found, expected)]
     print("relative differences of the epochs' losses:", *(f"{x:.1e}" for x in apart))
     assert apart[0] < 1e-4
-    assert max(apart) < 0.01
+    assert max(apart) < 2e-3
 
 
 @pytest.fixture(scope="module")
