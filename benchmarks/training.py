@@ -18,6 +18,7 @@ fails when the object store holds more than its ceiling, or spills.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -117,6 +118,9 @@ class Bare:
 
     def take(self, steps: int) -> None:
         self.line.send(steps)
+        self.taken(steps)
+
+    def taken(self, steps: int) -> None:
         seconds, processor_s = self.line.recv()
         self.seconds += seconds
         self.processor_s += [processor_s / steps] * steps
@@ -150,7 +154,23 @@ def main(args: Args) -> None:
                 results[workers] = run(args, job, feed, workers)
                 if n == 0:
                     bare.take(half)
-    report(args, about, results, bare)
+        apart_s = one_a_core(job, feed, half) if max(args.workers) > 1 else None
+    report(args, about, results, bare, apart_s)
+
+
+def one_a_core(job: train.Job, feed: data.Feed, steps: int) -> float:
+    """Seconds a step, all of them together, of bare loops of one thread on every core that know nothing of each other.
+
+    What many workers can reach here: cores that share a pipeline or a cache do less together than one by one.
+    """
+    with contextlib.ExitStack() as stack:
+        loops = [stack.enter_context(Bare(job, feed, 1)) for _ in range(CORES)]
+        started = time.perf_counter()
+        for loop in loops:
+            loop.line.send(steps)
+        for loop in loops:
+            loop.taken(steps)
+        return (time.perf_counter() - started) / (steps * CORES)
 
 
 def work(args: Args, table: data.CropTable) -> tuple[train.Job, data.Feed]:
@@ -215,9 +235,15 @@ def run(args: Args, job: train.Job, feed: data.Feed, workers: int) -> dict[str, 
     return result
 
 
-def report(args: Args, about: dict[str, Any], results: dict[int, dict[str, Any]], bare: Bare) -> None:
+def report(
+    args: Args, about: dict[str, Any], results: dict[int, dict[str, Any]], bare: Bare, apart_s: float | None
+) -> None:
     bare_s, bare_processor_s = statistics.mean(bare.seconds), statistics.mean(bare.processor_s)
-    rows = [["bare loop", "", f"{bare_s:.2f}", "1.000", f"{bare_processor_s:.2f}", "", ""]]
+    rows = [
+        ["bare loop", str(args.threads or CORES), f"{bare_s:.2f}", "1.000", f"{bare_processor_s:.2f}", "", ""]
+    ]
+    if apart_s is not None:
+        rows.append(["bare loops, one a core", "1", f"{apart_s:.2f}", f"{apart_s / bare_s:.3f}", "", "", ""])
     rows += [
         [
             f"{workers} workers",
@@ -248,7 +274,7 @@ def report(args: Args, about: dict[str, Any], results: dict[int, dict[str, Any]]
         )
     of_bare = {w: r["step_s"] / bare_s for w, r in results.items()}
     summary = {"bare_s": bare.seconds, "bare_processor_s": bare_processor_s, "of_bare": of_bare}
-    summary |= {"jobs": results, "speed_of_first": speeds}
+    summary |= {"jobs": results, "speed_of_first": speeds, "one_a_core_s": apart_s}
     print(json.dumps({**summary, "args": dataclasses.asdict(args), **about}))
 
 
