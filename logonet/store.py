@@ -81,9 +81,9 @@ CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 30
 # A reader's, for the next byte: it changes nothing, so it may ask again early, then waiting longer each time. No
 # shorter than SLOW times what nine of ten of the last replies took, or a slow store would have twice the work.
-PATIENCE_S = (0.25, 1.0, 4.0, READ_TIMEOUT_S)
+PATIENCE_S = (0.25, 0.5, 1.0, 2.0, 4.0, READ_TIMEOUT_S)
 SLOW = 4
-KNOWN_REPLIES = 16  # until then the second patience is the first
+KNOWN_REPLIES = 4  # until then patience begins in the middle
 WAIT = tenacity.wait_random_exponential(multiplier=0.1, max=8)  # between attempts
 REQUEST_ATTEMPTS = 13  # about 25 s of pauses, enough for a store's restart
 REQUEST_SECONDS = 240  # no further attempt after this long, for a store that answers nothing
@@ -307,7 +307,7 @@ def _timeout_s(operation: str, waits: int) -> float:
     with _silences_lock:
         last = sorted(_silences_s[operation])
     if len(last) < KNOWN_REPLIES:
-        level = 1
+        level = len(PATIENCE_S) // 2 - 1
     else:
         level = sum(patience_s < SLOW * last[len(last) * 9 // 10] for patience_s in PATIENCE_S)
     return PATIENCE_S[min(level + waits, len(PATIENCE_S) - 1)]

@@ -194,9 +194,9 @@ def test_a_reader_asks_again_soon_a_writer_waits(
 
 
 def test_a_store_that_is_always_slow_is_not_asked_twice() -> None:
-    assert store.PATIENCE_S == (0.25, 1.0, 4.0, 30)
+    assert store.PATIENCE_S == (0.25, 0.5, 1.0, 2.0, 4.0, 30)
     store._silences_s.clear()
-    assert store._timeout_s("get_object", 0) == store.PATIENCE_S[1], "nothing is known of it"
+    assert store._timeout_s("get_object", 0) == 1.0, "nothing is known of it"
     assert store._timeout_s("get_object", 9) == store.PATIENCE_S[-1]
     assert store._timeout_s("put_object", 0) == store.READ_TIMEOUT_S
     store._silences_s["get_object"].extend([0.01] * 60 + [5.0] * 4)

@@ -229,6 +229,8 @@ def _preparing(cfg: Pretraining, facts: Facts, place: str, seconds: float) -> di
 
 def _clusterers(cfg: Pretraining, seconds: float) -> dict[str, float]:
     """Operations a second of K-means' first update, of the later ones, and of the fused labeller."""
+    from threadpoolctl import threadpool_limits
+
     from logonet.labeller import Labeller
 
     x, y, z = cfg.crops.size_vox
@@ -238,12 +240,15 @@ def _clusterers(cfg: Pretraining, seconds: float) -> dict[str, float]:
     slices_ST = (big_SXY.reshape(rows, -1) * 65535).astype(np.uint16)
     own = clusterers.Config(n=1, k_min=k, k_max=k, fraction=1.0, iterations=1)
     distances = 2.0 * rows * slices_ST.shape[1] * k
-    # k-means++ with scoring beside it; a fit's later updates are what six have more than one.
+    # k-means++ with scoring beside it; a fit's later updates are what a long fit has more, and each at least its product.
+    later = 30
     first = median(timed(lambda i: clusterers.fit_one(slices_ST, k, i, own), seconds / 4))
-    six = median(
-        timed(lambda i: clusterers.fit_one(slices_ST, k, i, replace(own, iterations=6)), seconds / 4)
-    )
-    update_s = max((six - first) / 5, 1e-6)
+    long = replace(own, iterations=1 + later)
+    whole = median(timed(lambda i: clusterers.fit_one(slices_ST, k, i, long), seconds / 4))
+    x_ST = slices_ST.astype(np.float32)
+    with threadpool_limits(1):
+        product_s = min(timed(lambda _: x_ST @ x_ST[:k].T, 0.0, least=5))
+    update_s = max((whole - first) / later, product_s)
     # Enough codes for the screen's fixed part to be small; noise, or every slice would lie in its subspace.
     codes = min(CODES, sum(clusterers.cluster_counts(cfg.clusterers)))
     rng = draws.rng(0, "plan", "labels")
@@ -254,7 +259,7 @@ def _clusterers(cfg: Pretraining, seconds: float) -> dict[str, float]:
     label_s = median(timed(lambda _: label(crop_ZT), seconds / 4))
     return {
         "kmeans_flop_s": distances / update_s,
-        "kmeans_init_flop_s": distances * (2 + math.log(k)) / max(first - update_s, 1e-6),
+        "kmeans_init_flop_s": distances * (2 + math.log(k)) / max(first - update_s, update_s),
         "label_flop_s": 2.0 * len(crop_ZT) * slices_ST.shape[1] * codes / label_s,
     }
 
