@@ -34,7 +34,7 @@ SETTINGS = [
     f"train.steps_per_epoch={STEPS}",
     "train.global_batch=10",  # five batches, which 2 and 4 workers share unequally
     "train.batch_size=2",
-    "train.lr=1e-4",  # AdamW's first steps are signs of gradients: at 1e-3 what rounding makes of those is 1 % by epoch 3
+    "train.lr=1e-4",  # AdamW begins with signs of gradients: at 1e-3 rounding makes 1 % by epoch 3
     "train.warmup_epochs=1",
     "train.keep_checkpoints=1000",
 ]

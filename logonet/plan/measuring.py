@@ -240,7 +240,7 @@ def _clusterers(cfg: Pretraining, seconds: float) -> dict[str, float]:
     slices_ST = (big_SXY.reshape(rows, -1) * 65535).astype(np.uint16)
     own = clusterers.Config(n=1, k_min=k, k_max=k, fraction=1.0, iterations=1)
     distances = 2.0 * rows * slices_ST.shape[1] * k
-    # k-means++ with scoring beside it; a fit's later updates are what a long fit has more, and each at least its product.
+    # k-means++ with scoring beside it; later updates are what a long fit has more, each at least its product.
     later = 30
     first = median(timed(lambda i: clusterers.fit_one(slices_ST, k, i, own), seconds / 4))
     long = replace(own, iterations=1 + later)
