@@ -29,9 +29,7 @@ from logonet.volume import Volume
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = (
-    3  # of a case whose process dies; a healthy one dies with its machine, hardly so often in a run
-)
+MAX_ATTEMPTS = 3  # of a case whose process dies; a healthy one dies with its machine, hardly so often
 READS_AT_ONCE = 16
 CASES, ATTEMPTS, ABOUT, TABLE = ".cases", ".attempts", ".cases/about.json", "predictions"
 DONE, QUARANTINED, UNREAD = "done", "quarantined", "unread"
