@@ -9,7 +9,8 @@ PyTorch in it: the same method, network, batches, optimizer and threads, its bat
 
 The bare loop does half of its steps before the first job and half after it, when nothing else runs: in pauses of the
 job it would share the cores with tasks that go on preparing samples, and the job would find those ready. So the machine
-must be quiet; how far the two halves are apart says whether it was.
+must be quiet; how far the two halves are apart says whether it was. After all jobs, where one has many workers, bare
+loops of one thread run on every core at once: what these cores can do together.
 
 Start-up and a job's first epoch, in which it warms up, are left out. An epoch's time holds everything that we do for
 it, its checkpoint and report included; processor seconds are those of all processes, S3 server and Ray included. It
@@ -87,7 +88,8 @@ def bare_loop(line: Connection, job: train.Job, feed: data.Feed, threads: int) -
         for step in range(steps):
             started = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
-            for batch in batches[step * count : (step + 1) * count]:
+            begin = step * count % len(batches)
+            for batch in batches[begin : begin + count]:
                 loss, _ = method(batch, 0.0)
                 (loss / count).backward()
             optimizer.step()
@@ -123,7 +125,7 @@ class Bare:
     def taken(self, steps: int) -> None:
         seconds, processor_s = self.line.recv()
         self.seconds += seconds
-        self.processor_s += [processor_s / steps] * steps
+        self.processor_s.append(processor_s / steps)
         print(
             f"bare: {statistics.mean(seconds):.2f} s a step, {processor_s / steps:.2f} processor s",
             flush=True,
@@ -148,12 +150,13 @@ def main(args: Args) -> None:
         job, feed = work(args, table)
         threads = args.threads or CORES  # what a job of one worker gives it
         half = -(-args.steps * args.epochs // 2)
+        first, *others = args.workers
         with Bare(job, feed, threads) as bare:
             bare.take(half)
-            for n, workers in enumerate(args.workers):
-                results[workers] = run(args, job, feed, workers)
-                if n == 0:
-                    bare.take(half)
+            results[first] = run(args, job, feed, first)
+            bare.take(half)
+        for workers in others:
+            results[workers] = run(args, job, feed, workers)
         apart_s = one_a_core(job, feed, half) if max(args.workers) > 1 else None
     report(args, about, results, bare, apart_s)
 

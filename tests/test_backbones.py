@@ -22,15 +22,8 @@ from logonet.errors import UserError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = backbones.names()
-LONG_TO_TRACE = {
-    "attention_unet",
-    "dints",
-    "logonet",
-    "nnformer",
-    "segresnetvae",
-    "swinunetr",
-    "unetr",
-}  # logonet: nine ulkanets
+# logonet is nine ulkanets, of which one is traced.
+LONG_TO_TRACE = {"attention_unet", "dints", "logonet", "nnformer", "segresnetvae", "swinunetr", "unetr"}
 
 
 def tiny_net(name: str, seed: int = 0, **options: Any) -> Any:
