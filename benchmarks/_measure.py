@@ -97,29 +97,21 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def tree_seconds(pids: Collection[int] = ()) -> float:
-    """Processor seconds so far of this process and all below it, Ray and the S3 server among them; or of ``pids``."""
-    total = 0.0
-    own = psutil.Process()
-    for process in [own, *own.children(recursive=True)]:
-        if pids and process.pid not in pids:
-            continue
-        with contextlib.suppress(psutil.NoSuchProcess):
-            # Its waited-for children too: Ray's idle workers end at any time.
-            total += sum(process.cpu_times()[:4])
-    return total
-
-
 class Cores:
-    """While it is open, core seconds of this process's children by time, looked at twice a second."""
+    """While it is open, core seconds of this process's children by time, looked at twice a second.
+
+    Processes that ended keep what they were last seen with: Ray's idle workers end at any time.
+    """
 
     def __init__(self) -> None:
-        self.seen: dict[int, float] = {}
+        self.seen: dict[psutil.Process, float] = {}
         self.rows: list[tuple[float, float]] = []
+        self._looking = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Cores:
+        self._look()
         self._thread.start()
         return self
 
@@ -128,13 +120,23 @@ class Cores:
         self._thread.join()
 
     def _run(self) -> None:
-        here = psutil.Process()
         while not self._ended.wait(0.5):
-            for child in here.children(recursive=True):
+            self._look()
+
+    def _look(self) -> None:
+        with self._looking:
+            for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):  # it has ended; what it had used is known
                     times = child.cpu_times()
-                    self.seen[child.pid] = times.user + times.system
+                    self.seen[child] = times.user + times.system
             self.rows.append((time.time(), sum(self.seen.values())))
+
+    def seconds(self, pids: Collection[int] = ()) -> float:
+        """Processor seconds so far of this process and all below it (Ray, the S3 server), or of ``pids``."""
+        self._look()
+        own = psutil.Process().cpu_times()
+        seen = [(p.pid, s) for p, s in self.seen.items()] + [(os.getpid(), own.user + own.system)]
+        return sum(s for pid, s in seen if not pids or pid in pids)
 
     def between(self, begin_s: float, end_s: float) -> float:
         """How many cores the children kept busy on average."""

@@ -81,27 +81,32 @@ def measure(args: Args, table: data.CropTable) -> dict[str, Any]:
     warm = dataclasses.replace(cfg, n=2 * CORES, iterations=1)
     data.fit_clusterers(slices_ST, warm, "s3://fitting/warm", share, note=lambda *_: None)
     watch = _measure.StoreWatch()
-    with watch:
+    with watch, _measure.Cores() as cores:
         for number in range(args.rounds):
             alone = take(
                 turns,
+                cores,
                 "fitting, one after the other",
                 lambda: [clusterers.fit_one(slices_ST, k, i, cfg) for i, k in enumerate(counts)],
             )
             tasks = take(
                 turns,
+                cores,
                 "fitting, Ray tasks",
                 lambda uri: data.fit_clusterers(slices_ST, cfg, uri, share, note=lambda *_: None),
                 f"s3://fitting/fits-{number}",
             )
             for a, b in zip(alone, tasks):
                 np.testing.assert_array_equal(a.centroids_KT, b.centroids_KT)
-            take(turns, "fitting, scikit-learn with all threads", plain_loop, slices_ST, counts, cfg)
+            take(turns, cores, "fitting, scikit-learn with all threads", plain_loop, slices_ST, counts, cfg)
             fitted = clusterers.ClustererSet.from_fitted(alone, {})
             labeller = Labeller(fitted)
-            labels["tasks"] = take(turns, "labelling, Ray actors", data.label_crops, table, fitted, share)
+            labels["tasks"] = take(
+                turns, cores, "labelling, Ray actors", data.label_crops, table, fitted, share
+            )
             labels["alone"] = take(
                 turns,
+                cores,
                 "labelling, one process",
                 lambda labeller: np.stack(
                     [labeller(data.slices_of(table.read(i))).T for i in range(len(table))]
@@ -141,11 +146,15 @@ def plain_loop(slices_ST: np.ndarray, counts: list[int], cfg: clusterers.Config)
 
 
 def take(
-    turns: dict[str, list[tuple[float, float]]], name: str, work: Callable[..., Any], *given: Any
+    turns: dict[str, list[tuple[float, float]]],
+    cores: _measure.Cores,
+    name: str,
+    work: Callable[..., Any],
+    *given: Any,
 ) -> Any:
-    wall_s, processor_s = time.perf_counter(), _measure.tree_seconds()
+    wall_s, processor_s = time.perf_counter(), cores.seconds()
     answer = work(*given)
-    turn = time.perf_counter() - wall_s, _measure.tree_seconds() - processor_s
+    turn = time.perf_counter() - wall_s, cores.seconds() - processor_s
     turns.setdefault(name, []).append(turn)
     print(f"{name:40} {turn[0]:6.2f} s  {turn[1]:6.2f} processor s", flush=True)
     return answer

@@ -263,22 +263,22 @@ def measure(args: Args, cfg: crops.Config, uris: list[str], folder: str, server:
     watch = _measure.StoreWatch()
     context = multiprocessing.get_context("spawn")
     first, *tasks = [(s.uri, s.modality, s.scan_id, cfg) for s in table]
-    with context.Pool(CORES) as pool, watch:
+    with context.Pool(CORES) as pool, watch, _measure.Cores() as cores:
         pool.map(bare_scan, [first] * (2 * CORES), chunksize=1)
         ours.cut([warm] * (4 * CORES), "s3://ingest/warm")  # each of Ray's workers imports what it needs
         ours.feed()
         for number in range(args.rounds):
             uri = f"s3://ingest/crops-{number}"
-            take(turns, server, "ours, cutting", functools.partial(ours.cut, rest, uri))
-            take(turns, server, "ours, feeding", ours.feed)
+            take(turns, cores, server, "ours, cutting", functools.partial(ours.cut, rest, uri))
+            take(turns, cores, server, "ours, feeding", ours.feed)
             if number == 0:
                 same_crops(ours, pool, tasks)
-            take(turns, server, "bare", lambda: sum(len(c) for c in bare_epoch(pool, tasks)))
+            take(turns, cores, server, "bare", lambda: sum(len(c) for c in bare_epoch(pool, tasks)))
             if args.monai:
                 place = f"{folder}/monai-{number}"
                 loader = monai_loader(args, cfg, [s.uri for s in rest], place)
-                take(turns, server, "MONAI, first epoch", functools.partial(monai_epoch, loader))
-                take(turns, server, "MONAI, second epoch", functools.partial(monai_epoch, loader))
+                take(turns, cores, server, "MONAI, first epoch", functools.partial(monai_epoch, loader))
+                take(turns, cores, server, "MONAI, second epoch", functools.partial(monai_epoch, loader))
                 del loader
                 shutil.rmtree(place)
             store.delete_prefix(uri)
@@ -295,14 +295,16 @@ def measure(args: Args, cfg: crops.Config, uris: list[str], folder: str, server:
     }
 
 
-def take(turns: dict[str, list[Turn]], server: S3Server, name: str, work: Callable[[], int]) -> None:
+def take(
+    turns: dict[str, list[Turn]], cores: _measure.Cores, server: S3Server, name: str, work: Callable[[], int]
+) -> None:
     pids = server.pids.values()
-    wall_s, processor_s, server_s = time.perf_counter(), _measure.tree_seconds(), _measure.tree_seconds(pids)
+    wall_s, processor_s, server_s = time.perf_counter(), cores.seconds(), cores.seconds(pids)
     count = work()
     turn = Turn(
         time.perf_counter() - wall_s,
-        _measure.tree_seconds() - processor_s,
-        _measure.tree_seconds(pids) - server_s,
+        cores.seconds() - processor_s,
+        cores.seconds(pids) - server_s,
         count,
     )
     turns.setdefault(name, []).append(turn)

@@ -102,7 +102,9 @@ def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> 
     home = tmp_path_factory.mktemp("home")
     settings = {**s3_server.env(), "LOGONET_HOME": str(home), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
     # Idle worker processes are kept for the next test: Ray ends them after a second, and each costs seconds of imports.
+    # Nor do they yield to the tests that the other process of `-n 2` runs.
     settings |= {"RAY_num_workers_soft_limit": "8", "RAY_idle_worker_killing_time_threshold_ms": "600000"}
+    settings |= {"RAY_worker_niceness": "0"}
     kept = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     with cluster.connected(cluster.Resources(workers=2, object_store_mb=300)):
