@@ -510,21 +510,24 @@ class Disk:
         shutil.rmtree(self.path)
 
 
-def tear(root: str) -> str | None:
-    """Cut the newest finished checkpoint under ``root`` short; its folder. None where there is none.
-
-    Where a stage keeps no checkpoints, what it would go on from is cut: a clusterer's fit, a prediction's row.
-    """
+def newest_kept(root: str) -> store.Entry | None:
+    """The newest finished checkpoint under ``root``; where a stage keeps none, what it would go on from (a clusterer's
+    fit, a prediction's row)."""
     for pattern in (r"/checkpoints/step-\d+/model\.safetensors$", r"/fits/\d+\.safetensors$", r"/row\.json$"):
         found = [e for e in store.listing(root) if re.search(pattern, e.uri)]
         if "checkpoints" in pattern:
             found = [e for e in found if store.exists(store.join(os.path.dirname(e.uri), artifacts.MANIFEST))]
         if found:
-            newest = max(found, key=lambda e: (int(e.version), e.uri))
-            path = store.local_path(newest.uri)
-            os.truncate(path, max(0, newest.size_bytes - min(100, newest.size_bytes // 2)))
-            return os.path.dirname(newest.uri)
+            return max(found, key=lambda e: (int(e.version), e.uri))
     return None
+
+
+def tear(root: str) -> str | None:
+    """Cut `newest_kept` short; its folder. None where there is nothing to cut."""
+    if (kept := newest_kept(root)) is None:
+        return None
+    os.truncate(store.local_path(kept.uri), max(0, kept.size_bytes - min(100, kept.size_bytes // 2)))
+    return os.path.dirname(kept.uri)
 
 
 def _title(process: psutil.Process) -> str:
@@ -780,6 +783,8 @@ class Chaos:
     def _await_moment(self, stage: Stage, process: subprocess.Popen[bytes], root: str, due: Kill) -> bool:
         """Wait for the moment of a kill; whether the command still ran then."""
         before = newest(root, PROGRESS[stage])
+        if due.kind == "checkpoint":  # killed before there is one, a command would begin anew for ever
+            self._end(process, root, lambda: newest_kept(root) is not None)
         if not due.any_moment:
             self._end(process, root, lambda: newest(root, PROGRESS[stage]) != before)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -146,7 +146,8 @@ def test_a_result_knows_whether_it_is_equal_and_survives_its_file() -> None:
         assert not replace(good, **bad).equal
 
 
-# A stage of six parts that goes on where it was; "forgetful" tells how often it was started.
+# A stage of six parts that goes on where it was; "forgetful" tells how often it was started, "busy" does something
+# before its first checkpoint.
 TOY = """
 import os, sys, time
 from logonet import artifacts, store
@@ -154,6 +155,9 @@ root, mode = sys.argv[1:]
 uri = root + "/pretrain/0123"
 starts = sum(1 for _ in store.listing(root + "/starts"))
 store.write(f"{root}/starts/{starts}", b"")
+if mode == "busy":
+    store.write(f"{uri}/crops/{starts}", b"")
+    time.sleep(0.5)
 for part in range(6):
     if not store.exists(f"{uri}/checkpoints/step-{part:08d}/manifest.json"):
         time.sleep(0.1)
@@ -211,6 +215,13 @@ def test_a_run_that_goes_on_is_equal_and_one_that_does_not_is_not(
     run = tmp_path / "pretrain" / "run-0"
     assert (run / "pretrain" / "0123" / "manifest.json").exists(), "one that differs is, to be looked at"
     chaos.Disk(str(run)).close()
+
+
+def test_no_checkpoint_is_torn_before_there_is_one(toy: Callable[..., Any]) -> None:
+    """Killed at its first write instead, a run would begin anew for ever."""
+    done, said = toy("busy", "checkpoint")
+    assert done.equal, said
+    assert done.statuses == [-9, 0]
 
 
 @pytest.mark.parametrize(("mode", "ended"), [("stuck", [chaos.HUNG]), ("broken", [2, 2, 2, 2])])
