@@ -73,6 +73,7 @@ _SHORT = (
 )
 PRETRAINING_SET = ("split=null", "crops.per_scan=3", "clusterers.n=16", "clusterers.iterations=100", *_SHORT)
 FINETUNING_SET = ("split.test_share=0", "split.folds=4", "train.validate_every_epochs=2", *_SHORT)
+CLUSTERING_SET = ("clusterers.iterations=1000",)  # fits are kept until all are done: for seconds, to be met
 SWEEP_SET = ("train.epochs=3",)
 SPACE = "search:\n  method.phi1: {grid: [0.1, 0.2, 0.3]}\n"
 SPACE_NAME = "grid"
@@ -143,7 +144,8 @@ def plan(seed: int, stage: Stage, kills: int) -> list[Kill]:
     out = []
     for index in range(kills):
         rng = draws.rng(seed, "chaos", stage, index)
-        any_moment = bool(rng.random() < ANY_MOMENT)
+        # What is cut short must be there first, and may be gone again soon.
+        any_moment = bool(rng.random() < ANY_MOMENT) and deck[order[index]] != "checkpoint"
         delay_s = float(rng.uniform(*(ANY_MOMENT_S if any_moment else AFTER_PROGRESS_S)))
         victim, away_s = float(rng.random()), float(rng.uniform(*AWAY_S))
         out.append(Kill(index, deck[order[index]], any_moment, delay_s, victim, away_s))
@@ -571,7 +573,8 @@ def command(stage: Stage, cfg: Config, place: Place, root: str, experiment: str)
     settings: tuple[str, ...] = cfg.finetune_set if stage == "finetune" else cfg.set
     if not cfg.recipe:
         own = FINETUNING_SET if stage == "finetune" else PRETRAINING_SET
-        settings = (*own, *(SWEEP_SET if stage == "sweep" else ()), *settings)
+        more = {"cluster": CLUSTERING_SET, "sweep": SWEEP_SET}.get(stage, ())
+        settings = (*own, *more, *settings)
     words += ["--recipe", cfg.recipe or "demo", "--data", place.data, "--root", root, *common]
     words += ["--experiment", experiment]
     if stage == "finetune":
