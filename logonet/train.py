@@ -853,8 +853,13 @@ def fit(
         feed: what the data tasks prepare samples from.
         callbacks: Ray Train callbacks, such as Tune's TuneReportCallback. They get the id of the workers' placement
             group under PLACE first, then the scalars of each epoch.
+
+    Raises:
+        UserError: settings that cannot work, or the process that leads the training died.
+        Diverged, Stopped: as they say.
     """
     import ray
+    import ray.exceptions
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -898,8 +903,16 @@ def fit(
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
-        with notices.sigterm(told):
-            result: Any = trainer.fit()  # Ray's stub lacks return_value, what rank 0 returned
+        try:
+            with notices.sigterm(told):
+                result: Any = trainer.fit()  # Ray's stub lacks return_value, what rank 0 returned
+        except (
+            ray.exceptions.RayActorError
+        ) as err:  # a worker's death is Ray Train's own affair: this is its controller
+            raise UserError(
+                "the process that leads the training died: it was killed, there was no memory left, or its machine "
+                "went; the same command goes on from the newest checkpoint"
+            ) from err
         notices.forget(run)
         assert result.return_value is not None
         if "diverged" in result.return_value:

@@ -27,7 +27,7 @@ from logonet import (
 )
 from logonet.cluster import Resources
 from logonet.errors import UserError
-from logonet.sweep import records, settings, tuning
+from logonet.sweep import recorder, records, settings, tuning
 from logonet.sweep import run as searching
 from logonet.sweep import space as spaces
 from logonet.sweep.records import Trial
@@ -358,6 +358,37 @@ def test_settings_are_never_tried_twice(capsys: pytest.CaptureFixture[str]) -> N
     done = replace(found[0], status="done")
     left = searching._open(tried, {key_of(done.settings): done}, 5)
     assert [t.index for t in left] == [1, 2]
+
+
+def test_the_place_of_a_controller_that_died_is_given_back(ray_local: None) -> None:
+    """Its machine went, and Train's cleaner with it; places of the living and of the driver stay."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    @ray.remote(num_cpus=0)
+    class Controller:
+        def place(self) -> str:
+            group = placement_group([{"CPU": 0.01}])
+            ray.get(group.ready())
+            return group.id.hex()
+
+    lives, dies = Controller.remote(), Controller.remote()
+    own = placement_group([{"CPU": 0.01}])
+    kept = {ray.get(lives.place.remote()), own.id.hex()}
+    lost = ray.get(dies.place.remote())
+
+    def held_after_looking() -> set[str]:
+        recorder._free_orphans()
+        return {place.placement_group_id.hex() for place in recorder._places()}
+
+    assert kept | {lost} <= held_after_looking()
+    ray.kill(dies)
+    for attempt in tenacity.Retrying(stop=tenacity.stop_after_delay(30), wait=tenacity.wait_fixed(0.2)):
+        with attempt:
+            assert lost not in held_after_looking()
+    assert kept <= held_after_looking()
+    ray.kill(lives)
+    remove_placement_group(own)
 
 
 def test_as_many_trials_as_fit(ray_local: None) -> None:

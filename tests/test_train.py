@@ -105,6 +105,24 @@ def test_patience_without_validation_is_refused(patience: int) -> None:
         train.Config(patience=patience)
 
 
+def test_the_death_of_the_process_that_leads_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    import ray.train.torch
+    from ray.exceptions import ActorDiedError
+
+    class Dies:
+        def __init__(self, *_: Any, **settings: Any) -> None: ...
+
+        def fit(self) -> None:
+            raise ActorDiedError
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", Dies)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    job = train.Job("/nowhere", "0" * 16, {}, {"name": "masked_clusters"}, train.Config(), FACTS)
+    with pytest.raises(UserError, match="the same command goes on from the newest checkpoint"):
+        train.fit(job, object(), Resources(workers=1), SHARE)  # type: ignore[arg-type]
+
+
 # ------------------------------------------------------------------------------------------- the order
 
 

@@ -17,6 +17,7 @@ from logonet.sweep.records import Trial
 from logonet.sweep.trial import CONTROLLER, Plan, key_of
 
 LOST_TRIALS = 3  # how often a trial is started anew when the machine under it is lost
+LOOK_FOR_ORPHANS_S = 5.0
 
 
 class Recorder(tune.Callback):
@@ -29,6 +30,7 @@ class Recorder(tune.Callback):
         self.tracker, self.confirms = tracker, confirms
         self.began: dict[str, float] = {}
         self.running: dict[str, dict[str, str]] = {}  # by Tune's id of the trial: PLACE and CONTROLLER
+        self.looked = time.monotonic()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune saves its callbacks; what this one knows lies in the records
@@ -80,6 +82,11 @@ class Recorder(tune.Callback):
         value = f"{entry['objective']:.4f}" if "objective" in entry else "not measured"
         text = f"epoch {entry['epoch']}/{sweep.epochs}  {MEASURES[sweep.config.objective]} {value}"
         say(f"trial {trial.index}", f"{text}  {outcome.settings_text(trial.settings)}")
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() - self.looked > LOOK_FOR_ORPHANS_S:
+            self.looked = time.monotonic()
+            _free_orphans()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         mine, result = self._of(trial), trial.last_result or {}
@@ -142,20 +149,42 @@ def _free_strays() -> int:
     When the time is up Tune also ends trials that have not said yet where their workers are, and Ray's cleaner may
     never come by. More than once, because a controller that is on its way out may still ask for a place.
     """
+    held = _places()
+    for place in held:
+        _remove(place)
+    return len(held)
+
+
+def _free_orphans() -> int:
+    """Remove the places of controllers that died; how many those were.
+
+    Ray removes a place when its job and its controller are both gone, and Train's own cleaner of it may have died with
+    the same machine: the trial, begun anew, would wait for CPUs that nobody uses until the sweep is over.
+    """
+    # A place made by the driver (Tune's, of a trial) has no actor for its creator, and is said to have lost it.
+    nobody = ray.ActorID.nil().binary()
+    orphans = [p for p in _places() if p.creator_actor_dead and p.creator_actor_id != nobody]
+    for place in orphans:
+        _remove(place)
+    return len(orphans)
+
+
+def _places() -> list[Any]:
+    """The places (placement groups) that this job holds, as Ray's GCS keeps them.
+
+    Ray's public list of places asks its dashboard, which a Ray of our own has not; its public table does not say whose
+    a place is.
+    """
     from ray._private.state import state
     from ray.core.generated import gcs_pb2
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    # Ray's public list of places asks its dashboard, which a Ray of our own has not; its public table does not say
-    # whose a place is.
     job = ray.get_runtime_context().get_job_id()
     row: Any = vars(gcs_pb2)["PlacementGroupTableData"]  # generated without types
     table = map(row.FromString, state._connect_and_get_accessor().get_placement_group_table())
-    held = [
-        place.placement_group_id
-        for place in table
-        if place.creator_job_id.hex() == job and place.state != row.REMOVED
-    ]
-    for group in held:
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID(group)))
-    return len(held)
+    return [place for place in table if place.creator_job_id.hex() == job and place.state != row.REMOVED]
+
+
+def _remove(place: Any) -> None:
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    remove_placement_group(PlacementGroup(ray.PlacementGroupID(place.placement_group_id)))
