@@ -71,7 +71,8 @@ def check_keys(cls: type, values: Mapping[str, Any], where: str = "") -> None:
 def unknown(kind: str, name: Any, known: Iterable[str]) -> str:
     """The sentence for a name that does not exist, with the nearest that does. YAML's keys may be no text."""
     known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+    # Cut off: comparing takes the square of the length, and a file may hold a key of megabytes.
+    near = difflib.get_close_matches(str(name)[:100], known, n=1, cutoff=0.0)
     hint = f"; did you mean '{near[0]}'?" if near else ""
     return f"unknown {kind} '{name}'{hint} (known: {', '.join(known) or 'none'})"
 

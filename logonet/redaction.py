@@ -23,17 +23,18 @@ SHORTEST_NAME = 3  # the same of a scan's name: "1" stands in every second line
 _SECRET = r"(?:secret|passw|credential|token(?!s|i)|api_?key|access_?key|private_?key)"
 SECRET_NAME = re.compile(_SECRET, re.I)
 _NO_SECRET = re.compile(r"_(ID|FILE|PATH|DIR|CREDENTIALS)$", re.I)  # AWS_ACCESS_KEY_ID and where secrets lie
+# A text may be a megabyte of one letter: what could begin anywhere and run to the end must begin at a boundary, or end.
 _CREDENTIALS = [
-    (re.compile(r"(\w+://)[^/\s@]+@"), r"\1REDACTED@"),
+    (re.compile(r"(\b\w+://)[^/\s@]+@"), r"\1REDACTED@"),
     # A secret key may have slashes; a port is none.
-    (re.compile(r"(\w+://)[^/\s@:]+:(?!\d+/)[^\s@]+@"), r"\1REDACTED@"),
+    (re.compile(r"(\b\w+://)[^/\s@:]+:(?!\d+/)[^\s@]{1,1000}@"), r"\1REDACTED@"),
     (re.compile(r"([?&](?:x-amz-\w+|signature|sig|awsaccesskeyid|se|sv)=)[^&\s]+", re.I), r"\1REDACTED"),
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"), HIDDEN),
-    (re.compile(rf"({_SECRET}[\w.-]*[\"']?=)[^\s,&]+", re.I), r"\1REDACTED"),
+    (re.compile(rf"({_SECRET}[\w.-]{{0,100}}[\"']?=)[^\s,&]+", re.I), r"\1REDACTED"),
 ]
 # In data, unlike in sentences, what follows such a word is its value.
-_VALUES = (re.compile(rf"({_SECRET}[\w.-]*[\"']?(?:\s*[=:]\s*|\s+))[^\s,&]+", re.I), r"\1REDACTED")
-_SCANS = (re.compile(r"[^=,;'\"\[\]{}]*\.(?:nii(?:\.gz)?|dcm|ima|mha|mhd|nrrd)\b", re.I), "[scan]")
+_VALUES = (re.compile(rf"({_SECRET}[\w.-]{{0,100}}[\"']?(?:\s*[=:]\s*|\s+))[^\s,&]+", re.I), r"\1REDACTED")
+_SCANS = (re.compile(r"(?<![^=,;'\"\[\]{}])[^=,;'\"\[\]{}]*\.(?:nii(?:\.gz)?|dcm|ima|mha|mhd|nrrd)\b", re.I), "[scan]")
 
 
 def without_secrets(text: str) -> str:

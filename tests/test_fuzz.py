@@ -41,6 +41,13 @@ def test_mutations(name: str) -> None:
 # ---------------------------------------------------------------------------- what mutations have found
 
 
+@pytest.mark.timeout(60)
+def test_a_key_of_a_megabyte_is_refused_at_once() -> None:
+    """Comparing it with all known keys took minutes."""
+    said = config.unknown("config key", "x" * (1 << 20), ["train.lr", "train.epochs"])
+    assert str(UserError(said)).startswith("unknown config key 'xxx")
+
+
 def test_a_sentence_is_one_short_printable_line() -> None:
     said = str(UserError(f"/a\nb\ud800\x1b[31m{'x' * 5000}: is wrong; mend it"))
     assert said.isprintable()
