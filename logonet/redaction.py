@@ -34,7 +34,10 @@ _CREDENTIALS = [
 ]
 # In data, unlike in sentences, what follows such a word is its value.
 _VALUES = (re.compile(rf"({_SECRET}[\w.-]{{0,100}}[\"']?(?:\s*[=:]\s*|\s+))[^\s,&]+", re.I), r"\1REDACTED")
-_SCANS = (re.compile(r"(?<![^=,;'\"\[\]{}])[^=,;'\"\[\]{}]*\.(?:nii(?:\.gz)?|dcm|ima|mha|mhd|nrrd)\b", re.I), "[scan]")
+_SCANS = (
+    re.compile(r"(?<![^=,;'\"\[\]{}])[^=,;'\"\[\]{}]*\.(?:nii(?:\.gz)?|dcm|ima|mha|mhd|nrrd)\b", re.I),
+    "[scan]",
+)
 
 
 def without_secrets(text: str) -> str:

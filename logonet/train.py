@@ -60,6 +60,10 @@ class Diverged(UserError):
     """Training cannot go on; every rank raises it at the same step."""
 
 
+class LeaderLost(UserError):
+    """The process that leads the workers died, which is no fault of the run's: started again it goes on."""
+
+
 class Left(Exception):
     """The ranks were asked to go: the state after ``step`` is stored; every rank raises it at the same step."""
 
@@ -855,8 +859,8 @@ def fit(
             group under PLACE first, then the scalars of each epoch.
 
     Raises:
-        UserError: settings that cannot work, or the process that leads the training died.
-        Diverged, Stopped: as they say.
+        UserError: settings that cannot work.
+        Diverged, LeaderLost, Stopped: as they say.
     """
     import ray
     import ray.exceptions
@@ -906,10 +910,8 @@ def fit(
         try:
             with notices.sigterm(told):
                 result: Any = trainer.fit()  # Ray's stub lacks return_value, what rank 0 returned
-        except (
-            ray.exceptions.RayActorError
-        ) as err:  # a worker's death is Ray Train's own affair: this is its controller
-            raise UserError(
+        except ray.exceptions.RayActorError as err:  # a worker's death never comes here
+            raise LeaderLost(
                 "the process that leads the training died: it was killed, there was no memory left, or its machine "
                 "went; the same command goes on from the newest checkpoint"
             ) from err

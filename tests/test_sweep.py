@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,7 @@ from logonet.errors import UserError
 from logonet.sweep import recorder, records, settings, tuning
 from logonet.sweep import run as searching
 from logonet.sweep import space as spaces
+from logonet.sweep import trial as running
 from logonet.sweep.records import Trial
 from logonet.sweep.settings import Budget, Config, Sweep
 from logonet.sweep.trial import key_of, objective_of, told
@@ -389,6 +391,28 @@ def test_the_place_of_a_controller_that_died_is_given_back(ray_local: None) -> N
     assert kept <= held_after_looking()
     ray.kill(lives)
     remove_placement_group(own)
+
+
+@pytest.mark.parametrize(
+    ("err", "recorded"), [(train.LeaderLost("gone"), False), (train.Diverged("nan"), True)]
+)
+def test_a_machines_failure_is_not_the_trials(
+    monkeypatch: pytest.MonkeyPatch, err: UserError, recorded: bool
+) -> None:
+    """Recorded as failed, a trial that was only killed would be left out when the winner is chosen."""
+    said: list[dict[str, Any]] = []
+
+    def dies(*_: Any, **__: Any) -> None:
+        raise err
+
+    monkeypatch.setattr(running.tune, "report", said.append)
+    monkeypatch.setattr(running.stages, "pretrain", dies)
+    monkeypatch.setattr(running, "Report", lambda *_, **__: None)  # it wants a sweep around it
+    tried = sweep("/nowhere", "/nowhere/scans", {"search": {"method.phi1": {"grid": [0.1]}}})
+    plan = running.Plan(tried, ONE, cluster.Share(1, False, 1, 1, 1, 1, 3), {}, None, [{"method.phi1": 0.1}])
+    with contextlib.nullcontext() if recorded else pytest.raises(train.LeaderLost):
+        running.run_trial({"place": 0}, plan)
+    assert [s["failed"] for s in said] == (["nan"] if recorded else [])
 
 
 def test_as_many_trials_as_fit(ray_local: None) -> None:

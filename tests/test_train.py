@@ -119,7 +119,7 @@ def test_the_death_of_the_process_that_leads_is_one_sentence(monkeypatch: pytest
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Dies)
     monkeypatch.setattr(ray, "put", lambda value: value)
     job = train.Job("/nowhere", "0" * 16, {}, {"name": "masked_clusters"}, train.Config(), FACTS)
-    with pytest.raises(UserError, match="the same command goes on from the newest checkpoint"):
+    with pytest.raises(train.LeaderLost, match="the same command goes on from the newest checkpoint"):
         train.fit(job, object(), Resources(workers=1), SHARE)  # type: ignore[arg-type]
 
 

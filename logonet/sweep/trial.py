@@ -120,6 +120,8 @@ def run_trial(point: Mapping[str, Any], plan: Plan) -> None:
         for entry in history:
             tune.report(told(entry, name))
         tune.report({"finished": True, "final": final})
+    except train.LeaderLost:
+        raise  # a machine's failure, not the trial's: Tune starts it anew, and it goes on
     except Exception as err:
         # One trial's failure is its own: it is recorded with its reason, the others go on.
         tune.report({"failed": _reason(err), "trace": traceback.format_exc()})
@@ -134,6 +136,8 @@ def confirm_trial(point: Mapping[str, Any], plan: Plan, uris: Sequence[str]) -> 
             raise UserError(f"{uris[place]} is gone; run the sweep again under another name")
         _, final = _finetuned(plan, plan.settings[place], artifact, [])
         tune.report({"finished": True, "final": final})
+    except train.LeaderLost:
+        raise  # a machine's failure, not the trial's: Tune starts it anew, and it goes on
     except Exception as err:
         tune.report({"failed": f"finetuning: {_reason(err)}", "trace": traceback.format_exc()})
 
