@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from logonet import config, crops, draws, store, volume
+from logonet import config, crops, draws, store, tensors, volume
 from logonet.errors import BadScan, UserError
 from logonet.volume import Volume
 
@@ -142,29 +142,15 @@ def places(labels_XYZ: np.ndarray, seed: int, scan_id: str) -> dict[int, np.ndar
 
 def to_bytes(scan_id: str, image_CXYZ: np.ndarray, labels_XYZ: np.ndarray, seed: int) -> bytes:
     """One case as a safetensors file: bricks of image and labels, places of each class, all with checksums."""
-    from safetensors.numpy import save
-
-    tensors: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, box in _bricks(labels_XYZ.shape):
-        tensors[f"image/{name}"] = np.ascontiguousarray(image_CXYZ[(slice(None), *box)])
-        tensors[f"labels/{name}"] = np.ascontiguousarray(labels_XYZ[box])
+        arrays[f"image/{name}"] = np.ascontiguousarray(image_CXYZ[(slice(None), *box)])
+        arrays[f"labels/{name}"] = np.ascontiguousarray(labels_XYZ[box])
     for index, voxels_n3 in places(labels_XYZ, seed, scan_id).items():
-        tensors[f"places/{index}"] = voxels_n3
-    sums = {name: hashlib.sha256(tensor.tobytes()).hexdigest() for name, tensor in tensors.items()}
+        arrays[f"places/{index}"] = voxels_n3
+    sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
     meta = {"scan_id": scan_id, "shape": json.dumps(image_CXYZ.shape), "sha256": json.dumps(sums)}
-    return _in_order(save(tensors, metadata=meta))
-
-
-def _in_order(blob: bytes) -> bytes:
-    """The same safetensors file with its metadata sorted: it is written in no fixed order, and equal cases are to
-    be equal files.
-    """
-    size = int.from_bytes(blob[:8], "little")
-    fields = json.loads(blob[8 : 8 + size])
-    fields["__metadata__"] = dict(sorted(fields["__metadata__"].items()))
-    header = json.dumps(fields, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # tensors stay aligned
-    return b"".join([len(header).to_bytes(8, "little"), header, memoryview(blob)[8 + size :]])
+    return tensors.to_bytes(arrays, meta)
 
 
 def _bricks(shape_xyz: Sequence[int]) -> Iterator[tuple[str, tuple[slice, slice, slice]]]:

@@ -34,6 +34,7 @@ from logonet import (
     methods,
     store,
     tables,
+    tensors,
 )
 from logonet.artifacts import Artifact
 from logonet.cluster import Share, quiet
@@ -145,12 +146,10 @@ def cut_scans(
 
 def _shard_bytes(scan_id: str, crops_RCXYZ: np.ndarray) -> bytes:
     """A safetensors file of crops whose header also says each crop's checksum."""
-    from safetensors.numpy import save
-
     names = [f"{i:05d}" for i in range(len(crops_RCXYZ))]
     sums = [hashlib.sha256(np.ascontiguousarray(c).tobytes()).hexdigest() for c in crops_RCXYZ]
     meta = {"scan_id": scan_id, "sha256": json.dumps(dict(zip(names, sums)))}
-    return save({n: np.ascontiguousarray(c) for n, c in zip(names, crops_RCXYZ)}, metadata=meta)
+    return tensors.to_bytes({n: np.ascontiguousarray(c) for n, c in zip(names, crops_RCXYZ)}, meta)
 
 
 def _shard_index(uri: str, name: str, size_bytes: int) -> list[CropRef]:

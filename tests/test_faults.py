@@ -345,11 +345,13 @@ def test_parquet_through_pyarrow_survives_what_its_docstring_says(
     proxy.spared = ("flip", "short", "header", "ok_error", "refused", "repeat_page")
     proxy.rate, proxy.seed = 0.1, seed
     table = pa.table({"x": list(range(200_000))})
-    for n in range(20):
+    for n in range(40):
         filesystem, path = store.arrow_filesystem(store.join(bucket, f"{n}.parquet"))
         pq.write_table(table, path, filesystem=filesystem)
         assert pq.read_table(path, filesystem=filesystem).equals(table)
-    assert len(proxy.faults()) > 5
+    assert (
+        len(proxy.faults()) >= 5
+    )  # the bucket's name, and so the draws, are another each time; 16 on average
 
 
 # ------------------------------------------------------------------------------------- whole pipelines

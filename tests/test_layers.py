@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"redaction"},
     {"errors"},
-    {"config", "draws", "tables"},
+    {"config", "draws", "tables", "tensors"},
     {"store"},
     {
         "artifacts",
