@@ -222,6 +222,7 @@ def connected(resources: Resources, logs: bool = True) -> Iterator[None]:
         # A dashboard is eleven processes and a gigabyte, and gone with this process; a cluster of 'ray start' has one.
         options.update(address="local", num_cpus=max(cores, resources.most + 2), include_dashboard=False)
         runtime_env["env_vars"]["GLOO_SOCKET_IFNAME"] = _loopback_interface()
+        runtime_env["worker_process_setup_hook"] = f"{__name__}.{_without_dashboard.__name__}"
         if resources.object_store_mb:
             options["object_store_memory"] = resources.object_store_mb * MIB
     try:
@@ -252,6 +253,15 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(level)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def _without_dashboard() -> None:
+    """In a worker process: Ray Train's watcher over its controller asks the dashboard, which a Ray of our own lacks.
+
+    It would complain every second.
+    """
+    name = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def share(resources: Resources) -> Share:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -425,3 +426,15 @@ def test_as_many_trials_as_fit(ray_local: None) -> None:
     assert 0 < share.cpus_per_data_task <= 4 - busy, "data tasks would wait for ever"
     assert cluster.shares(ONE, most=1)[0] == 1
     assert cluster.shares(Resources(workers=2), most=9)[0] == 1
+
+
+def test_a_missing_dashboard_is_not_complained_of(ray_local: None) -> None:
+    """Every second, by Train's watcher over its controller."""
+    import ray
+    from ray.train.v2._internal.execution.controller import placement_group_cleaner
+
+    @ray.remote
+    def level(name: str) -> int:
+        return logging.getLogger(name).getEffectiveLevel()
+
+    assert ray.get(level.remote(placement_group_cleaner.logger.name)) == logging.ERROR
