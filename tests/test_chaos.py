@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -262,6 +263,8 @@ def sweep(scans: str, root: Path, address: str | None = None) -> subprocess.Pope
     space.write_text(GRID)
     job = ["jobs/sweep.py", "--recipe", "demo", "--data", scans, "--root", str(root), "--space", str(space)]
     job += ["--objective", "accuracy", "--no-stop-early", "--concurrent", "1"]
+    # A head has more CPUs than a Ray of our own: without this a worker there has more threads, which add otherwise.
+    job += ["--cpus-per-worker", str(min(2, os.cpu_count() or 1))]
     for setting in ("split=null", "crops.per_scan=3", "train.epochs=4", "train.warmup_epochs=1"):
         job += ["--set", setting]
     return launch(root, job, address)
