@@ -53,7 +53,7 @@ def test_benchmarks_run_and_end_on_json(command: str) -> None:
         cwd=BENCHMARKS.parent,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     line = json.loads(done.stdout.splitlines()[-1])
