@@ -212,7 +212,7 @@ def connected(resources: Resources, logs: bool = True) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    runtime_env = {"env_vars": _env_vars()}
+    runtime_env: dict[str, Any] = {"env_vars": _env_vars()}
     options: dict[str, Any] = {"runtime_env": runtime_env, "logging_level": logging.WARNING}
     options["log_to_driver"] = logs
     if address() is None:
