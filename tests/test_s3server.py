@@ -84,7 +84,9 @@ def test_stopping_ends_every_process(own_server: S3Server) -> None:
 
 
 def _serve(directory: Path) -> tuple[subprocess.Popen[str], dict[str, str], list[psutil.Process]]:
-    code = "import sys; from logonet import s3server; s3server.serve(sys.argv[1])"
+    # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from logonet import s3server; s3server.serve(sys.argv[1])"
     parent = subprocess.Popen([sys.executable, "-c", code, str(directory)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     printed = {}
@@ -106,9 +108,12 @@ def test_no_process_outlives_the_one_that_serves(
         assert len(psutil.Process(parent.pid).children()) == 5  # the updater's passing fork is not among them
     finally:
         parent.send_signal(how)
-        status = parent.wait()
-        assert parent.stdout is not None
-        parent.stdout.close()
+        try:
+            status = parent.wait(timeout=60)
+        finally:
+            parent.kill()
+            assert parent.stdout is not None
+            parent.stdout.close()
     assert status == (-signal.SIGKILL if how == signal.SIGKILL else 0)
     _, alive = psutil.wait_procs(children, timeout=30)
     for orphan in alive:
