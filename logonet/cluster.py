@@ -223,7 +223,7 @@ def connected(resources: Resources, logs: bool = True) -> Iterator[None]:
         options.update(address="local", num_cpus=max(cores, resources.most + 2), include_dashboard=False)
         runtime_env["env_vars"]["GLOO_SOCKET_IFNAME"] = _loopback_interface()
         # Threads that wait for each other give their core to Ray's processes, which wake up all the time on the same
-        # ones, instead of spinning: a step on all of two cores takes a fifth less (docs/performance.md).
+        # ones, instead of spinning: a step on all of two cores takes an eighth less (docs/performance.md).
         if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
             runtime_env["env_vars"]["GOMP_SPINCOUNT"] = "1000"
         runtime_env["worker_process_setup_hook"] = f"{__name__}.{_without_dashboard.__name__}"

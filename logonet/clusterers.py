@@ -31,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from logonet import draws
+from logonet import draws, tensors
 from logonet.errors import UserError
 from logonet.volume import from_uint16
 
@@ -312,12 +312,9 @@ class ClustererSet:
 
 
 def _pack(file_format: str, arrays: dict[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
-    from safetensors.numpy import save
-
     arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
     about = {"format": file_format, "sha256": _digest(arrays, meta), "meta": meta}
-    # One entry: safetensors writes several in a random order, and equal sets should be equal files.
-    return save(arrays, metadata={"logonet": _json(about)})
+    return tensors.to_bytes(arrays, {"logonet": _json(about)})
 
 
 def _unpack(file_format: str, data: bytes, source: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -146,10 +146,9 @@ def cut_scans(
 
 def _shard_bytes(scan_id: str, crops_RCXYZ: np.ndarray) -> bytes:
     """A safetensors file of crops whose header also says each crop's checksum."""
-    names = [f"{i:05d}" for i in range(len(crops_RCXYZ))]
-    sums = [hashlib.sha256(np.ascontiguousarray(c).tobytes()).hexdigest() for c in crops_RCXYZ]
-    meta = {"scan_id": scan_id, "sha256": json.dumps(dict(zip(names, sums)))}
-    return tensors.to_bytes({n: np.ascontiguousarray(c) for n, c in zip(names, crops_RCXYZ)}, meta)
+    arrays = {f"{i:05d}": np.ascontiguousarray(crop_CXYZ) for i, crop_CXYZ in enumerate(crops_RCXYZ)}
+    sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
+    return tensors.to_bytes(arrays, {"scan_id": scan_id, "sha256": json.dumps(sums)})
 
 
 def _shard_index(uri: str, name: str, size_bytes: int) -> list[CropRef]:

@@ -179,6 +179,7 @@ def test_a_scan_is_cut_once_and_again_only_when_its_shard_is_torn(
     shard.write_bytes(whole[:-1])
     assert cut_scans() == refs
     assert shard.read_bytes() == whole
+    np.testing.assert_array_equal(np.stack([table.read(i) for i in range(3)]), expected)
 
 
 def test_config_from_yaml_lists() -> None:

@@ -349,8 +349,8 @@ def test_parquet_through_pyarrow_survives_what_its_docstring_says(
         filesystem, path = store.arrow_filesystem(store.join(bucket, f"{n}.parquet"))
         pq.write_table(table, path, filesystem=filesystem)
         assert pq.read_table(path, filesystem=filesystem).equals(table)
-    # 16 on average: the bucket's name, and with it what is drawn, is another each time.
-    assert len(proxy.faults()) >= 5
+    # The bucket's name, and with it what is drawn, is another each time.
+    assert len(proxy.faults()) > 5
 
 
 # ------------------------------------------------------------------------------------- whole pipelines
