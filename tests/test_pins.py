@@ -1,0 +1,105 @@
+"""What must not change by accident: the ids of every recipe's artifacts, and what the demo computes.
+
+An id covers a stage's config and its parents' ids. When one changes, everything made before is computed anew, so a
+change here is a decision: run ``python tests/test_pins.py`` to write the new ids into tests/pins.json, and say so in
+CHANGELOG.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jobs import recipes
+from logonet import cases, clusterers, data, manifest, phantom, stages, train
+from logonet.cluster import Resources, Share
+from logonet.stages import pretraining
+
+PINS = Path(__file__).with_name("pins.json")
+SHARE = Share(1, False, 1.0, 1, 1.0, 1.0, 2.0)
+
+
+class Reached(Exception):
+    """Training would begin now."""
+
+
+def stand_ins(patch: pytest.MonkeyPatch) -> None:
+    """Everything that takes time gives something small instead; configs, parents and addresses are the real ones."""
+
+    def cut(scans: Any, cfg: Any, uri: str, share: Share) -> Any:
+        num_bytes = 2 * int(np.prod(cfg.size_vox))
+        return [data.CropRef(f"{s.scan_id}/00000", s.scan_id, "shards/none", 0, num_bytes, "0" * 64) for s in scans], []
+
+    def prepare(scans: Any, label_values: Any, cfg: Any, uri: str, share: Share) -> Any:
+        return [cases.Ref(s.scan_id, f"{uri}/none", 8, (1, 48, 48, 48), "0" * 64) for s in scans], []
+
+    def from_fitted(fitted: Any, meta: Any) -> clusterers.ClustererSet:
+        sizes_N = np.array(clusterers.cluster_counts(clusterers.Config(**meta["config"])))
+        return clusterers.ClustererSet(np.zeros((int(sizes_N.sum()), 1), np.float32), sizes_N, dict(meta))
+
+    def label(table: Any, fitted: Any, share: Share) -> np.ndarray:
+        return np.zeros((len(table), len(fitted.sizes_N), table.size_vox[2]), np.int16)
+
+    def fit(job: train.Job, *args: Any, **kwargs: Any) -> Any:
+        raise Reached(job.fingerprint)
+
+    patch.setattr(data, "inspect_scans", lambda sources, share, known=0: [manifest.inspect(s) for s in sources])
+    patch.setattr(data, "cut_scans", cut)
+    patch.setattr(data, "prepare_cases", prepare)
+    patch.setattr(data, "sample_slices", lambda table, most, seed, share: np.zeros((1, 1), np.uint16))
+    patch.setattr(data, "fit_clusterers", lambda *args, **kwargs: [])
+    patch.setattr(clusterers.ClustererSet, "from_fitted", from_fitted)
+    patch.setattr(data, "label_crops", label)
+    patch.setattr(pretraining, "_pictures", lambda *args: {})
+    patch.setattr(train, "fit", fit)
+    patch.setattr("logonet.cluster.share", lambda resources: SHARE)
+
+
+def ids_of(folder: Path, stage: str, recipe: str) -> dict[str, str]:
+    """The ids of all artifacts of a recipe on 12 phantoms, by stage."""
+    scans, root = folder / "scans", folder / f"{stage}-{recipe}"
+    if not scans.exists():
+        phantom.write_dataset(str(scans), 12, size_vox=(48, 48, 48), classes=3)
+    run: Any = stages.pretrain if stage == "pretrain" else stages.finetune
+    known = recipes.PRETRAINING if stage == "pretrain" else recipes.FINETUNING
+    with pytest.raises(Reached) as reached:
+        run(known[recipe](), str(scans / "dataset.json"), str(root), Resources(), "pins")
+    # A manifest's own id has its place and its files' times in it; what counts is its content's.
+    made = {p.name: next(p.iterdir()).name for p in sorted(root.iterdir()) if p.name != "manifest"}
+    scan_table = next((root / "manifest").iterdir()) / "manifest.json"
+    return {"scans": json.loads(scan_table.read_text())["facts"]["id"], **made, stage: str(reached.value)}
+
+
+RECIPES = [("pretrain", r) for r in recipes.PRETRAINING] + [("finetune", r) for r in recipes.FINETUNING]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pins")
+
+
+@pytest.mark.parametrize(("stage", "recipe"), RECIPES)
+def test_ids_of_a_recipes_artifacts(
+    stage: str, recipe: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_ins(monkeypatch)
+    assert ids_of(folder, stage, recipe) == json.loads(PINS.read_text())["ids"][stage][recipe]
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    pins = json.loads(PINS.read_text()) if PINS.exists() else {}
+    pins["ids"] = {"pretrain": {}, "finetune": {}}
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patched:
+        stand_ins(patched)
+        for of_stage, named in RECIPES:
+            pins["ids"][of_stage][named] = ids_of(Path(place), of_stage, named)
+    PINS.write_text(json.dumps(pins, indent=1, sort_keys=True) + "\n")
+    sys.exit(0)
