@@ -25,11 +25,11 @@ $(STORE)/.done: constraints-store.txt
 	touch $@
 
 demo: setup      ## phantoms in an S3 server -> pretrain -> finetune -> evaluate -> register -> predict -> one page
-	$(BIN)/python jobs/demo.py
+	$(BIN)/python -m tools.demo
 
 sweep: setup     ## the paper's Table 14 on phantoms: 9 trials, killed with SIGKILL in the middle, resumed
 	rm -rf sweep-run
-	$(BIN)/python jobs/demo_sweep.py --dir sweep-run
+	$(BIN)/python -m tools.demo_sweep --dir sweep-run
 
 chaos: setup     ## 20 kills of every stage, compared with the undisturbed run; goes on where it was
 	$(BIN)/logonet chaos

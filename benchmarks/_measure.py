@@ -14,7 +14,9 @@ from typing import Any
 import psutil
 import torch
 
-from logonet import crops, data, manifest, phantom, store
+from logonet.data import crop_shards, cropping, manifest, phantom
+from logonet.distributed import data_tasks
+from logonet.storage import object_store
 
 # For a benchmark that starts Ray and the embedded S3 server. Ray makes its workers yield to all else (niceness 15):
 # beside other work, what is compared with them would win. Idle workers are kept, for a run that goes on has no pauses
@@ -56,17 +58,19 @@ def sentence(about: dict[str, Any]) -> str:
     )
 
 
-def phantom_crops(uri: str, cfg: crops.Config, scans: int, size_vox: tuple[int, int, int]) -> data.CropTable:
+def phantom_crops(
+    uri: str, cfg: cropping.Config, scans: int, size_vox: tuple[int, int, int]
+) -> crop_shards.CropTable:
     """Crops of a few phantoms, cut in this process and stored under ``uri``."""
     phantom.write_dataset(f"{uri}/scans", scans, size_vox=size_vox)
-    refs: list[data.CropRef] = []
-    for entry in store.listing(f"{uri}/scans/imagesTr"):
+    refs: list[crop_shards.CropRef] = []
+    for entry in object_store.listing(f"{uri}/scans/imagesTr"):
         row = manifest.inspect(manifest.Source(entry.uri))
         assert isinstance(row, manifest.Scan), row
-        answer = data._CutScan(cfg, f"{uri}/crops", {})(row)
+        answer = data_tasks._CutScan(cfg, f"{uri}/crops", {})(row)
         assert isinstance(answer, list), answer
         refs += answer
-    return data.CropTable(f"{uri}/crops", cfg.size_vox, 1, tuple(refs))
+    return crop_shards.CropTable(f"{uri}/crops", cfg.size_vox, 1, tuple(refs))
 
 
 def resident_bytes() -> int:

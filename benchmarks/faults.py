@@ -28,8 +28,12 @@ from typing import Any
 
 from _measure import machine, markdown, sentence
 
-from logonet import cluster, crops, data, manifest, methods, phantom, store
-from logonet.s3server import S3Server
+from logonet import methods
+from logonet.data import crop_shards, cropping, manifest, phantom
+from logonet.distributed import cluster, data_tasks
+from logonet.storage import object_store
+from logonet.training import dataset, schedule
+from tools.s3server import S3Server
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from faultproxy import FaultProxy
@@ -41,28 +45,30 @@ BUCKET = "s3://faults"
 MB = 1e6
 
 
-def turn(scans: list[manifest.Scan], cfg: crops.Config, uri: str, passes: int, share: Any) -> dict[str, Any]:
+def turn(
+    scans: list[manifest.Scan], cfg: cropping.Config, uri: str, passes: int, share: Any
+) -> dict[str, Any]:
     """Seconds and MB of cutting and reading, and a digest of every crop."""
     import ray
 
     began = time.perf_counter()
-    refs, bad = data.cut_scans(scans, cfg, uri, share)
+    refs, bad = data_tasks.cut_scans(scans, cfg, uri, share)
     cut_s = time.perf_counter() - began
     assert not bad, bad
-    table = data.CropTable(uri, cfg.size_vox, 1, tuple(refs))
-    order = data.Order(len(table), global_batch=4, seed=0)
+    table = crop_shards.CropTable(uri, cfg.size_vox, 1, tuple(refs))
+    order = schedule.SampleSchedule(len(table), global_batch=4, seed=0)
     config = methods.config(METHOD, {})
-    feed = [ray.put(data.Feed(table, None, METHOD, config, order))]
+    feed = [ray.put(dataset.TrainingDataset(table, None, METHOD, config, order))]
     steps = passes * order.steps_per_pass
     began = time.perf_counter()
     seen = 0
-    for batch in data.batches(
+    for batch in data_tasks.batches(
         feed, start_step=0, stop_step=steps, rank=0, world=1, batch_size=4, share=share
     ):
         seen += len(next(iter(batch.values())))
     read_s = time.perf_counter() - began
     began = time.perf_counter()
-    slices_ST = data.sample_slices(table, len(table) * SIDE, 0, share)
+    slices_ST = data_tasks.sample_slices(table, len(table) * SIDE, 0, share)
     sample_s = time.perf_counter() - began
     crop_mb = 2 * SIDE**3 / MB
     return {
@@ -89,7 +95,7 @@ def main() -> None:
     args = parser.parse_args()
 
     about = machine()
-    cfg = crops.Config(size_vox=(SIDE,) * 3, per_scan=args.per_scan)
+    cfg = cropping.Config(size_vox=(SIDE,) * 3, per_scan=args.per_scan)
     done: dict[str, list[dict[str, Any]]] = {"sound": [], "faulty": []}
     faults: collections.Counter[str] = collections.Counter()
     requests = 0
@@ -97,9 +103,9 @@ def main() -> None:
         os.environ |= {**server.env(), "NO_PROXY": "127.0.0.1"}
         with FaultProxy(server.endpoint) as proxy:
             os.environ["AWS_ENDPOINT_URL_S3"] = proxy.endpoint
-            store.create_bucket(BUCKET)
+            object_store.create_bucket(BUCKET)
             phantom.write_dataset(f"{BUCKET}/scans", args.scans, size_vox=SCAN_VOX)
-            images = [e.uri for e in store.listing(f"{BUCKET}/scans/imagesTr")]
+            images = [e.uri for e in object_store.listing(f"{BUCKET}/scans/imagesTr")]
             answers = [manifest.inspect(manifest.Source(uri)) for uri in images]
             scans = [a for a in answers if isinstance(a, manifest.Scan)]
             assert len(scans) == args.scans, answers
@@ -117,7 +123,7 @@ def main() -> None:
                             met = proxy.requests[before:]
                             requests += len(met)
                             faults.update(r.fault for r in met if r.fault)
-                        store.delete_prefix(f"{BUCKET}/{kind}-{n}")
+                        object_store.delete_prefix(f"{BUCKET}/{kind}-{n}")
                         print(
                             kind,
                             n,

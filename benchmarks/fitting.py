@@ -31,9 +31,13 @@ import tyro
 from sklearn.cluster import MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 
-from logonet import cluster, clusterers, crops, data, draws, store, volume
-from logonet.labeller import Labeller
-from logonet.s3server import S3Server
+from logonet.clustering import kmeans
+from logonet.clustering.pseudo_labels import Labeller
+from logonet.core import seeding
+from logonet.data import crop_shards, cropping, volume
+from logonet.distributed import cluster, data_tasks
+from logonet.storage import object_store
+from tools.s3server import S3Server
 
 CORES = os.cpu_count() or 1
 
@@ -56,30 +60,30 @@ def main(args: Args) -> None:
     os.environ |= _measure.SETTINGS
     with tempfile.TemporaryDirectory(prefix="logonet-fitting-") as folder, S3Server(f"{folder}/s3") as server:
         os.environ |= server.env()
-        store.create_bucket("s3://fitting")
-        cut = crops.Config(size_vox=(args.side,) * 3, per_scan=-(-args.slices // (4 * args.side)))
+        object_store.create_bucket("s3://fitting")
+        cut = cropping.Config(size_vox=(args.side,) * 3, per_scan=-(-args.slices // (4 * args.side)))
         table = _measure.phantom_crops("s3://fitting", cut, 4, (128, 128, 96))
         with cluster.connected(cluster.Resources(workers=1, object_store_mb=300), logs=False):
             result = measure(args, table)
     report(args, about, result)
 
 
-def measure(args: Args, table: data.CropTable) -> dict[str, Any]:
+def measure(args: Args, table: crop_shards.CropTable) -> dict[str, Any]:
     share = cluster.share(cluster.Resources(workers=1))
-    cfg = clusterers.Config(
+    cfg = kmeans.Config(
         n=args.clusterers,
         k_min=args.k_min,
         k_max=args.k_max,
         iterations=args.iterations,
         max_slices=args.slices,
     )
-    counts = clusterers.cluster_counts(cfg)
-    slices_ST = data.sample_slices(table, cfg.max_slices, cfg.seed, share)
+    counts = kmeans.cluster_counts(cfg)
+    slices_ST = data_tasks.sample_slices(table, cfg.max_slices, cfg.seed, share)
     turns: dict[str, list[tuple[float, float]]] = {}
     labels: dict[str, np.ndarray] = {}
     # Ray's workers import what they need before anything is timed.
     warm = dataclasses.replace(cfg, n=2 * CORES, iterations=1)
-    data.fit_clusterers(slices_ST, warm, "s3://fitting/warm", share, note=lambda *_: None)
+    data_tasks.fit_clusterers(slices_ST, warm, "s3://fitting/warm", share, note=lambda *_: None)
     watch = _measure.StoreWatch()
     with watch, _measure.Cores() as cores:
         for number in range(args.rounds):
@@ -87,29 +91,29 @@ def measure(args: Args, table: data.CropTable) -> dict[str, Any]:
                 turns,
                 cores,
                 "fitting, one after the other",
-                lambda: [clusterers.fit_one(slices_ST, k, i, cfg) for i, k in enumerate(counts)],
+                lambda: [kmeans.fit_one(slices_ST, k, i, cfg) for i, k in enumerate(counts)],
             )
             tasks = take(
                 turns,
                 cores,
                 "fitting, Ray tasks",
-                lambda uri: data.fit_clusterers(slices_ST, cfg, uri, share, note=lambda *_: None),
+                lambda uri: data_tasks.fit_clusterers(slices_ST, cfg, uri, share, note=lambda *_: None),
                 f"s3://fitting/fits-{number}",
             )
             for a, b in zip(alone, tasks):
                 np.testing.assert_array_equal(a.centroids_KT, b.centroids_KT)
             take(turns, cores, "fitting, scikit-learn with all threads", plain_loop, slices_ST, counts, cfg)
-            fitted = clusterers.ClustererSet.from_fitted(alone, {})
+            fitted = kmeans.ClustererSet.from_fitted(alone, {})
             labeller = Labeller(fitted)
             labels["tasks"] = take(
-                turns, cores, "labelling, Ray actors", data.label_crops, table, fitted, share
+                turns, cores, "labelling, Ray actors", data_tasks.label_crops, table, fitted, share
             )
             labels["alone"] = take(
                 turns,
                 cores,
                 "labelling, one process",
                 lambda labeller: np.stack(
-                    [labeller(data.slices_of(table.read(i))).T for i in range(len(table))]
+                    [labeller(crop_shards.slices_of(table.read(i))).T for i in range(len(table))]
                 ),
                 labeller,
             )
@@ -129,7 +133,7 @@ def measure(args: Args, table: data.CropTable) -> dict[str, Any]:
     }
 
 
-def plain_loop(slices_ST: np.ndarray, counts: list[int], cfg: clusterers.Config) -> None:
+def plain_loop(slices_ST: np.ndarray, counts: list[int], cfg: kmeans.Config) -> None:
     """Section 4.1 as one would write it: no limit on threads, otherwise the same updates."""
     with threadpool_limits(CORES):
         for i, k in enumerate(counts):
@@ -139,7 +143,7 @@ def plain_loop(slices_ST: np.ndarray, counts: list[int], cfg: clusterers.Config)
             )
             for iteration in range(cfg.iterations):
                 rows = max(size, k) if iteration == 0 else size
-                chosen = draws.rng(cfg.seed, "plain", i, iteration).choice(
+                chosen = seeding.rng(cfg.seed, "plain", i, iteration).choice(
                     len(slices_ST), rows, replace=False
                 )
                 kmeans.partial_fit(volume.from_uint16(slices_ST[chosen]))
@@ -162,7 +166,7 @@ def take(
 
 def product_rate(rows: int, columns: int, k: int) -> float:
     """Float operations a second of one thread's float32 product of the sizes of an update; the best of nine."""
-    rng = draws.rng(0, "product")
+    rng = seeding.rng(0, "product")
     x_BT, c_TK = (rng.random(shape, dtype=np.float32) for shape in ((rows, columns), (columns, k)))
     seconds = []
     with threadpool_limits(1):

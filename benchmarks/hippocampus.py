@@ -21,7 +21,9 @@ from typing import Any
 import pandas as pd
 import tyro
 
-from logonet import artifacts, backbones, evaluate, report, stages
+from logonet import networks, pipelines, reporting
+from logonet.inference import statistics
+from logonet.storage import artifacts
 
 # Options that give each network about as many parameters as the recipe's LoGoNet (3.24 M).
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -93,12 +95,12 @@ def main(args: Args) -> None:
             name = f"{label.replace(' + ', '-')}-{fraction:g}"
             finetuned, train_s = job(args, name, "finetune", *words)
             judged, _ = job(args, f"evaluate-{name}", "evaluate", "--model", finetuned)
-            scores[label, fraction] = stages.scores_of(judged)
+            scores[label, fraction] = pipelines.scores_of(judged)
             artifact = artifacts.find(finetuned)
             assert artifact is not None
             options = {k: v for k, v in artifact.config["backbone"].items() if k != "name"}
-            built = backbones.build(net, 1, len(artifact.facts["classes"]), **options)
-            summary = evaluate.summary(scores[label, fraction])
+            built = networks.build(net, 1, len(artifact.facts["classes"]), **options)
+            summary = statistics.summary(scores[label, fraction])
             mean = summary[summary["class"] == "mean"].set_index("metric")
             rows.append(
                 {
@@ -118,7 +120,7 @@ def main(args: Args) -> None:
     tests = []
     for fraction in FRACTIONS:
         for other in [label for label, share in scores if share == fraction and label != "logonet"]:
-            compared = evaluate.compare(scores["logonet", fraction], scores[other, fraction])
+            compared = statistics.compare(scores["logonet", fraction], scores[other, fraction])
             mean = compared[compared["class"] == "mean"].set_index("metric")
             line = mean.loc["dice"]
             tests.append(
@@ -133,7 +135,7 @@ def main(args: Args) -> None:
             )
     print(pd.DataFrame(tests).round(5).to_string(index=False))
     shown = table.rename(columns={"dice_mean": "mean", "dice_ci_low": "ci_low", "dice_ci_high": "ci_high"})
-    picture = report.bars_with_ci(
+    picture = reporting.bars_with_ci(
         shown[["name", "group", "mean", "ci_low", "ci_high"]], "Hippocampus, 40 test cases"
     )
     (root / "hippocampus.png").write_bytes(picture)

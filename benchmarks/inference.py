@@ -29,11 +29,12 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from logonet import crops, infer
-from logonet.backbones import SegOut
-from logonet.model import Spec
-from logonet.phantom import phantom
-from logonet.volume import Volume
+from logonet.data import cropping
+from logonet.data.phantom import phantom
+from logonet.data.volume import Volume
+from logonet.inference import sliding_window
+from logonet.inference.model import Spec
+from logonet.networks import SegOut
 
 NATIVE_MM, PREPARED_MM = (0.8, 0.8, 1.0), (1.5, 1.5, 2.0)
 SIZE_VOX, WINDOW_HU, OVERLAP = (96, 96, 96), (-1000.0, 1000.0), 0.5
@@ -84,7 +85,9 @@ def network(path: str, num_classes: int) -> None:
 
 def ours(path: str, num_classes: int) -> np.ndarray:
     scan = Volume(np.load(path)[None], affine())
-    predictor = infer.Predictor(Levels(num_classes), spec(num_classes), infer.Config(overlap=OVERLAP), "cpu")
+    predictor = sliding_window.Predictor(
+        Levels(num_classes), spec(num_classes), sliding_window.Config(overlap=OVERLAP), "cpu"
+    )
     return predictor.segment(scan, "CT")
 
 
@@ -236,10 +239,10 @@ def compare(folder: str, args: argparse.Namespace) -> None:
 
     def ceiling_mb(size: tuple[int, ...], num_classes: int) -> float:
         meta = Volume(np.broadcast_to(np.float32(0), (1, *size)), affine())
-        prepared = crops.prepare(meta, spec(num_classes).preparation()).shape_xyz
-        cfg = infer.Config(overlap=OVERLAP)
+        prepared = cropping.prepare(meta, spec(num_classes).preparation()).shape_xyz
+        cfg = sliding_window.Config(overlap=OVERLAP)
         network_bytes = int(network_mb[num_classes] * 1e6)
-        return infer.ceiling_bytes(size, prepared, num_classes, SIZE_VOX, network_bytes, cfg) / 1e6
+        return sliding_window.ceiling_bytes(size, prepared, num_classes, SIZE_VOX, network_bytes, cfg) / 1e6
 
     def show(r: dict[str, Any]) -> None:
         size = "x".join(map(str, r["shape"]))

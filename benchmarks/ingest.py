@@ -43,8 +43,13 @@ import numpy as np
 import torch
 import tyro
 
-from logonet import cluster, crops, data, draws, manifest, methods, phantom, store, train, volume
-from logonet.s3server import S3Server
+from logonet import methods, training
+from logonet.core import seeding
+from logonet.data import crop_shards, cropping, manifest, phantom, volume
+from logonet.distributed import cluster, data_tasks
+from logonet.storage import object_store
+from logonet.training import dataset, schedule
+from tools.s3server import S3Server
 
 SCANS = Path(__file__).parents[2] / "shared" / "data" / "scans"
 REAL = ("ct_trunk_3mm", "ct_abdomen_3mm", "ct_head_oblique", "ct_head_float64", "mr_abdomen_3mm")
@@ -88,10 +93,10 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     about = _measure.machine()
     os.environ |= _measure.SETTINGS
-    cfg = crops.Config(size_vox=(args.crop_vox,) * 3, per_scan=args.per_scan, spacing_mm=args.spacing_mm)
+    cfg = cropping.Config(size_vox=(args.crop_vox,) * 3, per_scan=args.per_scan, spacing_mm=args.spacing_mm)
     with tempfile.TemporaryDirectory(prefix="logonet-ingest-") as folder, S3Server(f"{folder}/s3") as server:
         os.environ |= server.env()
-        store.create_bucket("s3://ingest")
+        object_store.create_bucket("s3://ingest")
         # Before Ray and torch start threads: forked processes must not inherit a lock that someone holds.
         with concurrent.futures.ProcessPoolExecutor(CORES, multiprocessing.get_context("fork")) as pool:
             uris = upload(args, pool)
@@ -120,36 +125,38 @@ def upload(args: Args, pool: concurrent.futures.Executor) -> list[str]:
         blob = bytearray(blobs[i % len(blobs)])
         blob[4:8] = struct.pack("<I", i + 1)  # gzip's time stamp
         uris.append(f"s3://ingest/scans/scan_{i:03d}.nii.gz")
-        store.write(uris[-1], bytes(blob))
+        object_store.write(uris[-1], bytes(blob))
     return uris
 
 
 def make_scan(args: Args, number: int) -> bytes:
-    scan, _ = phantom.phantom(draws.integer(0, "ingest", number), args.shape, args.scan_spacing_mm)
+    scan, _ = phantom.phantom(seeding.integer(0, "ingest", number), args.shape, args.scan_spacing_mm)
     return volume.encode_nifti(scan.array_CXYZ[0].astype(np.int16), scan.affine)
 
 
 # ------------------------------------------------------------------------------------------------ ours
 
 
-def feed_of(table: data.CropTable, batch: int) -> data.Feed:
+def feed_of(table: crop_shards.CropTable, batch: int) -> dataset.TrainingDataset:
     labels_PNZ = np.zeros((len(table), LABELS, table.size_vox[2]), np.int16)
-    order = data.Order(len(table), batch, seed=0)
-    return data.Feed(table, labels_PNZ, "masked_clusters", methods.config("masked_clusters"), order)
+    order = schedule.SampleSchedule(len(table), batch, seed=0)
+    return dataset.TrainingDataset(
+        table, labels_PNZ, "masked_clusters", methods.config("masked_clusters"), order
+    )
 
 
 class Ours:
-    def __init__(self, args: Args, cfg: crops.Config) -> None:
+    def __init__(self, args: Args, cfg: cropping.Config) -> None:
         self.args, self.cfg = args, cfg
         share = cluster.share(cluster.Resources(workers=1))
         # No step runs here, so all processors may feed.
         self.share = dataclasses.replace(share, cpus_per_data_task=share.cpus_per_task)
-        self.table: data.CropTable | None = None
+        self.table: crop_shards.CropTable | None = None
 
     def cut(self, scans: list[manifest.Scan], uri: str) -> int:
-        refs, bad = data.cut_scans(scans, self.cfg, uri, self.share)
+        refs, bad = data_tasks.cut_scans(scans, self.cfg, uri, self.share)
         assert not bad, bad
-        self.table = data.CropTable(uri, self.cfg.size_vox, 1, tuple(refs))
+        self.table = crop_shards.CropTable(uri, self.cfg.size_vox, 1, tuple(refs))
         return len(refs)
 
     def feed(self) -> int:
@@ -158,7 +165,7 @@ class Ours:
 
         assert self.table is not None
         feed = feed_of(self.table, self.args.batch)
-        arrays = data.batches(
+        arrays = data_tasks.batches(
             [ray.put(feed)],
             start_step=0,
             stop_step=feed.order.steps_per_pass,
@@ -167,13 +174,13 @@ class Ours:
             batch_size=self.args.batch,
             share=self.share,
         )
-        return sum(len(batch["image"]) for batch in train.to_tensors(arrays, torch.device("cpu")))
+        return sum(len(batch["image"]) for batch in training.to_tensors(arrays, torch.device("cpu")))
 
 
 # ------------------------------------------------------------------------------------------------ bare
 
 
-Task = tuple[str, str, str, crops.Config]  # a scan's URI, modality and id, and how to cut it
+Task = tuple[str, str, str, cropping.Config]  # a scan's URI, modality and id, and how to cut it
 
 
 def bare_scan(task: Task) -> np.ndarray:
@@ -194,10 +201,10 @@ def bare_scan(task: Task) -> np.ndarray:
     if modality == "MR":
         low, high = np.percentile(scan_XYZ[scan_XYZ != 0], cfg.mr_percentiles)
     # Where to cut is ours in both, or there would be nothing to compare.
-    corners = crops.starts(scan_XYZ[None], (low, high), cfg, scan_id)
+    corners = cropping.starts(scan_XYZ[None], (low, high), cfg, scan_id)
     out_RXYZ = np.empty((len(corners), *cfg.size_vox), np.uint16)
     for r, corner in enumerate(corners):
-        crop_XYZ = crops.cut(scan_XYZ[None], corner, cfg.size_vox, pad=low)[0]
+        crop_XYZ = cropping.cut(scan_XYZ[None], corner, cfg.size_vox, pad=low)[0]
         unit_XYZ = np.clip((crop_XYZ - np.float32(low)) / np.float32(high - low), 0, 1)
         out_RXYZ[r] = np.rint(unit_XYZ * np.float32(65535))
     return out_RXYZ
@@ -213,7 +220,7 @@ def bare_client() -> Any:
 # ----------------------------------------------------------------------------------------------- MONAI
 
 
-def monai_loader(args: Args, cfg: crops.Config, uris: list[str], folder: str) -> Any:
+def monai_loader(args: Args, cfg: cropping.Config, uris: list[str], folder: str) -> Any:
     from monai import transforms as mt
     from monai.data import DataLoader, PersistentDataset, list_data_collate
 
@@ -249,12 +256,14 @@ def monai_epoch(loader: Any) -> int:
 # ---------------------------------------------------------------------------------------------- turns
 
 
-def measure(args: Args, cfg: crops.Config, uris: list[str], folder: str, server: S3Server) -> dict[str, Any]:
+def measure(
+    args: Args, cfg: cropping.Config, uris: list[str], folder: str, server: S3Server
+) -> dict[str, Any]:
     ours = Ours(args, cfg)
     started = time.perf_counter()
     sources = [manifest.Source(u) for u in uris]
     with _measure.StoreWatch() as import_watch:
-        scans = data.inspect_scans(sources, ours.share)
+        scans = data_tasks.inspect_scans(sources, ours.share)
     import_s = time.perf_counter() - started
     table = [s for s in scans if isinstance(s, manifest.Scan)]
     assert len(table) == len(uris), [s for s in scans if isinstance(s, manifest.Quarantined)]
@@ -281,7 +290,7 @@ def measure(args: Args, cfg: crops.Config, uris: list[str], folder: str, server:
                 take(turns, cores, server, "MONAI, second epoch", functools.partial(monai_epoch, loader))
                 del loader
                 shutil.rmtree(place)
-            store.delete_prefix(uri)
+            object_store.delete_prefix(uri)
     voxel_bytes = sum(int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in rest)
     return {
         "turns": {name: [dataclasses.asdict(t) for t in taken] for name, taken in turns.items()},
@@ -332,19 +341,19 @@ def same_crops(ours: Ours, pool: Any, tasks: list[Task]) -> None:
 # ----------------------------------------------------------------------------------------------- floors
 
 
-def floors(cfg: crops.Config, uri: str) -> dict[str, float]:
+def floors(cfg: cropping.Config, uri: str) -> dict[str, float]:
     """What one core does with one scan's bytes, in MB a processor second: the best of five, in turns."""
     from isal import igzip
     from scipy import ndimage
 
-    blob = store.read(uri)
+    blob = object_store.read(uri)
     raw = gzip.decompress(blob)
     decoded = volume.decode_nifti(blob, uri)
     modality = volume.modality(decoded, None, uri)
     array = np.frombuffer(raw, np.uint8)
     target = np.empty_like(array)
     work: dict[str, tuple[int, Callable[[], Any]]] = {
-        "S3 GET, the client's part, of file": (len(blob), lambda: store.read(uri)),
+        "S3 GET, the client's part, of file": (len(blob), lambda: object_store.read(uri)),
         "SHA-256, of file": (len(blob), lambda: hashlib.sha256(blob).digest()),
         "gunzip, zlib": (len(raw), lambda: gzip.decompress(blob)),
         "gunzip, ISA-L": (len(raw), lambda: igzip.decompress(blob)),
@@ -352,15 +361,15 @@ def floors(cfg: crops.Config, uri: str) -> dict[str, float]:
         "memory copy": (len(raw), lambda: np.copyto(target, array)),
         "cut and window": (
             len(raw),
-            lambda: crops.crops_of(decoded, modality, dataclasses.replace(cfg, spacing_mm=None), uri),
+            lambda: cropping.crops_of(decoded, modality, dataclasses.replace(cfg, spacing_mm=None), uri),
         ),
     }
     row = manifest.inspect(manifest.Source(uri))
     assert isinstance(row, manifest.Scan), row
-    cut = data._CutScan(cfg, "s3://ingest/floors", {})
+    cut = data_tasks._CutScan(cfg, "s3://ingest/floors", {})
     refs = cut(row)
     assert isinstance(refs, list), refs
-    feed = feed_of(data.CropTable("s3://ingest/floors", cfg.size_vox, 1, tuple(refs)), len(refs))
+    feed = feed_of(crop_shards.CropTable("s3://ingest/floors", cfg.size_vox, 1, tuple(refs)), len(refs))
     work |= {
         "a scan, bare loop, without Ray or pipe": (
             len(raw),

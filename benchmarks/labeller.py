@@ -35,9 +35,11 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.cluster import MiniBatchKMeans
 
-from logonet import clusterers, draws, phantom, volume
-from logonet.clusterers import ClustererSet
-from logonet.labeller import UNIT, Labeller, _fast, _product
+from logonet.clustering import kmeans
+from logonet.clustering.kmeans import ClustererSet
+from logonet.clustering.pseudo_labels import UNIT, Labeller, _fast, _product
+from logonet.core import seeding
+from logonet.data import phantom, volume
 
 SCANS = Path(__file__).parents[2] / "shared" / "data" / "scans"
 FITTED_SCANS = ["ct_trunk_3mm", "ct_head_float64", "ct_head_oblique"]
@@ -66,7 +68,7 @@ def load_scans(names: list[str]) -> list[np.ndarray]:
 
 def crop_slices(scan_XYZ: np.ndarray, key: str, noise: float = 0.0) -> np.ndarray:
     """Slices uint16 (S, T) of a random crop, padded with air where the scan is smaller, flipped at random."""
-    rng = draws.rng(0, "benchmark", key)
+    rng = seeding.rng(0, "benchmark", key)
     padded_XYZ = np.pad(scan_XYZ, [(0, max(0, SIDE - n)) for n in scan_XYZ.shape])
     start = [rng.integers(0, n - SIDE + 1) for n in padded_XYZ.shape]
     crop_XYZ = padded_XYZ[tuple(slice(a, a + SIDE) for a in start)]
@@ -76,12 +78,12 @@ def crop_slices(scan_XYZ: np.ndarray, key: str, noise: float = 0.0) -> np.ndarra
     return np.ascontiguousarray(volume.to_uint16(crop_XYZ).reshape(-1, SIDE).T)
 
 
-def fit_all(slices_ST: np.ndarray, cfg: clusterers.Config) -> ClustererSet:
-    counts = clusterers.cluster_counts(cfg)
+def fit_all(slices_ST: np.ndarray, cfg: kmeans.Config) -> ClustererSet:
+    counts = kmeans.cluster_counts(cfg)
     # fork: both processes read the one sample. Torch has not computed anything yet.
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(2, context) as pool:
-        jobs = [pool.submit(clusterers.fit_one, slices_ST, k, i, cfg) for i, k in enumerate(counts)]
+        jobs = [pool.submit(kmeans.fit_one, slices_ST, k, i, cfg) for i, k in enumerate(counts)]
         return ClustererSet.from_fitted([job.result() for job in jobs], {"iterations": cfg.iterations})
 
 
@@ -209,7 +211,7 @@ def make_crops() -> tuple[list[np.ndarray], dict[str, np.ndarray], list[str]]:
     headline = list(crops)
     crops |= {f"fitted: {name}": fit[i] for i, name in enumerate(FITTED_SCANS)}
     crops["held out + 20 HU noise"] = crop_slices(seen[1], "held1", NOISE)
-    white_ST = draws.rng(0, "benchmark", "white").integers(0, 65536, (SIDE, SIDE * SIDE))
+    white_ST = seeding.rng(0, "benchmark", "white").integers(0, 65536, (SIDE, SIDE * SIDE))
     crops["white noise"] = white_ST.astype(np.uint16)
     return fit, crops, headline
 
@@ -229,7 +231,7 @@ def main() -> None:
     if args.keep and args.keep.exists():
         fitted = ClustererSet.from_bytes(args.keep.read_bytes(), str(args.keep))
     else:
-        fitted = fit_all(np.concatenate(fit_crops), clusterers.Config(iterations=args.iterations))
+        fitted = fit_all(np.concatenate(fit_crops), kmeans.Config(iterations=args.iterations))
         if args.keep:
             args.keep.write_bytes(fitted.to_bytes())
     fit_s = time.perf_counter() - started

@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from logonet import backbones
+from logonet import networks
 
 CONVS = (nn.Conv3d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm3d, nn.InstanceNorm3d, nn.GroupNorm, nn.LayerNorm)
@@ -341,7 +341,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--backbone", choices=backbones.names(), default="logonet")
+    parser.add_argument("--backbone", choices=networks.names(), default="logonet")
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--backward", action="store_true", help="training mode, and the backward pass too")
     parser.add_argument("--repeats", type=int, default=5)
@@ -354,7 +354,7 @@ def main() -> None:
     about = machine()
     torch.manual_seed(0)
     options = {"img_size": (args.size,) * 3} if args.backbone in ("nnformer", "unetr", "segresnetvae") else {}
-    net = backbones.build(args.backbone, 1, 14, **options)
+    net = networks.build(args.backbone, 1, 14, **options)
     x = torch.rand(1, 1, *(args.size,) * 3)
     before = rates(2 * args.repeats, clock)
     layers = record(net, x, args.backward, args.repeats, clock)

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from logonet.backbones import _conv
+from logonet.networks import _conv
 
 # kernel, dilation, side of the map, channels, where
 CASES = [

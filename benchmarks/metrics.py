@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from logonet import draws, evaluate
+from logonet.core import seeding
+from logonet.inference import metrics
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ def paint(
 
 def make_case(shape_xyz: Sequence[int], num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """(prediction, truth) uint8: organs from a thirtieth to a sixth of the scan in radius."""
-    rng = draws.rng(0, "metrics")
+    rng = seeding.rng(0, "metrics")
     pred_XYZ, truth_XYZ = (np.zeros(shape_xyz, np.uint8) for _ in range(2))
     size = np.array(shape_xyz)
     for value, share in zip(range(1, num_classes), np.geomspace(1 / 6, 1 / 30, num_classes - 1)):
@@ -108,7 +109,7 @@ def main() -> None:
     names = {value: f"organ {value}" for value in range(1, args.classes)}
 
     ours = Cost()
-    rows = ours.of(lambda: evaluate.case_rows(pred_XYZ, truth_XYZ, args.spacing, names, "case"))
+    rows = ours.of(lambda: metrics.case_rows(pred_XYZ, truth_XYZ, args.spacing, names, "case"))
 
     monai = {name: Cost() for name in ("dice", "hd95_mm", "nsd_1mm", "nsd_2mm")}
     table = Table(title=f"{'x'.join(map(str, args.shape))}, spacing {args.spacing} mm")

@@ -20,22 +20,14 @@ from typing import Any
 import pandas as pd
 import tyro
 
-from jobs import recipes
-from logonet import (
-    cases,
-    cluster,
-    crops,
-    evaluate,
-    infer,
-    probe,
-    report,
-    splits,
-    stages,
-    train,
-)
-from logonet.artifacts import Artifact
-from logonet.cluster import Resources
-from logonet.stages.finetuning import Init
+from logonet import pipelines, recipes, reporting, training
+from logonet.data import cropping, prepared_scans, splits
+from logonet.distributed import cluster
+from logonet.distributed.cluster import Resources
+from logonet.inference import sliding_window, statistics
+from logonet.pipelines.finetuning import Init
+from logonet.storage.artifacts import Artifact
+from logonet.training import linear_probe
 
 SIZE_VOX = (32, 32, 32)  # cubes, since two of the pretexts turn crops in the slice plane
 # Both about 3.2 M parameters; tokens of 16 voxels leave the transformer 8 of them.
@@ -123,13 +115,13 @@ def pretrained(args: Args, run: Run, root: str) -> Artifact | None:
     cfg = replace(
         base,
         split=split(1.0),
-        crops=crops.Config(size_vox=SIZE_VOX, per_scan=2),
+        crops=cropping.Config(size_vox=SIZE_VOX, per_scan=2),
         backbone=BACKBONES[run.backbone],
         method=run.method,
         train=replace(base.train, epochs=args.epochs, batch_size=8, lr=1e-3),
-        probe=probe.Config(every_epochs=args.epochs),
+        probe=linear_probe.Config(every_epochs=args.epochs),
     )
-    return stages.pretrain(cfg, args.data, root, resources(args), "pretexts")
+    return pipelines.pretrain(cfg, args.data, root, resources(args), "pretexts")
 
 
 def finetuned(args: Args, run: Run, root: str, init: Artifact | None) -> Artifact:
@@ -138,16 +130,16 @@ def finetuned(args: Args, run: Run, root: str, init: Artifact | None) -> Artifac
     cfg = replace(
         base,
         split=split(0.1),
-        crops=cases.Crops(size_vox=SIZE_VOX),
+        crops=prepared_scans.Crops(size_vox=SIZE_VOX),
         backbone=BACKBONES[run.backbone],
         method=method,
-        train=train.Config(
+        train=training.Config(
             epochs=1, steps_per_epoch=args.steps, global_batch=2, lr=1e-3, warmup_epochs=0.1, grad_clip=1.0
         ),
         init=Init(init.uri if init else ""),
-        validation=infer.Config(overlap=0.25),
+        validation=sliding_window.Config(overlap=0.25),
     )
-    return stages.finetune(cfg, args.data, root, resources(args), "pretexts")
+    return pipelines.finetune(cfg, args.data, root, resources(args), "pretexts")
 
 
 def split(fraction: float) -> splits.Config:
@@ -164,11 +156,11 @@ def one(args: Args, run: Run, root: str, log: io.TextIOBase) -> tuple[dict[str, 
     with contextlib.redirect_stdout(log):  # type: ignore[type-var]
         first = pretrained(args, run, root)
         second = finetuned(args, run, root, first)
-        judged = stages.evaluate_model(
-            stages.Evaluation(), second.uri, args.data, root, resources(args), "pretexts"
+        judged = pipelines.evaluate_model(
+            pipelines.Evaluation(), second.uri, args.data, root, resources(args), "pretexts"
         )
-    scores = stages.scores_of(judged.uri)
-    summary = evaluate.summary(scores)
+    scores = pipelines.scores_of(judged.uri)
+    summary = statistics.summary(scores)
     dice = summary[(summary["class"] == "mean") & (summary["metric"] == "dice")].iloc[0]
     entry = json.loads((first or second).read("history.json"))[-1]
     batch = (first or second).config["train"]["global_batch"]
@@ -206,7 +198,7 @@ def main(args: Args) -> None:
         scratch = scores.get((SCRATCH, line["backbone"]))
         if line["label"] == SCRATCH or scratch is None:
             continue
-        compared = evaluate.compare(scratch, scores[line["label"], line["backbone"]])
+        compared = statistics.compare(scratch, scores[line["label"], line["backbone"]])
         mean = compared[(compared["class"] == "mean") & (compared["metric"] == "dice")].iloc[0]
         line |= {
             "difference": float(mean["difference"]),
@@ -215,7 +207,7 @@ def main(args: Args) -> None:
         }
     print(f"\n{markdown(lines)}\n")
     shown = pd.DataFrame(lines).rename(columns={"label": "name", "backbone": "group", "dice": "mean"})
-    picture = report.bars_with_ci(
+    picture = reporting.bars_with_ci(
         shown[["name", "group", "mean", "ci_low", "ci_high"]],
         "Pretexts, hippocampus, 13 training and 40 test cases",
     )

@@ -20,12 +20,14 @@ from typing import Any
 import tyro
 from _measure import Cores, machine, markdown, sentence
 
-from jobs import recipes
-from logonet import backbones, cluster, data, methods, phantom, stages, train
-from logonet.cluster import Resources
-from logonet.methods import Facts
-from logonet.plan import hardware, measuring, sizes, speed, whole
-from logonet.stages.common import options
+from logonet import methods, networks, pipelines, recipes, training
+from logonet.data import phantom
+from logonet.distributed import cluster, trainer
+from logonet.distributed.cluster import Resources
+from logonet.methods import DataSpec
+from logonet.pipelines.common import options
+from logonet.planning import hardware, measuring, planner, sizes, speed
+from logonet.training import dataset, schedule
 
 GIB = 1 << 30
 
@@ -52,11 +54,11 @@ class Args:
 def main(args: Args) -> None:
     about = machine()
     print(sentence(about), flush=True)
-    cfg = stages.resolve(
+    cfg = pipelines.resolve(
         replace(
             recipes.real_ct(),
-            backbone={"name": args.backbone, **backbones.tiny(args.backbone)},
-            train=train.Config(
+            backbone={"name": args.backbone, **networks.tiny(args.backbone)},
+            train=training.Config(
                 epochs=2, steps_per_epoch=args.steps, global_batch=32, batch_size=2, lr=1e-4, warmup_epochs=0
             ),
         )
@@ -65,40 +67,47 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory(prefix="logonet-scaling-") as root:
         phantom.write_dataset(os.path.join(root, "scans"), 4, size_vox=(48, 48, 48))
         with cluster.connected(Resources(workers=most, object_store_mb=300), logs=False):
-            work = whole.work(cfg, gpu=False)
+            work = planner.work(cfg, gpu=False)
             known = measuring.measure(cfg, work, root, Resources(workers=2), args.probe_s)
             print(f"constants   {known}", flush=True)
             if args.constants:
                 with open(args.constants, "wb") as file:
                     file.write(known.to_json())
-            up = stages.upstream(cfg, os.path.join(root, "scans"), root, cluster.share(Resources(workers=2)))
+            up = pipelines.upstream(
+                cfg, os.path.join(root, "scans"), root, cluster.share(Resources(workers=2))
+            )
             rows = [run(cfg, work, known, up, root, n) for n in args.workers]
     report(rows)
     print(json.dumps({"about": about, "date": datetime.date.today().isoformat(), "rows": rows}))
 
 
 def run(
-    cfg: stages.Pretraining, work: whole.Work, known: Any, up: stages.pretraining.Upstream, root: str, n: int
+    cfg: pipelines.Pretraining,
+    work: planner.Work,
+    known: Any,
+    up: pipelines.pretraining.Upstream,
+    root: str,
+    n: int,
 ) -> dict[str, Any]:
     """One run, and what was predicted of it."""
     share = cluster.share(Resources(workers=n))
-    order = data.Order(len(up.crops), cfg.train.global_batch, 0, cfg.train.steps_per_epoch)
+    order = schedule.SampleSchedule(len(up.crops), cfg.train.global_batch, 0, cfg.train.steps_per_epoch)
     method_cfg = methods.config(cfg.method["name"], options(cfg.method))
-    feed = data.Feed(up.crops, up.labels_PNZ, cfg.method["name"], method_cfg, order)
-    facts: Facts = up.facts
-    job = train.Job(os.path.join(root, f"run-{n}"), "0" * 16, cfg.backbone, cfg.method, cfg.train, facts)
+    feed = dataset.TrainingDataset(up.crops, up.labels_PNZ, cfg.method["name"], method_cfg, order)
+    facts: DataSpec = up.facts
+    job = training.Job(os.path.join(root, f"run-{n}"), "0" * 16, cfg.backbone, cfg.method, cfg.train, facts)
     with Cores() as cores:
-        history = train.fit(job, feed, Resources(workers=n), share)["history"]
+        history = trainer.fit(job, feed, Resources(workers=n), share)["history"]
     first, last = history
     got = min(cores.between(first["unix_s"], last["unix_s"]), os.cpu_count() or 1)
     here = hardware.this_machine()
     of = sizes.sizes(cfg, sizes.equal_scans(4, (48, 48, 48)), work.network)
-    load = whole.load_of(cfg, of, work, False, known)
+    load = planner.load_of(cfg, of, work, False, known)
     place = speed.place(here, n)
     seen = replace(place, machine=replace(place.machine, cpus=got))
     predicted, quiet = (epoch_rate(cfg, load, at, known) for at in (seen, place))
     # As counted on shapes: a plan with measured steps would know the answer.
-    memory = whole.worker_memory(cfg, of, work, place, replace(load, times=None), known, False)
+    memory = planner.worker_memory(cfg, of, work, place, replace(load, times=None), known, False)
     row = {
         "workers": n,
         "threads": place.threads,
@@ -115,7 +124,7 @@ def run(
     return row
 
 
-def epoch_rate(cfg: stages.Pretraining, load: speed.Load, at: speed.Place, known: Any) -> float:
+def epoch_rate(cfg: pipelines.Pretraining, load: speed.Load, at: speed.Place, known: Any) -> float:
     """Samples a second over an epoch, in which the report and the copy of the one before fall."""
     assert cfg.train.steps_per_epoch is not None
     steps = cfg.train.steps_per_epoch

@@ -23,8 +23,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from logonet import draws, methods, train
-from logonet.methods import Facts
+from logonet import methods, training
+from logonet.core import seeding
+from logonet.methods import DataSpec
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Seams:
 
 def batch_of(args: Args, sizes: tuple[int, ...], cfg: Any) -> dict[str, torch.Tensor]:
     """A smooth random crop: noise would make every patch alike."""
-    rng = draws.rng(0, "benchmark")
+    rng = seeding.rng(0, "benchmark")
     coarse = torch.from_numpy(rng.random((1, 1, 8, 8, 8), dtype=np.float32))
     image = torch.nn.functional.interpolate(coarse, size=(args.size,) * 3, mode="trilinear")[0].numpy()
     labels_NZ = np.stack([rng.integers(0, k, args.size) for k in sizes]).astype(np.int16)
@@ -66,23 +67,23 @@ def batch_of(args: Args, sizes: tuple[int, ...], cfg: Any) -> dict[str, torch.Te
 
 def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
-    rng = draws.rng(0, "counts")
+    rng = seeding.rng(0, "counts")
     sizes = (args.k_max, *(int(k) for k in rng.integers(args.k_min, args.k_max + 1, args.clusterers - 1)))
-    facts = Facts(size_vox=(args.size,) * 3, cluster_sizes=sizes, majority_labels=(0,) * len(sizes))
+    facts = DataSpec(size_vox=(args.size,) * 3, cluster_sizes=sizes, majority_labels=(0,) * len(sizes))
     seams = Seams()
     backbone: dict[str, Any] = {"name": "logonet", "checkpointing": args.checkpointing}
     if args.dims:
         backbone["dims"] = args.dims
-    method = train.build_method(backbone, {"name": "masked_clusters"}, facts).train()
+    method = training.build_method(backbone, {"name": "masked_clusters"}, facts).train()
     params = [p for p in method.parameters() if p.requires_grad]
-    cfg = train.Config()
+    cfg = training.Config()
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
     batch = batch_of(args, sizes, methods.config("masked_clusters"))
     seams.mark("build")
     instrument(method, optimizer, seams)
     totals: dict[str, torch.Tensor] = {}
     for number in range(args.steps):
-        totals = train.step(
+        totals = training.step(
             method,
             optimizer,
             iter([batch]),

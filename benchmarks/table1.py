@@ -40,7 +40,7 @@ from _measure import machine, markdown, peak_bytes, reset_peak, resident_bytes, 
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from logonet import backbones
+from logonet import networks
 
 SIDE, IN_CHANNELS, CLASSES = 96, 1, 14
 REFERENCE, IN_TURNS = "SwinUNETR", "LoGoNet"
@@ -76,13 +76,13 @@ class Network:
     note: str = ""
 
     def build(self, **more: Any) -> Any:
-        return backbones.build(self.backbone, IN_CHANNELS, CLASSES, **self.options, **more)
+        return networks.build(self.backbone, IN_CHANNELS, CLASSES, **self.options, **more)
 
 
 def monai_nnunet() -> nn.Module:
     from monai.networks.nets import DynUNet
 
-    from logonet.backbones.dynunet import Config
+    from logonet.networks.dynunet import Config
 
     cfg = Config()
     return DynUNet(

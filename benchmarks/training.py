@@ -36,9 +36,14 @@ import numpy as np
 import torch
 import tyro
 
-from logonet import cluster, crops, data, draws, methods, store, train
-from logonet.methods import Facts
-from logonet.s3server import S3Server
+from logonet import methods, training
+from logonet.core import seeding
+from logonet.data import crop_shards, cropping
+from logonet.distributed import cluster, data_tasks, trainer
+from logonet.methods import DataSpec
+from logonet.storage import object_store
+from logonet.training import dataset, schedule
+from tools.s3server import S3Server
 
 CORES = os.cpu_count() or 1
 BACKBONE = {"name": "logonet", "depths": [1, 1, 1, 1], "mlp_ratios": [2, 2, 2, 2]}
@@ -68,7 +73,7 @@ class Args:
 # ------------------------------------------------------------------------------------------------ bare
 
 
-def bare_loop(line: Connection, job: train.Job, feed: data.Feed, threads: int) -> None:
+def bare_loop(line: Connection, job: training.Job, feed: dataset.TrainingDataset, threads: int) -> None:
     """Another process: at each message as many steps as it says; answers with their seconds and processor seconds."""
     torch.set_num_threads(threads)
     cfg = job.train
@@ -78,7 +83,7 @@ def bare_loop(line: Connection, job: train.Job, feed: data.Feed, threads: int) -
             places = [feed.order.at(step, begin + i) for i in range(cfg.batch_size)]
             samples = [feed.sample(*place) for place in places]
             batches.append({k: torch.from_numpy(np.stack([s[k] for s in samples])) for k in samples[0]})
-    method = train.build_method(job.backbone, job.method, job.facts).train()
+    method = training.build_method(job.backbone, job.method, job.facts).train()
     params = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
     count = cfg.global_batch // cfg.batch_size
@@ -100,7 +105,7 @@ def bare_loop(line: Connection, job: train.Job, feed: data.Feed, threads: int) -
 class Bare:
     """The bare loop's process, which is there for the length of the block."""
 
-    def __init__(self, job: train.Job, feed: data.Feed, threads: int) -> None:
+    def __init__(self, job: training.Job, feed: dataset.TrainingDataset, threads: int) -> None:
         self.seconds: list[float] = []
         self.processor_s: list[float] = []
         self.line, theirs = multiprocessing.Pipe()
@@ -144,8 +149,8 @@ def main(args: Args) -> None:
         S3Server(f"{folder}/s3") as server,
     ):
         os.environ |= server.env()
-        store.create_bucket("s3://training")
-        cut = crops.Config(size_vox=(args.size,) * 3, per_scan=16)
+        object_store.create_bucket("s3://training")
+        cut = cropping.Config(size_vox=(args.size,) * 3, per_scan=16)
         table = _measure.phantom_crops("s3://training", cut, 4, (96, 96, 80))
         job, feed = work(args, table)
         threads = args.threads or CORES  # what a job of one worker gives it
@@ -161,7 +166,7 @@ def main(args: Args) -> None:
     report(args, about, results, bare, apart_s)
 
 
-def one_a_core(job: train.Job, feed: data.Feed, steps: int) -> float:
+def one_a_core(job: training.Job, feed: dataset.TrainingDataset, steps: int) -> float:
     """Seconds a step, all of them together, of bare loops of one thread on every core that know nothing of each other.
 
     What many workers can reach here: cores that share a pipeline or a cache do less together than one by one.
@@ -176,32 +181,32 @@ def one_a_core(job: train.Job, feed: data.Feed, steps: int) -> float:
         return (time.perf_counter() - started) / (steps * CORES)
 
 
-def work(args: Args, table: data.CropTable) -> tuple[train.Job, data.Feed]:
-    rng = draws.rng(0, "labels")
+def work(args: Args, table: crop_shards.CropTable) -> tuple[training.Job, dataset.TrainingDataset]:
+    rng = seeding.rng(0, "labels")
     labels_PNZ = rng.integers(0, args.k, (len(table), args.clusterers, args.size)).astype(np.int16)
     sizes = (args.k,) * args.clusterers
-    job = train.Job(
+    job = training.Job(
         uri="s3://training/runs",
         fingerprint="0" * 16,
         backbone={**BACKBONE, "dims": list(args.dims), "full_width": args.dims[0]},
         method=METHOD,
-        train=train.Config(
+        train=training.Config(
             epochs=args.epochs + 1,
             steps_per_epoch=args.steps,
             global_batch=args.global_batch,
             warmup_epochs=0,
         ),
-        facts=Facts(
+        facts=DataSpec(
             size_vox=table.size_vox, cluster_sizes=sizes, majority_labels=(0,) * len(sizes), batch_size=1
         ),
     )
-    train.dry_run(job.backbone, job.method, job.facts)
+    training.dry_run(job.backbone, job.method, job.facts)
     method_cfg = methods.config(str(METHOD["name"]), {"final_relu": False})
-    order = data.Order(len(table), args.global_batch, 0, args.steps)
-    return job, data.Feed(table, labels_PNZ, str(METHOD["name"]), method_cfg, order)
+    order = schedule.SampleSchedule(len(table), args.global_batch, 0, args.steps)
+    return job, dataset.TrainingDataset(table, labels_PNZ, str(METHOD["name"]), method_cfg, order)
 
 
-def run(args: Args, job: train.Job, feed: data.Feed, workers: int) -> dict[str, Any]:
+def run(args: Args, job: training.Job, feed: dataset.TrainingDataset, workers: int) -> dict[str, Any]:
     job = dataclasses.replace(job, uri=f"{job.uri}/{workers}")
     resources = cluster.Resources(workers=workers, object_store_mb=300)
     with cluster.connected(resources, logs=False):
@@ -210,11 +215,11 @@ def run(args: Args, job: train.Job, feed: data.Feed, workers: int) -> dict[str, 
             share = dataclasses.replace(share, threads_per_worker=args.threads)
         started = time.perf_counter()
         with _measure.StoreWatch() as watch, _measure.Cores() as cores:
-            history = train.fit(job, feed, resources, share)["history"]
+            history = trainer.fit(job, feed, resources, share)["history"]
         fit_s = time.perf_counter() - started
-        task_bytes = max(data.TASK_BYTES, job.train.batch_size * feed.row_bytes)
+        task_bytes = max(data_tasks.TASK_BYTES, job.train.batch_size * feed.row_bytes)
         # A rank's tasks ahead, the one it has just asked for and the one it is at; and the feed, once.
-        ceiling = workers * (data.TASKS_AHEAD + 2) * task_bytes + len(pickle.dumps(feed))
+        ceiling = workers * (data_tasks.TASKS_AHEAD + 2) * task_bytes + len(pickle.dumps(feed))
         assert watch.peak_bytes <= ceiling, (
             f"{watch.peak_bytes:,} bytes in the object store, above {ceiling:,}"
         )

@@ -1,6 +1,6 @@
 """The site's pages that are written from the code at every build, and so are never out of date.
 
-Config keys come from the dataclasses, with their types, defaults and docstrings; recipes from ``jobs/recipes.py``;
+Config keys come from the dataclasses, with their types, defaults and docstrings; recipes from ``logonet/recipes``;
 commands from what ``--help`` prints. mkdocs.yml names this file as a hook: `on_files` adds the pages,
 `on_page_markdown` mends links that lead out of docs/ and are right in the repository only.
 """
@@ -190,7 +190,7 @@ def _find(cfg: Any, path: str) -> Any:
 
 
 def pretraining_page() -> str:
-    from logonet.stages import Pretraining
+    from logonet.pipelines import Pretraining
 
     return (
         "# Pretraining settings\n\n"
@@ -202,7 +202,7 @@ def pretraining_page() -> str:
 
 
 def finetuning_page() -> str:
-    from logonet.stages import Finetuning
+    from logonet.pipelines import Finetuning
 
     return f"# Finetuning settings\n\nEvery key of `jobs/finetune.py`.\n\n{tree(Finetuning())}"
 
@@ -220,8 +220,8 @@ def named_page(package: str, title: str, section: str, guide: str) -> str:
 
 
 def recipes_page() -> str:
-    from jobs import recipes
-    from logonet import config
+    from logonet import recipes
+    from logonet.core import config
 
     out = [
         "# Recipes\n\nA recipe is a full config with a name. Shown is where it departs from the defaults.\n"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from jobs import recipes
-from logonet import cli, cluster, stages
+from logonet import cli, pipelines, recipes
+from logonet.distributed import cluster
 
 
-def run(cfg: stages.Pretraining, args: cli.JobArgs) -> None:
-    stages.upstream(cfg, args.data, args.root, cluster.share(args.resources))
+def run(cfg: pipelines.Pretraining, args: cli.JobArgs) -> None:
+    pipelines.upstream(cfg, args.data, args.root, cluster.share(args.resources))
 
 
 if __name__ == "__main__":
-    cli.job("jobs/cluster.py", __doc__, recipes.PRETRAINING, run, stages.resolve)
+    cli.job("jobs/cluster.py", __doc__, recipes.PRETRAINING, run, pipelines.resolve)

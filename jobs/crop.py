@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from jobs import recipes
-from logonet import cli, cluster, stages
+from logonet import cli, pipelines, recipes
+from logonet.distributed import cluster
 
 
-def run(cfg: stages.Pretraining, args: cli.JobArgs) -> None:
+def run(cfg: pipelines.Pretraining, args: cli.JobArgs) -> None:
     share = cluster.share(args.resources)
-    table, _ = stages.import_scans(args.data, args.root, share)
-    stages.make_crops(table, cfg.crops, args.root, share)
+    table, _ = pipelines.import_scans(args.data, args.root, share)
+    pipelines.make_crops(table, cfg.crops, args.root, share)
 
 
 if __name__ == "__main__":
-    cli.job("jobs/crop.py", __doc__, recipes.PRETRAINING, run, stages.resolve)
+    cli.job("jobs/crop.py", __doc__, recipes.PRETRAINING, run, pipelines.resolve)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 import tyro
 
-from logonet import cli, cluster, stages
-from logonet.cluster import Resources
+from logonet import cli, pipelines
+from logonet.distributed import cluster
+from logonet.distributed.cluster import Resources
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Args:
     model: str
     root: str
     data: str = ""
-    evaluation: tyro.conf.OmitArgPrefixes[stages.Evaluation] = field(default_factory=stages.Evaluation)
+    evaluation: tyro.conf.OmitArgPrefixes[pipelines.Evaluation] = field(default_factory=pipelines.Evaluation)
     resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
     experiment: str = "logonet"
 
@@ -40,7 +41,7 @@ def main(args: Args) -> None:
     root = cli.absolute(args.root, "--root")
     data = cli.absolute(args.data, "--data") if args.data else ""
     with cluster.connected(args.resources):
-        stages.evaluate_model(
+        pipelines.evaluate_model(
             args.evaluation,
             cli.absolute_model(args.model),
             data,

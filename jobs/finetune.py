@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from jobs import recipes
-from logonet import cli, stages
+from logonet import cli, pipelines, recipes
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Args(cli.JobArgs):
     init: str = ""
 
 
-def configure(cfg: stages.Finetuning, args: Args) -> stages.Finetuning:
+def configure(cfg: pipelines.Finetuning, args: Args) -> pipelines.Finetuning:
     return (
         replace(cfg, init=replace(cfg.init, weights=cli.absolute_model(args.init, "--init")))
         if args.init
@@ -35,8 +34,8 @@ def configure(cfg: stages.Finetuning, args: Args) -> stages.Finetuning:
     )
 
 
-def run(cfg: stages.Finetuning, args: Args) -> None:
-    stages.finetune(cfg, args.data, args.root, args.resources, args.experiment)
+def run(cfg: pipelines.Finetuning, args: Args) -> None:
+    pipelines.finetune(cfg, args.data, args.root, args.resources, args.experiment)
 
 
 if __name__ == "__main__":
@@ -45,7 +44,7 @@ if __name__ == "__main__":
         __doc__,
         recipes.FINETUNING,
         run,
-        stages.resolve_finetuning,
+        pipelines.resolve_finetuning,
         Args,
         configure=configure,
     )

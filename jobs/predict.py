@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 
 import tyro
 
-from logonet import cli, cluster, infer, stages
-from logonet.cluster import Resources
+from logonet import cli, pipelines
+from logonet.distributed import cluster
+from logonet.distributed.cluster import Resources
+from logonet.inference import sliding_window
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Args:
     model: str
     input: str
     output: str
-    infer: tyro.conf.OmitArgPrefixes[infer.Config] = field(default_factory=infer.Config)
+    infer: tyro.conf.OmitArgPrefixes[sliding_window.Config] = field(default_factory=sliding_window.Config)
     retry_quarantined: tyro.conf.FlagCreatePairsOff[bool] = False
     resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
 
@@ -41,7 +43,7 @@ class Args:
 def main(args: Args) -> None:
     source, output = cli.absolute(args.input, "--input"), cli.absolute(args.output, "--output")
     with cluster.connected(args.resources):
-        stages.predict_bucket(
+        pipelines.predict_bucket(
             args.infer, cli.absolute_model(args.model), source, output, args.resources, args.retry_quarantined
         )
 

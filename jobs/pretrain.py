@@ -8,13 +8,12 @@ artifact under --root: the same command again resumes, or returns at once when a
 
 from __future__ import annotations
 
-from jobs import recipes
-from logonet import cli, stages
+from logonet import cli, pipelines, recipes
 
 
-def run(cfg: stages.Pretraining, args: cli.JobArgs) -> None:
-    stages.pretrain(cfg, args.data, args.root, args.resources, args.experiment)
+def run(cfg: pipelines.Pretraining, args: cli.JobArgs) -> None:
+    pipelines.pretrain(cfg, args.data, args.root, args.resources, args.experiment)
 
 
 if __name__ == "__main__":
-    cli.job("jobs/pretrain.py", __doc__, recipes.PRETRAINING, run, stages.resolve)
+    cli.job("jobs/pretrain.py", __doc__, recipes.PRETRAINING, run, pipelines.resolve)

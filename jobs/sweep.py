@@ -15,9 +15,11 @@ from typing import Annotated
 
 import tyro
 
-from jobs import recipes
-from logonet import cli, cluster, config, stages, store
-from logonet.errors import UserError
+from logonet import cli, pipelines, recipes
+from logonet.core import config
+from logonet.core.errors import UserError
+from logonet.distributed import cluster
+from logonet.storage import object_store
 from logonet.sweep import space as spaces
 from logonet.sweep.run import run as search
 from logonet.sweep.settings import Budget, Config, Sweep
@@ -52,11 +54,11 @@ class Args(cli.JobArgs):
     finetune_set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="A.B=C")] = ()
 
 
-def run(cfg: stages.Pretraining, args: Args) -> None:
+def run(cfg: pipelines.Pretraining, args: Args) -> None:
     search(sweep_of(cfg, args), args.resources, args.budget, at_once=args.concurrent)
 
 
-def sweep_of(cfg: stages.Pretraining, args: Args) -> Sweep:
+def sweep_of(cfg: pipelines.Pretraining, args: Args) -> Sweep:
     if not args.space:
         raise UserError("--space is missing; see jobs/spaces")
     recipe = args.finetune_recipe or (args.recipe if args.recipe in recipes.FINETUNING else "small")
@@ -65,9 +67,9 @@ def sweep_of(cfg: stages.Pretraining, args: Args) -> Sweep:
     tuned = config.override(config.to_dict(recipes.FINETUNING[recipe]()), args.finetune_set)
     return Sweep(
         name=args.name or os.path.splitext(os.path.basename(args.space))[0],
-        space=spaces.read(store.read_text(args.space), args.space),
+        space=spaces.read(object_store.read_text(args.space), args.space),
         base=cfg,
-        finetuning=config.from_dict(stages.Finetuning, tuned),
+        finetuning=config.from_dict(pipelines.Finetuning, tuned),
         source=args.data,
         root=args.root,
         experiment=args.experiment,
@@ -84,7 +86,7 @@ if __name__ == "__main__":
         __doc__,
         recipes.PRETRAINING,
         run,
-        stages.resolve,
+        pipelines.resolve,
         Args,
         room=lambda args: cluster.room(args.resources, args.concurrent),
         logs=False,  # of many trials at once nobody could read them

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import tenacity
 
-from logonet import store
-from logonet.errors import UserError
-from logonet.s3server import S3Server, store_python
+from logonet.core.errors import UserError
+from logonet.storage import object_store
+from tools.s3server import S3Server, store_python
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -54,7 +54,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pauses between attempts at the store."""
-    monkeypatch.setattr(store, "WAIT", tenacity.wait_none())
+    monkeypatch.setattr(object_store, "WAIT", tenacity.wait_none())
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in (nowhere | s3_server.env()).items():
         monkeypatch.setenv(name, value)
     uri = f"s3://test-{uuid.uuid4().hex}"
-    store.create_bucket(uri)
+    object_store.create_bucket(uri)
     return uri
 
 
@@ -97,7 +97,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One Ray for the whole session; its workers know the S3 server and keep MLflow's files to themselves."""
-    from logonet import cluster
+    from logonet.distributed import cluster
 
     home = tmp_path_factory.mktemp("home")
     settings = {**s3_server.env(), "LOGONET_HOME": str(home), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
@@ -123,5 +123,5 @@ def place(ray_local: None) -> Iterator[str]:
         patch.setenv("AWS_CONFIG_FILE", os.devnull)
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
         uri = f"s3://place-{uuid.uuid4().hex}"
-        store.create_bucket(uri)
+        object_store.create_bucket(uri)
         yield uri

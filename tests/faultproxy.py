@@ -46,7 +46,7 @@ from types import TracebackType
 from urllib.parse import parse_qs, urlsplit
 from xml.sax.saxutils import unescape
 
-from logonet import draws
+from logonet.core import seeding
 
 Headers = dict[str, str]
 
@@ -311,7 +311,7 @@ class FaultProxy:
         # Buckets and uploads have another name in each run.
         name = re.sub(r"uploadId=[^&]*", "uploadId", re.sub(r"^/[^/?]*", "", target))
         self._seen[method, name, span] += 1
-        rng = draws.rng(self.seed, "fault", method, name, span, self._seen[method, name, span])
+        rng = seeding.rng(self.seed, "fault", method, name, span, self._seen[method, name, span])
         if rng.random() >= self.rate:
             return None
         rule = kinds[int(rng.integers(len(kinds)))]

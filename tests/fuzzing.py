@@ -36,8 +36,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from logonet import draws, errors
-from logonet.errors import UserError
+from logonet.core import errors, seeding
+from logonet.core.errors import UserError
 
 SECONDS = 10  # of processor time for one mutation; a reader of files this small takes milliseconds
 LOADED = 30  # times as long by the clock, where other work runs beside
@@ -349,7 +349,7 @@ ODD_LINES = (
 
 def _phantom(seed: int) -> tuple[bytes, bytes]:
     """A scan and its label map as .nii bytes."""
-    from logonet import phantom, volume
+    from logonet.data import phantom, volume
 
     scan, labels_XYZ = phantom.phantom(seed, SHAPE, classes=3)
     image = volume.encode_nifti(scan.array_CXYZ[0].astype(np.int16), scan.affine)
@@ -491,12 +491,12 @@ def _odd_gzip(rng: Random, raw: bytes) -> tuple[bytes, str]:
 
 def _reach_scans(folder: Path) -> Iterator[str]:
     """data import and data check of a folder, and what comes after: the table, and crops of what is in it."""
-    from logonet import crops, datacheck, importers, manifest
+    from logonet.data import cropping, importers, manifest, validate
 
     sources = importers.sources(str(folder))
     table = manifest.Manifest.of(map(manifest.inspect, sources))
-    problems = datacheck.problems([datacheck.check(s) for s in sources])
-    datacheck.table(problems, len(sources))
+    problems = validate.problems([validate.check(s) for s in sources])
+    validate.table(problems, len(sources))
     table.describe()
     again = manifest.Manifest.from_parquet(table.scans_parquet(), table.quarantine_parquet())
     assert again.id == table.id
@@ -504,14 +504,16 @@ def _reach_scans(folder: Path) -> Iterator[str]:
     yield from (q.reason for q in table.quarantined)
     yield from (p.sentence for p in problems)
     own = ("duplicate", "subject")  # between cases, or what import has no part in
-    wrong = {p.uri for p in problems if p.severity == datacheck.ERROR and p.check not in own}
+    wrong = {p.uri for p in problems if p.severity == validate.ERROR and p.check not in own}
     wrong = {uri.encode(errors="backslashreplace").decode() for uri in wrong}
     refused = {q.uri for q in table.quarantined if "duplicate of" not in q.reason}
     assert refused <= wrong, f"import refuses {refused - wrong}, which data check lets pass"
     for scan in table.scans:
         try:
             volume_ = manifest.load(scan)
-            crops.crops_of(volume_, scan.modality, crops.Config(size_vox=(8, 8, 8), per_scan=1), scan.scan_id)
+            cropping.crops_of(
+                volume_, scan.modality, cropping.Config(size_vox=(8, 8, 8), per_scan=1), scan.scan_id
+            )
             if scan.label_uri:
                 manifest.load_label(scan, volume_)
         except errors.BadScan as err:
@@ -527,7 +529,7 @@ def _make_series(folder: Path) -> None:
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
     (folder / "series").mkdir()
-    rng = draws.rng(0, "series")
+    rng = seeding.rng(0, "series")
     for k in range(4):
         meta = FileMetaDataset()
         meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, f"1.2.3.{k + 1}"
@@ -719,8 +721,8 @@ def _damage_json_in(*names: str) -> Callable[[Random, Path], str]:
 
 def _reach_list(folder: Path) -> Iterator[str]:
     """data import of the dataset.json itself, and split it."""
-    from logonet import importers, manifest, splits
-    from logonet.stages import preparation
+    from logonet.data import importers, manifest, splits
+    from logonet.pipelines import preparation
 
     sources = importers.sources(f"{folder}/dataset.json")
     yield from _inspected(sources, manifest)
@@ -759,7 +761,7 @@ def _damage_text_in(*names: str) -> Callable[[Random, Path], str]:
 
 
 def _reach_table(folder: Path) -> Iterator[str]:
-    from logonet import importers, manifest
+    from logonet.data import importers, manifest
 
     yield from _inspected(importers.sources(f"{folder}/scans.csv"), manifest)
 
@@ -854,8 +856,8 @@ _PLACES: dict[str, Callable[[Random, Path, bytes], None]] = {
 
 
 def _make_config(folder: Path) -> None:
-    from jobs import recipes
-    from logonet import config
+    from logonet import recipes
+    from logonet.core import config
 
     (folder / "mine.yaml").write_text(config.to_yaml(recipes.demo()))
 
@@ -864,7 +866,7 @@ def _damage_config(rng: Random, folder: Path) -> str:
     """Half of them well-formed: one value is another, so that what checks values is reached and not the parser."""
     if rng.random() < 0.5:
         return _damage_text_in("mine.yaml")(rng, folder)
-    from logonet import config
+    from logonet.core import config
 
     path = folder / "mine.yaml"
     values = config.read_yaml(path.read_text(), "mine.yaml")
@@ -873,11 +875,11 @@ def _damage_config(rng: Random, folder: Path) -> str:
 
 
 def _reach_config(folder: Path) -> Iterator[str]:
-    from jobs import recipes
-    from logonet import cli, config, stages
+    from logonet import cli, pipelines, recipes
+    from logonet.core import config
 
     cfg = cli.job_config(cli.JobArgs(recipe="demo", config=f"{folder}/mine.yaml"), recipes.PRETRAINING)
-    config.fingerprint(stages.resolve(cfg))
+    config.fingerprint(pipelines.resolve(cfg))
     yield from ()
 
 
@@ -887,15 +889,15 @@ def _make_settings(folder: Path) -> None:
 
 
 def _reach_settings(folder: Path) -> Iterator[str]:
-    from jobs import recipes
-    from logonet import cli, config, stages
+    from logonet import cli, pipelines, recipes
+    from logonet.core import config
 
     text = (folder / "settings").read_bytes().decode("utf-8", "surrogateescape")
     settings = text.split("\n")
     for each in settings:
         try:
             cfg = cli.job_config(cli.JobArgs(recipe="demo", set=(each,)), recipes.PRETRAINING)
-            config.fingerprint(stages.resolve(cfg))
+            config.fingerprint(pipelines.resolve(cfg))
         except UserError as err:
             yield str(err)
     cli.job_config(cli.JobArgs(recipe="demo", set=tuple(settings)), recipes.PRETRAINING)
@@ -909,11 +911,12 @@ def _make_space(folder: Path) -> None:
 
 
 def _reach_space(folder: Path) -> Iterator[str]:
-    from logonet import config, store
+    from logonet.core import config
+    from logonet.storage import object_store
     from logonet.sweep import space
 
     uri = f"{folder}/space.yaml"
-    config.fingerprint(space.read(store.read(uri).decode("utf-8", "replace"), uri).to_dict())
+    config.fingerprint(space.read(object_store.read(uri).decode("utf-8", "replace"), uri).to_dict())
     yield from ()
 
 
@@ -988,10 +991,10 @@ def _damage_tensors_in(*names: str) -> Callable[[Random, Path], str]:
 
 
 def _net() -> Any:
-    from logonet import backbones
-    from logonet.backbones import unet
+    from logonet import networks
+    from logonet.networks import unet
 
-    return backbones.build("unet", 1, 3, **unet.TINY)
+    return networks.build("unet", 1, 3, **unet.TINY)
 
 
 def _make_weights(folder: Path) -> None:
@@ -1004,19 +1007,22 @@ def _make_weights(folder: Path) -> None:
 
 def _reach_weights(folder: Path) -> Iterator[str]:
     """finetune --init x.safetensors: as found, copied, loaded and laid into a network."""
-    from logonet import train, transfer
-    from logonet.stages import finetuning
+    from logonet import training
+    from logonet.pipelines import finetuning
+    from logonet.training import weight_transfer
 
     source = f"{folder}/given.safetensors"
     found = finetuning.find_weights(source, f"{folder}/root")
     assert found is not None
-    transfer.transfer(_net(), train.load_weights(train.Init(found.uri, found.sha256)), source=source)
+    weight_transfer.transfer(
+        _net(), training.load_weights(training.Init(found.uri, found.sha256)), source=source
+    )
     yield from ()
 
 
 def _make_model(folder: Path) -> None:
-    from logonet import model
-    from logonet.backbones import unet
+    from logonet.inference import model
+    from logonet.networks import unet
 
     spec = model.Spec(
         backbone={"name": "unet", **unet.TINY},
@@ -1040,7 +1046,7 @@ def _damage_model(rng: Random, folder: Path) -> str:
 
 
 def _reach_model(folder: Path) -> Iterator[str]:
-    from logonet import model
+    from logonet.inference import model
 
     spec, weights = model.read(str(folder))
     model.build(spec, weights)
@@ -1052,7 +1058,7 @@ def _reach_model(folder: Path) -> Iterator[str]:
 
 def sealed(folder: Path) -> None:
     """Make manifest.json true again of whatever the files now are: damage that no checksum shows."""
-    from logonet import artifacts
+    from logonet.storage import artifacts
 
     path = folder / "manifest.json"
     try:
@@ -1079,9 +1085,9 @@ def sealed(folder: Path) -> None:
 
 
 def _commit(folder: Path, stage: str, config: Any, files: dict[str, bytes], facts: Any) -> None:
-    from logonet import artifacts, store
+    from logonet.storage import artifacts, object_store
 
-    stored = {name: store.write(f"{folder}/{name}", blob) for name, blob in files.items()}
+    stored = {name: object_store.write(f"{folder}/{name}", blob) for name, blob in files.items()}
     artifacts.commit(str(folder), stage, "0" * 16, config=config, parents={}, files=stored, facts=facts)
 
 
@@ -1120,7 +1126,7 @@ def _damage_artifact(*names: str) -> Callable[[Random, Path], str]:
 
 
 def _make_imported(folder: Path) -> None:
-    from logonet import importers, manifest
+    from logonet.data import importers, manifest
 
     (folder / "data").mkdir()
     _make_decathlon(folder / "data")
@@ -1132,24 +1138,27 @@ def _make_imported(folder: Path) -> None:
 
 def _reach_imported(folder: Path) -> Iterator[str]:
     """data leakcheck of a manifest."""
-    from logonet import leaks, stages
+    from logonet import pipelines
+    from logonet.data import leakage
 
-    table = stages.open_manifest(str(folder))
-    leaks.table(leaks.find(table.scans, table.scans))
+    table = pipelines.open_manifest(str(folder))
+    leakage.table(leakage.find(table.scans, table.scans))
     table.describe()
     yield from ()
 
 
 def _make_crops(folder: Path) -> None:
-    from logonet import data
+    from logonet.data import crop_shards
 
-    rng = draws.rng(0, "crops")
+    rng = seeding.rng(0, "crops")
     crops_RCXYZ = rng.integers(0, 65535, (3, 1, 4, 4, 4)).astype(np.uint16)
-    blob = data._shard_bytes("scan-1", crops_RCXYZ)
+    blob = crop_shards._shard_bytes("scan-1", crops_RCXYZ)
     (folder / "shards").mkdir()
     (folder / "shards" / "scan-1.safetensors").write_bytes(blob)
-    refs = data._shard_index(f"{folder}/shards/scan-1.safetensors", "shards/scan-1.safetensors", len(blob))
-    table = data.CropTable(str(folder), (4, 4, 4), 1, tuple(refs))
+    refs = crop_shards._shard_index(
+        f"{folder}/shards/scan-1.safetensors", "shards/scan-1.safetensors", len(blob)
+    )
+    table = crop_shards.CropTable(str(folder), (4, 4, 4), 1, tuple(refs))
     _commit(
         folder,
         "crops",
@@ -1167,14 +1176,15 @@ def _damage_crops(rng: Random, folder: Path) -> str:
 
 def _reach_crops(folder: Path) -> Iterator[str]:
     """What a run does with the crops that it finds: those of a killed run's shard, and those of a finished artifact."""
-    from logonet import artifacts, data
+    from logonet.data import crop_shards
+    from logonet.storage import artifacts
 
     path = folder / "shards" / "scan-1.safetensors"
-    data._shard_index(str(path), "shards/scan-1.safetensors", path.stat().st_size)
+    crop_shards._shard_index(str(path), "shards/scan-1.safetensors", path.stat().st_size)
     found = artifacts.find(str(folder))
     if found is None:
         return
-    table = data.CropTable.open(found)
+    table = crop_shards.CropTable.open(found)
     for i in range(len(table)):
         try:
             table.read(i)
@@ -1183,19 +1193,19 @@ def _reach_crops(folder: Path) -> Iterator[str]:
 
 
 def _make_case(folder: Path) -> None:
-    from logonet import cases
+    from logonet.data import prepared_scans
 
     image, label = _phantom(0)
-    from logonet import manifest, volume
+    from logonet.data import manifest, volume
 
     scan = volume.decode_nifti(image, "x.nii")
     labels_XYZ = manifest._decode_label(label, "y.nii", scan)
-    prepared = cases.prepare(scan, labels_XYZ, "CT", (0, 1, 2), cases.Config(), "scan-1")
-    blob = cases.to_bytes("scan-1", *prepared, 0)
+    prepared = prepared_scans.prepare(scan, labels_XYZ, "CT", (0, 1, 2), prepared_scans.Config(), "scan-1")
+    blob = prepared_scans.to_bytes("scan-1", *prepared, 0)
     (folder / "cases").mkdir()
     (folder / "cases" / "scan-1.safetensors").write_bytes(blob)
-    ref = cases.ref_of("cases/scan-1.safetensors", blob)
-    table = cases.Table((ref,), ("background", "liver", "spleen"), (0, 1, 2))
+    ref = prepared_scans.ref_of("cases/scan-1.safetensors", blob)
+    table = prepared_scans.Table((ref,), ("background", "liver", "spleen"), (0, 1, 2))
     _commit(folder, "cases", {}, {"cases.json": json.dumps(table.to_json()).encode()}, {"cases": 1})
 
 
@@ -1206,45 +1216,49 @@ def _damage_case(rng: Random, folder: Path) -> str:
 
 
 def _reach_case(folder: Path) -> Iterator[str]:
-    from logonet import artifacts, cases, config
+    from logonet.core import config
+    from logonet.data import prepared_scans
+    from logonet.storage import artifacts
 
     path = folder / "cases" / "scan-1.safetensors"
-    cases._header.cache_clear()
-    cases._tensor.cache_clear()
-    cfg = cases.Crops(size_vox=(8, 8, 8))
+    prepared_scans._header.cache_clear()
+    prepared_scans._tensor.cache_clear()
+    cfg = prepared_scans.Crops(size_vox=(8, 8, 8))
     refs = []
-    if (stored := cases.stored(str(path), path.stat().st_size)) is not None:
+    if (stored := prepared_scans.stored(str(path), path.stat().st_size)) is not None:
         refs.append(stored)
     if (found := artifacts.find(str(folder))) is not None:
-        table = cases.Table.from_json(config.parse_json(found.read("cases.json")))
+        table = prepared_scans.Table.from_json(config.parse_json(found.read("cases.json")))
         refs += [replace(ref, uri=str(path)) for ref in table.refs]
     for ref in refs:
         try:
-            for start in cases.starts(ref, cfg, draws.rng(0, "starts")):
-                cases.read_crop(ref, start, cfg.size_vox)
-            cases.read_case(ref)
+            for start in prepared_scans.starts(ref, cfg, seeding.rng(0, "starts")):
+                prepared_scans.read_crop(ref, start, cfg.size_vox)
+            prepared_scans.read_case(ref)
         except UserError as err:
             yield str(err)
 
 
 def _make_fits(folder: Path) -> None:
-    from logonet import clusterers
+    from logonet.clustering import kmeans
 
-    rng = draws.rng(0, "fits")
-    fits = [clusterers.Fitted(i, rng.random((3 + i, 16), np.float32), 0.5) for i in range(2)]
+    rng = seeding.rng(0, "fits")
+    fits = [kmeans.Fitted(i, rng.random((3 + i, 16), np.float32), 0.5) for i in range(2)]
     (folder / "fit.safetensors").write_bytes(fits[0].to_bytes())
-    whole = clusterers.ClustererSet.from_fitted(fits, {"config": {}})
+    whole = kmeans.ClustererSet.from_fitted(fits, {"config": {}})
     (folder / "set.safetensors").write_bytes(whole.to_bytes())
 
 
 def _reach_fits(folder: Path) -> Iterator[str]:
-    from logonet import clusterers, data, store
-    from logonet.labeller import Labeller
+    from logonet.clustering import kmeans
+    from logonet.clustering.pseudo_labels import Labeller
+    from logonet.distributed import data_tasks
+    from logonet.storage import object_store
 
-    data._stored_fit(f"{folder}/fit.safetensors")
+    data_tasks._stored_fit(f"{folder}/fit.safetensors")
     uri = f"{folder}/set.safetensors"
-    fitted = clusterers.ClustererSet.from_bytes(store.read(uri), uri)
-    Labeller(fitted)(draws.rng(0, "slices").random((4, 16), np.float32))
+    fitted = kmeans.ClustererSet.from_bytes(object_store.read(uri), uri)
+    Labeller(fitted)(seeding.rng(0, "slices").random((4, 16), np.float32))
     fitted.summary()
     yield from ()
 
@@ -1252,7 +1266,7 @@ def _reach_fits(folder: Path) -> Iterator[str]:
 def _make_run(folder: Path) -> None:
     import torch
 
-    from logonet import checkpoints
+    from logonet.training import checkpoints
 
     for step in (1, 2):
         weight = torch.full((2, 3), float(step))
@@ -1279,7 +1293,7 @@ def _damage_run(rng: Random, folder: Path) -> str:
 
 
 def _reach_run(folder: Path) -> Iterator[str]:
-    from logonet import checkpoints
+    from logonet.training import checkpoints
 
     found = checkpoints.newest(str(folder), "f" * 16)
     if found is not None:
@@ -1289,7 +1303,7 @@ def _reach_run(folder: Path) -> Iterator[str]:
 
 
 def _make_split(folder: Path) -> None:
-    from logonet import splits
+    from logonet.data import splits
 
     cases = {f"scan-{i}": splits.Case(f"d/s{i}", f"{i}" * 64, f"{i}" * 64) for i in range(4)}
     split = splits.Split(("scan-0", "scan-1"), ("scan-2",), ("scan-3",), cases=cases)
@@ -1300,7 +1314,7 @@ def _damage_split(rng: Random, folder: Path) -> str:
     told = _damage_json_in("split.json")(rng, folder)
     path = folder / "split.json"
     if rng.random() < 0.5:  # with the id that what is now there would have
-        from logonet import splits
+        from logonet.data import splits
 
         try:
             values = json.loads(path.read_bytes())
@@ -1317,10 +1331,11 @@ def _damage_split(rng: Random, folder: Path) -> str:
 
 
 def _reach_split(folder: Path) -> Iterator[str]:
-    from logonet import splits, store
+    from logonet.data import splits
+    from logonet.storage import object_store
 
     uri = f"{folder}/split.json"
-    splits.Split.from_json(store.read(uri), uri).describe()
+    splits.Split.from_json(object_store.read(uri), uri).describe()
     yield from ()
 
 
@@ -1336,7 +1351,7 @@ def _make_trials(folder: Path) -> None:
 
 
 def _damage_trials(rng: Random, folder: Path) -> str:
-    from logonet import config
+    from logonet.core import config
 
     name = some(rng, ["trials/0000.json", "trials/0001.json", "state.json"])
     told = _damage_json_in(name)(rng, folder)
@@ -1363,18 +1378,19 @@ def _reach_trials(folder: Path) -> Iterator[str]:
 def _make_tables(folder: Path) -> None:
     import pandas as pd
 
-    from logonet import evaluate, importers, manifest, seen
+    from logonet.data import importers, manifest, provenance
+    from logonet.inference import metrics
 
     _make_decathlon(folder)
     sources = importers.sources(f"{folder}/dataset.json")
     table = manifest.Manifest.of(map(manifest.inspect, sources))
-    (folder / "seen.parquet").write_bytes(seen.to_bytes(table.scans, "training"))
+    (folder / "seen.parquet").write_bytes(provenance.to_bytes(table.scans, "training"))
     rows = []
     for i in range(4):
         truth_XYZ = np.zeros((6, 6, 6), np.uint8)
         truth_XYZ[1:3, 1:4, 1:4], truth_XYZ[4:, 4:, 3:] = 1, 2
         pred_XYZ = np.roll(truth_XYZ, i % 2, axis=0)
-        rows += evaluate.case_rows(
+        rows += metrics.case_rows(
             pred_XYZ, truth_XYZ, (1.0, 1.0, 2.0), {1: "liver", 2: "spleen"}, f"scan-{i}"
         )
     (folder / "cases.csv").write_text(pd.DataFrame(rows).to_csv(index=False))
@@ -1390,19 +1406,21 @@ def _damage_bytes_in(name: str) -> Callable[[Random, Path], str]:
 
 def _reach_seen(folder: Path) -> Iterator[str]:
     """The leak check of an evaluation against what a registered model has seen."""
-    from logonet import leaks, seen, store
+    from logonet.data import leakage, provenance
+    from logonet.storage import object_store
 
-    table = store.read(f"{folder}/seen.parquet")
-    leaks.table(leaks.find(seen.from_bytes(table), seen.from_bytes(seen.join(table))))
+    table = object_store.read(f"{folder}/seen.parquet")
+    leakage.table(leakage.find(provenance.from_bytes(table), provenance.from_bytes(provenance.join(table))))
     yield from ()
 
 
 def _reach_scores(folder: Path) -> Iterator[str]:
     """logonet compare of two cases.csv."""
-    from logonet import evaluate, stages
+    from logonet import pipelines
+    from logonet.inference import statistics
 
     uri = f"{folder}/cases.csv"
-    evaluate.compare(stages.scores_of(uri), stages.scores_of(uri))
+    statistics.compare(pipelines.scores_of(uri), pipelines.scores_of(uri))
     yield from ()
 
 
@@ -1465,7 +1483,7 @@ def attempt(name: str, number: int, template: Path, folder: Path) -> dict[str, A
     target = TARGETS[name]
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(template, folder)
-    done = target.damage(draws.rng(number, "fuzz", name), folder) if number >= 0 else "nothing"
+    done = target.damage(seeding.rng(number, "fuzz", name), folder) if number >= 0 else "nothing"
     _forget_peak()
     before_mb = _memory_mb("VmRSS")
     said: list[str] = []

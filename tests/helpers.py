@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
-from logonet import checkpoints, data, train
-from logonet.artifacts import Artifact
-from logonet.chaos import timeless as timeless
-from logonet.cluster import Resources, Share
+from logonet import training
+from logonet.distributed import trainer
+from logonet.distributed.cluster import ResourceAllocation, Resources
+from logonet.storage.artifacts import Artifact
+from logonet.training import checkpoints, dataset
+from tools.chaos import timeless as timeless
 
 
 def tiny_backbone() -> dict[str, Any]:
-    from logonet.backbones import logonet
+    from logonet.networks import logonet
 
     return {"name": "logonet", **logonet.TINY}
 
@@ -43,10 +45,10 @@ def assert_same_gradients(a: Artifact, b: Artifact) -> None:
 
 
 def fit_here(
-    job: train.Job,
-    feed: data.Feed | data.LabelledFeed,
+    job: training.Job,
+    feed: dataset.TrainingDataset | dataset.LabelledDataset,
     resources: Resources,
-    share: Share,
+    share: ResourceAllocation,
     callbacks: Any = (),
 ) -> dict[str, Any]:
     """`train.fit` with this process as the one worker: a fit without the nine processes that Ray Train starts for it.
@@ -70,7 +72,7 @@ def fit_here(
         patch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
         try:
             feeds = [ray.put(feed)]
-            return train.train_worker(
+            return trainer.train_worker(
                 {"job": job, "feed": feeds, "share": alone, "watched": False, "run": "here"}
             )
         finally:

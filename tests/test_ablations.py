@@ -15,10 +15,12 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import adjusted_rand_score
 from test_methods import Stub, assert_step, batch_for, facts_for, sample_for, stub_for
 
-from logonet import clusterers, config, draws, methods
-from logonet.clusterers import ClustererSet, Config
-from logonet.errors import UserError
-from logonet.labeller import Labeller
+from logonet import methods
+from logonet.clustering import kmeans
+from logonet.clustering.kmeans import ClustererSet, Config
+from logonet.clustering.pseudo_labels import Labeller
+from logonet.core import config, seeding
+from logonet.core.errors import UserError
 from logonet.methods import masked_clusters
 from logonet.methods.masked_clusters import MaskedClusters
 
@@ -28,7 +30,7 @@ from logonet.methods.masked_clusters import MaskedClusters
 def prepared(masking: str, index: int = 0) -> dict[str, np.ndarray]:
     cfg = methods.config("masked_clusters", {"masking": masking})
     sample = sample_for(index, facts_for(), methods.needs("masked_clusters"))
-    return masked_clusters.prepare(sample, cfg, draws.rng(0, "prepare", index))
+    return masked_clusters.prepare(sample, cfg, seeding.rng(0, "prepare", index))
 
 
 def test_masking_is_the_papers_by_default() -> None:
@@ -96,7 +98,7 @@ def test_loss_falls_without_masking() -> None:
 
 def test_one_clusterer_is_enough() -> None:
     """Table 9's first row."""
-    facts = methods.Facts((16, 8, 12), 1, cluster_sizes=(5,), majority_labels=(1,))
+    facts = methods.DataSpec((16, 8, 12), 1, cluster_sizes=(5,), majority_labels=(1,))
     module = methods.build("masked_clusters", Stub(), facts)
     batch = batch_for("masked_clusters", module.cfg, facts, [0, 1])
     assert batch["labels"].shape == (2, 1, 12)
@@ -110,7 +112,7 @@ OTHERS = ["gaussian_mixture", "spectral", "hierarchical"]
 
 def blobs(S: int = 240, num: int = 6, T: int = 36, air: int = 40) -> tuple[np.ndarray, np.ndarray]:
     """Slices uint16 (S, T) around ``num`` distant centres, and whose they are; the first ``air`` are equal."""
-    generator = draws.rng(0, "blobs")
+    generator = seeding.rng(0, "blobs")
     centres = generator.integers(5000, 60000, (num, T))
     whose_S = generator.integers(1, num, S)
     whose_S[:air] = 0
@@ -128,11 +130,11 @@ def test_the_default_is_the_papers_k_means_to_the_last_bit() -> None:
     slices_ST, _ = blobs()
     cfg = Config(iterations=5, fraction=0.25, seed=7)
     assert cfg.algorithm == "kmeans"
-    plain = MiniBatchKMeans(9, random_state=draws.integer(7, "fit", 2), batch_size=60)
+    plain = MiniBatchKMeans(9, random_state=seeding.integer(7, "fit", 2), batch_size=60)
     for iteration in range(5):
-        chosen = np.sort(draws.rng(7, "fit", 2, iteration).choice(240, 60, replace=False))
+        chosen = np.sort(seeding.rng(7, "fit", 2, iteration).choice(240, 60, replace=False))
         plain.partial_fit(slices_ST[chosen].astype(np.float32) / np.float32(65535))
-    fitted = clusterers.fit_one(slices_ST, 9, 2, cfg)
+    fitted = kmeans.fit_one(slices_ST, 9, 2, cfg)
     np.testing.assert_array_equal(fitted.centroids_KT, plain.cluster_centers_)
 
 
@@ -140,7 +142,7 @@ def test_the_default_is_the_papers_k_means_to_the_last_bit() -> None:
 def test_an_algorithm_finds_what_is_there_and_the_labeller_repeats_it(algorithm: str) -> None:
     slices_ST, whose_S = blobs()
     cfg = config_of(algorithm, fraction=0.5)
-    fits = [clusterers.fit_one(slices_ST, k, i, cfg) for i, k in enumerate((6, 11))]
+    fits = [kmeans.fit_one(slices_ST, k, i, cfg) for i, k in enumerate((6, 11))]
     assert fits[0].k == 6
     assert fits[0].centroids_KT.dtype == np.float32
     made = ClustererSet.from_bytes(ClustererSet.from_fitted(fits, {"config": config.to_dict(cfg)}).to_bytes())
@@ -157,10 +159,10 @@ def test_an_algorithm_finds_what_is_there_and_the_labeller_repeats_it(algorithm:
 def test_a_clusterer_is_the_means_of_the_algorithms_clusters(algorithm: str) -> None:
     slices_ST, _ = blobs()
     cfg = config_of(algorithm, fraction=0.5)
-    fitted = clusterers.fit_one(slices_ST, 11, 1, cfg)
-    chosen = np.sort(draws.rng(0, "fit", 1).choice(240, 120, replace=False))
+    fitted = kmeans.fit_one(slices_ST, 11, 1, cfg)
+    chosen = np.sort(seeding.rng(0, "fit", 1).choice(240, 120, replace=False))
     x_ST = slices_ST[chosen].astype(np.float32) / np.float32(65535)
-    own_S = clusterers._cluster(x_ST, 11, 1, cfg)
+    own_S = kmeans._cluster(x_ST, 11, 1, cfg)
     means = [x_ST[own_S == label].astype(np.float64).mean(0) for label in sorted(set(own_S))]
     np.testing.assert_allclose(fitted.centroids_KT, means, atol=1e-5)
     nearest_S = np.square(x_ST[:, None] - fitted.centroids_KT).sum(2, dtype=np.float64).min(1)
@@ -172,7 +174,7 @@ def test_hierarchical_is_wards_linkage() -> None:
 
     x_ST = blobs()[0].astype(np.float32) / np.float32(65535)
     tree = hierarchy.fcluster(hierarchy.ward(x_ST.astype(np.float64)), 9, "maxclust")
-    own_S = clusterers._cluster(x_ST, 9, 0, config_of("hierarchical"))
+    own_S = kmeans._cluster(x_ST, 9, 0, config_of("hierarchical"))
     assert adjusted_rand_score(tree, own_S) == 1
 
 
@@ -181,11 +183,11 @@ def test_another_algorithm_is_pure_too(algorithm: str) -> None:
     slices_ST, _ = blobs()
     slices_ST.flags.writeable = False
     cfg = config_of(algorithm, fraction=0.5)
-    one, again = (clusterers.fit_one(slices_ST, 8, 0, cfg) for _ in range(2))
+    one, again = (kmeans.fit_one(slices_ST, 8, 0, cfg) for _ in range(2))
     np.testing.assert_array_equal(one.centroids_KT, again.centroids_KT)
     assert one.inertia == again.inertia
-    other = clusterers.fit_one(slices_ST, 8, 1, cfg)
-    seeded = clusterers.fit_one(slices_ST, 8, 0, config_of(algorithm, fraction=0.5, seed=1))
+    other = kmeans.fit_one(slices_ST, 8, 1, cfg)
+    seeded = kmeans.fit_one(slices_ST, 8, 0, config_of(algorithm, fraction=0.5, seed=1))
     assert not np.array_equal(one.centroids_KT, other.centroids_KT)
     assert not np.array_equal(one.centroids_KT, seeded.centroids_KT)
 
@@ -198,14 +200,14 @@ def test_another_algorithm_sees_a_bounded_sample(
     fraction: float, k: int, cap: int, seen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    cluster = clusterers._cluster
+    cluster = kmeans._cluster
 
     def noted(x_ST: np.ndarray, k: int, index: int, cfg: Config) -> np.ndarray:
         asked.append(len(x_ST))
         return cluster(x_ST, k, index, cfg)
 
-    monkeypatch.setattr(clusterers, "_cluster", noted)
-    clusterers.fit_one(blobs()[0], k, 0, config_of("hierarchical", fraction=fraction, max_fit_slices=cap))
+    monkeypatch.setattr(kmeans, "_cluster", noted)
+    kmeans.fit_one(blobs()[0], k, 0, config_of("hierarchical", fraction=fraction, max_fit_slices=cap))
     assert asked == [seen]
 
 
@@ -215,8 +217,8 @@ def test_few_distinct_slices_make_few_clusters(
     algorithm: str, k: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     slices_ST = np.repeat(blobs(air=0)[0][:5], 8, axis=0)
-    with caplog.at_level(logging.WARNING, "logonet.clusterers"):
-        fitted = clusterers.fit_one(slices_ST, k, 3, config_of(algorithm))
+    with caplog.at_level(logging.WARNING, "logonet.clustering.kmeans"):
+        fitted = kmeans.fit_one(slices_ST, k, 3, config_of(algorithm))
     assert fitted.k == min(k, 5)
     assert np.isfinite(fitted.centroids_KT).all()
     assert ("only 5 distinct slices for 9 clusters" in caplog.text) == (k == 9)
@@ -227,7 +229,7 @@ def test_few_distinct_slices_make_few_clusters(
 @pytest.mark.parametrize("algorithm", OTHERS)
 def test_all_air_and_one_slice_are_one_cluster(algorithm: str) -> None:
     for num in (1, 20):
-        fitted = clusterers.fit_one(np.zeros((num, 9), np.uint16), 5, 0, config_of(algorithm))
+        fitted = kmeans.fit_one(np.zeros((num, 9), np.uint16), 5, 0, config_of(algorithm))
         np.testing.assert_array_equal(fitted.centroids_KT, np.zeros((1, 9)))
 
 

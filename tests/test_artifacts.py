@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import logonet
-from logonet import artifacts, store
-from logonet.errors import UserError
+from logonet.core.errors import UserError
+from logonet.storage import artifacts, object_store
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,10 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def make(root: str, cfg: object = CropConfig(), parents: dict[str, str] | None = None) -> artifacts.Artifact:
     parents = parents or {"scans": "ab12"}
     uri, fingerprint = artifacts.address(root, "crop", cfg, parents)
-    files = {name: store.write(store.join(uri, name), name.encode() * 50) for name in ("a/0.bin", "b.bin")}
+    files = {
+        name: object_store.write(object_store.join(uri, name), name.encode() * 50)
+        for name in ("a/0.bin", "b.bin")
+    }
     return artifacts.commit(
         uri, "crop", fingerprint, config=cfg, parents=parents, files=files, facts={"crops": 2}
     )
@@ -37,7 +40,7 @@ def make(root: str, cfg: object = CropConfig(), parents: dict[str, str] | None =
 def test_what_is_committed_is_found(root: str) -> None:
     made = make(root)
     assert artifacts.find(made.uri) == made
-    assert made.uri == store.join(root, "crop", made.fingerprint)
+    assert made.uri == object_store.join(root, "crop", made.fingerprint)
     assert made.config == {"size": [8, 8, 8], "spacing_mm": 1.5}
     assert (made.parents, made.facts) == ({"scans": "ab12"}, {"crops": 2})
     assert made.logonet_version == logonet.__version__
@@ -48,8 +51,8 @@ def test_what_is_committed_is_found(root: str) -> None:
 
 def test_unfinished_means_absent(root: str) -> None:
     made = make(root)
-    store.delete(store.join(made.uri, artifacts.MANIFEST))
-    assert store.exists(made.uri_of("b.bin"))
+    object_store.delete(object_store.join(made.uri, artifacts.MANIFEST))
+    assert object_store.exists(made.uri_of("b.bin"))
     assert artifacts.find(made.uri) is None
 
 
@@ -104,44 +107,44 @@ def test_a_damaged_manifest_counts_as_absent_and_is_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     made = make(str(tmp_path))
-    uri = store.join(made.uri, artifacts.MANIFEST)
-    bad = DAMAGES[damage](store.read(uri))
-    store.write(uri, bad)
+    uri = object_store.join(made.uri, artifacts.MANIFEST)
+    bad = DAMAGES[damage](object_store.read(uri))
+    object_store.write(uri, bad)
     with caplog.at_level(logging.WARNING, logger="logonet"):
         assert artifacts.find(made.uri) is None
     assert uri in caplog.text
-    assert store.read(uri) == bad, "find must not touch the store"
+    assert object_store.read(uri) == bad, "find must not touch the store"
     again = make(str(tmp_path))
     assert artifacts.find(made.uri) == again
-    torn = [e.uri for e in store.listing(made.uri) if ".torn-" in e.uri]
-    assert [store.read(u) for u in torn] == [bad]
+    torn = [e.uri for e in object_store.listing(made.uri) if ".torn-" in e.uri]
+    assert [object_store.read(u) for u in torn] == [bad]
 
 
 def test_a_good_manifest_is_replaced_without_a_trace(tmp_path: Path) -> None:
     made, again = make(str(tmp_path)), make(str(tmp_path))
     assert artifacts.find(made.uri) == again
-    assert len(list(store.listing(made.uri))) == 3
+    assert len(list(object_store.listing(made.uri))) == 3
 
 
 def test_a_manifest_promises_only_what_is_there(root: str) -> None:
     uri, fingerprint = artifacts.address(root, "crop", {}, {})
-    there = store.write(store.join(uri, "there"), b"12345")
-    cut = store.Stored(there.size_bytes + 1, there.sha256)
+    there = object_store.write(object_store.join(uri, "there"), b"12345")
+    cut = object_store.Stored(there.size_bytes + 1, there.sha256)
     for files in ({"there": there, "missing": there}, {"there": cut}):
-        with pytest.raises(store.IntegrityError, match="cannot be finished"):
+        with pytest.raises(object_store.IntegrityError, match="cannot be finished"):
             artifacts.commit(uri, "crop", fingerprint, config={}, parents={}, files=files, facts={})
         assert artifacts.find(uri) is None
 
 
 def test_verify_names_what_is_damaged(root: str) -> None:
     made = make(root)
-    store.write(made.uri_of("b.bin"), b"B.BIN" * 50)
+    object_store.write(made.uri_of("b.bin"), b"B.BIN" * 50)
     assert artifacts.verify(made) == []
     assert artifacts.verify(made, full=True) == ["b.bin"]
-    with pytest.raises(store.IntegrityError, match=r"b\.bin"):
+    with pytest.raises(object_store.IntegrityError, match=r"b\.bin"):
         made.read("b.bin")
-    store.write(made.uri_of("b.bin"), b"short")
-    store.delete(made.uri_of("a/0.bin"))
+    object_store.write(made.uri_of("b.bin"), b"short")
+    object_store.delete(made.uri_of("a/0.bin"))
     assert artifacts.verify(made) == artifacts.verify(made, full=True) == ["a/0.bin", "b.bin"]
 
 

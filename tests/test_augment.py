@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from logonet import augment, config, draws
-from logonet.augment import Config, Drawn, apply, draw
-from logonet.errors import UserError
+from logonet.core import config, seeding
+from logonet.core.errors import UserError
+from logonet.data import augment
+from logonet.data.augment import Config, Drawn, apply, draw
 
 SIZE = (12, 12, 10)
 EVERY: dict[str, Any] = dict.fromkeys(augment.PROBABILITIES, 1.0)
@@ -24,7 +25,7 @@ ALL = Config(**EVERY)
 
 
 def crop(size: tuple[int, int, int] = SIZE, num_channels: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    generator = draws.rng(0, "augment")
+    generator = seeding.rng(0, "augment")
     image_CXYZ = generator.random((num_channels, *size), np.float32)
     return image_CXYZ, generator.integers(0, 4, size).astype(np.uint8)
 
@@ -95,7 +96,7 @@ def test_noise_is_added_like_monais() -> None:
     assert abs(noise.mean()) < 0.005
     theirs = RandGaussianNoise(prob=1.0)
     theirs.randomize(image)
-    theirs.noise = 0.05 * draws.rng(7, "noise").standard_normal(image.shape, np.float32)
+    theirs.noise = 0.05 * seeding.rng(7, "noise").standard_normal(image.shape, np.float32)
     np.testing.assert_allclose(ours, monai_image(theirs, image, randomize=False), rtol=0, atol=1e-6)
     np.testing.assert_array_equal(same, labels)
 
@@ -135,7 +136,7 @@ def test_image_and_labels_stay_together() -> None:
     labels = ((x - 15) ** 2 + (y - 9) ** 2 + (z - 13) ** 2 < 25).astype(np.uint8)
     image = labels[None].astype(np.float32)
     for i in range(20):
-        drawn = draw(dataclasses.replace(ALL, noise_prob=0.0, gamma_prob=0.0), size, draws.rng(0, "t", i))
+        drawn = draw(dataclasses.replace(ALL, noise_prob=0.0, gamma_prob=0.0), size, seeding.rng(0, "t", i))
         moved, moved_labels = apply(image, labels, drawn)
         bright = moved[0] > drawn.intensity_offset + 0.5 * drawn.intensity_factor
         overlap = 2 * (bright & (moved_labels == 1)).sum() / (bright.sum() + (moved_labels == 1).sum())
@@ -157,7 +158,7 @@ def test_only_an_odd_number_of_flips_mirrors(axes: tuple[int, ...]) -> None:
         labels[x - 2 : x + 2, y - 2 : y + 2, z - 2 : z + 2] = k
     image = labels[None].astype(np.float32)
     for i in range(10):
-        drawn = draw(dataclasses.replace(ALL, flip_axes=axes), size, draws.rng(0, "mirror", i))
+        drawn = draw(dataclasses.replace(ALL, flip_axes=axes), size, seeding.rng(0, "mirror", i))
         sign = handedness(apply(image, labels, drawn)[1]) / handedness(labels)
         assert sign == (-1) ** len(axes), drawn
 
@@ -166,7 +167,7 @@ def test_only_an_odd_number_of_flips_mirrors(axes: tuple[int, ...]) -> None:
 def test_draw_and_apply_are_pure(cfg: Config) -> None:
     image, labels = crop()
     before = image.copy(), labels.copy()
-    first, second = (draw(cfg, SIZE, draws.rng(3, "d")) for _ in range(2))
+    first, second = (draw(cfg, SIZE, seeding.rng(3, "d")) for _ in range(2))
     assert first == second
     for a, b in zip(apply(image, labels, first), apply(image, labels, second)):
         np.testing.assert_array_equal(a, b)
@@ -178,7 +179,7 @@ def test_draw_and_apply_are_pure(cfg: Config) -> None:
 def test_shape_type_and_layout_stay(cfg: Config) -> None:
     image, labels = crop((8, 12, 10), num_channels=1)
     for i in range(20):
-        out, out_labels = apply(image, labels, draw(cfg, (8, 12, 10), draws.rng(0, "s", i)))
+        out, out_labels = apply(image, labels, draw(cfg, (8, 12, 10), seeding.rng(0, "s", i)))
         assert (out.shape, out.dtype, out.flags.c_contiguous) == (image.shape, np.float32, True)
         assert (out_labels.shape, out_labels.dtype) == (labels.shape, np.uint8)
         assert out_labels.flags.c_contiguous
@@ -188,7 +189,7 @@ def test_shape_type_and_layout_stay(cfg: Config) -> None:
 @pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
 def test_constant_images_stay_finite(value: float) -> None:
     image, labels = np.full((1, *SIZE), value, np.float32), np.zeros(SIZE, np.uint8)
-    out, out_labels = apply(image, labels, draw(ALL, SIZE, draws.rng(0, "constant")))
+    out, out_labels = apply(image, labels, draw(ALL, SIZE, seeding.rng(0, "constant")))
     assert np.isfinite(out).all()
     assert not out_labels.any()
 
@@ -196,7 +197,7 @@ def test_constant_images_stay_finite(value: float) -> None:
 def test_none_changes_nothing() -> None:
     image, labels = crop()
     for i in range(10):
-        drawn = draw(augment.none(), SIZE, draws.rng(0, "none", i))
+        drawn = draw(augment.none(), SIZE, seeding.rng(0, "none", i))
         assert drawn == Drawn()
         out, out_labels = apply(image, labels, drawn)
         np.testing.assert_array_equal(out, image)
@@ -206,7 +207,7 @@ def test_none_changes_nothing() -> None:
 def fields_drawn(cfg: Config, size: tuple[int, int, int] = SIZE) -> set[str]:
     nothing, found = Drawn(), set()
     for i in range(40):
-        drawn = draw(cfg, size, draws.rng(0, "switch", i))
+        drawn = draw(cfg, size, seeding.rng(0, "switch", i))
         found |= {
             f.name for f in dataclasses.fields(Drawn) if getattr(drawn, f.name) != getattr(nothing, f.name)
         }
@@ -238,7 +239,7 @@ def test_no_quarter_turn_where_sides_differ() -> None:
 
 def test_only_the_named_axes_are_flipped() -> None:
     cfg = dataclasses.replace(ALL, flip_prob=0.5, flip_axes=(1, 2))
-    drawn = [draw(cfg, SIZE, draws.rng(0, "axes", i)).flip_axes for i in range(60)]
+    drawn = [draw(cfg, SIZE, seeding.rng(0, "axes", i)).flip_axes for i in range(60)]
     assert set(drawn) == {(), (1,), (2,), (1, 2)}
 
 
@@ -256,14 +257,14 @@ def test_only_the_named_axes_are_flipped() -> None:
     ],
 )
 def test_draws_fill_their_range(within: Callable[[Drawn], float], low: float, high: float) -> None:
-    values = [within(draw(ALL, SIZE, draws.rng(0, "range", i))) for i in range(300)]
+    values = [within(draw(ALL, SIZE, seeding.rng(0, "range", i))) for i in range(300)]
     span = high - low
     assert low <= min(values) < low + 0.1 * span
     assert high - 0.1 * span < max(values) <= high
 
 
 def test_default_shares_are_those_of_the_recipe() -> None:
-    drawn = [draw(Config(), SIZE, draws.rng(0, "share", i)) for i in range(2000)]
+    drawn = [draw(Config(), SIZE, seeding.rng(0, "share", i)) for i in range(2000)]
     for share, has in [
         (0.1, lambda d: 0 in d.flip_axes),
         (0.1, lambda d: 2 in d.flip_axes),

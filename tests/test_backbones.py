@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logonet import backbones
-from logonet.backbones import ulkanet
-from logonet.errors import UserError
+from logonet import networks
+from logonet.core.errors import UserError
+from logonet.networks import ulkanet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = backbones.names()
+NAMES = networks.names()
 # logonet is nine ulkanets, of which one is traced.
 LONG_TO_TRACE = {"attention_unet", "dints", "logonet", "nnformer", "segresnetvae", "swinunetr", "unetr"}
 
@@ -29,7 +29,7 @@ LONG_TO_TRACE = {"attention_unet", "dints", "logonet", "nnformer", "segresnetvae
 def tiny_net(name: str, seed: int = 0, **options: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return backbones.build(name, num_classes=3, **{**backbones.tiny(name), **options})
+        return networks.build(name, num_classes=3, **{**networks.tiny(name), **options})
 
 
 def crop(name: str, batch: int = 2, seed: int = 0, widths: int = 1) -> Tensor:
@@ -39,23 +39,23 @@ def crop(name: str, batch: int = 2, seed: int = 0, widths: int = 1) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
-def everything(out: backbones.SegOut) -> Tensor:
+def everything(out: networks.SegOut) -> Tensor:
     """A loss of all that a network gives; an autoencoder's weights have no other gradient than ``aux_loss``'s."""
     loss = torch.stack([logits.float().square().mean() for logits in (out.logits, *out.deep)]).sum()
     return loss if out.aux_loss is None else loss + out.aux_loss
 
 
 def _multiple(name: str) -> tuple[int, int, int]:
-    cfg = backbones.config(name, backbones.tiny(name))
+    cfg = networks.config(name, networks.tiny(name))
     with pytest.raises(UserError) as refused:
-        backbones.check_size(name, cfg, (1, 1, 1))
+        networks.check_size(name, cfg, (1, 1, 1))
     nearest = str(refused.value).rsplit("(", 1)[1].rstrip(")")
     x, y, z = (int(n) for n in nearest.split(","))
     return x, y, z
 
 
 def _takes_one_size(name: str) -> bool:
-    return hasattr(backbones.config(name), "img_size")
+    return hasattr(networks.config(name), "img_size")
 
 
 # ---- the contract, for whatever is registered -----------------------------------------------------
@@ -72,7 +72,7 @@ def test_features_match_what_is_declared(name: str) -> None:
     assert list(net.strides) == sorted(net.strides)
     assert net.decode_features(x, feats).shape == (2, net.feature_channels, *x.shape[2:])
     out = net(x)
-    assert isinstance(out, backbones.SegOut)
+    assert isinstance(out, networks.SegOut)
     assert out.logits.shape == (2, 3, *x.shape[2:])
 
 
@@ -146,7 +146,7 @@ plain = functools.cache(trained_once)
 def test_options_of_speed_and_memory_change_no_number(
     name: str, options: dict[str, Any], training: bool
 ) -> None:
-    known = type(backbones.config(name)).__dataclass_fields__
+    known = type(networks.config(name)).__dataclass_fields__
     if not set(options) <= set(known):
         pytest.skip(f"{name} has no option {', '.join(options)}")
     if not training and not any(isinstance(m, nn.BatchNorm3d) for m in tiny_net(name).modules()):
@@ -195,16 +195,16 @@ def test_state_dict_goes_round(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_size_that_does_not_fit_is_refused_with_the_nearest(name: str) -> None:
-    cfg = backbones.config(name, backbones.tiny(name))
+    cfg = networks.config(name, networks.tiny(name))
     mx, my, mz = _multiple(name)
     if _takes_one_size(name):
-        backbones.check_size(name, cfg, cfg.img_size)
+        networks.check_size(name, cfg, cfg.img_size)
         with pytest.raises(UserError, match=rf"img_size.*\({mx}, {my}, {mz}\)"):
-            backbones.check_size(name, cfg, (2 * mx, my, mz))
+            networks.check_size(name, cfg, (2 * mx, my, mz))
         return
-    backbones.check_size(name, cfg, (mx, 3 * my, 2 * mz))
+    networks.check_size(name, cfg, (mx, 3 * my, 2 * mz))
     with pytest.raises(UserError) as refused:
-        backbones.check_size(name, cfg, (2 * mx + 1, my, mz))
+        networks.check_size(name, cfg, (2 * mx + 1, my, mz))
     assert f"({2 * mx}, {my}, {mz}) or ({3 * mx}, {my}, {mz})" in str(refused.value)
 
 
@@ -212,14 +212,14 @@ def test_a_size_that_does_not_fit_is_refused_with_the_nearest(name: str) -> None
 def test_shapes_are_found_without_memory(name: str) -> None:
     x = crop(name, widths=2)
     with torch.device("meta"):
-        net: Any = backbones.build(name, num_classes=3, **backbones.tiny(name))
+        net: Any = networks.build(name, num_classes=3, **networks.tiny(name))
     assert {t.device.type for t in (*net.parameters(), *net.buffers())} == {"meta"}
     assert net(x.to("meta")).logits.shape == (2, 3, *x.shape[2:])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_more_input_channels(name: str) -> None:
-    net = backbones.build(name, in_channels=2, num_classes=3, **backbones.tiny(name))
+    net = networks.build(name, in_channels=2, num_classes=3, **networks.tiny(name))
     x = torch.cat((crop(name, seed=0), crop(name, seed=1)), dim=1)
     assert net(x).logits.shape == (2, 3, *x.shape[2:])
 
@@ -240,20 +240,20 @@ def test_a_file_on_the_path_is_registered(tmp_path: Path, monkeypatch: pytest.Mo
         "    return 1, 1, 1\n"
     )
     (tmp_path / "_private.py").write_text("")
-    monkeypatch.setattr(backbones, "__path__", [*backbones.__path__, str(tmp_path)])
-    assert set(backbones.names()) == {*NAMES, "throwaway"}
-    assert backbones.build("throwaway", width=2).kernel_size == (2, 2, 2)
+    monkeypatch.setattr(networks, "__path__", [*networks.__path__, str(tmp_path)])
+    assert set(networks.names()) == {*NAMES, "throwaway"}
+    assert networks.build("throwaway", width=2).kernel_size == (2, 2, 2)
 
 
 def test_bad_names_and_options_are_refused() -> None:
     with pytest.raises(UserError, match="did you mean 'logonet'"):
-        backbones.build("logone")
+        networks.build("logone")
     with pytest.raises(UserError, match=r"backbone\.dimz.*did you mean 'backbone\.dims'"):
-        backbones.config("logonet", {"dimz": [8]})
+        networks.config("logonet", {"dimz": [8]})
     with pytest.raises(UserError, match=r"backbone\.dims has 2 entries"):
-        backbones.build("ulkanet", dims=(8, 16))
+        networks.build("ulkanet", dims=(8, 16))
     with pytest.raises(UserError, match=r"backbone\.local_blocks"):
-        backbones.config("logonet", {"local_blocks": 5})
+        networks.config("logonet", {"local_blocks": 5})
 
 
 # ---- the networks of the paper -------------------------------------------------------------------
@@ -265,7 +265,7 @@ def params(module: nn.Module) -> int:
 
 def on_meta(name: str, **options: Any) -> Any:
     with torch.device("meta"):
-        return backbones.build(name, **options)
+        return networks.build(name, **options)
 
 
 def test_parameters_of_every_part() -> None:
@@ -429,7 +429,7 @@ def test_the_usual_residual_leaves_the_input_alone() -> None:
     """With all of a module's branches silenced, a pre-norm module is the identity and Algorithm 3 is not."""
     x = torch.randn(2, 8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     for prenorm in (True, False):
-        net: Any = backbones.build("ulkanet", **{**ulkanet.TINY, "prenorm_residual": prenorm})
+        net: Any = networks.build("ulkanet", **{**ulkanet.TINY, "prenorm_residual": prenorm})
         module = net.net.encoder[0].lka[0]
         for last in (module.attention.point, module.mlp.fc2):
             nn.init.zeros_(last.weight)

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
-from jobs import recipes
-from logonet import cli, cluster, data, errors, phantom, stages, store
-from logonet.cluster import Resources
-from logonet.errors import UserError
+from logonet import cli, pipelines, recipes
+from logonet.core import errors
+from logonet.core.errors import UserError
+from logonet.data import phantom
+from logonet.distributed import cluster, data_tasks
+from logonet.distributed.cluster import Resources
+from logonet.storage import object_store
 
 REPO = Path(__file__).parents[1]
 TINY = ["--set", "clusterers.n=2", "--set", "clusterers.iterations=2", "--set", "train.epochs=1"]
@@ -28,7 +31,7 @@ def pretrain(monkeypatch: pytest.MonkeyPatch, capsys: Any, *argv: str) -> str:
     command = ["jobs/pretrain.py", "--recipe", "demo", "--experiment", "bad", *TINY, *argv]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as end:
-        cli.job("jobs/pretrain.py", "x", recipes.PRETRAINING, run, stages.resolve)
+        cli.job("jobs/pretrain.py", "x", recipes.PRETRAINING, run, pipelines.resolve)
     assert end.value.code == 2
     said = capsys.readouterr().err.strip().splitlines()
     errors = [line for line in said if line.startswith("error: ")]
@@ -125,7 +128,7 @@ def test_a_shard_that_changed_is_noticed_and_named(tmp_path: Path, ray_local: No
         recipes.PRETRAINING,
     )
     root, share = f"{tmp_path}/runs", cluster.share(Resources(workers=2))
-    up = stages.upstream(stages.resolve(cfg), f"{tmp_path}/scans", root, share)
+    up = pipelines.upstream(pipelines.resolve(cfg), f"{tmp_path}/scans", root, share)
     victim = sorted(Path(up.crops.uri, "shards").glob("*"))[0]
     raw = bytearray(victim.read_bytes())
     raw[-1] ^= 1
@@ -134,7 +137,7 @@ def test_a_shard_that_changed_is_noticed_and_named(tmp_path: Path, ray_local: No
     with pytest.raises(UserError, match=victim.name):
         up.crops.read(damaged)
     with pytest.raises(Exception, match=victim.name) as err:
-        data.sample_slices(up.crops, max_slices=10**6, seed=0, share=share)
+        data_tasks.sample_slices(up.crops, max_slices=10**6, seed=0, share=share)
     told = errors.user_sentence(err.value)
     assert told is not None
     assert victim.name in told
@@ -163,7 +166,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
             cli.JobArgs(recipe="demo", set=("clusterers.n=2", "split=null")), recipes.PRETRAINING
         )
         share = cluster.share(Resources(workers=2))
-        up = stages.upstream(stages.resolve(cfg), f"{tmp_path}/scans", f"{disk}/runs", share)
+        up = pipelines.upstream(pipelines.resolve(cfg), f"{tmp_path}/scans", f"{disk}/runs", share)
         assert [up.crops.read(i).shape for i in range(len(up.crops))] == [(1, 32, 32, 32)] * len(up.crops)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -211,17 +214,17 @@ def test_help_and_recipes_are_readable(capsys: Any, monkeypatch: pytest.MonkeyPa
     ):
         monkeypatch.setattr(sys, "argv", ["jobs/pretrain.py", "--recipe", "demo", flag])
         with contextlib.suppress(SystemExit):  # tyro leaves --help this way
-            cli.job("jobs/pretrain.py", "x", recipes.PRETRAINING, run, stages.resolve)
+            cli.job("jobs/pretrain.py", "x", recipes.PRETRAINING, run, pipelines.resolve)
         assert wanted in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", sorted(recipes.PRETRAINING))
 def test_every_recipe_resolves_and_says_what_it_is_for(name: str) -> None:
-    stages.resolve(recipes.PRETRAINING[name]())
+    pipelines.resolve(recipes.PRETRAINING[name]())
     assert len((recipes.PRETRAINING[name].__doc__ or "").split()) > 20
 
 
 def test_nothing_is_written_before_a_config_is_checked(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         cli.job_config(cli.JobArgs(recipe="demo", set=("nothing=1",)), recipes.PRETRAINING)
-    assert store.stat(str(tmp_path / "runs")) is None
+    assert object_store.stat(str(tmp_path / "runs")) is None

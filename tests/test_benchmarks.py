@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from logonet import crops, manifest, phantom, store, volume
+from logonet.data import cropping, manifest, phantom, volume
+from logonet.storage import object_store
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -26,11 +27,11 @@ def test_the_bare_loop_cuts_our_crops(
 ) -> None:
     scan, _ = phantom.phantom(0, (40, 36, 28), (0.9, 0.9, 2.0), modality, orientation="LPS")
     uri = f"{bucket}/scan.nii.gz"
-    store.write(uri, volume.encode_nifti(scan.array_CXYZ[0].astype(np.int16), scan.affine))
+    object_store.write(uri, volume.encode_nifti(scan.array_CXYZ[0].astype(np.int16), scan.affine))
     row = manifest.inspect(manifest.Source(uri, modality=modality))
     assert isinstance(row, manifest.Scan)
-    cfg = crops.Config(size_vox=(32, 24, 32), spacing_mm=spacing_mm)
-    ours_RCXYZ = crops.crops_of(manifest.load(row), row.modality, cfg, row.scan_id)
+    cfg = cropping.Config(size_vox=(32, 24, 32), spacing_mm=spacing_mm)
+    ours_RCXYZ = cropping.crops_of(manifest.load(row), row.modality, cfg, row.scan_id)
     bare_RXYZ = ingest.bare_scan((uri, row.modality, row.scan_id, cfg))
     np.testing.assert_array_equal(bare_RXYZ, ours_RCXYZ[:, 0])
 

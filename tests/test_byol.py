@@ -17,7 +17,7 @@ from test_selfsup import assert_learns_two_phantoms, phantom_batch
 from torch import Tensor, nn
 
 from logonet import methods
-from logonet.errors import UserError
+from logonet.core.errors import UserError
 from logonet.methods._selfsup import joined, pooled, spread
 
 

@@ -15,25 +15,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logonet import cases, config, crops, data, draws, manifest, phantom, store, volume
-from logonet.errors import BadScan, UserError
-from logonet.manifest import Scan, Source
-from logonet.volume import Volume
+from logonet.core import config, seeding
+from logonet.core.errors import BadScan, UserError
+from logonet.data import cropping, manifest, phantom, prepared_scans, volume
+from logonet.data.manifest import Scan, Source
+from logonet.data.volume import Volume
+from logonet.distributed import data_tasks
+from logonet.storage import object_store
 
 BRICK = 4
-CFG = cases.Config()
+CFG = prepared_scans.Config()
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
 SIZE = (6, 5, 4)
 
 
 @pytest.fixture(autouse=True)
 def small_bricks_and_empty_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(cases, "BRICK_VOX", BRICK)
-    cases._header.cache_clear()
-    cases._tensor.cache_clear()
+    monkeypatch.setattr(prepared_scans, "BRICK_VOX", BRICK)
+    prepared_scans._header.cache_clear()
+    prepared_scans._tensor.cache_clear()
     yield
-    cases._header.cache_clear()
-    cases._tensor.cache_clear()
+    prepared_scans._header.cache_clear()
+    prepared_scans._tensor.cache_clear()
 
 
 def a_case(shape_xyz: Sequence[int], channels: int = 1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -42,14 +45,16 @@ def a_case(shape_xyz: Sequence[int], channels: int = 1, seed: int = 0) -> tuple[
     return image_CXYZ, rng.integers(0, 4, shape_xyz).astype(np.uint8)
 
 
-def kept(folder: Path, image_CXYZ: np.ndarray, labels_XYZ: np.ndarray, name: str = "a") -> cases.Ref:
+def kept(folder: Path, image_CXYZ: np.ndarray, labels_XYZ: np.ndarray, name: str = "a") -> prepared_scans.Ref:
     uri = f"{folder}/cases/{name}.safetensors"
-    blob = cases.to_bytes(name, image_CXYZ, labels_XYZ, seed=0)
-    store.write(uri, blob)
-    return cases.ref_of(uri, blob)
+    blob = prepared_scans.to_bytes(name, image_CXYZ, labels_XYZ, seed=0)
+    object_store.write(uri, blob)
+    return prepared_scans.ref_of(uri, blob)
 
 
-def labelled(folder: Path, *organs: tuple[int, int], shape: Sequence[int] = (40, 40, 40)) -> cases.Ref:
+def labelled(
+    folder: Path, *organs: tuple[int, int], shape: Sequence[int] = (40, 40, 40)
+) -> prepared_scans.Ref:
     """A case with cubes of ``organs``: (class, side), side by side away from its border."""
     labels_XYZ = np.zeros(shape, np.uint8)
     begin = 5
@@ -69,11 +74,11 @@ def test_a_case_comes_back_from_its_bricks(tmp_path: Path, shape: tuple[int, ...
     image_CXYZ, labels_XYZ = a_case(shape, channels)
     ref = kept(tmp_path, image_CXYZ, labels_XYZ)
     assert ref.shape_cxyz == (channels, *shape)
-    got_CXYZ, got_XYZ = cases.read_case(ref)
+    got_CXYZ, got_XYZ = prepared_scans.read_case(ref)
     assert (got_CXYZ.dtype, got_XYZ.dtype) == (np.uint16, np.uint8)
     np.testing.assert_array_equal(got_CXYZ, image_CXYZ)
     np.testing.assert_array_equal(got_XYZ, labels_XYZ)
-    bricks = [name for name in cases._header(ref).entries if name.startswith("image/")]
+    bricks = [name for name in prepared_scans._header(ref).entries if name.startswith("image/")]
     assert len(bricks) == np.prod([-(-n // BRICK) for n in shape])
 
 
@@ -92,7 +97,7 @@ OUTSIDE = [(-6, 0, 0), (0, -5, 0), (0, 0, -4), (11, 0, 0), (0, 11, 0), (0, 0, 8)
 @pytest.mark.parametrize("start", INSIDE + ACROSS + OUTSIDE)
 def test_a_crop_is_a_slice_with_zeros_around(tmp_path: Path, start: tuple[int, int, int]) -> None:
     image_CXYZ, labels_XYZ = a_case((11, 11, 8), channels=2)
-    got_CXYZ, got_XYZ = cases.read_crop(kept(tmp_path, image_CXYZ, labels_XYZ), start, SIZE)
+    got_CXYZ, got_XYZ = prepared_scans.read_crop(kept(tmp_path, image_CXYZ, labels_XYZ), start, SIZE)
     want_CXYZ = np.stack([padded_slice(channel, start, SIZE) for channel in image_CXYZ])
     np.testing.assert_array_equal(got_CXYZ, want_CXYZ)
     np.testing.assert_array_equal(got_XYZ, padded_slice(labels_XYZ, start, SIZE))
@@ -101,7 +106,9 @@ def test_a_crop_is_a_slice_with_zeros_around(tmp_path: Path, start: tuple[int, i
 
 def test_a_crop_larger_than_the_case_holds_all_of_it(tmp_path: Path) -> None:
     image_CXYZ, labels_XYZ = a_case((5, 3, 6))
-    got_CXYZ, got_XYZ = cases.read_crop(kept(tmp_path, image_CXYZ, labels_XYZ), (-2, -4, -1), (10, 10, 10))
+    got_CXYZ, got_XYZ = prepared_scans.read_crop(
+        kept(tmp_path, image_CXYZ, labels_XYZ), (-2, -4, -1), (10, 10, 10)
+    )
     np.testing.assert_array_equal(got_CXYZ[0], padded_slice(image_CXYZ[0], (-2, -4, -1), (10, 10, 10)))
     np.testing.assert_array_equal(got_XYZ, padded_slice(labels_XYZ, (-2, -4, -1), (10, 10, 10)))
 
@@ -110,7 +117,7 @@ def test_a_case_is_a_plain_safetensors_file() -> None:
     from safetensors.numpy import load
 
     image_CXYZ, labels_XYZ = a_case((5, 4, 4), channels=2)
-    tensors = load(cases.to_bytes("a", image_CXYZ, labels_XYZ, seed=0))
+    tensors = load(prepared_scans.to_bytes("a", image_CXYZ, labels_XYZ, seed=0))
     both = [tensors[f"image/{x}_0_0"] for x in (0, 1)]
     np.testing.assert_array_equal(np.concatenate(both, 1), image_CXYZ)
     assert {n.split("/")[0] for n in tensors} == {"image", "labels", "places"}
@@ -121,13 +128,13 @@ class Reads:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ranges: list[tuple[int, int]] = []
-        real = store.read
+        real = object_store.read
 
         def read(uri: str, **asked: Any) -> bytes:
             self.ranges.append((asked["start"], asked["length"]))
             return real(uri, **asked)
 
-        monkeypatch.setattr(cases.store, "read", read)
+        monkeypatch.setattr(prepared_scans.store, "read", read)
 
 
 def test_only_the_bricks_under_a_crop_are_read_and_each_once(
@@ -135,14 +142,14 @@ def test_only_the_bricks_under_a_crop_are_read_and_each_once(
 ) -> None:
     ref = kept(tmp_path, *a_case((16, 16, 16)))
     reads = Reads(monkeypatch)
-    cases.read_crop(ref, (4, 8, 5), (4, 4, 3))  # within one brick
+    prepared_scans.read_crop(ref, (4, 8, 5), (4, 4, 3))  # within one brick
     header = (8, ref.header_bytes)
     assert reads.ranges[0] == header
     assert sorted(length for _, length in reads.ranges[1:]) == [BRICK**3, 2 * BRICK**3]
-    cases.read_crop(ref, (4, 8, 5), (4, 4, 3))
-    cases.read_crop(ref, (5, 9, 4), (2, 2, 2))
+    prepared_scans.read_crop(ref, (4, 8, 5), (4, 4, 3))
+    prepared_scans.read_crop(ref, (5, 9, 4), (2, 2, 2))
     assert len(reads.ranges) == 3  # all of it is in memory now
-    cases.read_crop(ref, (7, 8, 4), (2, 2, 2))  # and its neighbour along X
+    prepared_scans.read_crop(ref, (7, 8, 4), (2, 2, 2))  # and its neighbour along X
     assert sorted(length for _, length in reads.ranges[3:]) == [BRICK**3, 2 * BRICK**3]
     assert header not in reads.ranges[1:]
 
@@ -151,7 +158,7 @@ def test_a_case_is_known_from_its_header_alone(tmp_path: Path, monkeypatch: pyte
     ref = kept(tmp_path, *a_case((16, 16, 16)))
     size_bytes = Path(ref.uri).stat().st_size
     reads = Reads(monkeypatch)
-    assert cases.stored(ref.uri, size_bytes) == ref
+    assert prepared_scans.stored(ref.uri, size_bytes) == ref
     assert reads.ranges == [(0, 8), (0, 8 + ref.header_bytes)]
     assert 8 + ref.header_bytes < size_bytes
 
@@ -160,15 +167,15 @@ def test_what_is_in_memory_is_known_by_the_reference(tmp_path: Path, monkeypatch
     """By its values and not by its identity: every task unpickles references anew."""
     first, second = a_case((4, 4, 4), seed=1), a_case((4, 4, 4), seed=2)
     ref, other = kept(tmp_path, *first, "a"), kept(tmp_path, *second, "b")
-    np.testing.assert_array_equal(cases.read_case(ref)[0], first[0])
+    np.testing.assert_array_equal(prepared_scans.read_case(ref)[0], first[0])
     reads = Reads(monkeypatch)
-    np.testing.assert_array_equal(cases.read_case(dataclasses.replace(ref))[0], first[0])
+    np.testing.assert_array_equal(prepared_scans.read_case(dataclasses.replace(ref))[0], first[0])
     assert not reads.ranges
-    np.testing.assert_array_equal(cases.read_case(other)[0], second[0])
+    np.testing.assert_array_equal(prepared_scans.read_case(other)[0], second[0])
     assert len(reads.ranges) == 3
-    assert cases._header.cache_info().maxsize
+    assert prepared_scans._header.cache_info().maxsize
     brick_bytes = 3 * 64**3  # of image and labels
-    assert (cases._tensor.cache_info().maxsize or 0) // 2 * brick_bytes <= 96 << 20
+    assert (prepared_scans._tensor.cache_info().maxsize or 0) // 2 * brick_bytes <= 96 << 20
 
 
 # --------------------------------------------------------------------------------------------- damage
@@ -184,25 +191,25 @@ def flip(uri: str, place: int) -> None:
 def test_a_flipped_byte_is_named_with_its_mend_and_spoils_its_brick_alone(tmp_path: Path, kind: str) -> None:
     image_CXYZ, labels_XYZ = a_case((8, 4, 4))
     ref = kept(tmp_path / "run", image_CXYZ, labels_XYZ)
-    header = cases._header(ref)
+    header = prepared_scans._header(ref)
     flip(ref.uri, header.offset + header.entries[f"{kind}/1_0_0"]["data_offsets"][0])
-    with pytest.raises(store.IntegrityError) as err:
-        cases.read_crop(ref, (2, 0, 0), (4, 4, 4))
+    with pytest.raises(object_store.IntegrityError) as err:
+        prepared_scans.read_crop(ref, (2, 0, 0), (4, 4, 4))
     said = str(err.value)
     assert "SHA-256" in said
     assert f"delete {ref.uri} and {tmp_path}/run/manifest.json and run the same command" in said
     assert "\n" not in said
-    got_CXYZ, got_XYZ = cases.read_crop(ref, (0, 0, 0), (4, 4, 4))
+    got_CXYZ, got_XYZ = prepared_scans.read_crop(ref, (0, 0, 0), (4, 4, 4))
     np.testing.assert_array_equal(got_CXYZ, image_CXYZ[:, :4])
     np.testing.assert_array_equal(got_XYZ, labels_XYZ[:4])
 
 
 def test_a_flipped_byte_of_places_is_noticed(tmp_path: Path) -> None:
     ref = labelled(tmp_path, (1, 3))
-    header = cases._header(ref)
+    header = prepared_scans._header(ref)
     flip(ref.uri, header.offset + header.entries["places/1"]["data_offsets"][0])
-    with pytest.raises(store.IntegrityError, match=r"manifest\.json"):
-        cases.starts(ref, cases.Crops((8, 8, 8), foreground_share=1.0), draws.rng(0))
+    with pytest.raises(object_store.IntegrityError, match=r"manifest\.json"):
+        prepared_scans.starts(ref, prepared_scans.Crops((8, 8, 8), foreground_share=1.0), seeding.rng(0))
 
 
 def test_every_flipped_byte_of_the_header_is_noticed(tmp_path: Path) -> None:
@@ -210,12 +217,12 @@ def test_every_flipped_byte_of_the_header_is_noticed(tmp_path: Path) -> None:
     ref = kept(tmp_path, *a_case((2, 2, 2)))
     whole = Path(ref.uri).read_bytes()
     for place in range(8, 8 + ref.header_bytes, 7):
-        cases._header.cache_clear()
+        prepared_scans._header.cache_clear()
         flip(ref.uri, place)
-        with pytest.raises(store.IntegrityError, match=r"manifest\.json"):
-            cases.read_case(ref)
+        with pytest.raises(object_store.IntegrityError, match=r"manifest\.json"):
+            prepared_scans.read_case(ref)
         Path(ref.uri).write_bytes(whole)
-    cases.read_case(ref)
+    prepared_scans.read_case(ref)
 
 
 def test_a_torn_file_is_not_taken(tmp_path: Path) -> None:
@@ -228,28 +235,28 @@ def test_a_torn_file_is_not_taken(tmp_path: Path) -> None:
     torn += [whole[:8] + whole[8:header_end].replace(b"data_offsets", b"data_0ffsets") + whole[header_end:]]
     for blob in torn:
         Path(ref.uri).write_bytes(blob)
-        assert cases.stored(ref.uri, len(blob)) is None, len(blob)
+        assert prepared_scans.stored(ref.uri, len(blob)) is None, len(blob)
     Path(ref.uri).write_bytes(whole)
-    assert cases.stored(ref.uri, len(whole)) == ref
+    assert prepared_scans.stored(ref.uri, len(whole)) == ref
 
 
 # ------------------------------------------------------------------------------------- where crops fall
 
 
-def drawn(ref: cases.Ref, cfg: cases.Crops, times: int) -> np.ndarray:
+def drawn(ref: prepared_scans.Ref, cfg: prepared_scans.Crops, times: int) -> np.ndarray:
     """The corners of many iterations, (times * R, 3)."""
-    return np.concatenate([cases.starts(ref, cfg, draws.rng(0, "crops", i)) for i in range(times)])
+    return np.concatenate([prepared_scans.starts(ref, cfg, seeding.rng(0, "crops", i)) for i in range(times)])
 
 
-def centres(ref: cases.Ref, corners_R3: np.ndarray, size: Sequence[int]) -> np.ndarray:
+def centres(ref: prepared_scans.Ref, corners_R3: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """The class of each crop's centre voxel, (R,)."""
-    labels_XYZ = cases.read_case(ref)[1]
+    labels_XYZ = prepared_scans.read_case(ref)[1]
     return labels_XYZ[tuple((corners_R3 + np.array(size) // 2).T)]
 
 
 def test_crops_lie_inside_and_reach_every_corner(tmp_path: Path) -> None:
     ref = labelled(tmp_path, (1, 3), shape=(20, 30, 18))
-    corners_R3 = drawn(ref, cases.Crops((16, 29, 18), foreground_share=0.0), 300)
+    corners_R3 = drawn(ref, prepared_scans.Crops((16, 29, 18), foreground_share=0.0), 300)
     np.testing.assert_array_equal(corners_R3.min(0), [0, 0, 0])
     np.testing.assert_array_equal(corners_R3.max(0), [4, 1, 0])
 
@@ -259,7 +266,7 @@ def test_a_foreground_crop_is_centred_on_a_voxel_of_a_class(
     tmp_path: Path, size: tuple[int, int, int]
 ) -> None:
     ref = labelled(tmp_path, (1, 3), (3, 1))
-    corners_R3 = drawn(ref, cases.Crops(size, foreground_share=1.0), 200)
+    corners_R3 = drawn(ref, prepared_scans.Crops(size, foreground_share=1.0), 200)
     assert set(centres(ref, corners_R3, size)) == {1, 3}
 
 
@@ -267,7 +274,7 @@ def test_a_foreground_crop_at_the_border_is_moved_inwards(tmp_path: Path) -> Non
     labels_XYZ = np.zeros((12, 12, 12), np.uint8)
     labels_XYZ[0, 11, 6] = 1
     ref = kept(tmp_path, np.zeros((1, 12, 12, 12), np.uint16), labels_XYZ)
-    corners_R3 = drawn(ref, cases.Crops((4, 4, 4), foreground_share=1.0), 3)
+    corners_R3 = drawn(ref, prepared_scans.Crops((4, 4, 4), foreground_share=1.0), 3)
     np.testing.assert_array_equal(corners_R3, np.tile([0, 8, 4], (6, 1)))
 
 
@@ -276,7 +283,9 @@ def test_the_share_of_foreground_crops(tmp_path: Path, share: float) -> None:
     """Fixed seeds, and five standard deviations of a binomial count."""
     ref = labelled(tmp_path, (1, 4), (2, 2))
     size, times = (8, 8, 8), 1500
-    found = np.count_nonzero(centres(ref, drawn(ref, cases.Crops(size, foreground_share=share), times), size))
+    found = np.count_nonzero(
+        centres(ref, drawn(ref, prepared_scans.Crops(size, foreground_share=share), times), size)
+    )
     by_chance = (4**3 + 2**3) / (40 - 8 + 1) ** 3  # both cubes lie where a crop's centre can
     p = share + (1 - share) * by_chance
     assert abs(found - 2 * times * p) <= 5 * np.sqrt(2 * times * p * (1 - p))
@@ -285,9 +294,9 @@ def test_the_share_of_foreground_crops(tmp_path: Path, share: float) -> None:
 def test_rare_classes_are_centred_on_as_often_as_common_ones(tmp_path: Path) -> None:
     """One voxel, 8 and 1331, of which not every one is kept."""
     ref = labelled(tmp_path, (1, 11), (2, 1), (7, 2))
-    assert cases.PLACES < 11**3
+    assert prepared_scans.PLACES < 11**3
     size, times = (8, 8, 8), 1500
-    found = centres(ref, drawn(ref, cases.Crops(size, foreground_share=1.0), times), size)
+    found = centres(ref, drawn(ref, prepared_scans.Crops(size, foreground_share=1.0), times), size)
     counts = np.bincount(found, minlength=8)
     assert counts[[1, 2, 7]].sum() == 2 * times
     assert np.abs(counts[[1, 2, 7]] - 2 * times / 3).max() <= 5 * np.sqrt(2 * times * (1 / 3) * (2 / 3))
@@ -295,22 +304,22 @@ def test_rare_classes_are_centred_on_as_often_as_common_ones(tmp_path: Path) -> 
 
 def test_every_voxel_of_a_class_is_reached(tmp_path: Path) -> None:
     ref = labelled(tmp_path, (1, 2))
-    corners_R3 = drawn(ref, cases.Crops((8, 8, 8), foreground_share=1.0), 200)
+    corners_R3 = drawn(ref, prepared_scans.Crops((8, 8, 8), foreground_share=1.0), 200)
     voxels = {tuple(int(v) for v in c + 4) for c in corners_R3}
     assert voxels == set(itertools.product((5, 6), (12, 13), (12, 13)))
 
 
 def test_starts_depend_on_the_generator_alone_and_one_crop_not_on_another(tmp_path: Path) -> None:
     ref = labelled(tmp_path, (1, 4), (2, 2))
-    cfg = cases.Crops((8, 8, 8), per_case=6, foreground_share=0.5)
-    first = cases.starts(ref, cfg, draws.rng(7))
+    cfg = prepared_scans.Crops((8, 8, 8), per_case=6, foreground_share=0.5)
+    first = prepared_scans.starts(ref, cfg, seeding.rng(7))
     assert first.shape == (6, 3)
-    np.testing.assert_array_equal(first, cases.starts(ref, cfg, draws.rng(7)))
-    assert not np.array_equal(first, cases.starts(ref, cfg, draws.rng(8)))
-    fewer = cases.starts(ref, dataclasses.replace(cfg, per_case=2), draws.rng(7))
+    np.testing.assert_array_equal(first, prepared_scans.starts(ref, cfg, seeding.rng(7)))
+    assert not np.array_equal(first, prepared_scans.starts(ref, cfg, seeding.rng(8)))
+    fewer = prepared_scans.starts(ref, dataclasses.replace(cfg, per_case=2), seeding.rng(7))
     np.testing.assert_array_equal(fewer, first[:2])
-    anywhere = cases.starts(ref, dataclasses.replace(cfg, foreground_share=0.0), draws.rng(7))
-    centred = cases.starts(ref, dataclasses.replace(cfg, foreground_share=1.0), draws.rng(7))
+    anywhere = prepared_scans.starts(ref, dataclasses.replace(cfg, foreground_share=0.0), seeding.rng(7))
+    centred = prepared_scans.starts(ref, dataclasses.replace(cfg, foreground_share=1.0), seeding.rng(7))
     is_anywhere, is_centred = (first == anywhere).all(1), (first == centred).all(1)
     assert (is_anywhere ^ is_centred).all()
     assert 0 < is_centred.sum() < 6
@@ -320,13 +329,13 @@ def test_starts_depend_on_the_generator_alone_and_one_crop_not_on_another(tmp_pa
 def test_a_case_smaller_than_the_crop_lies_in_its_middle(tmp_path: Path, share: float) -> None:
     labels_XYZ = np.ones((5, 20, 4), np.uint8)
     ref = kept(tmp_path, np.zeros((1, 5, 20, 4), np.uint16), labels_XYZ)
-    corners_R3 = drawn(ref, cases.Crops((8, 8, 8), foreground_share=share), 50)
+    corners_R3 = drawn(ref, prepared_scans.Crops((8, 8, 8), foreground_share=share), 50)
     assert set(corners_R3[:, 0]) == {-2}  # 3 voxels to spare: one more before it, as in `crops`
     assert set(corners_R3[:, 2]) == {-2}
     assert corners_R3[:, 1].min() >= 0
     assert corners_R3[:, 1].max() <= 12
     assert len(set(corners_R3[:, 1])) > 5
-    as_crops = crops.candidates((5, 20, 4), crops.Config(size_vox=(8, 8, 8), min_image_share=0), "a")
+    as_crops = cropping.candidates((5, 20, 4), cropping.Config(size_vox=(8, 8, 8), min_image_share=0), "a")
     assert {tuple(c) for c in corners_R3[:, [0, 2]]} == {
         tuple(c) for c in as_crops[..., [0, 2]].reshape(-1, 2)
     }
@@ -335,7 +344,7 @@ def test_a_case_smaller_than_the_crop_lies_in_its_middle(tmp_path: Path, share: 
 def test_a_case_without_foreground_is_cropped_anywhere(tmp_path: Path) -> None:
     image_CXYZ, _ = a_case((12, 12, 12))
     ref = kept(tmp_path, image_CXYZ, np.zeros((12, 12, 12), np.uint8))
-    corners_R3 = drawn(ref, cases.Crops((8, 8, 8), foreground_share=1.0), 50)
+    corners_R3 = drawn(ref, prepared_scans.Crops((8, 8, 8), foreground_share=1.0), 50)
     assert len(np.unique(corners_R3, axis=0)) > 25
 
 
@@ -343,17 +352,17 @@ def test_places_are_voxels_of_their_class_and_all_of_a_small_one() -> None:
     labels_XYZ = np.zeros((30, 30, 30), np.uint8)
     labels_XYZ[10:25, 3:20, 5:15] = 4  # 2550 voxels
     labels_XYZ[1:4, 1:3, 1:3] = 2  # 12
-    found = cases.places(labels_XYZ, seed=0, scan_id="a")
+    found = prepared_scans.places(labels_XYZ, seed=0, scan_id="a")
     assert sorted(found) == [2, 4]
     assert {tuple(v) for v in found[2].tolist()} == set(itertools.product((1, 2, 3), (1, 2), (1, 2)))
-    assert len(np.unique(found[4], axis=0)) == len(found[4]) == cases.PLACES
+    assert len(np.unique(found[4], axis=0)) == len(found[4]) == prepared_scans.PLACES
     assert (labels_XYZ[tuple(found[4].T)] == 4).all()
     # From all over the organ: the mean of 1000 of them lies near its middle, 5 standard deviations of it at most.
-    spread = 5 * np.array([15, 17, 10]) / np.sqrt(12) / np.sqrt(cases.PLACES)
+    spread = 5 * np.array([15, 17, 10]) / np.sqrt(12) / np.sqrt(prepared_scans.PLACES)
     assert (np.abs(found[4].mean(0) - [17, 11, 9.5]) <= spread).all()
-    np.testing.assert_array_equal(found[4], cases.places(labels_XYZ, 0, "a")[4])
-    assert not np.array_equal(found[4], cases.places(labels_XYZ, 1, "a")[4])
-    assert not np.array_equal(found[4], cases.places(labels_XYZ, 0, "b")[4])
+    np.testing.assert_array_equal(found[4], prepared_scans.places(labels_XYZ, 0, "a")[4])
+    assert not np.array_equal(found[4], prepared_scans.places(labels_XYZ, 1, "a")[4])
+    assert not np.array_equal(found[4], prepared_scans.places(labels_XYZ, 0, "b")[4])
 
 
 @pytest.mark.parametrize(
@@ -362,7 +371,7 @@ def test_places_are_voxels_of_their_class_and_all_of_a_small_one() -> None:
 )
 def test_impossible_crops_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(values))):
-        config.from_dict(cases.Crops, values, "crops")
+        config.from_dict(prepared_scans.Crops, values, "crops")
 
 
 @pytest.mark.parametrize(
@@ -370,7 +379,7 @@ def test_impossible_crops_are_refused(values: dict[str, Any]) -> None:
 )
 def test_impossible_preparations_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"cases\.{next(iter(values))}"):
-        config.from_dict(cases.Config, values, "cases")
+        config.from_dict(prepared_scans.Config, values, "cases")
 
 
 # -------------------------------------------------------------------------------------------- preparing
@@ -384,25 +393,29 @@ def test_a_case_holds_the_numbers_that_pretraining_sees(
 ) -> None:
     """A network is finetuned on intensities prepared just as those it was pretrained on."""
     scan, labels_XYZ = phantom.phantom(3, (15, 14, 9), modality=modality, classes=3, orientation=orientation)
-    cfg = cases.Config(spacing_mm=spacing_mm)
-    image_CXYZ, _ = cases.prepare(scan, labels_XYZ, modality, (0, 1, 2), cfg, "a")
+    cfg = prepared_scans.Config(spacing_mm=spacing_mm)
+    image_CXYZ, _ = prepared_scans.prepare(scan, labels_XYZ, modality, (0, 1, 2), cfg, "a")
     assert image_CXYZ.dtype == np.uint16
     ref = kept(tmp_path, image_CXYZ, np.zeros(image_CXYZ.shape[1:], np.uint8))
-    as_crops = crops.Config(size_vox=(10, 16, 8), spacing_mm=spacing_mm, min_image_share=0.0)
-    want_RCXYZ = crops.crops_of(scan, modality, as_crops, "a")
-    prepared = crops.prepare(scan, as_crops)
-    low_high = crops.intensity_range(prepared.array_CXYZ, modality, as_crops, "a")
-    for want_CXYZ, start in zip(want_RCXYZ, crops.starts(prepared.array_CXYZ, low_high, as_crops, "a")):
-        np.testing.assert_array_equal(cases.read_crop(ref, start, as_crops.size_vox)[0], want_CXYZ)
+    as_crops = cropping.Config(size_vox=(10, 16, 8), spacing_mm=spacing_mm, min_image_share=0.0)
+    want_RCXYZ = cropping.crops_of(scan, modality, as_crops, "a")
+    prepared = cropping.prepare(scan, as_crops)
+    low_high = cropping.intensity_range(prepared.array_CXYZ, modality, as_crops, "a")
+    for want_CXYZ, start in zip(want_RCXYZ, cropping.starts(prepared.array_CXYZ, low_high, as_crops, "a")):
+        np.testing.assert_array_equal(prepared_scans.read_crop(ref, start, as_crops.size_vox)[0], want_CXYZ)
 
 
 @pytest.mark.parametrize("spacing_mm", [None, (1.0, 2.0, 2.0)])
 def test_every_orientation_gives_the_same_file(spacing_mm: tuple[float, float, float] | None) -> None:
-    cfg, files = cases.Config(spacing_mm=spacing_mm), set()
+    cfg, files = prepared_scans.Config(spacing_mm=spacing_mm), set()
     for orientation in ("RAS", "LPS", "LAS", "PIR", "SAL"):
         scan, labels_XYZ = phantom.phantom(2, (13, 12, 11), classes=4, orientation=orientation)
         assert scan.orientation == orientation
-        files.add(cases.to_bytes("a", *cases.prepare(scan, labels_XYZ, "CT", (0, 1, 2, 3), cfg, "a"), 0))
+        files.add(
+            prepared_scans.to_bytes(
+                "a", *prepared_scans.prepare(scan, labels_XYZ, "CT", (0, 1, 2, 3), cfg, "a"), 0
+            )
+        )
     assert len(files) == 1
 
 
@@ -411,8 +424,8 @@ def test_labels_are_taken_from_the_nearest_voxel() -> None:
     labels_XYZ = rng.integers(0, 3, (7, 6, 5)).astype(np.uint8)
     scan = Volume(rng.uniform(-900, 900, (1, 7, 6, 5)).astype(np.float32), AFFINE)
     spacing_mm = (1.3, 2.7, 2.2)
-    image_CXYZ, got_XYZ = cases.prepare(
-        scan, labels_XYZ, "CT", (0, 1, 2), cases.Config(spacing_mm=spacing_mm), "a"
+    image_CXYZ, got_XYZ = prepared_scans.prepare(
+        scan, labels_XYZ, "CT", (0, 1, 2), prepared_scans.Config(spacing_mm=spacing_mm), "a"
     )
     assert got_XYZ.dtype == np.uint8
     assert got_XYZ.shape == image_CXYZ.shape[1:] == (10, 5, 6)
@@ -427,7 +440,7 @@ def test_labels_are_taken_from_the_nearest_voxel() -> None:
 def test_label_values_become_class_indices() -> None:
     scan, indices_XYZ = phantom.phantom(1, (12, 12, 12), classes=4)
     values = np.array([0, 3, 7, 255], np.uint8)
-    _, got_XYZ = cases.prepare(scan, values[indices_XYZ], "CT", tuple(values.tolist()), CFG, "a")
+    _, got_XYZ = prepared_scans.prepare(scan, values[indices_XYZ], "CT", tuple(values.tolist()), CFG, "a")
     np.testing.assert_array_equal(got_XYZ, indices_XYZ)
     assert set(np.unique(got_XYZ)) == {0, 1, 2, 3}
 
@@ -437,7 +450,7 @@ def test_a_value_that_is_no_class_is_refused_with_the_scan(value: int) -> None:
     scan, labels_XYZ = phantom.phantom(1, (12, 12, 12), classes=2)
     labels_XYZ[3, 4, 5] = value
     with pytest.raises(BadScan) as err:
-        cases.prepare(scan, labels_XYZ, "CT", (0, 1, 4), CFG, "knee-12ab")
+        prepared_scans.prepare(scan, labels_XYZ, "CT", (0, 1, 4), CFG, "knee-12ab")
     said = str(err.value)
     assert said.startswith(f"knee-12ab: its label map holds the value {value}, which is no class")
     assert "those are 0, 1, 4" in said
@@ -447,7 +460,7 @@ def test_a_value_that_is_no_class_is_refused_with_the_scan(value: int) -> None:
 def test_a_scan_without_contrast_is_refused() -> None:
     scan = Volume(np.full((1, 8, 8, 8), 5, np.float32), AFFINE)
     with pytest.raises(BadScan, match=r"knee-12ab.*contrast"):
-        cases.prepare(scan, np.zeros((8, 8, 8), np.uint8), "MR", (0, 1), CFG, "knee-12ab")
+        prepared_scans.prepare(scan, np.zeros((8, 8, 8), np.uint8), "MR", (0, 1), CFG, "knee-12ab")
 
 
 # ----------------------------------------------------------------------------------- from scan to table
@@ -469,13 +482,13 @@ def scan(tmp_path: Path) -> Scan:
 def test_a_scan_is_prepared_once_and_again_only_when_its_file_is_torn(
     tmp_path: Path, scan: Scan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = data._PrepareCase((0, 1, 2), CFG, f"{tmp_path}/cases/f")
+    prepare = data_tasks._PrepareCase((0, 1, 2), CFG, f"{tmp_path}/cases/f")
     ref = prepare(scan)
-    assert isinstance(ref, cases.Ref)
+    assert isinstance(ref, prepared_scans.Ref)
     assert ref.uri == f"{tmp_path}/cases/f/cases/{scan.scan_id}.safetensors"
     whole = Path(ref.uri).read_bytes()
-    image_CXYZ, labels_XYZ = cases.read_case(ref)
-    want = cases.prepare(
+    image_CXYZ, labels_XYZ = prepared_scans.read_case(ref)
+    want = prepared_scans.prepare(
         manifest.load(scan), manifest.load_label(scan, manifest.load(scan)), "CT", (0, 1, 2), CFG, "a"
     )
     np.testing.assert_array_equal(image_CXYZ, want[0])
@@ -489,7 +502,7 @@ def test_a_scan_is_prepared_once_and_again_only_when_its_file_is_torn(
 
 
 def test_a_scan_that_cannot_be_used_is_set_aside_and_nothing_is_written(tmp_path: Path, scan: Scan) -> None:
-    answer = data._PrepareCase((0, 1), CFG, f"{tmp_path}/cases/f")(scan)
+    answer = data_tasks._PrepareCase((0, 1), CFG, f"{tmp_path}/cases/f")(scan)
     assert isinstance(answer, manifest.Quarantined)
     assert answer.uri == scan.uri
     assert "holds the value 2, which is no class" in answer.reason
@@ -498,8 +511,8 @@ def test_a_scan_that_cannot_be_used_is_set_aside_and_nothing_is_written(tmp_path
 
 def test_a_table_survives_json(tmp_path: Path) -> None:
     refs = tuple(kept(tmp_path, *a_case((5, 4, 3), channels=2, seed=i), f"scan{i}") for i in range(3))
-    table = cases.Table(refs, ("background", "liver"), (0, 6))
-    back = cases.Table.from_json(json.loads(json.dumps(table.to_json())))
+    table = prepared_scans.Table(refs, ("background", "liver"), (0, 6))
+    back = prepared_scans.Table.from_json(json.loads(json.dumps(table.to_json())))
     assert back == table
     assert hash(back.refs[0]) == hash(refs[0])
     assert (len(back), back.in_channels) == (3, 2)

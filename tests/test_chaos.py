@@ -18,9 +18,12 @@ from typing import Any
 import psutil
 import pytest
 
-from logonet import artifacts, chaos, draws, phantom
-from logonet.chaos import kill, timeless
+from logonet.core import seeding
+from logonet.data import phantom
+from logonet.storage import artifacts
 from logonet.sweep import records
+from tools import chaos
+from tools.chaos import kill, timeless
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
 REPO = Path(__file__).parents[1]
@@ -107,7 +110,7 @@ def test_driver_and_workers_killed_mid_epoch(
     root.mkdir()
     first = start(scans, root)
     newest = wait_for(lambda: checkpoint_done(root, 6 * 2), first)  # epoch 2 of 6 is over
-    time.sleep(draws.rng(0, "chaos", str(torn)).uniform(0.05, 0.5))
+    time.sleep(seeding.rng(0, "chaos", str(torn)).uniform(0.05, 0.5))
     kill(first)
     done = sorted(p.parent for p in newest.parent.glob("*/manifest.json"))
     assert not list((root / "pretrain").glob("*/manifest.json"))
@@ -169,11 +172,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     import torch
     from safetensors.torch import save_file
 
-    from jobs.recipes import TINY_LOGONET
-    from logonet import backbones
+    from logonet import networks
+    from logonet.recipes import TINY_LOGONET
 
     torch.manual_seed(1)
-    net = backbones.build("logonet", 1, 2, **{k: v for k, v in TINY_LOGONET.items() if k != "name"})
+    net = networks.build("logonet", 1, 2, **{k: v for k, v in TINY_LOGONET.items() if k != "name"})
     path = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
     save_file(net.state_dict(), path)
     return str(path)
@@ -202,7 +205,7 @@ def test_finetuning_killed_mid_epoch(
     root.mkdir()
     first = finetune(scans, root, weights)
     wait_for(lambda: checkpoint_done(root, 12, "finetune"), first)  # in the middle of epoch 2 of 4
-    time.sleep(draws.rng(0, "chaos", "finetune").uniform(0.05, 0.5))
+    time.sleep(seeding.rng(0, "chaos", "finetune").uniform(0.05, 0.5))
     kill(first)
     assert not list((root / "finetune").glob("*/manifest.json"))
     wait(finetune(scans, root, weights), root)

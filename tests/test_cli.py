@@ -14,8 +14,11 @@ import pandas as pd
 import pytest
 import yaml
 
-from jobs import finetune, recipes
-from logonet import cli, config, evaluate, phantom, stages, volume
+from jobs import finetune
+from logonet import cli, pipelines, recipes
+from logonet.core import config
+from logonet.data import phantom, volume
+from logonet.inference import metrics
 
 
 def logonet(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
@@ -199,7 +202,7 @@ def scores(path: Path, flips: int, cases: int = 8) -> str:
         pred_XYZ = truth_XYZ.copy()
         hit = np.flatnonzero(truth_XYZ)
         pred_XYZ.flat[np.random.default_rng(i).permutation(hit)[: flips + i]] = 0
-        rows += evaluate.case_rows(pred_XYZ, truth_XYZ, (1.0, 1.0, 1.0), {1: "liver"}, f"case{i}")
+        rows += metrics.case_rows(pred_XYZ, truth_XYZ, (1.0, 1.0, 1.0), {1: "liver"}, f"case{i}")
     path.write_bytes(pd.DataFrame(rows).to_csv(index=False).encode())
     return str(path)
 
@@ -257,7 +260,7 @@ def finetune_job(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
             finetune.__doc__ or "",
             recipes.FINETUNING,
             finetune.run,
-            stages.resolve_finetuning,
+            pipelines.resolve_finetuning,
             finetune.Args,
             configure=finetune.configure,
         )
@@ -268,8 +271,8 @@ def finetune_job(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
 
 @pytest.mark.parametrize("name", sorted(recipes.FINETUNING))
 def test_every_finetuning_recipe_resolves_and_says_what_it_is_for(name: str) -> None:
-    cfg = stages.resolve_finetuning(recipes.FINETUNING[name]())
-    assert stages.resolve_finetuning(cfg) == cfg
+    cfg = pipelines.resolve_finetuning(recipes.FINETUNING[name]())
+    assert pipelines.resolve_finetuning(cfg) == cfg
     assert len((recipes.FINETUNING[name].__doc__ or "").split()) > 15
 
 
@@ -277,8 +280,8 @@ def test_finetuning_takes_the_recipes_of_pretraining_by_name() -> None:
     """``--recipe small`` for both jobs, and the second can take the first's network."""
     assert recipes.FINETUNING.keys() <= recipes.PRETRAINING.keys()
     for name, make in recipes.FINETUNING.items():
-        network = stages.resolve_finetuning(make()).backbone
-        assert network == stages.resolve(recipes.PRETRAINING[name]()).backbone, name
+        network = pipelines.resolve_finetuning(make()).backbone
+        assert network == pipelines.resolve(recipes.PRETRAINING[name]()).backbone, name
 
 
 def test_finetunings_recipes_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -294,7 +297,7 @@ def test_a_shown_config_is_whole_and_can_be_given_back(
 ) -> None:
     assert finetune_job(monkeypatch, "--recipe", name, "--show-config") == 0
     shown = capsys.readouterr().out
-    want = config.to_dict(stages.resolve_finetuning(recipes.FINETUNING[name]()))
+    want = config.to_dict(pipelines.resolve_finetuning(recipes.FINETUNING[name]()))
     assert yaml.safe_load(shown) == want
     assert want["backbone"]["name"] == "logonet"
     (tmp_path / "own.yaml").write_text(shown)

@@ -13,9 +13,10 @@ import pytest
 from safetensors.numpy import save
 from sklearn.cluster import MiniBatchKMeans
 
-from logonet import clusterers, config, draws
-from logonet.clusterers import ClustererSet, Config, Fitted
-from logonet.errors import UserError
+from logonet.clustering import kmeans, quality
+from logonet.clustering.kmeans import ClustererSet, Config, Fitted
+from logonet.core import config, seeding
+from logonet.core.errors import UserError
 
 SMALL = Config(n=3, k_min=2, k_max=6, iterations=4, fraction=0.25, seed=3)
 
@@ -25,8 +26,8 @@ def slices(S: int = 80, T: int = 36, seed: int = 0) -> np.ndarray:
 
 
 def fitted_set(cfg: Config = SMALL) -> ClustererSet:
-    counts = clusterers.cluster_counts(cfg)
-    fits = [clusterers.fit_one(slices(), k, i, cfg) for i, k in enumerate(counts)]
+    counts = kmeans.cluster_counts(cfg)
+    fits = [kmeans.fit_one(slices(), k, i, cfg) for i, k in enumerate(counts)]
     return ClustererSet.from_fitted(fits, {"config": config.to_dict(cfg), "crops": "abc"})
 
 
@@ -34,12 +35,12 @@ def fitted_set(cfg: Config = SMALL) -> ClustererSet:
 
 
 def test_counts_are_uniform_over_the_whole_range():
-    counts = clusterers.cluster_counts(Config(n=4000, k_min=3, k_max=6))
+    counts = kmeans.cluster_counts(Config(n=4000, k_min=3, k_max=6))
     seen = np.bincount(counts)[3:]
     assert len(seen) == 4
     assert abs(seen - 1000).max() < 5 * math.sqrt(4000 * 0.25 * 0.75)
-    assert counts == clusterers.cluster_counts(Config(n=4000, k_min=3, k_max=6))
-    assert counts != clusterers.cluster_counts(Config(n=4000, k_min=3, k_max=6, seed=1))
+    assert counts == kmeans.cluster_counts(Config(n=4000, k_min=3, k_max=6))
+    assert counts != kmeans.cluster_counts(Config(n=4000, k_min=3, k_max=6, seed=1))
 
 
 def test_the_paper_is_the_default():
@@ -73,12 +74,12 @@ def test_fit_is_plain_minibatch_kmeans(k, fraction):
     """Section 4.1 word for word: k-means++, then one partial_fit per random subset."""
     cfg = Config(iterations=6, fraction=fraction, seed=7)
     x_ST = slices()
-    plain = MiniBatchKMeans(k, random_state=draws.integer(7, "fit", 2), batch_size=round(fraction * 80))
+    plain = MiniBatchKMeans(k, random_state=seeding.integer(7, "fit", 2), batch_size=round(fraction * 80))
     for iteration in range(6):
         rows = max(k, round(fraction * 80)) if iteration == 0 else round(fraction * 80)
-        chosen = np.sort(draws.rng(7, "fit", 2, iteration).choice(80, rows, replace=False))
+        chosen = np.sort(seeding.rng(7, "fit", 2, iteration).choice(80, rows, replace=False))
         plain.partial_fit(x_ST[chosen].astype(np.float32) / np.float32(65535))
-    fitted = clusterers.fit_one(x_ST, k, 2, cfg)
+    fitted = kmeans.fit_one(x_ST, k, 2, cfg)
     assert fitted.centroids_KT.dtype == np.float32
     np.testing.assert_array_equal(fitted.centroids_KT, plain.cluster_centers_)
     assert plain.n_steps_ == 6
@@ -86,12 +87,12 @@ def test_fit_is_plain_minibatch_kmeans(k, fraction):
 
 
 def test_a_clusterer_depends_on_its_own_index_alone():
-    counts = clusterers.cluster_counts(SMALL)
-    forward = [clusterers.fit_one(slices(), k, i, SMALL) for i, k in enumerate(counts)]
-    backward = [clusterers.fit_one(slices(), k, i, SMALL) for i, k in reversed(list(enumerate(counts)))]
+    counts = kmeans.cluster_counts(SMALL)
+    forward = [kmeans.fit_one(slices(), k, i, SMALL) for i, k in enumerate(counts)]
+    backward = [kmeans.fit_one(slices(), k, i, SMALL) for i, k in reversed(list(enumerate(counts)))]
     for a, b in zip(forward, reversed(backward)):
         np.testing.assert_array_equal(a.centroids_KT, b.centroids_KT)
-    one, two = (clusterers.fit_one(slices(), 5, i, SMALL) for i in (0, 1))
+    one, two = (kmeans.fit_one(slices(), 5, i, SMALL) for i in (0, 1))
     assert not np.array_equal(one.centroids_KT, two.centroids_KT)
     assert ClustererSet.from_fitted(forward, {}).id == ClustererSet.from_fitted(backward, {}).id
 
@@ -100,36 +101,36 @@ def test_a_read_only_view_is_enough_and_stays_as_it_is():
     x_ST = slices()
     x_ST.flags.writeable = False
     before = x_ST.copy()
-    clusterers.fit_one(x_ST, 4, 0, SMALL)
+    kmeans.fit_one(x_ST, 4, 0, SMALL)
     np.testing.assert_array_equal(x_ST, before)
 
 
 def test_other_seed_other_clusterer():
-    a, b = (clusterers.fit_one(slices(), 5, 0, Config(iterations=3, fraction=0.5, seed=s)) for s in (0, 1))
+    a, b = (kmeans.fit_one(slices(), 5, 0, Config(iterations=3, fraction=0.5, seed=s)) for s in (0, 1))
     assert not np.array_equal(a.centroids_KT, b.centroids_KT)
 
 
 @pytest.mark.parametrize(("S", "repeat"), [(6, 1), (24, 4)], ids=["few-slices", "few-distinct"])
 def test_k_is_lowered_to_the_distinct_slices_and_said(S, repeat, caplog):
     x_ST = np.repeat(slices(S // repeat), repeat, axis=0)
-    with caplog.at_level(logging.WARNING, "logonet.clusterers"):
-        fitted = clusterers.fit_one(x_ST, 10, 4, SMALL)
+    with caplog.at_level(logging.WARNING, "logonet.clustering.kmeans"):
+        fitted = kmeans.fit_one(x_ST, 10, 4, SMALL)
     assert fitted.k == 6
     assert "clusterer 4: only 6 distinct slices for 10 clusters" in caplog.text
     caplog.clear()
-    clusterers.fit_one(x_ST, 6, 4, SMALL)
+    kmeans.fit_one(x_ST, 6, 4, SMALL)
     assert not caplog.records
 
 
 def test_all_air_gives_one_cluster():
-    fitted = clusterers.fit_one(np.zeros((20, 9), np.uint16), 5, 0, SMALL)
+    fitted = kmeans.fit_one(np.zeros((20, 9), np.uint16), 5, 0, SMALL)
     assert fitted.k == 1
     np.testing.assert_array_equal(fitted.centroids_KT, 0)
 
 
 def test_no_slices_is_a_sentence():
     with pytest.raises(UserError, match="no slices"):
-        clusterers.fit_one(slices(0), 5, 0, SMALL)
+        kmeans.fit_one(slices(0), 5, 0, SMALL)
 
 
 # --------------------------------------------------------------------------------------------- the file
@@ -140,7 +141,7 @@ def test_set_comes_back_whole():
     back = ClustererSet.from_bytes(made.to_bytes())
     np.testing.assert_array_equal(back.centroids_VT, made.centroids_VT)
     np.testing.assert_array_equal(back.sizes_N, made.sizes_N)
-    assert back.sizes_N.tolist() == clusterers.cluster_counts(SMALL)
+    assert back.sizes_N.tolist() == kmeans.cluster_counts(SMALL)
     assert back.meta == made.meta
     assert back.id == made.id
     assert back.meta["config"]["k_max"] == 6
@@ -176,7 +177,7 @@ def test_a_missing_clusterer_is_our_mistake():
 
 
 def test_one_fitted_comes_back_whole():
-    fitted = clusterers.fit_one(slices(), 5, 2, SMALL)
+    fitted = kmeans.fit_one(slices(), 5, 2, SMALL)
     back = Fitted.from_bytes(fitted.to_bytes())
     assert (back.index, back.k, back.inertia) == (2, 5, fitted.inertia)
     np.testing.assert_array_equal(back.centroids_KT, fitted.centroids_KT)
@@ -211,7 +212,7 @@ def hand_set() -> ClustererSet:
 
 
 def test_quality_by_hand():
-    table = clusterers.quality(hand_set(), LABELS_SN, MEAN_S)
+    table = quality.quality(hand_set(), LABELS_SN, MEAN_S)
     entropy = -(3 / 6 * math.log(3 / 6) + 2 / 6 * math.log(2 / 6) + 1 / 6 * math.log(1 / 6))
     assert table["k"].tolist() == [4, 2]
     assert table["inertia"].tolist() == [1.5, 2.5]
@@ -225,15 +226,15 @@ def test_quality_by_hand():
 
 def test_quality_without_intensities_or_meta():
     bare = ClustererSet.view(np.zeros((6, 4), np.float32), np.array([4, 2]))
-    table = clusterers.quality(bare, LABELS_SN)
+    table = quality.quality(bare, LABELS_SN)
     assert table[["inertia", "air_codes", "air_share"]].isna().all(axis=None)
     assert table["dead_codes"].tolist() == [1, 0]
 
 
 def test_majority_by_hand():
     labels_PNZ = np.stack([LABELS_SN[:3].T, LABELS_SN[3:].T])
-    np.testing.assert_array_equal(clusterers.by_slice(labels_PNZ), LABELS_SN)
-    label_N, share_N = clusterers.majority(labels_PNZ, np.array([4, 2]))
+    np.testing.assert_array_equal(quality.by_slice(labels_PNZ), LABELS_SN)
+    label_N, share_N = quality.majority(labels_PNZ, np.array([4, 2]))
     assert label_N.tolist() == [0, 0]
     assert share_N.tolist() == [0.5, 0.5]
 
@@ -244,7 +245,7 @@ def test_agreement_is_mutual_information_over_entropy():
     pa, pb = joint.sum(1), joint.sum(0)
     mutual = sum(p * math.log(p / (pa[i] * pb[j])) for (i, j), p in np.ndenumerate(joint) if p)
     entropies = [-(p * np.log(p)).sum() for p in (pa, pb)]
-    nmi, chosen = clusterers.agreement(np.stack([a, b], 1))
+    nmi, chosen = quality.agreement(np.stack([a, b], 1))
     assert nmi[0, 1] == nmi[1, 0] == pytest.approx(mutual / np.mean(entropies))
     assert nmi.diagonal().tolist() == [1, 1]
     assert chosen.tolist() == [0, 1]
@@ -252,7 +253,7 @@ def test_agreement_is_mutual_information_over_entropy():
 
 def test_agreement_looks_at_a_few_of_many():
     labels_SN = np.random.default_rng(0).integers(0, 3, (30, 50))
-    nmi, chosen = clusterers.agreement(labels_SN, limit=5)
+    nmi, chosen = quality.agreement(labels_SN, limit=5)
     assert nmi.shape == (5, 5)
     assert chosen.tolist() == [0, 12, 24, 37, 49]
 
@@ -261,7 +262,7 @@ def test_stability_ignores_the_names_of_codes():
     g = np.random.default_rng(0)
     a = g.integers(0, 5, (3000, 2))
     renamed = np.stack([(a[:, 0] + 2) % 5, g.integers(0, 5, 3000)], 1)
-    table = clusterers.stability(a, renamed)
+    table = quality.stability(a, renamed)
     assert table["nmi"][0] == pytest.approx(1)
     assert table["ari"][0] == pytest.approx(1)
     assert abs(table["ari"][1]) < 0.01
@@ -271,11 +272,11 @@ def test_stability_ignores_the_names_of_codes():
 def test_exemplars_are_a_pure_draw_of_each_codes_slices():
     labels_S = np.random.default_rng(0).integers(0, 4, 200)
     labels_S[labels_S == 2] = 3
-    found = clusterers.exemplars(labels_S, 5, per_code=7, seed=1)
+    found = quality.exemplars(labels_S, 5, per_code=7, seed=1)
     assert sorted(found) == [0, 1, 3]
     for code, members in found.items():
         assert len(set(members)) == 7
         assert (labels_S[members] == code).all()
-    assert found == clusterers.exemplars(labels_S, 5, per_code=7, seed=1)
-    assert found != clusterers.exemplars(labels_S, 5, per_code=7, seed=2)
-    assert clusterers.exemplars(np.array([0, 1, 1]), 2, per_code=7, seed=0) == {0: [0], 1: [1, 2]}
+    assert found == quality.exemplars(labels_S, 5, per_code=7, seed=1)
+    assert found != quality.exemplars(labels_S, 5, per_code=7, seed=2)
+    assert quality.exemplars(np.array([0, 1, 1]), 2, per_code=7, seed=0) == {0: [0], 1: [1, 2]}

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from logonet import config
-from logonet.errors import UserError
+from logonet.core import config
+from logonet.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

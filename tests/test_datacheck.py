@@ -16,11 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from logonet import datacheck, importers, manifest, phantom, store
-from logonet.datacheck import Checked, Problem
-from logonet.errors import UserError
-from logonet.manifest import Quarantined, Source
-from logonet.volume import encode_nifti
+from logonet.core.errors import UserError
+from logonet.data import importers, manifest, phantom, validate
+from logonet.data.manifest import Quarantined, Source
+from logonet.data.validate import Checked, Problem
+from logonet.data.volume import encode_nifti
+from logonet.storage import object_store
 
 SMALL = (16, 16, 16)
 SCAN, LABELS_XYZ = phantom.phantom(4, SMALL, classes=3)
@@ -196,7 +197,7 @@ WARNINGS = {"anisotropy", "tiny"}
 def test_all_problems_of_a_case_at_once(tmp_path: Path, case: str) -> None:
     *files, changes, expected = BROKEN[case]
     bad = source(tmp_path, *files, **changes)
-    checked = datacheck.check(bad)
+    checked = validate.check(bad)
     assert {p.check: p.sentence.removeprefix(f"{tmp_path}/") for p in checked.problems} == expected
     for p in checked.problems:
         assert p.uri == bad.uri
@@ -209,7 +210,7 @@ def test_what_is_fine_here_is_imported_and_what_is_not_imported_is_shown(tmp_pat
     *files, changes, _ = BROKEN[case]
     bad = source(tmp_path, *files, **changes)
     row = manifest.inspect(bad)
-    checked = datacheck.check(bad)
+    checked = validate.check(bad)
     if isinstance(row, Quarantined):
         assert row.reason in {p.sentence for p in checked.problems}
     else:
@@ -234,7 +235,7 @@ def test_no_damage_stops_the_check(
         raw[min(place, len(raw) - 1)] = value
     damaged = (bytes(raw) if packed else gzip.compress(bytes(raw))) if flips else good[which][:cut]
     bad = source(tmp_path, **{**good, which: damaged})
-    checked = datacheck.check(bad)
+    checked = validate.check(bad)
     if isinstance(row := manifest.inspect(bad), Quarantined):
         assert row.reason in {p.sentence for p in checked.problems if p.severity == "error"}
     assert all(p.sentence.count("\n") == 0 for p in checked.problems)
@@ -244,9 +245,9 @@ def test_an_unreachable_store_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
-    monkeypatch.setattr(store, "CONTACT_ATTEMPTS", 1)
+    monkeypatch.setattr(object_store, "CONTACT_ATTEMPTS", 1)
     with pytest.raises(UserError, match="cannot reach the object store"):
-        datacheck.check(Source("s3://bucket/a.nii.gz"))
+        validate.check(Source("s3://bucket/a.nii.gz"))
 
 
 # -------------------------------------------------------------------------------------------- together
@@ -269,7 +270,7 @@ def test_duplicates_are_found_whatever_their_headers_say(tmp_path: Path) -> None
     }
     for name, data in files.items():
         (tmp_path / f"{name}.nii.gz").write_bytes(data)
-    found = datacheck.problems([datacheck.check(s) for s in importers.sources(str(tmp_path))])
+    found = validate.problems([validate.check(s) for s in importers.sources(str(tmp_path))])
     kept = f"{tmp_path}/a.nii.gz"
     assert found == [
         Problem(
@@ -289,7 +290,7 @@ def _flip(n: int) -> np.ndarray:
 
 
 def test_a_scan_in_two_lists_is_a_duplicate() -> None:
-    found = datacheck.problems([case("x", "v"), case("x", "v"), case("y"), case("z")])
+    found = validate.problems([case("x", "v"), case("x", "v"), case("y"), case("z")])
     assert [(p.check, p.sentence) for p in found] == [
         ("duplicate", "x: is listed twice; keep one of them"),
     ]
@@ -305,7 +306,7 @@ def test_a_subject_on_both_sides() -> None:
         case("c1", subject="ann", split="val", dataset="another"),
         case("c2", subject="ann", split="val", dataset="another"),
     ]
-    assert [(p.uri, p.check, p.severity, p.sentence) for p in datacheck.problems(checked)] == [
+    assert [(p.uri, p.check, p.severity, p.sentence) for p in validate.problems(checked)] == [
         (
             "a2",
             "subject",
@@ -329,7 +330,7 @@ def test_a_missing_label_where_others_have_one() -> None:
         case("t", label_uri="", split="test"),
         case("u", label_uri="", dataset="never labelled"),
     ]
-    found = datacheck.problems(checked)
+    found = validate.problems(checked)
     assert [(p.uri, p.check, p.severity) for p in found] == [
         ("b", "label missing", "warning"),
         ("c", "label missing", "error"),
@@ -337,8 +338,8 @@ def test_a_missing_label_where_others_have_one() -> None:
     assert found[0].sentence == (
         "b: has no label, though others of the dataset 'd' have; add it or move the scan to the test split"
     )
-    assert datacheck.failed(found)
-    assert not datacheck.failed(found[:1])
+    assert validate.failed(found)
+    assert not validate.failed(found[:1])
 
 
 def test_every_offender_is_in_the_table() -> None:
@@ -348,7 +349,7 @@ def test_every_offender_is_in_the_table() -> None:
     found.append(
         Problem("s3://bucket/set [x]/w.nii.gz", "label set", "warning", "s3://bucket/set [x]/l: odd [1]")
     )
-    text = datacheck.table(found, cases=400)
+    text = validate.table(found, cases=400)
     lines = text.splitlines()
     assert lines[0].strip() == "below s3://bucket/set [x]/"
     assert lines[-1] == "99 of 400 cases are fine, 300 with errors, 1 with warnings only"
@@ -362,11 +363,11 @@ def test_every_offender_is_in_the_table() -> None:
 
 
 def test_a_table_of_nothing_and_of_places_without_a_common_folder() -> None:
-    assert datacheck.table([], cases=7) == "7 of 7 cases are fine\n"
+    assert validate.table([], cases=7) == "7 of 7 cases are fine\n"
     found = [
         Problem(u, "tiny", "warning", f"{u}: has few voxels") for u in ("/a/x.nii.gz", "s3://b/y.nii.gz")
     ]
-    text = datacheck.table(found, cases=2)
+    text = validate.table(found, cases=2)
     for p in found:
         assert f"│ {p.uri} " in text
     assert "below" not in text
@@ -377,12 +378,12 @@ def test_a_table_of_nothing_and_of_places_without_a_common_folder() -> None:
 
 def test_phantoms_in_a_bucket(bucket: str) -> None:
     uri = phantom.write_dataset(f"{bucket}/task", 3, size_vox=SMALL, spacing_mm=(4.0, 4.0, 4.0))
-    checked = [datacheck.check(s) for s in importers.sources(uri)]
-    found = datacheck.problems(checked)
+    checked = [validate.check(s) for s in importers.sources(uri)]
+    found = validate.problems(checked)
     assert found == []
     torn = f"{bucket}/task/labelsTr/phantom_001.nii.gz"
-    store.write(torn, store.read(torn)[:-20])
-    found = datacheck.problems([datacheck.check(s) for s in importers.sources(bucket)])
+    object_store.write(torn, object_store.read(torn)[:-20])
+    found = validate.problems([validate.check(s) for s in importers.sources(bucket)])
     assert [(p.uri, p.check) for p in found] == [
         (f"{bucket}/task/imagesTr/phantom_001.nii.gz", "label opens")
     ]
@@ -391,6 +392,6 @@ def test_phantoms_in_a_bucket(bucket: str) -> None:
 
 def test_real_decathlon_task_is_fine(shared_data: Path) -> None:
     sources = importers.sources(str(shared_data / "Task04_Hippocampus" / "dataset.json"))
-    checked = [datacheck.check(s) for s in sources[:40]]
-    assert datacheck.problems(checked) == []
+    checked = [validate.check(s) for s in sources[:40]]
+    assert validate.problems(checked) == []
     assert len({c.voxel_sha256 for c in checked}) == 40

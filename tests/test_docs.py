@@ -12,9 +12,8 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from jobs import recipes
-from logonet import backbones, cli, methods
-from logonet.stages import Finetuning, Pretraining
+from logonet import cli, methods, networks, recipes
+from logonet.pipelines import Finetuning, Pretraining
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -59,7 +58,7 @@ def test_every_key_of_a_config_is_there_and_explained(reference, page, cfg):
     assert found["train.epochs"][0] == f"`{cfg.train.epochs}`"
 
 
-@pytest.mark.parametrize(("package", "section"), [(methods, "method"), (backbones, "backbone")])
+@pytest.mark.parametrize(("package", "section"), [(methods, "method"), (networks, "backbone")])
 def test_every_option_of_every_method_and_network_is_there_and_explained(reference, package, section):
     page = reference.PAGES[f"reference/{package.__name__.split('.')[1]}.md"]()
     for name in package.names():
@@ -129,9 +128,9 @@ def test_types_are_said_as_people_say_them_who_write_yaml(reference):
 def test_links_out_of_the_site_become_names(reference):
     page = SimpleNamespace(file=SimpleNamespace(src_path="methods.md"))
     mended = reference.on_page_markdown(
-        "[the loop](../logonet/train.py) [d](data.md) [no](../logonet/no.py)", page
+        "[the loop](../logonet/training.py) [d](data.md) [no](../logonet/no.py)", page
     )
-    assert mended == "the loop (`logonet/train.py`) [d](data.md) [no](../logonet/no.py)"
+    assert mended == "the loop (`logonet/training.py`) [d](data.md) [no](../logonet/no.py)"
 
 
 def nav_pages(part: Any) -> list[str]:

@@ -14,10 +14,11 @@ import psutil
 import pytest
 from faultproxy import FaultProxy
 
-from logonet import doctor, store
-from logonet.doctor import GIB, Check
-from logonet.errors import UserError
-from logonet.s3server import S3Server
+from logonet.core.errors import UserError
+from logonet.distributed import doctor
+from logonet.distributed.doctor import GIB, Check
+from logonet.storage import object_store
+from tools.s3server import S3Server
 
 
 class Usage(NamedTuple):
@@ -46,11 +47,11 @@ def status(checks: list[Check], what: str) -> str:
 @pytest.fixture(params=["path", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     where = request.getfixturevalue("bucket") if request.param == "s3" else str(tmp_path)
-    return store.join(where, "runs")
+    return object_store.join(where, "runs")
 
 
 def test_a_sound_setup_passes_and_leaves_nothing_behind(root: str, tmp_path: Path) -> None:
-    store.write(store.join(root, "mine"), b"kept")
+    object_store.write(object_store.join(root, "mine"), b"kept")
     checks = doctor.preflight(root, nodes=False, tracking=lambda: "http://tracker")
     assert [c for c in checks if c.status != "ok"] == []
     assert {c.what for c in checks} >= {
@@ -62,10 +63,10 @@ def test_a_sound_setup_passes_and_leaves_nothing_behind(root: str, tmp_path: Pat
     }
     assert {c.what for c in checks if c.what.startswith("store by")} == {
         "store by pyarrow",
-        "store by boto3" if store.is_s3(root) else "store by logonet",
+        "store by boto3" if object_store.is_s3(root) else "store by logonet",
     }
-    assert [e.uri for e in store.listing(root)] == [store.join(root, "mine")]
-    if not store.is_s3(root):
+    assert [e.uri for e in object_store.listing(root)] == [object_store.join(root, "mine")]
+    if not object_store.is_s3(root):
         assert os.listdir(root) == ["mine"]
 
 
@@ -145,7 +146,7 @@ def test_a_client_that_alone_fails_is_named(
     with FaultProxy(s3_server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
         proxy.add("status", status=403, code="AccessDenied", key="/pyarrow", times=99)
-        checks = list(doctor._clients(store.join(bucket, "runs")))
+        checks = list(doctor._clients(object_store.join(bucket, "runs")))
     assert status(checks, "store by boto3") == "ok"
     assert status(checks, "store by pyarrow") == "fail"
     told = " ".join(c.mend for c in checks)
@@ -199,7 +200,7 @@ def two_nodes(bucket: str) -> Iterator[Any]:
 
 @pytest.mark.slow
 def test_every_node_of_a_cluster_answers(two_nodes: Any, bucket: str) -> None:
-    checks = doctor.preflight(store.join(bucket, "runs"))
+    checks = doctor.preflight(object_store.join(bucket, "runs"))
     names = {c.node for c in checks}
     assert len(names) == 2
     for name in names:
@@ -215,7 +216,7 @@ def test_a_node_without_the_endpoint_is_found(
     with monkeypatch.context() as blindfold:
         blindfold.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
         blind = two_nodes.add_node(num_cpus=1, object_store_memory=80 * 1024 * 1024)
-    checks = doctor.preflight(store.join(bucket, "runs"))
+    checks = doctor.preflight(object_store.join(bucket, "runs"))
     failed = {c.node for c in checks if c.status == "fail"}
     assert [name.rpartition("/")[2] for name in failed] == [blind.node_id[:6]]
     assert any("AWS_ENDPOINT_URL_S3" in c.mend for c in checks if c.status == "fail")

@@ -16,9 +16,11 @@ import torch
 import tyro
 from torch import nn
 
-from logonet import cli, cluster, data, methods, notices, train
-from logonet.cluster import Resources, Workers
-from logonet.errors import Stopped, UserError
+from logonet import cli, methods, training
+from logonet.core.errors import Stopped, UserError
+from logonet.distributed import cluster, preemption, trainer
+from logonet.distributed.cluster import Resources, Workers
+from logonet.training import schedule
 
 # ------------------------------------------------------------------------------------------ how it is written
 
@@ -112,13 +114,13 @@ def test_what_the_user_gives_a_worker_must_leave_something() -> None:
 @pytest.mark.parametrize("world", range(1, 17))
 def test_every_batch_of_a_step_is_dealt_once_and_in_order(world: int) -> None:
     for count in range(world, 33):
-        parts = [data.dealt(count, rank, world) for rank in range(world)]
+        parts = [schedule.shard_micro_batches(count, rank, world) for rank in range(world)]
         assert list(itertools.chain(*parts)) == list(range(count))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
         if count % world == 0:
             assert [p.start for p in parts] == [rank * (count // world) for rank in range(world)]
-        cfg = train.Config(global_batch=2 * count, batch_size=2)
-        assert train.accumulation(cfg, world) == max(map(len, parts))
+        cfg = training.Config(global_batch=2 * count, batch_size=2)
+        assert training.accumulation(cfg, world) == max(map(len, parts))
 
 
 class Squares(nn.Module):
@@ -142,9 +144,9 @@ def gradients(count: int, rank: int, world: int) -> tuple[list[torch.Tensor], di
     gen = torch.Generator().manual_seed(1)
     xs, ys = torch.randn(count, 2, 6, generator=gen), torch.randn(count, 2, generator=gen)
     method = Squares()
-    own = data.dealt(count, rank, world)
+    own = schedule.shard_micro_batches(count, rank, world)
     seen: list[torch.Tensor] = []
-    totals = train.step(
+    totals = training.step(
         method,
         torch.optim.AdamW(method.parameters()),
         ({"x": xs[i], "y": ys[i]} for i in own),
@@ -152,7 +154,7 @@ def gradients(count: int, rank: int, world: int) -> tuple[list[torch.Tensor], di
         mean_count=count / world,
         progress=0.0,
         lr=1e-3,
-        cfg=train.Config(),
+        cfg=training.Config(),
         seeds=list(own),
         autocast=torch.autocast("cpu", enabled=False),
         sync=lambda params: seen.extend(p.grad.clone() for p in params if p.grad is not None),
@@ -186,13 +188,13 @@ def test_equal_parts_are_weighted_as_they_always_were(one_thread: None) -> None:
 
 @pytest.mark.parametrize("name", ["simclr", "rcr"])
 def test_a_method_that_sees_all_ranks_wants_equal_parts(name: str) -> None:
-    cfg, method = train.Config(global_batch=8, batch_size=2), {"name": name, "gather": True}
+    cfg, method = training.Config(global_batch=8, batch_size=2), {"name": name, "gather": True}
     for workers in (1, 2, 4):
-        train.check_workers(cfg, method, Resources(workers=workers))
+        trainer.check_workers(cfg, method, Resources(workers=workers))
     for refused in (3, Workers(1, 2), Workers(2, 4)):
         with pytest.raises(UserError, match=r"one of 1, 2, 4, or --set method.gather=false"):
-            train.check_workers(cfg, method, Resources(workers=refused))
-        train.check_workers(cfg, {"name": name}, Resources(workers=refused))
+            trainer.check_workers(cfg, method, Resources(workers=refused))
+        trainer.check_workers(cfg, {"name": name}, Resources(workers=refused))
 
 
 def test_only_methods_that_say_so_gather() -> None:
@@ -220,69 +222,69 @@ class Table(dict[str, bytes]):
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Unix time and the monotonic one, both where the test puts them; and an empty table."""
     now = [1000.0]
-    monkeypatch.setattr(notices, "time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
+    monkeypatch.setattr(preemption, "time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
     table = Table()
-    monkeypatch.setattr(notices, "_kv", lambda: table)
+    monkeypatch.setattr(preemption, "_kv", lambda: table)
     return now
 
 
 def test_a_notice_saves_at_once_and_leaves_before_the_end(clock: list[float]) -> None:
     info: list[Any] = [None]
-    heard = notices.Notices("run", 0, lambda: info[0])
-    assert heard.due(1.0, 0.0) == (notices.GO_ON, True)
+    heard = preemption.Notices("run", 0, lambda: info[0])
+    assert heard.due(1.0, 0.0) == (preemption.GO_ON, True)
     heard.ask()
-    assert heard.due(1.0, 0.0) == (notices.GO_ON, False), "asked again within a second"
+    assert heard.due(1.0, 0.0) == (preemption.GO_ON, False), "asked again within a second"
     clock[0] += 1
     info[0] = SimpleNamespace(deadline_ms=1120_000)
-    assert heard.due(1.0, 0.0) == (notices.GO_ON, True)
+    assert heard.due(1.0, 0.0) == (preemption.GO_ON, True)
     heard.ask()
-    assert heard.due(1.0, 0.0)[0] == notices.SAVE
+    assert heard.due(1.0, 0.0)[0] == preemption.SAVE
     for clock[0] in range(1002, 1109):
-        assert heard.due(1.0, 2.0)[0] == notices.GO_ON, clock[0]
+        assert heard.due(1.0, 2.0)[0] == preemption.GO_ON, clock[0]
     clock[0] = 1110  # 5 s, and twice the step and the save, are 11
-    assert heard.due(1.0, 2.0)[0] == notices.LEAVE
+    assert heard.due(1.0, 2.0)[0] == preemption.LEAVE
 
 
 @pytest.mark.parametrize("deadline_ms", [None, 1003_000])
 def test_a_notice_without_time_leaves_at_once(clock: list[float], deadline_ms: int | None) -> None:
-    heard = notices.Notices("run", 0, lambda: SimpleNamespace(deadline_ms=deadline_ms))
+    heard = preemption.Notices("run", 0, lambda: SimpleNamespace(deadline_ms=deadline_ms))
     heard.ask()
-    assert heard.due(0.1, 0.0)[0] == notices.LEAVE
+    assert heard.due(0.1, 0.0)[0] == preemption.LEAVE
 
 
 def test_a_notice_that_comes_earlier_than_the_one_before_is_saved_for_again(clock: list[float]) -> None:
     deadline = [1300_000]
-    heard = notices.Notices("run", 0, lambda: SimpleNamespace(deadline_ms=deadline[0]))
+    heard = preemption.Notices("run", 0, lambda: SimpleNamespace(deadline_ms=deadline[0]))
     heard.ask()
-    assert [heard.due(1, 1)[0] for _ in range(2)] == [notices.SAVE, notices.GO_ON]
+    assert [heard.due(1, 1)[0] for _ in range(2)] == [preemption.SAVE, preemption.GO_ON]
     deadline[0] = 1100_000
     heard.ask()
-    assert [heard.due(1, 1)[0] for _ in range(2)] == [notices.SAVE, notices.GO_ON]
+    assert [heard.due(1, 1)[0] for _ in range(2)] == [preemption.SAVE, preemption.GO_ON]
 
 
 def test_word_is_left_for_rank_0_of_this_run_alone(clock: list[float]) -> None:
     first, other, second = (
-        notices.Notices(run, rank, lambda: None) for run, rank in (("a", 0), ("b", 0), ("a", 1))
+        preemption.Notices(run, rank, lambda: None) for run, rank in (("a", 0), ("b", 0), ("a", 1))
     )
-    notices.tell("a")
-    assert first.due(1, 1) == (notices.LEAVE, False)
-    assert other.due(1, 1) == (notices.GO_ON, True)
-    assert second.due(1, 1) == (notices.GO_ON, False)
+    preemption.tell("a")
+    assert first.due(1, 1) == (preemption.LEAVE, False)
+    assert other.due(1, 1) == (preemption.GO_ON, True)
+    assert second.due(1, 1) == (preemption.GO_ON, False)
     first.left()
-    assert notices._kv() == {"logonet/a": notices.LEFT}
-    notices.forget("a")
-    assert notices.Notices("a", 0, lambda: None).due(1, 1) == (notices.GO_ON, True)
+    assert preemption._kv() == {"logonet/a": preemption.LEFT}
+    preemption.forget("a")
+    assert preemption.Notices("a", 0, lambda: None).due(1, 1) == (preemption.GO_ON, True)
 
 
 def test_every_rank_hears_its_own_sigterm_once_and_the_second_as_before(clock: list[float]) -> None:
     others: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: others.append(number))
     try:
-        heard = notices.Notices("run", 3, lambda: None)
+        heard = preemption.Notices("run", 3, lambda: None)
         with heard.listening():
-            assert heard.due(1, 1) == (notices.GO_ON, False)
+            assert heard.due(1, 1) == (preemption.GO_ON, False)
             os.kill(os.getpid(), signal.SIGTERM)
-            assert heard.due(1, 1) == (notices.LEAVE, False)
+            assert heard.due(1, 1) == (preemption.LEAVE, False)
             assert others == []
             os.kill(os.getpid(), signal.SIGTERM)
             assert others == [signal.SIGTERM]
@@ -295,24 +297,24 @@ def test_every_rank_hears_its_own_sigterm_once_and_the_second_as_before(clock: l
 def test_the_controllers_callback_waits_until_the_ranks_have_left(clock: list[float]) -> None:
     from ray.train.v2._internal.execution.controller.state import ResizingState, RunningState
 
-    callback = notices.leave_before_resizing("run")
+    callback = preemption.leave_before_resizing("run")
     steps: list[float] = []
 
     def sleep(seconds: float) -> None:
         clock[0] += seconds
         steps.append(seconds)
         if len(steps) == 4:
-            notices._kv()["logonet/run"] = notices.LEFT
+            preemption._kv()["logonet/run"] = preemption.LEFT
 
-    notices.time.sleep = sleep  # type: ignore[attr-defined]
+    preemption.time.sleep = sleep  # type: ignore[attr-defined]
     callback.after_controller_state_update(None, RunningState())
-    assert notices._kv() == {}
+    assert preemption._kv() == {}
     callback.after_controller_state_update(None, ResizingState(scaling_decision=None))
     assert len(steps) == 4
-    assert notices._kv() == {}
+    assert preemption._kv() == {}
     steps[:] = [0.0] * 4  # nobody answers: it gives up
     callback.after_controller_state_update(None, ResizingState(scaling_decision=None))
-    assert clock[0] >= 1000 + notices.RESIZE_WAIT_S
+    assert clock[0] >= 1000 + preemption.RESIZE_WAIT_S
 
 
 def test_a_command_that_was_asked_to_stop_says_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:

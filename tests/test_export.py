@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from logonet import backbones, export, model, volume
-from logonet.errors import UserError
-from logonet.infer import Predictor
-from logonet.phantom import phantom
+from logonet import networks
+from logonet.core.errors import UserError
+from logonet.data import volume
+from logonet.data.phantom import phantom
+from logonet.inference import export, model
+from logonet.inference.export.onnx import _export
+from logonet.inference.sliding_window import Predictor
 
 VALUES = (0, 7, 3)
 
@@ -69,7 +72,7 @@ def make(
     **options: Any,
 ) -> str:
     """An untrained model's folder."""
-    options = backbones.tiny(name) | options
+    options = networks.tiny(name) | options
     spec = model.Spec(
         backbone={"name": name, **options},
         in_channels=1,
@@ -82,7 +85,7 @@ def make(
         modality=modality,
     )
     torch.manual_seed(0)
-    net = backbones.build(name, 1, 3, **options)
+    net = networks.build(name, 1, 3, **options)
     folder.mkdir(parents=True, exist_ok=True)
     for file, data in model.files(spec, net.state_dict()).items():
         (folder / file).write_bytes(data)
@@ -221,7 +224,7 @@ def test_onnx_runtime_agrees_for_any_batch(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", backbones.names())
+@pytest.mark.parametrize("name", networks.names())
 def test_every_backbone_becomes_onnx(name: str, tmp_path: pathlib.Path) -> None:
     folder = make(tmp_path / "model", name=name, size_vox=smallest_size(name))
     parity = export.onnx(folder, str(tmp_path / "network.onnx"))
@@ -231,10 +234,10 @@ def test_every_backbone_becomes_onnx(name: str, tmp_path: pathlib.Path) -> None:
 
 def smallest_size(name: str) -> tuple[int, int, int]:
     """A window that the smallest net of this name takes."""
-    cfg = backbones.config(name, backbones.tiny(name))
+    cfg = networks.config(name, networks.tiny(name))
     for size in ((32, 32, 32), (64, 64, 64)):
         with contextlib.suppress(UserError):
-            backbones.check_size(name, cfg, size)
+            networks.check_size(name, cfg, size)
             return size
     pytest.fail(f"{name} takes neither 32 nor 64 voxels")
 
@@ -243,7 +246,7 @@ def test_a_graph_that_differs_is_not_left_behind(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, out = make_small(tmp_path / "model"), tmp_path / "network.onnx"
-    monkeypatch.setattr(export, "_export", shifted(export._export))
+    monkeypatch.setattr("logonet.inference.export.onnx._export", shifted(_export))
     with pytest.raises(UserError, match=r"differ from PyTorch's by up to .*nothing is written"):
         export.onnx(folder, str(out))
     assert not out.exists()
@@ -270,7 +273,7 @@ def test_an_operator_that_onnx_lacks_is_named(
         net.register_forward_hook(lambda m, args, o: o._replace(logits=torch.special.airy_ai(o.logits)))
         return true(net)
 
-    monkeypatch.setattr(export, "_logits_only", airy)
+    monkeypatch.setattr("logonet.inference.export.onnx.logits_only", airy)
     with pytest.raises(
         UserError, match=r"'ulkanet' cannot be written as ONNX: ONNX has no operator for .*airy"
     ):
@@ -279,6 +282,6 @@ def test_an_operator_that_onnx_lacks_is_named(
 
 
 def test_missing_packages_are_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "ONNX_PACKAGES", ("onnx", "no_such_package"))
+    monkeypatch.setattr("logonet.inference.export.onnx.ONNX_PACKAGES", ("onnx", "no_such_package"))
     with pytest.raises(UserError, match=r"needs no_such_package; .*logonet\[export\]"):
         export.onnx(make(tmp_path / "model"), str(tmp_path / "network.onnx"))

@@ -14,20 +14,23 @@ import pytest
 from faultproxy import KINDS, FaultProxy, sort_of
 from helpers import timeless
 
-from logonet import artifacts, cluster, data, manifest, phantom, predict, registry, stages, store
-from logonet.errors import UserError
-from logonet.s3server import S3Server
-from logonet.volume import encode_nifti
+from logonet import pipelines, tracking
+from logonet.core.errors import UserError
+from logonet.data import manifest, phantom
+from logonet.data.volume import encode_nifti
+from logonet.distributed import bucket_inference, cluster, data_tasks
+from logonet.storage import artifacts, object_store
+from tools.s3server import S3Server
 
-WAIT = store.WAIT  # `no_waiting` takes it away
+WAIT = object_store.WAIT  # `no_waiting` takes it away
 SMALL = (12, 12, 12)
 
 
 @pytest.fixture
 def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """Without a rate at first: what is to be there is written, then ``proxy.rate`` is set."""
-    monkeypatch.setattr(store, "PATIENCE_S", (30.0,))  # on a busy machine any reply may be late
-    store._silences_s.clear()
+    monkeypatch.setattr(object_store, "PATIENCE_S", (30.0,))  # on a busy machine any reply may be late
+    object_store._silences_s.clear()
     with FaultProxy(s3_server.endpoint, stall_s=1.0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
         yield proxy
@@ -89,29 +92,29 @@ def test_a_rate_is_what_it_says_and_depends_on_the_request_alone() -> None:
 def test_every_call_does_what_it_says_while_a_quarter_of_all_requests_fail(
     proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(store, "PAGE_KEYS", 4)
-    monkeypatch.setattr(store, "MULTIPART_BYTES", 20 << 20)
-    monkeypatch.setattr(store, "PATIENCE_S", (0.3, 0.3, 2.0, 30.0))
+    monkeypatch.setattr(object_store, "PAGE_KEYS", 4)
+    monkeypatch.setattr(object_store, "MULTIPART_BYTES", 20 << 20)
+    monkeypatch.setattr(object_store, "PATIENCE_S", (0.3, 0.3, 2.0, 30.0))
     proxy.rate, proxy.seed = 0.25, seed
-    blobs = {f"{store.join(bucket, 'x')}/{n:03d}": os.urandom(40_000 + n) for n in range(12)}
+    blobs = {f"{object_store.join(bucket, 'x')}/{n:03d}": os.urandom(40_000 + n) for n in range(12)}
     big = os.urandom(21 << 20)
-    large = store.write(store.join(bucket, "large"), big)
-    written = dict(zip(blobs, store.at_once(lambda uri: store.write(uri, blobs[uri]), blobs)))
-    assert [e.uri for e in store.listing(store.join(bucket, "x"))] == sorted(blobs)
+    large = object_store.write(object_store.join(bucket, "large"), big)
+    written = dict(zip(blobs, object_store.at_once(lambda uri: object_store.write(uri, blobs[uri]), blobs)))
+    assert [e.uri for e in object_store.listing(object_store.join(bucket, "x"))] == sorted(blobs)
     for uri, blob in blobs.items():
-        assert store.read(uri, sha256=written[uri].sha256) == blob
-        assert store.read(uri, start=7, length=20_000) == blob[7:20_007]
-        assert store.read(uri) == blob
-        entry = store.stat(uri)
+        assert object_store.read(uri, sha256=written[uri].sha256) == blob
+        assert object_store.read(uri, start=7, length=20_000) == blob[7:20_007]
+        assert object_store.read(uri) == blob
+        entry = object_store.stat(uri)
         assert entry is not None
         assert entry.size_bytes == len(blob)
-    assert store.read(store.join(bucket, "large"), sha256=large.sha256) == big
-    assert store.read(store.join(bucket, "large")) == big
-    assert store.stat(store.join(bucket, "none")) is None
-    store.delete(store.join(bucket, "large"))
-    assert store.delete_prefix(store.join(bucket, "x")) == len(blobs)
-    assert list(store.listing(bucket)) == []
-    store.abort_stale_uploads(bucket, older_than_h=-1)
+    assert object_store.read(object_store.join(bucket, "large"), sha256=large.sha256) == big
+    assert object_store.read(object_store.join(bucket, "large")) == big
+    assert object_store.stat(object_store.join(bucket, "none")) is None
+    object_store.delete(object_store.join(bucket, "large"))
+    assert object_store.delete_prefix(object_store.join(bucket, "x")) == len(blobs)
+    assert list(object_store.listing(bucket)) == []
+    object_store.abort_stale_uploads(bucket, older_than_h=-1)
     faults = [r for r in proxy.requests if r.fault]
     assert len(faults) > 15
     assert {"get", "put"} <= {r.sort for r in faults}
@@ -121,37 +124,40 @@ def test_every_call_does_what_it_says_while_a_quarter_of_all_requests_fail(
 def test_a_page_that_is_empty_or_comes_twice_loses_and_doubles_no_key(
     proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "PAGE_KEYS", 3)
+    monkeypatch.setattr(object_store, "PAGE_KEYS", 3)
     uris = [f"{bucket}/{n:02d}" for n in range(8)]
     for uri in uris:
-        store.write(uri, b"1")
+        object_store.write(uri, b"1")
     for faults in (["short"], ["repeat_page", "repeat_page"], ["repeat_page", "short"]):
         for kind in faults:
             key = "list-type" if kind == "short" else "continuation-token"
             proxy.add(kind, method="GET", key=key)
         proxy.requests.clear()
-        assert [e.uri for e in store.listing(bucket)] == uris
+        assert [e.uri for e in object_store.listing(bucket)] == uris
         assert proxy.faults() != []
     proxy.add("repeat_page", method="GET", key="continuation-token", times=99)
-    with pytest.raises(store.IntegrityError, match="comes twice"):
-        list(store.listing(bucket))
+    with pytest.raises(object_store.IntegrityError, match="comes twice"):
+        list(object_store.listing(bucket))
 
 
 def test_bytes_that_nobody_promised_must_be_the_objects_own(proxy: FaultProxy, bucket: str) -> None:
     """An ETag says so, of a whole or of its parts; else they are read twice."""
-    uri, blob = store.join(bucket, "x"), os.urandom(50_000)
-    store.write(uri, blob)
+    uri, blob = object_store.join(bucket, "x"), os.urandom(50_000)
+    object_store.write(uri, blob)
     proxy.add("flip", method="GET", at=1234)
-    assert store.read(uri) == blob
+    assert object_store.read(uri) == blob
     assert [r.method for r in proxy.requests if r.method != "PUT"] == ["HEAD", "GET", "GET"]
 
     proxy.requests.clear()
     proxy.add("flip", method="GET", at=100)
-    assert store.read(uri, start=50, length=1000) == blob[50:1050]
+    assert object_store.read(uri, start=50, length=1000) == blob[50:1050]
     assert len(proxy.requests) == 2 + 2  # two that differ, then two that agree
 
     for part_bytes, reads in ((8 << 20, 1), (6 << 20, 2)):  # 6 MiB is nobody's part size
-        client, place = store._client(), {"Bucket": bucket.removeprefix(store.S3), "Key": "parts"}
+        client, place = (
+            object_store._client(),
+            {"Bucket": bucket.removeprefix(object_store.S3), "Key": "parts"},
+        )
         upload = place | {"UploadId": client.create_multipart_upload(**place)["UploadId"]}
         blob = os.urandom(part_bytes + 1000)
         parts = []
@@ -160,66 +166,72 @@ def test_bytes_that_nobody_promised_must_be_the_objects_own(proxy: FaultProxy, b
             parts.append({"PartNumber": number, "ETag": etag})
         client.complete_multipart_upload(MultipartUpload={"Parts": parts}, **upload)
         proxy.requests.clear()
-        assert store.read(store.join(bucket, "parts")) == blob
+        assert object_store.read(object_store.join(bucket, "parts")) == blob
         assert [r.method for r in proxy.requests] == ["HEAD"] + ["GET"] * reads
 
 
 def test_a_refusal_is_asked_again_and_then_believed(proxy: FaultProxy, bucket: str) -> None:
-    uri = store.join(bucket, "x")
+    uri = object_store.join(bucket, "x")
     proxy.add("refused", status=403, code="AccessDenied", times=2)
-    store.write(uri, b"1")
+    object_store.write(uri, b"1")
     assert proxy.faults() == ["refused"] * 2
-    for call in (lambda: store.read(uri), lambda: store.write(uri, b"2"), lambda: store.stat(uri)):
+    for call in (
+        lambda: object_store.read(uri),
+        lambda: object_store.write(uri, b"2"),
+        lambda: object_store.stat(uri),
+    ):
         proxy.requests.clear()
         proxy.add("refused", status=403, code="AccessDenied", times=99)
-        with pytest.raises(store.Refused, match="access is refused"):
+        with pytest.raises(object_store.Refused, match="access is refused"):
             call()
-        assert len(proxy.faults()) == store.REFUSED_ATTEMPTS
+        assert len(proxy.faults()) == object_store.REFUSED_ATTEMPTS
         proxy._rules.clear()
 
 
 def test_a_reader_asks_again_soon_a_writer_waits(
     proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri = store.join(bucket, "x")
+    uri = object_store.join(bucket, "x")
     proxy.add("stall", method="PUT", seconds=1.0)
-    stored = store.write(uri, b"1" * 1000)
+    stored = object_store.write(uri, b"1" * 1000)
     assert [r.method for r in proxy.requests] == ["PUT"]
-    monkeypatch.setattr(store, "PATIENCE_S", (0.5, 0.5, 30.0))
+    monkeypatch.setattr(object_store, "PATIENCE_S", (0.5, 0.5, 30.0))
     for kind in ("stall", "stall_body"):
         proxy.requests.clear()
         proxy.add(kind, method="GET", at=500, seconds=2.0)
-        assert store.read(uri, size_bytes=1000, sha256=stored.sha256) == b"1" * 1000
+        assert object_store.read(uri, size_bytes=1000, sha256=stored.sha256) == b"1" * 1000
         assert [r.fault for r in proxy.requests] == [kind, None]
 
 
 def test_a_store_that_is_always_slow_is_not_asked_twice() -> None:
-    assert store.PATIENCE_S == (0.25, 0.5, 1.0, 2.0, 4.0, 30)
-    store._silences_s.clear()
-    assert store._timeout_s("get_object", 0) == 1.0, "nothing is known of it"
-    assert store._timeout_s("get_object", 9) == store.PATIENCE_S[-1]
-    assert store._timeout_s("put_object", 0) == store.READ_TIMEOUT_S
-    store._silences_s["get_object"].extend([0.01] * 60 + [5.0] * 4)
-    assert store._timeout_s("get_object", 0) == store.PATIENCE_S[0], "a few stalls make no slow store"
-    assert store._timeout_s("get_object", 1) == store.PATIENCE_S[1]
-    store._silences_s["get_object"].extend([0.9] * 64)
-    assert store._timeout_s("get_object", 0) == 4.0
-    store._silences_s.clear()
+    assert object_store.PATIENCE_S == (0.25, 0.5, 1.0, 2.0, 4.0, 30)
+    object_store._silences_s.clear()
+    assert object_store._timeout_s("get_object", 0) == 1.0, "nothing is known of it"
+    assert object_store._timeout_s("get_object", 9) == object_store.PATIENCE_S[-1]
+    assert object_store._timeout_s("put_object", 0) == object_store.READ_TIMEOUT_S
+    object_store._silences_s["get_object"].extend([0.01] * 60 + [5.0] * 4)
+    assert object_store._timeout_s("get_object", 0) == object_store.PATIENCE_S[0], (
+        "a few stalls make no slow store"
+    )
+    assert object_store._timeout_s("get_object", 1) == object_store.PATIENCE_S[1]
+    object_store._silences_s["get_object"].extend([0.9] * 64)
+    assert object_store._timeout_s("get_object", 0) == 4.0
+    object_store._silences_s.clear()
 
 
 def test_an_upload_whose_end_was_not_heard_is_whole(
     proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "MULTIPART_BYTES", 20 << 20)
-    uri, blob = store.join(bucket, "x"), os.urandom(21 << 20)
+    monkeypatch.setattr(object_store, "MULTIPART_BYTES", 20 << 20)
+    uri, blob = object_store.join(bucket, "x"), os.urandom(21 << 20)
     proxy.add("lost_reply", method="POST", key="uploadId=")
-    stored = store.write(uri, blob)
-    assert store.read(uri, sha256=stored.sha256) == blob
+    stored = object_store.write(uri, blob)
+    assert object_store.read(uri, sha256=stored.sha256) == blob
     proxy.add("status", method="PUT", key="partNumber=3", status=400, code="InvalidArgument")
     with pytest.raises(UserError):
-        store.write(uri, blob[::-1])
-    assert store.read(uri) == blob
-    assert store.abort_stale_uploads(bucket, older_than_h=-1) == 0, "the failed upload was not aborted"
+        object_store.write(uri, blob[::-1])
+    assert object_store.read(uri) == blob
+    assert object_store.abort_stale_uploads(bucket, older_than_h=-1) == 0, "the failed upload was not aborted"
 
 
 # --------------------------------------------------------------------- no scan is blamed for the store
@@ -229,19 +241,21 @@ def test_an_upload_whose_end_was_not_heard_is_whole(
 def withheld(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """URIs that `store.read` refuses."""
     uris: set[str] = set()
-    read = store.read
+    read = object_store.read
 
     def reading(uri: str, **options: Any) -> bytes:
         if uri in uris:
-            raise store.Refused(f"{uri}: access is refused (AccessDenied); ask for rights on the bucket")
+            raise object_store.Refused(
+                f"{uri}: access is refused (AccessDenied); ask for rights on the bucket"
+            )
         return read(uri, **options)
 
-    monkeypatch.setattr(store, "read", reading)
+    monkeypatch.setattr(object_store, "read", reading)
     return uris
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> cluster.Share:
+def in_process(monkeypatch: pytest.MonkeyPatch) -> cluster.ResourceAllocation:
     """Ray Data's mapping without Ray."""
 
     def mapped(items: Any, fn: Any, share: Any, note: Any = lambda answer: None) -> list[Any]:
@@ -251,53 +265,56 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> cluster.Share:
             note(answers[-1])
         return answers
 
-    monkeypatch.setattr(data, "_map_in_order", mapped)
+    monkeypatch.setattr(data_tasks, "_map_in_order", mapped)
     return None  # type: ignore[return-value]
 
 
 def test_a_scan_that_is_refused_is_listed_and_asked_for_again(
-    tmp_path: Path, withheld: set[str], in_process: cluster.Share
+    tmp_path: Path, withheld: set[str], in_process: cluster.ResourceAllocation
 ) -> None:
     uri, root = phantom.write_dataset(str(tmp_path / "scans"), 3, size_vox=SMALL), str(tmp_path / "root")
     refused = str(tmp_path / "scans/imagesTr/phantom_001.nii.gz")
     withheld.add(refused)
-    table, artifact = stages.import_scans(uri, root, in_process)
+    table, artifact = pipelines.import_scans(uri, root, in_process)
     assert [q.uri for q in table.quarantined] == [refused]
     assert "access is refused" in table.quarantined[0].reason
     assert len(table.scans) == 2
-    assert stages.import_scans(uri, root, in_process)[1].uri == artifact.uri
+    assert pipelines.import_scans(uri, root, in_process)[1].uri == artifact.uri
     withheld.clear()
     read = withheld_count = []  # which scans are read once the rights are there
     with pytest.MonkeyPatch.context() as patch:
         inspect = manifest.inspect
         patch.setattr(manifest, "inspect", lambda source: (read.append(source.uri), inspect(source))[1])
-        whole, final = stages.import_scans(uri, root, in_process)
+        whole, final = pipelines.import_scans(uri, root, in_process)
     assert withheld_count == [refused]
     assert len(whole.scans) == 3
     assert whole.quarantined == ()
     assert final.uri != artifact.uri
     assert artifacts.find(artifact.uri) is not None, "what runs were made from stays"
-    assert stages.import_scans(uri, root, in_process)[1].uri == final.uri
-    assert whole.id == stages.import_scans(uri, str(tmp_path / "other"), in_process)[0].id
+    assert pipelines.import_scans(uri, root, in_process)[1].uri == final.uri
+    assert whole.id == pipelines.import_scans(uri, str(tmp_path / "other"), in_process)[0].id
 
 
 def test_a_store_that_refuses_everything_stops_an_import(
-    tmp_path: Path, withheld: set[str], in_process: cluster.Share, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    withheld: set[str],
+    in_process: cluster.ResourceAllocation,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(data, "MAX_UNREAD", 2)
+    monkeypatch.setattr(data_tasks, "MAX_UNREAD", 2)
     uri = phantom.write_dataset(str(tmp_path / "scans"), 4, size_vox=SMALL)
     withheld |= {str(p) for p in (tmp_path / "scans/imagesTr").iterdir()}
     with pytest.raises(
         UserError, match=r"none of the first 2 scans can be read; the last: .*access is refused"
     ):
-        stages.import_scans(uri, str(tmp_path / "root"), in_process)
+        pipelines.import_scans(uri, str(tmp_path / "root"), in_process)
     assert not list((tmp_path / "root").rglob("manifest.json"))
 
 
 def test_damage_on_the_way_quarantines_no_scan(proxy: FaultProxy, bucket: str) -> None:
     scan, _ = phantom.phantom(0, SMALL)
-    uri = store.join(bucket, "scan.nii.gz")
-    store.write(uri, encode_nifti(scan.array_CXYZ[0], scan.affine))
+    uri = object_store.join(bucket, "scan.nii.gz")
+    object_store.write(uri, encode_nifti(scan.array_CXYZ[0], scan.affine))
     expected = manifest.inspect(manifest.Source(uri))
     assert isinstance(expected, manifest.Scan)
     for at in (400, 300, 200):
@@ -312,13 +329,13 @@ def test_damage_on_the_way_quarantines_no_scan(proxy: FaultProxy, bucket: str) -
 
 def test_a_case_that_is_refused_is_no_bad_case(tmp_path: Path, withheld: set[str]) -> None:
     uri, output = str(tmp_path / "a.nii.gz"), str(tmp_path / "out")
-    segment = object.__new__(predict._Segment)
+    segment = object.__new__(bucket_inference._Segment)
     segment.items, segment.output, segment.attempt, segment.score = (), output, "1", False
     segment.predictor = type("", (), {"spec": type("", (), {"modality": "CT"})})()
     withheld.add(uri)
-    row = segment._one(predict.Item("a", source=manifest.Source(uri)))
-    assert (row.status, "access is refused" in row.reason) == (predict.UNREAD, True)
-    assert predict.finished(output) == {}
+    row = segment._one(bucket_inference.Item("a", source=manifest.Source(uri)))
+    assert (row.status, "access is refused" in row.reason) == (bucket_inference.UNREAD, True)
+    assert bucket_inference.finished(output) == {}
 
 
 def test_mlflow_files_reach_the_bucket_and_come_back(proxy: FaultProxy, bucket: str, tmp_path: Path) -> None:
@@ -327,10 +344,12 @@ def test_mlflow_files_reach_the_bucket_and_come_back(proxy: FaultProxy, bucket: 
     for name, blob in files.items():
         (tmp_path / "in" / name).write_bytes(blob)
     proxy.rate = 0.3
-    assert registry._to_bucket(str(tmp_path / "in"), store.join(bucket, "run"))
-    fetched = Path(registry._fetch("models:/m/1", store.join(bucket, "run"), str(tmp_path / "out"), ""))
+    assert tracking.runs.upload_folder(str(tmp_path / "in"), object_store.join(bucket, "run"))
+    fetched = Path(
+        tracking.models._fetch("models:/m/1", object_store.join(bucket, "run"), str(tmp_path / "out"), "")
+    )
     assert {str(p.relative_to(fetched)): p.read_bytes() for p in fetched.rglob("*") if p.is_file()} == files
-    assert not registry._to_bucket(str(tmp_path / "in"), str(tmp_path / "elsewhere"))
+    assert not tracking.runs.upload_folder(str(tmp_path / "in"), str(tmp_path / "elsewhere"))
 
 
 @pytest.mark.faults
@@ -346,7 +365,7 @@ def test_parquet_through_pyarrow_survives_what_its_docstring_says(
     proxy.rate, proxy.seed = 0.1, seed
     table = pa.table({"x": list(range(200_000))})
     for n in range(40):
-        filesystem, path = store.arrow_filesystem(store.join(bucket, f"{n}.parquet"))
+        filesystem, path = object_store.arrow_filesystem(object_store.join(bucket, f"{n}.parquet"))
         pq.write_table(table, path, filesystem=filesystem)
         assert pq.read_table(path, filesystem=filesystem).equals(table)
     # The bucket's name, and with it what is drawn, is another each time.
@@ -362,27 +381,28 @@ OWN = ("manifest.json", "history.json", "tracked.json", "predictions.csv", "pred
 
 def pipeline(bucket: str, name: str) -> str:
     """Scans to label maps on the Ray that is there; the root below which everything lies."""
-    from jobs import recipes
-    from logonet import infer, splits
+    from logonet import recipes
+    from logonet.data import splits
+    from logonet.inference import sliding_window
 
     root, source, resources = f"{bucket}/{name}", f"{bucket}/scans/dataset.json", cluster.Resources(workers=2)
     before = recipes.demo()
     before = replace(before, split=None, crops=replace(before.crops, per_scan=3))
     before = replace(before, train=replace(before.train, epochs=3, checkpoint_every_steps=2))
-    pretrained = stages.pretrain(before, source, root, resources, name)
+    pretrained = pipelines.pretrain(before, source, root, resources, name)
     after = recipes.demo_finetune()
     steps = {"epochs": 2, "steps_per_epoch": 8, "checkpoint_every_steps": 3, "validate_every_epochs": 1}
     after = replace(after, split=splits.Config(test_share=0, folds=3), train=replace(after.train, **steps))  # type: ignore[arg-type]
     after = replace(after, init=replace(after.init, weights=pretrained.uri))
-    tuned = stages.finetune(after, source, root, resources, name)
+    tuned = pipelines.finetune(after, source, root, resources, name)
     maps = f"{root}/maps"
-    stages.predict_bucket(infer.Config(), tuned.uri, f"{bucket}/new/imagesTr/", maps, resources)
+    pipelines.predict_bucket(sliding_window.Config(), tuned.uri, f"{bucket}/new/imagesTr/", maps, resources)
     return root
 
 
 def only(root: str, stage: str) -> artifacts.Artifact:
     """The one finished artifact of a stage."""
-    (uri,) = (e.uri for e in store.listing(f"{root}/{stage}") if e.uri.endswith(f"/{artifacts.MANIFEST}")
+    (uri,) = (e.uri for e in object_store.listing(f"{root}/{stage}") if e.uri.endswith(f"/{artifacts.MANIFEST}")
               and e.uri.count("/") == f"{root}/{stage}".count("/") + 2)  # fmt: skip
     found = artifacts.find(uri.removesuffix(f"/{artifacts.MANIFEST}"))
     assert found is not None
@@ -391,8 +411,12 @@ def only(root: str, stage: str) -> artifacts.Artifact:
 
 def contents(root: str) -> dict[str, bytes]:
     """Everything that two runs of the same work must have alike, by its place below ``root``."""
-    names = [store.relative(e.uri, root) for e in store.listing(root) if "mlflow-artifacts/" not in e.uri]
-    blobs = store.at_once(lambda name: store.read(store.join(root, name)), names)
+    names = [
+        object_store.relative(e.uri, root)
+        for e in object_store.listing(root)
+        if "mlflow-artifacts/" not in e.uri
+    ]
+    blobs = object_store.at_once(lambda name: object_store.read(object_store.join(root, name)), names)
     return dict(zip(names, blobs))
 
 
@@ -402,7 +426,7 @@ def contents(root: str) -> dict[str, bytes]:
 def test_a_pipeline_on_a_faulty_store_makes_what_it_makes_on_a_sound_one(
     s3_server: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(store, "WAIT", WAIT)
+    monkeypatch.setattr(object_store, "WAIT", WAIT)
     phantom.write_dataset(f"{bucket}/scans", 6, size_vox=(40, 40, 40))
     phantom.write_dataset(f"{bucket}/new", 3, seed=1, size_vox=(48, 48, 48))
     monkeypatch.setenv("LOGONET_HOME", str(tmp_path))
@@ -436,13 +460,17 @@ def test_a_pipeline_on_a_faulty_store_makes_what_it_makes_on_a_sound_one(
         assert timeless(histories[0]) == timeless(histories[1])
     for stage in ("manifest", "crops", "cases"):
         assert only(faulty, stage).facts["quarantined"] == 0
-    rows = predict.finished(f"{faulty}/maps").values()
-    assert [row.status for row in rows] == [predict.DONE] * 3
-    uploads = store._call("list_multipart_uploads", Bucket=bucket.removeprefix(store.S3)).get("Uploads", [])
+    rows = bucket_inference.finished(f"{faulty}/maps").values()
+    assert [row.status for row in rows] == [bucket_inference.DONE] * 3
+    uploads = object_store._call("list_multipart_uploads", Bucket=bucket.removeprefix(object_store.S3)).get(
+        "Uploads", []
+    )
     assert uploads == []
 
     def tracked(root: str) -> list[str]:
         place = f"{root}/mlflow-artifacts"
-        return sorted(store.relative(e.uri, place).split("/", 1)[1] for e in store.listing(place))
+        return sorted(
+            object_store.relative(e.uri, place).split("/", 1)[1] for e in object_store.listing(place)
+        )
 
     assert tracked(faulty) == tracked(sound) != []

@@ -17,45 +17,33 @@ import torch
 from helpers import assert_same_gradients, fit_here, timeless, tiny_backbone
 from safetensors.torch import load, save
 
-from logonet import (
-    artifacts,
-    backbones,
-    cases,
-    cli,
-    cluster,
-    clusterers,
-    crops,
-    infer,
-    phantom,
-    registry,
-    seen,
-    splits,
-    stages,
-    store,
-    train,
-    volume,
-)
-from logonet.artifacts import Artifact
-from logonet.cluster import Resources
-from logonet.errors import UserError
-from logonet.stages.finetuning import Init, make_split
-from logonet.stages.preparation import make_cases
+from logonet import cli, networks, pipelines, tracking, training
+from logonet.clustering import kmeans
+from logonet.core.errors import UserError
+from logonet.data import cropping, phantom, prepared_scans, provenance, splits, volume
+from logonet.distributed import cluster
+from logonet.distributed.cluster import Resources
+from logonet.inference import sliding_window
+from logonet.pipelines.finetuning import Init, make_split
+from logonet.pipelines.preparation import make_cases
+from logonet.storage import artifacts, object_store
+from logonet.storage.artifacts import Artifact
 
 RESOURCES = Resources(workers=2)
 SIZE = (32, 32, 32)
 # Of 8 phantoms 2 test, 2 validate, 4 train. Among fewer the leak check takes some, alike as they are, for copies.
 SPLIT = splits.Config(test_share=0.25, folds=3)
 WEIGHTS = ("method.safetensors", "best.safetensors", "model/weights.safetensors")
-QUICK = stages.Evaluation(infer=infer.Config(overlap=0))
+QUICK = pipelines.Evaluation(infer=sliding_window.Config(overlap=0))
 
 
 @pytest.fixture(scope="module")
 def scans(place: str) -> str:
     """Eight phantoms; one class has a name that data sets know and MLflow refuses."""
     listed = phantom.write_dataset(f"{place}/scans", 8, size_vox=(36, 32, 32))  # two windows each
-    described = store.read_json(listed)
+    described = object_store.read_json(listed)
     described["labels"]["1"] = "liver & bile (ducts)"
-    store.write_json(listed, described)
+    object_store.write_json(listed, described)
     return f"{place}/scans/"
 
 
@@ -70,18 +58,18 @@ def root(home: str) -> str:
     return f"{home}/runs"
 
 
-def pretraining(split: splits.Config) -> stages.Pretraining:
-    return stages.Pretraining(
+def pretraining(split: splits.Config) -> pipelines.Pretraining:
+    return pipelines.Pretraining(
         split=split,
-        crops=crops.Config(size_vox=SIZE, per_scan=2),
-        clusterers=clusterers.Config(n=2, k_min=3, k_max=5, iterations=5),
+        crops=cropping.Config(size_vox=SIZE, per_scan=2),
+        clusterers=kmeans.Config(n=2, k_min=3, k_max=5, iterations=5),
         backbone=tiny_backbone(),
         method={"name": "masked_clusters", "phi1": 0.2, "final_relu": False},
-        train=train.Config(epochs=1, global_batch=4, batch_size=2, lr=3e-3, warmup_epochs=0.5),
+        train=training.Config(epochs=1, global_batch=4, batch_size=2, lr=3e-3, warmup_epochs=0.5),
     )
 
 
-def finetuning(weights: str = "", training: Any = None, **changes: Any) -> stages.Finetuning:
+def finetuning(weights: str = "", training: Any = None, **changes: Any) -> pipelines.Finetuning:
     """Two epochs of two steps, validated after each."""
     settings: dict[str, Any] = {
         "epochs": 2,
@@ -91,36 +79,36 @@ def finetuning(weights: str = "", training: Any = None, **changes: Any) -> stage
         "warmup_epochs": 0.5,
     }
     settings |= {"validate_every_epochs": 1, **(training or {})}
-    cfg = stages.Finetuning(
+    cfg = pipelines.Finetuning(
         split=SPLIT,
-        crops=cases.Crops(size_vox=SIZE),
+        crops=prepared_scans.Crops(size_vox=SIZE),
         backbone={} if weights else tiny_backbone(),
-        train=train.Config(**settings),
+        train=training.Config(**settings),
         init=Init(weights),
-        validation=infer.Config(overlap=0),
+        validation=sliding_window.Config(overlap=0),
     )
     return replace(cfg, **changes)
 
 
-def finetune(cfg: stages.Finetuning, source: str, root: str) -> Artifact:
+def finetune(cfg: pipelines.Finetuning, source: str, root: str) -> Artifact:
     """Trained in this process; one test looks at what Ray Train's workers make of the same."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "fit", fit_here)
-        return stages.finetune(cfg, source, root, Resources(workers=1), "finetuning")
+        patch.setattr("logonet.distributed.trainer.fit", fit_here)
+        return pipelines.finetune(cfg, source, root, Resources(workers=1), "finetuning")
 
 
 def pretrain(split: splits.Config, source: str, root: str) -> Artifact:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "fit", fit_here)
-        return stages.pretrain(pretraining(split), source, root, Resources(workers=1), "pretraining")
+        patch.setattr("logonet.distributed.trainer.fit", fit_here)
+        return pipelines.pretrain(pretraining(split), source, root, Resources(workers=1), "pretraining")
 
 
-def evaluate(cfg: stages.Evaluation, model: str, source: str, root: str) -> Artifact:
-    return stages.evaluate_model(cfg, model, source, root, Resources(workers=1), "finetuning")
+def evaluate(cfg: pipelines.Evaluation, model: str, source: str, root: str) -> Artifact:
+    return pipelines.evaluate_model(cfg, model, source, root, Resources(workers=1), "finetuning")
 
 
 def versions(root: str) -> dict[str, str]:
-    return {e.uri: e.version for e in store.listing(root)}
+    return {e.uri: e.version for e in object_store.listing(root)}
 
 
 def sums(artifact: Artifact) -> dict[str, str]:
@@ -138,12 +126,12 @@ def pretrained(scans: str, root: str) -> Artifact:
 
 
 @pytest.fixture(scope="module")
-def every_step(pretrained: Artifact) -> stages.Finetuning:
+def every_step(pretrained: Artifact) -> pipelines.Finetuning:
     return finetuning(pretrained.uri, {"checkpoint_every_steps": 1, "keep_checkpoints": 4})
 
 
 @pytest.fixture(scope="module")
-def finetuned(every_step: stages.Finetuning, scans: str, root: str) -> Artifact:
+def finetuned(every_step: pipelines.Finetuning, scans: str, root: str) -> Artifact:
     return finetune(every_step, scans, root)
 
 
@@ -154,7 +142,7 @@ def evaluated(root: str, finetuned: Artifact) -> Artifact:
 
 @pytest.fixture(scope="module")
 def registered(evaluated: Artifact) -> list[str]:
-    return stages.register(evaluated.uri, "phantoms")
+    return pipelines.register(evaluated.uri, "phantoms")
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +153,9 @@ def frozen(scans: str, root: str, pretrained: Artifact) -> Artifact:
 
 def tracked(artifact: Artifact) -> Any:
     """The one MLflow run of an artifact."""
-    client = registry._client(registry.tracking_uri())
+    client = tracking.runs.connect(tracking.tracking_uri())
     experiments = [e.experiment_id for e in client.search_experiments()]
-    (run,) = client.search_runs(experiments, f"tags.`{registry.FINGERPRINT_TAG}` = '{artifact.fingerprint}'")
+    (run,) = client.search_runs(experiments, f"tags.`{tracking.FINGERPRINT_TAG}` = '{artifact.fingerprint}'")
     assert run.info.status == "FINISHED"
     return run
 
@@ -196,7 +184,7 @@ def test_finetuning_takes_the_whole_encoder_over_and_is_tracked(
     }
     assert run.data.tags["logonet.pretrain"] == pretrained.fingerprint
     assert run.data.tags["logonet.pretrain_clusterers"] == pretrained.parents["clusterers"]
-    client = registry._client(registry.tracking_uri())
+    client = tracking.runs.connect(tracking.tracking_uri())
     points = client.get_metric_history(run.info.run_id, "val_dice")
     assert [p.value for p in points] == [e["val_dice"] for e in history]
     assert {"transfer.json", "report.html", "curves.png"} & {
@@ -222,7 +210,7 @@ def test_scores_of_the_test_cases_with_tables_pictures_and_a_run(
     # One score from the label map as it was stored.
     row = scores[scores["class"] == "spleen"].iloc[0]
     found, truth = (
-        volume.decode_nifti(store.read(uri), uri, allow_constant=True).array_CXYZ[0] == 2
+        volume.decode_nifti(object_store.read(uri), uri, allow_constant=True).array_CXYZ[0] == 2
         for uri in (
             f"{evaluated.uri}/predictions/{row['scan_id']}.nii.gz",
             f"{finetuned.facts['source']}labelsTr/{row['scan_id'].rpartition('-')[0]}.nii.gz",
@@ -245,7 +233,7 @@ def test_registered_models_carry_the_lineage_and_are_the_same_models(
         "logonet-encoder",
         "logonet-clusterers",
     ]
-    tags = registry.lineage(segmentation)
+    tags = tracking.lineage(segmentation)
     expected = {
         "manifest": finetuned.parents["manifest"],
         "pretrain_clusterers": pretrained.parents["clusterers"],
@@ -257,15 +245,15 @@ def test_registered_models_carry_the_lineage_and_are_the_same_models(
     }
     assert {k: tags[f"logonet.{k}"] for k in expected} == expected
     assert tags["run_id"] == tracked(finetuned).info.run_id
-    assert registry.lineage(encoder)["logonet.pretrain"] == pretrained.fingerprint
-    assert registry.lineage(encoder)["run_id"] == tracked(pretrained).info.run_id
-    assert registry.lineage(codes)["logonet.clusterers"] == pretrained.parents["clusterers"]
+    assert tracking.lineage(encoder)["logonet.pretrain"] == pretrained.fingerprint
+    assert tracking.lineage(encoder)["run_id"] == tracked(pretrained).info.run_id
+    assert tracking.lineage(codes)["logonet.clustering.kmeans"] == pretrained.parents["clusterers"]
 
-    again = stages.register(evaluated.uri, "phantoms", ("champion",))
+    again = pipelines.register(evaluated.uri, "phantoms", ("champion",))
     assert again == registered
-    by_alias = stages.choose("models:/logonet-seg-phantoms@champion")
-    assert by_alias == replace(stages.choose("models:/logonet-seg-phantoms@candidate"))
-    direct = stages.choose(finetuned.uri)
+    by_alias = pipelines.choose("models:/logonet-seg-phantoms@champion")
+    assert by_alias == replace(pipelines.choose("models:/logonet-seg-phantoms@candidate"))
+    direct = pipelines.choose(finetuned.uri)
     assert (by_alias.folder, by_alias.id, by_alias.seen) == (direct.folder, direct.id, direct.seen)
     assert direct.lineage.items() <= by_alias.lineage.items()
     assert by_alias.lineage["registered"] == segmentation
@@ -273,7 +261,7 @@ def test_registered_models_carry_the_lineage_and_are_the_same_models(
 
 def test_the_registered_encoder_finetunes_to_the_same_bits(
     registered: list[str],
-    every_step: stages.Finetuning,
+    every_step: pipelines.Finetuning,
     finetuned: Artifact,
     pretrained: Artifact,
     scans: str,
@@ -299,16 +287,16 @@ def test_a_registered_model_is_not_judged_on_what_it_has_seen(
     assert not again.facts["contaminated"]
     assert again.read("cases.csv") == evaluated.read("cases.csv")
     # It leads back to the finetuning, so it can be registered too.
-    made = stages.register(again.uri, "phantoms-again", ("candidate",))
-    chosen = stages.choose(made[0])
-    assert chosen.id == stages.choose(finetuned.uri).id
+    made = pipelines.register(again.uri, "phantoms-again", ("candidate",))
+    chosen = pipelines.choose(made[0])
+    assert chosen.id == pipelines.choose(finetuned.uri).id
     assert chosen.lineage["excluded"] == f"6, listed in {again.uri}/leaks.csv"
-    told = json.dumps([registry.lineage(made[0]), chosen.lineage]) + str(chosen.seen)
+    told = json.dumps([tracking.lineage(made[0]), chosen.lineage]) + str(chosen.seen)
     assert not [name for name in again.facts["excluded"] if name in told], "patients' names may be file names"
 
 
 def test_the_same_commands_again_write_nothing(
-    every_step: stages.Finetuning, finetuned: Artifact, evaluated: Artifact, scans: str, root: str
+    every_step: pipelines.Finetuning, finetuned: Artifact, evaluated: Artifact, scans: str, root: str
 ) -> None:
     before = versions(root)
     assert finetune(every_step, scans, root) == finetuned
@@ -337,7 +325,7 @@ def test_two_evaluations_are_compared_on_the_command_line(
 
 
 def test_an_interrupted_finetuning_resumes_exactly(
-    every_step: stages.Finetuning, finetuned: Artifact, scans: str, root: str, home: str, capfd: Any
+    every_step: pipelines.Finetuning, finetuned: Artifact, scans: str, root: str, home: str, capfd: Any
 ) -> None:
     """What is left when a run dies in epoch 2: the state after step 3 and the best network until then."""
     resumed = f"{home}/resumed"
@@ -347,10 +335,10 @@ def test_an_interrupted_finetuning_resumes_exactly(
         f"finetune/{finetuned.fingerprint}/best/step-{best['step']:08d}.safetensors",
         *(f"{stage}/" for stage in ("manifest", "split", "cases")),
     ]
-    for entry in store.listing(root):
-        name = store.relative(entry.uri, root)
+    for entry in object_store.listing(root):
+        name = object_store.relative(entry.uri, root)
         if name.startswith(tuple(left)):
-            store.write(f"{resumed}/{name}", store.read(entry.uri))
+            object_store.write(f"{resumed}/{name}", object_store.read(entry.uri))
     again = finetune(every_step, scans, resumed)
     assert again.fingerprint == finetuned.fingerprint
     assert sums(again) == sums(finetuned)
@@ -359,9 +347,9 @@ def test_an_interrupted_finetuning_resumes_exactly(
 
 
 def test_two_workers_of_ray_train_take_the_same_steps(
-    every_step: stages.Finetuning, finetuned: Artifact, scans: str, place: str
+    every_step: pipelines.Finetuning, finetuned: Artifact, scans: str, place: str
 ) -> None:
-    two = stages.finetune(every_step, scans, f"{place}/runs", RESOURCES, "workers")
+    two = pipelines.finetune(every_step, scans, f"{place}/runs", RESOURCES, "workers")
     assert artifacts.verify(two, full=True) == []
     assert two.fingerprint == finetuned.fingerprint
     assert two.files.keys() == finetuned.files.keys()
@@ -381,7 +369,7 @@ def test_a_frozen_encoder_stays_what_it_was(frozen: Artifact, pretrained: Artifa
     before = load(pretrained.read("backbone.safetensors"))
     for file in ("best.safetensors", "backbone.safetensors"):
         after = load(frozen.read(file))
-        net: Any = backbones.build(
+        net: Any = networks.build(
             "logonet", 1, 2, **{k: v for k, v in tiny_backbone().items() if k != "name"}
         )
         encoder = [n for n in before if n.startswith(tuple(net.encoder_prefixes))]
@@ -393,12 +381,12 @@ def test_a_frozen_encoder_stays_what_it_was(frozen: Artifact, pretrained: Artifa
 
 def test_label_fractions_are_nested_and_share_the_prepared_cases(scans: str, root: str) -> None:
     share = cluster.share(RESOURCES)
-    table, _ = stages.import_scans(scans, root, share)
+    table, _ = pipelines.import_scans(scans, root, share)
     used, prepared = [], set()
     for fraction in (0.25, 0.5, 1.0):
         cfg = replace(SPLIT, fraction=fraction)
         split, _ = make_split(table, cfg, "refuse", None, root)
-        found, artifact = make_cases(table, split.test + split.excluded, cases.Config(), root, share)
+        found, artifact = make_cases(table, split.test + split.excluded, prepared_scans.Config(), root, share)
         used.append((set(split.train), split.val, split.test))
         prepared.add(artifact.uri)
         assert len(found) == 6
@@ -414,18 +402,18 @@ def test_label_fractions_are_nested_and_share_the_prepared_cases(scans: str, roo
 @pytest.fixture(scope="module")
 def contaminated(pretrained: Artifact, finetuned: Artifact, scans: str, root: str) -> Artifact:
     """As if pretrained on all scans but one, of the two that are tested."""
-    table, _ = stages.import_scans(scans, root, cluster.share(RESOURCES))
+    table, _ = pipelines.import_scans(scans, root, cluster.share(RESOURCES))
     used = [scan for scan in table.scans if scan.scan_id != finetuned.facts["test"][0]]
     uri = f"{root}/pretrain/{'c' * 16}"
     blobs = {"backbone.safetensors": pretrained.read("backbone.safetensors")}
-    blobs["seen.parquet"] = seen.to_bytes(used, "pretraining")
+    blobs["seen.parquet"] = provenance.to_bytes(used, "pretraining")
     return artifacts.commit(
         uri,
         "pretrain",
         "c" * 16,
         config=pretrained.config,
         parents=pretrained.parents,
-        files={name: store.write(f"{uri}/{name}", blob) for name, blob in blobs.items()},
+        files={name: object_store.write(f"{uri}/{name}", blob) for name, blob in blobs.items()},
         facts=pretrained.facts,
     )
 
@@ -438,14 +426,14 @@ def test_test_cases_that_pretraining_has_seen(
         finetune(cfg, scans, root)
     assert "\n" not in str(err.value)
 
-    table, _ = stages.import_scans(scans, root, cluster.share(RESOURCES))
+    table, _ = pipelines.import_scans(scans, root, cluster.share(RESOURCES))
     known = contaminated.read("seen.parquet")
     smaller, artifact = make_split(table, SPLIT, "exclude", known, root)
     assert len(smaller.test) == len(smaller.excluded) == 1
     assert artifact.facts["leaking"] == list(smaller.excluded)
     assert smaller.excluded[0] in artifact.read("leaks.csv").decode()
     with pytest.raises(UserError, match=r"all 2 test scans .* have leaked"):
-        make_split(table, SPLIT, "exclude", seen.to_bytes(table.scans, "pretraining"), root)
+        make_split(table, SPLIT, "exclude", provenance.to_bytes(table.scans, "pretraining"), root)
 
     allowed = finetune(replace(cfg, leaks="allow"), scans, root)
     assert len(allowed.facts["test"]) == 2
@@ -461,7 +449,7 @@ def test_test_cases_that_pretraining_has_seen(
 def test_pretraining_on_the_training_part_is_no_leak(
     pretrained: Artifact, finetuned: Artifact, scans: str, root: str
 ) -> None:
-    table, _ = stages.import_scans(scans, root, cluster.share(RESOURCES))
+    table, _ = pipelines.import_scans(scans, root, cluster.share(RESOURCES))
     split, artifact = make_split(table, SPLIT, "refuse", pretrained.read("seen.parquet"), root)
     assert artifact.facts["leaking"] == []
     assert artifact.facts["pretraining_known"]
@@ -477,24 +465,24 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("workers were started")
 
-    monkeypatch.setattr(train, "fit", never)
+    monkeypatch.setattr("logonet.distributed.trainer.fit", never)
 
 
-def refused(cfg: stages.Finetuning, source: str, root: str) -> str:
+def refused(cfg: pipelines.Finetuning, source: str, root: str) -> str:
     """The one sentence that a finetuning ends in; no run is left behind."""
-    before = {e.uri for e in store.listing(f"{root}/finetune")}
+    before = {e.uri for e in object_store.listing(f"{root}/finetune")}
     with pytest.raises(UserError) as err:
-        stages.finetune(cfg, source, root, RESOURCES, "finetuning")
+        pipelines.finetune(cfg, source, root, RESOURCES, "finetuning")
     assert "\n" not in str(err.value)
-    assert {e.uri for e in store.listing(f"{root}/finetune")} == before
+    assert {e.uri for e in object_store.listing(f"{root}/finetune")} == before
     return str(err.value)
 
 
 def test_weights_of_another_network(
     pretrained: Artifact, scans: str, root: str, home: str, no_training: None
 ) -> None:
-    other = backbones.build("ulkanet", 1, 2, **backbones.tiny("ulkanet"))
-    store.write(f"{home}/other.safetensors", save(other.state_dict()))
+    other = networks.build("ulkanet", 1, 2, **networks.tiny("ulkanet"))
+    object_store.write(f"{home}/other.safetensors", save(other.state_dict()))
     cfg = finetuning(f"{home}/other.safetensors", backbone=tiny_backbone())
     assert "0.0 % of the encoder's parameters and 95.0 % are asked for" in refused(cfg, scans, root)
     # The file beside the right one: the method's, in which every name begins with "backbone.".
@@ -540,7 +528,7 @@ def test_weights_that_are_not_there(
             "does not learn from labels; finetuning takes medcontext, supervised",
         ),
         ({"split": replace(SPLIT, fold=None)}, "no validation cases; set train.validate_every_epochs=0"),
-        ({"crops": cases.Crops(size_vox=(40, 32, 32))}, "multiple"),
+        ({"crops": prepared_scans.Crops(size_vox=(40, 32, 32))}, "multiple"),
         ({"split": replace(SPLIT, test_share=0.95)}, "leaves none to train on"),
     ],
 )
@@ -554,7 +542,7 @@ def test_scans_without_labels(scans: str, root: str, home: str, no_training: Non
     for name in ("a", "b"):
         image, _ = phantom.phantom(ord(name), (16, 16, 16))
         blob = volume.encode_nifti(image.array_CXYZ[0].astype(np.int16), image.affine)
-        store.write(f"{home}/bare/{name}.nii.gz", blob)
+        object_store.write(f"{home}/bare/{name}.nii.gz", blob)
     assert "none of the 2 scans has a label" in refused(finetuning(), f"{home}/bare/", root)
 
 
@@ -563,8 +551,8 @@ def test_a_label_value_that_is_not_declared(root: str, home: str, capfd: Any) ->
     share = cluster.share(RESOURCES)
     phantom.write_dataset(f"{home}/strange", 2, size_vox=(16, 16, 16))
     spoil(f"{home}/strange/labelsTr/phantom_001.nii.gz")
-    table, _ = stages.import_scans(f"{home}/strange/", root, share)
-    found, artifact = make_cases(table, (), cases.Config(), root, share)
+    table, _ = pipelines.import_scans(f"{home}/strange/", root, share)
+    found, artifact = make_cases(table, (), prepared_scans.Config(), root, share)
     assert [ref.scan_id.rpartition("-")[0] for ref in found.refs] == ["phantom_000"]
     assert found.label_values == (0, 1, 2, 3)
     (left_out,) = json.loads(artifact.read("quarantine.json"))
@@ -574,16 +562,16 @@ def test_a_label_value_that_is_not_declared(root: str, home: str, capfd: Any) ->
     )
     assert left_out["reason"] in capfd.readouterr().out
     spoil(f"{home}/strange/labelsTr/phantom_000.nii.gz")
-    table, _ = stages.import_scans(f"{home}/strange/", root, share)
+    table, _ = pipelines.import_scans(f"{home}/strange/", root, share)
     with pytest.raises(
         UserError, match=r"none of the 2 labelled scans can be used; the first says: .*value 200"
     ):
-        make_cases(table, (), cases.Config(), root, share)
+        make_cases(table, (), prepared_scans.Config(), root, share)
 
 
 def spoil(uri: str) -> None:
     """Give one voxel of a label map the value 200."""
-    label = volume.decode_nifti(store.read(uri), uri)
+    label = volume.decode_nifti(object_store.read(uri), uri)
     labels_XYZ = label.array_CXYZ[0].astype(np.uint8)
     labels_XYZ[0, 0, 0] = 200
-    store.write(uri, volume.encode_nifti(labels_XYZ, label.affine))
+    object_store.write(uri, volume.encode_nifti(labels_XYZ, label.affine))

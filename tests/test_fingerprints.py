@@ -10,10 +10,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from logonet import draws, fingerprints, volume
-from logonet.errors import UserError
-from logonet.phantom import phantom
-from logonet.volume import Volume
+from logonet.core import seeding
+from logonet.core.errors import UserError
+from logonet.data import scan_hash, volume
+from logonet.data.phantom import phantom
+from logonet.data.volume import Volume
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -37,7 +38,7 @@ def rescaled(scan: Volume) -> Volume:
 
 
 def noisy(scan: Volume) -> Volume:
-    noise = draws.rng(0, "noise").standard_normal(scan.array_CXYZ.shape, dtype=np.float32)
+    noise = seeding.rng(0, "noise").standard_normal(scan.array_CXYZ.shape, dtype=np.float32)
     return replace(scan, array_CXYZ=scan.array_CXYZ + 0.1 * scan.array_CXYZ.std() * noise)
 
 
@@ -60,8 +61,8 @@ COPIES: list[Callable[[Volume], Volume]] = [
 @pytest.mark.parametrize("copy", COPIES)
 def test_a_copy_keeps_the_print(modality: str, copy: Callable[[Volume], Volume]) -> None:
     scan, _ = phantom(3, (48, 40, 44), (2.0, 2.0, 2.2), modality, orientation="LAS", tilt_deg=7)
-    print_ = fingerprints.thumbprint(scan)
-    assert fingerprints.similarity(print_, fingerprints.thumbprint(copy(scan))) > 0.94 > fingerprints.SAME
+    print_ = scan_hash.thumbprint(scan)
+    assert scan_hash.similarity(print_, scan_hash.thumbprint(copy(scan))) > 0.94 > scan_hash.SAME
 
 
 @pytest.mark.parametrize("orientation", ["LPS", "SAR", "AIL"])
@@ -69,8 +70,8 @@ def test_axes_change_neither_digest_nor_print(orientation: str) -> None:
     scan, _ = phantom(0, (21, 17, 13))
     other = turned(scan, orientation)
     assert other.shape_xyz != scan.shape_xyz or orientation == "LPS"
-    assert fingerprints.voxel_sha256(other) == fingerprints.voxel_sha256(scan)
-    assert fingerprints.thumbprint(other) == fingerprints.thumbprint(scan)
+    assert scan_hash.voxel_sha256(other) == scan_hash.voxel_sha256(scan)
+    assert scan_hash.thumbprint(other) == scan_hash.thumbprint(scan)
 
 
 def test_the_digest_sees_voxels_and_not_the_file() -> None:
@@ -84,14 +85,14 @@ def test_the_digest_sees_voxels_and_not_the_file() -> None:
         volume.encode_nifti(voxels_XYZ.astype(np.float32), moved),
         nib.Nifti1Image(voxels_XYZ.astype(np.float64), scan.affine).to_bytes(),
     ]
-    digests = {fingerprints.voxel_sha256(volume.decode_nifti(data, "x.nii")) for data in files}
-    assert digests == {fingerprints.voxel_sha256(scan)}
+    digests = {scan_hash.voxel_sha256(volume.decode_nifti(data, "x.nii")) for data in files}
+    assert digests == {scan_hash.voxel_sha256(scan)}
 
     voxels = scan.array_CXYZ.copy()
     voxels[0, 5, 5, 5] += 1
-    assert fingerprints.voxel_sha256(replace(scan, array_CXYZ=voxels)) not in digests
+    assert scan_hash.voxel_sha256(replace(scan, array_CXYZ=voxels)) not in digests
     flat = replace(scan, array_CXYZ=scan.array_CXYZ.reshape(1, 15, 16, 14))
-    assert fingerprints.voxel_sha256(flat) not in digests
+    assert scan_hash.voxel_sha256(flat) not in digests
 
 
 def test_minus_zero_is_zero_and_memory_order_does_not_matter() -> None:
@@ -99,35 +100,35 @@ def test_minus_zero_is_zero_and_memory_order_does_not_matter() -> None:
     zeros = replace(scan, array_CXYZ=np.where(scan.array_CXYZ == 0, np.float32(-0.0), scan.array_CXYZ))
     fortran = replace(scan, array_CXYZ=np.asfortranarray(scan.array_CXYZ))
     for other in (zeros, fortran):
-        assert fingerprints.voxel_sha256(other) == fingerprints.voxel_sha256(scan)
+        assert scan_hash.voxel_sha256(other) == scan_hash.voxel_sha256(scan)
 
 
 @pytest.mark.parametrize("n", [2, 5, 12, 13, 40])
 def test_weights_average_the_linear_interpolant(n: int) -> None:
-    samples = draws.rng(0, "samples", n).standard_normal(n)
+    samples = seeding.rng(0, "samples", n).standard_normal(n)
     steps = 4000
-    t = (np.arange(fingerprints.GRID * steps) + 0.5) / (fingerprints.GRID * steps) * (n - 1)
-    slow = np.interp(t, np.arange(n), samples).reshape(fingerprints.GRID, steps).mean(1)
-    np.testing.assert_allclose(fingerprints._weights(n) @ samples, slow, atol=1e-5)
+    t = (np.arange(scan_hash.GRID * steps) + 0.5) / (scan_hash.GRID * steps) * (n - 1)
+    slow = np.interp(t, np.arange(n), samples).reshape(scan_hash.GRID, steps).mean(1)
+    np.testing.assert_allclose(scan_hash._weights(n) @ samples, slow, atol=1e-5)
 
 
 def test_the_smallest_scans_have_a_print() -> None:
     scan = Volume(np.arange(6, dtype=np.float32).reshape(1, 3, 2, 1), np.eye(4))
-    print_ = fingerprints.thumbprint(scan)
-    assert len(print_) == fingerprints.GRID**3
-    assert fingerprints.similarity(print_, print_) == pytest.approx(1, abs=1e-5)
+    print_ = scan_hash.thumbprint(scan)
+    assert len(print_) == scan_hash.GRID**3
+    assert scan_hash.similarity(print_, print_) == pytest.approx(1, abs=1e-5)
 
 
 def test_rows_are_the_slow_correlation() -> None:
-    prints = [fingerprints.thumbprint(phantom(i, (20, 20, 20))[0]) for i in range(3)]
+    prints = [scan_hash.thumbprint(phantom(i, (20, 20, 20))[0]) for i in range(3)]
     levels = np.array([[int(c, 16) for c in p] for p in prints])
-    rows_NP = fingerprints.rows(prints)
+    rows_NP = scan_hash.rows(prints)
     np.testing.assert_allclose(rows_NP @ rows_NP.T, np.corrcoef(levels), atol=1e-5)
 
 
 def test_prints_of_another_version_are_refused() -> None:
     with pytest.raises(UserError, match="import its scans again"):
-        fingerprints.similarity("0" * fingerprints.GRID**3, "0" * 8)
+        scan_hash.similarity("0" * scan_hash.GRID**3, "0" * 8)
 
 
 # ------------------------------------------------------------------------------------------- real scans
@@ -144,19 +145,19 @@ def real() -> list[Volume]:
 
 def _similar(scans: list[Volume], copy: Callable[[Volume], Volume]) -> Iterator[float]:
     for scan in scans:
-        yield fingerprints.similarity(fingerprints.thumbprint(scan), fingerprints.thumbprint(copy(scan)))
+        yield scan_hash.similarity(scan_hash.thumbprint(scan), scan_hash.thumbprint(copy(scan)))
 
 
 def test_different_real_scans_are_far_below_the_threshold(real: list[Volume]) -> None:
-    rows_NP = fingerprints.rows([fingerprints.thumbprint(scan) for scan in real])
+    rows_NP = scan_hash.rows([scan_hash.thumbprint(scan) for scan in real])
     similar_NN = rows_NP @ rows_NP.T
     largest = similar_NN[np.triu_indices(len(real), 1)].max()
     assert largest == pytest.approx(0.73, abs=0.01)
-    assert largest < fingerprints.SAME - 0.1
+    assert largest < scan_hash.SAME - 0.1
 
 
 @pytest.mark.parametrize("copy", COPIES)
 def test_copies_of_real_scans_are_above_the_threshold(
     real: list[Volume], copy: Callable[[Volume], Volume]
 ) -> None:
-    assert min(_similar([*real[:200:10], *real[200:]], copy)) > fingerprints.SAME + 0.09
+    assert min(_similar([*real[:200:10], *real[200:]], copy)) > scan_hash.SAME + 0.09

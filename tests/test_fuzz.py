@@ -13,9 +13,11 @@ from pathlib import Path
 import fuzzing
 import pytest
 
-from logonet import config, manifest, store, volume
-from logonet.errors import LONGEST, BadScan, UserError, plain
-from logonet.manifest import Source
+from logonet.core import config
+from logonet.core.errors import LONGEST, BadScan, UserError, plain
+from logonet.data import manifest, volume
+from logonet.data.manifest import Source
+from logonet.storage import object_store
 
 EACH = 130  # of the marked test; 21 kinds of input
 QUICK = 5
@@ -69,7 +71,7 @@ def header(*dims: int) -> bytes:
 def test_a_gzip_bomb_is_refused_by_its_size_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """2 GiB of zeros in 2 MiB, as the header says: 4 GiB of float32."""
     bomb = gzip.compress(header(1024, 1024, 1024), 1) + gzip.compress(bytes(1 << 20)) * 2048
-    monkeypatch.setattr(volume, "_fill", None)  # nothing is read
+    monkeypatch.setattr("logonet.data.volume.nifti._fill", None)  # nothing is read
     monkeypatch.setattr(volume.np, "empty", None)
     with pytest.raises(BadScan, match=r"^bomb.nii.gz: .*4.0 GiB.*more than 200 times .*save it without"):
         volume.decode_nifti(bomb, "bomb.nii.gz")
@@ -94,10 +96,10 @@ def test_pipes_and_devices_are_no_objects(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.nii")
     (tmp_path / "zero.nii").symlink_to("/dev/zero")
     (tmp_path / "self.nii").symlink_to("self.nii")
-    assert list(store.listing(str(tmp_path))) == []
+    assert list(object_store.listing(str(tmp_path))) == []
     for name in ("pipe.nii", "zero.nii"):
         with pytest.raises(UserError, match="pipe or a device"):
-            store.read(str(tmp_path / name))
+            object_store.read(str(tmp_path / name))
 
 
 def test_links_that_lead_back_are_walked_once(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_links_that_lead_back_are_walked_once(tmp_path: Path) -> None:
     for n in range(4):  # followed, they would be 4 ** 40 ways
         (tmp_path / "a" / "b" / f"up{n}").symlink_to("..")
     (tmp_path / "twin").symlink_to("a/b")  # another way, and not back
-    names = [store.relative(e.uri, str(tmp_path)) for e in store.listing(f"{tmp_path}/")]
+    names = [object_store.relative(e.uri, str(tmp_path)) for e in object_store.listing(f"{tmp_path}/")]
     assert names[0] == "a/b/x"
     assert len(names) < 20
 
@@ -114,10 +116,10 @@ def test_links_that_lead_back_are_walked_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a\0b", "\ud800"])
 def test_what_can_be_no_name(name: str) -> None:
     for uri in (f"/tmp/{name}", f"s3://bucket/{name}"):
-        if name == "a\0b" and store.is_s3(uri):
+        if name == "a\0b" and object_store.is_s3(uri):
             continue  # S3 has such keys
         with pytest.raises(UserError, match="can be no"):
-            store.exists(uri)
+            object_store.exists(uri)
 
 
 def test_a_name_that_is_not_utf8_is_quarantined_and_can_be_written_down(tmp_path: Path) -> None:
@@ -167,11 +169,11 @@ def test_json_that_is_nested_too_deeply(depth: int) -> None:
 def test_a_config_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(b"a: \xff")
     with pytest.raises(UserError, match=r"x\.yaml: is not UTF-8 text"):
-        store.read_text(str(tmp_path / "x.yaml"))
+        object_store.read_text(str(tmp_path / "x.yaml"))
 
 
 def test_splits_that_name_no_text(tmp_path: Path) -> None:
-    from logonet import importers
+    from logonet.data import importers
 
     fuzzing._make_nnunet(tmp_path)
     (tmp_path / "splits_final.json").write_text('[{"val": [null, "case_0"]}]')
@@ -180,26 +182,26 @@ def test_splits_that_name_no_text(tmp_path: Path) -> None:
 
 
 def test_a_table_of_other_rows() -> None:
-    from logonet import tables
-    from logonet.data import CropRef
+    from logonet.data.crop_shards import CropRef
+    from logonet.storage import parquet
 
-    good = tables.to_parquet([asdict(CropRef("a/0", "a", "shards/a", 0, 8, "0" * 64))], CropRef)
-    assert tables.from_parquet(good, CropRef, "x") == [CropRef("a/0", "a", "shards/a", 0, 8, "0" * 64)]
+    good = parquet.to_parquet([asdict(CropRef("a/0", "a", "shards/a", 0, 8, "0" * 64))], CropRef)
+    assert parquet.from_parquet(good, CropRef, "x") == [CropRef("a/0", "a", "shards/a", 0, 8, "0" * 64)]
     with pytest.raises(UserError, match=r"^x has the columns uri, reason; it must have crop_id"):
-        tables.from_parquet(manifest.Manifest((), ()).quarantine_parquet(), CropRef, "x")
+        parquet.from_parquet(manifest.Manifest((), ()).quarantine_parquet(), CropRef, "x")
     with pytest.raises(UserError, match=r"^x is not a Parquet table"):
-        tables.from_parquet(good[:-9], CropRef, "x")
+        parquet.from_parquet(good[:-9], CropRef, "x")
 
 
 def test_a_case_whose_header_is_another_is_prepared_again(tmp_path: Path) -> None:
     import json
 
-    from logonet import cases
+    from logonet.data import prepared_scans
 
     fuzzing._make_case(tmp_path)
     path = tmp_path / "cases" / "scan-1.safetensors"
     blob = path.read_bytes()
-    assert cases.stored(str(path), len(blob)) is not None
+    assert prepared_scans.stored(str(path), len(blob)) is not None
     size = int.from_bytes(blob[:8], "little")
     for change in (
         {"image/0_0_0": 3},
@@ -208,14 +210,14 @@ def test_a_case_whose_header_is_another_is_prepared_again(tmp_path: Path) -> Non
     ):
         header = json.dumps(json.loads(blob[8 : 8 + size]) | change).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header + blob[8 + size :])
-        assert cases.stored(str(path), path.stat().st_size) is None
+        assert prepared_scans.stored(str(path), path.stat().st_size) is None
 
 
 @pytest.mark.parametrize("facts", [{"step": 1, "world": 10**9}, {"step": "1", "world": 1}, {}])
 def test_a_checkpoint_with_odd_facts_is_passed_over(tmp_path: Path, facts: dict[str, object]) -> None:
     import json
 
-    from logonet import checkpoints
+    from logonet.training import checkpoints
 
     fuzzing._make_run(tmp_path)
     newest = tmp_path / "checkpoints" / "step-00000002"
@@ -240,12 +242,12 @@ def test_a_sweeps_state_that_is_torn(tmp_path: Path) -> None:
 
 
 def test_scores_that_are_none(tmp_path: Path) -> None:
-    from logonet import stages
+    from logonet import pipelines
 
     for text in ("", "a,b\n1,2\n", "scan_id\n\0\n"):
         (tmp_path / "cases.csv").write_text(text)
         with pytest.raises(UserError, match=r"cases\.csv is no table of scores"):
-            stages.scores_of(f"{tmp_path}/cases.csv")
+            pipelines.scores_of(f"{tmp_path}/cases.csv")
 
 
 @pytest.mark.parametrize("stored", ["u1", "i4", "f8"])
@@ -276,7 +278,7 @@ def test_a_key_that_is_no_text() -> None:
 
 @pytest.mark.parametrize("fold", ["true", "1" + "0" * 30, "9223372036854775808", "1.0"])
 def test_a_fold_that_no_table_can_hold(tmp_path: Path, fold: str) -> None:
-    from logonet import importers
+    from logonet.data import importers
 
     (tmp_path / "d.json").write_text('{"training": [{"image": "x.nii", "fold": ' + fold + "}]}")
     (tmp_path / "d.csv").write_text(f"image,fold\nx.nii,{fold}\n")
@@ -286,7 +288,7 @@ def test_a_fold_that_no_table_can_hold(tmp_path: Path, fold: str) -> None:
 
 
 def test_a_table_with_a_cell_without_end(tmp_path: Path) -> None:
-    from logonet import importers
+    from logonet.data import importers
 
     (tmp_path / "d.csv").write_text(f"image,fold\n{'x' * 200_000},0\n")
     with pytest.raises(UserError, match=r"d\.csv, line 2: is no line of a table"):

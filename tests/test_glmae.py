@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from logonet import augment, backbones, draws, methods
-from logonet.errors import UserError
+from logonet import methods, networks
+from logonet.core import seeding
+from logonet.core.errors import UserError
+from logonet.data import augment
 from logonet.methods._masked import patches, unseen
 from logonet.methods.glmae import GLMAE, Config, consistency, num_visible, view
 
@@ -44,22 +46,20 @@ def only(*parts: str) -> dict[str, Any]:
 
 def module_for(in_channels: int = 1, size_vox: tuple[int, int, int] = SIZE, **options: Any) -> GLMAE:
     torch.manual_seed(0)
-    net = backbones.build(
-        "unetr", in_channels, 2, **backbones.tiny("unetr"), positions="sincos", qkv_bias=True
-    )
+    net = networks.build("unetr", in_channels, 2, **networks.tiny("unetr"), positions="sincos", qkv_bias=True)
     module = methods.build("glmae", net, size_vox=size_vox, in_channels=in_channels, **{**SMALL, **options})
     assert isinstance(module, GLMAE)
     return module
 
 
 def noise(samples: int = 2, in_channels: int = 1, size_vox: tuple[int, int, int] = SIZE) -> np.ndarray:
-    return draws.rng(0, "noise").integers(0, 65536, (samples, in_channels, *size_vox)).astype(np.uint16)
+    return seeding.rng(0, "noise").integers(0, 65536, (samples, in_channels, *size_vox)).astype(np.uint16)
 
 
 def batch_for(module: GLMAE, images_BCXYZ: np.ndarray | None = None) -> dict[str, Tensor]:
     images = noise() if images_BCXYZ is None else images_BCXYZ
     prepare = methods.prepare("glmae")
-    ready = [prepare({"image_CXYZ": x}, module.cfg, draws.rng(0, "p", i)) for i, x in enumerate(images)]
+    ready = [prepare({"image_CXYZ": x}, module.cfg, seeding.rng(0, "p", i)) for i, x in enumerate(images)]
     return {key: torch.from_numpy(np.stack([r[key] for r in ready])) for key in ready[0]}
 
 
@@ -68,7 +68,7 @@ def batch_for(module: GLMAE, images_BCXYZ: np.ndarray | None = None) -> dict[str
 
 def test_views_at_the_papers_size() -> None:
     cfg = methods.config("glmae")
-    out = methods.prepare("glmae")({"image_CXYZ": noise(1, 1, (96, 96, 96))[0]}, cfg, draws.rng(0, "p"))
+    out = methods.prepare("glmae")({"image_CXYZ": noise(1, 1, (96, 96, 96))[0]}, cfg, seeding.rng(0, "p"))
     assert {k: (v.shape, v.dtype) for k, v in out.items()} == {
         "global": ((2, 1, 160, 160, 160), np.dtype(np.uint16)),
         "local": ((8, 1, 96, 96, 96), np.dtype(np.uint16)),
@@ -112,8 +112,8 @@ def test_counts_of_visible_patches() -> None:
 
 def test_a_view_is_a_resized_box() -> None:
     image = noise(1, 2, (20, 30, 24))[0]
-    out = view(image, (16, 16, 32), (0.5, 0.5), augment.none(), draws.rng(3, "v"))
-    rng = draws.rng(3, "v")
+    out = view(image, (16, 16, 32), (0.5, 0.5), augment.none(), seeding.rng(3, "v"))
+    rng = seeding.rng(3, "v")
     assert rng.uniform(0.5, 0.5) == 0.5
     first = [int(rng.integers(side - side // 2 + 1)) for side in (20, 30, 24)]
     box = (
@@ -128,7 +128,7 @@ def test_a_view_is_a_resized_box() -> None:
 def test_boxes_have_sizes_of_the_whole_range_and_lie_anywhere() -> None:
     # Intensities that tell where a voxel is along X.
     ramp = np.broadcast_to(np.arange(40, dtype=np.uint16)[None, :, None, None] * 1000, (1, 40, 40, 40))
-    rng, spans, middles = draws.rng(0, "boxes"), [], []
+    rng, spans, middles = seeding.rng(0, "boxes"), [], []
     for _ in range(200):
         line = view(ramp, (40, 1, 1), (0.25, 0.5), augment.none(), rng)[0, :, 0, 0].astype(float)
         spans.append((line[-1] - line[0]) / 1000 + 1)
@@ -143,11 +143,11 @@ def test_views_may_be_distorted() -> None:
         noise(1)[0],
         augment.Config(flip_prob=1.0, rotate90_prob=0, shift_intensity_prob=0, scale_intensity_prob=0),
     )
-    plain, flipped = (view(image, SIZE, (1.0, 1.0), c, draws.rng(0, "v")) for c in (augment.none(), cfg))
+    plain, flipped = (view(image, SIZE, (1.0, 1.0), c, seeding.rng(0, "v")) for c in (augment.none(), cfg))
     np.testing.assert_array_equal(plain, image)
     np.testing.assert_array_equal(flipped, image[:, ::-1, ::-1, ::-1])
     brighter = augment.Config(shift_intensity_prob=1.0, shift_intensity=0.5)
-    bright = view(image, SIZE, (1.0, 1.0), brighter, draws.rng(5, "v"))
+    bright = view(image, SIZE, (1.0, 1.0), brighter, seeding.rng(5, "v"))
     assert bright.min() == 0 or bright.max() == 65535  # clipped, not wrapped round
 
 
@@ -391,7 +391,7 @@ def test_parameters_at_the_papers_size(variant: str, encoder: int, decoder: int,
     """88.370, 27.827 and 6.820 million, for ViT-T 6.167, 27.532 and 5.641. The paper's tables of positions have a
     row of zeros for the class token, which ours lack."""
     with torch.device("meta"):
-        net: Any = backbones.build("unetr", variant=variant, positions="sincos", qkv_bias=True)
+        net: Any = networks.build("unetr", variant=variant, positions="sincos", qkv_bias=True)
         module: Any = methods.build("glmae", net, size_vox=(96, 96, 96))
     count = {
         part: sum(p.numel() for k, p in module.named_parameters() if k.startswith(part))
@@ -432,7 +432,7 @@ def test_overfits_two_crops() -> None:
 
 
 def test_positions_that_are_learnt_do_too() -> None:
-    net: Any = backbones.build("unetr", 2, 2, **backbones.tiny("unetr"))
+    net: Any = networks.build("unetr", 2, 2, **networks.tiny("unetr"))
     module = methods.build("glmae", net, size_vox=SIZE, in_channels=2, **SMALL)
     assert isinstance(module, GLMAE)
     loss, _ = module(batch_for(module, noise(2, 2)), 0.0)

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logonet import importers, manifest, phantom, store
-from logonet.errors import UserError
-from logonet.manifest import Manifest, Scan, Source
-from logonet.volume import encode_nifti
+from logonet.core.errors import UserError
+from logonet.data import importers, manifest, phantom
+from logonet.data.manifest import Manifest, Scan, Source
+from logonet.data.volume import encode_nifti
+from logonet.storage import object_store
 
 SMALL = (16, 16, 16)
 
@@ -30,18 +31,18 @@ def root(request: pytest.FixtureRequest) -> str:
 def put(root: str | Path, *names: str) -> None:
     """Files that exist; ``sources`` looks at names only."""
     for name in names:
-        store.write(store.join(str(root), name), name.encode())
+        object_store.write(object_store.join(str(root), name), name.encode())
 
 
 def put_json(root: str | Path, name: str, content: Any) -> str:
-    uri = store.join(str(root), name)
-    store.write(uri, json.dumps(content).encode())
+    uri = object_store.join(str(root), name)
+    object_store.write(uri, json.dumps(content).encode())
     return uri
 
 
 def put_text(root: str | Path, name: str, text: str) -> str:
-    uri = store.join(str(root), name)
-    store.write(uri, text.encode())
+    uri = object_store.join(str(root), name)
+    object_store.write(uri, text.encode())
     return uri
 
 
@@ -177,7 +178,7 @@ def test_monai_list_under_any_name(root: str, monkeypatch: pytest.MonkeyPatch) -
         (s.uri.removeprefix(root), s.subject, s.split, s.fold, s.label_uri.removeprefix(root), s.size_bytes)
         for s in importers.sources(uri)
     ]
-    up = "" if store.is_s3(root) else "/lists/.."
+    up = "" if object_store.is_s3(root) else "/lists/.."
     assert rows == [
         ("/lists/a.nii.gz", "a", "train", 0, "/lists/a_label.nii.gz", len("lists/a.nii.gz")),
         ("/lists/b.nii.gz", "Bob", "train", 1, "/lists/b_label.nii.gz", 0),
@@ -511,8 +512,8 @@ def test_the_nearest_table_of_classes_holds(tmp_path: Path, monkeypatch: pytest.
 def test_csv(root: str) -> None:
     scan, labels_XYZ = phantom.phantom(0, SMALL)
     data = encode_nifti(scan.array_CXYZ[0].astype(np.int16), scan.affine)
-    store.write(f"{root}/deep/a.nii.gz", data)
-    store.write(f"{root}/deep/seg/a.nii.gz", encode_nifti(labels_XYZ, scan.affine))
+    object_store.write(f"{root}/deep/a.nii.gz", data)
+    object_store.write(f"{root}/deep/seg/a.nii.gz", encode_nifti(labels_XYZ, scan.affine))
     put(root, "deep/dicom/1.dcm", "deep/dicom/2.dcm", "deep/dicom/notes.txt")
     uri = put_text(
         root,

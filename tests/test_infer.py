@@ -16,12 +16,15 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from logonet import backbones, crops, infer, model, store, volume
-from logonet.backbones import SegOut
-from logonet.errors import BadScan, UserError
-from logonet.infer import Config, Predictor
-from logonet.model import Spec
-from logonet.volume import Volume
+from logonet import networks
+from logonet.core.errors import BadScan, UserError
+from logonet.data import cropping, volume
+from logonet.data.volume import Volume
+from logonet.inference import model, sliding_window
+from logonet.inference.model import Spec
+from logonet.inference.sliding_window import Config, Predictor
+from logonet.networks import SegOut
+from logonet.storage import object_store
 
 CPU = torch.device("cpu")
 OBLIQUE = np.array([[1.4, 0.2, 0.1, 30], [-0.2, 1.6, 0.3, -20], [0, -0.3, 2.4, 7], [0, 0, 0, 1]])
@@ -123,10 +126,10 @@ def test_logits_equal_monai(shape: tuple[int, int, int], cfg: Config) -> None:
     expected_KXYZ = monai_logits(net, image_CXYZ, size, cfg)
     for axis in range(3):
         with torch.no_grad():
-            planes = infer.planes(net, image_CXYZ, (0.0, 1.0), size, cfg, CPU, axis)
+            planes = sliding_window.planes(net, image_CXYZ, (0.0, 1.0), size, cfg, CPU, axis)
             got_KXYZ = np.stack([plane.numpy().copy() for plane in planes], axis + 1)
         np.testing.assert_allclose(got_KXYZ, expected_KXYZ, atol=1e-5)
-    assert_argmax(infer.labels(net, image_CXYZ, size, cfg, "cpu"), expected_KXYZ)
+    assert_argmax(sliding_window.labels(net, image_CXYZ, size, cfg, "cpu"), expected_KXYZ)
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.1, 0.25, 0.5, 0.7, 0.99])
@@ -137,27 +140,29 @@ def test_windows_begin_where_monai_puts_them(length: int, overlap: float) -> Non
 
     interval = _get_scan_interval((length,), (8,), 1, (overlap,))
     expected = [place[0].start for place in dense_patch_slices((length,), (8,), interval)]
-    assert infer._starts(length, 8, overlap) == expected
+    assert sliding_window._starts(length, 8, overlap) == expected
 
 
 @pytest.mark.parametrize("size", [(8, 8, 8), (96, 96, 96), (3, 16, 40)])
 def test_importance_equals_monai(size: tuple[int, int, int]) -> None:
     from monai.data.utils import compute_importance_map
 
-    assert torch.equal(infer._importance(size), compute_importance_map(size, mode="gaussian"))
+    assert torch.equal(sliding_window._importance(size), compute_importance_map(size, mode="gaussian"))
 
 
 @pytest.mark.parametrize("backbone", ["ulkanet", "logonet"])
 def test_logits_and_labels_of_a_backbone(backbone: str) -> None:
     torch.manual_seed(0)
-    net = backbones.build(backbone, 1, 3, **backbones.tiny(backbone)).eval()
+    net = networks.build(backbone, 1, 3, **networks.tiny(backbone)).eval()
     image_CXYZ, size = np.random.default_rng(0).random((1, 20, 32, 36), np.float32), (32, 32, 32)
     expected_KXYZ = monai_logits(net, image_CXYZ, size, Config())
     with torch.no_grad():
-        planes = infer.planes(net, image_CXYZ, (0.0, 1.0), size, Config(), CPU, 2)
+        planes = sliding_window.planes(net, image_CXYZ, (0.0, 1.0), size, Config(), CPU, 2)
         got_KXYZ = np.stack([plane.numpy().copy() for plane in planes], 3)
     np.testing.assert_allclose(got_KXYZ, expected_KXYZ, atol=1e-5)
-    assert_argmax(infer.labels(net, torch.from_numpy(image_CXYZ), size, Config(), "cpu"), expected_KXYZ)
+    assert_argmax(
+        sliding_window.labels(net, torch.from_numpy(image_CXYZ), size, Config(), "cpu"), expected_KXYZ
+    )
 
 
 # ------------------------------------------------------------------------------------ to native voxels
@@ -167,8 +172,8 @@ def reference(net: nn.Module, scan: Volume, modality: str, given: Spec, cfg: Con
     """logits_KXYZ on the scan's own voxels, everything held whole."""
     preparation = given.preparation()
     ras = volume.to_ras(scan)
-    prepared = crops.prepare(scan, preparation)
-    low_high = crops.intensity_range(prepared.array_CXYZ, modality, preparation, "scan")
+    prepared = cropping.prepare(scan, preparation)
+    low_high = cropping.intensity_range(prepared.array_CXYZ, modality, preparation, "scan")
     logits_KXYZ = monai_logits(net, volume.window(prepared.array_CXYZ, low_high), given.size_vox, cfg)
     step = np.array(prepared.spacing_mm) / np.array(ras.spacing_mm)
     logits_KXYZ = resampled(logits_KXYZ, ras.shape_xyz, step)
@@ -233,7 +238,7 @@ def test_in_a_tie_the_first_class_wins() -> None:
     net = Net()
     with torch.no_grad():
         net.last.weight[2], net.last.bias[2] = net.last.weight[1], net.last.bias[1]
-    labels_XYZ = infer.labels(
+    labels_XYZ = sliding_window.labels(
         net, np.random.default_rng(0).random((1, 12, 9, 9), np.float32), (8,) * 3, Config(), CPU
     )
     assert {1, 3} <= set(np.unique(labels_XYZ)) <= {0, 1, 3}
@@ -249,11 +254,11 @@ def test_the_same_scan_gives_the_same_labels() -> None:
 
 def test_a_folder_segments_as_its_network_does(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    options = {"name": "ulkanet", **backbones.tiny("ulkanet")}
+    options = {"name": "ulkanet", **networks.tiny("ulkanet")}
     given = spec(3, backbone=options, size_vox=(32, 32, 32))
-    net = backbones.build("ulkanet", 1, 3, **backbones.tiny("ulkanet"))
+    net = networks.build("ulkanet", 1, 3, **networks.tiny("ulkanet"))
     for name, data in model.files(given, net.state_dict()).items():
-        store.write(store.join(str(tmp_path), name), data)
+        object_store.write(object_store.join(str(tmp_path), name), data)
     scan = Volume(smooth((24, 20, 30)), OBLIQUE)
     got_XYZ = Predictor.load(str(tmp_path), device="cpu").segment(scan, "CT")
     np.testing.assert_array_equal(got_XYZ, Predictor(net, given, device="cpu").segment(scan, "CT"))
@@ -312,7 +317,7 @@ def test_no_array_has_all_classes_of_all_voxels(length: int) -> None:
     classes, size = 5, 8
     scan = Volume(smooth((20, 22, length)), np.eye(4))
     predictor = Predictor(Net(classes), spec(classes, spacing_mm=(1.1, 1.1, 1.1)), device="cpu")
-    prepared = crops.prepare(scan, predictor.spec.preparation()).shape_xyz
+    prepared = cropping.prepare(scan, predictor.spec.preparation()).shape_xyz
     with Largest():  # what is imported and cached on first use is not counted
         predictor.segment(scan, "CT")
     tracemalloc.start()
@@ -331,7 +336,7 @@ def test_the_ceiling_grows_with_classes_by_the_cross_section_only() -> None:
 
     def per_class(length: int) -> int:
         native, prepared = (512, 512, length), (273, 273, length)
-        few, many = (infer.ceiling_bytes(native, prepared, k, size, 0) for k in (14, 15))
+        few, many = (sliding_window.ceiling_bytes(native, prepared, k, size, 0) for k in (14, 15))
         return many - few
 
     assert per_class(400) == 4 * (96 + 1) * 273 * 273 + 8 * math.prod(size)

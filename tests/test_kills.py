@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
-from logonet import artifacts, chaos, cli, store
-from logonet.errors import UserError
+from logonet import cli
+from logonet.core.errors import UserError
+from logonet.storage import artifacts, object_store
 from logonet.sweep import records
+from tools import chaos
 
 
 def test_the_plan_has_every_kind_and_depends_on_seed_and_stage_alone() -> None:
@@ -41,24 +43,26 @@ def write_run(root: str, weights: bytes = b"weights", loss: float = 0.5, unix_s:
     uri = f"{root}/pretrain/0123"
     history = [{"epoch": 1, "loss": loss, "unix_s": unix_s, "peak_memory_mb": unix_s}]
     files = {
-        "method.safetensors": store.write(f"{uri}/method.safetensors", weights),
-        "history.json": store.write_json(f"{uri}/history.json", history),
-        "report.html": store.write(f"{uri}/report.html", str(unix_s).encode()),
+        "method.safetensors": object_store.write(f"{uri}/method.safetensors", weights),
+        "history.json": object_store.write_json(f"{uri}/history.json", history),
+        "report.html": object_store.write(f"{uri}/report.html", str(unix_s).encode()),
     }
     artifacts.commit(uri, "pretrain", "0123", config={}, parents={}, files=files, facts={})
     return uri
 
 
 def write_prediction(root: str, label_map: bytes = b"labels", seconds: float = 1.0) -> None:
-    stored = store.write(f"{root}/a.nii.gz", label_map)
+    stored = object_store.write(f"{root}/a.nii.gz", label_map)
     row = {"name": "a", "status": "done", "reason": "", "output": f"{root}/a.nii.gz", "sha256": stored.sha256}
-    store.write_json(f"{root}/.cases/a/row.json", {**row, "volumes_ml": {"liver": 1.0}, "seconds": seconds})
+    object_store.write_json(
+        f"{root}/.cases/a/row.json", {**row, "volumes_ml": {"liver": 1.0}, "seconds": seconds}
+    )
 
 
 def write_sweep(root: str, wall_s: float = 1.0, **values: Any) -> None:
     uri = f"{root}/sweep/grid"
     spec = records.Spec("grid", {}, {}, "accuracy", "in", "", "random", 0, {}, {})
-    if not store.exists(f"{uri}/{records.SPEC}"):
+    if not object_store.exists(f"{uri}/{records.SPEC}"):
         records.claim(uri, spec)
     trial = records.Trial(0, {"method.phi1": 0.1}, "done", history=[{"epoch": 1, "unix_s": wall_s}])
     records.write(uri, replace(trial, pretrain=f"{root}/pretrain/0123", wall_s=wall_s, **values))
@@ -125,7 +129,7 @@ def test_the_newest_finished_checkpoint_is_torn(tmp_path: Path) -> None:
         json.loads(Path(f"{root}/.cases/a/row.json").read_text())
     for step in (5, 10, 15):
         uri = f"{root}/pretrain/0123/checkpoints/step-{step:08d}"
-        files = {"model.safetensors": store.write(f"{uri}/model.safetensors", b"x" * 1000)}
+        files = {"model.safetensors": object_store.write(f"{uri}/model.safetensors", b"x" * 1000)}
         os.utime(f"{uri}/model.safetensors", ns=(step, step))
         if step < 15:  # the last one is still being written
             artifacts.commit(uri, "checkpoint", "0123", config={}, parents={}, files=files, facts={})
@@ -239,7 +243,7 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
         chaos.Config(stages=("pretran",))
     with pytest.raises(UserError, match="--nodes 3"):
         chaos.Config(workers=4)
-    store.write_json(str(tmp_path / "settings.json"), {"seed": 1})
+    object_store.write_json(str(tmp_path / "settings.json"), {"seed": 1})
     monkeypatch.setattr("sys.argv", ["logonet", "chaos", "--dir", str(tmp_path), "--seed", "2"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -249,11 +253,11 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = chaos.Round(kills=[{"kind": "driver"}], statuses=[-9, 0], compared=3, wall_s=2.0)
     result = chaos.Result("cluster", 0, 1, undisturbed_s=1.0, rounds=[done])
-    store.write_json(str(tmp_path / "cluster.json"), asdict(result))
+    object_store.write_json(str(tmp_path / "cluster.json"), asdict(result))
     words = ["logonet", "chaos", "--dir", str(tmp_path), "--stages", "cluster", "--kills", "1"]
     monkeypatch.setattr("sys.argv", words)
     cli.main()  # without a cluster, and without an exit status
-    store.write_json(
+    object_store.write_json(
         str(tmp_path / "cluster.json"), asdict(replace(result, rounds=[replace(done, differing=["x"])]))
     )
     with pytest.raises(SystemExit) as ended:

@@ -14,10 +14,10 @@ import torch
 from scipy import ndimage
 from sklearn.cluster import MiniBatchKMeans
 
-from logonet import clusterers, labeller
-from logonet.clusterers import ClustererSet
-from logonet.errors import UserError
-from logonet.labeller import Labeller
+from logonet.clustering import kmeans, pseudo_labels, quality
+from logonet.clustering.kmeans import ClustererSet
+from logonet.clustering.pseudo_labels import Labeller
+from logonet.core.errors import UserError
 
 SIDE = 40  # T = 1600: more than one block of every kind
 
@@ -93,11 +93,13 @@ def test_labels_are_scikit_learns(make: Callable[..., np.ndarray]):
     for s, n in np.argwhere(labels_SN != theirs_SN):
         d2_K = distances2(x_ST[s : s + 1], fitted.of(n))[0]
         scale = np.linalg.norm(x_ST[s]) * np.linalg.norm(fitted.of(n)[theirs_SN[s, n]])
-        assert d2_K[theirs_SN[s, n]] - d2_K[labels_SN[s, n]] <= 4 * labeller._gamma(x_ST.shape[1]) * scale
+        assert (
+            d2_K[theirs_SN[s, n]] - d2_K[labels_SN[s, n]] <= 4 * pseudo_labels._gamma(x_ST.shape[1]) * scale
+        )
 
 
 def test_the_screen_saves_work_on_slices_like_the_fitted(fitted_smooth, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(labeller, "RANK", 32)  # few next to V = 152, as 510 are to 23,000
+    monkeypatch.setattr(pseudo_labels, "RANK", 32)  # few next to V = 152, as 510 are to 23,000
     labels_SN, work = Labeller(fitted_smooth[0]).label(smooth(96, seed=2))
     assert work.survivor_share < 0.1
     assert work.row_share < 0.5
@@ -201,16 +203,16 @@ def test_of_equally_near_centroids_the_first_wins():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_bounds_hold_for_every_pair(family: str, seed: int, monkeypatch: pytest.MonkeyPatch):
     """Equation (2): low <= |c|^2 - 2 x.c <= high, also with a basis that leaves large residuals."""
-    monkeypatch.setattr(labeller, "RANK", 3)
+    monkeypatch.setattr(pseudo_labels, "RANK", 3)
     codes, x_ST = FAMILIES[family](np.random.default_rng(seed))
     fitted, x_ST = stack(codes), x_ST.astype(np.float32)
     fused = Labeller(fitted)
     x = torch.from_numpy(x_ST)
-    low_VS, high_VS = fused._bounds(x, labeller._norm2(x))
+    low_VS, high_VS = fused._bounds(x, pseudo_labels._norm2(x))
     c_VT, norm2_S = fitted.centroids_VT.astype(np.float64), (x_ST.astype(np.float64) ** 2).sum(1)
     norm2_V = (c_VT**2).sum(1)[:, None]
     truth_VS = norm2_V - 2 * c_VT @ x_ST.T.astype(np.float64)
-    rounding_VS = 1e-14 * (norm2_V + norm2_S) + labeller.TINY  # of the truth itself
+    rounding_VS = 1e-14 * (norm2_V + norm2_S) + pseudo_labels.TINY  # of the truth itself
     first_V = ~fused._repeats().numpy()  # a repeated centroid is kept out by a lower bound beyond reach
     assert (low_VS.numpy() <= truth_VS + rounding_VS)[first_V].all()
     assert (high_VS.numpy() >= truth_VS - rounding_VS)[first_V].all()
@@ -223,7 +225,7 @@ def test_the_bounds_are_narrow_inside_the_subspace():
     codes, x_ST = low_rank(g)
     fitted, x = stack(codes), torch.from_numpy(x_ST.astype(np.float32))
     fused = Labeller(fitted)
-    norm2_S = labeller._norm2(x)
+    norm2_S = pseudo_labels._norm2(x)
     low_VS, high_VS = fused._bounds(x, norm2_S)
     assert ((high_VS - low_VS) / (fused.norm2_V[:, None] * norm2_S).sqrt()).median() < 0.02
 
@@ -265,7 +267,7 @@ def test_reduced_precision_of_training_is_set_aside(fitted_smooth):
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        with labeller._ieee_float32():
+        with pseudo_labels._ieee_float32():
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
         Labeller(fitted_smooth[0])(smooth(4, seed=5))
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -291,12 +293,12 @@ def test_wrong_input_is_a_sentence(fitted_smooth):
 def test_fitted_clusterers_label_their_own_slices():
     """fit_one, the set and the labeller agree on what a slice is: uint16 / 65535 in float32."""
     x_ST = smooth(120, seed=6)
-    cfg = clusterers.Config(n=3, k_min=4, k_max=20, iterations=5, fraction=0.5)
-    fits = [clusterers.fit_one(x_ST, k, i, cfg) for i, k in enumerate(clusterers.cluster_counts(cfg))]
+    cfg = kmeans.Config(n=3, k_min=4, k_max=20, iterations=5, fraction=0.5)
+    fits = [kmeans.fit_one(x_ST, k, i, cfg) for i, k in enumerate(kmeans.cluster_counts(cfg))]
     fitted = ClustererSet.from_bytes(ClustererSet.from_fitted(fits, {}).to_bytes())
     labels_SN = Labeller(fitted)(x_ST)
     check(fitted, unit(x_ST), labels_SN)
-    assert (clusterers.quality(fitted, labels_SN)["perplexity"] > 2).all()
+    assert (quality.quality(fitted, labels_SN)["perplexity"] > 2).all()
 
 
 @pytest.mark.cuda

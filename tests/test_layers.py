@@ -153,5 +153,5 @@ def test_every_neighbour_exception_is_used() -> None:
 
 def test_reading_and_cutting_scans_imports_no_torch() -> None:
     """Ray's workers of the stages before training would each take seconds and 200 MB for what they do not use."""
-    code = "import sys, logonet.data; sys.exit('torch' in sys.modules)"
+    code = "import sys, logonet.distributed.data_tasks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

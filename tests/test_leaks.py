@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logonet import config, draws, fingerprints, leaks, volume
-from logonet.leaks import Leak, find
-from logonet.manifest import Scan
-from logonet.phantom import phantom
-from logonet.volume import Volume
+from logonet.core import config, seeding
+from logonet.data import leakage, scan_hash, volume
+from logonet.data.leakage import Leak, find
+from logonet.data.manifest import Scan
+from logonet.data.phantom import phantom
+from logonet.data.volume import Volume
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 Change = Callable[[Volume], Volume]
@@ -30,8 +31,8 @@ def row(scan: Volume, name: str, **values: Any) -> Scan:
         "uri": f"s3://scans/{name}.nii.gz",
         "files": (),
         "sha256": sha256,
-        "voxel_sha256": fingerprints.voxel_sha256(scan),
-        "thumbprint": fingerprints.thumbprint(scan),
+        "voxel_sha256": scan_hash.voxel_sha256(scan),
+        "thumbprint": scan_hash.thumbprint(scan),
         "size_bytes": 1,
         "subject": name,
         "dataset": "set",
@@ -70,7 +71,7 @@ def reoriented(scan: Volume) -> Volume:
 
 
 def noisy(scan: Volume) -> Volume:
-    noise = draws.rng(0, "noise").standard_normal(scan.array_CXYZ.shape, dtype=np.float32)
+    noise = seeding.rng(0, "noise").standard_normal(scan.array_CXYZ.shape, dtype=np.float32)
     return replace(scan, array_CXYZ=scan.array_CXYZ + 0.05 * scan.array_CXYZ.std() * noise)
 
 
@@ -104,9 +105,9 @@ def test_a_copy_is_found_alone_and_among_scans_like_it(
 
 
 def test_phantoms_would_be_taken_for_each_other_by_likeness_alone(rows: list[Scan]) -> None:
-    prints_NP = fingerprints.rows([s.thumbprint for s in rows])
+    prints_NP = scan_hash.rows([s.thumbprint for s in rows])
     similar = (prints_NP @ prints_NP.T)[np.triu_indices(len(rows), 1)]
-    assert (similar > fingerprints.SAME).mean() > 0.5
+    assert (similar > scan_hash.SAME).mean() > 0.5
     assert find(rows[:4], rows[4:]) == []
 
 
@@ -169,21 +170,21 @@ def test_subjects_count_within_a_dataset_or_if_unique_by_form(
 def test_crowds_are_judged_as_by_the_definition(scans: list[Volume], rows: list[Scan]) -> None:
     """A slow loop over pairs, with the differences written out."""
     rows = [*rows, row(noisy(scans[3]), "copy")]
-    rows_MP = fingerprints.rows([s.thumbprint for s in rows]).astype(np.float64)
+    rows_MP = scan_hash.rows([s.thumbprint for s in rows]).astype(np.float64)
     block = [3, 0, 11]
     alike_NM = rows_MP[block] @ rows_MP.T
     alike_NM[np.arange(3), block] = 0
-    got_NM = leaks._apart(rows_MP, block, alike_NM)
+    got_NM = leakage._apart(rows_MP, block, alike_NM)
     verdicts = set()
     for n, i in enumerate(block):
-        crowd = [m for m in range(len(rows)) if fingerprints.SAME <= alike_NM[n, m] < leaks.COPY]
-        assert len(crowd) >= leaks.CROWD
+        crowd = [m for m in range(len(rows)) if scan_hash.SAME <= alike_NM[n, m] < leakage.COPY]
+        assert len(crowd) >= leakage.CROWD
         mean_P = rows_MP[crowd].mean(0)
         for m in range(len(rows)):
             if m != i:
                 a_P, b_P = rows_MP[i] - mean_P, rows_MP[m] - mean_P
                 want = a_P @ b_P / np.linalg.norm(a_P) / np.linalg.norm(b_P)
-                assert got_NM[n, m] == (want >= fingerprints.SAME)
+                assert got_NM[n, m] == (want >= scan_hash.SAME)
                 verdicts.add(bool(got_NM[n, m]))
     assert verdicts == {True, False}
 
@@ -191,22 +192,22 @@ def test_crowds_are_judged_as_by_the_definition(scans: list[Volume], rows: list[
 def test_blocks_give_what_pairs_give(rows: list[Scan], monkeypatch: pytest.MonkeyPatch) -> None:
     test = [replace(s, scan_id=f"again-{i}", sha256=f"{i:064d}") for i, s in enumerate(rows)]
     whole = find(test, rows)
-    monkeypatch.setattr(leaks, "BLOCK", 3)
+    monkeypatch.setattr(leakage, "BLOCK", 3)
     assert find(test, rows) == whole
     assert [k.kind for k in whole] == ["voxels"] * len(rows)
 
 
 def test_nothing_leaks_from_nothing(rows: list[Scan]) -> None:
     assert find([], rows) == find(rows, []) == []
-    assert leaks.table([]) == "no leaks found\n"
-    assert leaks.to_csv([]) == b"scan_id,other_id,kind,detail\n"
+    assert leakage.table([]) == "no leaks found\n"
+    assert leakage.to_csv([]) == b"scan_id,other_id,kind,detail\n"
 
 
 def test_table_and_csv_hold_every_leak(rows: list[Scan]) -> None:
     found = find(rows[:2], rows)
-    text = leaks.table(found)
+    text = leakage.table(found)
     assert all(k.scan_id in text and k.detail in text for k in found)
-    table = list(csv.DictReader(io.StringIO(leaks.to_csv(found).decode())))
+    table = list(csv.DictReader(io.StringIO(leakage.to_csv(found).decode())))
     assert [Leak(**line) for line in table] == found
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import ray
 
-from logonet import cluster, rendezvous
-from logonet.s3server import S3Server
+from logonet.distributed import cluster, rendezvous
+from tools.s3server import S3Server
 
 
 def open_doors(root: psutil.Process) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logonet.backbones import _conv
+from logonet.networks import _conv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from logonet import backbones, draws, methods
-from logonet.errors import UserError
+from logonet import methods, networks
+from logonet.core import seeding
+from logonet.core.errors import UserError
 from logonet.methods._masked import Decoder, depth_to_space, patches, sincos, unseen
 from logonet.methods.mae3d import MAE3D, masked_l1, normalised
 
@@ -26,7 +27,7 @@ SMALL: dict[str, Any] = {"decoder_width": 24, "decoder_depth": 2, "decoder_heads
 
 def module_for(size_vox: tuple[int, int, int] = SIZE, in_channels: int = 1, **options: Any) -> MAE3D:
     torch.manual_seed(0)
-    net = backbones.build("unetr", in_channels, 2, **{**backbones.tiny("unetr"), "img_size": size_vox})
+    net = networks.build("unetr", in_channels, 2, **{**networks.tiny("unetr"), "img_size": size_vox})
     module = methods.build("mae3d", net, size_vox=size_vox, in_channels=in_channels, **{**SMALL, **options})
     assert isinstance(module, MAE3D)
     return module
@@ -35,7 +36,7 @@ def module_for(size_vox: tuple[int, int, int] = SIZE, in_channels: int = 1, **op
 def batch_of(images_BCXYZ: Tensor, **options: Any) -> dict[str, Tensor]:
     cfg = methods.config("mae3d", options)
     ready = [
-        methods.prepare("mae3d")({"image_CXYZ": image.numpy()}, cfg, draws.rng(0, "prepare", i))
+        methods.prepare("mae3d")({"image_CXYZ": image.numpy()}, cfg, seeding.rng(0, "prepare", i))
         for i, image in enumerate(images_BCXYZ)
     ]
     return {key: torch.from_numpy(np.stack([r[key] for r in ready])) for key in ready[0]}
@@ -196,7 +197,7 @@ def test_parameters_at_the_papers_size() -> None:
     """As MONAI has them, 88.359 and 27.822 million, of which 18,432 and 8,192 belong to norms that no output
     depends on and ours lacks."""
     with torch.device("meta"):
-        module: Any = methods.build("mae3d", backbones.build("unetr"), size_vox=(96, 96, 96))
+        module: Any = methods.build("mae3d", networks.build("unetr"), size_vox=(96, 96, 96))
     encoder, decoder = (
         sum(p.numel() for k, p in module.named_parameters() if k.startswith(part) and p.requires_grad)
         for part in ("backbone.", "decoder.")
@@ -233,7 +234,7 @@ def test_one_answer_to_all_is_warned_of() -> None:
 
 
 def test_it_needs_a_network_of_tokens() -> None:
-    net = backbones.build("swinunetr", **backbones.tiny("swinunetr"))
+    net = networks.build("swinunetr", **networks.tiny("swinunetr"))
     with pytest.raises(UserError, match="'mae3d' needs encode_visible of its backbone"):
         methods.build("mae3d", net, size_vox=SIZE)
 

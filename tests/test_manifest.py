@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from logonet import fingerprints, importers, manifest, phantom, store, volume
-from logonet.errors import UserError
-from logonet.manifest import Manifest, Quarantined, Scan, Source
-from logonet.volume import encode_nifti
+from logonet.core.errors import UserError
+from logonet.data import importers, manifest, phantom, scan_hash, volume
+from logonet.data.manifest import Manifest, Quarantined, Scan, Source
+from logonet.data.volume import encode_nifti
+from logonet.storage import object_store
 
 SMALL = (16, 16, 16)
 AFFINE = np.diag([1.0, 2.0, 3.0, 1.0])
@@ -55,8 +56,8 @@ def test_a_row_says_what_is_in_the_scan(tmp_path: Path) -> None:
         uri=f"{tmp_path}/imagesTr/phantom_001.nii.gz",
         files=(),
         sha256=hashlib.sha256(data).hexdigest(),
-        voxel_sha256=fingerprints.voxel_sha256(manifest.load(scan)),
-        thumbprint=fingerprints.thumbprint(manifest.load(scan)),
+        voxel_sha256=scan_hash.voxel_sha256(manifest.load(scan)),
+        thumbprint=scan_hash.thumbprint(manifest.load(scan)),
         size_bytes=len(data),
         subject="phantom_001",
         dataset="PhantomCT",
@@ -86,9 +87,9 @@ def test_load_gives_back_the_voxels_or_stops(tmp_path: Path) -> None:
     assert labels_XYZ.dtype == np.uint8
     Path(scan.uri).write_bytes(scan_bytes(9))
     Path(scan.label_uri).write_bytes(scan_bytes(9))
-    with pytest.raises(store.IntegrityError, match=r"imagesTr/phantom_000\.nii\.gz"):
+    with pytest.raises(object_store.IntegrityError, match=r"imagesTr/phantom_000\.nii\.gz"):
         manifest.load(scan)
-    with pytest.raises(store.IntegrityError, match=r"labelsTr/phantom_000\.nii\.gz"):
+    with pytest.raises(object_store.IntegrityError, match=r"labelsTr/phantom_000\.nii\.gz"):
         manifest.load_label(scan, image)
 
 
@@ -191,7 +192,7 @@ def test_an_unreachable_store_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
-    monkeypatch.setattr(store, "CONTACT_ATTEMPTS", 1)
+    monkeypatch.setattr(object_store, "CONTACT_ATTEMPTS", 1)
     with pytest.raises(UserError, match="cannot reach the object store"):
         manifest.inspect(Source("s3://bucket/a.nii.gz"))
 
@@ -266,7 +267,7 @@ def test_scan_ids_may_stand_in_object_keys(tmp_path: Path) -> None:
 
 def test_a_bucket_and_a_folder_give_the_same_manifest(bucket: str, tmp_path: Path) -> None:
     here = read_all(phantom.write_dataset(str(tmp_path), 2, size_vox=SMALL))
-    phantom.write_dataset(store.join(bucket, "deep/prefix"), 2, size_vox=SMALL)
+    phantom.write_dataset(object_store.join(bucket, "deep/prefix"), 2, size_vox=SMALL)
     for uri in (bucket, f"{bucket}/deep", f"{bucket}/deep/prefix/", f"{bucket}/deep/prefix/dataset.json"):
         there = read_all(uri)
         assert there.id == here.id
@@ -274,7 +275,7 @@ def test_a_bucket_and_a_folder_give_the_same_manifest(bucket: str, tmp_path: Pat
         np.testing.assert_array_equal(
             manifest.load(there.scans[0]).array_CXYZ, manifest.load(here.scans[0]).array_CXYZ
         )
-    store.delete(there.scans[0].uri)
+    object_store.delete(there.scans[0].uri)
     (bad,) = read_all(f"{bucket}/deep/prefix/dataset.json").quarantined
     assert bad.reason == f"{there.scans[0].uri}: no such file; copy it there or drop it from the list"
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from logonet import masks
-from logonet.draws import rng
-from logonet.errors import UserError
+from logonet.core.errors import UserError
+from logonet.core.seeding import rng
+from logonet.methods import _chain_masks
 
 ALPHA = 1e-9  # chance that a correct draw fails one bound
 
@@ -26,7 +26,7 @@ def assert_rate(hits: int, trials: int, probability: float) -> None:
 @pytest.mark.parametrize("chain_length", [1, 2, 5])
 def test_chains_are_chosen_slices_and_their_predecessors(num_slices: int, phi1: float, chain_length: int):
     for draw in range(50):
-        drawn_Z = masks.draw_chains(num_slices, phi1, chain_length, rng(0, "chain", draw))
+        drawn_Z = _chain_masks.draw_chains(num_slices, phi1, chain_length, rng(0, "chain", draw))
 
         same_numbers = rng(0, "chain", draw)
         chosen = [z for z, u in enumerate(same_numbers.random(num_slices)) if u < phi1]
@@ -39,7 +39,8 @@ def test_chains_are_chosen_slices_and_their_predecessors(num_slices: int, phi1: 
 def test_share_of_chain_slices(num_slices: int, phi1: float, chain_length: int):
     trials = 4000
     hits_Z = sum(
-        masks.draw_chains(num_slices, phi1, chain_length, rng(1, draw)).astype(int) for draw in range(trials)
+        _chain_masks.draw_chains(num_slices, phi1, chain_length, rng(1, draw)).astype(int)
+        for draw in range(trials)
     )
     for z in range(num_slices):
         reach = min(chain_length, num_slices - z)  # how many choices would cover slice z
@@ -53,7 +54,7 @@ def test_patches_against_a_slow_loop(size_xy: tuple[int, int]):
     sizes, phi2 = (1, 3, 4, 8, 64), 0.6
     for draw in range(20):
         chain_Z = rng(2, "chain", draw).random(9) < 0.5
-        hidden_XYZ, patch_size_Z = masks.draw_patches(size_xy, chain_Z, sizes, phi2, rng(2, draw))
+        hidden_XYZ, patch_size_Z = _chain_masks.draw_patches(size_xy, chain_Z, sizes, phi2, rng(2, draw))
 
         same_numbers = rng(2, draw)
         fitting = [p for p in sizes if p <= size_xy[0] and p <= size_xy[1]]
@@ -75,7 +76,7 @@ def test_patches_against_a_slow_loop(size_xy: tuple[int, int]):
 
 def test_patch_rates():
     chain_Z, sizes, phi2 = np.ones(2000, dtype=bool), (2, 4, 8), 0.7
-    hidden_XYZ, patch_size_Z = masks.draw_patches((8, 8), chain_Z, sizes, phi2, rng(3))
+    hidden_XYZ, patch_size_Z = _chain_masks.draw_patches((8, 8), chain_Z, sizes, phi2, rng(3))
     for side in sizes:
         own_Z = patch_size_Z == side
         assert_rate(int(own_Z.sum()), len(chain_Z), 1 / len(sizes))
@@ -84,16 +85,16 @@ def test_patch_rates():
 
 
 def test_probability_one_hides_everything():
-    chain_Z = masks.draw_chains(7, 1.0, 3, rng(4))
-    hidden_XYZ, _ = masks.draw_patches((9, 11), chain_Z, (4,), 1.0, rng(4))
+    chain_Z = _chain_masks.draw_chains(7, 1.0, 3, rng(4))
+    hidden_XYZ, _ = _chain_masks.draw_patches((9, 11), chain_Z, (4,), 1.0, rng(4))
     assert chain_Z.all()
     assert hidden_XYZ.all()
 
 
 def test_draws_depend_on_the_generator_alone():
     def draw(seed: int) -> tuple[np.ndarray, ...]:
-        chain_Z = masks.draw_chains(12, 0.2, 3, rng(seed))
-        return (chain_Z, *masks.draw_patches((8, 8), chain_Z, (1, 2), 0.5, rng(seed)))
+        chain_Z = _chain_masks.draw_chains(12, 0.2, 3, rng(seed))
+        return (chain_Z, *_chain_masks.draw_patches((8, 8), chain_Z, (1, 2), 0.5, rng(seed)))
 
     for a, b in zip(draw(5), draw(5)):
         np.testing.assert_array_equal(a, b)
@@ -103,14 +104,14 @@ def test_draws_depend_on_the_generator_alone():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: masks.draw_chains(4, 0.1, 5, rng(0)), "chain_length is 5.*4 slices"),
-        (lambda: masks.draw_chains(4, 0.1, 0, rng(0)), "chain_length is 0"),
-        (lambda: masks.draw_chains(4, 0.0, 2, rng(0)), "phi1 is 0.0"),
-        (lambda: masks.draw_chains(4, 1.1, 2, rng(0)), "phi1 is 1.1"),
-        (lambda: masks.draw_patches((8, 4), np.ones(3, bool), (5, 8), 0.5, rng(0)), "8x4.*at most 4"),
-        (lambda: masks.draw_patches((8, 4), np.ones(3, bool), (), 0.5, rng(0)), "patch_sizes"),
-        (lambda: masks.draw_patches((8, 4), np.ones(3, bool), (0, 2), 0.5, rng(0)), "at least 1"),
-        (lambda: masks.draw_patches((8, 4), np.ones(3, bool), (2,), 0.0, rng(0)), "phi2 is 0.0"),
+        (lambda: _chain_masks.draw_chains(4, 0.1, 5, rng(0)), "chain_length is 5.*4 slices"),
+        (lambda: _chain_masks.draw_chains(4, 0.1, 0, rng(0)), "chain_length is 0"),
+        (lambda: _chain_masks.draw_chains(4, 0.0, 2, rng(0)), "phi1 is 0.0"),
+        (lambda: _chain_masks.draw_chains(4, 1.1, 2, rng(0)), "phi1 is 1.1"),
+        (lambda: _chain_masks.draw_patches((8, 4), np.ones(3, bool), (5, 8), 0.5, rng(0)), "8x4.*at most 4"),
+        (lambda: _chain_masks.draw_patches((8, 4), np.ones(3, bool), (), 0.5, rng(0)), "patch_sizes"),
+        (lambda: _chain_masks.draw_patches((8, 4), np.ones(3, bool), (0, 2), 0.5, rng(0)), "at least 1"),
+        (lambda: _chain_masks.draw_patches((8, 4), np.ones(3, bool), (2,), 0.0, rng(0)), "phi2 is 0.0"),
     ],
 )
 def test_impossible_settings_are_refused(call, words: str):

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from test_supervised import slow_dice_and_ce
 from torch import Tensor, nn
 
-from logonet import augment, backbones, config, draws, methods
-from logonet.backbones import SegOut
-from logonet.errors import UserError
+from logonet import methods, networks
+from logonet.core import config, seeding
+from logonet.core.errors import UserError
+from logonet.data import augment
 from logonet.methods import medcontext
 from logonet.methods._selfsup import follow, momentum
 from logonet.methods.medcontext import Config, MedContext, consistency
+from logonet.networks import SegOut
 
 SIZE = (16, 8, 6)
 K = 4
@@ -94,8 +96,8 @@ class Tokens(Net):
         return [tokens, self.coarse(F.gelu(tokens))]
 
 
-def facts(size_vox: tuple[int, int, int] = SIZE, num_classes: int = K) -> methods.Facts:
-    return methods.Facts(size_vox, num_classes=num_classes)
+def facts(size_vox: tuple[int, int, int] = SIZE, num_classes: int = K) -> methods.DataSpec:
+    return methods.DataSpec(size_vox, num_classes=num_classes)
 
 
 def medcontext_of(net: nn.Module | None = None, **options: Any) -> MedContext:
@@ -106,7 +108,7 @@ def medcontext_of(net: nn.Module | None = None, **options: Any) -> MedContext:
 
 
 def sample(index: int = 0, size_vox: tuple[int, int, int] = SIZE) -> dict[str, np.ndarray]:
-    generator = draws.rng(0, "medcontext", index)
+    generator = seeding.rng(0, "medcontext", index)
     image = generator.integers(0, 65536, (1, *size_vox)).astype(np.uint16)
     return {
         "image_CXYZ": image,
@@ -115,7 +117,7 @@ def sample(index: int = 0, size_vox: tuple[int, int, int] = SIZE) -> dict[str, n
 
 
 def batch_of(cfg: Config, num_samples: int = 2) -> dict[str, Tensor]:
-    ready = [medcontext.prepare(sample(i), cfg, draws.rng(0, i)) for i in range(num_samples)]
+    ready = [medcontext.prepare(sample(i), cfg, seeding.rng(0, i)) for i in range(num_samples)]
     return {key: torch.from_numpy(np.stack([r[key] for r in ready])) for key in ready[0]}
 
 
@@ -149,7 +151,7 @@ def test_the_papers_counts(
         "image_CXYZ": np.zeros((1, *size_vox), np.uint16),
         "labels_XYZ": np.zeros(size_vox, np.uint8),
     }
-    first, second = (medcontext.prepare(flat, cfg, draws.rng(i))["hidden"] for i in range(2))
+    first, second = (medcontext.prepare(flat, cfg, seeding.rng(i))["hidden"] for i in range(2))
     assert first.sum() == second.sum() == hidden
     assert not np.array_equal(first, second)
     assert first.shape == (size_vox[0] // unit_vox, size_vox[1] // unit_vox)
@@ -161,7 +163,7 @@ def test_84_of_unetrs_216_tokens_are_hidden() -> None:
         "image_CXYZ": np.zeros((1, 96, 96, 96), np.uint16),
         "labels_XYZ": np.zeros((96, 96, 96), np.uint8),
     }
-    ready = medcontext.prepare(flat, module.cfg, draws.rng(0))
+    ready = medcontext.prepare(flat, module.cfg, seeding.rng(0))
     batch = {key: torch.from_numpy(array)[None] for key, array in ready.items()}
     tokens = module.voxels(batch)[:, ::16, ::16, ::16]
     assert (tokens.numel(), tokens.sum()) == (216, 84)
@@ -178,7 +180,7 @@ def test_what_is_hidden_is_a_tube_along_the_slices() -> None:
 
 def test_all_units_are_hidden_alike_often() -> None:
     cfg = Config(unit_vox=4, augment=augment.none())
-    total = sum(medcontext.prepare(sample(), cfg, draws.rng(i))["hidden"] for i in range(600))
+    total = sum(medcontext.prepare(sample(), cfg, seeding.rng(i))["hidden"] for i in range(600))
     # 3 of the 8 units: 225 times each, give or take 5 standard deviations.
     assert abs(total - 225).max() < 5 * math.sqrt(600 * 3 / 8 * 5 / 8)
 
@@ -186,8 +188,8 @@ def test_all_units_are_hidden_alike_often() -> None:
 def test_crops_are_distorted_as_for_supervised() -> None:
     cfg = Config(unit_vox=4, augment=augment.Config(flip_prob=1.0, shift_intensity_prob=1.0))
     plain = methods.config("supervised", {"augment": config.to_dict(cfg.augment)})
-    ready = medcontext.prepare(sample(), cfg, draws.rng(5))
-    expected = methods.prepare("supervised")(sample(), plain, draws.rng(5))
+    ready = medcontext.prepare(sample(), cfg, seeding.rng(5))
+    expected = methods.prepare("supervised")(sample(), plain, seeding.rng(5))
     for key, array in expected.items():
         np.testing.assert_array_equal(ready[key], array)
     assert not np.array_equal(ready["labels"], sample()["labels_XYZ"])
@@ -202,11 +204,11 @@ def test_hidden_voxels_cannot_influence_the_output(kind: type[nn.Module]) -> Non
 
 @pytest.mark.parametrize("name", ["logonet", "nnformer", "pcrlv2", "swinunetr", "unetr"])
 def test_hidden_voxels_cannot_influence_a_backbones_output(name: str) -> None:
-    options = backbones.tiny(name)
+    options = networks.tiny(name)
     torch.manual_seed(0)
-    net = backbones.build(name, 1, K, **options)
+    net = networks.build(name, 1, K, **options)
     module = methods.build("medcontext", net, facts((32, 32, 32))).eval()
-    assert (module.token is not None) == ("encode_hidden" in backbones.abilities(name))
+    assert (module.token is not None) == ("encode_hidden" in networks.abilities(name))
     hidden = torch.tensor([[True, False], [False, False]])[None]
     batch = {"hidden": hidden, "labels": torch.zeros(1, 32, 32, 32, dtype=torch.uint8)}
     assert_sealed(module, torch.rand(1, 1, 32, 32, 32), module.voxels(batch))
@@ -534,12 +536,12 @@ def test_a_unit_is_whole_tokens() -> None:
 
 
 def test_finetuning_takes_it_by_name() -> None:
-    from logonet.cases import Crops
-    from logonet.stages import finetuning
+    from logonet.data.prepared_scans import Crops
+    from logonet.pipelines import finetuning
 
     cfg = finetuning.Finetuning(
         crops=Crops(size_vox=(32, 32, 32)),
-        backbone={"name": "logonet", **backbones.tiny("logonet")},
+        backbone={"name": "logonet", **networks.tiny("logonet")},
         method={"name": "medcontext", "beta": 0.4},
     )
     method = finetuning.resolve_finetuning(cfg).method

@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logonet import backbones, config, draws, methods, phantom
-from logonet.errors import UserError
+from logonet import methods, networks
+from logonet.core import config, seeding
+from logonet.core.errors import UserError
+from logonet.data import phantom
 from logonet.methods._parts import effective_rank, freeze
 from logonet.methods.masked_clusters import Head, MaskedClusters, cluster_nll
 
@@ -49,10 +51,10 @@ class Stub(nn.Module):
         up = F.interpolate(feats[1], size=feats[0].shape[2:])
         return self.join(torch.cat([feats[0], up], dim=1))
 
-    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> backbones.SegOut:
-        return backbones.SegOut(self.classify(self.decode_features(x_BCXYZ, feats)), [], None)
+    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> networks.SegOut:
+        return networks.SegOut(self.classify(self.decode_features(x_BCXYZ, feats)), [], None)
 
-    def forward(self, x_BCXYZ: Tensor) -> backbones.SegOut:
+    def forward(self, x_BCXYZ: Tensor) -> networks.SegOut:
         return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
 
 
@@ -65,15 +67,15 @@ def size_for(name: str) -> tuple[int, int, int]:
     return SIZE_VOX
 
 
-def facts_for(size_vox: tuple[int, int, int] = SIZE_VOX, in_channels: int = 1) -> methods.Facts:
-    return methods.Facts(size_vox, in_channels, SIZES, MAJORITY, num_classes=3)
+def facts_for(size_vox: tuple[int, int, int] = SIZE_VOX, in_channels: int = 1) -> methods.DataSpec:
+    return methods.DataSpec(size_vox, in_channels, SIZES, MAJORITY, num_classes=3)
 
 
 def sample_for(
-    index: int, facts: methods.Facts, needs: frozenset[str], image: str = "noise"
+    index: int, facts: methods.DataSpec, needs: frozenset[str], image: str = "noise"
 ) -> dict[str, np.ndarray]:
     """One sample that holds what ``needs`` names and no more; ``image``: noise, constant, zero or phantom."""
-    generator = draws.rng(0, "sample", index)
+    generator = seeding.rng(0, "sample", index)
     size = (facts.in_channels, *facts.size_vox)
     if image == "phantom":
         scan, labels_XYZ = phantom.phantom(index, facts.size_vox, classes=facts.num_classes)
@@ -92,29 +94,29 @@ def sample_for(
 
 
 def batch_for(
-    name: str, cfg: Any, facts: methods.Facts, indices: list[int], **kind: str
+    name: str, cfg: Any, facts: methods.DataSpec, indices: list[int], **kind: str
 ) -> dict[str, Tensor]:
     prepare, needs = methods.prepare(name), methods.needs(name)
-    ready = [prepare(sample_for(i, facts, needs, **kind), cfg, draws.rng(0, "prepare", i)) for i in indices]
+    ready = [prepare(sample_for(i, facts, needs, **kind), cfg, seeding.rng(0, "prepare", i)) for i in indices]
     return {key: torch.from_numpy(np.stack([r[key] for r in ready])) for key in ready[0]}
 
 
-def stub_for(name: str, facts: methods.Facts, seed: int = 0, **options: Any) -> nn.Module:
+def stub_for(name: str, facts: methods.DataSpec, seed: int = 0, **options: Any) -> nn.Module:
     """The method on a Stub, or where that lacks what the method wants, on the smallest network that has it."""
     torch.manual_seed(seed)
     net: nn.Module = Stub(facts.in_channels)
     if missing := wanting(name):
-        able = next(b for b in backbones.names() if missing <= backbones.abilities(b))
+        able = next(b for b in networks.names() if missing <= networks.abilities(b))
         net = tiny_net(able, facts)
     return methods.build(name, net, facts, **options)
 
 
-def tiny_net(backbone: str, facts: methods.Facts) -> nn.Module:
-    options = backbones.tiny(backbone)
+def tiny_net(backbone: str, facts: methods.DataSpec) -> nn.Module:
+    options = networks.tiny(backbone)
     if "img_size" in options:
         options["img_size"] = facts.size_vox
-    backbones.check_size(backbone, backbones.config(backbone, options), facts.size_vox)
-    return backbones.build(backbone, facts.in_channels, facts.num_classes, **options)
+    networks.check_size(backbone, networks.config(backbone, options), facts.size_vox)
+    return networks.build(backbone, facts.in_channels, facts.num_classes, **options)
 
 
 # ------------------------------------------------------------------------------------- every method
@@ -139,8 +141,8 @@ def test_prepare_is_pure(name: str):
     facts, cfg, prepare = facts_for(size_for(name)), methods.config(name), methods.prepare(name)
     sample = sample_for(0, facts, methods.needs(name))
     before = copy.deepcopy(sample)
-    first, second = (prepare(sample, cfg, draws.rng(0, "p")) for _ in range(2))
-    other = prepare(sample_for(1, facts, methods.needs(name)), cfg, draws.rng(0, "q"))
+    first, second = (prepare(sample, cfg, seeding.rng(0, "p")) for _ in range(2))
+    other = prepare(sample_for(1, facts, methods.needs(name)), cfg, seeding.rng(0, "q"))
     for key, array in sample.items():
         np.testing.assert_array_equal(array, before[key])
     assert first.keys() == other.keys()
@@ -159,9 +161,9 @@ def test_forward_gives_a_loss_metrics_and_every_gradient(name: str, num_samples:
     assert_step(module, batch, num_samples, channels=module.backbone.channels[-1])
 
 
-@pytest.mark.parametrize("backbone", backbones.names())
+@pytest.mark.parametrize("backbone", networks.names())
 def test_every_method_trains_every_backbone(name: str, backbone: str):
-    if missing := wanting(name) - backbones.abilities(backbone):
+    if missing := wanting(name) - networks.abilities(backbone):
         facts = facts_for((32, 32, 32))
         with pytest.raises(
             UserError, match=f"'{name}' needs {' and '.join(sorted(missing))} of its backbone"
@@ -178,7 +180,7 @@ def wanting(name: str) -> set[str]:
     return methods.lacking(name, Stub())
 
 
-def module_on(name: str, backbone: str) -> tuple[Any, methods.Facts]:
+def module_on(name: str, backbone: str) -> tuple[Any, methods.DataSpec]:
     """The method on the smallest network of that name, for crops of 32 voxels a side, or 64 along X where the
     method has too little to do there, such as units to hide that are as large as the crop."""
     torch.manual_seed(0)
@@ -200,8 +202,8 @@ OF_THE_PAPERS = pytest.mark.parametrize(
 )
 
 
-def of_the_papers(name: str, backbone: str) -> tuple[Any, methods.Facts]:
-    if wanting(name) - backbones.abilities(backbone):
+def of_the_papers(name: str, backbone: str) -> tuple[Any, methods.DataSpec]:
+    if wanting(name) - networks.abilities(backbone):
         pytest.skip("the method is not for this network")
     return module_on(name, backbone)
 
@@ -232,7 +234,7 @@ def test_bfloat16_stays_finite_in_the_papers_networks(name: str, backbone: str):
     for size in sizes:
         facts = facts_for(size)
         try:
-            if wanting(name) - backbones.abilities(backbone):
+            if wanting(name) - networks.abilities(backbone):
                 pytest.skip("the method is not for this network")
             torch.manual_seed(0)
             module = methods.build(name, tiny_net(backbone, facts), facts)

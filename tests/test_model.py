@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from logonet import backbones, config, model, store
-from logonet.errors import UserError
-from logonet.model import CONFIG_FILE, WEIGHTS_FILE, Spec
+from logonet import networks
+from logonet.core import config
+from logonet.core.errors import UserError
+from logonet.inference import model
+from logonet.inference.model import CONFIG_FILE, WEIGHTS_FILE, Spec
+from logonet.storage import object_store
 
 NAME = "ulkanet"
 
 
 def spec(**changes: Any) -> Spec:
     values: dict[str, Any] = {
-        "backbone": {"name": NAME, **backbones.tiny(NAME)},
+        "backbone": {"name": NAME, **networks.tiny(NAME)},
         "in_channels": 1,
         "classes": ("background", "liver", "spleen"),
         "label_values": (0, 6, 1),
@@ -34,12 +37,12 @@ def spec(**changes: Any) -> Spec:
 
 def network(seed: int = 0, classes: int = 3) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return backbones.build(NAME, 1, classes, **backbones.tiny(NAME)).eval()
+    return networks.build(NAME, 1, classes, **networks.tiny(NAME)).eval()
 
 
 def folder_of(root: str, given: Spec, weights: dict[str, torch.Tensor]) -> str:
     for name, data in model.files(given, weights).items():
-        store.write(store.join(root, name), data)
+        object_store.write(object_store.join(root, name), data)
     return root
 
 
@@ -97,8 +100,8 @@ def test_a_spec_that_contradicts_itself_is_refused(changes: dict[str, Any], sent
 )
 def test_a_bad_config_file_is_named(edit: Any, sentence: str, tmp_path: Path) -> None:
     folder = folder_of(str(tmp_path), spec(), network().state_dict())
-    uri = store.join(folder, CONFIG_FILE)
-    store.write_json(uri, edit(json.loads(store.read(uri))))
+    uri = object_store.join(folder, CONFIG_FILE)
+    object_store.write_json(uri, edit(json.loads(object_store.read(uri))))
     with pytest.raises(UserError, match=sentence) as caught:
         model.read(folder)
     assert uri in str(caught.value)
@@ -108,11 +111,11 @@ def test_a_bad_config_file_is_named(edit: Any, sentence: str, tmp_path: Path) ->
 @pytest.mark.parametrize("keep", [None, 0, 100])
 def test_a_missing_or_torn_file_is_named(name: str, keep: int | None, tmp_path: Path) -> None:
     folder = folder_of(str(tmp_path), spec(), network().state_dict())
-    uri = store.join(folder, name)
-    data = store.read(uri)
-    store.delete(uri)
+    uri = object_store.join(folder, name)
+    data = object_store.read(uri)
+    object_store.delete(uri)
     if keep is not None:
-        store.write(uri, data[:keep])
+        object_store.write(uri, data[:keep])
     with pytest.raises(UserError) as caught:
         model.read(folder)
     assert uri in str(caught.value)

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from logonet import registry
-from logonet.errors import UserError
-from logonet.registry import Tracker, download, lineage, register, set_alias
+from logonet import tracking
+from logonet.core.errors import UserError
+from logonet.tracking import Tracker, download, lineage, register, set_alias
 
 FILES = {"config.json": b'{"k": 3}', "weights.safetensors": b"\x00" * 1000, "more/notes.json": b"[]"}
-TAGS = {"logonet.manifest": "m1", "logonet.pretrain": "p1"}
+TAGS = {"logonet.data.manifest": "m1", "logonet.pretrain": "p1"}
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,9 @@ def client(database: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.M
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     monkeypatch.setenv("LOGONET_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
-    for key, value in registry.MLFLOW_DEFAULTS.items():
+    for key, value in tracking.MLFLOW_DEFAULTS.items():
         monkeypatch.setenv(key, value)
-    return registry._client(registry.tracking_uri())
+    return tracking.runs.connect(tracking.tracking_uri())
 
 
 def contents(folder: str) -> dict[str, bytes]:
@@ -69,7 +69,7 @@ def test_a_version_carries_its_lineage_without_secrets(client: Any) -> None:
     uri = register("lineage", FILES, tags, kind="clusterers")
     found = lineage("models:/lineage@candidate")
     assert found["model"] == uri
-    assert found["logonet.manifest"] == "m1"
+    assert found["logonet.data.manifest"] == "m1"
     assert found["logonet.kind"] == "clusterers"
     assert found["logonet.size_bytes"] == str(sum(map(len, FILES.values())))
     assert client.get_run(found["run_id"]).info.status == "FINISHED"
@@ -107,7 +107,7 @@ def test_a_version_is_linked_to_the_run_that_made_it(
     model = client.get_logged_model(output.model_id)
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "linked", "version": 1}]
 
-    with caplog.at_level(logging.WARNING, logger="logonet.registry"):
+    with caplog.at_level(logging.WARNING, logger="logonet.tracking"):
         uri = put("unlinked", run_fingerprint="cccc")
     assert "no run with fingerprint cccc" in caplog.text
     run = client.get_run(lineage(uri)["run_id"])
@@ -199,7 +199,7 @@ def test_only_a_segmentation_can_be_loaded_by_pyfunc(client: Any) -> None:
         folder = stored(client, f"kind-{kind}").parent
         model = (folder / "MLmodel").read_text()
         assert ("python_function" in model) == (kind == "segmentation")
-        assert ("logonet.serving" in model) == (kind == "segmentation")
+        assert ("logonet.inference.serving" in model) == (kind == "segmentation")
         assert not [p for p in folder.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".pth")]
     requirements = (folder / "requirements.txt").read_text()
     assert "logonet==" in requirements
@@ -233,17 +233,17 @@ def test_models_of_a_sqlite_registry_go_to_the_bucket(
     # The experiment of the small runs keeps the place it was made with, so this needs a database of its own.
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     uri = put("bucketed", artifact_root=f"{bucket}/mlflow-artifacts")
-    own = registry._client(registry.tracking_uri())
+    own = tracking.runs.connect(tracking.tracking_uri())
     location = own.get_model_version_download_uri("bucketed", "1")
     assert location.startswith(f"{bucket}/mlflow-artifacts/")
     assert contents(download(uri, str(tmp_path / "cache"))) == FILES
 
-    from logonet import store
+    from logonet.storage import object_store
 
-    store.delete(f"{location}/data/config.json")
+    object_store.delete(f"{location}/data/config.json")
     with pytest.raises(UserError, match="bytes instead of"):
         download(uri, str(tmp_path / "other"))
-    assert store.delete_prefix(location)
+    assert object_store.delete_prefix(location)
     with pytest.raises(UserError, match="register the model again"):
         download(uri, str(tmp_path / "other"))
 
@@ -253,7 +253,7 @@ def test_a_server_that_proxies_its_artifacts(tmp_path: pathlib.Path, monkeypatch
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    for key, value in registry.MLFLOW_DEFAULTS.items():
+    for key, value in tracking.MLFLOW_DEFAULTS.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "7")  # with MLflow's own growing pauses

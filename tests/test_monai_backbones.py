@@ -19,9 +19,10 @@ from monai.networks.nets.dints import TopologyInstance, TopologySearch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from logonet import backbones, config
-from logonet.backbones import dynunet
-from logonet.errors import UserError
+from logonet import networks
+from logonet.core import config
+from logonet.core.errors import UserError
+from logonet.networks import dynunet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -185,7 +186,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[Any, Any, Tensor]:
     name, options, theirs, size = CASES[request.param]
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        ours = backbones.build(name, in_channels=2, num_classes=3, **options)
+        ours = networks.build(name, in_channels=2, num_classes=3, **options)
         torch.manual_seed(1)
         wrapped = theirs()
     return ours, wrapped, torch.randn(2, 2, *size, generator=torch.Generator().manual_seed(2))
@@ -198,7 +199,7 @@ def forward(net: Any, x: Tensor) -> Any:
         return net(x)
 
 
-def as_monai(net: nn.Module, out: backbones.SegOut) -> list[Tensor]:
+def as_monai(net: nn.Module, out: networks.SegOut) -> list[Tensor]:
     """Our output as MONAI's nets give theirs, inner nodes first."""
     if isinstance(net, dynunet.DynUNet) and out.deep:  # upsampled and in one tensor
         up = [F.interpolate(deep, out.logits.shape[2:]) for deep in out.deep]
@@ -254,7 +255,7 @@ def test_only_what_monai_never_uses_is_left_out(case: str) -> None:
     """Its weights load by their own names, but for doubles and what no output depends on."""
     name, options, theirs, size = CASES[case]
     wrapped = theirs()
-    ours: Any = backbones.build(name, in_channels=2, num_classes=3, **options)
+    ours: Any = networks.build(name, in_channels=2, num_classes=3, **options)
     left_out = ours.net.load_state_dict(wrapped.state_dict(), strict=False)
     assert left_out.missing_keys == []
     allowed = LEFT_OUT.get(case, LEFT_OUT.get(name, ()) if name in ("dynunet", "unetr") else ())
@@ -283,7 +284,7 @@ def test_weights_go_through_safetensors(pair: tuple[Any, Any, Tensor]) -> None:
 )
 def test_deep_logits_in_training_alone(case: str, sizes: list[tuple[int, int, int]]) -> None:
     name, options, _, size = CASES[case]
-    net: Any = backbones.build(name, num_classes=3, **options)
+    net: Any = networks.build(name, num_classes=3, **options)
     x = torch.randn(1, 1, *size)
     assert [tuple(d.shape) for d in net.train()(x).deep] == [(1, 3, *size) for size in sizes]
     assert net.eval()(x).deep == []
@@ -295,7 +296,7 @@ def test_deep_logits_in_training_alone(case: str, sizes: list[tuple[int, int, in
 def test_the_autoencoder_weighs_in_training_alone() -> None:
     _, options, _, size = CASES["segresnetvae"]
     torch.manual_seed(0)
-    nets = [backbones.build("segresnetvae", 2, 3, **{**options, "vae_weight": w}) for w in (1.0, 0.25)]
+    nets = [networks.build("segresnetvae", 2, 3, **{**options, "vae_weight": w}) for w in (1.0, 0.25)]
     nets[1].load_state_dict(nets[0].state_dict())
     x = torch.randn(2, 2, *size)
     whole, quarter = (forward(net.train(), x).aux_loss for net in nets)
@@ -308,7 +309,7 @@ def test_the_autoencoder_weighs_in_training_alone() -> None:
 
 def test_the_search_names_the_architecture_it_likes_best() -> None:
     torch.manual_seed(0)
-    net: Any = backbones.build("dints", 2, 3, **DINTS, search=True, norm="group")
+    net: Any = networks.build("dints", 2, 3, **DINTS, search=True, norm="group")
     space = net.net.dints_space
     with torch.no_grad():
         space.log_alpha_a.copy_(8 * torch.tensor(FOUND["paths"]) - 4)
@@ -316,7 +317,7 @@ def test_the_search_names_the_architecture_it_likes_best() -> None:
     found = net.searched()
     assert found == FOUND
     _, _, theirs, _ = CASES["dints found"]
-    instance = backbones.build("dints", 2, 3, **DINTS, **found, norm="group")
+    instance = networks.build("dints", 2, 3, **DINTS, **found, norm="group")
     assert (
         instance.load_state_dict(
             {f"net.{key}": value for key, value in theirs().state_dict().items()}, strict=False
@@ -334,23 +335,23 @@ def test_one_voxel_under_instance_norm_is_refused_with_a_size_that_fits(name: st
     options: dict[str, Any] = {"norm": "instance"}
     if name == "dynunet":
         options["strides"] = ((1, 1, 1), *((2, 2, 2),) * 5)
-    cfg = backbones.config(name, options)
+    cfg = networks.config(name, options)
     m = {"dints": 8, "dynunet": 32, "swinunetr": 32, "unet": 16, "unetpp": 16}[name]
     size = {"least": (m, m, m), "one voxel": (1, 1, 1), "odd": (m + 1, m + 4, 2 * m - 1)}[kind]
     with pytest.raises(UserError, match="one voxel at its coarsest level") as refused:
-        backbones.check_size(name, cfg, size)
+        networks.check_size(name, cfg, size)
     near = str(refused.value).rsplit("(", 1)[1].rstrip(")")
-    backbones.check_size(name, cfg, [int(n) for n in near.split(",")])
+    networks.check_size(name, cfg, [int(n) for n in near.split(",")])
     other = {**options, "norm": "batch" if name == "unet" else "group"}
-    backbones.check_size(name, backbones.config(name, other), (m, m, m))
+    networks.check_size(name, networks.config(name, other), (m, m, m))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_least_size_that_is_let_through_runs(name: str) -> None:
-    options = backbones.tiny(name)
-    net: Any = backbones.build(name, num_classes=3, **options)
+    options = networks.tiny(name)
+    net: Any = networks.build(name, num_classes=3, **options)
     with pytest.raises(UserError) as refused:
-        backbones.check_size(name, backbones.config(name, options), (1, 1, 1))
+        networks.check_size(name, networks.config(name, options), (1, 1, 1))
     size = [int(n) for n in str(refused.value).rsplit("(", 1)[1].rstrip(")").split(",")]
     x = torch.randn(2, 1, *size)
     assert net(x).logits.shape == (2, 3, *size)
@@ -358,21 +359,21 @@ def test_the_least_size_that_is_let_through_runs(name: str) -> None:
 
 
 def test_unetr_takes_one_size_alone() -> None:
-    net = backbones.build("unetr", num_classes=3, **backbones.tiny("unetr"))
+    net = networks.build("unetr", num_classes=3, **networks.tiny("unetr"))
     with pytest.raises(UserError, match=r"\(48, 32, 32\).*backbone\.img_size.*\(32, 32, 32\)"):
         net(torch.zeros(1, 1, 48, 32, 32))
     with pytest.raises(UserError, match=r"img_size is \(32, 40, 32\).*multiples of 16"):
-        backbones.config("unetr", {"img_size": [32, 40, 32]})
+        networks.config("unetr", {"img_size": [32, 40, 32]})
 
 
 def test_an_autoencoder_trains_on_one_size_alone() -> None:
-    net = backbones.build("segresnetvae", num_classes=3, **backbones.tiny("segresnetvae"))
+    net = networks.build("segresnetvae", num_classes=3, **networks.tiny("segresnetvae"))
     x = torch.zeros(1, 1, 64, 32, 32)  # which MONAI would take for two crops
     with pytest.raises(UserError, match=r"\(64, 32, 32\).*backbone\.img_size.*\(32, 32, 32\)"):
         net(x)
     assert net.eval()(x).logits.shape == (1, 3, 64, 32, 32)
     with pytest.raises(UserError, match=r"img_size is \(32, 40, 32\).*multiples of 16"):
-        backbones.config("segresnetvae", {"img_size": [32, 40, 32]})
+        networks.config("segresnetvae", {"img_size": [32, 40, 32]})
 
 
 @pytest.mark.parametrize(
@@ -430,13 +431,13 @@ def test_an_autoencoder_trains_on_one_size_alone() -> None:
 )
 def test_what_monai_would_choke_on_is_named(name: str, options: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError, match=key):
-        backbones.config(name, options)
+        networks.config(name, options)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_options_survive_a_file(case: str) -> None:
-    cfg = backbones.config(*CASES[case][:2])
-    assert backbones.config(CASES[case][0], config.to_dict(cfg)) == cfg
+    cfg = networks.config(*CASES[case][:2])
+    assert networks.config(CASES[case][0], config.to_dict(cfg)) == cfg
 
 
 # ---- the paper's Table 1 -------------------------------------------------------------------------
@@ -521,7 +522,7 @@ def test_counts_of_table_1(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = TABLE[key]
     in_channels, num_classes, side = (4, 4, 128) if key == "UNETR BraTS" else (1, 14, 96)
     with torch.device("meta"):
-        net = backbones.build(row.name, in_channels, num_classes, **row.options)
+        net = networks.build(row.name, in_channels, num_classes, **row.options)
     params = sum(p.numel() for p in net.parameters())
     assert params == row.params
     assert round(params / 1e6 + row.left_out_m, 3) == row.monai_m
@@ -542,6 +543,6 @@ def test_the_papers_count_of_nnu_net_is_four_times_too_high(monkeypatch: pytest.
 
 def test_what_monais_unetpp_counts_beyond_ours_is_its_idle_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
-        nodes = [nets.BasicUNetPlusPlus(3, 1, 14), backbones.build("unetpp")]
+        nodes = [nets.BasicUNetPlusPlus(3, 1, 14), networks.build("unetpp")]
     theirs, ours = (macs(net, 1, 96, monkeypatch) / 1e9 for net in nodes)
     assert (round(theirs, 3), theirs - ours) == (564.890, pytest.approx(HEADS_G))

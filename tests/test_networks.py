@@ -20,23 +20,14 @@ import torch
 from helpers import fit_here
 
 from jobs import finetune, pretrain
-from logonet import (
-    artifacts,
-    backbones,
-    cases,
-    cli,
-    clusterers,
-    crops,
-    infer,
-    model,
-    phantom,
-    splits,
-    stages,
-    train,
-)
-from logonet.artifacts import Artifact
-from logonet.cluster import Resources
-from logonet.stages.finetuning import Init
+from logonet import cli, networks, pipelines, training
+from logonet.clustering import kmeans
+from logonet.data import cropping, phantom, prepared_scans, splits
+from logonet.distributed.cluster import Resources
+from logonet.inference import model, sliding_window
+from logonet.pipelines.finetuning import Init
+from logonet.storage import artifacts
+from logonet.storage.artifacts import Artifact
 
 SIZE = (32, 32, 32)
 REPO = Path(__file__).parents[1]
@@ -51,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logonet.backbones import SegOut
+from logonet.networks import SegOut
 
 TINY: dict[str, Any] = {"width": 4}
 
@@ -112,10 +103,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def dropped_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "one_level.py").write_text(DROPPED_IN)
-    monkeypatch.setattr(backbones, "__path__", [*backbones.__path__, str(tmp_path)])
+    monkeypatch.setattr(networks, "__path__", [*networks.__path__, str(tmp_path)])
     importlib.invalidate_caches()
     yield "one_level"
-    sys.modules.pop("logonet.backbones.one_level", None)
+    sys.modules.pop("logonet.networks.one_level", None)
 
 
 def two_steps_of_each(name: str, scans: str, root: str, fit: Fit = fit_here) -> tuple[Artifact, Artifact]:
@@ -126,25 +117,25 @@ def two_steps_of_each(name: str, scans: str, root: str, fit: Fit = fit_here) -> 
         "resources": Resources(workers=1),
         "experiment": "networks",
     }
-    two = train.Config(epochs=1, steps_per_epoch=2, global_batch=2, batch_size=2, lr=1e-3, warmup_epochs=0)
+    two = training.Config(epochs=1, steps_per_epoch=2, global_batch=2, batch_size=2, lr=1e-3, warmup_epochs=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "fit", fit)
-        cfg = stages.Pretraining(
+        patch.setattr("logonet.distributed.trainer.fit", fit)
+        cfg = pipelines.Pretraining(
             split=splits.Config(test_share=0.25, folds=3),
-            crops=crops.Config(size_vox=SIZE, per_scan=2),
-            clusterers=clusterers.Config(n=2, k_min=3, k_max=5, iterations=5),
-            backbone={"name": name, **backbones.tiny(name)},
+            crops=cropping.Config(size_vox=SIZE, per_scan=2),
+            clusterers=kmeans.Config(n=2, k_min=3, k_max=5, iterations=5),
+            backbone={"name": name, **networks.tiny(name)},
             method={"name": "masked_clusters", "phi1": 0.2, "final_relu": False},
             train=two,
         )
         pretrain.run(cfg, cli.JobArgs(**args))
         (pretrained,) = of_network(root, "pretrain", name)
-        labelled = stages.Finetuning(
+        labelled = pipelines.Finetuning(
             split=cfg.split or splits.Config(),
-            crops=cases.Crops(size_vox=SIZE),
+            crops=prepared_scans.Crops(size_vox=SIZE),
             train=two,
             init=Init(pretrained.uri),
-            validation=infer.Config(overlap=0),
+            validation=sliding_window.Config(overlap=0),
         )
         finetune.run(labelled, finetune.Args(**args))
     (finetuned,) = of_network(root, "finetune", name)
@@ -162,7 +153,7 @@ def assert_trained(pretrained: Artifact, finetuned: Artifact) -> None:
     assert (pretrained.facts["steps"], finetuned.facts["steps"]) == (2, 2)
     own = pretrained.config["backbone"]
     assert finetuned.config["backbone"] == own
-    net = backbones.build(**{**own, "in_channels": 1, "num_classes": 2})
+    net = networks.build(**{**own, "in_channels": 1, "num_classes": 2})
     before, after = (load(a.read("backbone.safetensors")) for a in (pretrained, finetuned))
     assert before.keys() == net.state_dict().keys()
     prefixes: tuple[str, ...] = net.encoder_prefixes  # type: ignore[assignment]
@@ -174,8 +165,8 @@ def assert_trained(pretrained: Artifact, finetuned: Artifact) -> None:
 def assert_comes_back(finetuned: Artifact) -> None:
     """From the registry the very same network, which gives the very same logits."""
     name = finetuned.config["backbone"]["name"]
-    (segmentation, *_) = stages.register(finetuned.uri, f"by-{name}", ("candidate",))
-    chosen = [stages.choose(uri) for uri in (segmentation, finetuned.uri)]
+    (segmentation, *_) = pipelines.register(finetuned.uri, f"by-{name}", ("candidate",))
+    chosen = [pipelines.choose(uri) for uri in (segmentation, finetuned.uri)]
     nets = [model.build(*model.parse(c.folder)) for c in chosen]
     ours, theirs = (net.state_dict() for net in nets)
     assert ours.keys() == theirs.keys()
@@ -186,7 +177,7 @@ def assert_comes_back(finetuned: Artifact) -> None:
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", backbones.names())
+@pytest.mark.parametrize("name", networks.names())
 def test_by_name_from_scans_to_the_registry(name: str, scans: str, root: str) -> None:
     pretrained, finetuned = two_steps_of_each(name, scans, root)
     assert_trained(pretrained, finetuned)
@@ -199,17 +190,17 @@ def test_a_file_dropped_into_the_folder_trains_by_name(dropped_in: str, scans: s
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", [*backbones.names(), "one_level"])
+@pytest.mark.parametrize("name", [*networks.names(), "one_level"])
 def test_by_name_through_the_job_scripts(name: str, scans: str, tmp_path: Path) -> None:
     """As a user starts them: processes of their own, with Ray and its workers. The dropped-in file lies in a copy."""
     home = REPO
-    if name not in backbones.names():
+    if name not in networks.names():
         home = tmp_path / "checkout"
         for part in ("logonet", "jobs"):
             shutil.copytree(REPO / part, home / part)
         (home / "logonet" / "backbones" / f"{name}.py").write_text(DROPPED_IN)
     root = f"{tmp_path}/runs"
-    tiny = {"width": 4} if name not in backbones.names() else backbones.tiny(name)
+    tiny = {"width": 4} if name not in networks.names() else networks.tiny(name)
     backbone = f"backbone={json.dumps({'name': name, **tiny})}"
     two = [f"--set={setting}" for setting in [*TWO_STEPS, "train.batch_size=2"]]
     common = ["--recipe=demo", f"--data={scans}", f"--root={root}", "--workers=1", f"--set={backbone}", *two]

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from logonet import backbones, config
-from logonet.backbones import nnformer
-from logonet.errors import UserError
+from logonet import networks
+from logonet.core import config
+from logonet.core.errors import UserError
+from logonet.networks import nnformer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,7 +42,7 @@ def small(**options: Any) -> Any:
     """A small net in float64 whose biases are large enough to matter."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net: Any = backbones.build("nnformer", 2, 3, **{**SMALL, **options}).double()
+        net: Any = networks.build("nnformer", 2, 3, **{**SMALL, **options}).double()
         for key, p in net.named_parameters():
             if "norm" in key or key.endswith("bias"):
                 nn.init.uniform_(p, -1, 1)
@@ -95,9 +96,9 @@ TABLE = {
 
 
 def on_meta(row: Row) -> tuple[Any, Tensor]:
-    cfg = backbones.config("nnformer", row.options)
+    cfg = networks.config("nnformer", row.options)
     with torch.device("meta"):
-        net = backbones.build("nnformer", row.in_channels, row.num_classes, cfg=cfg)
+        net = networks.build("nnformer", row.in_channels, row.num_classes, cfg=cfg)
         return net, torch.empty(1, row.in_channels, *cfg.img_size)
 
 
@@ -283,7 +284,7 @@ class Literal:
 @pytest.mark.parametrize("options", [SMALL, DEEP], ids=["small", "deep"])
 def test_equals_the_description(options: dict[str, Any]) -> None:
     net, x = small(**options), crop()
-    literal = Literal(net, backbones.config("nnformer", options))
+    literal = Literal(net, networks.config("nnformer", options))
     with torch.no_grad():
         feats = literal.encode(x)
         for ours, theirs in zip(net.encode(x), feats, strict=True):
@@ -296,7 +297,7 @@ def test_equals_the_description(options: dict[str, Any]) -> None:
 def test_the_small_net_meets_every_case() -> None:
     """What the comparison above must have compared: shifted and padded windows, one window, a cut one."""
     blocks = [m for m in small().modules() if isinstance(m, nnformer.Block)]
-    cfg = backbones.config("nnformer", SMALL)
+    cfg = networks.config("nnformer", SMALL)
     assert cfg.grids == [(10, 8, 14), (5, 8, 7), (5, 4, 7), (2, 2, 3)]
     assert {b.window for b in blocks} == {(4, 3, 5), (3, 3, 2), (2, 2, 3), (2, 1, 2)}
     assert [any(b.shift) for b in blocks if b.window == (4, 3, 5)] == [False, True, False, True]
@@ -387,8 +388,8 @@ def test_one_size_alone() -> None:
     with pytest.raises(UserError, match=r"\(16, 16, 14\).*backbone\.img_size.*\(40, 16, 14\)"):
         small()(torch.zeros(1, 2, 16, 16, 14).double())
     for row in TABLE.values():
-        cfg = backbones.config("nnformer", row.options)
-        backbones.check_size("nnformer", cfg, cfg.img_size)
+        cfg = networks.config("nnformer", row.options)
+        networks.check_size("nnformer", cfg, cfg.img_size)
 
 
 @pytest.mark.parametrize(
@@ -410,10 +411,10 @@ def test_one_size_alone() -> None:
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        backbones.config("nnformer", options)
+        networks.config("nnformer", options)
 
 
 @pytest.mark.parametrize("row", TABLE)
 def test_options_survive_a_file(row: str) -> None:
-    cfg = backbones.config("nnformer", TABLE[row].options)
-    assert backbones.config("nnformer", config.to_dict(cfg)) == cfg
+    cfg = networks.config("nnformer", TABLE[row].options)
+    assert networks.config("nnformer", config.to_dict(cfg)) == cfg

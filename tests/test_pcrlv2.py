@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from logonet import backbones, config
-from logonet.errors import UserError
+from logonet import networks
+from logonet.core import config
+from logonet.core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,7 +25,7 @@ def small(**options: Any) -> Any:
     """A small net in float64 whose running statistics are not those of a fresh one."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net: Any = backbones.build("pcrlv2", 2, 3, **{"width": 3, **options}).double()
+        net: Any = networks.build("pcrlv2", 2, 3, **{"width": 3, **options}).double()
         for module in net.modules():
             if isinstance(module, nn.BatchNorm3d):
                 for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
@@ -40,7 +41,7 @@ def crop(seed: int = 0) -> Tensor:
 
 def on_meta(num_classes: int, **options: Any) -> Any:
     with torch.device("meta"):
-        return backbones.build("pcrlv2", 1, num_classes, **options)
+        return networks.build("pcrlv2", 1, num_classes, **options)
 
 
 def params(module: nn.Module) -> int:
@@ -191,14 +192,14 @@ def test_without_skips_the_coarsest_level_tells_all(skips: bool) -> None:
 
 
 def test_sizes() -> None:
-    cfg = backbones.config("pcrlv2")
-    backbones.check_size("pcrlv2", cfg, (96, 8, 40))
+    cfg = networks.config("pcrlv2")
+    networks.check_size("pcrlv2", cfg, (96, 8, 40))
     with pytest.raises(UserError, match=r"\(20, 8, 8\).*\(16, 8, 8\) or \(24, 8, 8\)"):
-        backbones.check_size("pcrlv2", cfg, (20, 8, 8))
+        networks.check_size("pcrlv2", cfg, (20, 8, 8))
 
 
 def test_options() -> None:
     with pytest.raises(UserError, match=r"backbone\.width is 0"):
-        backbones.config("pcrlv2", {"width": 0})
-    cfg = backbones.config("pcrlv2", {"width": 8, "skips": True})
-    assert backbones.config("pcrlv2", config.to_dict(cfg)) == cfg
+        networks.config("pcrlv2", {"width": 0})
+    cfg = networks.config("pcrlv2", {"width": 8, "skips": True})
+    assert networks.config("pcrlv2", config.to_dict(cfg)) == cfg

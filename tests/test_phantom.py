@@ -10,9 +10,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from logonet import phantom, volume
-from logonet.errors import UserError
-from logonet.phantom import ORGANS
+from logonet.core.errors import UserError
+from logonet.data import phantom, volume
+from logonet.data.phantom import ORGANS
 
 SMALL = (32, 32, 32)
 

@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs import recipes
-from logonet import cases, clusterers, data, manifest, phantom, stages, train
-from logonet.cluster import Resources, Share
-from logonet.stages import pretraining
+from logonet import pipelines, recipes, training
+from logonet.clustering import kmeans
+from logonet.data import crop_shards, manifest, phantom, prepared_scans
+from logonet.distributed import data_tasks
+from logonet.distributed.cluster import ResourceAllocation, Resources
+from logonet.pipelines import pretraining
 
 PINS = Path(__file__).with_name("pins.json")
-SHARE = Share(1, False, 1.0, 1, 1.0, 1.0, 2.0)
+SHARE = ResourceAllocation(1, False, 1.0, 1, 1.0, 1.0, 2.0)
 
 
 class Reached(Exception):
@@ -33,33 +35,38 @@ class Reached(Exception):
 def stand_ins(patch: pytest.MonkeyPatch) -> None:
     """Everything that takes time gives something small instead; configs, parents and addresses are the real ones."""
 
-    def cut(scans: Any, cfg: Any, uri: str, share: Share) -> Any:
+    def cut(scans: Any, cfg: Any, uri: str, share: ResourceAllocation) -> Any:
         num_bytes = 2 * int(np.prod(cfg.size_vox))
-        return [data.CropRef(f"{s.scan_id}/00000", s.scan_id, "shards/none", 0, num_bytes, "0" * 64) for s in scans], []
+        return [
+            crop_shards.CropRef(f"{s.scan_id}/00000", s.scan_id, "shards/none", 0, num_bytes, "0" * 64)
+            for s in scans
+        ], []
 
-    def prepare(scans: Any, label_values: Any, cfg: Any, uri: str, share: Share) -> Any:
-        return [cases.Ref(s.scan_id, f"{uri}/none", 8, (1, 48, 48, 48), "0" * 64) for s in scans], []
+    def prepare(scans: Any, label_values: Any, cfg: Any, uri: str, share: ResourceAllocation) -> Any:
+        return [prepared_scans.Ref(s.scan_id, f"{uri}/none", 8, (1, 48, 48, 48), "0" * 64) for s in scans], []
 
-    def from_fitted(fitted: Any, meta: Any) -> clusterers.ClustererSet:
-        sizes_N = np.array(clusterers.cluster_counts(clusterers.Config(**meta["config"])))
-        return clusterers.ClustererSet(np.zeros((int(sizes_N.sum()), 1), np.float32), sizes_N, dict(meta))
+    def from_fitted(fitted: Any, meta: Any) -> kmeans.ClustererSet:
+        sizes_N = np.array(kmeans.cluster_counts(kmeans.Config(**meta["config"])))
+        return kmeans.ClustererSet(np.zeros((int(sizes_N.sum()), 1), np.float32), sizes_N, dict(meta))
 
-    def label(table: Any, fitted: Any, share: Share) -> np.ndarray:
+    def label(table: Any, fitted: Any, share: ResourceAllocation) -> np.ndarray:
         return np.zeros((len(table), len(fitted.sizes_N), table.size_vox[2]), np.int16)
 
-    def fit(job: train.Job, *args: Any, **kwargs: Any) -> Any:
+    def fit(job: training.Job, *args: Any, **kwargs: Any) -> Any:
         raise Reached(job.fingerprint)
 
-    patch.setattr(data, "inspect_scans", lambda sources, share, known=0: [manifest.inspect(s) for s in sources])
-    patch.setattr(data, "cut_scans", cut)
-    patch.setattr(data, "prepare_cases", prepare)
-    patch.setattr(data, "sample_slices", lambda table, most, seed, share: np.zeros((1, 1), np.uint16))
-    patch.setattr(data, "fit_clusterers", lambda *args, **kwargs: [])
-    patch.setattr(clusterers.ClustererSet, "from_fitted", from_fitted)
-    patch.setattr(data, "label_crops", label)
+    patch.setattr(
+        data_tasks, "inspect_scans", lambda sources, share, known=0: [manifest.inspect(s) for s in sources]
+    )
+    patch.setattr(data_tasks, "cut_scans", cut)
+    patch.setattr(data_tasks, "prepare_cases", prepare)
+    patch.setattr(data_tasks, "sample_slices", lambda table, most, seed, share: np.zeros((1, 1), np.uint16))
+    patch.setattr(data_tasks, "fit_clusterers", lambda *args, **kwargs: [])
+    patch.setattr(kmeans.ClustererSet, "from_fitted", from_fitted)
+    patch.setattr(data_tasks, "label_crops", label)
     patch.setattr(pretraining, "_pictures", lambda *args: {})
-    patch.setattr(train, "fit", fit)
-    patch.setattr("logonet.cluster.share", lambda resources: SHARE)
+    patch.setattr("logonet.distributed.trainer.fit", fit)
+    patch.setattr("logonet.distributed.cluster.share", lambda resources: SHARE)
 
 
 def ids_of(folder: Path, stage: str, recipe: str) -> dict[str, str]:
@@ -67,7 +74,7 @@ def ids_of(folder: Path, stage: str, recipe: str) -> dict[str, str]:
     scans, root = folder / "scans", folder / f"{stage}-{recipe}"
     if not scans.exists():
         phantom.write_dataset(str(scans), 12, size_vox=(48, 48, 48), classes=3)
-    run: Any = stages.pretrain if stage == "pretrain" else stages.finetune
+    run: Any = pipelines.pretrain if stage == "pretrain" else pipelines.finetune
     known = recipes.PRETRAINING if stage == "pretrain" else recipes.FINETUNING
     with pytest.raises(Reached) as reached:
         run(known[recipe](), str(scans / "dataset.json"), str(root), Resources(), "pins")

@@ -12,28 +12,21 @@ from typing import Any
 import pytest
 from helpers import assert_same_gradients, fit_here, timeless, tiny_backbone
 
-from logonet import (
-    artifacts,
-    checkpoints,
-    cluster,
-    clusterers,
-    clusters_report,
-    crops,
-    data,
-    phantom,
-    seen,
-    stages,
-    store,
-    train,
-)
-from logonet.artifacts import Artifact
-from logonet.cluster import Resources
-from logonet.errors import UserError
+from logonet import pipelines, training
+from logonet.clustering import kmeans
+from logonet.core.errors import UserError
+from logonet.data import crop_shards, cropping, phantom, provenance
+from logonet.distributed import cluster, data_tasks
+from logonet.distributed.cluster import Resources
+from logonet.pipelines import clusterer_report
+from logonet.storage import artifacts, object_store
+from logonet.storage.artifacts import Artifact
+from logonet.training import checkpoints
 
 RESOURCES = Resources(workers=2)
 
 
-def tiny(**training: Any) -> stages.Pretraining:
+def tiny(**training: Any) -> pipelines.Pretraining:
     settings: dict[str, Any] = {
         "epochs": 2,
         "global_batch": 4,
@@ -42,24 +35,24 @@ def tiny(**training: Any) -> stages.Pretraining:
         "warmup_epochs": 0.5,
     }
     settings |= {"gradient_sync": "flat", "checkpoint_every_steps": 1, "keep_checkpoints": 4}
-    return stages.Pretraining(
-        crops=crops.Config(size_vox=(32, 32, 32), per_scan=2),
-        clusterers=clusterers.Config(n=3, k_min=3, k_max=6, iterations=5),
+    return pipelines.Pretraining(
+        crops=cropping.Config(size_vox=(32, 32, 32), per_scan=2),
+        clusterers=kmeans.Config(n=3, k_min=3, k_max=6, iterations=5),
         backbone=tiny_backbone(),
         method={"name": "masked_clusters", "phi1": 0.2, "final_relu": False},
-        train=train.Config(**(settings | training)),
+        train=training.Config(**(settings | training)),
     )
 
 
-def pretrain(cfg: stages.Pretraining, scans: str, root: str) -> Artifact:
-    return stages.pretrain(cfg, scans, root, RESOURCES, "pipeline")
+def pretrain(cfg: pipelines.Pretraining, scans: str, root: str) -> Artifact:
+    return pipelines.pretrain(cfg, scans, root, RESOURCES, "pipeline")
 
 
 @pytest.fixture(scope="module")
 def scans(place: str) -> str:
     """Three phantoms and a torn one, as a listing: the dataset.json lies above it."""
     phantom.write_dataset(f"{place}/scans", 3, size_vox=(40, 40, 40))
-    store.write(f"{place}/scans/imagesTr/broken.nii.gz", b"\x1f\x8b not gzip")
+    object_store.write(f"{place}/scans/imagesTr/broken.nii.gz", b"\x1f\x8b not gzip")
     return f"{place}/scans/imagesTr/"
 
 
@@ -82,11 +75,11 @@ def done(made: tuple[Artifact, str]) -> Artifact:
 
 
 @pytest.fixture
-def prepared(done: Artifact, scans: str, root: str) -> tuple[data.CropTable, Artifact]:
+def prepared(done: Artifact, scans: str, root: str) -> tuple[crop_shards.CropTable, Artifact]:
     """The crops that the run was made of."""
     share = cluster.share(RESOURCES)
-    table, _ = stages.import_scans(scans, root, share)
-    return stages.make_crops(table, tiny().crops, root, share)
+    table, _ = pipelines.import_scans(scans, root, share)
+    return pipelines.make_crops(table, tiny().crops, root, share)
 
 
 def history_of(artifact: Artifact) -> list[dict[str, Any]]:
@@ -112,28 +105,28 @@ def test_from_a_bucket_of_scans_to_a_tracked_pretrained_network(
     ):
         assert done.read(name)
     assert {"manifest", "crops", "clusterers", "labels"} <= done.parents.keys()
-    table, _ = stages.import_scans(scans, root, cluster.share(RESOURCES))
-    assert {scan.sha256 for scan in seen.from_bytes(done.read("seen.parquet"))} == {
+    table, _ = pipelines.import_scans(scans, root, cluster.share(RESOURCES))
+    assert {scan.sha256 for scan in provenance.from_bytes(done.read("seen.parquet"))} == {
         scan.sha256 for scan in table.scans
     }
 
-    from logonet import registry
+    from logonet import tracking
 
-    client = registry._client(registry.tracking_uri())
+    client = tracking.runs.connect(tracking.tracking_uri())
     experiment = client.get_experiment_by_name("pipeline")
     runs = client.search_runs([experiment.experiment_id])
     assert len(runs) == 1
     assert runs[0].info.status == "FINISHED"
-    assert runs[0].data.tags["logonet.clusterers"] == done.parents["clusterers"]
+    assert runs[0].data.tags["logonet.clustering.kmeans"] == done.parents["clusterers"]
     points = client.get_metric_history(runs[0].info.run_id, "loss")
     assert [p.value for p in points] == [e["loss"] for e in history]
     assert "masked_chain.png" in {f.path for f in client.list_artifacts(runs[0].info.run_id)}
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     assert secret not in str(runs[0].to_dictionary()) + said
 
-    before = {e.uri: e.version for e in store.listing(root)}
+    before = {e.uri: e.version for e in object_store.listing(root)}
     assert pretrain(tiny(), scans, root) == done
-    assert {e.uri: e.version for e in store.listing(root)} == before, "a finished run wrote something"
+    assert {e.uri: e.version for e in object_store.listing(root)} == before, "a finished run wrote something"
     assert len(client.search_runs([experiment.experiment_id])) == 1
 
 
@@ -141,12 +134,12 @@ def test_another_number_of_workers_takes_the_same_steps(
     done: Artifact, scans: str, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1 worker accumulating, 2 workers side by side: the same samples, and the same gradients to rounding."""
-    monkeypatch.setattr(train, "fit", fit_here)
-    one = stages.pretrain(tiny(keep_checkpoints=5), scans, root, Resources(workers=1), "alone")
+    monkeypatch.setattr("logonet.distributed.trainer.fit", fit_here)
+    one = pipelines.pretrain(tiny(keep_checkpoints=5), scans, root, Resources(workers=1), "alone")
     # A run that varies only in training shares everything upstream.
     assert one.fingerprint != done.fingerprint
     for stage in ("manifest", "crops", "clusterers", "labels"):
-        assert len({e.uri.split("/")[5] for e in store.listing(f"{root}/{stage}")}) == 1
+        assert len({e.uri.split("/")[5] for e in object_store.listing(f"{root}/{stage}")}) == 1
     assert_same_gradients(one, done)
     for a, b in zip(history_of(one), history_of(done)):
         assert a["accuracy_floor"] == b["accuracy_floor"]
@@ -159,9 +152,9 @@ def test_an_interrupted_run_on_two_workers_resumes_exactly(scans: str, root: str
     cfg = tiny(gradient_sync=sync)
     whole = pretrain(cfg, scans, root)
     expected = history_of(whole)
-    for entry in list(store.listing(whole.uri)):
+    for entry in list(object_store.listing(whole.uri)):
         if "/checkpoints/step-00000003/" not in entry.uri:
-            store.delete(entry.uri)
+            object_store.delete(entry.uri)
     assert len(checkpoints.all_of(whole.uri)) == 1
     again = pretrain(cfg, scans, root)
     assert timeless(history_of(again)) == timeless(expected)
@@ -172,65 +165,65 @@ def test_all_scans_too_small_is_one_sentence(bucket: str, ray_local: None) -> No
     phantom.write_dataset(f"{bucket}/small", 2, size_vox=(8, 8, 8))
     cfg = tiny()
     with pytest.raises(UserError, match="no scan gave a crop of 32x32x32"):
-        stages.pretrain(cfg, f"{bucket}/small/", f"{bucket}/runs", RESOURCES, "small")
-    assert not [e for e in store.listing(f"{bucket}/runs/crops") if e.uri.endswith("manifest.json")]
+        pipelines.pretrain(cfg, f"{bucket}/small/", f"{bucket}/runs", RESOURCES, "small")
+    assert not [e for e in object_store.listing(f"{bucket}/runs/crops") if e.uri.endswith("manifest.json")]
 
 
 def test_no_scans_at_all_is_one_sentence(bucket: str, ray_local: None) -> None:
     with pytest.raises(UserError, match="nowhere"):
-        stages.pretrain(tiny(), f"{bucket}/nowhere/", f"{bucket}/runs", RESOURCES, "none")
+        pipelines.pretrain(tiny(), f"{bucket}/nowhere/", f"{bucket}/runs", RESOURCES, "none")
 
 
 def test_clusterers_fitted_before_a_kill_are_kept(
-    prepared: tuple[data.CropTable, Artifact], done: Artifact, root: str
+    prepared: tuple[crop_shards.CropTable, Artifact], done: Artifact, root: str
 ) -> None:
     """A fit that died after one clusterer: the rest are fitted, the set is the same."""
     cfg, share = tiny(), cluster.share(RESOURCES)
-    slices_ST = data.sample_slices(prepared[0], cfg.clusterers.max_slices, cfg.clusterers.seed, share)
+    slices_ST = data_tasks.sample_slices(prepared[0], cfg.clusterers.max_slices, cfg.clusterers.seed, share)
     uri = done.parents["clusterers_uri"]
-    store.delete_prefix(uri)
-    counts = clusterers.cluster_counts(cfg.clusterers)
-    kept = clusterers.fit_one(slices_ST, counts[1], 1, cfg.clusterers)
-    store.write(f"{uri}/fits/00001.safetensors", kept.to_bytes())
-    store.write(f"{uri}/fits/00002.safetensors", b"torn")
-    again = stages.make_clusterers(*prepared, cfg.clusterers, root, share)
+    object_store.delete_prefix(uri)
+    counts = kmeans.cluster_counts(cfg.clusterers)
+    kept = kmeans.fit_one(slices_ST, counts[1], 1, cfg.clusterers)
+    object_store.write(f"{uri}/fits/00001.safetensors", kept.to_bytes())
+    object_store.write(f"{uri}/fits/00002.safetensors", b"torn")
+    again = pipelines.make_clusterers(*prepared, cfg.clusterers, root, share)
     assert (again.uri, again.facts["id"]) == (uri, done.parents["clusterers"])
 
 
 def test_the_clusters_report_judges_and_shows(
-    prepared: tuple[data.CropTable, Artifact], root: str, tmp_path: Path
+    prepared: tuple[crop_shards.CropTable, Artifact], root: str, tmp_path: Path
 ) -> None:
     cfg, share = tiny(), cluster.share(RESOURCES)
-    artifact = stages.make_clusterers(*prepared, cfg.clusterers, root, share)
-    quality = clusters_report.write(artifact.uri, str(tmp_path), max_slices=96, stability=2, share=share)
-    assert quality["k"].tolist() == clusterers.cluster_counts(cfg.clusterers)
+    artifact = pipelines.make_clusterers(*prepared, cfg.clusterers, root, share)
+    quality = clusterer_report.write(artifact.uri, str(tmp_path), max_slices=96, stability=2, share=share)
+    assert quality["k"].tolist() == kmeans.cluster_counts(cfg.clusterers)
     assert ((quality["perplexity"] >= 1) & (quality["perplexity"] <= quality["k"])).all()
     assert quality["nmi_two_seeds"].notna().sum() == 2
     page = (tmp_path / "report.html").read_text()
     assert "stability over two seeds" in page
     assert page.count("<img") == 1 + len(list(tmp_path.glob("sheet_*.png")))
     with pytest.raises(UserError, match="no finished clusterers artifact"):
-        clusters_report.write(prepared[1].uri, str(tmp_path), max_slices=96, stability=0, share=share)
+        clusterer_report.write(prepared[1].uri, str(tmp_path), max_slices=96, stability=0, share=share)
 
 
 def test_the_plan_had_said_what_the_run_would_write(done: Artifact, scans: str, root: str) -> None:
     """Sizes, before anything is read, against what lies in the bucket: to the byte where values have no say."""
     import torch
 
-    from logonet.plan import sizes
+    from logonet.planning import sizes
 
-    cfg = stages.resolve(tiny())
+    cfg = pipelines.resolve(tiny())
     with torch.device("meta"):
-        net = sizes.network(train.build_method(cfg.backbone, cfg.method, sizes.facts_of(cfg)))
-    table, _ = stages.import_scans(scans, root, cluster.share(RESOURCES))
+        net = sizes.network(training.build_method(cfg.backbone, cfg.method, sizes.facts_of(cfg)))
+    table, _ = pipelines.import_scans(scans, root, cluster.share(RESOURCES))
     planned = sizes.sizes(cfg, sizes.of_manifest(table, "the import"), net)
 
     def size_of(uri: str) -> int:
-        entry = store.stat(uri)
+        entry = object_store.stat(uri)
         assert entry is not None, uri
         return entry.size_bytes
 
-    shards = store.listing(f"{root}/crops/{done.parents['crops']}/shards")
+    shards = object_store.listing(f"{root}/crops/{done.parents['crops']}/shards")
     assert planned.cache_bytes == sum(e.size_bytes for e in shards)
     assert planned.labels_bytes == size_of(f"{root}/labels/{done.parents['labels']}/labels.safetensors")
     fitted_bytes = size_of(f"{done.parents['clusterers_uri']}/clusterers.safetensors")
@@ -238,6 +231,8 @@ def test_the_plan_had_said_what_the_run_would_write(done: Artifact, scans: str, 
     assert abs(planned.clusterers_bytes - fitted_bytes) <= 3 * len(planned.cluster_sizes) + 8
     assert net.backbone_file == done.files["backbone.safetensors"].size_bytes
     assert net.model_file == done.files["method.safetensors"].size_bytes
-    saved = {e.uri.rsplit("/", 1)[1]: e.size_bytes for e in store.listing(checkpoints.all_of(done.uri)[-1])}
+    saved = {
+        e.uri.rsplit("/", 1)[1]: e.size_bytes for e in object_store.listing(checkpoints.all_of(done.uri)[-1])
+    }
     assert net.checkpoint_bytes == sum(n for name, n in saved.items() if name.endswith(".safetensors"))
     assert planned.steps == done.facts["steps"]

@@ -17,15 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import logonet
 
-from jobs import recipes
-from logonet import backbones, checkpoints, clusterers, crops, data, draws, stages, store, train, volume
-from logonet.cluster import Resources
-from logonet.errors import UserError
-from logonet.plan import asking, hardware, measuring, memory, sizes, speed, table, whole
-from logonet.plan.constants import Constants, StepTimes, step_fingerprint
-from logonet.plan.hardware import Cluster, Machine, Pool
-from logonet.plan.memory import MicroBatch
-from logonet.plan.speed import Load, Place
+from logonet import networks, pipelines, recipes, training
+from logonet.clustering import kmeans
+from logonet.core import seeding
+from logonet.core.errors import UserError
+from logonet.data import crop_shards, cropping, volume
+from logonet.distributed.cluster import Resources
+from logonet.planning import hardware, measuring, memory, planner, request, sizes, speed, table
+from logonet.planning.constants import Constants, StepTimes, step_fingerprint
+from logonet.planning.hardware import Cluster, Machine, Pool
+from logonet.planning.memory import MicroBatch
+from logonet.planning.speed import Load, Place
+from logonet.storage import object_store
+from logonet.training import checkpoints
 
 MIB = 1 << 20
 DEMO_SCANS = sizes.equal_scans(12, (48, 48, 48), (1.0, 1.0, 1.0))
@@ -76,15 +80,15 @@ def at(workers: int, per_node: int, threads: int = 1, machine: Machine = NODE, *
 
 
 @pytest.fixture(scope="module")
-def demo() -> stages.Pretraining:
+def demo() -> pipelines.Pretraining:
     """The recipe of that name, on a network that is quickly counted."""
-    net = {"name": "dynunet", **backbones.tiny("dynunet")}
-    return stages.resolve(replace(recipes.demo(), split=None, backbone=net))
+    net = {"name": "dynunet", **networks.tiny("dynunet")}
+    return pipelines.resolve(replace(recipes.demo(), split=None, backbone=net))
 
 
 @pytest.fixture(scope="module")
-def work(demo: stages.Pretraining) -> whole.Work:
-    return whole.work(demo, gpu=False)
+def work(demo: pipelines.Pretraining) -> planner.Work:
+    return planner.work(demo, gpu=False)
 
 
 # ----------------------------------------------------------------------------------------------- bytes
@@ -111,16 +115,16 @@ def test_a_safetensors_file_is_as_long_as_the_library_makes_it(
 
 
 def test_shards_labels_and_clusterers_have_the_bytes_that_are_written() -> None:
-    rng = draws.rng(0, "test")
+    rng = seeding.rng(0, "test")
     crops_RCXYZ = rng.integers(0, 9, (3, 1, 8, 8, 4), dtype=np.uint16)
     scan_id = "hippocampus_001-0123456789"
-    assert sizes.shard_bytes(scan_id, 3, (1, 8, 8, 4)) == len(data._shard_bytes(scan_id, crops_RCXYZ))
-    cfg = clusterers.Config(n=3, k_min=3, k_max=5, iterations=2)
-    counts = clusterers.cluster_counts(cfg)
+    assert sizes.shard_bytes(scan_id, 3, (1, 8, 8, 4)) == len(crop_shards._shard_bytes(scan_id, crops_RCXYZ))
+    cfg = kmeans.Config(n=3, k_min=3, k_max=5, iterations=2)
+    counts = kmeans.cluster_counts(cfg)
     slices_ST = rng.integers(0, 65536, (60, 64), dtype=np.uint16)
     meta = {"config": {"n": 3}, "crops": "0" * 16}
-    fits = [clusterers.fit_one(slices_ST, k, i, cfg) for i, k in enumerate(counts)]
-    real = clusterers.ClustererSet.from_fitted(fits, meta).to_bytes()
+    fits = [kmeans.fit_one(slices_ST, k, i, cfg) for i, k in enumerate(counts)]
+    real = kmeans.ClustererSet.from_fitted(fits, meta).to_bytes()
     # An inertia has a digit or two more or less, and a header is filled up to a multiple of 8.
     assert abs(sizes.clusterers_bytes(counts, 64, meta) - len(real)) <= 3 * len(counts) + 8
     from safetensors.numpy import save
@@ -129,9 +133,9 @@ def test_shards_labels_and_clusterers_have_the_bytes_that_are_written() -> None:
 
 
 def test_a_checkpoint_and_the_final_weights_have_the_bytes_that_are_written(
-    work: whole.Work, demo: stages.Pretraining, tmp_path: Path
+    work: planner.Work, demo: pipelines.Pretraining, tmp_path: Path
 ) -> None:
-    method = train.build_method(demo.backbone, demo.method, work.facts)
+    method = training.build_method(demo.backbone, demo.method, work.facts)
     params = {n: p for n, p in method.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values())
     for p in params.values():
@@ -140,7 +144,7 @@ def test_a_checkpoint_and_the_final_weights_have_the_bytes_that_are_written(
     state = {f"{k}/{n}": v for n, p in params.items() for k, v in optimizer.state[p].items()}
     uri = str(tmp_path / "step-1")
     checkpoints.save_state(uri, "0" * 16, checkpoints.State(1, dict(method.state_dict()), state, [{}]))
-    written = {e.uri.rsplit("/", 1)[1]: e.size_bytes for e in store.listing(uri)}
+    written = {e.uri.rsplit("/", 1)[1]: e.size_bytes for e in object_store.listing(uri)}
     net = work.network
     assert net.model_file == written["model.safetensors"]
     assert net.optimizer_file == written["optimizer.safetensors"]
@@ -154,10 +158,10 @@ def test_a_checkpoint_and_the_final_weights_have_the_bytes_that_are_written(
 
 def test_stages_move_what_a_slow_count_says() -> None:
     """Three scans, one of them too small: 2 crops of 32^3 of each of two, 3 clusterers, 5 steps of 2 in 2 epochs."""
-    cfg = stages.Pretraining(
-        crops=crops.Config(size_vox=(32, 32, 32), per_scan=2),
-        clusterers=clusterers.Config(n=3, k_min=4, k_max=4, max_slices=64),
-        train=train.Config(epochs=2, global_batch=2, warmup_epochs=0, keep_checkpoints=1),
+    cfg = pipelines.Pretraining(
+        crops=cropping.Config(size_vox=(32, 32, 32), per_scan=2),
+        clusterers=kmeans.Config(n=3, k_min=4, k_max=4, max_slices=64),
+        train=training.Config(epochs=2, global_batch=2, warmup_epochs=0, keep_checkpoints=1),
     )
     rows = [sizes.Scan("a", shape, None, 1000.0) for shape in ((40, 40, 40), (32, 32, 99), (8, 8, 8))]
     net = sizes.Network({"backbone.w": ("F32", (10,))}, {"backbone.w": (10,)}, 10, 0, 4)
@@ -181,7 +185,7 @@ def test_stages_move_what_a_slow_count_says() -> None:
 
 def test_what_is_resampled_is_judged_by_its_new_size() -> None:
     scan = sizes.Scan("a", (64, 64, 20), (1.0, 1.0, 5.0), 0.0)
-    fine = crops.Config(size_vox=(64, 64, 64), min_image_share=0.5)
+    fine = cropping.Config(size_vox=(64, 64, 64), min_image_share=0.5)
     assert not sizes.yields_crops(scan, fine)
     assert sizes.yields_crops(scan, replace(fine, spacing_mm=(1.0, 1.0, 1.0)))  # 96 slices of 1 mm
     assert volume.resampled_shape((64, 64, 20), (1, 1, 5), (1, 1, 1)) == (64, 64, 96)
@@ -191,13 +195,13 @@ def test_what_is_resampled_is_judged_by_its_new_size() -> None:
 
 
 def test_counting_on_shapes_equals_counting_a_real_step(
-    work: whole.Work, demo: stages.Pretraining, one_thread: None
+    work: planner.Work, demo: pipelines.Pretraining, one_thread: None
 ) -> None:
     """The same module on real tensors: every storage that lives, and when."""
-    rng = draws.rng(0, "test")
+    rng = seeding.rng(0, "test")
     rows = [memory.prepared(work.facts, demo.method, rng) for _ in range(2)]
     batch = {k: torch.from_numpy(np.stack([r[k] for r in rows])) for k in rows[0]}
-    module = train.build_method(demo.backbone, demo.method, work.facts).train()
+    module = training.build_method(demo.backbone, demo.method, work.facts).train()
     live = memory._Live()
     with live:
         loss, _ = module(batch, 0.0)
@@ -209,8 +213,10 @@ def test_counting_on_shapes_equals_counting_a_real_step(
     assert work.micro.batch_bytes == sum(t.numel() * t.element_size() for t in batch.values())
 
 
-def test_bfloat16_halves_what_is_held_and_no_arithmetic(work: whole.Work, demo: stages.Pretraining) -> None:
-    sample = memory.prepared(work.facts, demo.method, draws.rng(0, "test"))
+def test_bfloat16_halves_what_is_held_and_no_arithmetic(
+    work: planner.Work, demo: pipelines.Pretraining
+) -> None:
+    sample = memory.prepared(work.facts, demo.method, seeding.rng(0, "test"))
     half = memory.micro_batch(demo.backbone, demo.method, work.facts, bf16=True, sample=sample)
     assert 0.4 * work.micro.forward_bytes < half.forward_bytes < 0.9 * work.micro.forward_bytes
     assert half.flop == work.micro.flop > 1e8
@@ -218,9 +224,9 @@ def test_bfloat16_halves_what_is_held_and_no_arithmetic(work: whole.Work, demo: 
 
 @pytest.mark.slow
 def test_a_method_that_looks_at_numbers_is_counted_without_itself_and_says_so() -> None:
-    options = {"name": "swinunetr", **backbones.tiny("swinunetr")}
-    facts = whole.Facts(size_vox=(64, 64, 64), batch_size=2)
-    sample = memory.prepared(facts, {"name": "simtrot"}, draws.rng(0, "test"))
+    options = {"name": "swinunetr", **networks.tiny("swinunetr")}
+    facts = planner.DataSpec(size_vox=(64, 64, 64), batch_size=2)
+    sample = memory.prepared(facts, {"name": "simtrot"}, seeding.rng(0, "test"))
     found = memory.micro_batch(options, {"name": "simtrot"}, facts, bf16=False, sample=sample)
     assert "network alone" in found.known_from
     assert found.peak_bytes > found.forward_bytes > 0
@@ -253,7 +259,7 @@ def test_the_largest_of_two_lognormal_times_has_a_closed_form() -> None:
 
 
 def test_the_largest_of_many_is_that_of_draws() -> None:
-    times_TN = np.exp(0.2 * draws.rng(0, "test").standard_normal((20_000, 64)) - 0.02)
+    times_TN = np.exp(0.2 * seeding.rng(0, "test").standard_normal((20_000, 64)) - 0.02)
     assert speed.expected_max(64, 0.2) == pytest.approx(times_TN.max(1).mean(), rel=0.01)
     assert speed.summed_spread(0.2, 1) == pytest.approx(0.2)
     assert speed.summed_spread(0.01, 100) == pytest.approx(0.001, rel=1e-3)
@@ -375,7 +381,7 @@ def test_workers_are_placed_as_a_job_places_them() -> None:
 # ------------------------------------------------------------------------------------------ hours, money
 
 
-def test_stages_take_what_their_slowest_part_takes(demo: stages.Pretraining, work: whole.Work) -> None:
+def test_stages_take_what_their_slowest_part_takes(demo: pipelines.Pretraining, work: planner.Work) -> None:
     found = sizes.sizes(demo, DEMO_SCANS, work.network)
     cluster = Cluster((Pool("node", NODE, nodes=2),), head=Pool("head", NODE))
     step = speed.step(replace(LOAD, global_batch=4), at(2, 1), CONSTANTS)
@@ -391,13 +397,13 @@ def test_stages_take_what_their_slowest_part_takes(demo: stages.Pretraining, wor
     assert took["pretrain"].seconds == pytest.approx(10 + 2 * 4 / 8 + training)
 
 
-def test_other_clusterings_than_kmeans_have_no_hours(demo: stages.Pretraining, work: whole.Work) -> None:
+def test_other_clusterings_than_kmeans_have_no_hours(demo: pipelines.Pretraining, work: planner.Work) -> None:
     cfg = replace(demo, clusterers=replace(demo.clusterers, algorithm="spectral"))
     found = sizes.sizes(cfg, DEMO_SCANS, work.network)
     step = speed.step(replace(LOAD, global_batch=4), at(1, 1), CONSTANTS)
     took = speed.durations(cfg, found, Cluster((Pool("node", NODE),)), step, CONSTANTS)
     assert [d.seconds is None for d in took] == [False, False, True, False, False]
-    assert whole._cost(took, Cluster((Pool("node", NODE),))) == (None, None)
+    assert planner._cost(took, Cluster((Pool("node", NODE),))) == (None, None)
 
 
 def test_gpus_are_paid_for_while_they_train_and_spot_costs_its_own_price() -> None:
@@ -405,12 +411,12 @@ def test_gpus_are_paid_for_while_they_train_and_spot_costs_its_own_price() -> No
     cpu = Pool("cpu", replace(NODE, price_per_h=0.5), nodes=2)
     cluster = Cluster((gpu, cpu), head=Pool("head", replace(NODE, price_per_h=0.1)))
     took = [speed.Duration("crops", 1800.0, ""), speed.Duration("pretrain", 7200.0, "")]
-    assert whole._cost(took, cluster) == (2.5, pytest.approx(2 * 3 * 1.0 + 2.5 * (2 * 0.5 + 0.1)))
+    assert planner._cost(took, cluster) == (2.5, pytest.approx(2 * 3 * 1.0 + 2.5 * (2 * 0.5 + 0.1)))
     with pytest.raises(UserError, match="cpu has no spot price"):
-        whole._cost(took, replace(cluster, pools=(gpu, replace(cpu, spot=True))))
+        planner._cost(took, replace(cluster, pools=(gpu, replace(cpu, spot=True))))
 
 
-def test_nodes_that_are_taken_away_cost_time(demo: stages.Pretraining, work: whole.Work) -> None:
+def test_nodes_that_are_taken_away_cost_time(demo: pipelines.Pretraining, work: planner.Work) -> None:
     found = sizes.sizes(demo, DEMO_SCANS, work.network)
     step = speed.step(replace(LOAD, global_batch=4), at(2, 1), CONSTANTS)
     spot = Cluster(
@@ -426,8 +432,8 @@ def test_nodes_that_are_taken_away_cost_time(demo: stages.Pretraining, work: who
 
 
 def refusals(
-    cfg: stages.Pretraining,
-    work: whole.Work,
+    cfg: pipelines.Pretraining,
+    work: planner.Work,
     monkeypatch: pytest.MonkeyPatch,
     machine: Machine = NODE,
     scans: sizes.Scans = DEMO_SCANS,
@@ -435,15 +441,15 @@ def refusals(
     local: bool = False,
     **resources: Any,
 ) -> str:
-    monkeypatch.setattr(whole, "work", lambda cfg, gpu: work)
+    monkeypatch.setattr(planner, "work", lambda cfg, gpu: work)
     cluster = Cluster((Pool("node", machine, nodes),))
-    found = whole.make(cfg, scans, cluster, Resources(**resources), CONSTANTS, local_root=local)
+    found = planner.make(cfg, scans, cluster, Resources(**resources), CONSTANTS, local_root=local)
     assert all(one.count(". ") == 0 and ";" in one for one in found.refusals), "one sentence with a mend"
     return " | ".join(found.refusals)
 
 
 def test_what_fits_is_not_refused(
-    demo: stages.Pretraining, work: whole.Work, monkeypatch: pytest.MonkeyPatch
+    demo: pipelines.Pretraining, work: planner.Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert refusals(demo, work, monkeypatch, workers=2) == ""
 
@@ -483,15 +489,15 @@ def test_what_will_not_fit_is_said_with_the_mend(
     machine: Machine,
     more: dict[str, Any],
     sentence: str,
-    demo: stages.Pretraining,
-    work: whole.Work,
+    demo: pipelines.Pretraining,
+    work: planner.Work,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert sentence in refusals(demo, work, monkeypatch, machine, **more)
 
 
 def test_scans_too_small_for_a_crop_are_refused_before_they_are_read(
-    demo: stages.Pretraining, work: whole.Work, monkeypatch: pytest.MonkeyPatch
+    demo: pipelines.Pretraining, work: planner.Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = sizes.equal_scans(3, (8, 8, 8))
     assert "none of the 3 scans is large enough" in refusals(demo, work, monkeypatch, scans=tiny)
@@ -544,13 +550,13 @@ def test_a_clusters_file_that_is_wrong_says_where(text: str, sentence: str, tmp_
 def test_a_node_may_be_told_by_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     own = {"cpus": 8.0, "memory_gib": 32.0, "price_per_h": 0.5}
-    found = asking.find_cluster(asking.Question(node=own, nodes=3))
+    found = request.find_cluster(request.Question(node=own, nodes=3))
     assert (found.cpus, found.price_per_h) == (24, 1.5)
-    laid = asking.find_cluster(asking.Question(machine="g5.2xlarge", node={"shm_gib": 11.0}))
+    laid = request.find_cluster(request.Question(machine="g5.2xlarge", node={"shm_gib": 11.0}))
     assert (laid.gpus, laid.pools[0].machine.shm_gib) == (1, 11.0)
     with pytest.raises(UserError, match="memory_gib"):
-        asking.find_cluster(asking.Question(node={"cpus": 8.0}))
-    here = asking.find_cluster(asking.Question())
+        request.find_cluster(request.Question(node={"cpus": 8.0}))
+    here = request.find_cluster(request.Question())
     assert here.known_from == "this machine"
     assert here.cpus >= 1
 
@@ -558,48 +564,50 @@ def test_a_node_may_be_told_by_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("text", ["512x512", "512x512x0", "axbxc", "512x512x400x2"])
 def test_a_shape_is_three_numbers(text: str) -> None:
     with pytest.raises(UserError, match="three numbers"):
-        asking.triple(text, "--shape", int)
-    assert asking.triple("", "--shape", int) is None
-    assert asking.triple("0.8X0.8x1", "--spacing", float) == (0.8, 0.8, 1.0)
+        request.triple(text, "--shape", int)
+    assert request.triple("", "--shape", int) is None
+    assert request.triple("0.8X0.8x1", "--spacing", float) == (0.8, 0.8, 1.0)
 
 
 def test_scans_that_are_listed_are_counted_and_three_of_them_read(
-    demo: stages.Pretraining, tmp_path: Path
+    demo: pipelines.Pretraining, tmp_path: Path
 ) -> None:
-    from logonet import phantom
+    from logonet.data import phantom
 
     phantom.write_dataset(str(tmp_path / "scans"), 4, size_vox=(40, 32, 24))
-    found = asking.find_scans(demo, asking.Question(data=str(tmp_path / "scans" / "dataset.json")))
+    found = request.find_scans(demo, request.Question(data=str(tmp_path / "scans" / "dataset.json")))
     files = sorted((tmp_path / "scans" / "imagesTr").iterdir())
     assert len(found.scans) == 4
     assert found.stored_bytes == sum(f.stat().st_size for f in files)
     assert {s.shape_vox for s in found.scans} == {(40, 32, 24)}
     labels = sum(f.stat().st_size for f in (tmp_path / "scans" / "labelsTr").iterdir())
     assert found.label_bytes == pytest.approx(labels)
-    told = asking.find_scans(demo, asking.Question(data=str(tmp_path / "scans"), shape_vox=(9, 9, 9)))
+    told = request.find_scans(demo, request.Question(data=str(tmp_path / "scans"), shape_vox=(9, 9, 9)))
     assert {s.shape_vox for s in told.scans} == {(9, 9, 9)}
 
 
 def test_constants_come_back_as_they_were_stored(tmp_path: Path) -> None:
-    from logonet.plan import constants
+    from logonet.planning import constants
 
     times = StepTimes("x", 1e9, {"1": 2.0}, 2.4, 0.1, 0.05, 9, 1e9, 0.01)
     whole_ = replace(CONSTANTS, step=times)
-    store.write(str(tmp_path / "c.json"), whole_.to_json())
+    object_store.write(str(tmp_path / "c.json"), whole_.to_json())
     assert constants.read(str(tmp_path / "c.json")) == whole_
     shipped = constants.defaults()
     assert shipped.step is None
     assert shipped.date in Path(__file__).parents[1].joinpath("docs/planning.md").read_text()
 
 
-def test_measured_steps_count_for_the_very_same_work_only(demo: stages.Pretraining, work: whole.Work) -> None:
+def test_measured_steps_count_for_the_very_same_work_only(
+    demo: pipelines.Pretraining, work: planner.Work
+) -> None:
     found = sizes.sizes(demo, DEMO_SCANS, work.network)
     name = step_fingerprint(demo.backbone, demo.method, (32, 32, 32), 2, "fp32")
     known = replace(CONSTANTS, step=StepTimes(name, 1e9, {"1": 2.0}, 2.4, 0.1, 0.05, 9, 1e9, 0.01))
-    assert whole.load_of(demo, found, work, False, known).times is known.step
-    assert whole.load_of(demo, found, work, True, known).times is None
+    assert planner.load_of(demo, found, work, False, known).times is known.step
+    assert planner.load_of(demo, found, work, True, known).times is None
     other = replace(demo, train=replace(demo.train, batch_size=1))
-    assert whole.load_of(other, found, work, False, known).times is None
+    assert planner.load_of(other, found, work, False, known).times is None
 
 
 def test_timing_spends_its_budget_and_leaves_the_first_out() -> None:
@@ -609,9 +617,9 @@ def test_timing_spends_its_budget_and_leaves_the_first_out() -> None:
 
 
 def test_the_command_says_what_fits_and_fails_when_something_does_not(
-    work: whole.Work, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+    work: planner.Work, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(whole, "work", lambda cfg, gpu: work)
+    monkeypatch.setattr(planner, "work", lambda cfg, gpu: work)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     ask = ["plan", "--recipe", "demo", "--scans", "12", "--shape", "48x48x48", "--machine", "m6i.4xlarge"]
     assert logonet(monkeypatch, *ask, "--workers", "2", "--json") == 0
@@ -620,7 +628,7 @@ def test_the_command_says_what_fits_and_fails_when_something_does_not(
     assert found["steps"] == 240
     assert found["bytes"]["crops"] == 48
     assert found["money"] == pytest.approx(found["hours"] * 0.768)
-    assert [row["workers"] for row in found["scaling"]] == list(whole.WORKERS)
+    assert [row["workers"] for row in found["scaling"]] == list(planner.WORKERS)
     assert logonet(monkeypatch, *ask, "--workers", "5") == 1
     said = capsys.readouterr().out
     assert re.search(r"WILL NOT FIT  train\.global_batch 4 is \d batches .* there are 5 workers", said)
@@ -631,11 +639,11 @@ def test_the_command_says_what_fits_and_fails_when_something_does_not(
 
 
 def test_the_table_says_everything_that_json_says(
-    demo: stages.Pretraining, work: whole.Work, monkeypatch: pytest.MonkeyPatch
+    demo: pipelines.Pretraining, work: planner.Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(whole, "work", lambda cfg, gpu: work)
+    monkeypatch.setattr(planner, "work", lambda cfg, gpu: work)
     cluster = Cluster((Pool("node", replace(NODE, price_per_h=1.0), 2),), known_from="a test")
-    found = whole.make(demo, DEMO_SCANS, cluster, Resources(workers=2), CONSTANTS)
+    found = planner.make(demo, DEMO_SCANS, cluster, Resources(workers=2), CONSTANTS)
     said = table.text(found)
     for part in (
         "import",

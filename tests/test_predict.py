@@ -19,13 +19,17 @@ import pytest
 import torch
 from helpers import tiny_backbone
 
-from logonet import backbones, cluster, infer, model, phantom, predict, stages, store, volume
-from logonet.cluster import Resources
-from logonet.errors import UserError
-from logonet.manifest import Source
+from logonet import networks, pipelines
+from logonet.core.errors import UserError
+from logonet.data import phantom, volume
+from logonet.data.manifest import Source
+from logonet.distributed import bucket_inference, cluster
+from logonet.distributed.cluster import Resources
+from logonet.inference import model, sliding_window
+from logonet.storage import object_store
 
 RESOURCES = Resources(workers=1)
-CFG = infer.Config(overlap=0)
+CFG = sliding_window.Config(overlap=0)
 LABEL_VALUES = (0, 3, 7)
 
 
@@ -34,7 +38,7 @@ def model_files(seed: int = 0) -> dict[str, bytes]:
     options = {k: v for k, v in tiny_backbone().items() if k != "name"}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = backbones.build("logonet", 1, len(LABEL_VALUES), **options)
+        net = networks.build("logonet", 1, len(LABEL_VALUES), **options)
     spec = model.Spec(
         backbone=tiny_backbone(),
         in_channels=1,
@@ -51,7 +55,7 @@ def model_files(seed: int = 0) -> dict[str, bytes]:
 
 def write_model(uri: str, seed: int = 0) -> str:
     for name, blob in model_files(seed).items():
-        store.write(f"{uri}/{name}", blob)
+        object_store.write(f"{uri}/{name}", blob)
     return uri
 
 
@@ -61,7 +65,7 @@ def write_scan(
     scan, _ = phantom.phantom(
         seed, (34, 32, 30), modality=modality, orientation=orientation, tilt_deg=tilt_deg
     )
-    store.write(uri, volume.encode_nifti(scan.array_CXYZ[0].astype(np.int16), scan.affine))
+    object_store.write(uri, volume.encode_nifti(scan.array_CXYZ[0].astype(np.int16), scan.affine))
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +80,12 @@ def write_scans(root: str) -> str:
     write_scan(f"{root}/deep/c.nii.gz", 2, "PIR", tilt_deg=20)
     write_scan(f"{root}/d.nii", 3, "LAS")
     write_scan(f"{root}/whole.nii.gz", 4)
-    store.write(f"{root}/torn.nii.gz", store.read(f"{root}/whole.nii.gz")[:5000])
-    store.delete(f"{root}/whole.nii.gz")
-    store.write(f"{root}/text.nii.gz", b"patient list, confidential")
+    object_store.write(f"{root}/torn.nii.gz", object_store.read(f"{root}/whole.nii.gz")[:5000])
+    object_store.delete(f"{root}/whole.nii.gz")
+    object_store.write(f"{root}/text.nii.gz", b"patient list, confidential")
     write_scan(f"{root}/head.nii.gz", 5, modality="MR")
-    store.write(f"{root}/empty.nii.gz", b"")
-    store.write(f"{root}/readme.txt", b"no scan, and not taken for one")
+    object_store.write(f"{root}/empty.nii.gz", b"")
+    object_store.write(f"{root}/readme.txt", b"no scan, and not taken for one")
     return f"{root}/"
 
 
@@ -102,66 +106,68 @@ def scans(place: str) -> str:
 @pytest.fixture(scope="module")
 def made(
     scans: str, model_uri: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, list[predict.Row], str]:
+) -> tuple[str, list[bucket_inference.Row], str]:
     """A run of two workers that several tests look at: its output, its rows, and what it said.
 
     Into a folder, whose versions are times: what is written again is noticed even if it is the same.
     """
     said, output = io.StringIO(), f"{tmp_path_factory.mktemp('predictions')}/out"
     with contextlib.redirect_stdout(said):
-        rows = stages.predict_bucket(CFG, model_uri, scans, output, Resources(workers=2))
+        rows = pipelines.predict_bucket(CFG, model_uri, scans, output, Resources(workers=2))
     return output, rows, said.getvalue()
 
 
-def run(model_uri: str, scans: str, output: str, **options: Any) -> list[predict.Row]:
-    return stages.predict_bucket(CFG, model_uri, scans, output, RESOURCES, **options)
+def run(model_uri: str, scans: str, output: str, **options: Any) -> list[bucket_inference.Row]:
+    return pipelines.predict_bucket(CFG, model_uri, scans, output, RESOURCES, **options)
 
 
 def versions(uri: str) -> dict[str, str]:
-    return {e.uri: e.version for e in store.listing(uri)}
+    return {e.uri: e.version for e in object_store.listing(uri)}
 
 
-def test_a_bucket_of_good_and_bad_scans(made: tuple[str, list[predict.Row], str], model_uri: str) -> None:
+def test_a_bucket_of_good_and_bad_scans(
+    made: tuple[str, list[bucket_inference.Row], str], model_uri: str
+) -> None:
     output, rows, said = made
     assert [row.name for row in rows] == sorted([*GOOD, *BAD])
     for row in rows:
         assert row.name in said
         assert row.seconds > 0
         if row.name in BAD:
-            assert row.status == predict.QUARANTINED
+            assert row.status == bucket_inference.QUARANTINED
             assert BAD[row.name] in row.reason
             assert row.reason in said
             assert "confidential" not in row.reason
             assert "\n" not in row.reason
             assert not row.output and not row.volumes_ml
-            assert not store.exists(f"{output}/{row.name}.nii.gz")
+            assert not object_store.exists(f"{output}/{row.name}.nii.gz")
 
     # Label maps lie on their scans' own voxels, in their own axes.
-    predictor = infer.Predictor.load(model_uri, CFG, "cpu")
+    predictor = sliding_window.Predictor.load(model_uri, CFG, "cpu")
     for row in rows:
         if row.name in BAD:
             continue
-        assert (row.status, row.reason) == (predict.DONE, "")
+        assert (row.status, row.reason) == (bucket_inference.DONE, "")
         assert row.output == f"{output}/{row.name}.nii.gz"
-        scan = nib.Nifti1Image.from_bytes(plain(store.read(row.uri)))
-        found = nib.Nifti1Image.from_bytes(plain(store.read(row.output, sha256=row.sha256)))
+        scan = nib.Nifti1Image.from_bytes(plain(object_store.read(row.uri)))
+        found = nib.Nifti1Image.from_bytes(plain(object_store.read(row.output, sha256=row.sha256)))
         assert found.get_data_dtype() == np.uint8
         assert found.shape == scan.shape
         np.testing.assert_array_equal(found.affine, scan.affine)
         assert found.header.get_xyzt_units() == scan.header.get_xyzt_units()
         labels_XYZ = np.asarray(found.dataobj)
         assert set(np.unique(labels_XYZ)) <= set(LABEL_VALUES)
-        image = volume.decode_nifti(store.read(row.uri), row.uri)
+        image = volume.decode_nifti(object_store.read(row.uri), row.uri)
         np.testing.assert_array_equal(labels_XYZ, predictor.segment(image, "CT"))
         ml = (labels_XYZ == 7).sum() * np.prod(found.header.get_zooms()) / 1000
         assert row.volumes_ml["spleen"] == pytest.approx(ml, rel=1e-4)
         assert row.volumes_ml.keys() == {"liver", "spleen"}
     assert all(row.volumes_ml["spleen"] > 1 for row in rows if row.name in GOOD)
 
-    frame = pd.read_csv(io.BytesIO(store.read(f"{output}/predictions.csv")), keep_default_na=False)
+    frame = pd.read_csv(io.BytesIO(object_store.read(f"{output}/predictions.csv")), keep_default_na=False)
     assert frame["name"].tolist() == [row.name for row in rows]
     assert frame["status"].tolist() == [row.status for row in rows]
-    parquet = pd.read_parquet(io.BytesIO(store.read(f"{output}/predictions.parquet")))
+    parquet = pd.read_parquet(io.BytesIO(object_store.read(f"{output}/predictions.parquet")))
     assert parquet["spleen_ml"].notna().tolist() == [row.name in GOOD for row in rows]
     assert parquet["reason"].tolist() == [row.reason for row in rows]
 
@@ -171,7 +177,7 @@ def plain(blob: bytes) -> bytes:
 
 
 def test_the_same_command_touches_nothing_and_missing_cases_alone_are_done(
-    made: tuple[str, list[predict.Row], str], scans: str, model_uri: str
+    made: tuple[str, list[bucket_inference.Row], str], scans: str, model_uri: str
 ) -> None:
     output, rows, _ = made
     before = versions(output)
@@ -183,10 +189,10 @@ def test_the_same_command_touches_nothing_and_missing_cases_alone_are_done(
         "deep/c",
     ]  # what a run killed between the label map and its row leaves, and one killed earlier
     for name in lost:
-        store.delete(f"{output}/.cases/{name}/row.json")
-    store.delete(f"{output}/a.nii.gz")
+        object_store.delete(f"{output}/.cases/{name}/row.json")
+    object_store.delete(f"{output}/a.nii.gz")
     torn = f"{output}/.cases/d/row.json"  # counts as absent too
-    store.write(torn, store.read(torn)[:-40])
+    object_store.write(torn, object_store.read(torn)[:-40])
     lost.append("d")
     again = run(model_uri, scans, output)
     assert [(r.name, r.status, r.sha256) for r in again] == [(r.name, r.status, r.sha256) for r in rows]
@@ -205,28 +211,37 @@ def test_a_replaced_scan_is_segmented_anew_and_quarantined_ones_when_asked(
     before = versions(output)
     write_scan(f"{scans}torn.nii.gz", 6)  # mended by its owner
     # What a network that was away may have left: nothing is wrong with the scan itself.
-    unlucky = replace(first["d"], status=predict.QUARANTINED, reason="no answer", output="", sha256="")
-    store.write_json(f"{output}/.cases/d/row.json", asdict(unlucky))
+    unlucky = replace(
+        first["d"], status=bucket_inference.QUARANTINED, reason="no answer", output="", sha256=""
+    )
+    object_store.write_json(f"{output}/.cases/d/row.json", asdict(unlucky))
     second = {row.name: row for row in run(model_uri, scans, output)}
-    assert second["torn"].status == predict.DONE
+    assert second["torn"].status == bucket_inference.DONE
     assert second["d"] == unlucky
     assert all(second[name] == first[name] for name in first if name not in ("torn", "d"))
     third = {row.name: row for row in run(model_uri, scans, output, retry=True)}
-    assert (third["d"].status, third["d"].sha256) == (predict.DONE, first["d"].sha256)
-    assert sorted(n for n, row in third.items() if row.status != predict.DONE) == ["empty", "head", "text"]
+    assert (third["d"].status, third["d"].sha256) == (bucket_inference.DONE, first["d"].sha256)
+    assert sorted(n for n, row in third.items() if row.status != bucket_inference.DONE) == [
+        "empty",
+        "head",
+        "text",
+    ]
     after = versions(output)
     assert all(after[f"{output}/{name}.nii.gz"] == before[f"{output}/{name}.nii.gz"] for name in GOOD)
 
 
 def test_another_model_or_setting_does_not_mix_into_an_output(
-    made: tuple[str, list[predict.Row], str], scans: str, place: str, model_uri: str
+    made: tuple[str, list[bucket_inference.Row], str], scans: str, place: str, model_uri: str
 ) -> None:
     output, _, _ = made
     before = versions(output)
     other = write_model(f"{place}/other", seed=1)
-    for cfg, uri, named in ((CFG, other, "model="), (infer.Config(overlap=0.25), model_uri, "infer=")):
+    for cfg, uri, named in (
+        (CFG, other, "model="),
+        (sliding_window.Config(overlap=0.25), model_uri, "infer="),
+    ):
         with pytest.raises(UserError, match=f"holds predictions made otherwise \\({named}") as err:
-            stages.predict_bucket(cfg, uri, scans, output, RESOURCES)
+            pipelines.predict_bucket(cfg, uri, scans, output, RESOURCES)
         assert "\n" not in str(err.value)
     assert versions(output) == before
 
@@ -243,17 +258,17 @@ def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str) -> N
 
         @property
         def size_bytes(self) -> int:  # asked of it before a byte is read
-            store.write(f"{deaths}/{os.getpid()}", b"")
+            object_store.write(f"{deaths}/{os.getpid()}", b"")
             os.kill(os.getpid(), signal.SIGKILL)
             raise AssertionError("still alive")
 
     names = ("a.nii.gz", "d.nii", "deep/c.nii.gz")
-    items = predict.items_of([Source(f"{scans}{name}") for name in names], scans)
-    items.insert(1, predict.Item("huge", source=TooLarge()))  # type: ignore[arg-type]
+    items = bucket_inference.items_of([Source(f"{scans}{name}") for name in names], scans)
+    items.insert(1, bucket_inference.Item("huge", source=TooLarge()))  # type: ignore[arg-type]
     output, deaths = f"{place}/killed-out", f"{place}/deaths"
 
-    def once(attempt: str) -> list[predict.Row]:
-        return predict.run(
+    def once(attempt: str) -> list[bucket_inference.Row]:
+        return bucket_inference.run(
             items,
             model_files(),
             output,
@@ -265,9 +280,14 @@ def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str) -> N
 
     rows = once("first")
     assert [row.name for row in rows] == ["a", "huge", "d", "deep/c"]
-    assert [row.status for row in rows] == [predict.DONE, predict.QUARANTINED, predict.DONE, predict.DONE]
+    assert [row.status for row in rows] == [
+        bucket_inference.DONE,
+        bucket_inference.QUARANTINED,
+        bucket_inference.DONE,
+        bucket_inference.DONE,
+    ]
     assert rows[1].reason.startswith(f"{TooLarge.uri}: took its process down 3 times")
-    assert len(list(store.listing(deaths))) == predict.MAX_ATTEMPTS == 3
+    assert len(list(object_store.listing(deaths))) == bucket_inference.MAX_ATTEMPTS == 3
     before = versions(output)
     assert once("second") == rows
     assert versions(output) == before
@@ -277,14 +297,14 @@ def test_a_case_whose_answer_got_lost_is_not_done_again(scans: str, place: str) 
     """Ray gives a finished case again when the node that held its answer goes; it must not count as a death."""
     import ray
 
-    items, output = [predict.Item("a", source=Source(f"{scans}a.nii.gz"))], f"{place}/lost-out"
-    actor = predict._Segment(items, [ray.put(model_files())], output, CFG, 1, "attempt", False)
+    items, output = [bucket_inference.Item("a", source=Source(f"{scans}a.nii.gz"))], f"{place}/lost-out"
+    actor = bucket_inference._Segment(items, [ray.put(model_files())], output, CFG, 1, "attempt", False)
     batch = {"id": np.array([0])}
     first = actor(batch)
     before = versions(output)
-    for _ in range(predict.MAX_ATTEMPTS):
+    for _ in range(bucket_inference.MAX_ATTEMPTS):
         assert actor(batch) == first
-    assert json.loads(first["row"][0])["status"] == predict.DONE
+    assert json.loads(first["row"][0])["status"] == bucket_inference.DONE
     assert versions(output) == before
 
 
@@ -295,7 +315,7 @@ def test_an_output_among_the_scans_is_refused(scans: str, place: str, model_uri:
         with pytest.raises(UserError, match="lies in the input"):
             run(model_uri, scans, output)
     listed = f"{place}/list.csv"
-    store.write(listed, f"image\n{scans}a.nii.gz\n".encode())
+    object_store.write(listed, f"image\n{scans}a.nii.gz\n".encode())
     with pytest.raises(UserError, match=r"a\.nii\.gz is a scan, which a label map would replace"):
         run(model_uri, listed, scans)
     assert versions(scans) == before
@@ -326,14 +346,14 @@ def test_a_model_that_cannot_run_is_one_sentence_before_any_case(
         files[model.CONFIG_FILE] = json.dumps(values).encode()
     if spoilt != "nothing":
         for name, blob in files.items():
-            store.write(f"{tmp_path}/model/{name}", blob)
+            object_store.write(f"{tmp_path}/model/{name}", blob)
     with pytest.raises(UserError, match=said) as err:
         run(f"{tmp_path}/model", scans, output)
     assert "\n" not in str(err.value)
-    assert not list(store.listing(output))
+    assert not list(object_store.listing(output))
 
 
 def test_two_scans_for_one_label_map_are_named(scans: str) -> None:
     sources = [Source(f"{scans}{name}") for name in ("x.nii", "x.nii.gz")]
     with pytest.raises(UserError, match=r"would both be written to x\.nii\.gz"):
-        predict.items_of(sources, scans)
+        bucket_inference.items_of(sources, scans)

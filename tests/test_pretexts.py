@@ -15,29 +15,22 @@ import torch
 from helpers import fit_here
 
 from jobs import finetune, pretrain
-from logonet import (
-    artifacts,
-    backbones,
-    cases,
-    cli,
-    clusterers,
-    crops,
-    infer,
-    methods,
-    phantom,
-    splits,
-    stages,
-    train,
-)
-from logonet.artifacts import Artifact
-from logonet.cluster import Resources
-from logonet.errors import UserError
-from logonet.stages.finetuning import Init
+from logonet import cli, methods, networks, pipelines, training
+from logonet.clustering import kmeans
+from logonet.core.errors import UserError
+from logonet.data import cropping, phantom, prepared_scans, splits
+from logonet.distributed.cluster import Resources
+from logonet.inference import sliding_window
+from logonet.pipelines.finetuning import Init
+from logonet.storage import artifacts
+from logonet.storage.artifacts import Artifact
 
 SIZE = (32, 32, 32)
 REPO = Path(__file__).parents[1]
 SPLIT = splits.Config(test_share=0.25, folds=3)
-TWO_STEPS = train.Config(epochs=1, steps_per_epoch=2, global_batch=4, batch_size=2, lr=1e-3, warmup_epochs=0)
+TWO_STEPS = training.Config(
+    epochs=1, steps_per_epoch=2, global_batch=4, batch_size=2, lr=1e-3, warmup_epochs=0
+)
 PRETEXTS = [n for n in methods.names() if "labels" not in methods.needs(n)]
 OBJECTIVES = [n for n in methods.names() if "labels" in methods.needs(n)]
 # A method as somebody may add it: one file, nothing else.
@@ -102,25 +95,25 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "fit", fit_here)
+    monkeypatch.setattr("logonet.distributed.trainer.fit", fit_here)
 
 
 def backbone_for(method: str, **options: Any) -> dict[str, Any]:
     """LoGoNet, or the first network that has what the method wants of one."""
     wanted = set(getattr(methods._file(method), "WANTS", ()))
-    name = next(n for n in ("logonet", *backbones.names()) if not wanted - backbones.abilities(n))
-    return {"name": name, **backbones.tiny(name), **options}
+    name = next(n for n in ("logonet", *networks.names()) if not wanted - networks.abilities(n))
+    return {"name": name, **networks.tiny(name), **options}
 
 
 def arguments(scans: str, root: str) -> dict[str, Any]:
     return {"data": scans, "root": root, "resources": Resources(workers=1), "experiment": "pretexts"}
 
 
-def pretraining(method: dict[str, Any], backbone: dict[str, Any]) -> stages.Pretraining:
-    return stages.Pretraining(
+def pretraining(method: dict[str, Any], backbone: dict[str, Any]) -> pipelines.Pretraining:
+    return pipelines.Pretraining(
         split=SPLIT,
-        crops=crops.Config(size_vox=SIZE, per_scan=2),
-        clusterers=clusterers.Config(n=2, k_min=3, k_max=5, iterations=5),
+        crops=cropping.Config(size_vox=SIZE, per_scan=2),
+        clusterers=kmeans.Config(n=2, k_min=3, k_max=5, iterations=5),
         backbone=backbone,
         method=method,
         train=TWO_STEPS,
@@ -142,7 +135,7 @@ def test_a_pretext_by_name_hands_its_encoder_on(name: str, scans: str, root: str
 
     own = pretrained.config["backbone"]
     torch.manual_seed(0)
-    net = backbones.build(**own, num_classes=2)
+    net = networks.build(**own, num_classes=2)
     weights = load(pretrained.read("backbone.safetensors"))
     assert weights.keys() == net.state_dict().keys()  # no teacher, head or mask token among them
     (entry,) = json.loads(pretrained.read("history.json"))
@@ -152,31 +145,31 @@ def test_a_pretext_by_name_hands_its_encoder_on(name: str, scans: str, root: str
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_by_name_finetunes(name: str, scans: str, root: str) -> None:
-    cfg = stages.Finetuning(
+    cfg = pipelines.Finetuning(
         split=SPLIT,
-        crops=cases.Crops(size_vox=SIZE),
+        crops=prepared_scans.Crops(size_vox=SIZE),
         backbone=backbone_for(name),
         method={"name": name},
         train=TWO_STEPS,
         init=Init(),
-        validation=infer.Config(overlap=0),
+        validation=sliding_window.Config(overlap=0),
     )
     finetune.run(cfg, finetune.Args(**arguments(scans, root)))
     finetuned = of_method(root, "finetune", name)
     assert finetuned.facts["steps"] == 2
-    chosen = stages.choose(finetuned.uri)  # the student alone: a teacher would not fit the network
+    chosen = pipelines.choose(finetuned.uri)  # the student alone: a teacher would not fit the network
     assert set(chosen.folder) == {"config.json", "weights.safetensors"}
 
 
 def test_a_network_that_a_method_cannot_take_is_refused_with_those_that_it_can(scans: str, root: str) -> None:
     with pytest.raises(UserError, match=r"'mae3d' needs encode_visible .* 'logonet' .* do: unetr$"):
-        stages.resolve(pretraining({"name": "mae3d"}, {"name": "logonet", **backbones.tiny("logonet")}))
+        pipelines.resolve(pretraining({"name": "mae3d"}, {"name": "logonet", **networks.tiny("logonet")}))
 
 
 def test_units_that_a_network_cannot_hide_are_refused_before_anything_is_read() -> None:
     method = {"name": "simmim", "unit_vox": (8, 8, 8)}
     with pytest.raises(UserError, match=r"method\.unit_vox"):
-        stages.resolve(pretraining(method, {"name": "unetr", **backbones.tiny("unetr")}))
+        pipelines.resolve(pretraining(method, {"name": "unetr", **networks.tiny("unetr")}))
 
 
 def test_comparing_methods_want_more_than_one_crop() -> None:
@@ -184,7 +177,7 @@ def test_comparing_methods_want_more_than_one_crop() -> None:
 
     cfg = pretraining({"name": "simclr"}, backbone_for("simclr"))
     with pytest.raises(UserError, match=r"train\.batch_size is 1; set it to 2 or more"):
-        stages.resolve(replace(cfg, train=replace(cfg.train, batch_size=1)))
+        pipelines.resolve(replace(cfg, train=replace(cfg.train, batch_size=1)))
 
 
 def test_a_file_dropped_into_the_folder_trains_by_name(
@@ -197,8 +190,8 @@ def test_a_file_dropped_into_the_folder_trains_by_name(
     monkeypatch.setitem(sys.modules, "logonet.methods.brightness", None)
     del sys.modules["logonet.methods.brightness"]
     torch.manual_seed(0)
-    net = backbones.build("logonet", 1, 2, **backbones.tiny("logonet"))
-    module = methods.build("brightness", net, methods.Facts(SIZE))
+    net = networks.build("logonet", 1, 2, **networks.tiny("logonet"))
+    module = methods.build("brightness", net, methods.DataSpec(SIZE))
     params = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-3)
     drawn = np.random.default_rng(0).integers(0, 65536, (2, 1, *SIZE)).astype(np.uint16)

@@ -17,8 +17,9 @@ from test_methods import Stub
 from test_selfsup import assert_learns_two_phantoms, phantom_batch, phantom_crop, plain_nt_xent
 from torch import Tensor, nn
 
-from logonet import backbones, draws, methods
-from logonet.errors import UserError
+from logonet import methods, networks
+from logonet.core import seeding
+from logonet.core.errors import UserError
 from logonet.methods import rcr
 from logonet.methods._parts import intensity
 
@@ -56,7 +57,7 @@ def test_the_published_network(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(logging.getLogger(), "level", logging.ERROR)
     with torch.device("meta"):
-        net = backbones.build("swinunetr", 1, 14)
+        net = networks.build("swinunetr", 1, 14)
         module = build(net, (96, 96, 96))
     trained = round(sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6, 3)
     assert (millions(net.net.swinViT), millions(module.reconstruction), trained) == (8.062, 10.638, 19.097)
@@ -134,7 +135,7 @@ def test_one_voxel_is_not_normalised_away():
 
 @pytest.mark.parametrize("size_vox", [(40, 40, 20), (96, 96, 96), (8, 8, 4)])
 def test_boxes_hide_what_was_drawn_and_at_most_one_more(size_vox: tuple[int, int, int]):
-    generator = draws.rng(0, "boxes")
+    generator = seeding.rng(0, "boxes")
     low, high = ([max(1, int(share * side)) for side in size_vox] for share in (0.05, 0.25))
     shares = []
     for _ in range(60):
@@ -153,7 +154,7 @@ def test_boxes_hide_what_was_drawn_and_at_most_one_more(size_vox: tuple[int, int
 
 def prepared(seed: str, **options: Any) -> dict[str, np.ndarray]:
     cfg = methods.config("rcr", options)
-    return methods.prepare("rcr")({"image_CXYZ": phantom_crop(0)}, cfg, draws.rng(0, seed))
+    return methods.prepare("rcr")({"image_CXYZ": phantom_crop(0)}, cfg, seeding.rng(0, seed))
 
 
 def test_each_view_is_the_crop_turned_with_noise_in_boxes():
@@ -241,7 +242,7 @@ def test_closed_forms(batch: dict[str, Tensor]):
 
 
 def test_a_map_of_one_token_serves_both_heads():
-    net = backbones.build("swinunetr", 1, 2, **backbones.tiny("swinunetr"))
+    net = networks.build("swinunetr", 1, 2, **networks.tiny("swinunetr"))
     module = build(net)
     feats = net.encode(torch.rand(4, 1, 32, 32, 32))
     rotation, first, second, _ = module.heads(feats, (32, 32, 32))

@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 from test_serving import post, wait_for
 
-from logonet import phantom, store
-from logonet.s3server import S3Server, free_ports
+from logonet.data import phantom
+from logonet.storage import object_store
+from tools.s3server import S3Server, free_ports
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 REPO = Path(__file__).parents[1]
@@ -60,9 +61,9 @@ def head(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def put(files: list[Path], prefix: str) -> None:
-    store.create_bucket(prefix.rsplit("/", 1)[0])
+    object_store.create_bucket(prefix.rsplit("/", 1)[0])
     for file in files:
-        store.write_file(str(file), f"{prefix}/{file.name}")
+        object_store.write_file(str(file), f"{prefix}/{file.name}")
 
 
 @pytest.mark.parametrize(
@@ -100,10 +101,10 @@ def test_sixteen_workers_pretrain_on_real_scans(
     print(job.stdout[-3000:], f"\n{time.monotonic() - started:.0f} s")
     (manifest,) = [
         e.uri
-        for e in store.listing(f"{bucket}/runs/pretrain")
+        for e in object_store.listing(f"{bucket}/runs/pretrain")
         if e.uri.endswith("/manifest.json") and "/checkpoints/" not in e.uri
     ]
-    history = json.loads(store.read(manifest.replace("manifest.json", "history.json")))
+    history = json.loads(object_store.read(manifest.replace("manifest.json", "history.json")))
     assert len(history) == (2 if settings else 4)
     assert history[-1]["loss"] < history[0]["loss"]
     assert all(0 < e["accuracy_floor"] < 1 and e["effective_rank"] > 1 for e in history)

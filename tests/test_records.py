@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logonet import store
-from logonet.errors import UserError
+from logonet.core.errors import UserError
+from logonet.storage import object_store
 from logonet.sweep import records
 from logonet.sweep.records import Spec, Trial
 
@@ -23,7 +23,7 @@ from logonet.sweep.records import Spec, Trial
 @pytest.fixture(params=["path", "s3"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     root = request.getfixturevalue("bucket") if request.param == "s3" else str(tmp_path)
-    return store.join(root, "sweep", "first-look")
+    return object_store.join(root, "sweep", "first-look")
 
 
 def trial(index: int = 0, **values: Any) -> Trial:
@@ -49,7 +49,7 @@ def test_trials_come_back_by_index(uri: str) -> None:
     for index in (10, 2, 0, 12345):
         records.write(uri, trial(index))
     assert records.read_all(uri) == [trial(i) for i in (0, 2, 10, 12345)]
-    assert store.exists(f"{uri}/trials/0002.json")
+    assert object_store.exists(f"{uri}/trials/0002.json")
 
 
 def test_a_trial_is_replaced_as_it_goes_on(uri: str) -> None:
@@ -58,7 +58,7 @@ def test_a_trial_is_replaced_as_it_goes_on(uri: str) -> None:
     stopped = replace(begun, status="stopped", reason="stopped after epoch 2", wall_s=3.0)
     records.write(uri, stopped)
     assert records.read_all(uri) == [stopped]
-    assert len(list(store.listing(uri))) == 1
+    assert len(list(object_store.listing(uri))) == 1
 
 
 numbers = st.one_of(st.floats(), st.integers(-(2**53), 2**53), st.text(), st.lists(st.floats(), max_size=3))
@@ -115,8 +115,8 @@ def test_a_damaged_record_is_absent_named_and_kept(
     records.write(uri, trial(0))
     records.write(uri, trial(1))
     record = f"{uri}/trials/0000.json"
-    bad = damage(kind, store.read(record))
-    store.write(record, bad)
+    bad = damage(kind, object_store.read(record))
+    object_store.write(record, bad)
     with caplog.at_level(logging.WARNING):
         assert records.read_all(uri) == [trial(1)]
     assert len(caplog.records) == 1
@@ -124,8 +124,8 @@ def test_a_damaged_record_is_absent_named_and_kept(
     for _ in range(2):  # the second time there is nothing to keep
         records.write(uri, trial(0))
         assert records.read_all(uri) == [trial(0), trial(1)]
-        kept = [e.uri for e in store.listing(uri) if ".torn-" in e.uri]
-        assert [store.read(k) for k in kept] == [bad]
+        kept = [e.uri for e in object_store.listing(uri) if ".torn-" in e.uri]
+        assert [object_store.read(k) for k in kept] == [bad]
 
 
 def test_the_table_has_the_last_finite_objective_and_a_column_for_each_key() -> None:
@@ -176,9 +176,9 @@ SPEC = Spec(
 
 def test_the_same_sweep_goes_on(uri: str) -> None:
     records.claim(uri, SPEC)
-    before = store.stat(f"{uri}/sweep.json")
+    before = object_store.stat(f"{uri}/sweep.json")
     records.claim(uri, SPEC)
-    assert store.stat(f"{uri}/sweep.json") == before
+    assert object_store.stat(f"{uri}/sweep.json") == before
     assert records.read_spec(uri) == SPEC
 
 
@@ -227,15 +227,15 @@ def test_many_differences_are_counted(tmp_path: Path) -> None:
 def test_a_damaged_sweep_is_not_taken_over(tmp_path: Path) -> None:
     uri = str(tmp_path)
     records.claim(uri, SPEC)
-    whole = store.read(f"{uri}/sweep.json")
+    whole = object_store.read(f"{uri}/sweep.json")
     for bad, why in [
         (whole[:50], "is torn"),
         (whole.replace(b'"probe"', b'"rank"'), "does not match its own"),
     ]:
-        store.write(f"{uri}/sweep.json", bad)
+        object_store.write(f"{uri}/sweep.json", bad)
         with pytest.raises(UserError, match=rf"sweep\.json {why}.*begin another sweep with --name"):
             records.claim(uri, SPEC)
-        assert store.read(f"{uri}/sweep.json") == bad
+        assert object_store.read(f"{uri}/sweep.json") == bad
 
 
 def test_no_sweep_is_a_sentence(uri: str) -> None:

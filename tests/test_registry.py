@@ -14,10 +14,10 @@ import time
 
 import pytest
 
-from logonet import registry
-from logonet.errors import UserError
-from logonet.redaction import command_line
-from logonet.registry import Tracker, catch_up
+from logonet import tracking
+from logonet.core.errors import UserError
+from logonet.core.redaction import command_line
+from logonet.tracking import Tracker, catch_up
 
 PARAMS = {"train": {"lr": 1e-4, "epochs": 4, "amp": True}, "method": {"name": "masked", "sizes": [1, 2]}}
 
@@ -33,9 +33,9 @@ def client(database, tmp_path, monkeypatch):
     """Tracking in SQLite, and a client to look into it."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     monkeypatch.setenv("LOGONET_HOME", str(tmp_path / "home"))
-    for key in registry.MLFLOW_DEFAULTS:
-        monkeypatch.setenv(key, registry.MLFLOW_DEFAULTS[key])
-    return registry._client(registry.tracking_uri())
+    for key in tracking.MLFLOW_DEFAULTS:
+        monkeypatch.setenv(key, tracking.MLFLOW_DEFAULTS[key])
+    return tracking.runs.connect(tracking.tracking_uri())
 
 
 def tracker(experiment, fingerprint="f00d", **given):
@@ -93,11 +93,11 @@ def test_tracking_uri_is_absolute_and_the_environment_wins(variables, uri, monke
         monkeypatch.delenv(key, raising=False)
     for key, value in variables.items():
         monkeypatch.setenv(key, value)
-    assert registry.tracking_uri() == uri
+    assert tracking.tracking_uri() == uri
 
 
 def test_a_run_holds_params_tags_metrics_and_files(client, tmp_path):
-    t = tracker("whole", tags={"logonet.manifest": "m1", "logonet.git_commit": None})
+    t = tracker("whole", tags={"logonet.data.manifest": "m1", "logonet.git_commit": None})
     t.sync(history(3))
     t.log_files({"report.html": b"<p>", "pictures/loss.png": b"\x89PNG"})
     assert t.close(timeout_s=60)
@@ -113,7 +113,7 @@ def test_a_run_holds_params_tags_metrics_and_files(client, tmp_path):
         "method.sizes": "[1, 2]",
     }
     assert run.data.tags["logonet.fingerprint"] == "f00d"
-    assert run.data.tags["logonet.manifest"] == "m1"
+    assert run.data.tags["logonet.data.manifest"] == "m1"
     assert "logonet.git_commit" not in run.data.tags
     assert points(client, "whole") == [(0, 5.0), (10, 4.0), (20, 3.0)]
     assert points(client, "whole", "accuracy_clusterer/001") == [(0, 0.0), (10, 0.2), (20, 0.4)]
@@ -165,8 +165,8 @@ def test_catch_up_completes_a_run_and_leaves_a_complete_one_alone(client):
 def test_an_epoch_cut_in_two_is_not_lost_and_not_doubled(client, monkeypatch):
     """1500 metrics an epoch go in two batches; the second one fails once."""
     flaky = Flaky(client, "log_batch", failures=1, through=2)  # passed: the params, then the first batch
-    monkeypatch.setattr(registry, "_client", lambda uri: flaky)
-    monkeypatch.setattr(registry, "RETRY_S", 0.01)
+    monkeypatch.setattr("logonet.tracking.runs.connect", lambda uri: flaky)
+    monkeypatch.setattr("logonet.tracking.runs.RETRY_S", 0.01)
     t = tracker("torn")
     t.sync([{"epoch": e, "step": e, "many": [float(i) for i in range(1500)]} for e in range(2)])
     assert t.close()
@@ -210,7 +210,7 @@ def test_training_goes_on_while_the_server_hangs(client, monkeypatch):
         assert release.wait(60)
         return client
 
-    monkeypatch.setattr(registry, "_client", hang)
+    monkeypatch.setattr("logonet.tracking.runs.connect", hang)
     t = tracker("hung")
     for num_epochs in range(1, 5):
         t.sync(history(num_epochs))
@@ -236,7 +236,7 @@ def test_what_arrives_during_the_last_flush_is_not_lost(client, monkeypatch):
             assert release.wait(60)
             client.set_terminated(*args)
 
-    monkeypatch.setattr(registry, "_client", lambda uri: Gate())
+    monkeypatch.setattr("logonet.tracking.runs.connect", lambda uri: Gate())
     t = tracker("gate")
     t.sync(history(1))
     assert t.close(timeout_s=0.0) is False
@@ -271,11 +271,11 @@ def test_a_delivered_file_is_not_sent_again_until_it_changes(client, monkeypatch
 
 def test_an_outage_is_said_once_and_loses_nothing(client, monkeypatch, caplog):
     flaky = Flaky(client, "get_run", failures=3)
-    monkeypatch.setattr(registry, "_client", lambda uri: flaky)
-    monkeypatch.setattr(registry, "RETRY_S", 0.01)
+    monkeypatch.setattr("logonet.tracking.runs.connect", lambda uri: flaky)
+    monkeypatch.setattr("logonet.tracking.runs.RETRY_S", 0.01)
     t = tracker("outage")
     t.log_files({"kept.txt": b"kept"})
-    with caplog.at_level(logging.WARNING, logger="logonet.registry"):
+    with caplog.at_level(logging.WARNING, logger="logonet.tracking"):
         t.sync(history(2))
         assert t.close()
     away, back = caplog.messages
@@ -289,8 +289,10 @@ def test_an_outage_is_said_once_and_loses_nothing(client, monkeypatch, caplog):
 
 
 def test_close_says_when_it_did_not_deliver(client, monkeypatch):
-    monkeypatch.setattr(registry, "_client", lambda uri: Flaky(client, "search_runs", failures=10**6))
-    monkeypatch.setattr(registry, "RETRY_S", 0.01)
+    monkeypatch.setattr(
+        "logonet.tracking.runs.connect", lambda uri: Flaky(client, "search_runs", failures=10**6)
+    )
+    monkeypatch.setattr("logonet.tracking.runs.RETRY_S", 0.01)
     t = tracker("lost")
     t.sync(history(1))
     assert t.close(timeout_s=0.2) is False
@@ -322,7 +324,7 @@ def test_secrets_and_patients_names_stay_out(client, database, tmp_path, monkeyp
 
 def test_commit_of_a_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("LOGONET_GIT_COMMIT", raising=False)
-    assert registry.git_commit(str(tmp_path)) is None
+    assert tracking.git_commit(str(tmp_path)) is None
 
     def git(*words):
         me = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
@@ -337,15 +339,15 @@ def test_commit_of_a_folder(tmp_path, monkeypatch):
     git("commit", "-qm", "one", "--no-verify")
     git("tag", "-a", "v1", "-m", "v1")
     commit = git("rev-parse", "HEAD")
-    assert registry.git_commit(str(tmp_path)) == commit
+    assert tracking.git_commit(str(tmp_path)) == commit
     (tmp_path / "a").write_text("2")
-    assert registry.git_commit(str(tmp_path)) == f"{commit}-dirty"
+    assert tracking.git_commit(str(tmp_path)) == f"{commit}-dirty"
     monkeypatch.setenv("LOGONET_GIT_COMMIT", "abc")
-    assert registry.git_commit(str(tmp_path)) == "abc"
+    assert tracking.git_commit(str(tmp_path)) == "abc"
 
 
 def test_importing_the_registry_does_not_import_mlflow():
-    code = "import sys, logonet.registry; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, logonet.tracking; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -369,8 +371,8 @@ def test_a_run_catches_up_with_a_server_that_comes_late(tmp_path, monkeypatch, c
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    for key in registry.MLFLOW_DEFAULTS:
-        monkeypatch.setenv(key, registry.MLFLOW_DEFAULTS[key])
+    for key in tracking.MLFLOW_DEFAULTS:
+        monkeypatch.setenv(key, tracking.MLFLOW_DEFAULTS[key])
     t = tracker("late", artifact_root=str(tmp_path / "not-used-with-a-server"))
     t.sync(history(2))
     t.log_files({"pictures/early.png": b"early"})
@@ -403,9 +405,9 @@ def test_check_names_the_server_or_says_it_is_away(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    assert registry.check() == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking.check() == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2@127.0.0.1:1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(UserError, match="does not answer") as err:
-        registry.check()
+        tracking.check()
     assert "hunter2" not in str(err.value)

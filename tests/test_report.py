@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from logonet import phantom, report
-from logonet.draws import rng
-from logonet.report import drawing
+from logonet import reporting
+from logonet.core.seeding import rng
+from logonet.data import phantom
+from logonet.reporting import drawing
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -66,8 +67,8 @@ def test_slices_are_shown_as_radiologists_see_them():
     """Anterior is the picture's top, the patient's right its left."""
     slice_XY = np.zeros((3, 5))
     slice_XY[2, 4] = 1.0  # RAS: the last x is the patient's right, the last y is anterior
-    assert np.argwhere(report.shown(slice_XY)).tolist() == [[0, 0]]
-    assert report.shown(slice_XY).shape == (5, 3)
+    assert np.argwhere(reporting.shown(slice_XY)).tolist() == [[0, 0]]
+    assert reporting.shown(slice_XY).shape == (5, 3)
 
 
 @pytest.mark.parametrize(
@@ -77,14 +78,14 @@ def test_slices_are_shown_as_radiologists_see_them():
 @pytest.mark.parametrize("num_clusterers", [0, 1, 9])
 def test_the_longest_chain_is_shown(chain, num_slices, expected, num_clusterers, words):
     image, hidden, chain_Z, sizes, labels = sample(8, num_slices, chain, num_clusterers)
-    pixels(report.chain_picture(image, hidden, chain_Z, sizes, labels if num_clusterers else None))
+    pixels(reporting.chain_picture(image, hidden, chain_Z, sizes, labels if num_clusterers else None))
     assert [w for w in words if w.startswith("slice ")] == [f"slice {z}" for z in expected]
     assert f"patches of 4\n{hidden[:, :, expected[0]].mean():.0%} hidden" in words
     if num_clusterers:
-        shown = min(num_clusterers, report.MAX_CLUSTERERS)
+        shown = min(num_clusterers, reporting.MAX_CLUSTERERS)
         assert f"pseudo-labels\nof {shown} of {num_clusterers}\nclusterers" in words
         assert str(labels[0, expected[0]]) in words
-    if len(chain) > len(expected) == report.MAX_CHAIN_SLICES:
+    if len(chain) > len(expected) == reporting.MAX_CHAIN_SLICES:
         assert any("the first 7 of 12 slices" in w for w in words)
 
 
@@ -92,9 +93,9 @@ def test_what_is_hidden_is_tinted_and_the_rest_is_grey():
     image, hidden, chain_Z, sizes, _ = sample(4, 1, [0], 1)
     image[:] = 0.5
     hidden[:] = False
-    plain = pixels(report.chain_picture(image, hidden, chain_Z, sizes)).astype(int)
+    plain = pixels(reporting.chain_picture(image, hidden, chain_Z, sizes)).astype(int)
     hidden[:, :, 0] = True
-    tinted = pixels(report.chain_picture(image, hidden, chain_Z, sizes)).astype(int)
+    tinted = pixels(reporting.chain_picture(image, hidden, chain_Z, sizes)).astype(int)
 
     def blue(picture):
         return ((picture[..., 2] - picture[..., 0]) > 80).sum()
@@ -108,14 +109,14 @@ def test_a_sheet_has_a_row_for_each_of_the_largest_codes(words):
     labels_S = np.repeat(np.arange(20), np.arange(1, 21))  # code c has c + 1 slices
     exemplars = {c: list(np.flatnonzero(labels_S == c)[:4]) for c in range(20) if c != 18}
     slices_SXY = rng(0, "sheet").random((len(labels_S), 6, 6))
-    pixels(report.contact_sheet(slices_SXY, labels_S, 25, exemplars, "Clusterer 3"))
+    pixels(reporting.contact_sheet(slices_SXY, labels_S, 25, exemplars, "Clusterer 3"))
     assert [w for w in words if w.startswith("code ")] == [f"code {c}" for c in [19, *range(17, 6, -1)]]
     assert "20 slices, 9.5%" in words
     assert any("of 20 used codes (K = 25)" in w for w in words)
 
 
 def test_a_sheet_of_one_code(words):
-    pixels(report.contact_sheet(np.zeros((2, 4, 4)), np.array([1, 1]), 2, {0: [], 1: [0]}, "One"))
+    pixels(reporting.contact_sheet(np.zeros((2, 4, 4)), np.array([1, 1]), 2, {0: [], 1: [0]}, "One"))
     assert "2 slices, 100.0%" in words
 
 
@@ -123,7 +124,7 @@ def test_curves_name_their_last_value_and_their_floor(words):
     entries = history(
         3, accuracy_floor=0.046, data_wait_share=0.031, samples_per_s=41.2, effective_rank=17.25
     )
-    pixels(report.curves(entries))
+    pixels(reporting.curves(entries))
     assert {"1.67", "30.0%", "majority floor 4.6%", "3.1%", "41.2", "17.2", "3.3e-5"} <= set(words)
     assert "3 epochs, 21 steps" in words
 
@@ -132,7 +133,7 @@ def test_curves_name_their_last_value_and_their_floor(words):
 def test_curves_draw_what_was_measured_and_no_more(num_epochs, words):
     entries = history(num_epochs, effective_rank=None)
     entries[0]["loss"] = float("nan")
-    pixels(report.curves(entries, floors={"accuracy": 0.02}))
+    pixels(reporting.curves(entries, floors={"accuracy": 0.02}))
     assert "effective rank of features" not in words
     assert "samples per second" not in words
     assert "floor 2.0%" in words
@@ -143,7 +144,7 @@ def test_curves_draw_what_was_measured_and_no_more(num_epochs, words):
 def test_quality_of_any_number_of_clusterers(k, words):
     agreement_NN = np.full((len(k), len(k)), 0.25)
     np.fill_diagonal(agreement_NN, 1.0)
-    pixels(report.clusters_picture(quality(k), agreement_NN))
+    pixels(reporting.clusters_picture(quality(k), agreement_NN))
     assert f"{len(k)} clusterers, {sum(k):,} codes" in words
     assert f"{sum(v // 50 for v in k):,} of {sum(k):,} label no slice" in words
     assert ("only one" if len(k) == 1 else "mean 0.25") in words
@@ -151,7 +152,7 @@ def test_quality_of_any_number_of_clusterers(k, words):
 
 
 def test_the_same_data_give_the_same_bytes():
-    assert report.curves(history(3)) == report.curves(history(3))
+    assert reporting.curves(history(3)) == reporting.curves(history(3))
 
 
 class Page(html.parser.HTMLParser):
@@ -177,7 +178,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_a_page_is_one_file():
-    png = report.curves(history(2))
+    png = reporting.curves(history(2))
     table = pd.DataFrame(
         {
             "case <b>": ["a & b", "<script>"],
@@ -187,7 +188,7 @@ def test_a_page_is_one_file():
         }
     )
     page = Page(
-        report.run_page(
+        reporting.run_page(
             "Run <1>", [("Curves & co", png), ("Table", table), ("Words", "<p>by <i>hand</i></p>")]
         )
     )
@@ -210,8 +211,8 @@ def test_a_page_is_one_file():
     assert page.tags.count("img") == 1
     fetched = [link for link in page.links if not link.startswith("#")]
     assert [link[:22] for link in fetched] == ["data:image/png;base64,"]
-    assert "url(" not in report.PAGE
-    assert "prefers-color-scheme: dark" in report.PAGE
+    assert "url(" not in reporting.PAGE
+    assert "prefers-color-scheme: dark" in reporting.PAGE
 
 
 def test_pictures_leave_no_figures_behind():
@@ -349,14 +350,14 @@ def near(picture, colour, within=12):
 
 
 def test_curves_of_finetuning_name_the_best_validation(placed):
-    texts = placed(report.curves, finetuning(30))
+    texts = placed(reporting.curves, finetuning(30))
     assert {"Dice", "best 0.800, epoch 15", "val 0.575", "train 0.883", "Dice 0.4", "CE 0.41"} <= set(texts)
     assert "masked accuracy" not in texts
 
 
 @pytest.mark.parametrize("entries", [finetuning(1), finetuning(2), finetuning(80, every=1)[:79]])
 def test_curves_of_any_length_are_legible(entries, placed):
-    texts = placed(report.curves, entries)
+    texts = placed(reporting.curves, entries)
     assert "Dice" in texts
     assert any(t.startswith("best") for t in texts) == any("val_dice" in e for e in entries)
 
@@ -364,7 +365,7 @@ def test_curves_of_any_length_are_legible(entries, placed):
 def test_the_first_of_equal_validations_is_the_best(words):
     entries = [{"epoch": e, "step": e, "loss": 1.0, "val_dice": d} for e, d in ((2, 0.5), (4, 0.7), (6, 0.7))]
     entries.append({"epoch": 8, "step": 8, "loss": 1.0, "val_dice": float("nan")})
-    pixels(report.curves(entries))
+    pixels(reporting.curves(entries))
     assert "best 0.700, epoch 4" in words
 
 
@@ -374,7 +375,7 @@ def test_the_first_of_equal_validations_is_the_best(words):
 )
 def test_boxes_of_any_number_of_classes_and_cases(num_classes, num_cases, undefined, placed):
     frame = results(num_classes, num_cases, undefined)
-    texts = placed(report.organ_boxes, frame)
+    texts = placed(reporting.organ_boxes, frame)
     assert texts.count("median") == 3
     for name, of_class in frame.groupby("class"):
         assert name in texts
@@ -387,9 +388,9 @@ def test_boxes_of_any_number_of_classes_and_cases(num_classes, num_cases, undefi
 
 def test_a_far_distance_does_not_flatten_the_others(placed):
     frame = results(2, 40)
-    assert "30" not in placed(report.organ_boxes, frame)
+    assert "30" not in placed(reporting.organ_boxes, frame)
     frame.loc[0, "hd95_mm"] = 200.0
-    assert {"1", "3", "10", "30", "100"} <= set(placed(report.organ_boxes, frame))
+    assert {"1", "3", "10", "30", "100"} <= set(placed(reporting.organ_boxes, frame))
 
 
 @pytest.mark.parametrize(
@@ -404,7 +405,7 @@ def test_a_far_distance_does_not_flatten_the_others(placed):
 def test_a_forest_plot_says_its_numbers(table, placed):
     table.loc[0, ["difference", "ci_low", "ci_high", "p"]] = np.nan
     table.loc[len(table) - 1, "p"] = 1e-5
-    texts = placed(report.compare_picture, table, "scratch", "pretrained")
+    texts = placed(reporting.compare_picture, table, "scratch", "pretrained")
     assert "pretrained against scratch, on the same cases" in texts
     for entry in table.dropna().to_dict("records"):
         digits = 3 if entry["metric"] == "hd95_mm" else 4
@@ -418,7 +419,7 @@ def test_better_is_blue_worse_is_red_and_undecided_grey():
         table = comparison((metric,), ("liver",)).assign(
             difference=difference, ci_low=difference - spread, ci_high=difference + spread
         )
-        picture = pixels(report.compare_picture(table))
+        picture = pixels(reporting.compare_picture(table))
         return near(picture, drawing.BLUE) > 100, near(picture, drawing.RED) > 100
 
     assert colours("dice", 0.1) == (True, False)
@@ -431,12 +432,12 @@ def test_better_is_blue_worse_is_red_and_undecided_grey():
 def test_means_with_intervals(placed):
     table = fractions()
     table.loc[1, ["mean", "ci_low", "ci_high"]] = np.nan
-    texts = placed(report.bars_with_ci, table, "Hippocampus", "mean Dice")
+    texts = placed(reporting.bars_with_ci, table, "Hippocampus", "mean Dice")
     assert {"10 % of the labels", "100 % of the labels", "0.700", "[0.680, 0.710]", "-", "mean Dice"} <= set(
         texts
     )
     assert texts.count("DynUNet") == 2
-    placed(report.bars_with_ci, table[:1], "One")
+    placed(reporting.bars_with_ci, table[:1], "One")
 
 
 def test_three_planes_face_the_reader_as_radiologists_expect(planes):
@@ -444,11 +445,11 @@ def test_three_planes_face_the_reader_as_radiologists_expect(planes):
     x, y, z = np.meshgrid(np.arange(6), np.arange(7), np.arange(8), indexing="ij")
     image_XYZ = (100 * x + 10 * y + z).astype(float)
     pred_XYZ = block((6, 7, 8), (1, 2, 3), (4, 5, 6))
-    pixels(report.overlay(image_XYZ, None, pred_XYZ, (1, 1, 1), {1: "a"}, "", window=(0, 600)))
+    pixels(reporting.overlay(image_XYZ, None, pred_XYZ, (1, 1, 1), {1: "a"}, "", window=(0, 600)))
     axial, coronal, sagittal = (array for array, _, _ in planes)
-    np.testing.assert_array_equal(axial, report.shown(image_XYZ[:, :, 4]))
-    np.testing.assert_array_equal(coronal, report.shown(image_XYZ[:, 3]))
-    np.testing.assert_array_equal(sagittal, report.shown(image_XYZ[2]))
+    np.testing.assert_array_equal(axial, reporting.shown(image_XYZ[:, :, 4]))
+    np.testing.assert_array_equal(coronal, reporting.shown(image_XYZ[:, 3]))
+    np.testing.assert_array_equal(sagittal, reporting.shown(image_XYZ[2]))
     assert (axial[0, 0], coronal[0, 0], sagittal[0, 0]) == (564, 537, 267)
 
 
@@ -456,7 +457,7 @@ def test_three_planes_face_the_reader_as_radiologists_expect(planes):
 @pytest.mark.parametrize("size_vox", [(40, 36, 32), (40, 36, 4), (16, 16, 60)])
 def test_planes_have_the_proportions_of_the_body(spacing_mm, size_vox, planes, placed):
     image, truth, pred, _ = scan(size_vox=size_vox)
-    placed(report.overlay, image, truth, pred, spacing_mm, ORGANS, "case")
+    placed(reporting.overlay, image, truth, pred, spacing_mm, ORGANS, "case")
     x, y, z = (n * s for n, s in zip(size_vox, spacing_mm))
     for (wide_mm, high_mm), (_, (wide_in, high_in), extent) in zip([(x, y), (x, z), (y, z)], planes):
         assert wide_in / high_in == pytest.approx(wide_mm / high_mm)
@@ -468,13 +469,15 @@ def test_planes_pass_where_small_classes_are_too(planes):
     truth_XYZ = block((30, 30, 30), (0, 0, 0), (30, 30, 10), value=1)
     truth_XYZ[14:17, 20:23, 25:28] = 2
     z = np.broadcast_to(np.arange(30.0), (30, 30, 30))
-    pixels(report.overlay(z, truth_XYZ, truth_XYZ, (1, 1, 1), {1: "large", 2: "small"}, "", window=(0, 30)))
+    pixels(
+        reporting.overlay(z, truth_XYZ, truth_XYZ, (1, 1, 1), {1: "large", 2: "small"}, "", window=(0, 30))
+    )
     assert planes[0][0][0, 0] == 26
 
 
 def test_the_picture_says_the_dice_it_was_given(placed):
     image, truth, pred, spacing = scan()
-    texts = placed(report.overlay, image, truth, pred, spacing, ORGANS, "case_1")
+    texts = placed(reporting.overlay, image, truth, pred, spacing, ORGANS, "case_1")
     dice = [
         2 * ((truth == v) & (pred == v)).sum() / ((truth == v).sum() + (pred == v).sum()) for v in (1, 2, 3)
     ]
@@ -488,13 +491,13 @@ def test_the_picture_says_the_dice_it_was_given(placed):
 
 def test_a_prediction_alone_and_an_empty_one(placed):
     image, truth, pred, spacing = scan()
-    texts = placed(report.overlay, image, None, pred, spacing, ORGANS, "new scan")
+    texts = placed(reporting.overlay, image, None, pred, spacing, ORGANS, "new scan")
     assert "prediction alone: no truth was given" in texts
     assert not {"truth", "Dice"} & set(texts)
     nothing = np.zeros_like(pred)
-    texts = placed(report.overlay, image, truth, nothing, spacing, ORGANS, "missed")
+    texts = placed(reporting.overlay, image, truth, nothing, spacing, ORGANS, "missed")
     assert texts.count("0.000") == 3 and "mean Dice 0.000" in texts
-    texts = placed(report.overlay, image, nothing, nothing, spacing, ORGANS, "empty")
+    texts = placed(reporting.overlay, image, nothing, nothing, spacing, ORGANS, "empty")
     assert "no class in truth or prediction" in texts
     assert "axial, 17/32" in texts
 
@@ -504,14 +507,16 @@ def test_truth_is_solid_and_prediction_dashed():
     nothing = np.zeros_like(truth)
 
     def coloured(*labels):
-        return near(pixels(report.overlay(image, *labels, spacing, {1: "liver"}, "")), drawing.SKY, within=40)
+        return near(
+            pixels(reporting.overlay(image, *labels, spacing, {1: "liver"}, "")), drawing.SKY, within=40
+        )
 
     # The key is the same in all three.
     solid, dashed = coloured(truth, nothing), coloured(nothing, truth)
     assert coloured(None, truth) == pytest.approx(solid, rel=0.02)
     key = near(
         pixels(
-            report.overlay(
+            reporting.overlay(
                 image, nothing, block(truth.shape, (0, 0, 0), (1, 1, 1)), spacing, {1: "liver"}, ""
             )
         ),
@@ -524,15 +529,17 @@ def test_truth_is_solid_and_prediction_dashed():
 def test_what_is_small_is_enlarged(planes, placed):
     truth_XYZ = block((60, 60, 40), (20, 20, 10), (26, 26, 14))
     image_XYZ = rng(0, "image").random(truth_XYZ.shape)
-    texts = placed(report.overlay, image_XYZ, truth_XYZ, truth_XYZ, (1, 1, 2.5), {1: "gland"}, "small")
+    texts = placed(reporting.overlay, image_XYZ, truth_XYZ, truth_XYZ, (1, 1, 2.5), {1: "gland"}, "small")
     assert [t for t in texts if "enlarged" in t] == [
         f"{p}, enlarged" for p in ("axial", "coronal", "sagittal")
     ]
     # 6 mm of margin: 6 voxels in the plane, 3 slices of 2.5 mm.
-    np.testing.assert_array_equal(planes[3][0], report.shown(image_XYZ[14:32, 14:32, 12]))
-    np.testing.assert_array_equal(planes[4][0], report.shown(image_XYZ[14:32, 23, 7:17]))
+    np.testing.assert_array_equal(planes[3][0], reporting.shown(image_XYZ[14:32, 14:32, 12]))
+    np.testing.assert_array_equal(planes[4][0], reporting.shown(image_XYZ[14:32, 23, 7:17]))
     planes.clear()
-    texts = placed(report.overlay, image_XYZ, None, np.ones_like(truth_XYZ), (1, 1, 2.5), {1: "all"}, "large")
+    texts = placed(
+        reporting.overlay, image_XYZ, None, np.ones_like(truth_XYZ), (1, 1, 2.5), {1: "all"}, "large"
+    )
     assert len(planes) == 3 and not any("enlarged" in t for t in texts)
 
 
@@ -541,8 +548,8 @@ def test_many_classes_end_in_a_count(placed):
         (1, 1, 8), np.uint8
     )
     classes = {v: f"class {v}" for v in range(60)}
-    texts = placed(report.overlay, labels_XYZ / 40, labels_XYZ, labels_XYZ, (1, 1, 1), classes, "many")
-    assert f"and {40 - report.MAX_KEY} more" in texts
+    texts = placed(reporting.overlay, labels_XYZ / 40, labels_XYZ, labels_XYZ, (1, 1, 1), classes, "many")
+    assert f"and {40 - reporting.MAX_KEY} more" in texts
     assert "class 24" in texts and "class 25" not in texts
 
 
@@ -551,7 +558,7 @@ def test_cases_stand_below_one_another_with_their_dice(num_cases, placed, planes
     sizes = [(40, 36, 32), (30, 30, 6), (24, 40, 40)]
     labels = ["worst: case_17", "median: case_04", "best: case_31"][:num_cases]
     cases = [(label, *scan(i, sizes[i], shift=(3 - i, 0, 0))) for i, label in enumerate(labels)]
-    texts = placed(report.cases_overlay, cases, ORGANS, "Three cases")
+    texts = placed(reporting.cases_overlay, cases, ORGANS, "Three cases")
     assert set(labels) <= set(texts) and len(planes) == 3 * num_cases
     for _, _, truth, pred, _ in cases:
         both = [
@@ -565,16 +572,16 @@ def test_cases_stand_below_one_another_with_their_dice(num_cases, placed, planes
 def test_labels_of_another_shape_are_refused():
     image, truth, pred, spacing = scan()
     with pytest.raises(AssertionError, match="shape"):
-        report.overlay(image, truth[1:], pred, spacing, ORGANS, "")
+        reporting.overlay(image, truth[1:], pred, spacing, ORGANS, "")
 
 
 DRAWN_TWICE = {
-    "finetuning": lambda: report.curves(finetuning(12)),
-    "boxes": lambda: report.organ_boxes(results(3, 70)),
-    "forest": lambda: report.compare_picture(comparison()),
-    "intervals": lambda: report.bars_with_ci(fractions(), "Results"),
-    "overlay": lambda: report.overlay(*scan(), ORGANS, "case"),
-    "cases": lambda: report.cases_overlay([("worst", *scan()), ("best", *scan(1))], ORGANS),
+    "finetuning": lambda: reporting.curves(finetuning(12)),
+    "boxes": lambda: reporting.organ_boxes(results(3, 70)),
+    "forest": lambda: reporting.compare_picture(comparison()),
+    "intervals": lambda: reporting.bars_with_ci(fractions(), "Results"),
+    "overlay": lambda: reporting.overlay(*scan(), ORGANS, "case"),
+    "cases": lambda: reporting.cases_overlay([("worst", *scan()), ("best", *scan(1))], ORGANS),
 }
 
 
@@ -597,11 +604,14 @@ def test_a_page_shows_transferred_weights_and_lineage():
         ("evaluation", "77d0", "40 cases"),
     ]
     page = Page(
-        report.run_page(
+        reporting.run_page(
             "Finetuned",
             [
-                ("Weights", report.transfer_section(by_module, "a <b>: 96 %\nmatched 12\nmodule  tensors")),
-                ("Lineage", report.lineage(chain)),
+                (
+                    "Weights",
+                    reporting.transfer_section(by_module, "a <b>: 96 %\nmatched 12\nmodule  tensors"),
+                ),
+                ("Lineage", reporting.lineage(chain)),
             ],
         )
     )
@@ -615,14 +625,16 @@ def test_a_page_shows_transferred_weights_and_lineage():
 
 
 def test_a_transfers_own_report_can_be_shown():
-    transfer = pytest.importorskip("logonet.transfer", reason="needs the rules of weight transfer")
-    assert tuple(report.page.ACTIONS) == transfer.ACTIONS
+    transfer = pytest.importorskip(
+        "logonet.training.weight_transfer", reason="needs the rules of weight transfer"
+    )
+    assert tuple(reporting.page.ACTIONS) == transfer.ACTIONS
     rows = (
         transfer.Row("stem.weight", "stem", "adapted", 4096, "2 input channels"),
         transfer.Row("head.bias", "head", "new", 3, "the classifier stays fresh"),
         transfer.Row("projector.weight", "projector", "skipped", 128, "no place"),
     )
     made = transfer.Report("models:/encoder@champion", rows, 4096, 1.0)
-    page = Page(report.run_page("", [("", report.transfer_section(made.by_module(), made.summary()))]))
+    page = Page(reporting.run_page("", [("", reporting.transfer_section(made.by_module(), made.summary()))]))
     text = " ".join(page.text)
     assert all(word in text for word in ("projector", "4,096", "128", "models:/encoder@champion"))

@@ -16,8 +16,9 @@ import torch
 from test_methods import Stub, assert_step, batch_for, facts_for, sample_for
 from torch import Tensor, nn
 
-from logonet import backbones, config, draws, methods
-from logonet.errors import UserError
+from logonet import methods, networks
+from logonet.core import config, seeding
+from logonet.core.errors import UserError
 from logonet.methods import rubik
 from logonet.methods.rubik import Config, Move, draw_moves, inverse, moved, orders_of
 
@@ -47,7 +48,7 @@ def batch_of(cfg: Config, num_samples: int = 2, in_channels: int = 1) -> dict[st
 
 
 def crop(index: int = 0, size_vox: tuple[int, int, int] = SIZE, in_channels: int = 1) -> np.ndarray:
-    return draws.rng(3, index).integers(0, 65536, (in_channels, *size_vox)).astype(np.uint16)
+    return seeding.rng(3, index).integers(0, 65536, (in_channels, *size_vox)).astype(np.uint16)
 
 
 # ------------------------------------------------------------------------------------------------ moves
@@ -82,7 +83,7 @@ def test_moves_keep_all_values_and_can_be_undone() -> None:
         for index in range(20):
             image = crop(index, size_vox)
             before = image.copy()
-            moves = draw_moves(cfg, size_vox, draws.rng(index))
+            moves = draw_moves(cfg, size_vox, seeding.rng(index))
             turned = moved(image, moves, 4)
             np.testing.assert_array_equal(image, before)
             np.testing.assert_array_equal(np.sort(turned, axis=None), np.sort(image, axis=None))
@@ -93,19 +94,19 @@ def test_moves_keep_all_values_and_can_be_undone() -> None:
 
 def test_a_constant_crop_is_a_fixed_point() -> None:
     image = np.full((1, *SIZE), 777, np.uint16)
-    moves = draw_moves(config_of(cubie_vox=4), SIZE, draws.rng(0))
+    moves = draw_moves(config_of(cubie_vox=4), SIZE, seeding.rng(0))
     np.testing.assert_array_equal(moved(image, moves, 4), image)
 
 
 def test_what_moves_are_drawn() -> None:
     cfg = config_of(cubie_vox=16)
-    every = [draw_moves(cfg, (96, 96, 96), draws.rng(i)) for i in range(400)]
+    every = [draw_moves(cfg, (96, 96, 96), seeding.rng(i)) for i in range(400)]
     assert {len(moves) for moves in every} == set(range(3, 11))
     flat = [move for moves in every for move in moves]
     assert {m.axis for m in flat} == {0, 1, 2}
     assert {m.slab for m in flat} == set(range(6))
     assert {m.quarters for m in flat} == {1, 2, 3}
-    oblong = [move for i in range(200) for move in draw_moves(cfg, (96, 96, 64), draws.rng(i))]
+    oblong = [move for i in range(200) for move in draw_moves(cfg, (96, 96, 64), seeding.rng(i))]
     assert {m.quarters for m in oblong if m.axis == 2} == {1, 2, 3}
     assert {m.quarters for m in oblong if m.axis != 2} == {2}
     assert {m.slab for m in oblong if m.axis == 2} == set(range(4))
@@ -114,9 +115,9 @@ def test_what_moves_are_drawn() -> None:
 def test_restore_prepares_the_moved_crop_and_the_crop() -> None:
     sample = sample_for(0, facts_for(SIZE), methods.needs("rubik"))
     cfg = config_of(cubie_vox=4)
-    ready = rubik.prepare(sample, cfg, draws.rng(9))
+    ready = rubik.prepare(sample, cfg, seeding.rng(9))
     np.testing.assert_array_equal(ready["target"], sample["image_CXYZ"])
-    moves = draw_moves(cfg, SIZE, draws.rng(9))
+    moves = draw_moves(cfg, SIZE, seeding.rng(9))
     np.testing.assert_array_equal(ready["image"], moved(sample["image_CXYZ"], moves, 4))
     assert ready["image"].dtype == np.uint16
 
@@ -256,7 +257,7 @@ def numbered() -> np.ndarray:
 def test_cells_lie_in_the_order_and_as_their_marks_say() -> None:
     cfg, seen = config_of(**CLASSIFY), set()
     for index in range(30):
-        ready = rubik.prepare({"image_CXYZ": numbered()}, cfg, draws.rng(index))
+        ready = rubik.prepare({"image_CXYZ": numbered()}, cfg, seeding.rng(index))
         assert ready["cells"].shape == (8, 1, 6, 6, 6)
         for place, cell in enumerate(orders_of(100)[ready["order"]]):
             piece = ready["cells"][place, 0]
@@ -289,7 +290,7 @@ def test_how_often_cells_are_turned_and_masked() -> None:
     cfg, total, masked, hidden = config_of(**CLASSIFY), np.zeros(2), 0, 0
     num = 300
     for index in range(num):
-        ready = rubik.prepare({"image_CXYZ": numbered()}, cfg, draws.rng(1, index))
+        ready = rubik.prepare({"image_CXYZ": numbered()}, cfg, seeding.rng(1, index))
         total += ready["turned"].sum(1)
         masked += ready["masked"].sum()
         hidden += (ready["cells"] == 0).sum()
@@ -385,7 +386,7 @@ def test_classify_stays_finite(image: str, autocast: bool) -> None:
 @pytest.mark.parametrize("name", ["logonet", "unetr", "swinunetr"])
 def test_classify_trains_backbones(name: str) -> None:
     torch.manual_seed(0)
-    net = backbones.build(name, 1, 3, **backbones.tiny(name))
+    net = networks.build(name, 1, 3, **networks.tiny(name))
     facts = facts_for((68, 68, 68))  # cells of 34, cuts of 32
     module = methods.build("rubik", net, facts, form="classify", cell_multiple_vox=32)
     batch = batch_for("rubik", module.cfg, facts, [0])
@@ -444,10 +445,10 @@ def test_settings_that_cannot_work_are_refused(options: dict[str, Any], words: s
 
 
 def test_a_cut_that_the_network_cannot_take_is_refused_before_training() -> None:
-    from logonet import train
+    from logonet import training
 
-    backbone = {"name": "logonet", **backbones.tiny("logonet")}
+    backbone = {"name": "logonet", **networks.tiny("logonet")}
     method = {"name": "rubik", **config.to_dict(config_of(form="classify"))}
-    train.dry_run(backbone, method, methods.Facts((96, 96, 96), batch_size=2))
+    training.dry_run(backbone, method, methods.DataSpec((96, 96, 96), batch_size=2))
     with pytest.raises(UserError, match=r"\(16, 16, 16\) does not fit backbone 'logonet'.*\(32, 32, 32\)"):
-        train.dry_run(backbone, method, methods.Facts((64, 64, 64), batch_size=2))
+        training.dry_run(backbone, method, methods.DataSpec((64, 64, 64), batch_size=2))

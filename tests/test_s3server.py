@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from logonet import s3server, store
-from logonet.errors import UserError
-from logonet.s3server import S3Server
+from logonet.core.errors import UserError
+from logonet.storage import object_store
+from tools import s3server
+from tools.s3server import S3Server
 
 
 @pytest.fixture
@@ -34,22 +35,25 @@ def test_it_survives_kill_9_with_all_it_acknowledged(
     with own_server as server:
         use(server, monkeypatch)
         before, pids = server.env(), set(server.pids.values())
-        store.create_bucket("s3://kept")
+        object_store.create_bucket("s3://kept")
         names = [f"s3://kept/{n:02d}" for n in range(20)]
-        stored = [store.write(name, name.encode() * 1000) for name in names]
+        stored = [object_store.write(name, name.encode() * 1000) for name in names]
         server.kill()
         assert not any(psutil.pid_exists(pid) for pid in pids)
         server.start()
         assert server.env() == before
         for name, want in zip(names, stored):
-            assert store.read(name, size_bytes=want.size_bytes, sha256=want.sha256) == name.encode() * 1000
+            assert (
+                object_store.read(name, size_bytes=want.size_bytes, sha256=want.sha256)
+                == name.encode() * 1000
+            )
 
 
 def test_a_directory_may_move_to_other_ports(own_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     with own_server as server:
         use(server, monkeypatch)
-        store.create_bucket("s3://kept")
-        store.write("s3://kept/x", b"data")
+        object_store.create_bucket("s3://kept")
+        object_store.write("s3://kept/x", b"data")
         old = server.port
     with socket.socket() as squatter:
         squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -58,8 +62,8 @@ def test_a_directory_may_move_to_other_ports(own_server: S3Server, monkeypatch: 
         with S3Server(own_server.directory) as moved:
             use(moved, monkeypatch)
             assert moved.port != old
-            assert store.read("s3://kept/x") == b"data"
-            assert [e.uri for e in store.listing("s3://kept")] == ["s3://kept/x"]
+            assert object_store.read("s3://kept/x") == b"data"
+            assert [e.uri for e in object_store.listing("s3://kept")] == ["s3://kept/x"]
 
 
 def test_stopping_ends_every_process(own_server: S3Server) -> None:
@@ -104,7 +108,7 @@ def test_no_process_outlives_the_one_that_serves(
     try:
         for name, value in printed.items():
             monkeypatch.setenv(name, value)
-        store.create_bucket("s3://made-by-print")
+        object_store.create_bucket("s3://made-by-print")
         assert len(psutil.Process(parent.pid).children()) == 5  # the updater's passing fork is not among them
     finally:
         parent.send_signal(how)

@@ -23,28 +23,18 @@ import pytest
 from test_export import make
 from test_volume import dicom_series
 
-from logonet import (
-    artifacts,
-    checkpoints,
-    cli,
-    cluster,
-    clusterers,
-    export,
-    importers,
-    manifest,
-    model,
-    predict,
-    redaction,
-    registry,
-    stages,
-    store,
-    tables,
-    train,
-)
-from logonet.errors import UserError
-from logonet.manifest import Scan
-from logonet.stages import finetuning
-from logonet.store import Stored
+from logonet import cli, pipelines, tracking, training
+from logonet.clustering import kmeans
+from logonet.core import redaction
+from logonet.core.errors import UserError
+from logonet.data import importers, manifest
+from logonet.data.manifest import Scan
+from logonet.distributed import bucket_inference, cluster
+from logonet.inference import export, model
+from logonet.pipelines import finetuning
+from logonet.storage import artifacts, object_store, parquet
+from logonet.storage.object_store import Stored
+from logonet.training import checkpoints
 
 ROOT = Path(__file__).parents[1]
 PLANTED = "pLaNtEd0123456789"  # a secret, wherever one could be
@@ -86,13 +76,16 @@ ALLOWED = {
         "importlib.import_module",
     ): "a name out of names(), a listing of the folder",
     ("logonet/methods/__init__.py", "importlib.import_module"): "the same",
-    ("logonet/data.py", "pickle.loads"): "answers of our own Ray tasks, which never leave Ray",
+    (
+        "logonet/distributed/data_tasks.py",
+        "pickle.loads",
+    ): "answers of our own Ray tasks, which never leave Ray",
     (
         "logonet/sweep/recorder.py",
         "ray.cloudpickle.loads",
     ): "an actor's handle, told by a trial of this very cluster",
     (
-        "logonet/tables.py",
+        "logonet/storage/parquet.py",
         "pyarrow.parquet.read_table",
     ): "the one place; no value is looked at before its type is",
 }
@@ -200,7 +193,7 @@ def mlflow_home(mlflow_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LOGONET_HOME", str(mlflow_folder))
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in registry.MLFLOW_DEFAULTS.items():
+    for name, value in tracking.MLFLOW_DEFAULTS.items():
         monkeypatch.setenv(name, value)
     return mlflow_folder
 
@@ -223,18 +216,18 @@ def test_a_pickle_for_weights_is_refused_in_a_sentence(kind: str, trace: Path, t
     weights = finetuning.find_weights(str(file), str(tmp_path / "runs"))
     assert weights is not None
     with pytest.raises(UserError, match=r"is no safetensors file"):
-        train.load_weights(train.Init(weights.uri, weights.sha256))
+        training.load_weights(training.Init(weights.uri, weights.sha256))
     with pytest.raises(UserError, match=r"holds no finished artifact"):
         finetuning.find_weights(str(file.rename(tmp_path / "weights.pt")), str(tmp_path / "runs"))
 
     folder = Path(make(tmp_path / "model"))
     (folder / model.WEIGHTS_FILE).write_bytes(bomb)
     with pytest.raises(UserError, match="is not a whole safetensors file"):
-        stages.choose(str(folder))
+        pipelines.choose(str(folder))
 
     run = str(tmp_path / "run")
     files = {
-        f"{group}.safetensors": store.write(f"{run}/{group}.safetensors", bomb)
+        f"{group}.safetensors": object_store.write(f"{run}/{group}.safetensors", bomb)
         for group in checkpoints.TENSOR_FILES
     }
     facts = {"step": 1, "world": 1, "history": []}
@@ -242,24 +235,24 @@ def test_a_pickle_for_weights_is_refused_in_a_sentence(kind: str, trace: Path, t
     with pytest.raises(checkpoints.Damaged):
         checkpoints.load_state(run, "f00d")
     with pytest.raises(UserError):
-        clusterers.ClustererSet.from_bytes(bomb)
+        kmeans.ClustererSet.from_bytes(bomb)
 
 
 def test_a_pickle_in_the_registry_is_refused(trace: Path, tmp_path: Path, mlflow_home: Path) -> None:
     bomb = bombs(trace)["torch"]
     config = (Path(make(tmp_path / "model")) / model.CONFIG_FILE).read_bytes()
     blobs = {model.CONFIG_FILE: config, model.WEIGHTS_FILE: bomb}
-    uri = registry.register("logonet-seg-bomb", blobs, {}, kind="segmentation")
+    uri = tracking.register("logonet-seg-bomb", blobs, {}, kind="segmentation")
     with pytest.raises(UserError, match="is not a whole safetensors file"):
-        stages.choose(uri)
+        pipelines.choose(uri)
     # Beside the files that were registered, where MLflow itself would look for code to load.
-    version = registry._registry_client().get_model_version("logonet-seg-bomb", "1")
+    version = tracking.models._registry_client().get_model_version("logonet-seg-bomb", "1")
     (Path(version.source) / "python_model.pkl").write_bytes(bomb)
     (Path(version.source) / "MLmodel").write_text(
         "flavors: {python_function: {loader_module: mlflow.pyfunc.model, python_model: python_model.pkl}}"
     )
     with pytest.raises(UserError, match="is not a whole safetensors file"):
-        stages.choose(uri)
+        pipelines.choose(uri)
 
 
 def test_a_parquet_table_with_pickled_objects_is_refused(trace: Path, tmp_path: Path) -> None:
@@ -281,11 +274,11 @@ def test_a_parquet_table_with_pickled_objects_is_refused(trace: Path, tmp_path: 
             assert trace.exists(), "the table is harmless; the test shows nothing"
             trace.unlink()
         with pytest.raises(UserError, match="'scan_id' has an extension type"):
-            tables.read_parquet(sink.getvalue(), "scans.parquet")
+            parquet.read_parquet(sink.getvalue(), "scans.parquet")
     with pytest.raises(UserError, match="'scan_id' has an extension type"):
         manifest.Manifest.from_parquet(sink.getvalue(), sink.getvalue())
     with pytest.raises(UserError, match=r"x\.parquet is not a Parquet table"):
-        tables.read_parquet(b"PAR1 torn", "x.parquet")
+        parquet.read_parquet(b"PAR1 torn", "x.parquet")
 
 
 def test_a_bundle_holds_no_text_that_monai_would_run(tmp_path: Path) -> None:
@@ -306,9 +299,9 @@ def test_a_bundle_holds_no_text_that_monai_would_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "..", "a/.."])
 def test_a_name_with_dots_is_no_name(name: str) -> None:
     with pytest.raises(UserError, match="leads out of /root"):
-        store.join("/root", name)
-    assert store.join("/root", "/etc/passwd") == "/root/etc/passwd"
-    assert store.join("s3://b/r", "a..b", "...") == "s3://b/r/a..b/..."
+        object_store.join("/root", name)
+    assert object_store.join("/root", "/etc/passwd") == "/root/etc/passwd"
+    assert object_store.join("s3://b/r", "a..b", "...") == "s3://b/r/a..b/..."
 
 
 @pytest.mark.parametrize("name", ["../outside.bin", "/etc/passwd", "a/../../outside.bin"])
@@ -323,14 +316,16 @@ def test_a_manifest_that_lists_files_elsewhere_counts_as_torn(
         "f00d",
         config={},
         parents={},
-        files={"in.bin": store.write(f"{uri}/in.bin", b"in")},
+        files={"in.bin": object_store.write(f"{uri}/in.bin", b"in")},
         facts={},
     )
     assert artifacts.find(uri) == good
     content = json.loads((tmp_path / "artifact" / artifacts.MANIFEST).read_text())
     del content["checksum"]
     content["files"] = {name: dataclasses.asdict(Stored(6, good.files["in.bin"].sha256))}
-    store.write_json(f"{uri}/{artifacts.MANIFEST}", content | {"checksum": artifacts._checksum(content)})
+    object_store.write_json(
+        f"{uri}/{artifacts.MANIFEST}", content | {"checksum": artifacts._checksum(content)}
+    )
     with caplog.at_level(logging.WARNING):
         assert artifacts.find(uri) is None
     assert "outside its folder" in caplog.text
@@ -402,7 +397,7 @@ def test_a_csv_is_the_users_own_unless_it_lies_in_a_bucket(tmp_path: Path, bucke
     text = f"image\n{tmp_path}/x.nii.gz\ns3://{bucket.removeprefix('s3://')}/y.nii.gz\n"
     (tmp_path / "scans.csv").write_text(text)
     assert len(importers.sources(str(tmp_path / "scans.csv"))) == 2
-    store.write(f"{bucket}/scans.csv", text.encode())
+    object_store.write(f"{bucket}/scans.csv", text.encode())
     with pytest.raises(UserError, match=r"line 2: names .*x\.nii\.gz, which does not lie below s3://"):
         importers.sources(f"{bucket}/scans.csv")
 
@@ -410,12 +405,12 @@ def test_a_csv_is_the_users_own_unless_it_lies_in_a_bucket(tmp_path: Path, bucke
 def test_a_label_map_stays_in_the_output_whatever_a_buckets_keys_are(tmp_path: Path, bucket: str) -> None:
     keys = ["../../x.nii.gz", "a/../../../y.nii.gz", "a//b.nii.gz", "a/./c.nii.gz", "fine/d..nii.gz"]
     for key in keys:
-        store._client().put_object(Bucket=bucket.removeprefix("s3://"), Key=f"in/{key}", Body=b"x")
-    items = predict.items_of(importers.sources(f"{bucket}/in/"), f"{bucket}/in/")
+        object_store._client().put_object(Bucket=bucket.removeprefix("s3://"), Key=f"in/{key}", Body=b"x")
+    items = bucket_inference.items_of(importers.sources(f"{bucket}/in/"), f"{bucket}/in/")
     assert len(items) == len(keys)
     output = tmp_path / "output"
-    written = {Path(predict._label_uri(str(output), item.name)).resolve() for item in items}
-    rows = {Path(predict._row_uri(str(output), item.name)).resolve() for item in items}
+    written = {Path(bucket_inference._label_uri(str(output), item.name)).resolve() for item in items}
+    rows = {Path(bucket_inference._row_uri(str(output), item.name)).resolve() for item in items}
     assert len(written) == len(rows) == len(keys)
     assert all(path.is_relative_to(output) for path in written | rows)
     assert output / "_/_/x.nii.gz" in written
@@ -423,13 +418,14 @@ def test_a_label_map_stays_in_the_output_whatever_a_buckets_keys_are(tmp_path: P
 
 def test_a_scan_id_from_a_store_cannot_lead_out(tmp_path: Path) -> None:
     """Crops and cases are named after the scans of a manifest, which may have come from anyone."""
-    from logonet import cases, crops, data
+    from logonet.data import cropping, prepared_scans
+    from logonet.distributed import data_tasks
 
     values = {f.name: () if "tuple" in str(f.type) else "" for f in dataclasses.fields(Scan)}
     scan = Scan(**{**values, "scan_id": "../../outside"})  # type: ignore[arg-type]
     for cut in (
-        data._CutScan(crops.Config(), str(tmp_path / "crops"), {}),
-        data._PrepareCase((0, 1), cases.Config(), str(tmp_path / "cases")),
+        data_tasks._CutScan(cropping.Config(), str(tmp_path / "crops"), {}),
+        data_tasks._PrepareCase((0, 1), prepared_scans.Config(), str(tmp_path / "cases")),
     ):
         with pytest.raises(UserError, match=r"leads out of"):
             cut(scan)
@@ -441,7 +437,7 @@ def test_a_backbone_or_method_is_one_of_ours(tmp_path: Path) -> None:
     values["backbone"] = {"name": "..stages"}
     (folder / model.CONFIG_FILE).write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"unknown backbone '\.\.stages'"):
-        stages.choose(str(folder))
+        pipelines.choose(str(folder))
 
 
 # ------------------------------------------------------------------------------------------- secrets
@@ -538,15 +534,15 @@ def test_mlflow_never_holds_a_secret(
         *URIS,
     ]
     monkeypatch.setattr(sys, "argv", argv)
-    cfg = stages.Pretraining(backbone={"name": "logonet", "password": PLANTED, "note": f"see {PLANTED}"})
+    cfg = pipelines.Pretraining(backbone={"name": "logonet", "password": PLANTED, "note": f"see {PLANTED}"})
     lineage = {"manifest_uri": URIS[0], "weights_file": URIS[3]}
-    told = stages.common.tracking_of(
+    told = pipelines.common.tracking_of(
         "pretrain", "name", "f00d", cfg, lineage, str(tmp_path / "runs"), "secrets"
     )
     history = [{"epoch": 1, "step": 1, "loss": 1.0}]
     files = {"config.yaml": f"note: {PLANTED}".encode()}
-    assert registry.catch_up(**told, history=history, files=files, timeout_s=300)
-    registry.register("logonet-encoder", {"a.json": b"{}"}, {"logonet.pretrain_uri": URIS[1]}, kind="encoder")
+    assert tracking.catch_up(**told, history=history, files=files, timeout_s=300)
+    tracking.register("logonet-encoder", {"a.json": b"{}"}, {"logonet.pretrain_uri": URIS[1]}, kind="encoder")
     written = [path for folder in (mlflow_home, tmp_path) for path in folder.rglob("*") if path.is_file()]
     assert any(path.name == "mlflow.db" for path in written)
     assert any(path.name == "config.yaml" for path in written)
@@ -620,10 +616,10 @@ def test_names_of_files_are_hidden_where_that_is_asked(
         answers = [manifest.inspect(source) for source in sources]
         for answer in answers:
             assert isinstance(answer, manifest.Quarantined)
-            stages.common.say("", f"quarantined: {answer.reason}")
-        for item in predict.items_of(sources, str(tmp_path / "scans")):
-            stages.common.say("1/2", f"{item.name}  1.0 s")
-        stages.common.say("", "1/2 subject Smith_Joe-0123456789: a scan id")
+            pipelines.common.say("", f"quarantined: {answer.reason}")
+        for item in bucket_inference.items_of(sources, str(tmp_path / "scans")):
+            pipelines.common.say("1/2", f"{item.name}  1.0 s")
+        pipelines.common.say("", "1/2 subject Smith_Joe-0123456789: a scan id")
         print(cli._shown(manifest.Manifest.of(answers).describe()))
         return capsys.readouterr().out
 
@@ -647,9 +643,9 @@ def test_a_whole_run_writes_no_secret_and_no_patient(bucket: str, tmp_path: Path
         warnings.simplefilter("ignore")
         for number in range(2):
             for name, data in dicom_series((40, 40, 40), **IDENTIFIERS, RescaleIntercept=-1024 - number)[0]:
-                store.write(f"{folder}/visit{number}/{Path(name).name}", data)
+                object_store.write(f"{folder}/visit{number}/{Path(name).name}", data)
         for name, data in dicom_series((6, 5, 4), **IDENTIFIERS, damaged=damaged)[0]:
-            store.write(f"{folder}/torn/{Path(name).name}", data)
+            object_store.write(f"{folder}/torn/{Path(name).name}", data)
     ray_folder = tempfile.mkdtemp(prefix="sec-", dir="/tmp")  # short: it holds sockets
     env = {
         **os.environ,
@@ -673,7 +669,7 @@ def test_a_whole_run_writes_no_secret_and_no_patient(bucket: str, tmp_path: Path
         places = {"output": said.encode()}
         for place in (tmp_path, Path(ray_folder)):
             places |= {str(p): p.read_bytes() for p in place.rglob("*") if p.is_file() and not p.is_symlink()}
-        places |= {e.uri: store.read(e.uri) for e in store.listing(f"{bucket}/runs")}
+        places |= {e.uri: object_store.read(e.uri) for e in object_store.listing(f"{bucket}/runs")}
     finally:
         shutil.rmtree(ray_folder, ignore_errors=True)
     for part in ("/home/mlflow.db", "/logs/", "report.html", "quarantine.csv"):

@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from logonet import draws, fingerprints, leaks, manifest, phantom, seen, volume
-from logonet.errors import UserError
-from logonet.manifest import Scan, Source
-from logonet.volume import Volume
+from logonet.core import seeding
+from logonet.core.errors import UserError
+from logonet.data import leakage, manifest, phantom, provenance, scan_hash, volume
+from logonet.data.manifest import Scan, Source
+from logonet.data.volume import Volume
 
 UID = "2.25.1234567890.12.345.6"
 
@@ -52,7 +53,7 @@ def test_rows(
         array_CXYZ=scans[1].array_CXYZ[:, ::-1],
         affine=scans[1].affine @ np.diag([-1.0, 1.0, 1.0, 1.0]),
     )
-    noise = draws.rng(0, "noise").standard_normal(scans[2].array_CXYZ.shape, dtype=np.float32)
+    noise = seeding.rng(0, "noise").standard_normal(scans[2].array_CXYZ.shape, dtype=np.float32)
     noisy = replace(scans[2], array_CXYZ=scans[2].array_CXYZ + 0.05 * scans[2].array_CXYZ.std() * noise)
     strangers = [phantom.phantom(100 + i, (40, 40, 40), (1.5, 1.5, 1.5), "MR")[0] for i in range(3)]
     return {
@@ -77,9 +78,11 @@ def test_no_name_can_be_found_in_the_table(rows: list[Scan]) -> None:
         )
         for r in rows
     ]
-    table = seen.join(seen.to_bytes(full[:3], "training"), seen.to_bytes(full[3:], "pretraining"))
+    table = provenance.join(
+        provenance.to_bytes(full[:3], "training"), provenance.to_bytes(full[3:], "pretraining")
+    )
     frame = pd.read_parquet(io.BytesIO(table))
-    unpacked = frame.to_csv(index=False) + repr(seen.from_bytes(table))
+    unpacked = frame.to_csv(index=False) + repr(provenance.from_bytes(table))
     assert len(frame) == len(rows)
     names = [r.scan_id for r in rows] + [r.scan_id.rsplit("-", 1)[0] for r in rows] + [r.uri for r in rows]
     for name in [*names, "Mueller", "Anna", "Clinic", "nii", ".dcm", UID, UID[:12]]:
@@ -91,7 +94,7 @@ def test_no_name_can_be_found_in_the_table(rows: list[Scan]) -> None:
 
 def test_anonymous_scans_keep_their_own_ids_alone(rows: list[Scan]) -> None:
     kept = {"scan_id", "sha256", "voxel_sha256", "thumbprint"}
-    for scan, hidden in zip(rows, seen.anonymous(rows)):
+    for scan, hidden in zip(rows, provenance.anonymous(rows)):
         for field in dataclasses.fields(Scan):
             value = getattr(hidden, field.name)
             if field.name in kept:
@@ -99,25 +102,25 @@ def test_anonymous_scans_keep_their_own_ids_alone(rows: list[Scan]) -> None:
             elif field.name == "subject":
                 assert value != scan.subject
             else:
-                assert value == getattr(seen.NOBODY, field.name), field.name
+                assert value == getattr(provenance.NOBODY, field.name), field.name
 
 
 def test_leaks_are_found_as_between_plain_manifests(
     rows: list[Scan], test_rows: dict[str, Scan], scans: list[Volume]
 ) -> None:
     tests = list(test_rows.values())
-    plain = {(k.scan_id, k.other_id): k.kind for k in leaks.find(tests, rows)}
+    plain = {(k.scan_id, k.other_id): k.kind for k in leakage.find(tests, rows)}
     assert sorted(plain.values()) == ["file", "fingerprint", "subject", "subject", "voxels"]
-    known = seen.from_bytes(seen.to_bytes(rows, "training"))
+    known = provenance.from_bytes(provenance.to_bytes(rows, "training"))
     name = {f"training-{r.sha256[:10]}": r.scan_id for r in rows}
-    found = {(k.scan_id, name[k.other_id]): k.kind for k in leaks.find(seen.anonymous(tests), known)}
+    found = {(k.scan_id, name[k.other_id]): k.kind for k in leakage.find(provenance.anonymous(tests), known)}
     assert found == plain
     assert {test_rows[kind].scan_id for kind in test_rows if kind != "none"} == {pair[0] for pair in found}
 
 
 def test_equal_subjects_have_equal_digests_within_a_dataset_or_if_unique_by_form(rows: list[Scan]) -> None:
     def digest(dataset: str, subject: str) -> str:
-        return seen.anonymous([replace(rows[0], dataset=dataset, subject=subject)])[0].subject
+        return provenance.anonymous([replace(rows[0], dataset=dataset, subject=subject)])[0].subject
 
     assert digest("a", "case_001") == digest("a", "case_001")
     assert digest("a", "case_001") != digest("b", "case_001")
@@ -134,25 +137,30 @@ def test_scans_without_a_subject_or_print_are_no_leak_of_each_other(rows: list[S
         replace(r, subject="", thumbprint="", voxel_sha256="", sha256=f"{i:064d}", scan_id=f"blank-{i}")
         for i, r in enumerate(rows)
     ]
-    known = seen.from_bytes(seen.to_bytes(blank[:3], "training"))
+    known = provenance.from_bytes(provenance.to_bytes(blank[:3], "training"))
     assert [(k.subject, k.thumbprint, k.voxel_sha256) for k in known] == [("", "", "")] * 3
-    assert leaks.find(seen.anonymous(blank[3:]), known) == []
+    assert leakage.find(provenance.anonymous(blank[3:]), known) == []
 
 
 def test_a_table_of_nothing_is_a_table() -> None:
-    empty = seen.to_bytes([], "training")
-    assert seen.from_bytes(empty) == []
-    assert seen.from_bytes(seen.join(empty, empty)) == []
+    empty = provenance.to_bytes([], "training")
+    assert provenance.from_bytes(empty) == []
+    assert provenance.from_bytes(provenance.join(empty, empty)) == []
 
 
 def test_joined_tables_hold_every_scan_once_in_its_first_role(rows: list[Scan]) -> None:
-    training, validation = seen.to_bytes(rows[:2], "training"), seen.to_bytes(rows[2:3], "validation")
-    table = seen.join(training, validation, seen.to_bytes(rows, "pretraining"), training)
-    roles = [scan.scan_id.split("-")[0] for scan in seen.from_bytes(table)]
+    training, validation = (
+        provenance.to_bytes(rows[:2], "training"),
+        provenance.to_bytes(rows[2:3], "validation"),
+    )
+    table = provenance.join(training, validation, provenance.to_bytes(rows, "pretraining"), training)
+    roles = [scan.scan_id.split("-")[0] for scan in provenance.from_bytes(table)]
     assert roles == ["training", "training", "validation", "pretraining", "pretraining", "pretraining"]
-    assert [s.sha256 for s in seen.from_bytes(table)] == [r.sha256 for r in rows]
-    assert seen.join(table) == table
-    assert seen.from_bytes(seen.join(seen.to_bytes([], "x"), training)) == seen.from_bytes(training)
+    assert [s.sha256 for s in provenance.from_bytes(table)] == [r.sha256 for r in rows]
+    assert provenance.join(table) == table
+    assert provenance.from_bytes(
+        provenance.join(provenance.to_bytes([], "x"), training)
+    ) == provenance.from_bytes(training)
 
 
 def test_a_scan_seen_in_every_role_does_not_hide_its_copy(
@@ -160,21 +168,23 @@ def test_a_scan_seen_in_every_role_does_not_hide_its_copy(
 ) -> None:
     """Three equal rows would be taken for a crowd, in which likeness says nothing."""
     copy = row(tmp_path, volume.resample(scans[0], (3.0, 3.0, 3.0)), "copy", dataset="Elsewhere")
-    alike = np.dot(*fingerprints.rows([copy.thumbprint, rows[0].thumbprint]))
-    assert fingerprints.SAME <= alike < leaks.COPY
+    alike = np.dot(*scan_hash.rows([copy.thumbprint, rows[0].thumbprint]))
+    assert scan_hash.SAME <= alike < leakage.COPY
     roles = ("training", "validation", "pretraining")
-    known = seen.from_bytes(seen.join(*(seen.to_bytes(rows[:1], role) for role in roles)))
-    assert [k.kind for k in leaks.find(seen.anonymous([copy]), known)] == ["fingerprint"]
+    known = provenance.from_bytes(provenance.join(*(provenance.to_bytes(rows[:1], role) for role in roles)))
+    assert [k.kind for k in leakage.find(provenance.anonymous([copy]), known)] == ["fingerprint"]
 
 
 def test_another_table_is_refused_with_a_sentence(rows: list[Scan]) -> None:
     for frame in (
         pd.DataFrame({"scan_id": ["a"], "sha256": ["b"]}),
-        pd.read_parquet(io.BytesIO(seen.to_bytes(rows, "training"))).rename(columns={"subject": "patient"}),
+        pd.read_parquet(io.BytesIO(provenance.to_bytes(rows, "training"))).rename(
+            columns={"subject": "patient"}
+        ),
     ):
         sink = io.BytesIO()
         frame.to_parquet(sink, index=False)
-        for read in (seen.from_bytes, seen.join):
+        for read in (provenance.from_bytes, provenance.join):
             with pytest.raises(
                 UserError, match=r"it must have scan_id, sha256.*another version of logonet"
             ) as err:

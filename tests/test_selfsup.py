@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logonet import backbones, draws, methods, phantom
+from logonet import methods, networks
+from logonet.core import seeding
+from logonet.data import phantom
 from logonet.methods import _selfsup
 
 # --------------------------------------------------------- a step of a method, for the methods' own files
@@ -39,14 +41,14 @@ def phantom_batch(
 ) -> dict[str, Tensor]:
     prepare = methods.prepare(name)
     samples = {i: {"image_CXYZ": phantom_crop(i, size_vox)} for i in seeds}
-    ready = [prepare(sample, cfg, draws.rng(0, "prepare", i)) for i, sample in samples.items()]
+    ready = [prepare(sample, cfg, seeding.rng(0, "prepare", i)) for i, sample in samples.items()]
     return {key: torch.from_numpy(np.stack([r[key] for r in ready])) for key in ready[0]}
 
 
 def assert_learns_two_phantoms(name: str, backbone: str, size_vox: Size = CUBE, **options: Any) -> None:
     """20 steps on one batch of two phantoms lower the loss; the same step is finite in bfloat16."""
     torch.manual_seed(0)
-    net = backbones.build(backbone, 1, 2, **backbones.tiny(backbone))
+    net = networks.build(backbone, 1, 2, **networks.tiny(backbone))
     cfg = methods.config(name, options)
     module = methods.build(name, net, size_vox=size_vox, cfg=cfg)
     batch = phantom_batch(name, cfg, size_vox=size_vox)
@@ -257,7 +259,7 @@ def test_a_teacher_goes_to_its_student_and_not_to_its_negative():
 def test_the_whole_encoder_is_trained_and_nothing_else(
     backbone: str, levels: tuple[int, ...], left: tuple[str, ...]
 ):
-    net = backbones.build(backbone, 1, 2, **backbones.tiny(backbone))
+    net = networks.build(backbone, 1, 2, **networks.tiny(backbone))
     assert _selfsup.train_encoder(net, 1, (32, 32, 32)) == levels
     trained = {name for name, p in net.named_parameters() if p.requires_grad}
     encoder = {name for name, _ in net.named_parameters() if name.startswith(net.encoder_prefixes)}

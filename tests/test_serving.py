@@ -19,10 +19,12 @@ import pandas as pd
 import pytest
 import torch
 
-from logonet import backbones, model, registry, serving, volume
-from logonet.errors import BadScan, UserError
-from logonet.phantom import phantom
-from logonet.volume import Volume
+from logonet import networks, tracking
+from logonet.core.errors import BadScan, UserError
+from logonet.data import volume
+from logonet.data.phantom import phantom
+from logonet.data.volume import Volume
+from logonet.inference import model, serving
 
 SIZE = (32, 32, 32)
 CLASSES = ("background", "liver", "spleen")
@@ -31,7 +33,7 @@ VALUES = (0, 7, 3)
 
 def spec_of(modality: str = "CT", **given: Any) -> model.Spec:
     values: dict[str, Any] = {
-        "backbone": {"name": "logonet", **backbones.tiny("logonet")},
+        "backbone": {"name": "logonet", **networks.tiny("logonet")},
         "in_channels": 1,
         "classes": CLASSES,
         "label_values": VALUES,
@@ -47,7 +49,7 @@ def spec_of(modality: str = "CT", **given: Any) -> model.Spec:
 def files_of(spec: model.Spec) -> dict[str, bytes]:
     torch.manual_seed(0)
     name = spec.backbone["name"]
-    net = backbones.build(name, 1, len(spec.classes), **backbones.tiny(name))
+    net = networks.build(name, 1, len(spec.classes), **networks.tiny(name))
     return model.files(spec, net.state_dict())
 
 
@@ -162,7 +164,7 @@ def test_a_model_of_both_kinds_is_told_or_guesses(mixed: serving.Served) -> None
 
 
 def test_serving_does_not_import_mlflow() -> None:
-    code = "import sys, logonet.serving; sys.exit('mlflow' in sys.modules or 'ray' in sys.modules)"
+    code = "import sys, logonet.inference.serving; sys.exit('mlflow' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -172,10 +174,10 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str,
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         settings = {"MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db", "LOGONET_HOME": str(home)}
-        settings |= {**registry.MLFLOW_DEFAULTS, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+        settings |= {**tracking.MLFLOW_DEFAULTS, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
         for name, value in settings.items():
             patch.setenv(name, value)
-        uri = registry.register("logonet-seg-test", files_of(spec_of()), {}, kind="segmentation")
+        uri = tracking.register("logonet-seg-test", files_of(spec_of()), {}, kind="segmentation")
     return uri, settings
 
 

@@ -14,8 +14,10 @@ import torch
 from test_methods import Stub
 from test_selfsup import assert_learns_two_phantoms, phantom_batch, phantom_crop, plain_nt_xent
 
-from logonet import augment, config, draws, methods
-from logonet.errors import UserError
+from logonet import methods
+from logonet.core import config, seeding
+from logonet.core.errors import UserError
+from logonet.data import augment
 from logonet.methods import _views
 from logonet.methods._selfsup import joined, nt_xent, pooled
 
@@ -93,12 +95,12 @@ def test_views_of_their_own_size_overlap_and_the_network_is_told():
     cfg = methods.config("simclr", {"view_vox": [16, 8, 12]})
     assert methods.sizes("simclr", cfg, (32, 32, 32)) == ((16, 8, 12),)
     assert methods.sizes("simclr", methods.config("simclr"), (32, 32, 32)) == ((32, 32, 32),)
-    ready = methods.prepare("simclr")({"image_CXYZ": phantom_crop(0)}, cfg, draws.rng(0, "v"))
+    ready = methods.prepare("simclr")({"image_CXYZ": phantom_crop(0)}, cfg, seeding.rng(0, "v"))
     assert [ready[key].shape for key in ("first", "second")] == [(1, 16, 8, 12)] * 2
 
 
 def test_the_second_view_lies_at_most_half_a_view_from_the_first():
-    generator, size, view = draws.rng(0, "starts"), (20, 9, 8), (8, 5, 8)
+    generator, size, view = seeding.rng(0, "starts"), (20, 9, 8), (8, 5, 8)
     both = np.array([_views.starts(size, view, generator) for _ in range(2000)])
     assert (both >= 0).all()
     assert (both <= np.array(size) - view).all()
@@ -109,7 +111,7 @@ def test_the_second_view_lies_at_most_half_a_view_from_the_first():
 
 def test_whole_crops_are_views_without_a_shift():
     """With every distortion drawn away what is left is the crop."""
-    generator = draws.rng(0, "whole")
+    generator = seeding.rng(0, "whole")
     drawn = [_views.draw(_views.Recipe(augment.none()), (8, 8, 8), generator) for _ in range(20)]
     image = phantom_crop(0).astype(np.float32) / 65535
     assert all(np.array_equal(_views.apply(image, d), image) for d in drawn)
@@ -143,7 +145,7 @@ CHANCES = {
 
 @pytest.mark.parametrize("views", CHANCES)
 def test_how_often_and_how_strongly_views_are_distorted(views: Any):
-    generator, count = draws.rng(0, "often"), 4000
+    generator, count = seeding.rng(0, "often"), 4000
     drawn = [_views.draw(_views.RECIPES[views], (8, 8, 6), generator) for _ in range(count)]
     assert {d.augment.rotate_rad for d in drawn} == {(0.0, 0.0, 0.0)}
     neutral = _views.Drawn()
@@ -199,7 +201,7 @@ def test_each_distortion_changes_what_it_should(change: dict[str, float]):
 
 
 def test_distortions_are_what_they_are_called():
-    noise = draws.rng(0, "noise").random((1, 24, 24, 24), np.float32)
+    noise = seeding.rng(0, "noise").random((1, 24, 24, 24), np.float32)
     sharp, soft, coarse = (
         _views.apply(noise, _views.Drawn(**change))
         for change in ({}, {"blur_sigma_vox": 1.0}, {"low_resolution": 0.5})

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from logonet import backbones, draws, methods
-from logonet.errors import UserError
+from logonet import methods, networks
+from logonet.core import seeding
+from logonet.core.errors import UserError
 from logonet.methods._masked import depth_to_space, space_to_depth
 from logonet.methods.simmim import SimMIM, enlarged, masked_l1
 
@@ -27,10 +28,10 @@ def module_on(
     backbone: str, size_vox: tuple[int, int, int] = SIZE, in_channels: int = 1, **options: Any
 ) -> SimMIM:
     torch.manual_seed(0)
-    net_options = backbones.tiny(backbone)
+    net_options = networks.tiny(backbone)
     if "img_size" in net_options:
         net_options["img_size"] = size_vox
-    net = backbones.build(backbone, in_channels, 2, **net_options)
+    net = networks.build(backbone, in_channels, 2, **net_options)
     module = methods.build("simmim", net, size_vox=size_vox, in_channels=in_channels, **options)
     assert isinstance(module, SimMIM)
     return module
@@ -39,7 +40,7 @@ def module_on(
 def batch_of(images_BCXYZ: Tensor, **options: Any) -> dict[str, Tensor]:
     cfg = methods.config("simmim", options)
     ready = [
-        methods.prepare("simmim")({"image_CXYZ": image.numpy()}, cfg, draws.rng(0, "prepare", i))
+        methods.prepare("simmim")({"image_CXYZ": image.numpy()}, cfg, seeding.rng(0, "prepare", i))
         for i, image in enumerate(images_BCXYZ)
     ]
     return {key: torch.from_numpy(np.stack([r[key] for r in ready])) for key in ready[0]}
@@ -119,7 +120,7 @@ def test_units_are_the_coarsest_cells_of_networks_with_tokens(
 
 def test_units_and_outputs_of_the_published_nnformer() -> None:
     with torch.device("meta"):
-        net: Any = backbones.build(
+        net: Any = networks.build(
             "nnformer", img_size=(64, 128, 128), patch=(2, 4, 4), windows=((4, 4, 4),) * 4
         )
         module: Any = methods.build("simmim", net, size_vox=(64, 128, 128))
@@ -258,7 +259,7 @@ def test_parameters_of_vit_b() -> None:
     """91.510 million as MONAI has them, of which 18,432 belong to norms that no output depends on and ours lacks;
     and the value that stands in for hidden voxels."""
     with torch.device("meta"):
-        module: Any = methods.build("simmim", backbones.build("unetr"), size_vox=(96, 96, 96))
+        module: Any = methods.build("simmim", networks.build("unetr"), size_vox=(96, 96, 96))
     assert sum(p.numel() for p in module.parameters() if p.requires_grad) == 91_509_760 - 18_432 + 1
 
 

@@ -17,8 +17,9 @@ from test_methods import Stub
 from test_selfsup import assert_learns_two_phantoms, phantom_batch, phantom_crop
 from torch import Tensor, nn
 
-from logonet import draws, methods
-from logonet.errors import UserError
+from logonet import methods
+from logonet.core import seeding
+from logonet.core.errors import UserError
 from logonet.methods import simtrot
 from logonet.methods._selfsup import nt_xent
 
@@ -57,7 +58,7 @@ def test_moves_turn_first_and_mirror_then():
 
 
 def test_which_moves_are_drawn():
-    generator = draws.rng(0, "moves")
+    generator = seeding.rng(0, "moves")
 
     def seen(size_vox: tuple[int, int, int], flips: Any) -> set[tuple[int, ...]]:
         return {simtrot.draw_move(size_vox, flips, generator) for _ in range(1000)}
@@ -226,13 +227,13 @@ def test_position_collapse_is_said_with_advice():
 
 def prepared(seed: str = "p", **options: Any) -> dict[str, np.ndarray]:
     cfg = methods.config("simtrot", options)
-    return methods.prepare("simtrot")({"image_CXYZ": phantom_crop(0)}, cfg, draws.rng(0, seed))
+    return methods.prepare("simtrot")({"image_CXYZ": phantom_crop(0)}, cfg, seeding.rng(0, seed))
 
 
 @pytest.mark.parametrize("share", [0.75, 0.5, 0.3])
 @pytest.mark.parametrize("unit", [(8, 8, 4), (8, 8, 8), (16, 4, 32)])
 def test_boxes_are_filled_to_the_exact_count(unit: tuple[int, int, int], share: float):
-    generator = draws.rng(0, "boxes")
+    generator = seeding.rng(0, "boxes")
     grid = tuple(32 // side for side in unit)
     hidden = [simtrot.draw_boxes((32, 32, 32), unit, share, generator) for _ in range(3)]
     for hidden_XYZ in hidden:

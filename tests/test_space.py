@@ -13,9 +13,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs import recipes
-from logonet import config, stages
-from logonet.errors import UserError
+from logonet import pipelines, recipes
+from logonet.core import config
+from logonet.core.errors import UserError
 from logonet.sweep import space
 from logonet.sweep.space import Key, Space
 
@@ -23,12 +23,12 @@ SPACES = Path(__file__).parents[1] / "jobs" / "spaces"
 RECIPE_OF = {"paper": "paper", "hippocampus": "hippocampus", "phantoms": "demo"}
 
 
-def resolve(values: dict[str, Any]) -> stages.Pretraining:
-    return stages.resolve(config.from_dict(stages.Pretraining, values))
+def resolve(values: dict[str, Any]) -> pipelines.Pretraining:
+    return pipelines.resolve(config.from_dict(pipelines.Pretraining, values))
 
 
 def base_of(recipe: str) -> dict[str, Any]:
-    return config.to_dict(stages.resolve(recipes.PRETRAINING[recipe]()))
+    return config.to_dict(pipelines.resolve(recipes.PRETRAINING[recipe]()))
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_keys_side_by_side_are_no_overlap() -> None:
 
 
 def test_settings_are_laid_on_a_config_all_at_once(demo: dict[str, Any]) -> None:
-    before = config.to_yaml(config.from_dict(stages.Pretraining, demo))
+    before = config.to_yaml(config.from_dict(pipelines.Pretraining, demo))
     got = space.apply(demo, {"backbone.widths": [4], "clusterers": {"n": 3}, "backbone.name": "dynunet"})
     assert got["backbone"] == {
         "name": "dynunet",
@@ -161,7 +161,7 @@ def test_settings_are_laid_on_a_config_all_at_once(demo: dict[str, Any]) -> None
     }  # the old network's options are gone, not the new
     assert got["clusterers"] == {**demo["clusterers"], "n": 3}
     assert got["train"] == demo["train"]
-    assert config.to_yaml(config.from_dict(stages.Pretraining, demo)) == before
+    assert config.to_yaml(config.from_dict(pipelines.Pretraining, demo)) == before
 
 
 @pytest.mark.parametrize("name", sorted(RECIPE_OF))

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logonet import config, splits
-from logonet.errors import UserError
-from logonet.manifest import Scan
-from logonet.splits import Config, Split, make
+from logonet.core import config
+from logonet.core.errors import UserError
+from logonet.data import splits
+from logonet.data.manifest import Scan
+from logonet.data.splits import Config, Split, make
 
 
 def scan(subject: str, visit: int = 0, **values: Any) -> Scan:

@@ -19,9 +19,9 @@ import psutil
 import pytest
 from helpers import timeless
 
-from jobs.demo_sweep import kill
-from logonet import phantom
-from logonet.s3server import free_ports
+from logonet.data import phantom
+from tools.demo_sweep import kill
+from tools.s3server import free_ports
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
 REPO = Path(__file__).parents[1]

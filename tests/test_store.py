@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 from faultproxy import FaultProxy
 
-from logonet import store
-from logonet.errors import UserError
-from logonet.s3server import S3Server
+from logonet.core.errors import UserError
+from logonet.storage import object_store
+from tools.s3server import S3Server
 
 MB = 1_000_000
 
@@ -39,7 +39,7 @@ def sha(data: bytes) -> str:
 @pytest.fixture(params=["path", "file", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "s3":
-        return store.join(request.getfixturevalue("bucket"), "some folder")
+        return object_store.join(request.getfixturevalue("bucket"), "some folder")
     return str(tmp_path) if request.param == "path" else f"file://{tmp_path}"
 
 
@@ -53,147 +53,147 @@ def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """botocore gives up on the second failure; for faults that do not end."""
-    monkeypatch.setattr(store, "REQUEST_ATTEMPTS", 2)
-    monkeypatch.setattr(store, "CONTACT_ATTEMPTS", 1)
+    monkeypatch.setattr(object_store, "REQUEST_ATTEMPTS", 2)
+    monkeypatch.setattr(object_store, "CONTACT_ATTEMPTS", 1)
 
 
 def temps(folder: Path) -> list[Path]:
-    return list(folder.rglob(f"{store.TEMP_MARK}*"))
+    return list(folder.rglob(f"{object_store.TEMP_MARK}*"))
 
 
 # -------------------------------------------------------------------------------- the same everywhere
 
 
 def test_an_object_comes_back_as_it_was_written(root: str) -> None:
-    uri, data = store.join(root, "a", "b.bin"), pattern(MB)
-    assert store.stat(uri) is None
-    stored = store.write(uri, memoryview(data))
-    assert stored == store.Stored(MB, sha(data))
-    assert store.read(uri) == data
-    assert store.read(uri, size_bytes=stored.size_bytes, sha256=stored.sha256) == data
-    assert store.exists(uri)
+    uri, data = object_store.join(root, "a", "b.bin"), pattern(MB)
+    assert object_store.stat(uri) is None
+    stored = object_store.write(uri, memoryview(data))
+    assert stored == object_store.Stored(MB, sha(data))
+    assert object_store.read(uri) == data
+    assert object_store.read(uri, size_bytes=stored.size_bytes, sha256=stored.sha256) == data
+    assert object_store.exists(uri)
 
 
 def test_replacing_an_object_changes_its_version(root: str) -> None:
-    uri = store.join(root, "x")
-    store.write(uri, b"one")
-    first = store.stat(uri)
-    store.write(uri, b"two")
-    second = store.stat(uri)
+    uri = object_store.join(root, "x")
+    object_store.write(uri, b"one")
+    first = object_store.stat(uri)
+    object_store.write(uri, b"two")
+    second = object_store.stat(uri)
     assert first is not None
     assert second is not None
     assert first.version != second.version
-    assert store.read(uri) == b"two"
+    assert object_store.read(uri) == b"two"
 
 
 def test_empty_objects_are_objects(root: str) -> None:
-    uri = store.join(root, "empty")
-    stored = store.write(uri, b"")
-    assert store.read(uri, size_bytes=0, sha256=stored.sha256) == b""
+    uri = object_store.join(root, "empty")
+    stored = object_store.write(uri, b"")
+    assert object_store.read(uri, size_bytes=0, sha256=stored.sha256) == b""
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 10), (7, 1), (990, 10), (990, None), (0, 1000), (5, 0)])
 def test_a_range_is_verified_by_its_own_digest(root: str, start: int, length: int | None) -> None:
-    uri, data = store.join(root, "x"), pattern(1000)
-    store.write(uri, data)
+    uri, data = object_store.join(root, "x"), pattern(1000)
+    object_store.write(uri, data)
     want = data[start : None if length is None else start + length]
-    assert store.read(uri, start=start, length=length, size_bytes=1000, sha256=sha(want)) == want
+    assert object_store.read(uri, start=start, length=length, size_bytes=1000, sha256=sha(want)) == want
 
 
 @pytest.mark.parametrize(("start", "length"), [(995, 10), (1000, 1), (2000, 5)])
 def test_a_range_beyond_the_end_is_refused(root: str, start: int, length: int) -> None:
-    uri = store.join(root, "x")
-    store.write(uri, pattern(1000))
-    with pytest.raises(store.IntegrityError, match="write it again"):
-        store.read(uri, start=start, length=length)
+    uri = object_store.join(root, "x")
+    object_store.write(uri, pattern(1000))
+    with pytest.raises(object_store.IntegrityError, match="write it again"):
+        object_store.read(uri, start=start, length=length)
 
 
 @pytest.mark.parametrize("promise", [{"size_bytes": 999}, {"sha256": "0" * 64}])
 def test_other_bytes_than_promised_are_refused(root: str, tmp_path: Path, promise: dict[str, Any]) -> None:
-    uri, target = store.join(root, "x"), tmp_path / "out" / "y"
-    store.write(uri, pattern(1000))
-    with pytest.raises(store.IntegrityError) as caught:
-        store.read(uri, **promise)
+    uri, target = object_store.join(root, "x"), tmp_path / "out" / "y"
+    object_store.write(uri, pattern(1000))
+    with pytest.raises(object_store.IntegrityError) as caught:
+        object_store.read(uri, **promise)
     assert uri in str(caught.value)
-    with pytest.raises(store.IntegrityError):
-        store.read_to_file(uri, str(target), **promise)
+    with pytest.raises(object_store.IntegrityError):
+        object_store.read_to_file(uri, str(target), **promise)
     assert list(target.parent.iterdir()) == []
 
 
 def test_files_go_both_ways(root: str, tmp_path: Path) -> None:
-    source, back, uri = tmp_path / "source", tmp_path / "deep" / "back", store.join(root, "x")
+    source, back, uri = tmp_path / "source", tmp_path / "deep" / "back", object_store.join(root, "x")
     source.write_bytes(pattern(3 * MB))
-    stored = store.write_file(str(source), uri)
-    assert stored == store.Stored(3 * MB, sha(pattern(3 * MB)))
-    store.read_to_file(uri, str(back), size_bytes=stored.size_bytes, sha256=stored.sha256)
+    stored = object_store.write_file(str(source), uri)
+    assert stored == object_store.Stored(3 * MB, sha(pattern(3 * MB)))
+    object_store.read_to_file(uri, str(back), size_bytes=stored.size_bytes, sha256=stored.sha256)
     assert back.read_bytes() == source.read_bytes()
 
 
 def test_json_round_trip_and_torn_json(root: str) -> None:
-    uri = store.join(root, "x.json")
-    store.write_json(uri, {"a": [1, 2.5, None], "ü": "x"})
-    assert store.read_json(uri) == {"a": [1, 2.5, None], "ü": "x"}
-    store.write(uri, b'{"a": [1, 2')
-    with pytest.raises(store.IntegrityError, match=r"x\.json"):
-        store.read_json(uri)
+    uri = object_store.join(root, "x.json")
+    object_store.write_json(uri, {"a": [1, 2.5, None], "ü": "x"})
+    assert object_store.read_json(uri) == {"a": [1, 2.5, None], "ü": "x"}
+    object_store.write(uri, b'{"a": [1, 2')
+    with pytest.raises(object_store.IntegrityError, match=r"x\.json"):
+        object_store.read_json(uri)
 
 
 def test_listing_is_recursive_and_in_byte_order(root: str) -> None:
     names = ["a.txt", "a/b", "a/b.c/d", "a0", "B", "über", "a b+c%20d", "z/1", "z/10", "z/2"]
     for name in names:
-        store.write(store.join(root, name), name.encode())
-    store.write(store.join(root + "-sibling", "x"), b"not below root")
-    entries = list(store.listing(root))
-    assert [store.relative(e.uri, root) for e in entries] == sorted(names, key=str.encode)
-    assert all(e == store.stat(e.uri) for e in entries)
-    assert [e.uri for e in store.listing(root + "/")] == [e.uri for e in entries]
-    assert list(store.listing(store.join(root, "nothing here"))) == []
+        object_store.write(object_store.join(root, name), name.encode())
+    object_store.write(object_store.join(root + "-sibling", "x"), b"not below root")
+    entries = list(object_store.listing(root))
+    assert [object_store.relative(e.uri, root) for e in entries] == sorted(names, key=str.encode)
+    assert all(e == object_store.stat(e.uri) for e in entries)
+    assert [e.uri for e in object_store.listing(root + "/")] == [e.uri for e in entries]
+    assert list(object_store.listing(object_store.join(root, "nothing here"))) == []
 
 
 def test_deleting(root: str) -> None:
     for name in ("keep/x", "drop/x", "drop/y/z", "dropped"):
-        store.write(store.join(root, name), b"1")
-    store.delete(store.join(root, "keep/none"))
-    assert store.delete_prefix(store.join(root, "drop")) == 2
-    assert store.delete_prefix(store.join(root, "drop")) == 0
-    assert [store.relative(e.uri, root) for e in store.listing(root)] == ["dropped", "keep/x"]
-    store.delete(store.join(root, "dropped"))
-    assert not store.exists(store.join(root, "dropped"))
+        object_store.write(object_store.join(root, name), b"1")
+    object_store.delete(object_store.join(root, "keep/none"))
+    assert object_store.delete_prefix(object_store.join(root, "drop")) == 2
+    assert object_store.delete_prefix(object_store.join(root, "drop")) == 0
+    assert [object_store.relative(e.uri, root) for e in object_store.listing(root)] == ["dropped", "keep/x"]
+    object_store.delete(object_store.join(root, "dropped"))
+    assert not object_store.exists(object_store.join(root, "dropped"))
 
 
 def test_parquet_through_pyarrow(root: str) -> None:
-    store.write(store.join(root, "marker"), b"")
-    filesystem, path = store.arrow_filesystem(store.join(root, "table.parquet"))
+    object_store.write(object_store.join(root, "marker"), b"")
+    filesystem, path = object_store.arrow_filesystem(object_store.join(root, "table.parquet"))
     pq.write_table(pa.table({"x": [1, 2, 3]}), path, filesystem=filesystem)
     assert pq.read_table(path, filesystem=filesystem).to_pydict() == {"x": [1, 2, 3]}
-    entry = store.stat(store.join(root, "table.parquet"))
+    entry = object_store.stat(object_store.join(root, "table.parquet"))
     assert entry is not None
     assert entry.size_bytes == filesystem.get_file_info(path).size
 
 
 def test_what_is_missing_is_named(root: str) -> None:
-    uri = store.join(root, "nothing")
+    uri = object_store.join(root, "nothing")
     with pytest.raises(UserError, match=r"nothing: no such (file|object)"):
-        store.read(uri)
+        object_store.read(uri)
     with pytest.raises(UserError, match=r"nothing: no such (file|object)"):
-        store.read(uri, size_bytes=3)
+        object_store.read(uri, size_bytes=3)
 
 
 def test_names() -> None:
-    assert store.join("s3://b/", "/x/", "", "y") == "s3://b/x/y"
-    assert store.join("/", "x") == "/x"
-    assert store.relative("s3://b/x/y/z", "s3://b/x/") == "y/z"
-    assert store.local_path("file:///a%20b") == "/a%20b"
-    assert store.is_s3("s3://b")
-    assert not store.is_s3("/s3://b")
+    assert object_store.join("s3://b/", "/x/", "", "y") == "s3://b/x/y"
+    assert object_store.join("/", "x") == "/x"
+    assert object_store.relative("s3://b/x/y/z", "s3://b/x/") == "y/z"
+    assert object_store.local_path("file:///a%20b") == "/a%20b"
+    assert object_store.is_s3("s3://b")
+    assert not object_store.is_s3("/s3://b")
     with pytest.raises(AssertionError):
-        store.relative("s3://b/xy/z", "s3://b/x")
+        object_store.relative("s3://b/xy/z", "s3://b/x")
 
 
 @pytest.mark.parametrize("uri", ["gs://b/x", "s3a://b/x", "http://host/x", "s3:///x"])
 def test_places_that_are_not_places_are_refused(uri: str) -> None:
     with pytest.raises(UserError, match="s3://bucket/key"):
-        store.write(uri, b"1")
+        object_store.write(uri, b"1")
 
 
 # ----------------------------------------------------------------------------------------- local disk
@@ -213,16 +213,16 @@ def test_a_disk_that_refuses_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, says: str
 ) -> None:
     uri = str(tmp_path / "x")
-    store.write(uri, b"old")
+    object_store.write(uri, b"old")
 
     def refuse(fd: int) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(UserError, match=says) as caught:
-        store.write(uri, b"new")
+        object_store.write(uri, b"new")
     assert uri in str(caught.value)
-    assert store.read(uri) == b"old"
+    assert object_store.read(uri) == b"old"
     assert temps(tmp_path) == []
 
 
@@ -239,10 +239,10 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_named_and_left_as_it_was(tiny_disk: Path) -> None:
     uri = str(tiny_disk / "x")
-    store.write(uri, pattern(MB // 2))
+    object_store.write(uri, pattern(MB // 2))
     with pytest.raises(UserError, match="disk is full"):
-        store.write(uri, pattern(MB, 1))
-    assert store.read(uri) == pattern(MB // 2)
+        object_store.write(uri, pattern(MB, 1))
+    assert object_store.read(uri) == pattern(MB // 2)
     assert temps(tiny_disk) == []
 
 
@@ -267,13 +267,13 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
         writer.send_signal(signal.SIGKILL)
         writer.wait()
         writer.stdout.close()
-        data = store.read(uri)
+        data = object_store.read(uri)
         assert len(data) == 8_000_000
         assert data.count(data[:1]) == 8_000_000
         seen_temps += len(temps(tmp_path))
-        assert [e.uri for e in store.listing(str(tmp_path))] == [uri]
-        assert store.abort_stale_uploads(str(tmp_path)) == 0  # younger than a day: another writer's
-        store.abort_stale_uploads(str(tmp_path), older_than_h=-1)
+        assert [e.uri for e in object_store.listing(str(tmp_path))] == [uri]
+        assert object_store.abort_stale_uploads(str(tmp_path)) == 0  # younger than a day: another writer's
+        object_store.abort_stale_uploads(str(tmp_path), older_than_h=-1)
         assert temps(tmp_path) == []
         turn += 1
     assert seen_temps, "no writer was killed while it wrote; the test proves nothing"
@@ -284,30 +284,30 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "MULTIPART_BYTES", 20 << 20)  # parts of 5 MiB, S3's least
+    monkeypatch.setattr(object_store, "MULTIPART_BYTES", 20 << 20)  # parts of 5 MiB, S3's least
 
 
 @pytest.mark.parametrize("from_file", [False, True])
 def test_large_objects_go_in_parts(
     proxy: FaultProxy, bucket: str, small_parts: None, tmp_path: Path, from_file: bool
 ) -> None:
-    uri, data = store.join(bucket, "big"), pattern(21 << 20)
+    uri, data = object_store.join(bucket, "big"), pattern(21 << 20)
     proxy.add("status", method="PUT", key="partNumber=2")
     if from_file:
         (tmp_path / "big").write_bytes(data)
-        stored = store.write_file(str(tmp_path / "big"), uri)
+        stored = object_store.write_file(str(tmp_path / "big"), uri)
     else:
-        stored = store.write(uri, data)
+        stored = object_store.write(uri, data)
     assert sum("partNumber" in r.target for r in proxy.requests) == 5 + 1
-    assert store.read(uri, size_bytes=stored.size_bytes, sha256=stored.sha256) == data
+    assert object_store.read(uri, size_bytes=stored.size_bytes, sha256=stored.sha256) == data
 
 
 def test_uploads_that_never_ended_are_aborted(bucket: str) -> None:
-    client, name = store._client(), bucket.removeprefix(store.S3)
+    client, name = object_store._client(), bucket.removeprefix(object_store.S3)
     for key in ("in/a", "in/b", "out/c"):
         client.create_multipart_upload(Bucket=name, Key=key)
-    assert store.abort_stale_uploads(store.join(bucket, "in")) == 0
-    assert store.abort_stale_uploads(store.join(bucket, "in"), older_than_h=-1) == 2
+    assert object_store.abort_stale_uploads(object_store.join(bucket, "in")) == 0
+    assert object_store.abort_stale_uploads(object_store.join(bucket, "in"), older_than_h=-1) == 2
     left = client.list_multipart_uploads(Bucket=name)["Uploads"]
     assert [u["Key"] for u in left] == ["out/c"]
 
@@ -316,33 +316,35 @@ def test_uploads_that_never_ended_are_aborted(bucket: str) -> None:
 def test_more_keys_than_one_reply_holds(bucket: str) -> None:
     names = [f"{n:05d}" for n in range(1005)]
     for name in reversed(names):
-        store.write(store.join(bucket, "many", name), b"")
-    assert [e.uri.rpartition("/")[2] for e in store.listing(store.join(bucket, "many"))] == names
-    assert store.delete_prefix(bucket) == 1005
-    assert list(store.listing(bucket)) == []
+        object_store.write(object_store.join(bucket, "many", name), b"")
+    assert [
+        e.uri.rpartition("/")[2] for e in object_store.listing(object_store.join(bucket, "many"))
+    ] == names
+    assert object_store.delete_prefix(bucket) == 1005
+    assert list(object_store.listing(bucket)) == []
 
 
 def test_a_read_of_known_size_is_one_request(proxy: FaultProxy, bucket: str) -> None:
-    uri = store.join(bucket, "x")
+    uri = object_store.join(bucket, "x")
     data = pattern(1000)
-    store.write(uri, data)
+    object_store.write(uri, data)
     proxy.requests.clear()
-    store.read(uri, start=10, length=20, sha256=sha(data[10:30]))
-    store.read(uri, size_bytes=1000)
+    object_store.read(uri, start=10, length=20, sha256=sha(data[10:30]))
+    object_store.read(uri, size_bytes=1000)
     assert [r.method for r in proxy.requests] == ["GET", "GET"]
 
 
 def _read_in_child(uri: str) -> tuple[int, bytes]:
-    return os.getpid(), store.read(uri)
+    return os.getpid(), object_store.read(uri)
 
 
 def test_a_forked_child_makes_its_own_connection(bucket: str) -> None:
-    uri = store.join(bucket, "x")
-    store.write(uri, b"data")
+    uri = object_store.join(bucket, "x")
+    object_store.write(uri, b"data")
     with multiprocessing.get_context("fork").Pool(1) as pool:
         pid, data = pool.apply(_read_in_child, (uri,))
     assert (pid != os.getpid(), data) == (True, b"data")
-    assert store.read(uri) == b"data"
+    assert object_store.read(uri) == b"data"
 
 
 Options = dict[str, Any]
@@ -376,19 +378,19 @@ FIRST_KNOWN_ONLY = ("503 twice", "500 once", "reset before the reply", "a byte f
 def test_a_fault_in_a_read_ends_in_the_right_bytes(
     proxy: FaultProxy, bucket: str, fault: str, known: str
 ) -> None:
-    uri, data, ask = store.join(bucket, "scan"), pattern(3 * MB), KNOWN[known]
-    store.write(uri, data)
+    uri, data, ask = object_store.join(bucket, "scan"), pattern(3 * MB), KNOWN[known]
+    object_store.write(uri, data)
     proxy.add(method="GET", key="scan", **FAULTS[fault])
     start = ask.get("start", 0)
-    assert store.read(uri, **ask) == data[start : start + ask.get("length", 3 * MB)]
+    assert object_store.read(uri, **ask) == data[start : start + ask.get("length", 3 * MB)]
     assert len(proxy.faults()) == FAULTS[fault].get("times", 1)
 
 
 def test_a_read_goes_on_from_the_byte_reached(proxy: FaultProxy, bucket: str, tmp_path: Path) -> None:
-    uri, data = store.join(bucket, "scan"), pattern(5 * MB)
-    stored = store.write(uri, data)
+    uri, data = object_store.join(bucket, "scan"), pattern(5 * MB)
+    stored = object_store.write(uri, data)
     proxy.add("close_body", method="GET", at=4 * MB)
-    store.read_to_file(uri, str(tmp_path / "x"), size_bytes=stored.size_bytes, sha256=stored.sha256)
+    object_store.read_to_file(uri, str(tmp_path / "x"), size_bytes=stored.size_bytes, sha256=stored.sha256)
     assert (tmp_path / "x").read_bytes() == data
     again = proxy.requests[-1].headers
     reached = int(again["range"].removeprefix("bytes=").rstrip("-"))
@@ -408,12 +410,12 @@ def test_a_reply_that_is_not_the_one_asked_for_is_not_believed(
     proxy: FaultProxy, bucket: str, name: str, value: str
 ) -> None:
     """As from a store or cache that ignores If-Match or the range."""
-    uri, data = store.join(bucket, "scan"), pattern(3 * MB)
-    store.write(uri, data)
+    uri, data = object_store.join(bucket, "scan"), pattern(3 * MB)
+    object_store.write(uri, data)
     proxy.add("close_body", method="GET", at=0)  # after it, an ETag is pinned
     proxy.add("header", method="GET", name=name, value=value)
     want = data[500_000:2_500_000]
-    assert store.read(uri, start=500_000, length=2 * MB, sha256=sha(want)) == want
+    assert object_store.read(uri, start=500_000, length=2 * MB, sha256=sha(want)) == want
     assert [r.fault for r in proxy.requests if r.method == "GET"] == ["close_body", "header", None]
 
 
@@ -424,24 +426,26 @@ def test_a_reply_that_is_not_the_one_asked_for_is_not_believed(
 def test_a_fault_that_does_not_end_is_an_error(
     proxy: FaultProxy, bucket: str, fault: str, tmp_path: Path
 ) -> None:
-    uri, data = store.join(bucket, "scan"), pattern(3 * MB)
-    stored = store.write(uri, data)
+    uri, data = object_store.join(bucket, "scan"), pattern(3 * MB)
+    stored = object_store.write(uri, data)
     proxy.add(method="GET", **(FAULTS[fault] | {"times": 99, "at": 5}))
     with pytest.raises(UserError) as caught:
-        store.read_to_file(uri, str(tmp_path / "x"), size_bytes=stored.size_bytes, sha256=stored.sha256)
+        object_store.read_to_file(
+            uri, str(tmp_path / "x"), size_bytes=stored.size_bytes, sha256=stored.sha256
+        )
     assert uri in str(caught.value)
-    assert isinstance(caught.value, store.IntegrityError) == (fault != "closed in the body")
-    assert len(proxy.faults()) == store.BODY_ATTEMPTS  # not multiplied by botocore's
+    assert isinstance(caught.value, object_store.IntegrityError) == (fault != "closed in the body")
+    assert len(proxy.faults()) == object_store.BODY_ATTEMPTS  # not multiplied by botocore's
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_store_that_keeps_failing_is_an_error(proxy: FaultProxy, bucket: str, impatient: None) -> None:
-    uri = store.join(bucket, "scan")
+    uri = object_store.join(bucket, "scan")
     proxy.add("status", times=99)
     for call in (
-        lambda: store.read(uri, size_bytes=1),
-        lambda: store.write(uri, b"x"),
-        lambda: list(store.listing(uri)),
+        lambda: object_store.read(uri, size_bytes=1),
+        lambda: object_store.write(uri, b"x"),
+        lambda: list(object_store.listing(uri)),
     ):
         with pytest.raises(UserError, match="kept failing"):
             call()
@@ -451,14 +455,14 @@ def test_a_store_that_keeps_failing_is_an_error(proxy: FaultProxy, bucket: str, 
 @pytest.mark.parametrize("length", [3 * MB, MB, 4 * MB], ids=["same length", "shorter", "longer"])
 @pytest.mark.parametrize("known", ["size and digest", "nothing"])
 def test_an_object_replaced_while_it_is_read(proxy: FaultProxy, bucket: str, length: int, known: str) -> None:
-    uri, old, new = store.join(bucket, "scan"), pattern(3 * MB), pattern(length, salt=1)
-    store.write(uri, old)
-    proxy.add("run", method="GET", at=2 * MB, action=lambda: store.write(uri, new))
+    uri, old, new = object_store.join(bucket, "scan"), pattern(3 * MB), pattern(length, salt=1)
+    object_store.write(uri, old)
+    proxy.add("run", method="GET", at=2 * MB, action=lambda: object_store.write(uri, new))
     if KNOWN[known]:
-        with pytest.raises(store.IntegrityError, match="replaced"):
-            store.read(uri, **KNOWN[known])
+        with pytest.raises(object_store.IntegrityError, match="replaced"):
+            object_store.read(uri, **KNOWN[known])
     else:
-        assert store.read(uri) == new
+        assert object_store.read(uri) == new
 
 
 @pytest.mark.parametrize(
@@ -466,33 +470,33 @@ def test_an_object_replaced_while_it_is_read(proxy: FaultProxy, bucket: str, len
     [{"kind": "status"}, {"kind": "reset_before"}, {"kind": "lost_reply"}, {"kind": "status", "status": 500}],
 )
 def test_a_fault_in_a_write_ends_in_the_new_object(proxy: FaultProxy, bucket: str, fault: Options) -> None:
-    uri, new = store.join(bucket, "scan"), pattern(MB, 1)
-    store.write(uri, pattern(MB))
+    uri, new = object_store.join(bucket, "scan"), pattern(MB, 1)
+    object_store.write(uri, pattern(MB))
     proxy.add(method="PUT", **fault)
-    stored = store.write(uri, new)
+    stored = object_store.write(uri, new)
     assert len(proxy.faults()) == 1
-    assert store.read(uri, size_bytes=stored.size_bytes, sha256=stored.sha256) == new
+    assert object_store.read(uri, size_bytes=stored.size_bytes, sha256=stored.sha256) == new
 
 
 def test_a_write_that_fails_keeps_the_old_object(proxy: FaultProxy, bucket: str, impatient: None) -> None:
-    uri = store.join(bucket, "scan")
-    store.write(uri, b"old")
+    uri = object_store.join(bucket, "scan")
+    object_store.write(uri, b"old")
     proxy.add("status", method="PUT", times=99)
     with pytest.raises(UserError, match="kept failing"):
-        store.write(uri, b"new")
-    assert store.read(uri) == b"old"
+        object_store.write(uri, b"new")
+    assert object_store.read(uri) == b"old"
 
 
 # --------------------------------------------------------------------------- what the user set up wrong
 
 CALLS = {
-    "read": lambda uri: store.read(uri),
-    "read a range": lambda uri: store.read(uri, start=1, length=2),
-    "write": lambda uri: store.write(uri, b"x"),
-    "stat": lambda uri: store.stat(uri),
-    "list": lambda uri: list(store.listing(uri)),
-    "delete": lambda uri: store.delete(uri),
-    "delete_prefix": lambda uri: store.delete_prefix(uri),
+    "read": lambda uri: object_store.read(uri),
+    "read a range": lambda uri: object_store.read(uri, start=1, length=2),
+    "write": lambda uri: object_store.write(uri, b"x"),
+    "stat": lambda uri: object_store.stat(uri),
+    "list": lambda uri: list(object_store.listing(uri)),
+    "delete": lambda uri: object_store.delete(uri),
+    "delete_prefix": lambda uri: object_store.delete_prefix(uri),
 }
 
 
@@ -512,7 +516,7 @@ def test_wrong_keys_are_named_and_never_shown(
     right = os.environ["AWS_SECRET_ACCESS_KEY"]
     monkeypatch.setenv(wrong, "x-wrong-and-private")
     with pytest.raises(UserError, match="AWS_SECRET_ACCESS_KEY") as caught:
-        CALLS[call](store.join(bucket, "x"))
+        CALLS[call](object_store.join(bucket, "x"))
     told = f"{caught.value} {caught.value.__cause__}"
     assert bucket in told
     for private in ("x-wrong-and-private", right, os.environ["AWS_ACCESS_KEY_ID"]):
@@ -525,7 +529,7 @@ def test_absent_credentials_are_named(bucket: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with pytest.raises(UserError, match="no credentials"):
-        CALLS[call](store.join(bucket, "x"))
+        CALLS[call](object_store.join(bucket, "x"))
 
 
 def _closed_port() -> int:
@@ -541,7 +545,7 @@ def test_an_unreachable_endpoint_is_named(
     port = _closed_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://user:hunter2@127.0.0.1:{port}")
     with pytest.raises(UserError) as caught:
-        (CALLS | {"arrow": store.arrow_filesystem})[call](store.join(bucket, "x"))
+        (CALLS | {"arrow": object_store.arrow_filesystem})[call](object_store.join(bucket, "x"))
     assert f"http://127.0.0.1:{port} " in str(caught.value)
     assert "AWS_ENDPOINT_URL_S3" in str(caught.value)
     assert "hunter2" not in str(caught.value)
@@ -552,9 +556,9 @@ def test_an_endpoint_that_goes_away_is_named(
 ) -> None:
     with FaultProxy(s3_server.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
-        store.write(store.join(bucket, "x"), b"x")
+        object_store.write(object_store.join(bucket, "x"), b"x")
     with pytest.raises(UserError, match="cannot reach the object store at http://127"):
-        store.read(store.join(bucket, "x"))
+        object_store.read(object_store.join(bucket, "x"))
 
 
 @pytest.mark.parametrize(
@@ -565,10 +569,10 @@ def test_settings_that_make_no_sense_are_named(
 ) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=name):
-        store.read(store.join(bucket, "x"))
+        object_store.read(object_store.join(bucket, "x"))
 
 
 def test_a_bucket_may_be_made_twice(bucket: str) -> None:
-    store.create_bucket(bucket)
+    object_store.create_bucket(bucket)
     with pytest.raises(UserError, match=r"not a valid bucket|name is not valid"):
-        store.create_bucket("s3://Not_A_Bucket!")
+        object_store.create_bucket("s3://Not_A_Bucket!")

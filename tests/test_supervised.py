@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from logonet import augment, backbones, config, draws, methods
-from logonet.backbones import SegOut
-from logonet.errors import UserError
+from logonet import methods, networks
+from logonet.core import config, seeding
+from logonet.core.errors import UserError
+from logonet.data import augment
 from logonet.methods.supervised import SMOOTH, Config, Supervised, deep_weights, dice_and_ce, nearest
+from logonet.networks import SegOut
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,8 +28,8 @@ K = 4
 NONE = {"augment": config.to_dict(augment.none())}
 
 
-def facts(size_vox: tuple[int, int, int] = SIZE, num_classes: int = K) -> methods.Facts:
-    return methods.Facts(size_vox, num_classes=num_classes)
+def facts(size_vox: tuple[int, int, int] = SIZE, num_classes: int = K) -> methods.DataSpec:
+    return methods.DataSpec(size_vox, num_classes=num_classes)
 
 
 class Net(nn.Module):
@@ -268,10 +270,10 @@ def steps(module: Supervised, batch: dict[str, Tensor], num_steps: int = 3) -> l
     return losses
 
 
-@pytest.mark.parametrize("name", backbones.names())
+@pytest.mark.parametrize("name", networks.names())
 def test_a_frozen_encoder_keeps_every_bit(name: str) -> None:
     torch.manual_seed(0)
-    net: Any = backbones.build(name, 1, 3, **backbones.tiny(name))
+    net: Any = networks.build(name, 1, 3, **networks.tiny(name))
     module = methods.build("supervised", net, facts((32, 32, 32), 3), encoder="frozen")
     labels = torch.randint(3, (2, 32, 32, 32), dtype=torch.uint8)
     before, rest = encoder_bits(net), copy.deepcopy(net.state_dict())
@@ -391,7 +393,7 @@ def test_two_crops_are_learnt() -> None:
 
 
 def sample(in_channels: int = 1) -> dict[str, np.ndarray]:
-    generator = draws.rng(0, "supervised")
+    generator = seeding.rng(0, "supervised")
     return {
         "image_CXYZ": generator.integers(0, 65536, (in_channels, *SIZE)).astype(np.uint16),
         "labels_XYZ": generator.integers(0, K, SIZE).astype(np.uint8),
@@ -401,7 +403,7 @@ def sample(in_channels: int = 1) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("in_channels", [1, 2])
 def test_an_undistorted_crop_is_its_intensities(in_channels: int) -> None:
     cfg, raw = methods.config("supervised", NONE), sample(in_channels)
-    ready = methods.prepare("supervised")(raw, cfg, draws.rng(0))
+    ready = methods.prepare("supervised")(raw, cfg, seeding.rng(0))
     assert (ready["image"].dtype, ready["labels"].dtype) == (np.float32, np.uint8)
     np.testing.assert_allclose(ready["image"], raw["image_CXYZ"] / 65535, rtol=1e-6)
     np.testing.assert_array_equal(ready["labels"], raw["labels_XYZ"])
@@ -414,7 +416,7 @@ def test_labels_follow_the_image() -> None:
     cfg = methods.config("supervised", {"augment": options})
     distorted = 0
     for i in range(8):
-        ready = methods.prepare("supervised")(raw, cfg, draws.rng(0, i))
+        ready = methods.prepare("supervised")(raw, cfg, seeding.rng(0, i))
         np.testing.assert_array_equal(ready["labels"], (ready["image"][0] * 65535 // 16384).astype(np.uint8))
         distorted += not np.array_equal(ready["labels"], raw["labels_XYZ"])
     assert distorted == 8

@@ -13,23 +13,13 @@ import pytest
 import tenacity
 from helpers import timeless, tiny_backbone
 
-from logonet import (
-    artifacts,
-    cases,
-    checkpoints,
-    cluster,
-    clusterers,
-    crops,
-    phantom,
-    probe,
-    registry,
-    splits,
-    stages,
-    store,
-    train,
-)
-from logonet.cluster import Resources
-from logonet.errors import UserError
+from logonet import pipelines, tracking, training
+from logonet.clustering import kmeans
+from logonet.core.errors import UserError
+from logonet.data import cropping, phantom, prepared_scans, splits
+from logonet.distributed import cluster, trainer
+from logonet.distributed.cluster import Resources
+from logonet.storage import artifacts, object_store
 from logonet.sweep import recorder, records, settings, tuning
 from logonet.sweep import run as searching
 from logonet.sweep import space as spaces
@@ -37,31 +27,34 @@ from logonet.sweep import trial as running
 from logonet.sweep.records import Trial
 from logonet.sweep.settings import Budget, Config, Sweep
 from logonet.sweep.trial import key_of, objective_of, told
+from logonet.training import checkpoints, linear_probe
 
 pytestmark = pytest.mark.timeout(1500)  # a dozen Ray Train runs in a test
 ONE = Resources(workers=1)
 SPLIT = splits.Config(test_share=0.25, folds=3)
 
 
-def pretraining(**training: Any) -> stages.Pretraining:
-    return stages.Pretraining(
+def pretraining(**training: Any) -> pipelines.Pretraining:
+    return pipelines.Pretraining(
         split=SPLIT,
-        crops=crops.Config(size_vox=(32, 32, 32), per_scan=2),
-        clusterers=clusterers.Config(n=3, k_min=3, k_max=6, iterations=5),
+        crops=cropping.Config(size_vox=(32, 32, 32), per_scan=2),
+        clusterers=kmeans.Config(n=3, k_min=3, k_max=6, iterations=5),
         backbone=tiny_backbone(),
         method={"name": "masked_clusters", "phi1": 0.2, "final_relu": False},
-        train=train.Config(
+        train=training.Config(
             **{"epochs": 2, "global_batch": 2, "batch_size": 2, "lr": 3e-3, "warmup_epochs": 0, **training}
         ),
-        probe=probe.Config(train_cases=2, val_cases=1, crops_per_case=1, voxels_per_crop=256, iterations=10),
+        probe=linear_probe.Config(
+            train_cases=2, val_cases=1, crops_per_case=1, voxels_per_crop=256, iterations=10
+        ),
     )
 
 
-def finetuning() -> stages.Finetuning:
-    return stages.Finetuning(
+def finetuning() -> pipelines.Finetuning:
+    return pipelines.Finetuning(
         split=SPLIT,
-        crops=cases.Crops(size_vox=(32, 32, 32)),
-        train=train.Config(epochs=2, steps_per_epoch=2, global_batch=1, lr=1e-3, warmup_epochs=0),
+        crops=prepared_scans.Crops(size_vox=(32, 32, 32)),
+        train=training.Config(epochs=2, steps_per_epoch=2, global_batch=1, lr=1e-3, warmup_epochs=0),
     )
 
 
@@ -85,17 +78,20 @@ def sweep(bucket: str, scans: str, space: dict[str, Any], **changes: Any) -> Swe
 
 
 def versions(uri: str) -> dict[str, str]:
-    return {e.uri: e.version for e in store.listing(uri)}
+    return {e.uri: e.version for e in object_store.listing(uri)}
 
 
 def finished(root: str, stage: str) -> list[str]:
     """URIs of the finished artifacts of ``stage``."""
-    found = {store.relative(e.uri, f"{root}/{stage}").split("/")[0] for e in store.listing(f"{root}/{stage}")}
+    found = {
+        object_store.relative(e.uri, f"{root}/{stage}").split("/")[0]
+        for e in object_store.listing(f"{root}/{stage}")
+    }
     return [uri for name in sorted(found) if artifacts.find(uri := f"{root}/{stage}/{name}") is not None]
 
 
 def runs_of(experiment: str) -> list[Any]:
-    client = registry._client(registry.tracking_uri())
+    client = tracking.runs.connect(tracking.tracking_uri())
     return client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
 
 
@@ -139,13 +135,13 @@ def test_trials_share_what_they_have_in_common_and_the_winner_is_registered(
     (parent,) = by_stage["sweep"]
     children = by_stage["pretrain"]
     assert len(children) == 3
-    assert {c.data.tags[registry.PARENT_TAG] for c in children} == {parent.info.run_id}
+    assert {c.data.tags[tracking.PARENT_TAG] for c in children} == {parent.info.run_id}
     assert {c.info.status for c in [*children, parent]} == {"FINISHED"}
     objectives = {c.data.tags["logonet.fingerprint"]: c.data.metrics["objective"] for c in children}
     assert objectives == {t.pretrain.rsplit("/", 1)[1]: t.objective for t in trials}
     assert parent.data.metrics["best_objective"] == best.objective
     assert len(by_stage["finetune"]) == 1
-    lineage = registry.lineage("models:/logonet-seg-phantom@candidate")
+    lineage = tracking.lineage("models:/logonet-seg-phantom@candidate")
     assert lineage["logonet.sweep_uri"] == tried.uri
     assert lineage["logonet.pretrain"] == winner.pretrain.rsplit("/", 1)[1]
 
@@ -157,7 +153,7 @@ def test_trials_share_what_they_have_in_common_and_the_winner_is_registered(
     assert again == winner
     assert {s: versions(f"{tried.root}/{s}") for s in before} == before
     assert len(runs_of(tried.experiment)) == len(runs)
-    page = store.read(f"{tried.uri}/report.html").decode()
+    page = object_store.read(f"{tried.uri}/report.html").decode()
     assert page.count("<img") >= 2
 
     other = replace(tried, space=spaces.parse({"search": {"method.phi1": {"grid": [0.1, 0.3]}}}, "test"))
@@ -184,7 +180,7 @@ def test_trials_fail_stop_and_go_on_each_by_itself(bucket: str, scans: str) -> N
     assert winner == learns
     assert (learns.status, diverges.status, idles.status) == ("done", "failed", "stopped")
     assert "lower train.lr" in diverges.reason
-    assert "Traceback" in store.read(f"{tried.uri}/trials/0001.error.txt").decode()
+    assert "Traceback" in object_store.read(f"{tried.uri}/trials/0001.error.txt").decode()
     # Ray frees the workers of a trial that was stopped by and by.
     for attempt in tenacity.Retrying(stop=tenacity.stop_after_delay(120), wait=tenacity.wait_fixed(1)):
         with attempt:
@@ -197,9 +193,9 @@ def test_trials_fail_stop_and_go_on_each_by_itself(bucket: str, scans: str) -> N
     # A kill in the second epoch: a record that says "running", one checkpoint, no artifact.
     whole = json.loads(artifacts.find(learns.pretrain).read("history.json"))  # type: ignore[union-attr]
     oldest = checkpoints.all_of(learns.pretrain)[0]
-    for entry in list(store.listing(learns.pretrain)):
+    for entry in list(object_store.listing(learns.pretrain)):
         if not entry.uri.startswith(oldest):
-            store.delete(entry.uri)
+            object_store.delete(entry.uri)
     records.write(tried.uri, replace(learns, status="running", history=learns.history[:1]))
     kept = versions(f"{idles.pretrain}")
     resumed = searching.run(tried, ONE, Budget(trials=3), at_once=1)
@@ -221,7 +217,7 @@ def test_a_trial_that_can_never_fit_is_one_sentence(bucket: str, scans: str) -> 
     resources = Resources(workers=1, cpus_per_worker=64)
     with pytest.raises(UserError, match=r"1 workers x 64 CPUs do not fit .* fewer workers"):
         searching.run(tried, resources, Budget())
-    assert list(store.listing(tried.uri)) == [], "a sweep that cannot run was begun"
+    assert list(object_store.listing(tried.uri)) == [], "a sweep that cannot run was begun"
     with pytest.raises(UserError, match=r"64 trials of 1 workers do not fit .* --concurrent [123] "):
         searching.run(tried, ONE, Budget(), at_once=64)
 
@@ -396,7 +392,7 @@ def test_the_place_of_a_controller_that_died_is_given_back(ray_local: None) -> N
 
 
 @pytest.mark.parametrize(
-    ("err", "recorded"), [(train.LeaderLost("gone"), False), (train.Diverged("nan"), True)]
+    ("err", "recorded"), [(trainer.LeaderLost("gone"), False), (training.Diverged("nan"), True)]
 )
 def test_a_machines_failure_is_not_the_trials(
     monkeypatch: pytest.MonkeyPatch, err: UserError, recorded: bool
@@ -411,8 +407,10 @@ def test_a_machines_failure_is_not_the_trials(
     monkeypatch.setattr(running.stages, "pretrain", dies)
     monkeypatch.setattr(running, "Report", lambda *_, **__: None)  # it wants a sweep around it
     tried = sweep("/nowhere", "/nowhere/scans", {"search": {"method.phi1": {"grid": [0.1]}}})
-    plan = running.Plan(tried, ONE, cluster.Share(1, False, 1, 1, 1, 1, 3), {}, None, [{"method.phi1": 0.1}])
-    with contextlib.nullcontext() if recorded else pytest.raises(train.LeaderLost):
+    plan = running.Plan(
+        tried, ONE, cluster.ResourceAllocation(1, False, 1, 1, 1, 1, 3), {}, None, [{"method.phi1": 0.1}]
+    )
+    with contextlib.nullcontext() if recorded else pytest.raises(trainer.LeaderLost):
         running.run_trial({"place": 0}, plan)
     assert [s["failed"] for s in said] == (["nan"] if recorded else [])
 

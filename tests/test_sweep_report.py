@@ -17,9 +17,9 @@ import test_report
 from scipy import stats
 from test_report import Page, pixels
 
-from logonet import report
-from logonet.draws import rng
-from logonet.sweep import judge, records
+from logonet import reporting
+from logonet.core.seeding import rng
+from logonet.sweep import analysis, records
 
 placed = test_report.placed
 NAN = math.nan
@@ -123,7 +123,7 @@ SWEEPS = {
 )
 def test_the_best(expected, trials):
     table, _ = sweep([PHI], *trials)
-    assert judge.best(table) == expected
+    assert analysis.best(table) == expected
 
 
 # ------------------------------------------------------------------------------------- importances
@@ -139,11 +139,11 @@ def test_objectives_are_compared_at_the_last_epoch_that_most_reached():
         ("failed", (4,), [0.05]),
         ("failed", (5,), []),
     )
-    compared, epoch = judge.comparable(table, history)
+    compared, epoch = analysis.comparable(table, history)
     assert epoch == 2
     np.testing.assert_array_equal(compared["objective"], [0.2, 0.3, 0.4, NAN, NAN])
     assert table["objective"].tolist()[:3] == [0.4, 0.6, 0.4]  # as it was
-    compared, epoch = judge.comparable(table, history[:0])
+    compared, epoch = analysis.comparable(table, history[:0])
     assert epoch is None and compared["objective"].isna().all()
 
 
@@ -155,43 +155,43 @@ def test_a_key_that_decides_all_has_the_importance_that_a_sum_gives():
     g = rng(0, "two values")
     table = pd.DataFrame({"trial": range(60), "backbone": ["a", "b"] * 30, PHI: g.random(60)})
     table["objective"] = np.where(table["backbone"] == "a", 0.4, 0.6)
-    found = judge.importance(table, [PHI, "backbone"])
+    found = analysis.importance(table, [PHI, "backbone"])
     assert found["key"].tolist() == ["backbone", PHI]
     assert found.loc[0, "importance"] == pytest.approx(2.0, rel=0.1)
     assert found.loc[1, "importance"] == 0
     assert found["note"].tolist() == ["", ""]
-    pd.testing.assert_frame_equal(found, judge.importance(table, [PHI, "backbone"]))
+    pd.testing.assert_frame_equal(found, analysis.importance(table, [PHI, "backbone"]))
 
 
 def test_noise_is_not_important():
     """On its own trials a forest finds it so; on others it does not."""
     g = rng(0, "noise")
     table = pd.DataFrame(g.random((24, 4)), columns=[*"abc", "objective"])
-    found = judge.importance(table, [*"abc"])
+    found = analysis.importance(table, [*"abc"])
     assert (found["importance"] < 0.3).all()
     assert found["note"].str.contains("not shown to matter").all()
 
 
 def test_the_learning_rate_of_the_random_sweep_decides():
     table, history, keys = random()
-    compared, epoch = judge.comparable(table, history)
+    compared, epoch = analysis.comparable(table, history)
     assert epoch == 2
-    found = judge.importance(compared, keys)
+    found = analysis.importance(compared, keys)
     assert found.loc[0, "key"] == LR and found.loc[0, "importance"] > 0.5
     assert (found["importance"][1:] < 0.2).all() and sorted(found["key"]) == sorted(keys)
 
 
 def test_importances_that_cannot_be_measured_say_why():
     table, _ = sweep([M, PHI], *(("done", (3, p / 10), [float(p)]) for p in range(7)))
-    found = judge.importance(table, [M, PHI]).set_index("key")
+    found = analysis.importance(table, [M, PHI]).set_index("key")
     assert found.loc[M, "note"] == "one value only" and math.isnan(found.loc[M, "importance"])
     assert math.isfinite(found.loc[PHI, "importance"])
     # The values of failed trials are none that were measured.
     few = table.assign(objective=[0.1, 0.2, NAN, NAN, NAN, 0.5, 0.6])
-    found = judge.importance(few, [M, PHI])
+    found = analysis.importance(few, [M, PHI])
     assert found["importance"].isna().all()
     assert set(found["note"]) == {"4 trials with an objective; 6 are the least to judge by"}
-    assert set(judge.importance(table.assign(objective=0.5), [M, PHI])["note"]) == {
+    assert set(analysis.importance(table.assign(objective=0.5), [M, PHI])["note"]) == {
         "all objectives are equal"
     }
 
@@ -204,13 +204,13 @@ TIED = ([1.0, 2.0, 2.0, 4.0, 3.0, 7.0], [0.3, 0.2, 0.6, 0.9, 0.6, 0.8])
 
 def test_rank_correlation_against_scipy_and_all_permutations():
     proxy, final = TIED
-    found = judge.rank_correlation([*proxy, NAN, 5.0], [*final, 0.5, math.inf])
+    found = analysis.rank_correlation([*proxy, NAN, 5.0], [*final, 0.5, math.inf])
     rho = stats.spearmanr(proxy, final).statistic
     assert found["n"] == 6 and found["rho"] == pytest.approx(rho)
     every = np.array([stats.spearmanr(order, final).statistic for order in itertools.permutations(proxy)])
     tails = [(every >= rho - 1e-9).mean(), (every <= rho + 1e-9).mean()]
     assert found["p"] == pytest.approx(2 * min(tails))
-    assert judge.rank_correlation(final, proxy)["rho"] == pytest.approx(rho)
+    assert analysis.rank_correlation(final, proxy)["rho"] == pytest.approx(rho)
 
 
 def test_the_interval_is_that_of_all_resamples():
@@ -222,13 +222,13 @@ def test_the_interval_is_that_of_all_resamples():
         if np.ptp(drawn[0]) and np.ptp(drawn[1]):
             ranks = [stats.rankdata(side) for side in drawn]
             every.append(np.corrcoef(*ranks)[0, 1])
-    found = judge.rank_correlation(proxy, final)
+    found = analysis.rank_correlation(proxy, final)
     # A percentile of few distinct values jumps: its neighbours hold it.
     assert np.percentile(every, 2.0) - 1e-9 <= found["ci_low"] <= np.percentile(every, 3.0) + 1e-9
     assert found["ci_high"] == pytest.approx(np.percentile(every, 97.5))
     assert found["ci_low"] < found["rho"] == pytest.approx(0.8)
     assert "is not shown" in found["note"] if found["ci_low"] <= 0 else found["note"] == ""
-    assert judge.rank_correlation(proxy, final) == found
+    assert analysis.rank_correlation(proxy, final) == found
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_the_interval_is_that_of_all_resamples():
     ],
 )
 def test_pairs_that_prove_nothing(proxy, final, rho, said):
-    found = judge.rank_correlation(proxy, final)
+    found = analysis.rank_correlation(proxy, final)
     assert found["n"] == len(proxy) and said in found["note"]
     assert found["rho"] == pytest.approx(rho, nan_ok=True)
     assert math.isnan(found["ci_low"]) and math.isnan(found["ci_high"])
@@ -254,7 +254,7 @@ def test_pairs_that_prove_nothing(proxy, final, rho, said):
 
 def test_the_heat_map_of_the_grid(placed):
     table, _, keys = grid()
-    texts = placed(report.heat_map, table, *keys, "probe_dice", 3)
+    texts = placed(reporting.heat_map, table, *keys, "probe_dice", 3)
     assert [t for t in texts if t in ("3", "5", "7")] == ["3", "5", "7"]
     for row in table.dropna(subset="objective").to_dict("records"):
         assert f"{row['objective']:.3f}" in texts
@@ -276,7 +276,7 @@ def test_a_cell_has_the_mean_of_the_trials_that_are_comparable(placed):
         ("failed", (7, "b"), []),
         ("running", (5, None), [0.7]),
     )
-    texts = placed(report.heat_map, table, M, "backbone", "Dice")
+    texts = placed(reporting.heat_map, table, M, "backbone", "Dice")
     cells = {"0.400", "2 of 3 trials", "0.250", "after 1 to 2 epochs", "waiting", "2 trials", "still running"}
     assert cells | {"a", "b", "not set", "5", "after 1 epoch"} <= set(texts)
     assert texts.count("2 of 3 trials") == 2
@@ -289,20 +289,20 @@ def test_stopped_cells_are_lighter_and_the_best_is_outlined():
     )
 
     def dark(table):
-        return int((pixels(report.heat_map(table, PHI, None, "Dice")).sum(-1) < 250).sum())
+        return int((pixels(reporting.heat_map(table, PHI, None, "Dice")).sum(-1) < 250).sum())
 
     stopped = table.assign(status=["done", "done", "stopped"])
     assert dark(stopped) < 0.7 * dark(table)
-    outlined = pixels(report.heat_map(table, PHI, None, "Dice", 1))
-    red = report.drawing.RED
+    outlined = pixels(reporting.heat_map(table, PHI, None, "Dice", 1))
+    red = reporting.drawing.RED
     assert test_report.near(outlined, red) > 1000
-    assert test_report.near(pixels(report.heat_map(table, PHI, None, "Dice")), red) == 0
+    assert test_report.near(pixels(reporting.heat_map(table, PHI, None, "Dice")), red) == 0
 
 
 def test_numbers_drawn_from_a_range_are_put_in_bins(placed):
     values = [0.01 * i for i in range(1, 21)]
     table, _ = sweep([PHI], *(("done", (v,), [v]) for v in values))
-    texts = placed(report.heat_map, table, PHI, None, "Dice")
+    texts = placed(reporting.heat_map, table, PHI, None, "Dice")
     assert {"0.01 to 0.04", "0.05 to 0.08", "0.17 to 0.2"} <= set(texts)
     assert texts.count("4 trials") == 5
     assert f"{np.mean(values[:4]):.3f}" in texts
@@ -310,9 +310,9 @@ def test_numbers_drawn_from_a_range_are_put_in_bins(placed):
 
 def test_a_heat_map_is_of_the_first_two_keys_that_vary():
     table, _ = sweep([*"abcd"], *(("done", (1, i, "x" * i, i), [0.1]) for i in range(3)))
-    assert report.heat_axes(table, [*"abcd"]) == ["b", "c"]
-    assert report.heat_axes(table, ["a", "d"]) == ["d"]
-    assert report.heat_axes(table[:1], [*"abcd"]) == []
+    assert reporting.heat_axes(table, [*"abcd"]) == ["b", "c"]
+    assert reporting.heat_axes(table, ["a", "d"]) == ["d"]
+    assert reporting.heat_axes(table[:1], [*"abcd"]) == []
 
 
 @pytest.fixture
@@ -338,12 +338,12 @@ def test_lines_run_through_their_settings_to_their_objective(lines, placed):
     statuses = ["done"] * 6 + ["failed"]
     trials = [(s, v, [o]) for s, v, o in zip(statuses, settings, objectives)]
     table, _ = sweep([M, LR, "backbone"], *trials, ("waiting", (3, 1e-3, "a"), []))
-    texts = placed(report.parallel, table, [M, LR, "backbone"], "probe_dice", 2)
+    texts = placed(reporting.parallel, table, [M, LR, "backbone"], "probe_dice", 2)
     drawn = [(y, look) for _, y, look in lines if len(y) > 2]
     assert len(drawn) == 7
     # The failed first and below, then from the worst to the best.
     np.testing.assert_allclose(drawn[0][0], [1, 0.7, 0])
-    assert drawn[0][1]["color"] == report.drawing.GREY and "linestyle" in drawn[0][1]
+    assert drawn[0][1]["color"] == reporting.drawing.GREY and "linestyle" in drawn[0][1]
     np.testing.assert_allclose(drawn[1][0], [0, 0, 0, 0])
     np.testing.assert_allclose(drawn[2][0], [0, 0.5, 1, 0.25])
     np.testing.assert_allclose(drawn[-1][0], [0.5, 1, 0, 1])
@@ -356,7 +356,7 @@ def test_lines_run_through_their_settings_to_their_objective(lines, placed):
 def test_progress_says_how_each_trial_ended(lines, placed):
     table, history, _ = grid()
     history.loc[0, "objective"] = NAN
-    texts = placed(report.progress, history, table, 3, "probe_dice")
+    texts = placed(reporting.progress, history, table, 3, "probe_dice")
     assert {"best: trial 3", "run to the end", "stopped early"} <= set(texts)
     assert "failed" not in texts  # it has no epoch
     assert {str(t) for t in range(8)} <= set(texts)
@@ -370,7 +370,7 @@ def test_many_that_end_together_are_counted(placed):
         ("done" if i < 20 else "stopped", (i,), [0.1 + i / 100] * (4 if i < 20 else 2)) for i in range(30)
     ]
     table, history = sweep([PHI], *trials)
-    texts = placed(report.progress, history, table, 19, "Dice")
+    texts = placed(reporting.progress, history, table, 19, "Dice")
     assert {"19 trials", "19", "10 trials"} <= set(texts) and "18" not in texts
 
 
@@ -383,21 +383,21 @@ def test_importances_are_written_and_doubted(placed):
             "note": ["", "", "one value only"],
         }
     )
-    texts = placed(report.importance_bars, table, "Of 24 trials.")
+    texts = placed(reporting.importance_bars, table, "Of 24 trials.")
     assert {LR, PHI, M, "0.88", "0.12", "0.00", "0.04", "one value only"} <= set(texts)
-    assert test_report.near(pixels(report.importance_bars(table)), report.drawing.BLUE) > 1000
+    assert test_report.near(pixels(reporting.importance_bars(table)), reporting.drawing.BLUE) > 1000
     doubted = table.assign(note=["not shown to matter", "not shown to matter", "one value only"])
-    texts = placed(report.importance_bars, doubted)
+    texts = placed(reporting.importance_bars, doubted)
     assert any("Grey: not shown to matter." in " ".join(t.split()) for t in texts)
-    assert test_report.near(pixels(report.importance_bars(doubted)), report.drawing.BLUE) == 0
+    assert test_report.near(pixels(reporting.importance_bars(doubted)), reporting.drawing.BLUE) == 0
 
 
 def test_the_scatter_has_every_trial_with_both_and_the_correlation(placed):
     dice = [0.7, 0.75, 0.72, NAN, 0.8, 0.79]
     trials = [("done", (i,), [0.1 * i], {"final": {"dice": d}} if d == d else {}) for i, d in enumerate(dice)]
     table, _ = sweep([PHI], *trials)
-    correlation = judge.rank_correlation(table["objective"], table["final_dice"])
-    texts = placed(report.proxy_scatter, table, correlation, "probe_dice")
+    correlation = analysis.rank_correlation(table["objective"], table["final_dice"])
+    texts = placed(reporting.proxy_scatter, table, correlation, "probe_dice")
     assert {"0", "1", "2", "4", "5"} <= set(texts) and "3" not in texts
     said = " ".join(" ".join(texts).split())
     assert f"rho {correlation['rho']:.2f}" in said and "n 5" in said
@@ -405,7 +405,7 @@ def test_the_scatter_has_every_trial_with_both_and_the_correlation(placed):
 
 
 def test_crowds_are_moved_apart_around_where_they_want_to_be():
-    from logonet.report.sweeping import _apart
+    from logonet.reporting.sweeping import _apart
 
     np.testing.assert_allclose(_apart(np.array([0.0, 30.0]), 10), [0, 30])
     np.testing.assert_allclose(_apart(np.array([4.0, 6.0, 50.0]), 10), [0, 10, 50])
@@ -416,14 +416,14 @@ def test_crowds_are_moved_apart_around_where_they_want_to_be():
 @pytest.mark.parametrize("name", SWEEPS)
 def test_pictures_of_any_sweep_are_legible_and_the_same_twice(name, placed):
     table, history, keys = SWEEPS[name]()
-    best = judge.best(table)
-    axes = report.heat_axes(table, keys)
+    best = analysis.best(table)
+    axes = reporting.heat_axes(table, keys)
     drawn = []
     if axes:
-        drawn.append((report.heat_map, table, axes[0], axes[1] if axes[1:] else None, "probe_dice", best))
+        drawn.append((reporting.heat_map, table, axes[0], axes[1] if axes[1:] else None, "probe_dice", best))
     if best is not None:
-        drawn.append((report.parallel, table, keys, "probe_dice", best))
-        drawn.append((report.progress, history, table, best, "probe_dice"))
+        drawn.append((reporting.parallel, table, keys, "probe_dice", best))
+        drawn.append((reporting.progress, history, table, best, "probe_dice"))
     for draw, *args in drawn:
         placed(draw, *args)
         assert draw(*args) == draw(*args)
@@ -434,8 +434,15 @@ def test_pictures_of_any_sweep_are_legible_and_the_same_twice(name, placed):
 
 def page(name, **more):
     table, history, keys = SWEEPS[name]()
-    html, files = judge.page(
-        f"Sweep <{name}>", table, history, keys, "probe_dice", "space: a & <b>\n", judge.best(table), **more
+    html, files = analysis.page(
+        f"Sweep <{name}>",
+        table,
+        history,
+        keys,
+        "probe_dice",
+        "space: a & <b>\n",
+        analysis.best(table),
+        **more,
     )
     return Page(html), " ".join(html.split()), files
 
@@ -520,7 +527,7 @@ def test_pages_of_other_sweeps(name, base, said, files):
 def test_mappings_are_written_as_people_write_them(placed):
     table, _, _ = random()
     assert json.loads(table["clusterers"].iloc[0]) == {"k_min": 8, "k_max": 40}
-    texts = placed(report.heat_map, table, "clusterers", "backbone", "probe_dice")
+    texts = placed(reporting.heat_map, table, "clusterers", "backbone", "probe_dice")
     assert {"k_min 8, k_max 40", "k_min 20\nk_max 100", "logonet", "not set"} <= set(texts)
 
 

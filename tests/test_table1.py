@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from logonet import backbones
+from logonet import networks
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -61,7 +61,7 @@ def test_a_row_is_the_papers_digits_or_says_why_not(name: str) -> None:
 
 def test_the_paper_has_nine_rows_and_every_backbone_has_one() -> None:
     assert len(PAPER) == 9
-    assert {network.backbone for network in table1.NETWORKS.values()} == set(backbones.names())
+    assert {network.backbone for network in table1.NETWORKS.values()} == set(networks.names())
 
 
 @pytest.mark.parametrize("name", ["ULKANet", "3D UX-Net", "PCRLv2"])
@@ -81,7 +81,7 @@ def test_multiply_accumulates_are_cut_off(number: int, expected: str) -> None:
 @pytest.mark.parametrize("name", ["segresnetvae", "uxnet3d"])
 def test_a_measured_step_trains_and_a_measured_forward_does_not(name: str) -> None:
     torch.manual_seed(0)
-    net: Any = backbones.build(name, 1, 3, **backbones.tiny(name))
+    net: Any = networks.build(name, 1, 3, **networks.tiny(name))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     x = torch.rand(1, 1, 32, 32, 32)
     before = [p.detach().clone() for p in net.parameters()]
@@ -136,7 +136,7 @@ def test_only_want_of_memory_is_taken_for_it(error: Exception, ours: bool) -> No
 
 def true_macs(name: str, options: dict[str, Any], side: int) -> int:
     with torch.device("meta"):
-        net = backbones.build(name, 1, 14, **options).eval()
+        net = networks.build(name, 1, 14, **options).eval()
         with FlopCounterMode(display=False) as flops:
             net(torch.empty(1, 1, side, side, side))
     return flops.get_total_flops() // 2
@@ -153,7 +153,7 @@ SIDE = {"logonet": 64, "pcrlv2": 16, "swinunetr": 32}
 @functools.cache
 def recorded(name: str, training: bool) -> list[layers.Layer]:
     torch.manual_seed(0)
-    net = backbones.build(name, 1, 14, **backbones.tiny(name))
+    net = networks.build(name, 1, 14, **networks.tiny(name))
     x = torch.rand(1, 1, *(SIDE[name],) * 3)
     clock = iter(range(10**9)).__next__  # every operation takes one second
     return layers.record(net, x, training, 2, clock)
@@ -163,7 +163,7 @@ def recorded(name: str, training: bool) -> list[layers.Layer]:
 @pytest.mark.parametrize("training", [False, True])
 def test_the_layers_multiply_accumulates_are_the_networks(name: str, training: bool) -> None:
     """Whatever route a convolution takes on a CPU, and with normalisations folded into it or not."""
-    expected = true_macs(name, {**backbones.tiny(name), **PLAIN[name]}, SIDE[name])
+    expected = true_macs(name, {**networks.tiny(name), **PLAIN[name]}, SIDE[name])
     assert sum(layer.macs for layer in recorded(name, training)) == expected
 
 

@@ -14,19 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from logonet import backbones
-from logonet.errors import UserError
+from logonet import networks
+from logonet.core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-HIDING = [name for name in backbones.names() if "encode_hidden" in backbones.abilities(name)]
+HIDING = [name for name in networks.names() if "encode_hidden" in networks.abilities(name)]
 SIDE = 32
 
 
 def net_for(name: str, **options: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return backbones.build(name, 2, 3, **{**backbones.tiny(name), **options})
+        return networks.build(name, 2, 3, **{**networks.tiny(name), **options})
 
 
 def crops(side: int = SIDE, seed: int = 1) -> Tensor:
@@ -39,7 +39,7 @@ def grid(net: Any, side: int = SIDE) -> tuple[int, ...]:
 
 def test_who_can_hide_tokens() -> None:
     assert HIDING == ["nnformer", "swinunetr", "unetr"]
-    assert [n for n in backbones.names() if "encode_visible" in backbones.abilities(n)] == ["unetr"]
+    assert [n for n in networks.names() if "encode_visible" in networks.abilities(n)] == ["unetr"]
 
 
 @pytest.mark.parametrize("name", HIDING)
@@ -174,7 +174,7 @@ def test_fixed_positions_are_sines_and_cosines() -> None:
 
 def test_widths_that_fixed_positions_cannot_have_are_refused() -> None:
     with pytest.raises(UserError, match=r"hidden_size is 16.*multiple of 6"):
-        backbones.config("unetr", {"hidden_size": 16, "num_heads": 2, "positions": "sincos"})
+        networks.config("unetr", {"hidden_size": 16, "num_heads": 2, "positions": "sincos"})
 
 
 def test_parameters_of_gl_maes_encoders() -> None:
@@ -182,6 +182,6 @@ def test_parameters_of_gl_maes_encoders() -> None:
     last 2 widths here) are the method's."""
     for variant, width, whole in (("vit_b", 768, 88_369_920), ("vit_t", 192, 6_167_232)):
         with torch.device("meta"):
-            net: Any = backbones.build("unetr", variant=variant, positions="sincos", qkv_bias=True)
+            net: Any = networks.build("unetr", variant=variant, positions="sincos", qkv_bias=True)
         assert sum(p.numel() for p in net.net.vit.parameters()) == whole - 2 * width
         assert net.net.vit.patch_embedding.position_embeddings.numel() == 216 * width

@@ -17,30 +17,21 @@ import pytest
 import torch
 from helpers import timeless, tiny_backbone
 
-from logonet import (
-    backbones,
-    cases,
-    checkpoints,
-    clusterers,
-    crops,
-    data,
-    draws,
-    evaluate,
-    infer,
-    methods,
-    notices,
-    phantom,
-    probe,
-    store,
-    train,
-)
-from logonet.cluster import Resources, Share
-from logonet.errors import UserError
-from logonet.methods import Facts
+from logonet import methods, networks, training
+from logonet.clustering import kmeans
+from logonet.core import seeding
+from logonet.core.errors import UserError
+from logonet.data import crop_shards, cropping, phantom, prepared_scans
+from logonet.distributed import data_tasks, preemption, trainer
+from logonet.distributed.cluster import ResourceAllocation, Resources
+from logonet.inference import metrics, sliding_window
+from logonet.methods import DataSpec
+from logonet.storage import object_store
+from logonet.training import checkpoints, dataset, linear_probe, schedule
 
 SIZE = (32, 32, 32)
 SIZES = (5, 7)
-SHARE = Share(
+SHARE = ResourceAllocation(
     workers=1,
     use_gpu=False,
     cpus_per_worker=1,
@@ -49,15 +40,15 @@ SHARE = Share(
     cpus_per_task=1,
     cpus=3,
 )
-FACTS = Facts(size_vox=SIZE, cluster_sizes=SIZES, majority_labels=(0, 0))
+FACTS = DataSpec(size_vox=SIZE, cluster_sizes=SIZES, majority_labels=(0, 0))
 
 
 # ------------------------------------------------------------------------------------------- schedules
 
 
 def test_learning_rate_warms_up_linearly_then_follows_a_cosine() -> None:
-    cfg = train.Config(epochs=10, warmup_epochs=2, lr=1.0, min_lr=0.1)
-    lrs = [train.lr_at(s, cfg, steps_per_epoch=5) for s in range(50)]
+    cfg = training.Config(epochs=10, warmup_epochs=2, lr=1.0, min_lr=0.1)
+    lrs = [training.lr_at(s, cfg, steps_per_epoch=5) for s in range(50)]
     assert lrs[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
     for s in range(10, 50):
         expected = 0.1 + 0.9 * (1 + math.cos(math.pi * (s - 10) / 40)) / 2
@@ -69,17 +60,17 @@ def test_learning_rate_warms_up_linearly_then_follows_a_cosine() -> None:
     ("workers", "batch", "glob", "count"), [(1, 1, 16, 16), (16, 1, 16, 1), (2, 2, 8, 2), (3, 1, 16, 6)]
 )
 def test_accumulation_keeps_the_global_batch(workers: int, batch: int, glob: int, count: int) -> None:
-    assert train.accumulation(train.Config(global_batch=glob, batch_size=batch), workers) == count
+    assert training.accumulation(training.Config(global_batch=glob, batch_size=batch), workers) == count
 
 
 def test_a_global_batch_that_does_not_divide_names_those_that_do() -> None:
     with pytest.raises(UserError, match=r"train.global_batch=14 or 16"):
-        train.accumulation(train.Config(global_batch=15, batch_size=2), workers=3)
+        training.accumulation(training.Config(global_batch=15, batch_size=2), workers=3)
 
 
 def test_a_worker_without_anything_to_do_is_refused() -> None:
     with pytest.raises(UserError, match=r"--workers 8 or fewer, or --set train.global_batch=18 or more"):
-        train.accumulation(train.Config(global_batch=16, batch_size=2), workers=9)
+        training.accumulation(training.Config(global_batch=16, batch_size=2), workers=9)
 
 
 @pytest.mark.parametrize(
@@ -96,13 +87,13 @@ def test_a_worker_without_anything_to_do_is_refused() -> None:
 )
 def test_settings_that_cannot_work_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
-        train.Config(**{field: value})
+        training.Config(**{field: value})
 
 
 @pytest.mark.parametrize("patience", [3, 0])
 def test_patience_without_validation_is_refused(patience: int) -> None:
     with pytest.raises(ValueError, match=r"patience"):
-        train.Config(patience=patience)
+        training.Config(patience=patience)
 
 
 def test_the_death_of_the_process_that_leads_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,9 +109,9 @@ def test_the_death_of_the_process_that_leads_is_one_sentence(monkeypatch: pytest
 
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Dies)
     monkeypatch.setattr(ray, "put", lambda value: value)
-    job = train.Job("/nowhere", "0" * 16, {}, {"name": "masked_clusters"}, train.Config(), FACTS)
-    with pytest.raises(train.LeaderLost, match="the same command goes on from the newest checkpoint"):
-        train.fit(job, object(), Resources(workers=1), SHARE)  # type: ignore[arg-type]
+    job = training.Job("/nowhere", "0" * 16, {}, {"name": "masked_clusters"}, training.Config(), FACTS)
+    with pytest.raises(trainer.LeaderLost, match="the same command goes on from the newest checkpoint"):
+        trainer.fit(job, object(), Resources(workers=1), SHARE)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------- the order
@@ -128,23 +119,23 @@ def test_the_death_of_the_process_that_leads_is_one_sentence(monkeypatch: pytest
 
 @pytest.mark.parametrize(("samples", "glob"), [(10, 4), (3, 8), (8, 8)])
 def test_an_epoch_visits_every_sample_and_only_whole_steps(samples: int, glob: int) -> None:
-    order = data.Order(samples, glob, seed=1)
+    order = schedule.SampleSchedule(samples, glob, seed=1)
     for epoch in range(3):
         seen = [
             order.at(epoch * order.steps_per_epoch + s, slot)
             for s in range(order.steps_per_epoch)
             for slot in range(glob)
         ]
-        assert [i for _, i in seen[:samples]] == draws.epoch_order(1, epoch, samples).tolist()
+        assert [i for _, i in seen[:samples]] == seeding.epoch_order(1, epoch, samples).tolist()
         counts = np.bincount([i for _, i in seen], minlength=samples)
         assert counts.min() >= 1
         assert counts.max() - counts.min() <= 1
 
 
 def test_the_order_is_a_slow_loop_over_permutations() -> None:
-    order, step = data.Order(5, 2, seed=9), 0
+    order, step = schedule.SampleSchedule(5, 2, seed=9), 0
     for epoch in range(2):
-        perm = draws.epoch_order(9, epoch, 5).tolist()
+        perm = seeding.epoch_order(9, epoch, 5).tolist()
         padded = (perm + perm)[:6]
         for s in range(3):
             assert [order.at(step, k)[1] for k in range(2)] == padded[2 * s : 2 * s + 2]
@@ -154,7 +145,7 @@ def test_the_order_is_a_slow_loop_over_permutations() -> None:
 @pytest.mark.parametrize(("samples", "glob"), [(10, 4), (3, 8), (1, 4), (8, 8)])
 def test_nothing_is_drawn_twice(samples: int, glob: int) -> None:
     """Also where a pass is filled up from its own start: other crops, other masks."""
-    order = data.Order(samples, glob, seed=1)
+    order = schedule.SampleSchedule(samples, glob, seed=1)
     seen = [order.at(step, slot) for step in range(3 * order.steps_per_pass) for slot in range(glob)]
     assert len(set(seen)) == len(seen)
     if samples % glob == 0:
@@ -162,7 +153,10 @@ def test_nothing_is_drawn_twice(samples: int, glob: int) -> None:
 
 
 def test_an_epoch_of_a_number_of_steps_changes_no_samples() -> None:
-    plain, counted = data.Order(5, 2, seed=3), data.Order(5, 2, seed=3, epoch_steps=7)
+    plain, counted = (
+        schedule.SampleSchedule(5, 2, seed=3),
+        schedule.SampleSchedule(5, 2, seed=3, epoch_steps=7),
+    )
     assert (plain.steps_per_epoch, counted.steps_per_epoch) == (3, 7)
     places = list(itertools.product(range(20), range(2)))
     assert [plain.at(*p) for p in places] == [counted.at(*p) for p in places]
@@ -250,7 +244,7 @@ def test_a_store_that_refuses_is_not_taken_for_damage(
     def refuse(*args: Any, **kwargs: Any) -> bytes:
         raise UserError("the store is away; wait")
 
-    monkeypatch.setattr(store, "read", refuse)
+    monkeypatch.setattr(object_store, "read", refuse)
     with pytest.raises(UserError, match="the store is away"):
         checkpoints.newest(str(tmp_path), "f" * 16)
 
@@ -263,7 +257,7 @@ def test_another_runs_checkpoint_is_not_taken(tmp_path: Path) -> None:
 def test_the_writer_keeps_the_newest_and_raises_what_went_wrong(tmp_path: Path) -> None:
     writer = checkpoints.Writer(str(tmp_path), "f" * 16, keep=2)
     # What a run leaves that is killed while it deletes an old one.
-    store.write(f"{tmp_path}/checkpoints/step-00000000/model.safetensors", b"half")
+    object_store.write(f"{tmp_path}/checkpoints/step-00000000/model.safetensors", b"half")
     for step in (1, 2, 3):
         writer.save(a_state(step))
     writer.wait()
@@ -302,7 +296,7 @@ def test_every_checkpoint_that_is_there_finds_its_best(tmp_path: Path, keep: int
         checkpoints.save_best(run, epoch, net, keep)  # each epoch is better than those before
         for uri in checkpoints.all_of(run):
             best = checkpoints.load_state(uri, "f" * 16).step
-            assert store.exists(checkpoints._best_uri(run, best)), (epoch, uri)
+            assert object_store.exists(checkpoints._best_uri(run, best)), (epoch, uri)
         if epoch > behind:
             writer.save(a_state(epoch - behind))
             writer.wait()
@@ -320,7 +314,7 @@ def test_a_best_that_stays_the_best_outlives_every_checkpoint(tmp_path: Path) ->
     for step in range(5, 20, 5):
         writer.save(a_state(step))
     writer.wait()
-    assert store.exists(checkpoints._best_uri(run, 5))
+    assert object_store.exists(checkpoints._best_uri(run, 5))
 
 
 # ------------------------------------------------------------------------------------------- the worker
@@ -334,7 +328,7 @@ def feed(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Any:
     folder = tmp_path_factory.mktemp("crops")
     rng = np.random.default_rng(0)
     ramp = np.linspace(0, 1, SIZE[2])
-    refs: list[data.CropRef] = []
+    refs: list[crop_shards.CropRef] = []
     labels = []
     for n in range(3):
         crops_RCXYZ = []
@@ -342,25 +336,25 @@ def feed(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Any:
             noise = rng.random((1, *SIZE)) * 0.2
             crops_RCXYZ.append(((ramp * rng.uniform(0.4, 0.8) + noise) * 65535).astype(np.uint16))
             labels.append([np.floor(ramp * (k - 1)).astype(np.int16) for k in SIZES])
-        blob = data._shard_bytes(f"scan{n}", np.stack(crops_RCXYZ))
+        blob = crop_shards._shard_bytes(f"scan{n}", np.stack(crops_RCXYZ))
         name = f"shards/scan{n}.safetensors"
-        store.write(f"{folder}/{name}", blob)
-        refs += data._shard_index(f"{folder}/{name}", name, len(blob))
-    table = data.CropTable(str(folder), SIZE, 1, tuple(refs))
-    order = data.Order(len(table), 4, seed=0)
+        object_store.write(f"{folder}/{name}", blob)
+        refs += crop_shards._shard_index(f"{folder}/{name}", name, len(blob))
+    table = crop_shards.CropTable(str(folder), SIZE, 1, tuple(refs))
+    order = schedule.SampleSchedule(len(table), 4, seed=0)
     cfg = methods.config("masked_clusters", {"phi1": 0.2})
-    return [ray.put(data.Feed(table, np.array(labels), "masked_clusters", cfg, order))]
+    return [ray.put(dataset.TrainingDataset(table, np.array(labels), "masked_clusters", cfg, order))]
 
 
-def a_job(uri: str, **settings: Any) -> train.Job:
-    cfg = train.Config(
+def a_job(uri: str, **settings: Any) -> training.Job:
+    cfg = training.Config(
         **{"epochs": 4, "global_batch": 4, "batch_size": 2, "lr": 1e-3, "warmup_epochs": 1, **settings}
     )
-    return train.Job(uri, "a" * 16, tiny_backbone(), {"name": "masked_clusters", "phi1": 0.2}, cfg, FACTS)
+    return training.Job(uri, "a" * 16, tiny_backbone(), {"name": "masked_clusters", "phi1": 0.2}, cfg, FACTS)
 
 
-def a_worker(feed: Any, job: train.Job) -> train.Worker:
-    return train.Worker(job, feed, SHARE, rank=0, world=1, device=torch.device("cpu"))
+def a_worker(feed: Any, job: training.Job) -> training.Worker:
+    return training.Worker(job, feed, SHARE, rank=0, world=1, device=torch.device("cpu"))
 
 
 class Killed(Exception):
@@ -368,20 +362,20 @@ class Killed(Exception):
 
 
 @pytest.fixture(scope="module")
-def whole(feed: Any, tmp_path_factory: pytest.TempPathFactory) -> train.Worker:
+def whole(feed: Any, tmp_path_factory: pytest.TempPathFactory) -> training.Worker:
     """What has run to its end uninterrupted; its history and weights are what others must come to."""
     worker = a_worker(feed, a_job(f"{tmp_path_factory.mktemp('whole')}"))
     worker.run(lambda metrics: None)
     return worker
 
 
-def assert_same_run(worker: train.Worker, expected: train.Worker) -> None:
+def assert_same_run(worker: training.Worker, expected: training.Worker) -> None:
     assert timeless(worker.history) == timeless(expected.history)
     for (name, a), b in zip(expected.method.state_dict().items(), worker.method.state_dict().values()):
         assert torch.equal(a, b), name
 
 
-def test_training_learns_and_logs_what_it_must(whole: train.Worker) -> None:
+def test_training_learns_and_logs_what_it_must(whole: training.Worker) -> None:
     history = whole.history
     assert [e["epoch"] for e in history] == [1, 2, 3, 4]
     assert history[-1]["loss"] < history[0]["loss"]
@@ -399,7 +393,7 @@ def test_training_learns_and_logs_what_it_must(whole: train.Worker) -> None:
 @pytest.mark.parametrize("die_at_step", [3, 5])
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     feed: Any,
-    whole: train.Worker,
+    whole: training.Worker,
     tmp_path: Path,
     every: int | None,
     die_at_step: int,
@@ -408,25 +402,25 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     """Killed in the middle of an epoch (2 steps each), with checkpoints at epochs' ends or at every step."""
     job = a_job(f"{tmp_path}/killed", checkpoint_every_steps=every)
     first = a_worker(feed, job)
-    real_step = train.step
+    real_step = training.step
 
     def dying_step(*args: Any, **kwargs: Any) -> Any:
         if first.step == die_at_step:
             raise Killed
         return real_step(*args, **kwargs)
 
-    monkeypatch.setattr(train, "step", dying_step)
+    monkeypatch.setattr("logonet.training.loop.step", dying_step)
     with pytest.raises(Killed):
         first.run(lambda metrics: None)
     first.writer.wait()
-    monkeypatch.setattr(train, "step", real_step)
+    monkeypatch.setattr("logonet.training.loop.step", real_step)
 
     second = a_worker(feed, job)
     second.run(lambda metrics: None)
     assert_same_run(second, whole)
 
 
-def test_a_finished_run_is_not_trained_again(feed: Any, whole: train.Worker) -> None:
+def test_a_finished_run_is_not_trained_again(feed: Any, whole: training.Worker) -> None:
     again = a_worker(feed, whole.job)
     assert again.run(lambda metrics: pytest.fail("trained again")) == whole.history
 
@@ -435,18 +429,20 @@ def test_accumulated_micro_batches_equal_one_batch(feed: Any, tmp_path: Path) ->
     """Gradients of 2 x 2 samples equal those of a slow loop over the same two batches."""
     job = a_job(str(tmp_path), epochs=1, warmup_epochs=0)
     worker = a_worker(feed, job)
-    batches = list(data.batches(feed, start_step=0, stop_step=1, rank=0, world=1, batch_size=2, share=SHARE))
+    batches = list(
+        data_tasks.batches(feed, start_step=0, stop_step=1, rank=0, world=1, batch_size=2, share=SHARE)
+    )
     assert len(batches) == 2
-    torch.manual_seed(draws.integer(0, "init"))
-    method = train.build_method(job.backbone, job.method, FACTS).train()
-    for batch in train.to_tensors(iter(batches), torch.device("cpu")):
+    torch.manual_seed(seeding.integer(0, "init"))
+    method = training.build_method(job.backbone, job.method, FACTS).train()
+    for batch in training.to_tensors(iter(batches), torch.device("cpu")):
         (method(batch, 0.0)[0] / 2).backward()
     expected = {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
     seen: dict[str, torch.Tensor] = {}
-    train.step(
+    training.step(
         worker.method,
         worker.optimizer,
-        train.to_tensors(iter(batches), torch.device("cpu")),
+        training.to_tensors(iter(batches), torch.device("cpu")),
         count=2,
         progress=0.0,
         lr=1e-3,
@@ -464,8 +460,12 @@ def test_accumulated_micro_batches_equal_one_batch(feed: Any, tmp_path: Path) ->
 
 def test_skipped_steps_are_never_read(feed: Any) -> None:
     """Resuming skips references: the stream from step 3 is the tail of the stream from step 0."""
-    whole = list(data.batches(feed, start_step=0, stop_step=5, rank=0, world=1, batch_size=4, share=SHARE))
-    tail = list(data.batches(feed, start_step=3, stop_step=5, rank=0, world=1, batch_size=4, share=SHARE))
+    whole = list(
+        data_tasks.batches(feed, start_step=0, stop_step=5, rank=0, world=1, batch_size=4, share=SHARE)
+    )
+    tail = list(
+        data_tasks.batches(feed, start_step=3, stop_step=5, rank=0, world=1, batch_size=4, share=SHARE)
+    )
     assert len(tail) == 2
     for a, b in zip(whole[3:], tail):
         for key in a:
@@ -473,11 +473,13 @@ def test_skipped_steps_are_never_read(feed: Any) -> None:
 
 
 def test_ranks_share_a_step_whatever_their_number(feed: Any) -> None:
-    one = list(data.batches(feed, start_step=0, stop_step=2, rank=0, world=1, batch_size=4, share=SHARE))
+    one = list(
+        data_tasks.batches(feed, start_step=0, stop_step=2, rank=0, world=1, batch_size=4, share=SHARE)
+    )
     for step in range(2):
         parts = []
         for rank in range(2):
-            stream = data.batches(
+            stream = data_tasks.batches(
                 feed, start_step=0, stop_step=2, rank=rank, world=2, batch_size=2, share=SHARE
             )
             parts.append(list(stream)[step]["image"])
@@ -485,7 +487,7 @@ def test_ranks_share_a_step_whatever_their_number(feed: Any) -> None:
 
 
 def test_ranks_that_have_unequally_many_batches_share_a_step_too(feed: Any) -> None:
-    stream = functools.partial(data.batches, feed, start_step=1, stop_step=3, batch_size=1, share=SHARE)
+    stream = functools.partial(data_tasks.batches, feed, start_step=1, stop_step=3, batch_size=1, share=SHARE)
     one = [batch["image"] for batch in stream(rank=0, world=1)]
     ranks = [[batch["image"] for batch in stream(rank=rank, world=3)] for rank in range(3)]
     assert [len(parts) for parts in ranks] == [2, 2, 4]
@@ -496,11 +498,11 @@ def test_ranks_that_have_unequally_many_batches_share_a_step_too(feed: Any) -> N
 
 @pytest.mark.parametrize("at_step", [3, 4])  # in the middle of epoch 2 and at its end
 def test_sigterm_stores_the_step_and_the_run_goes_on_from_it(
-    feed: Any, whole: train.Worker, tmp_path: Path, at_step: int, monkeypatch: pytest.MonkeyPatch
+    feed: Any, whole: training.Worker, tmp_path: Path, at_step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = a_job(f"{tmp_path}/left")
     first = a_worker(feed, job)
-    real_step, reported = train.step, []
+    real_step, reported = training.step, []
 
     def step_with_signal(*args: Any, **kwargs: Any) -> Any:
         if first.step + 1 == at_step:
@@ -508,9 +510,9 @@ def test_sigterm_stores_the_step_and_the_run_goes_on_from_it(
         return real_step(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "step", step_with_signal)
-        heard = notices.Notices("left", 0, lambda: None)
-        with heard.listening(), pytest.raises(train.Left) as left:
+        patched.setattr("logonet.training.loop.step", step_with_signal)
+        heard = preemption.Notices("left", 0, lambda: None)
+        with heard.listening(), pytest.raises(training.Left) as left:
             first.run(reported.append, heard=heard)
     assert left.value.step == at_step
     assert len(reported) == 1
@@ -518,19 +520,19 @@ def test_sigterm_stores_the_step_and_the_run_goes_on_from_it(
     assert found is not None
     assert found.step == at_step
     second = a_worker(feed, job)
-    second.run(lambda metrics: None, heard=notices.Notices("left", 0, lambda: None))
+    second.run(lambda metrics: None, heard=preemption.Notices("left", 0, lambda: None))
     assert_same_run(second, whole)
 
 
 def test_a_sigterm_during_the_last_step_is_no_reason_to_leave(
-    feed: Any, whole: train.Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    feed: Any, whole: training.Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = a_worker(feed, a_job(str(tmp_path)))
-    heard = notices.Notices("end", 0, lambda: None)
+    heard = preemption.Notices("end", 0, lambda: None)
     monkeypatch.setattr(
         heard,
         "due",
-        lambda *_: (notices.LEAVE if worker.step == worker.total_steps else notices.GO_ON, False),
+        lambda *_: (preemption.LEAVE if worker.step == worker.total_steps else preemption.GO_ON, False),
     )
     worker.run(lambda metrics: None, heard=heard)
     assert_same_run(worker, whole)
@@ -540,7 +542,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence(feed: Any, tmp_path: Pa
     worker = a_worker(feed, a_job(str(tmp_path)))
     with torch.no_grad():
         next(p for p in worker.method.parameters() if p.requires_grad).fill_(math.nan)
-    with pytest.raises(train.Diverged, match=r"norm became nan .* lower train.lr"):
+    with pytest.raises(training.Diverged, match=r"norm became nan .* lower train.lr"):
         worker.run(lambda metrics: None)
     assert checkpoints.newest(str(tmp_path), "a" * 16) is None
 
@@ -555,7 +557,7 @@ def test_a_compiled_network_takes_the_same_steps(
 
     def history(compiled: bool) -> list[dict[str, Any]]:
         job = a_job(f"{tmp_path}/{compiled}", compile=compiled, **settings)
-        job = dataclasses.replace(job, backbone={"name": name, **backbones.tiny(name)})
+        job = dataclasses.replace(job, backbone={"name": name, **networks.tiny(name)})
         return a_worker(feed, job).run(lambda metrics: None)
 
     plain, compiled = history(False), history(True)
@@ -566,52 +568,54 @@ def test_a_compiled_network_takes_the_same_steps(
 
 LABELLED_SIZE = (16, 16, 16)
 CLASSES = ("background", "liver", "spleen")
-LABELLED_FACTS = Facts(size_vox=LABELLED_SIZE, num_classes=len(CLASSES))
+LABELLED_FACTS = DataSpec(size_vox=LABELLED_SIZE, num_classes=len(CLASSES))
 SUPERVISED = {"augment": {"flip_prob": 0.5}}
 
 
 def dynunet() -> dict[str, Any]:
-    return {"name": "dynunet", **backbones.tiny("dynunet")}
+    return {"name": "dynunet", **networks.tiny("dynunet")}
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory: pytest.TempPathFactory) -> data.LabelledFeed:
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> dataset.LabelledDataset:
     """Seven phantoms, four to train on and three to validate on."""
     folder, refs = tmp_path_factory.mktemp("cases"), []
     for i in range(7):
         scan, labels_XYZ = phantom.phantom(i, (20, 18, 16), (4.0, 4.0, 6.0), classes=len(CLASSES))
-        image_CXYZ, indices_XYZ = cases.prepare(scan, labels_XYZ, "CT", (0, 1, 2), cases.Config(), f"case{i}")
+        image_CXYZ, indices_XYZ = prepared_scans.prepare(
+            scan, labels_XYZ, "CT", (0, 1, 2), prepared_scans.Config(), f"case{i}"
+        )
         uri = f"{folder}/cases/case{i}.safetensors"
-        blob = cases.to_bytes(f"case{i}", image_CXYZ, indices_XYZ, seed=0)
-        store.write(uri, blob)
-        refs.append(cases.ref_of(uri, blob))
-    return data.LabelledFeed(
-        table=cases.Table(tuple(refs), CLASSES, (0, 1, 2)),
+        blob = prepared_scans.to_bytes(f"case{i}", image_CXYZ, indices_XYZ, seed=0)
+        object_store.write(uri, blob)
+        refs.append(prepared_scans.ref_of(uri, blob))
+    return dataset.LabelledDataset(
+        table=prepared_scans.Table(tuple(refs), CLASSES, (0, 1, 2)),
         train=(0, 1, 3, 4),
         val=(2, 5, 6),
-        crops=cases.Crops(LABELLED_SIZE),
+        crops=prepared_scans.Crops(LABELLED_SIZE),
         method="supervised",
         method_config=methods.config("supervised", SUPERVISED),
-        order=data.Order(4, 2, seed=0),
+        order=schedule.SampleSchedule(4, 2, seed=0),
     )
 
 
 @pytest.fixture
-def stored_feed(labelled: data.LabelledFeed, ray_local: None) -> Any:
+def stored_feed(labelled: dataset.LabelledDataset, ray_local: None) -> Any:
     return in_ray(labelled)
 
 
-def in_ray(feed: data.LabelledFeed) -> Any:
+def in_ray(feed: dataset.LabelledDataset) -> Any:
     import ray
 
     return [ray.put(feed)]
 
 
-def labelled_job(uri: str, init: train.Init | None = None, **settings: Any) -> train.Job:
+def labelled_job(uri: str, init: training.Init | None = None, **settings: Any) -> training.Job:
     values = {"epochs": 4, "global_batch": 2, "lr": 3e-3, "warmup_epochs": 1, "validate_every_epochs": 1}
     method = {"name": "supervised", **SUPERVISED}
-    return train.Job(
-        uri, "a" * 16, dynunet(), method, train.Config(**{**values, **settings}), LABELLED_FACTS, init=init
+    return training.Job(
+        uri, "a" * 16, dynunet(), method, training.Config(**{**values, **settings}), LABELLED_FACTS, init=init
     )
 
 
@@ -621,16 +625,16 @@ def silent(metrics: dict[str, Any]) -> None: ...
 def scripted(monkeypatch: pytest.MonkeyPatch, dice: Sequence[float]) -> None:
     """Validation that answers ``dice`` of the epoch, when one is due."""
 
-    def validate(worker: train.Worker, epoch: int) -> dict[str, Any]:
+    def validate(worker: training.Worker, epoch: int) -> dict[str, Any]:
         due = epoch % worker.cfg.validate_every_epochs == 0 or epoch == worker.cfg.epochs
         return {"val_dice": dice[epoch - 1], "val_dice_per_class": [dice[epoch - 1]] * 2} if due else {}
 
-    monkeypatch.setattr(train.Worker, "_validate", validate)
+    monkeypatch.setattr(training.Worker, "_validate", validate)
 
 
-def killed_at(monkeypatch: pytest.MonkeyPatch, worker: train.Worker, at_step: int) -> None:
+def killed_at(monkeypatch: pytest.MonkeyPatch, worker: training.Worker, at_step: int) -> None:
     """Run ``worker`` until it dies before the step after ``at_step``; its last checkpoint is written."""
-    real_step = train.step
+    real_step = training.step
 
     def dying_step(*args: Any, **kwargs: Any) -> Any:
         if worker.step == at_step:
@@ -638,16 +642,16 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, worker: train.Worker, at_step: in
         return real_step(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "step", dying_step)
+        patched.setattr("logonet.training.loop.step", dying_step)
         with pytest.raises(Killed):
             worker.run(silent)
     worker.writer.wait()
 
 
 def test_a_batch_holds_every_crop_of_its_cases_whatever_the_number_of_ranks(
-    labelled: data.LabelledFeed, stored_feed: Any
+    labelled: dataset.LabelledDataset, stored_feed: Any
 ) -> None:
-    stream = functools.partial(data.batches, stored_feed, start_step=0, stop_step=3, share=SHARE)
+    stream = functools.partial(data_tasks.batches, stored_feed, start_step=0, stop_step=3, share=SHARE)
     one = list(stream(rank=0, world=1, batch_size=2))
     assert [b["image"].shape for b in one] == [(4, 1, *LABELLED_SIZE)] * 3
     for step, batch in enumerate(one):
@@ -660,15 +664,15 @@ def test_a_batch_holds_every_crop_of_its_cases_whatever_the_number_of_ranks(
         assert np.array_equal(both, batch["image"])
 
 
-def test_a_case_that_comes_again_gives_other_crops(labelled: data.LabelledFeed) -> None:
+def test_a_case_that_comes_again_gives_other_crops(labelled: dataset.LabelledDataset) -> None:
     """One-shot finetuning with a global batch of 4: four times two different crops of the one case."""
-    feed = dataclasses.replace(labelled, train=(3,), order=data.Order(1, 4, seed=0))
+    feed = dataclasses.replace(labelled, train=(3,), order=schedule.SampleSchedule(1, 4, seed=0))
     rows = [row for slot in range(4) for row in feed.samples(*feed.order.at(0, slot))]
     assert len({row["image"].tobytes() for row in rows}) == 8
 
 
 def test_finetuning_learns_and_validates_when_due(
-    labelled: data.LabelledFeed, stored_feed: Any, tmp_path: Path
+    labelled: dataset.LabelledDataset, stored_feed: Any, tmp_path: Path
 ) -> None:
     job = labelled_job(str(tmp_path), epochs=5, validate_every_epochs=2)
     worker = a_worker(stored_feed, job)
@@ -682,27 +686,27 @@ def test_finetuning_learns_and_validates_when_due(
     net = worker.method.backbone.eval()
     dice_VK = []
     for place in labelled.val:
-        image_CXYZ, truth_XYZ = cases.read_case(labelled.table.refs[place])
-        found_XYZ = infer.labels(
-            net, image_CXYZ.astype(np.float32) / 65535, LABELLED_SIZE, infer.Config(), "cpu"
+        image_CXYZ, truth_XYZ = prepared_scans.read_case(labelled.table.refs[place])
+        found_XYZ = sliding_window.labels(
+            net, image_CXYZ.astype(np.float32) / 65535, LABELLED_SIZE, sliding_window.Config(), "cpu"
         )
-        dice_VK.append([evaluate.score(found_XYZ == k, truth_XYZ == k, (1, 1, 1))["dice"] for k in (1, 2)])
+        dice_VK.append([metrics.score(found_XYZ == k, truth_XYZ == k, (1, 1, 1))["dice"] for k in (1, 2)])
     assert history[-1]["val_dice_per_class"] == pytest.approx(np.mean(dice_VK, 0).tolist(), rel=1e-12)
     assert history[-1]["val_dice"] == pytest.approx(float(np.mean(dice_VK)), rel=1e-12)
     assert worker.method.training
-    assert "validation Dice" in train.epoch_line(history[-1], 5)
-    assert "validation Dice" not in train.epoch_line(history[0], 5)
+    assert "validation Dice" in training.epoch_line(history[-1], 5)
+    assert "validation Dice" not in training.epoch_line(history[0], 5)
 
 
 def test_without_validation_nothing_is_read_and_no_best_is_kept(
     stored_feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cases, "read_case", lambda ref: pytest.fail("a validation case was read"))
+    monkeypatch.setattr(prepared_scans, "read_case", lambda ref: pytest.fail("a validation case was read"))
     worker = a_worker(stored_feed, labelled_job(str(tmp_path), epochs=1, validate_every_epochs=0))
     history = worker.run(silent)
     assert "val_dice" not in history[0]
     assert "best.safetensors" not in checkpoints.save_final(
-        str(tmp_path), worker.method, history, train.best_step(history)
+        str(tmp_path), worker.method, history, training.best_step(history)
     )
     assert not (tmp_path / "best").exists()
 
@@ -712,22 +716,22 @@ def test_dice_of_a_case_is_a_slow_loop(seed: int) -> None:
     rng = np.random.default_rng(seed)
     found_XYZ, truth_XYZ = (rng.integers(0, 4, (5, 4, 3)).astype(np.uint8) for _ in range(2))
     truth_XYZ[truth_XYZ == 3] = 0  # found and not there: 0
-    got = train.case_dice(found_XYZ, truth_XYZ, num_classes=6)
+    got = training.case_dice(found_XYZ, truth_XYZ, num_classes=6)
     for k in (1, 2, 3):
         found, truth = ({tuple(p) for p in np.argwhere(a == k).tolist()} for a in (found_XYZ, truth_XYZ))
         assert got[k - 1] == pytest.approx(2 * len(found & truth) / (len(found) + len(truth)))
         assert got[k - 1] == pytest.approx(
-            evaluate.score(found_XYZ == k, truth_XYZ == k, (1.0, 1.0, 1.0))["dice"]
+            metrics.score(found_XYZ == k, truth_XYZ == k, (1.0, 1.0, 1.0))["dice"]
         )
     assert len(got) == 5
     assert all(math.isnan(d) for d in got[3:])  # neither found nor there: no score
 
 
 def test_a_class_that_no_case_has_is_left_out_of_the_mean(
-    labelled: data.LabelledFeed, ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    labelled: dataset.LabelledDataset, ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([[0.5, math.nan], [0.3, math.nan], [math.nan, math.nan]])
-    monkeypatch.setattr(train, "case_dice", lambda *args: next(answers))
+    monkeypatch.setattr("logonet.training.loop.case_dice", lambda *args: next(answers))
     values = a_worker(in_ray(labelled), labelled_job(str(tmp_path)))._validate(1)
     assert values["val_dice"] == pytest.approx(0.4)
     assert values["val_dice_per_class"][0] == pytest.approx(0.4)
@@ -738,7 +742,7 @@ def test_a_network_whose_answer_is_no_number_stops_with_a_sentence(stored_feed: 
     worker = a_worker(stored_feed, labelled_job(str(tmp_path)))
     with torch.no_grad():
         next(worker.method.backbone.parameters()).fill_(math.nan)
-    with pytest.raises(train.Diverged, match=r"validation failed .* lower train\.lr"):
+    with pytest.raises(training.Diverged, match=r"validation failed .* lower train\.lr"):
         worker._validate(1)
 
 
@@ -755,7 +759,7 @@ def test_a_network_whose_answer_is_no_number_stops_with_a_sentence(stored_feed: 
 )
 def test_the_best_step(dice: list[float | None], best: int | None) -> None:
     history = [{"step": i + 1, **({} if d is None else {"val_dice": d})} for i, d in enumerate(dice)]
-    assert train.best_step(history) == best
+    assert training.best_step(history) == best
 
 
 @pytest.mark.parametrize(
@@ -773,12 +777,14 @@ def test_the_best_weights_are_the_backbone_after_that_step(
         after[metrics["step"]] = {n: t.clone() for n, t in worker.method.backbone.state_dict().items()}
 
     history = worker.run(remember)
-    assert train.best_step(history) == step
+    assert training.best_step(history) == step
     assert [os.path.basename(u) for u in checkpoints.all_of(str(tmp_path))] == ["step-00000012"]
-    files = checkpoints.save_final(str(tmp_path), worker.method, history, train.best_step(history))
-    best = train.load_weights(train.Init(f"{tmp_path}/best.safetensors", files["best.safetensors"].sha256))
-    last = train.load_weights(
-        train.Init(f"{tmp_path}/backbone.safetensors", files["backbone.safetensors"].sha256)
+    files = checkpoints.save_final(str(tmp_path), worker.method, history, training.best_step(history))
+    best = training.load_weights(
+        training.Init(f"{tmp_path}/best.safetensors", files["best.safetensors"].sha256)
+    )
+    last = training.load_weights(
+        training.Init(f"{tmp_path}/backbone.safetensors", files["backbone.safetensors"].sha256)
     )
     assert best.keys() == last.keys() == after[step].keys()
     for name, tensor in best.items():
@@ -809,7 +815,7 @@ def test_a_run_killed_after_a_new_best_can_go_back_to_the_old_one(
     scripted(monkeypatch, [0.1, 0.2, 0.15, 0.12])
     second = a_worker(stored_feed, job)
     history = second.run(silent)
-    assert train.best_step(history) == 4
+    assert training.best_step(history) == 4
     assert "best.safetensors" in checkpoints.save_final(str(tmp_path), second.method, history, 4)
 
 
@@ -848,9 +854,9 @@ def test_patience_ends_a_run_and_a_resumed_one_at_the_same_epoch(
 def test_a_killed_finetuning_equals_an_uninterrupted_one_with_its_best(
     stored_feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None
 ) -> None:
-    def finished(worker: train.Worker, job: train.Job) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    def finished(worker: training.Worker, job: training.Job) -> tuple[list[dict[str, Any]], dict[str, str]]:
         history = worker.run(silent)
-        files = checkpoints.save_final(job.uri, worker.method, history, train.best_step(history))
+        files = checkpoints.save_final(job.uri, worker.method, history, training.best_step(history))
         return timeless(history), {n: f.sha256 for n, f in files.items() if n != "history.json"}
 
     job = labelled_job(f"{tmp_path}/whole", checkpoint_every_steps=every)
@@ -862,9 +868,11 @@ def test_a_killed_finetuning_equals_an_uninterrupted_one_with_its_best(
     assert finished(a_worker(stored_feed, job), job) == expected
 
 
-def test_an_epoch_of_a_number_of_steps(labelled: data.LabelledFeed, ray_local: None, tmp_path: Path) -> None:
+def test_an_epoch_of_a_number_of_steps(
+    labelled: dataset.LabelledDataset, ray_local: None, tmp_path: Path
+) -> None:
     """Passes are of 2 steps; epochs of 3 end, validate and save in the middle of one."""
-    counted = dataclasses.replace(labelled, order=data.Order(4, 2, seed=0, epoch_steps=3))
+    counted = dataclasses.replace(labelled, order=schedule.SampleSchedule(4, 2, seed=0, epoch_steps=3))
     job = labelled_job(f"{tmp_path}/counted", epochs=2, steps_per_epoch=3)
     worker = a_worker(in_ray(counted), job)
     history = worker.run(silent)
@@ -884,31 +892,33 @@ def test_an_epoch_of_a_number_of_steps(labelled: data.LabelledFeed, ray_local: N
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> train.Init:
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> training.Init:
     """Weights that no fresh network has."""
     torch.manual_seed(99)
-    net: Any = train.build_method(
+    net: Any = training.build_method(
         dynunet(), {"name": "supervised"}, dataclasses.replace(LABELLED_FACTS, num_classes=5)
     )
     uri = f"{tmp_path_factory.mktemp('weights')}/backbone.safetensors"
-    return train.Init(uri, checkpoints._write_tensors(uri, net.backbone.state_dict()).sha256)
+    return training.Init(uri, checkpoints._write_tensors(uri, net.backbone.state_dict()).sha256)
 
 
 def test_initial_weights_are_loaded_at_step_0_and_not_on_resuming(
-    stored_feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: train.Init
+    stored_feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: training.Init
 ) -> None:
     job = labelled_job(str(tmp_path), init=pretrained)
     worker = a_worker(stored_feed, job)
     fresh = {n: t.clone() for n, t in worker.method.backbone.state_dict().items()}
     worker.restore()
-    weights, now = train.load_weights(pretrained), worker.method.backbone.state_dict()
+    weights, now = training.load_weights(pretrained), worker.method.backbone.state_dict()
     prefixes = worker.method.backbone.head_prefixes
     heads = [n for n in now if n.startswith(prefixes)]
     assert 0 < len(heads) < len(now)
     for name, tensor in now.items():
         assert torch.equal(tensor, fresh[name] if name in heads else weights[name]), name
     killed_at(monkeypatch, a_worker(stored_feed, job), at_step=3)
-    monkeypatch.setattr(train, "load_weights", lambda init: pytest.fail("initial weights on a resumed run"))
+    monkeypatch.setattr(
+        training, "load_weights", lambda init: pytest.fail("initial weights on a resumed run")
+    )
     resumed = a_worker(stored_feed, job)
     resumed.restore()
     assert resumed.step == 2
@@ -919,7 +929,7 @@ def test_initial_weights_are_loaded_at_step_0_and_not_on_resuming(
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_from_the_weights_again(
-    stored_feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: train.Init
+    stored_feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pretrained: training.Init
 ) -> None:
     job = labelled_job(f"{tmp_path}/whole", init=pretrained, epochs=1)
     expected = a_worker(stored_feed, job).run(silent)
@@ -931,33 +941,39 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_from_the_weights_aga
 
 
 def test_weights_that_are_not_the_ones_meant_are_refused(
-    stored_feed: Any, tmp_path: Path, pretrained: train.Init
+    stored_feed: Any, tmp_path: Path, pretrained: training.Init
 ) -> None:
     other = dataclasses.replace(pretrained, sha256="0" * 64)
-    with pytest.raises(store.IntegrityError, match=r"backbone\.safetensors: its SHA-256 is not the recorded"):
+    with pytest.raises(
+        object_store.IntegrityError, match=r"backbone\.safetensors: its SHA-256 is not the recorded"
+    ):
         a_worker(stored_feed, labelled_job(str(tmp_path), init=other)).run(silent)
     assert not checkpoints.all_of(str(tmp_path))
     text = f"{tmp_path}/notes.safetensors"
-    noted = store.write(text, b"no weights at all, but more than eight bytes")
+    noted = object_store.write(text, b"no weights at all, but more than eight bytes")
     with pytest.raises(UserError, match=r"notes\.safetensors is no safetensors file .* saved by logonet"):
-        train.load_weights(train.Init(text, noted.sha256))
+        training.load_weights(training.Init(text, noted.sha256))
 
 
 # --------------------------------------------------------------------------------------------- the probe
 
 
 @pytest.fixture(scope="module")
-def probe_task(labelled: data.LabelledFeed) -> probe.Task:
-    cfg = probe.Config(every_epochs=2, train_cases=2, val_cases=1, crops_per_case=1, voxels_per_crop=300)
+def probe_task(labelled: dataset.LabelledDataset) -> linear_probe.Task:
+    cfg = linear_probe.Config(
+        every_epochs=2, train_cases=2, val_cases=1, crops_per_case=1, voxels_per_crop=300
+    )
     ids = [ref.scan_id for ref in labelled.table.refs]
-    return probe.task(cfg, labelled.table, ids[:4], ids[4:], SIZE)
+    return linear_probe.task(cfg, labelled.table, ids[:4], ids[4:], SIZE)
 
 
 PROBED = ("probe_dice", "probe_dice_per_class", "probe_dice_floor")
 
 
 @pytest.fixture(scope="module")
-def probed(feed: Any, probe_task: probe.Task, tmp_path_factory: pytest.TempPathFactory) -> train.Worker:
+def probed(
+    feed: Any, probe_task: linear_probe.Task, tmp_path_factory: pytest.TempPathFactory
+) -> training.Worker:
     job = a_job(f"{tmp_path_factory.mktemp('probed')}")
     worker = a_worker(feed, dataclasses.replace(job, probe=probe_task))
     worker.run(silent)
@@ -965,7 +981,7 @@ def probed(feed: Any, probe_task: probe.Task, tmp_path_factory: pytest.TempPathF
 
 
 def test_probing_changes_no_bit_of_the_training(
-    feed: Any, whole: train.Worker, probed: train.Worker, tmp_path: Path, probe_task: probe.Task
+    feed: Any, whole: training.Worker, probed: training.Worker, tmp_path: Path, probe_task: linear_probe.Task
 ) -> None:
     history = probed.history
     without = [{k: v for k, v in e.items() if k not in PROBED} for e in history]
@@ -974,7 +990,7 @@ def test_probing_changes_no_bit_of_the_training(
         assert torch.equal(a, b), name
     assert [set(PROBED) <= e.keys() for e in history] == [False, True, False, True]
     # The last entry is of the network as it is now, and the floor of one that saw nothing.
-    prober = probe.Probe(probe_task, torch.device("cpu"))
+    prober = linear_probe.Probe(probe_task, torch.device("cpu"))
     last = prober.measure(probed.method.backbone)
     assert last == {k: history[-1][k] for k in ("probe_dice", "probe_dice_per_class")}
     fresh = a_worker(feed, a_job(f"{tmp_path}/fresh"))
@@ -984,10 +1000,10 @@ def test_probing_changes_no_bit_of_the_training(
 
 def test_a_killed_run_that_is_probed_equals_an_uninterrupted_one(
     feed: Any,
-    probed: train.Worker,
+    probed: training.Worker,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    probe_task: probe.Task,
+    probe_task: linear_probe.Task,
 ) -> None:
     """Its floor too, though the network that it resumes with is no fresh one."""
     job = dataclasses.replace(a_job(f"{tmp_path}/killed"), probe=probe_task)
@@ -998,7 +1014,7 @@ def test_a_killed_run_that_is_probed_equals_an_uninterrupted_one(
 
 
 def test_the_floor_is_of_random_weights_though_the_run_starts_from_others(
-    stored_feed: Any, tmp_path: Path, pretrained: train.Init, probe_task: probe.Task
+    stored_feed: Any, tmp_path: Path, pretrained: training.Init, probe_task: linear_probe.Task
 ) -> None:
     settings: dict[str, Any] = {"epochs": 1, "validate_every_epochs": 0}
     job = labelled_job(f"{tmp_path}/init", init=pretrained, **settings)
@@ -1010,17 +1026,17 @@ def test_the_floor_is_of_random_weights_though_the_run_starts_from_others(
 
 
 def test_the_time_of_probing_is_not_training_time(
-    feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probe_task: probe.Task
+    feed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probe_task: linear_probe.Task
 ) -> None:
     """On a clock that moves by an hour with every measurement and does not move else."""
     clock = [0.0]
 
-    def slow(prober: probe.Probe, net: Any) -> dict[str, Any]:
+    def slow(prober: linear_probe.Probe, net: Any) -> dict[str, Any]:
         clock[0] += 3600.0
         return {"probe_dice": 0.5, "probe_dice_per_class": [0.5, math.nan]}
 
-    monkeypatch.setattr(probe.Probe, "measure", slow)
-    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(linear_probe.Probe, "measure", slow)
+    monkeypatch.setattr(training.loop.time, "monotonic", lambda: clock[0])
     job = dataclasses.replace(a_job(str(tmp_path), epochs=2), probe=probe_task)
     history = a_worker(feed, job).run(silent)
     assert clock[0] == 2 * 3600.0  # before the first epoch and after the second
@@ -1032,7 +1048,7 @@ def test_the_epoch_line_says_probe_dice_against_the_untrained_network() -> None:
         "epoch": 2, "loss": 1.5, "probe_dice": 0.5123, "probe_dice_floor": 0.4312, "lr": 1e-4,
         "samples_per_s": 3.0, "data_wait_share": 0.05, "peak_memory_mb": 900.0,
     }  # fmt: skip
-    line = train.epoch_line(entry, 10)
+    line = training.epoch_line(entry, 10)
     assert line.startswith("epoch 2/10  loss 1.5000  probe Dice 0.512 (untrained 0.431)  lr")
 
 
@@ -1065,20 +1081,20 @@ def test_three_ranks_average_the_gradients_of_four_batches(
         try:
             torch.manual_seed(0)
             net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
-            module: Any = train.nn.Module()
+            module: Any = torch.nn.Module()
             module.net = net
             module.forward = lambda batch, progress: (net(batch["x"]).square().mean(), {})
             x_MBF = torch.randn(4, 2, 6, generator=torch.Generator().manual_seed(1))
-            sync = train.average_gradients if world > 1 else lambda params: None
+            sync = training.average_gradients if world > 1 else lambda params: None
             if mode == "ddp" and world > 1:
                 kwargs = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
                 module, sync = (
                     torch.nn.parallel.DistributedDataParallel(module, **kwargs),
                     lambda params: None,
                 )
-            own = data.dealt(4, rank, world)
+            own = schedule.shard_micro_batches(4, rank, world)
             for _ in range(2):  # DDP lays its buckets out anew after the first
-                train.step(
+                training.step(
                     module,
                     torch.optim.SGD(net.parameters(), lr=0.1),
                     ({"x": x_MBF[i]} for i in own),
@@ -1086,16 +1102,16 @@ def test_three_ranks_average_the_gradients_of_four_batches(
                     mean_count=4 / world,
                     progress=0.0,
                     lr=0.1,
-                    cfg=train.Config(),
+                    cfg=training.Config(),
                     seeds=list(own),
                     autocast=torch.autocast("cpu", enabled=False),
                     sync=sync,
                 )
             me: Any = SimpleNamespace(world=world, device=torch.device("cpu"))
             heard: Any = SimpleNamespace(
-                due=lambda *_: (notices.LEAVE if rank == 1 else notices.GO_ON, False)
+                due=lambda *_: (preemption.LEAVE if rank == 1 else preemption.GO_ON, False)
             )
-            due = train.Worker._due(me, heard, 0.0, 0.0)
+            due = training.Worker._due(me, heard, 0.0, 0.0)
             return [p.detach().numpy() for p in net.parameters()], due
         finally:
             if world > 1:
@@ -1104,13 +1120,13 @@ def test_three_ranks_average_the_gradients_of_four_batches(
     alone, _ = ray.get(take.remote(0, 1))
     ranks = ray.get([take.remote(rank, 3) for rank in range(3)])
     for weights, due in ranks:
-        assert due == notices.LEAVE
+        assert due == preemption.LEAVE
         for a, b in zip(weights, alone):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_one_rank_probes_and_all_are_told(
-    labelled: data.LabelledFeed, ray_local: None, tmp_path: Path, probe_task: probe.Task
+    labelled: dataset.LabelledDataset, ray_local: None, tmp_path: Path, probe_task: linear_probe.Task
 ) -> None:
     import ray
 
@@ -1132,7 +1148,7 @@ def test_one_rank_probes_and_all_are_told(
             timeout=timedelta(seconds=120),
         )
         try:
-            worker = train.Worker(job, feed, share, rank=rank, world=2, device=torch.device("cpu"))
+            worker = training.Worker(job, feed, share, rank=rank, world=2, device=torch.device("cpu"))
             return worker.probe is not None, worker._measure_probe(1), worker._measure_probe(2)
         finally:
             dist.destroy_process_group()
@@ -1147,12 +1163,12 @@ def test_one_rank_probes_and_all_are_told(
 
 
 def test_two_ranks_share_the_validation_cases_and_measure_what_one_does(
-    labelled: data.LabelledFeed, ray_local: None, tmp_path: Path
+    labelled: dataset.LabelledDataset, ray_local: None, tmp_path: Path
 ) -> None:
     """With batch norm, whose running statistics differ between ranks: those of rank 0 are the ones that are saved."""
     import ray
 
-    big = Facts(size_vox=SIZE, num_classes=len(CLASSES))
+    big = DataSpec(size_vox=SIZE, num_classes=len(CLASSES))
     job = dataclasses.replace(labelled_job(str(tmp_path)), backbone=tiny_backbone(), facts=big)
     feed, share = in_ray(labelled), SHARE
 
@@ -1163,7 +1179,7 @@ def test_two_ranks_share_the_validation_cases_and_measure_what_one_does(
         import torch.distributed as dist
 
         read: list[str] = []
-        real_read = cases.read_case
+        real_read = prepared_scans.read_case
         torch.set_num_threads(1)
         if world > 1:
             dist.init_process_group(
@@ -1174,15 +1190,15 @@ def test_two_ranks_share_the_validation_cases_and_measure_what_one_does(
                 timeout=timedelta(seconds=120),
             )
         try:
-            cases.read_case = lambda ref: read.append(ref.scan_id) or real_read(ref)  # type: ignore[assignment,func-returns-value]
-            worker = train.Worker(job, feed, share, rank=rank, world=world, device=torch.device("cpu"))
+            prepared_scans.read_case = lambda ref: read.append(ref.scan_id) or real_read(ref)  # type: ignore[assignment,func-returns-value]
+            worker = training.Worker(job, feed, share, rank=rank, world=world, device=torch.device("cpu"))
             draw = torch.Generator().manual_seed(rank)
             for buffer in worker.method.backbone.buffers():
                 if buffer.is_floating_point():
                     buffer.add_(torch.rand(buffer.shape, generator=draw))
             return read, worker._validate(1), [b.clone() for b in worker.method.backbone.buffers()]
         finally:
-            cases.read_case = real_read
+            prepared_scans.read_case = real_read
             if world > 1:
                 dist.destroy_process_group()
 
@@ -1198,15 +1214,15 @@ def test_two_ranks_share_the_validation_cases_and_measure_what_one_does(
 
 
 def test_validation_without_labelled_cases_is_refused_before_any_worker_starts(
-    feed: Any, labelled: data.LabelledFeed, tmp_path: Path
+    feed: Any, labelled: dataset.LabelledDataset, tmp_path: Path
 ) -> None:
     unlabelled = a_job(str(tmp_path), validate_every_epochs=1)
     for job, its_feed in (
-        (unlabelled, data.opened(feed[0])),
+        (unlabelled, data_tasks.opened(feed[0])),
         (labelled_job(str(tmp_path)), dataclasses.replace(labelled, val=())),
     ):
         with pytest.raises(UserError, match=r"train\.validate_every_epochs=0"):
-            train.fit(job, its_feed, Resources(workers=1), SHARE)
+            trainer.fit(job, its_feed, Resources(workers=1), SHARE)
 
 
 # --------------------------------------------------------------------------------------------- the rest
@@ -1217,7 +1233,7 @@ def test_the_epoch_line_says_accuracy_against_its_floor() -> None:
         "epoch": 2, "loss": 1.5, "accuracy": 0.31, "accuracy_floor": 0.22, "effective_rank": 4.2, "lr": 1e-4,
         "samples_per_s": 3.0, "data_wait_share": 0.05, "peak_memory_mb": 900.0,
     }  # fmt: skip
-    line = train.epoch_line(entry, 10)
+    line = training.epoch_line(entry, 10)
     assert line.startswith("epoch 2/10  loss 1.5000  masked accuracy 0.310 (floor 0.220)")
 
 
@@ -1226,18 +1242,18 @@ def test_metrics_are_totals_over_counts_over_all_ranks() -> None:
         {"accuracy": torch.tensor([1.0, 4.0]), "per": torch.tensor([[1.0, 0.0], [2.0, 0.0]])},
         {"accuracy": torch.tensor([3.0, 4.0]), "per": torch.tensor([[1.0, 0.0], [2.0, 0.0]])},
     ]
-    values = train.reduce_metrics(ranks)
+    values = training.reduce_metrics(ranks)
     assert values["accuracy"] == 0.5
     assert values["per"][0] == 0.5
     assert math.isnan(values["per"][1])
 
 
 def test_crops_config_and_clusterers_config_have_the_papers_defaults() -> None:
-    assert crops.Config().size_vox == (96, 96, 96)
-    assert crops.Config().window_hu == (-1000.0, 1000.0)
-    assert clusterers.Config().n == 80
-    assert (clusterers.Config().k_min, clusterers.Config().k_max) == (80, 500)
-    assert (clusterers.Config().iterations, clusterers.Config().fraction) == (350, 0.1)
-    cfg = train.Config()
+    assert cropping.Config().size_vox == (96, 96, 96)
+    assert cropping.Config().window_hu == (-1000.0, 1000.0)
+    assert kmeans.Config().n == 80
+    assert (kmeans.Config().k_min, kmeans.Config().k_max) == (80, 500)
+    assert (kmeans.Config().iterations, kmeans.Config().fraction) == (350, 0.1)
+    cfg = training.Config()
     assert (cfg.epochs, cfg.global_batch, cfg.lr, cfg.weight_decay) == (100, 16, 1e-4, 1e-5)
     assert (cfg.betas, cfg.warmup_epochs) == ((0.9, 0.999), 10)

@@ -14,19 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logonet import backbones
-from logonet.errors import UserError
-from logonet.transfer import Report, other_channels, prove, transfer
+from logonet import networks
+from logonet.core.errors import UserError
+from logonet.training.weight_transfer import Report, other_channels, prove, transfer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = backbones.names()
+NAMES = networks.names()
 Weights = dict[str, Tensor]
 
 
 def fresh(name: str, seed: int, in_channels: int = 1, num_classes: int = 3) -> Any:
     torch.manual_seed(seed)
-    return backbones.build(name, in_channels, num_classes, **backbones.tiny(name))
+    return networks.build(name, in_channels, num_classes, **networks.tiny(name))
 
 
 def moved(name: str, seed: int, num_classes: int = 3) -> Any:
@@ -150,7 +150,7 @@ def test_other_input_channels_are_adapted(name: str) -> None:
 def test_the_handover_is_proven(name: str) -> None:
     weights = bits(moved(name, 0, num_classes=2))
     state = torch.get_rng_state()
-    report = prove({"name": name, **backbones.tiny(name)}, 1, 14, weights)
+    report = prove({"name": name, **networks.tiny(name)}, 1, 14, weights)
     assert report.encoder_share == 1
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -162,7 +162,7 @@ def test_a_handover_that_would_lose_a_tensor_is_refused(name: str) -> None:
     params = [n for n, _ in net.named_parameters() if under(n, net.encoder_prefixes)]
     with pytest.raises(UserError, match=r"covers \d+\.\d % of the encoder"):
         prove(
-            {"name": name, **backbones.tiny(name)},
+            {"name": name, **networks.tiny(name)},
             1,
             3,
             {k: w for k, w in weights.items() if k != params[-1]},
@@ -178,7 +178,7 @@ def test_a_buffer_lost_on_the_way_is_noticed() -> None:
     lost = next(k for k in weights if under(k, net.encoder_prefixes) and k.endswith("running_mean"))
     del weights[lost]
     with pytest.raises(UserError, match=f"{lost} would not arrive"):
-        prove({"name": "ulkanet", **backbones.tiny("ulkanet")}, 1, 3, weights)
+        prove({"name": "ulkanet", **networks.tiny("ulkanet")}, 1, 3, weights)
 
 
 def test_bits_that_change_on_the_way_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +192,7 @@ def test_bits_that_change_on_the_way_are_noticed(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(safetensors.torch, "save", lossy)
     with pytest.raises(UserError, match="does not hand its encoder over"):
-        prove({"name": "ulkanet", **backbones.tiny("ulkanet")}, 1, 3, weights)
+        prove({"name": "ulkanet", **networks.tiny("ulkanet")}, 1, 3, weights)
 
 
 def test_each_action_has_its_reason() -> None:

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from logonet import backbones, config
-from logonet.backbones import uxnet3d
-from logonet.errors import UserError
+from logonet import networks
+from logonet.core import config
+from logonet.core.errors import UserError
+from logonet.networks import uxnet3d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,7 +38,7 @@ def small(**options: Any) -> Any:
     """A small net in float64 whose blocks and normalisations do something, unlike those of a fresh one."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net: Any = backbones.build("uxnet3d", 2, 3, **{**SMALL, **options}).double()
+        net: Any = networks.build("uxnet3d", 2, 3, **{**SMALL, **options}).double()
         for key, p in net.named_parameters():
             if "gamma" in key or "norm" in key:
                 nn.init.uniform_(p, 0.2, 1.5)
@@ -52,7 +53,7 @@ def crop(seed: int = 0) -> Tensor:
 def on_meta(num_classes: int = 14, **options: Any) -> Any:
     """With torch's own layers, for thop counts no others."""
     with torch.device("meta"):
-        return backbones.build("uxnet3d", 1, num_classes, **{"channels_last": False, **options})
+        return networks.build("uxnet3d", 1, num_classes, **{"channels_last": False, **options})
 
 
 def params(*modules: nn.Module) -> int:
@@ -233,7 +234,7 @@ class Literal:
 def test_equals_the_description(case: str, channels_last: bool) -> None:
     options = {**CASES[case], "channels_last": channels_last}
     net = small(**options)
-    literal = Literal(net, backbones.config("uxnet3d", {**SMALL, **options}))
+    literal = Literal(net, networks.config("uxnet3d", {**SMALL, **options}))
     with torch.no_grad():
         feats = literal.encode(crop())
         for ours, theirs in zip(net.encode(crop()), feats, strict=True):
@@ -292,7 +293,7 @@ def test_decoder_is_monais() -> None:
 
 def test_a_stage_without_its_scales_is_the_identity() -> None:
     x = torch.randn((2, 4, 8, 4, 6), generator=torch.Generator().manual_seed(0))
-    net: Any = backbones.build("uxnet3d", 1, 3, **SMALL)
+    net: Any = networks.build("uxnet3d", 1, 3, **SMALL)
     fresh = net.stages[0](x)
     assert not torch.equal(fresh, x)
     torch.testing.assert_close(fresh, x, rtol=0, atol=1e-5)
@@ -320,17 +321,17 @@ def test_fast_layers_keep_channels_last() -> None:
 
 @pytest.mark.parametrize("size", [(16, 16, 16), (1, 1, 1), (17, 20, 30)], ids=str)
 def test_one_voxel_under_instance_norm_is_refused_with_a_size_that_fits(size: tuple[int, int, int]) -> None:
-    cfg = backbones.config("uxnet3d")
+    cfg = networks.config("uxnet3d")
     with pytest.raises(UserError) as refused:
-        backbones.check_size("uxnet3d", cfg, size)
+        networks.check_size("uxnet3d", cfg, size)
     near = str(refused.value).rsplit("(", 1)[1].rstrip(")")
-    backbones.check_size("uxnet3d", cfg, [int(n) for n in near.split(",")])
-    backbones.check_size("uxnet3d", backbones.config("uxnet3d", {"norm": "group"}), (16, 16, 16))
+    networks.check_size("uxnet3d", cfg, [int(n) for n in near.split(",")])
+    networks.check_size("uxnet3d", networks.config("uxnet3d", {"norm": "group"}), (16, 16, 16))
 
 
 def test_a_size_between_is_refused_with_both_neighbours() -> None:
     with pytest.raises(UserError, match=r"\(100, 96, 96\).*\(96, 96, 96\) or \(112, 96, 96\)"):
-        backbones.check_size("uxnet3d", backbones.config("uxnet3d"), (100, 96, 96))
+        networks.check_size("uxnet3d", networks.config("uxnet3d"), (100, 96, 96))
 
 
 @pytest.mark.parametrize(
@@ -347,10 +348,10 @@ def test_a_size_between_is_refused_with_both_neighbours() -> None:
 )
 def test_bad_options_are_named(options: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError, match=key):
-        backbones.config("uxnet3d", options)
+        networks.config("uxnet3d", options)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_options_survive_a_file(case: str) -> None:
-    cfg = backbones.config("uxnet3d", {**SMALL, **CASES[case]})
-    assert backbones.config("uxnet3d", config.to_dict(cfg)) == cfg
+    cfg = networks.config("uxnet3d", {**SMALL, **CASES[case]})
+    assert networks.config("uxnet3d", config.to_dict(cfg)) == cfg

@@ -18,19 +18,19 @@ import pytest
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from scipy import ndimage
 
-from logonet import volume
-from logonet.errors import BadScan
-from logonet.volume import Volume, decode_dicom, decode_nifti, encode_nifti
+from logonet.core.errors import BadScan
+from logonet.data import volume
+from logonet.data.volume import Volume, decode_dicom, decode_nifti, encode_nifti
 
 
 @pytest.fixture(params=["isal", "zlib"])
 def inflater(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hostile gzip data meets both readers: the fast one, and the one where that cannot be installed."""
     if request.param == "zlib":
-        monkeypatch.setattr(volume, "_gunzip", lambda: (gzip.GzipFile, zlib.error))
+        monkeypatch.setattr("logonet.data.volume.nifti._gunzip", lambda: (gzip.GzipFile, zlib.error))
     else:
         pytest.importorskip("isal")
-        assert volume._gunzip()[0] is not gzip.GzipFile
+        assert volume.nifti._gunzip()[0] is not gzip.GzipFile
 
 
 AFFINE = np.array([[-1.5, 0.2, 0, 30], [0.1, 2.0, 0.3, -20], [0, -0.2, 3.0, 7], [0, 0, 0, 1]])
@@ -491,7 +491,7 @@ def test_resample_is_scipys_to_the_last_bit(layout: str) -> None:
         step = rng.choice([rng.uniform(0.3, 3, 3), np.array([0.1, 0.5, 0.75]) * rng.integers(1, 6, 3)])
         shape = tuple(int(n) for n in np.round((np.array(array.shape) - 1) / step + 1))
         expected = ndimage.affine_transform(array, step, output_shape=shape, order=1, mode="nearest")
-        np.testing.assert_array_equal(volume._trilinear(array, step, shape), expected)
+        np.testing.assert_array_equal(volume.resampling._trilinear(array, step, shape), expected)
 
 
 def test_resample_turns_to_ras_and_keeps_places() -> None:

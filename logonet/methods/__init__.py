@@ -18,7 +18,7 @@ N clusterers, F features.
     Runs on the CPU data workers, in NumPy, and draws from ``rng`` alone: the same sample and the same
     ``rng`` give the same bits. ``sample`` is one crop and holds what NEEDS names: ``image_CXYZ`` uint16
     (round(65535 * intensity)) for crops; ``labels_NZ`` int16 for pseudo_labels; for labels ``image_CXYZ`` as
-    above and ``labels_XYZ`` uint8, class indices below ``Facts.num_classes`` (not the values in the label
+    above and ``labels_XYZ`` uint8, class indices below ``DataSpec.num_classes`` (not the values in the label
     file), 0 background. Every array it returns has the same shape and dtype for every sample.
 ``build(cfg, backbone, facts) -> nn.Module``
     The module below.
@@ -74,8 +74,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logonet.config import from_dict, unknown
-from logonet.errors import UserError
+from logonet.core.config import from_dict, unknown
+from logonet.core.errors import UserError
 
 if TYPE_CHECKING:  # torch takes longer to import than a scan to cut, and tasks that cut import this file
     from torch import nn
@@ -85,7 +85,7 @@ ENOUGH_TO_RANK = 16
 
 
 @dataclass(frozen=True)
-class Facts:
+class DataSpec:
     """What a method may know of the data before training.
 
     Attributes:
@@ -146,7 +146,7 @@ def sizes(name: str, cfg: Any, size_vox: tuple[int, int, int]) -> tuple[tuple[in
     return (size_vox,) if of is None else of(cfg, size_vox)
 
 
-def check(name: str, cfg: Any, facts: Facts) -> None:
+def check(name: str, cfg: Any, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on this data."""
     least = least_batch(name)
     if facts.batch_size is not None and facts.batch_size < least:
@@ -186,7 +186,7 @@ def prepare(name: str) -> Callable[[Mapping[str, Any], Any, np.random.Generator]
 
 
 def build(
-    name: str, backbone: nn.Module, facts: Facts | None = None, *, cfg: Any = None, **options: Any
+    name: str, backbone: nn.Module, facts: DataSpec | None = None, *, cfg: Any = None, **options: Any
 ) -> nn.Module:
     """The method's module on ``backbone``.
 
@@ -197,9 +197,9 @@ def build(
     Raises:
         UserError: unknown method or option, or settings that cannot work on this data.
     """
-    fields = {f.name for f in dataclasses.fields(Facts)}
+    fields = {f.name for f in dataclasses.fields(DataSpec)}
     known = {k: options.pop(k) for k in sorted(fields & options.keys())}
-    facts = dataclasses.replace(facts, **known) if facts is not None else Facts(**known)
+    facts = dataclasses.replace(facts, **known) if facts is not None else DataSpec(**known)
     assert cfg is None or not options, "give cfg or its fields, not both"
     cfg = config(name, options) if cfg is None else cfg
     check(name, cfg, facts)

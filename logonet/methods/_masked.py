@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logonet.errors import UserError
+from logonet.core.errors import UserError
 
 Triple = tuple[int, int, int]
 STILL = 1e-3  # a share of the true variance that only a constant answer stays below

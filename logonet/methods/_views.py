@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from scipy import ndimage
 
-from logonet import augment
-from logonet.errors import UserError
+from logonet.core.errors import UserError
+from logonet.data import augment
 
 Views = Literal["nnssl", "texture"]
 Size = tuple[int, int, int]

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logonet.errors import UserError
-from logonet.methods import Facts, _views
+from logonet.core.errors import UserError
+from logonet.methods import DataSpec, _views
 from logonet.methods._parts import ratio
 from logonet.methods._selfsup import (
     byol_loss,
@@ -60,7 +60,7 @@ class Config:
     momentum_end: float = 1.0
 
 
-def check(cfg: Config, facts: Facts) -> None:
+def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
     _views.check(cfg.view_vox, facts.size_vox)
     if cfg.projection < 1 or (cfg.hidden is not None and cfg.hidden < 1):
@@ -88,7 +88,7 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
     return _views.pair(sample, cfg.views, cfg.view_vox, rng)
 
 
-def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
+def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
     """The pretraining module on ``backbone``."""
     return BYOL(cfg, backbone, facts)
 
@@ -96,7 +96,7 @@ def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
 class BYOL(nn.Module):
     """Backbone, projector and predictor, and a copy of the first two; ``forward`` as the package's contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
+    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
         super().__init__()
         self.cfg = cfg
         self.backbone: Any = backbone

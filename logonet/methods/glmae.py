@@ -29,9 +29,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-from logonet import augment
-from logonet.errors import UserError
-from logonet.methods import Facts
+from logonet.core.errors import UserError
+from logonet.data import augment
+from logonet.methods import DataSpec
 from logonet.methods._masked import (
     Decoder,
     Triple,
@@ -127,7 +127,7 @@ def _half(tokens: int) -> int:
     return max(tokens // 2, min(tokens, 2))
 
 
-def check(cfg: Config, facts: Facts) -> None:
+def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
     weights = (cfg.w_local, cfg.w_global, cfg.w_gg, cfg.w_gl)
     if min(weights) < 0 or max(weights) == 0:
@@ -230,7 +230,7 @@ def view(
     return np.rint(out_CXYZ.clip(0, 1) * 65535).astype(np.uint16)
 
 
-def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
+def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
     """The module on ``backbone``.
 
     Raises:
@@ -260,7 +260,7 @@ class GLMAE(nn.Module):
     mean_K: Tensor
     heard_K: Tensor
 
-    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
+    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
         super().__init__()
         check_patch(cfg.patch_vox, backbone)
         self.cfg = cfg

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logonet.errors import UserError
-from logonet.methods import Facts
+from logonet.core.errors import UserError
+from logonet.methods import DataSpec
 from logonet.methods._masked import (
     Decoder,
     check_decoder,
@@ -64,7 +64,7 @@ class Config:
     normalise_patches: bool = False
 
 
-def check(cfg: Config, facts: Facts) -> None:
+def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
     check_ratio(cfg.ratio)
     check_decoder(cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
@@ -93,7 +93,7 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
     return {"image": image_CXYZ, "keep": draw_visible(num_patches, num_visible, rng)}
 
 
-def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
+def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
     """The module on ``backbone``.
 
     Raises:
@@ -105,7 +105,7 @@ def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
 class MAE3D(nn.Module):
     """Backbone and decoder; ``forward`` as the package's contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
+    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
         super().__init__()
         check_patch(cfg.patch_vox, backbone)
         self.cfg = cfg

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from logonet import masks
-from logonet.errors import UserError
-from logonet.methods import Facts
+from logonet.core.errors import UserError
+from logonet.methods import DataSpec, _chain_masks
 from logonet.methods._parts import freeze, intensity, ratio
 
 NEEDS = frozenset({"crops", "pseudo_labels"})
@@ -59,10 +58,10 @@ class Config:
     head_chunk_mib: float = 128.0
 
 
-def check(cfg: Config, facts: Facts) -> None:
+def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops and clusterers like these."""
-    masks.check_chains(facts.size_vox[2], cfg.phi1, cfg.chain_length)
-    masks.check_patches(facts.size_vox[:2], cfg.patch_sizes, cfg.phi2)
+    _chain_masks.check_chains(facts.size_vox[2], cfg.phi1, cfg.chain_length)
+    _chain_masks.check_patches(facts.size_vox[:2], cfg.patch_sizes, cfg.phi2)
     if not cfg.temperature > 0:
         raise UserError(f"temperature is {cfg.temperature}; set it above 0")
     if not cfg.head_chunk_mib > 0:
@@ -86,8 +85,10 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
     """
     image_CXYZ = sample["image_CXYZ"]
     _, num_x, num_y, num_z = image_CXYZ.shape
-    chain_Z = masks.draw_chains(num_z, cfg.phi1, cfg.chain_length, rng)
-    hidden_XYZ, patch_size_Z = masks.draw_patches((num_x, num_y), chain_Z, cfg.patch_sizes, cfg.phi2, rng)
+    chain_Z = _chain_masks.draw_chains(num_z, cfg.phi1, cfg.chain_length, rng)
+    hidden_XYZ, patch_size_Z = _chain_masks.draw_patches(
+        (num_x, num_y), chain_Z, cfg.patch_sizes, cfg.phi2, rng
+    )
     # The paper says no more of "wo/ M" than "pretraining without masking". Masking (3.3.1) is two steps, choosing
     # chains and distorting their slices, and what Table 11 is said to show is the worth of "distorting": only that
     # step is left out, so the loss (Eq. 4) has as many terms as before. Predicting all slices instead would change
@@ -104,7 +105,7 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
     }
 
 
-def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
+def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
     """The pretraining module on ``backbone``."""
     return MaskedClusters(cfg, backbone, facts)
 
@@ -115,7 +116,7 @@ class MaskedClusters(nn.Module):
     cluster_sizes: Tensor
     majority_labels: Tensor
 
-    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
+    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
         super().__init__()
         self.cfg = cfg
         self.backbone: Any = backbone

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logonet import augment
-from logonet.errors import UserError
-from logonet.methods import Facts, supervised
+from logonet.core.errors import UserError
+from logonet.data import augment
+from logonet.methods import DataSpec, supervised
 from logonet.methods._parts import ratio
 from logonet.methods._selfsup import follow, momentum, pooled, teacher_of
 from logonet.methods.supervised import deep_weights, dice_and_ce, nearest, per_class
@@ -61,7 +61,7 @@ class Config:
     augment: augment.Config = field(default_factory=augment.Config)
 
 
-def check(cfg: Config, facts: Facts) -> None:
+def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on labelled crops like these."""
     if min(cfg.w_dice, cfg.w_ce, cfg.beta) < 0 or cfg.w_dice + cfg.w_ce == 0:
         raise UserError(
@@ -118,7 +118,7 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
     return {**ready, "hidden": hidden_xy}
 
 
-def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
+def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
     """The segmentation module on ``backbone``."""
     return MedContext(cfg, backbone, facts)
 
@@ -126,7 +126,7 @@ def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
 class MedContext(nn.Module):
     """Student, teacher and what hidden parts are replaced by; ``forward`` as the package's contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
+    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
         super().__init__()
         self.cfg, self.num_classes = cfg, facts.num_classes
         self.backbone: Any = backbone

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logonet.errors import UserError
-from logonet.methods import Facts
+from logonet.core.errors import UserError
+from logonet.methods import DataSpec
 from logonet.methods._parts import intensity, ratio
 from logonet.methods._selfsup import collapse, joined, nt_xent, pooled, spread, train_encoder
 
@@ -69,7 +69,7 @@ def gathers(cfg: Config) -> bool:
     return cfg.gather
 
 
-def check(cfg: Config, facts: Facts) -> None:
+def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
     if facts.size_vox[0] != facts.size_vox[1]:
         raise UserError(
@@ -150,7 +150,7 @@ def filled(cut_BCXYZ: Tensor, swap_BXYZ: Tensor, other_B: Tensor) -> Tensor:
     return torch.where(swap_BXYZ[:, None], cut_BCXYZ[source_B], cut_BCXYZ)
 
 
-def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
+def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
     """The pretraining module on ``backbone``."""
     return RCR(cfg, backbone, facts)
 
@@ -158,7 +158,7 @@ def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
 class RCR(nn.Module):
     """Backbone and three heads; ``forward`` as the package's contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
+    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
         super().__init__()
         self.cfg = cfg
         self.backbone: Any = backbone

@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logonet import draws
-from logonet.errors import UserError
-from logonet.methods import Facts
+from logonet.core import seeding
+from logonet.core.errors import UserError
+from logonet.methods import DataSpec
 from logonet.methods._parts import freeze, intensity, ratio
 from logonet.methods._selfsup import joined, pooled, train_encoder
 
@@ -72,7 +72,7 @@ class Config:
     hidden: int = 512
 
 
-def check(cfg: Config, facts: Facts) -> None:
+def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
     text = "x".join(map(str, facts.size_vox))
     if cfg.form == "restore":
@@ -130,7 +130,7 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
     return _cells(image_CXYZ, cfg, rng)
 
 
-def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
+def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
     """The pretraining module on ``backbone``."""
     return (Restore if cfg.form == "restore" else Classify)(cfg, backbone, facts)
 
@@ -193,7 +193,7 @@ def moved(image_CXYZ: np.ndarray, moves: Sequence[Move], cubie_vox: int) -> np.n
 class Restore(nn.Module):
     """The network with a 1x1x1 convolution in the classifier's place; ``forward`` as the package's contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
+    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
         super().__init__()
         self.cfg = cfg
         self.backbone: Any = backbone
@@ -232,7 +232,7 @@ def orders_of(num: int) -> np.ndarray:
     A function of ``num`` alone, so that a run's config says which orders it learnt, and nothing else is stored.
     """
     every = np.array(list(itertools.permutations(range(CELLS))), np.int8)
-    generator = draws.rng(0, "orders")
+    generator = seeding.rng(0, "orders")
     chosen = [int(generator.integers(len(every)))]
     nearest = np.full(len(every), CELLS + 1)
     while len(chosen) < num:
@@ -271,7 +271,7 @@ def _cells(image_CXYZ: np.ndarray, cfg: Config, rng: np.random.Generator) -> dic
 class Classify(nn.Module):
     """Encoder, a layer on the means of all cells' maps, and a head for each task; ``forward`` as the contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
+    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
         super().__init__()
         self.cfg = cfg
         self.backbone: Any = backbone

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logonet.errors import UserError
-from logonet.methods import Facts, _views
+from logonet.core.errors import UserError
+from logonet.methods import DataSpec, _views
 from logonet.methods._parts import ratio
 from logonet.methods._selfsup import collapse, cosine, joined, mlp, nt_xent, pooled, spread, train_encoder
 
@@ -57,7 +57,7 @@ def gathers(cfg: Config) -> bool:
     return cfg.gather
 
 
-def check(cfg: Config, facts: Facts) -> None:
+def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
     _views.check(cfg.view_vox, facts.size_vox)
     if not cfg.temperature > 0:
@@ -80,7 +80,7 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
     return _views.pair(sample, cfg.views, cfg.view_vox, rng)
 
 
-def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
+def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
     """The pretraining module on ``backbone``."""
     return SimCLR(cfg, backbone, facts)
 
@@ -88,7 +88,7 @@ def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
 class SimCLR(nn.Module):
     """Backbone and projector; ``forward`` as the package's contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
+    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
         super().__init__()
         self.cfg = cfg
         self.backbone: Any = backbone

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logonet.errors import UserError
-from logonet.methods import Facts
+from logonet.core.errors import UserError
+from logonet.methods import DataSpec
 from logonet.methods._masked import Triple, check_ratio, depth_to_space, spread, still
 from logonet.methods._parts import freeze_unreached, intensity, ratio
 
@@ -53,7 +53,7 @@ class Config:
     head: Literal["auto", "encoder", "decoder"] = "auto"
 
 
-def check(cfg: Config, facts: Facts) -> None:
+def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
     check_ratio(cfg.ratio)
     _check_unit(cfg, cfg.unit_vox or (UNIT,) * 3, facts.size_vox)
@@ -88,7 +88,7 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
     return {"image": image_CXYZ, "scores": rng.random(count, dtype=np.float32)}
 
 
-def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
+def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
     """The module on ``backbone``.
 
     Raises:
@@ -100,7 +100,7 @@ def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
 class SimMIM(nn.Module):
     """Backbone, mask tokens and light layer; ``forward`` as the package's contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
+    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
         super().__init__()
         self.cfg = cfg
         self.backbone: Any = backbone

@@ -33,8 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logonet.errors import UserError
-from logonet.methods import Facts, _views
+from logonet.core.errors import UserError
+from logonet.methods import DataSpec, _views
 from logonet.methods._parts import ratio
 from logonet.methods._selfsup import (
     byol_loss,
@@ -89,7 +89,7 @@ class Config:
     momentum_end: float = 1.0
 
 
-def check(cfg: Config, facts: Facts) -> None:
+def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
     if not (cfg.temperature > 0 and cfg.w > 0):
         raise UserError(f"method.temperature is {cfg.temperature} and method.w {cfg.w}; set both above 0")
@@ -173,7 +173,7 @@ def tokens(map_BFxyz: Tensor) -> Tensor:
     return map_BFxyz.to(torch.promote_types(map_BFxyz.dtype, torch.float32)).flatten(2).transpose(1, 2)
 
 
-def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
+def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
     """The pretraining module on ``backbone``."""
     return SimTROT(cfg, backbone, facts)
 
@@ -181,7 +181,7 @@ def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
 class SimTROT(nn.Module):
     """Backbone and heads, and for "byol" a copy; ``forward`` as the package's contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
+    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
         super().__init__()
         self.cfg = cfg
         self.backbone: Any = backbone

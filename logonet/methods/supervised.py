@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from logonet import augment
-from logonet.errors import UserError
-from logonet.methods import Facts
+from logonet.core.errors import UserError
+from logonet.data import augment
+from logonet.methods import DataSpec
 from logonet.methods._parts import freeze, modules_under, ratio
 
 NEEDS = frozenset({"labels"})
@@ -44,7 +44,7 @@ class Config:
     augment: augment.Config = field(default_factory=augment.Config)
 
 
-def check(cfg: Config, facts: Facts) -> None:
+def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on labels like these."""
     if min(cfg.w_dice, cfg.w_ce) < 0 or cfg.w_dice + cfg.w_ce == 0:
         raise UserError(
@@ -70,7 +70,7 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
     return {"image": image_CXYZ, "labels": labels_XYZ}
 
 
-def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
+def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
     """The segmentation module on ``backbone``."""
     return Supervised(cfg, backbone, facts)
 
@@ -78,7 +78,7 @@ def build(cfg: Config, backbone: nn.Module, facts: Facts) -> nn.Module:
 class Supervised(nn.Module):
     """``forward`` as the package's contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: Facts) -> None:
+    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
         super().__init__()
         self.cfg, self.num_classes = cfg, facts.num_classes
         self.backbone: Any = backbone

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from logonet import config, store
-from logonet.sweep import judge, records
+from logonet.core import config
+from logonet.storage import object_store
+from logonet.sweep import analysis, records
 from logonet.sweep import space as spaces
 from logonet.sweep.records import Trial
 
@@ -24,7 +25,7 @@ MEASURES: dict[Objective, str] = {
 
 def winner(trials: Sequence[Trial]) -> Trial | None:
     """The trial with the best finetuning, else with the best objective among those that ran to the end."""
-    index = judge.best(records.table(trials, []))
+    index = analysis.best(records.table(trials, []))
     return next((t for t in trials if t.index == index), None)
 
 
@@ -58,7 +59,7 @@ def report(uri: str, out: str) -> dict[str, bytes]:
     table = records.table(trials, space.paths)
     found = winner(trials)
     base = next((t.index for t in trials if spaces.apply(spec.base, t.settings) == spec.base), None)
-    page, files = judge.page(
+    page, files = analysis.page(
         spec.name,
         table,
         _history(trials),
@@ -70,7 +71,7 @@ def report(uri: str, out: str) -> dict[str, bytes]:
     )
     files["report.html"] = page.encode()
     for name, content in files.items():
-        store.write(store.join(out, name), content)
+        object_store.write(object_store.join(out, name), content)
     return files
 
 

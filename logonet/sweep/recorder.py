@@ -9,8 +9,9 @@ import ray
 import tenacity
 from ray import tune
 
-from logonet import registry, train
-from logonet.stages.common import say
+from logonet import tracking
+from logonet.distributed import trainer
+from logonet.pipelines.common import say
 from logonet.sweep import outcome, records
 from logonet.sweep.outcome import MEASURES
 from logonet.sweep.records import Trial
@@ -24,7 +25,7 @@ class Recorder(tune.Callback):
     """Writes down, in the driver, all that is heard of trials."""
 
     def __init__(
-        self, plan: Plan, trials: dict[str, Trial], tracker: registry.Tracker, confirms: bool
+        self, plan: Plan, trials: dict[str, Trial], tracker: tracking.Tracker, confirms: bool
     ) -> None:
         self.plan, self.trials = plan, trials
         self.tracker, self.confirms = tracker, confirms
@@ -58,8 +59,8 @@ class Recorder(tune.Callback):
     ) -> None:
         mine = self._of(trial)
         mine.wall_s = round(time.monotonic() - self.began[trial.trial_id], 1)
-        if train.PLACE in result:
-            self.running[trial.trial_id] = {k: result[k] for k in (train.PLACE, CONTROLLER)}
+        if trainer.PLACE in result:
+            self.running[trial.trial_id] = {k: result[k] for k in (trainer.PLACE, CONTROLLER)}
         if "pretrain" in result:
             mine.pretrain = result["pretrain"]
         if result.get("final"):
@@ -117,7 +118,7 @@ class Recorder(tune.Callback):
 
         if (held := self.running.pop(trial_id, None)) is not None:
             ray.kill(ray.cloudpickle.loads(bytes.fromhex(held[CONTROLLER])))
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(held[train.PLACE]))))
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(held[trainer.PLACE]))))
 
     def free_all(self) -> None:
         """Give back every place, at the end, when no trial runs any more."""

@@ -18,9 +18,10 @@ from typing import Any, Literal, TypeVar
 
 import pandas as pd
 
-from logonet import config, store
-from logonet.errors import UserError
-from logonet.redaction import without_secrets
+from logonet.core import config
+from logonet.core.errors import UserError
+from logonet.core.redaction import without_secrets
+from logonet.storage import object_store
 
 SPEC = "sweep.json"
 STATE = "state.json"
@@ -106,27 +107,29 @@ def _is_number(value: Any) -> bool:
 def write(uri: str, trial: Trial) -> None:
     """Write, or replace, a trial's record in the sweep at ``uri``."""
     record = _record(uri, trial.index)
-    if store.exists(record):
-        old = store.read(record)
+    if object_store.exists(record):
+        old = object_store.read(record)
         if isinstance(_parsed(old, trial.index, record), str):
-            store.write(f"{record}.torn-{hashlib.sha256(old).hexdigest()[:8]}", old)
-    store.write(record, trial.to_bytes())
+            object_store.write(f"{record}.torn-{hashlib.sha256(old).hexdigest()[:8]}", old)
+    object_store.write(record, trial.to_bytes())
 
 
 def write_traceback(uri: str, index: int, text: str) -> None:
     """Keep what a trial failed with beside its record, in the sweep at ``uri``."""
-    store.write(store.join(uri, TRIALS, f"{index:04d}.error.txt"), without_secrets(text).encode())
+    object_store.write(
+        object_store.join(uri, TRIALS, f"{index:04d}.error.txt"), without_secrets(text).encode()
+    )
 
 
 def read_all(uri: str) -> list[Trial]:
     """The trials of the sweep at ``uri``, by index; a record that cannot be trusted is logged and left out."""
-    prefix = store.join(uri, TRIALS)
-    names = [store.relative(entry.uri, prefix) for entry in store.listing(prefix)]
+    prefix = object_store.join(uri, TRIALS)
+    names = [object_store.relative(entry.uri, prefix) for entry in object_store.listing(prefix)]
     indices = sorted(int(name.removesuffix(".json")) for name in names if re.fullmatch(r"\d{4,}\.json", name))
 
     def read(index: int) -> Trial | str:
         record = _record(uri, index)
-        return _parsed(store.read(record), index, record)
+        return _parsed(object_store.read(record), index, record)
 
     with ThreadPoolExecutor(READ_THREADS) as pool:
         found = list(pool.map(read, indices))
@@ -165,7 +168,7 @@ def _cell(value: Any) -> Any:
 
 
 def _record(uri: str, index: int) -> str:
-    return store.join(uri, TRIALS, f"{index:04d}.json")
+    return object_store.join(uri, TRIALS, f"{index:04d}.json")
 
 
 def _parsed(data: bytes, index: int, record: str) -> Trial | str:
@@ -179,8 +182,8 @@ def _parsed(data: bytes, index: int, record: str) -> Trial | str:
 
 def state(uri: str) -> dict[str, Any]:
     """What is known of the sweep at ``uri`` as a whole: "spent_s" over all calls, "shared" artifacts by stage."""
-    noted = store.join(uri, STATE)
-    known = store.read_json(noted) if store.exists(noted) else {}
+    noted = object_store.join(uri, STATE)
+    known = object_store.read_json(noted) if object_store.exists(noted) else {}
     if not isinstance(known, dict) or not _is_number(known.get("spent_s", 0.0)):
         raise UserError(
             f"{noted} does not hold what a sweep notes; delete it (its time is then counted anew)"
@@ -190,7 +193,7 @@ def state(uri: str) -> dict[str, Any]:
 
 def note(uri: str, **values: Any) -> None:
     """Add to, or replace in, the sweep's `state`."""
-    store.write_json(store.join(uri, STATE), state(uri) | values)
+    object_store.write_json(object_store.join(uri, STATE), state(uri) | values)
 
 
 # ---------------------------------------------------------------------------------------------- the sweep
@@ -227,8 +230,8 @@ def claim(uri: str, spec: Spec) -> None:
     Raises:
         UserError: when another sweep has that name, saying what differs.
     """
-    if not store.exists(store.join(uri, SPEC)):
-        store.write(store.join(uri, SPEC), _seal(config.to_dict(spec)))
+    if not object_store.exists(object_store.join(uri, SPEC)):
+        object_store.write(object_store.join(uri, SPEC), _seal(config.to_dict(spec)))
         return
     old, new = _flat(config.to_dict(read_spec(uri))), _flat(config.to_dict(spec))
     keys = [
@@ -253,10 +256,10 @@ def read_spec(uri: str) -> Spec:
     Raises:
         UserError: when there is no sweep, or ``sweep.json`` is damaged.
     """
-    record = store.join(uri, SPEC)
-    if not store.exists(record):
+    record = object_store.join(uri, SPEC)
+    if not object_store.exists(record):
         raise UserError(f"{uri} holds no sweep ({SPEC} is missing); give the root and name of one")
-    data = store.read(record)
+    data = object_store.read(record)
     try:
         return _build(Spec, _unseal(data, record), record)
     except UserError as err:

@@ -14,10 +14,13 @@ from typing import Any
 
 from ray import tune
 
-from logonet import artifacts, cluster, config, registry, stages, store, train
-from logonet.cluster import Resources, Share
-from logonet.errors import UserError
-from logonet.stages.common import say
+from logonet import pipelines, tracking, training
+from logonet.core import config
+from logonet.core.errors import UserError
+from logonet.distributed import cluster
+from logonet.distributed.cluster import ResourceAllocation, Resources
+from logonet.pipelines.common import say
+from logonet.storage import artifacts, object_store
 from logonet.sweep import outcome, records
 from logonet.sweep import space as spaces
 from logonet.sweep.recorder import Recorder
@@ -44,12 +47,12 @@ def run(sweep: Sweep, resources: Resources, budget: Budget, *, at_once: int = 0)
     wanted = budget.trials or spaces.default_trials(sweep.space)
     if wanted is None:
         raise UserError("not all searched keys are grids; say how many trials with --budget.trials")
-    train.accumulation(sweep.base.train, resources.fixed("a sweep"))
+    training.accumulation(sweep.base.train, resources.fixed("a sweep"))
     runs, share = cluster.shares(resources, wanted, at_once)
     records.claim(sweep.uri, spec(sweep))
     say("sweep", f"{sweep.uri}\n{spaces.describe(sweep.space)}")
     trials = {key_of(t.settings): t for t in records.read_all(sweep.uri)}
-    tracker = registry.Tracker(**_tracking(sweep))
+    tracker = tracking.Tracker(**_tracking(sweep))
     parent = tracker.run_id()
     plan = Plan(sweep, resources, share, _unfinished(trials), parent)
     open_trials = _open(sweep, trials, wanted)
@@ -92,7 +95,7 @@ def run(sweep: Sweep, resources: Resources, budget: Budget, *, at_once: int = 0)
         if not winner.final:
             raise UserError(f"the winner, trial {winner.index}, could not be registered: {winner.reason}")
         lineage = {"sweep": config.fingerprint(spec(sweep)), "sweep_uri": sweep.uri}
-        stages.register(winner.final["uri"], sweep.register, lineage=lineage)
+        pipelines.register(winner.final["uri"], sweep.register, lineage=lineage)
     return winner
 
 
@@ -103,7 +106,7 @@ def _tracking(sweep: Sweep) -> dict[str, Any]:
         "run_name": f"sweep-{sweep.name}",
         "params": config.to_dict(spec(sweep)),
         "tags": {"logonet.stage": "sweep", "logonet.sweep": sweep.uri},
-        "artifact_root": store.join(sweep.root, "mlflow-artifacts"),
+        "artifact_root": object_store.join(sweep.root, "mlflow-artifacts"),
     }
 
 
@@ -139,7 +142,7 @@ def _left_s(sweep: Sweep, budget: Budget) -> float:
     return budget.hours * 3600 - records.state(sweep.uri).get("spent_s", 0.0) if budget.hours else math.inf
 
 
-def _make_shared(sweep: Sweep, trials: Sequence[Trial], share: Share) -> None:
+def _make_shared(sweep: Sweep, trials: Sequence[Trial], share: ResourceAllocation) -> None:
     """Crops, clusterers, pseudo-labels and probe cases of all trials, each once, before any trial starts."""
     before = {stage: _artifacts(sweep, stage) for stage in SHARED}
     base = config.to_dict(sweep.base)
@@ -158,7 +161,7 @@ def _make_shared(sweep: Sweep, trials: Sequence[Trial], share: Share) -> None:
         )
         if shared not in stands_on:
             try:
-                up = stages.upstream(cfg, sweep.source, sweep.root, share, sweep.labelled)
+                up = pipelines.upstream(cfg, sweep.source, sweep.root, share, sweep.labelled)
             except UserError as err:
                 say("shared", f"cannot be made for trial {trial.index}: {err}")
                 continue
@@ -179,13 +182,13 @@ def _make_shared(sweep: Sweep, trials: Sequence[Trial], share: Share) -> None:
 
 def _artifacts(sweep: Sweep, stage: str) -> set[str]:
     """Fingerprints of the finished artifacts of ``stage``."""
-    prefix = store.join(sweep.root, stage)
-    paths = (store.relative(entry.uri, prefix).split("/") for entry in store.listing(prefix))
+    prefix = object_store.join(sweep.root, stage)
+    paths = (object_store.relative(entry.uri, prefix).split("/") for entry in object_store.listing(prefix))
     return {path[0] for path in paths if path[1:] == [artifacts.MANIFEST]}
 
 
 def _confirm(
-    plan: Plan, trials: Mapping[str, Trial], tracker: registry.Tracker, wanted: int, runs: int
+    plan: Plan, trials: Mapping[str, Trial], tracker: tracking.Tracker, wanted: int, runs: int
 ) -> None:
     """Finetune the best of the trials that ran to the end, as many as ``wanted``."""
     ended = [t for t in trials.values() if t.status == "done" and not math.isnan(t.objective)]
@@ -219,15 +222,15 @@ def _close_runs(sweep: Sweep, trials: Mapping[str, Trial], parent: str | None) -
         }
         tags |= {"logonet.sweep.outcome": f"{trial.status} {trial.reason}".strip()}
         if parent is not None:
-            tags[registry.PARENT_TAG] = parent
+            tags[tracking.PARENT_TAG] = parent
         metrics = {"objective": trial.objective, "final_dice": trial.final.get("dice", math.nan)}
-        registry.catch_up(
+        tracking.catch_up(
             fingerprint=trial.pretrain.rsplit("/", 1)[-1] or f"{fingerprint}-{key}",
             experiment=sweep.experiment,
             run_name=f"{sweep.name}-trial-{trial.index}",
             params=trial.settings,
             tags=tags,
-            artifact_root=store.join(sweep.root, "mlflow-artifacts"),
+            artifact_root=object_store.join(sweep.root, "mlflow-artifacts"),
             history=[{k: v for k, v in e.items() if k != "objective"} for e in trial.history],
             files={},
             status=ENDED[trial.status],

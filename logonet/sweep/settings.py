@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from logonet import config, probe, splits, stages, store
-from logonet.errors import UserError
-from logonet.stages import Finetuning, Pretraining
-from logonet.stages.finetuning import Init
+from logonet import pipelines
+from logonet.core import config
+from logonet.core.errors import UserError
+from logonet.data import splits
+from logonet.pipelines import Finetuning, Pretraining
+from logonet.pipelines.finetuning import Init
+from logonet.storage import object_store
 from logonet.sweep import records
 from logonet.sweep import space as spaces
 from logonet.sweep.outcome import Objective
 from logonet.sweep.space import Space
+from logonet.training import linear_probe
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Sweep:
 
     @property
     def uri(self) -> str:
-        return store.join(self.root, "sweep", self.name)
+        return object_store.join(self.root, "sweep", self.name)
 
     @property
     def judged_on(self) -> str:
@@ -102,9 +106,9 @@ def resolve(sweep: Sweep) -> Sweep:
     Raises:
         UserError: a searched key or value that no trial could run, a split without validation cases...
     """
-    base, tuned = stages.resolve(sweep.base), sweep.finetuning
+    base, tuned = pipelines.resolve(sweep.base), sweep.finetuning
     if sweep.config.objective == "probe" and base.probe is None:
-        base = replace(base, probe=probe.Config())
+        base = replace(base, probe=linear_probe.Config())
     if base.split is not None:
         tuned = replace(tuned, split=base.split)  # or pretraining would know the finetuning's test cases
     # The trial's own network; and its Dice is wanted at the end whatever the recipe says.
@@ -115,13 +119,13 @@ def resolve(sweep: Sweep) -> Sweep:
     if (base.probe is not None or finetunes) and split.fold is None:
         raise UserError("the sweep is judged on validation cases and split.fold is null; set split.fold=0")
     if finetunes:  # before any hour is spent
-        stages.resolve_finetuning(replace(tuned, backbone=base.backbone, init=Init()))
+        pipelines.resolve_finetuning(replace(tuned, backbone=base.backbone, init=Init()))
     spaces.check(sweep.space, config.to_dict(base), pretraining_of)
     return replace(sweep, base=base, finetuning=tuned)
 
 
 def pretraining_of(values: Mapping[str, Any]) -> Pretraining:
-    return stages.resolve(config.from_dict(Pretraining, values))
+    return pipelines.resolve(config.from_dict(Pretraining, values))
 
 
 def spec(sweep: Sweep) -> records.Spec:

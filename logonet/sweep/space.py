@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from logonet import config, draws
-from logonet.errors import UserError
+from logonet.core import config, seeding
+from logonet.core.errors import UserError
 
 LISTS = ("grid", "choice")
 RANGES = ("uniform", "loguniform", "int")
@@ -307,13 +307,13 @@ def _cell(space: Space, position: int, seed: int) -> Settings:
     # Sorted: the order of the keys in the file decides nothing.
     keys = sorted((key for key in space.keys if key.sort == "grid"), key=lambda key: key.path)
     block, place = divmod(position, grid_size(space))
-    cell = draws.rng(seed, "sweep", "grid", block).permutation(grid_size(space))[place]
+    cell = seeding.rng(seed, "sweep", "grid", block).permutation(grid_size(space))[place]
     places = np.unravel_index(cell, [len(key.values) for key in keys])
     return {key.path: key.values[i] for key, i in zip(keys, places)}
 
 
 def _drawn(key: Key, index: int, seed: int) -> Any:
-    rng = draws.rng(seed, "sweep", index, key.path)
+    rng = seeding.rng(seed, "sweep", index, key.path)
     if key.listed:
         return key.values[rng.integers(len(key.values))]
     low, high = key.values

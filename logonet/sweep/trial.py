@@ -16,11 +16,14 @@ import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from logonet import artifacts, config, registry, stages, train
-from logonet.artifacts import Artifact
-from logonet.cluster import Resources, Share
-from logonet.errors import UserError, user_sentence
-from logonet.stages import Pretraining
+from logonet import pipelines, tracking, training
+from logonet.core import config
+from logonet.core.errors import UserError, user_sentence
+from logonet.distributed import trainer
+from logonet.distributed.cluster import ResourceAllocation, Resources
+from logonet.pipelines import Pretraining
+from logonet.storage import artifacts
+from logonet.storage.artifacts import Artifact
 from logonet.sweep import space as spaces
 from logonet.sweep.outcome import Objective
 from logonet.sweep.settings import Sweep, pretraining_of
@@ -43,7 +46,7 @@ class Plan:
 
     sweep: Sweep
     resources: Resources
-    share: Share
+    share: ResourceAllocation
     known: Mapping[str, list[dict[str, Any]]]
     parent: str | None
     settings: Sequence[Settings] = ()
@@ -85,7 +88,7 @@ class Report(TuneReportCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         said = metrics[0]
-        if train.PLACE in said:  # before the first epoch; this runs in the actor that controls the workers
+        if trainer.PLACE in said:  # before the first epoch; this runs in the actor that controls the workers
             controller = ray.get_runtime_context().current_actor
             said = {**said, CONTROLLER: ray.cloudpickle.dumps(controller).hex()}
         else:
@@ -103,7 +106,7 @@ def run_trial(point: Mapping[str, Any], plan: Plan) -> None:
         cfg = pretraining_of(spaces.apply(config.to_dict(plan.sweep.base), settings))
         if plan.upstream is not None:
             ray.get(plan.upstream.make.remote(cfg))
-        artifact = stages.pretrain(
+        artifact = pipelines.pretrain(
             cfg,
             plan.sweep.source,
             plan.sweep.root,
@@ -120,7 +123,7 @@ def run_trial(point: Mapping[str, Any], plan: Plan) -> None:
         for entry in history:
             tune.report(told(entry, name))
         tune.report({"finished": True, "final": final})
-    except train.LeaderLost:
+    except trainer.LeaderLost:
         raise  # a machine's failure, not the trial's: Tune starts it anew, and it goes on
     except Exception as err:
         # One trial's failure is its own: it is recorded with its reason, the others go on.
@@ -136,17 +139,17 @@ def confirm_trial(point: Mapping[str, Any], plan: Plan, uris: Sequence[str]) -> 
             raise UserError(f"{uris[place]} is gone; run the sweep again under another name")
         _, final = _finetuned(plan, plan.settings[place], artifact, [])
         tune.report({"finished": True, "final": final})
-    except train.LeaderLost:
+    except trainer.LeaderLost:
         raise  # a machine's failure, not the trial's: Tune starts it anew, and it goes on
     except Exception as err:
         tune.report({"failed": f"finetuning: {_reason(err)}", "trace": traceback.format_exc()})
 
 
-def _within(plan: Plan, settings: Settings, *callbacks: Any, starts: bool = False) -> stages.Trial:
+def _within(plan: Plan, settings: Settings, *callbacks: Any, starts: bool = False) -> pipelines.Trial:
     tags = {"logonet.sweep": plan.sweep.uri, "logonet.sweep.settings": json.dumps(settings)}
     if plan.parent is not None and starts:
-        tags[registry.PARENT_TAG] = plan.parent
-    return stages.Trial(
+        tags[tracking.PARENT_TAG] = plan.parent
+    return pipelines.Trial(
         share=plan.share,
         callbacks=tuple(callbacks),
         started=(lambda uri: tune.report({"pretrain": uri})) if starts else None,
@@ -159,7 +162,7 @@ def _finetuned(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The finetuning's history, and {"dice": its best validation Dice, "uri"}."""
     cfg = plan.sweep.finetuning
-    artifact = stages.finetune(
+    artifact = pipelines.finetune(
         replace(cfg, init=replace(cfg.init, weights=pretrained.uri)),
         plan.sweep.judged_on,
         plan.sweep.root,
@@ -168,7 +171,7 @@ def _finetuned(
         trial=_within(plan, settings, *callbacks),
     )
     history = json.loads(artifact.read("history.json"))
-    step = train.best_step(history)
+    step = training.best_step(history)
     if step is None:
         raise UserError(f"the finetuning at {artifact.uri} measured no validation Dice")
     best = next(e["val_dice"] for e in history if e["step"] == step)
@@ -185,8 +188,8 @@ def _reason(err: BaseException) -> str:
 class Upstream:
     """Makes what trials share, one after another: two that asked at once would both compute it."""
 
-    def __init__(self, sweep: Sweep, share: Share) -> None:
+    def __init__(self, sweep: Sweep, share: ResourceAllocation) -> None:
         self.sweep, self.share = sweep, share
 
     def make(self, cfg: Pretraining) -> None:
-        stages.upstream(cfg, self.sweep.source, self.sweep.root, self.share, self.sweep.labelled)
+        pipelines.upstream(cfg, self.sweep.source, self.sweep.root, self.share, self.sweep.labelled)

@@ -14,8 +14,9 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from logonet import cluster, config, draws
-from logonet.errors import UserError
+from logonet.core import config, seeding
+from logonet.core.errors import UserError
+from logonet.distributed import cluster
 from logonet.sweep import records
 from logonet.sweep import space as spaces
 from logonet.sweep.recorder import LOST_TRIALS, Recorder
@@ -123,7 +124,7 @@ def _optuna(plan: Plan, recorder: Recorder) -> Any:
         metric="objective",
         mode="max",
         points_to_evaluate=[p for p in open_points + untried if p is not None] or None,
-        seed=draws.integer(sweep.config.seed, "optuna", len(ended)) % 2**31,
+        seed=seeding.integer(sweep.config.seed, "optuna", len(ended)) % 2**31,
     )
     for key in ended:
         value = recorder.trials[key].objective

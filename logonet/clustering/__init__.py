@@ -1,0 +1,1 @@
+"""K-means clusterers, their pseudo-labels and how good these are."""

@@ -1,0 +1,118 @@
+"""How good pseudo-labels are, and which slices show a cluster.
+
+Shapes: P crops, S slices, N clusterers, K codes of one clusterer, Z slices of a crop.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from logonet.clustering.kmeans import ClustererSet
+from logonet.core import seeding
+
+AGREEMENT_LIMIT = 20
+
+
+def by_slice(labels_PNZ: np.ndarray) -> np.ndarray:
+    """Labels of crops (P, N, Z) as labels of slices (P*Z, N)."""
+    return np.moveaxis(labels_PNZ, 1, 2).reshape(-1, labels_PNZ.shape[1])
+
+
+def majority(labels_PNZ: np.ndarray, sizes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every clusterer's most frequent label (lowest on ties) and the share of slices that have it.
+
+    The share is the accuracy of always answering that label: the floor pretraining must beat.
+    """
+    counts = [np.bincount(labels_PNZ[:, n].ravel(), minlength=k) for n, k in enumerate(sizes_N)]
+    return np.array([c.argmax() for c in counts]), np.array([c.max() / c.sum() for c in counts])
+
+
+def quality(
+    fitted: ClustererSet, labels_SN: np.ndarray, mean_S: np.ndarray | None = None, air_below: float = 0.05
+) -> pd.DataFrame:
+    """How much there is to learn from each clusterer's labels, one row a clusterer.
+
+    Args:
+        mean_S: mean intensity of each slice, in [0, 1]; without it the columns on air are NaN.
+        air_below: slices with a lower mean count as air. In the window -1000..1000 HU soft tissue is 0.5,
+            so 0.05 is a slice of which less than a tenth is body.
+
+    Columns:
+        k: number of codes.
+        inertia: mean squared distance of a slice to its centroid, when fitted (NaN where unknown).
+        perplexity: exp of the entropy of the labels: the effective number of codes in use, 1..k.
+        dead_codes: codes no slice has.
+        air_codes: codes in use most of whose slices are air.
+        air_share: share of slices in such a code.
+        majority_share: share of the most frequent label; what always answering it would score.
+    """
+    inertia = fitted.meta.get("inertia", [np.nan] * len(fitted.sizes_N))
+    rows = []
+    for n, k in enumerate(fitted.sizes_N):
+        counts_K = np.bincount(labels_SN[:, n], minlength=k)
+        share_K = counts_K[counts_K > 0] / counts_K.sum()
+        row = {
+            "k": int(k),
+            "inertia": inertia[n],
+            "perplexity": float(np.exp(-(share_K * np.log(share_K)).sum())),
+            "dead_codes": int((counts_K == 0).sum()),
+            "air_codes": np.nan,
+            "air_share": np.nan,
+            "majority_share": float(share_K.max()),
+        }
+        if mean_S is not None:
+            air_K = np.bincount(labels_SN[mean_S < air_below, n], minlength=k)
+            is_air_K = 2 * air_K > counts_K
+            row |= {"air_codes": int(is_air_K.sum()), "air_share": counts_K[is_air_K].sum() / counts_K.sum()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def agreement(labels_SN: np.ndarray, limit: int = AGREEMENT_LIMIT) -> tuple[np.ndarray, np.ndarray]:
+    """Normalised mutual information between clusterers, and which: ``limit`` evenly spaced ones at most.
+
+    Near 1 the clusterers say the same and N could be smaller; near 0 they share no structure.
+
+    Returns:
+        (M, M) symmetric, 1 on the diagonal; and the M clusterers' positions in 0..N-1.
+    """
+    from sklearn.metrics import normalized_mutual_info_score
+
+    N = labels_SN.shape[1]
+    chosen_M = np.linspace(0, N - 1, min(N, limit)).round().astype(int)
+    nmi_MM = np.eye(len(chosen_M))
+    for i in range(len(chosen_M)):
+        for j in range(i):
+            a_S, b_S = labels_SN[:, chosen_M[i]], labels_SN[:, chosen_M[j]]
+            nmi_MM[i, j] = nmi_MM[j, i] = normalized_mutual_info_score(a_S, b_S)
+    return nmi_MM, chosen_M
+
+
+def stability(labels_a_SN: np.ndarray, labels_b_SN: np.ndarray) -> pd.DataFrame:
+    """Do two fits of the same clusterers, from two seeds, say the same of the same slices?
+
+    Columns ``nmi`` and ``ari`` (adjusted Rand index), one row a clusterer: 1 when they agree up to the
+    names of codes; ``ari`` is 0 in expectation when they agree by chance.
+    """
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    assert labels_a_SN.shape == labels_b_SN.shape
+    pairs = list(zip(labels_a_SN.T, labels_b_SN.T))
+    return pd.DataFrame(
+        {
+            "nmi": [normalized_mutual_info_score(a_S, b_S) for a_S, b_S in pairs],
+            "ari": [adjusted_rand_score(a_S, b_S) for a_S, b_S in pairs],
+        }
+    )
+
+
+def exemplars(labels_S: np.ndarray, k: int, per_code: int, seed: int) -> dict[int, list[int]]:
+    """Up to ``per_code`` random slices of every code in use, ascending, for a contact sheet."""
+    out = {}
+    for code in range(k):
+        members = np.flatnonzero(labels_S == code)
+        if len(members):
+            order = seeding.rng(seed, "exemplars", code).permutation(len(members))[:per_code]
+            out[code] = np.sort(members[order]).tolist()
+    return out

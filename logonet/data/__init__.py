@@ -1,0 +1,1 @@
+"""Scans: reading, checking, listing, preparing, cutting."""

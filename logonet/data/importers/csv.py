@@ -1,0 +1,93 @@
+"""Tables of scans: CSV and TSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+
+from logonet.core import config
+from logonet.core.errors import UserError
+from logonet.data.importers.names import (
+    dicom_series,
+    folder_of,
+    inside,
+    name_of,
+    parse_digest,
+    parse_fold,
+    parse_split,
+    resolve,
+    subject_of,
+)
+from logonet.data.manifest import Source
+from logonet.storage import object_store
+
+CSV_COLUMNS = (
+    "image",
+    "label",
+    "subject",
+    "dataset",
+    "licence",
+    "modality",
+    "split",
+    "fold",
+    "sha256",
+)
+
+
+def csv_sources(uri: str) -> list[Source]:
+    """One scan per row: an image, and where given its label, subject, split, ..."""
+    found: dict[str, Source] = {}
+    for where, row in read_rows(uri, ",", set(CSV_COLUMNS)):
+        for column in row:
+            if column not in CSV_COLUMNS:
+                raise UserError(f"{uri}: {config.unknown('column', column, CSV_COLUMNS)}")
+        if not row.get("image"):
+            raise UserError(f"{where}: names no image; fill in the column 'image'")
+        image, label = (resolve(folder_of(uri), row[c]) if row.get(c) else "" for c in ("image", "label"))
+        for place in filter(None, (image, label)):
+            if object_store.is_s3(uri) and not object_store.is_s3(place):
+                inside(uri, place, where)
+        if image in found:
+            raise UserError(f"{where}: lists {image} a second time; keep one of the rows")
+        found[image] = dicom_series(
+            Source(
+                uri=image,
+                subject=row.get("subject") or subject_of(row["image"]),
+                dataset=row.get("dataset") or name_of(uri)[: -len(".csv")],
+                licence=row.get("licence", ""),
+                modality=row.get("modality", ""),
+                split=parse_split(row.get("split", ""), where),
+                fold=parse_fold(row.get("fold", ""), where),
+                label_uri=label,
+                sha256=parse_digest(row.get("sha256", ""), where),
+            )
+        )
+    return list(found.values())
+
+
+def read_rows(uri: str, delimiter: str, wanted: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """(where, row) of each line below the header of a table, if it has one of the ``wanted`` columns.
+
+    ``where`` names file and line in errors.
+    """
+    lines = _lines(uri, delimiter)
+    _, first = next(lines, ("", []))
+    header = [cell.strip() for cell in first]
+    if not wanted & set(header):
+        return
+    for where, cells in lines:
+        if not any(cells):
+            continue
+        if len(cells) != len(header):
+            raise UserError(f"{where}: has {len(cells)} cells, its header {len(header)}; mend the line")
+        yield where, {name: cell.strip() for name, cell in zip(header, cells)}
+
+
+def _lines(uri: str, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    lines = csv.reader(io.StringIO(object_store.read_text(uri), newline=""), delimiter=delimiter)
+    try:
+        for cells in lines:
+            yield f"{uri}, line {lines.line_num}", cells
+    except csv.Error as err:
+        raise UserError(f"{uri}, line {lines.line_num}: is no line of a table ({err}); mend it") from None

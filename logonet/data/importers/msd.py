@@ -1,0 +1,95 @@
+"""Decathlon datasets and MONAI's data lists (dataset.json)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from logonet.core.errors import UserError
+from logonet.data.importers.names import (
+    MAX_FOLD,
+    class_names,
+    dicom_series,
+    folder_of,
+    inside,
+    name_of,
+    read_json,
+    resolve,
+    subject_of,
+)
+from logonet.data.manifest import Source
+
+DATASET_FILE = "dataset.json"
+LISTS = {"training": "train", "validation": "val", "test": "test"}
+# nnU-Net's names of normalisations, where others name a modality
+NO_MODALITY = {"nonorm", "zscore", "rescale_to_0_1", "rgb_to_0_1"}
+
+
+def read_description(uri: str) -> dict[str, Any]:
+    """The mapping that a dataset.json holds."""
+    description = read_json(uri)
+    if not isinstance(description, dict):
+        raise UserError(f"{uri} must hold a mapping with 'training' and 'test', as in the Decathlon")
+    return description
+
+
+def msd_sources(uri: str, description: Mapping[str, Any], root: str) -> list[Source]:
+    """The scans of an MSD dataset.json or a MONAI list; none when it has no lists of scans.
+
+    All of them must lie below ``root``.
+    """
+    if not any(description.get(key) for key in LISTS):
+        return []
+    folder = folder_of(uri)
+    modalities = description.get("modality") or {}
+    if not isinstance(modalities, dict):
+        modalities = {"0": modalities}
+    common = common_fields(uri, description)
+    found = []
+    for key, split in LISTS.items():
+        items = description.get(key) or []
+        if not isinstance(items, list):
+            raise UserError(f"{uri}: '{key}' must be a list of scans, not {items!r}")
+        for item in items:
+            # the Decathlon lists its test scans as strings, others as mappings; MONAI allows a list of channels
+            pair = {"image": item} if isinstance(item, str) else item
+            images = channel_paths(pair.get("image")) if isinstance(pair, dict) else []
+            if not images:
+                raise UserError(f"{uri}: an item of '{key}' names no image: {item!r}; write {{image, label}}")
+            label = channel_paths(pair.get("label"))
+            if pair.get("label") and len(label) != 1:
+                raise UserError(
+                    f"{uri}: an item of '{key}' has the label {pair['label']!r}; give the path of one label map"
+                )
+            fold = pair.get("fold", -1)
+            if type(fold) is not int or abs(fold) > MAX_FOLD:  # True is an int too
+                raise UserError(f"{uri}: an item of '{key}' has the fold {fold!r}; write an integer")
+            # one subject for all channels, or they could fall on both sides of a split
+            case = images[0] if len(images) == 1 else (label or images)[0]
+            subject = str(pair.get("subject") or subject_of(case))
+            for channel, image in enumerate(images):
+                source = Source(
+                    uri=inside(root, resolve(folder, image), uri),
+                    subject=subject,
+                    modality=str(modalities.get(str(channel), "")),
+                    split=split,
+                    fold=fold,
+                    label_uri=inside(root, resolve(folder, label[0]), uri) if label else "",
+                    **common,
+                )
+                found.append(dicom_series(source))
+    return found
+
+
+def common_fields(uri: str, description: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "dataset": str(description.get("name") or name_of(folder_of(uri))),
+        "licence": str(description.get("licence") or description.get("license") or ""),
+        "classes": class_names(description.get("labels"), uri),
+    }
+
+
+def channel_paths(value: Any) -> list[str]:
+    """A path or a list of paths; empty for anything else."""
+    values = value if isinstance(value, list) else [value]
+    return values if all(isinstance(v, str) and v for v in values) else []

@@ -1,0 +1,440 @@
+"""One table of scans: what there is, whether it can be used, and what is in it.
+
+``importers.sources`` looks at a URI and says what is to be inspected; ``inspect`` reads one of them and
+answers with a row or with the reason why there is none, so it can be mapped by many workers; ``Manifest.of``
+gathers the answers. ``load`` and ``load_label`` read a row's voxels back, verified against the row.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from logonet.core import config
+from logonet.core.errors import BadScan, UserError, plain
+from logonet.data import scan_hash, volume
+from logonet.data.volume import Volume
+from logonet.storage import object_store, parquet
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+MAX_LABEL = 255
+GRID_TOLERANCE_VOX = 0.1  # between the corners of an image and of its label: rounding, not misplacement
+Grid = tuple[tuple[int, int, int], np.ndarray]  # shape and affine
+
+
+@dataclass(frozen=True)
+class Source:
+    """One scan to inspect: a NIfTI file, or the folder of a DICOM series whose slices are ``files``.
+
+    ``modality`` is what the dataset says, ``split`` one of "train", "val" and "test", ``fold`` the fold that
+    the dataset puts the scan into (-1: none), ``classes[v]`` the declared name of label value v ("" where
+    undeclared, () when nothing is declared), ``sha256`` the digest that the file must have, if one is given.
+    ``version`` changes whenever the scan or its label is replaced, ``size_bytes`` is 0 where it is not known.
+    """
+
+    uri: str
+    files: tuple[str, ...] = ()
+    subject: str = ""
+    dataset: str = ""
+    licence: str = ""
+    modality: str = ""
+    split: str = "train"
+    fold: int = -1
+    label_uri: str = ""
+    classes: tuple[str, ...] = ()
+    sha256: str = ""
+    size_bytes: int = 0
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One usable scan.
+
+    ``scan_id`` is the file's stem and the start of its SHA-256: the same wherever the scan is stored.
+    ``modality`` is "CT" for Hounsfield units, "MR" for intensities without an absolute scale (see
+    ``volume.modality``). ``shape``, ``spacing_mm`` and ``orientation`` are those of the file, not yet RAS.
+    ``sha256`` is that of the file, or of the sorted SHA-256s of a DICOM series' slices; ``voxel_sha256`` and
+    ``thumbprint`` are those of ``fingerprints``. ``fold`` and ``classes`` are the source's; ``label_values``
+    are the values in the label, background 0 included.
+    """
+
+    scan_id: str
+    uri: str
+    files: tuple[str, ...]
+    sha256: str
+    voxel_sha256: str
+    thumbprint: str
+    size_bytes: int
+    subject: str
+    dataset: str
+    licence: str
+    modality: str
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    orientation: str
+    dtype: str
+    intensity_min: float
+    intensity_max: float
+    split: str
+    fold: int
+    label_uri: str
+    label_sha256: str
+    label_values: tuple[int, ...]
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A scan that is left out, and the sentence that says why."""
+
+    uri: str
+    reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", plain(self.reason))
+
+
+@dataclass(frozen=True)
+class Unread(Quarantined):
+    """A scan that the store did not give. That is no fault of the scan, so the next import asks for it again."""
+
+
+# -------------------------------------------------------------------------------------------- inspect
+
+
+def inspect(source: Source) -> Scan | Quarantined:
+    """Read, hash, decode and check one scan and its label.
+
+    Whatever is wrong with the scan itself, a missing file included, comes back as ``Quarantined``; a scan that the
+    store refuses, or gives differently each time, as ``Unread``.
+
+    Raises:
+        UserError: for what concerns every scan: an unreachable store, refused credentials.
+    """
+    try:
+        return _inspect(source)
+    except BadScan as err:
+        return Quarantined(source.uri.encode(errors="backslashreplace").decode(), str(err))
+    except object_store.NotGiven as err:
+        return Unread(source.uri, str(err))
+
+
+def _inspect(source: Source) -> Scan:
+    blobs, sha256 = read_scan(source)
+    if fault := checksum_fault(source, sha256):
+        raise BadScan(fault)
+    scan = decode(source, blobs)
+    modality = volume.modality(scan, source.modality, source.uri)
+    label_sha256 = ""
+    label_values: tuple[int, ...] = ()
+    if source.label_uri:
+        label = read_one(source.label_uri)
+        label_sha256 = _sha256([label])
+        label_values = label_values_of(_decode_label(label, source.label_uri, scan))
+    return Scan(
+        scan_id=f"{_plain_name(stem(source.uri))}-{sha256[:10]}",
+        uri=source.uri,
+        files=source.files,
+        sha256=sha256,
+        voxel_sha256=scan_hash.voxel_sha256(scan),
+        thumbprint=scan_hash.thumbprint(scan),
+        size_bytes=sum(map(len, blobs)),
+        subject=source.subject,
+        dataset=source.dataset,
+        licence=source.licence,
+        modality=modality,
+        shape=scan.shape_xyz,
+        spacing_mm=scan.spacing_mm,
+        orientation=scan.orientation,
+        dtype=scan.stored_dtype,
+        intensity_min=float(scan.array_CXYZ.min()),
+        intensity_max=float(scan.array_CXYZ.max()),
+        split=source.split,
+        fold=source.fold,
+        label_uri=source.label_uri,
+        label_sha256=label_sha256,
+        label_values=label_values,
+        classes=source.classes,
+    )
+
+
+def read_scan(source: Source) -> tuple[list[bytes], str]:
+    """The bytes of the scan's file or slices, and their SHA-256.
+
+    Raises:
+        BadScan: for a file that is too large or missing, or whose description no table can hold.
+        NotGiven: where the store withholds it.
+    """
+    for value in (
+        source.uri,
+        source.label_uri,
+        source.subject,
+        source.dataset,
+        *source.files,
+        *source.classes,
+    ):
+        # half a UTF-8 letter: file systems allow it in names, JSON as "\\ud800"
+        if value != value.encode(errors="ignore").decode():
+            raise BadScan(f"{source.uri}: '{value}' is not UTF-8 text; rename it")
+    if source.size_bytes > volume.MAX_BYTES:
+        raise BadScan(
+            f"{source.uri}: has {source.size_bytes / 2**30:.1f} GiB, more than can be decoded; split it"
+        )
+    blobs = [read_one(uri) for uri in source.files or (source.uri,)]
+    return blobs, _sha256(blobs)
+
+
+def checksum_fault(source: Source, sha256: str) -> str:
+    """A sentence when the source gives another digest than that of what was read, else ""."""
+    if source.sha256 in ("", sha256):
+        return ""
+    return (
+        f"{source.uri}: its SHA-256 begins {sha256[:10]}, not {source.sha256[:10]} as listed; copy the file "
+        "again or correct the list"
+    )
+
+
+def read_one(uri: str) -> bytes:
+    """The bytes of one object; that it is missing is a BadScan."""
+    try:
+        return object_store.read(uri)
+    except object_store.NotGiven:
+        raise
+    except UserError:
+        if object_store.exists(uri):  # raises by itself when the store as a whole is out of reach
+            raise
+        raise BadScan(f"{uri}: no such file; copy it there or drop it from the list") from None
+
+
+def decode(source: Source | Scan, blobs: Sequence[bytes]) -> Volume:
+    """The voxels of a scan from the bytes of its file, or of its slices."""
+    if source.files:
+        return volume.decode_dicom(list(zip(source.files, blobs)))
+    return volume.decode_nifti(blobs[0], source.uri)
+
+
+def _sha256(blobs: Sequence[bytes]) -> str:
+    digests = sorted(hashlib.sha256(b).hexdigest() for b in blobs)
+    # a series has no order and its slices no lasting names
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def stem(uri: str) -> str:
+    """The file's name without .nii or .nii.gz."""
+    name = PurePosixPath(uri).name
+    suffix = next((s for s in NIFTI_SUFFIXES if name.lower().endswith(s)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def _plain_name(text: str) -> str:
+    """``text`` as it may stand in file names and object keys everywhere."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)
+
+
+def _decode_label(data: bytes, uri: str, image: Volume) -> np.ndarray:
+    """labels_XYZ uint8 on the image's own grid.
+
+    Raises:
+        BadScan: for another shape or place than the image's, or values that are not integers in 0..255.
+    """
+    label = volume.decode_nifti(data, uri, allow_constant=True)
+    labels_XYZ, wrong_values = to_labels(label, uri)
+    apart = grid_faults(uri, (label.shape_xyz, label.affine), (image.shape_xyz, image.affine))
+    for sentence in filter(None, [*apart.values(), wrong_values]):
+        raise BadScan(sentence)
+    return labels_XYZ
+
+
+def grid_faults(uri: str, label: Grid, image: Grid) -> dict[str, str]:
+    """How a label's grid differs from its image's: "shape" and "affine" -> a sentence, only where it does."""
+    (label_shape, label_affine), (shape, affine) = label, image
+    faults = {}
+    if label_shape != shape:
+        faults["shape"] = f"{uri}: the label has shape {label_shape}, its image {shape}; resample it"
+    corners_3N = np.indices((2, 2, 2)).reshape(3, 8) * (np.array(shape) - 1)[:, None]
+    apart = label_affine - affine
+    shift_mm = apart[:3, :3] @ corners_3N + apart[:3, 3:]
+    worst_mm = float(np.linalg.norm(shift_mm, axis=0).max())
+    if worst_mm > GRID_TOLERANCE_VOX * np.linalg.norm(affine[:3, :3], axis=0).min():
+        faults["affine"] = (
+            f"{uri}: the label lies {worst_mm:.1f} mm away from its image; give both one affine"
+        )
+    return faults
+
+
+def to_labels(label: Volume, uri: str) -> tuple[np.ndarray, str]:
+    """labels_XYZ uint8, and "" or a sentence that says which values are no integers in 0..255.
+
+    Such values become 0.
+    """
+    values_XYZ = label.array_CXYZ[0]
+    with np.errstate(invalid="ignore"):  # what does not fit is found in the next line
+        labels_XYZ = values_XYZ.astype(np.uint8)
+    wrong_XYZ = labels_XYZ != values_XYZ
+    if not wrong_XYZ.any():
+        return labels_XYZ, ""
+    wrong = np.unique(values_XYZ[wrong_XYZ])
+    labels_XYZ[wrong_XYZ] = 0
+    some = ", ".join(f"{v:g}" for v in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+    return (
+        labels_XYZ,
+        f"{uri}: a label map holds integers from 0 to {MAX_LABEL}, this one also {some}; mend it",
+    )
+
+
+def label_values_of(labels_XYZ: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(v) for v in np.flatnonzero(np.bincount(labels_XYZ.ravel(order="K"), minlength=1)))
+
+
+def load(scan: Scan) -> Volume:
+    """The voxels of a row, from bytes that are the row's.
+
+    Raises:
+        UserError: when they are not, or not there: the manifest no longer holds, so the run must stop.
+    """
+    if not scan.files:
+        return decode(scan, [object_store.read(scan.uri, size_bytes=scan.size_bytes, sha256=scan.sha256)])
+    blobs = [object_store.read(uri) for uri in scan.files]
+    if _sha256(blobs) != scan.sha256:
+        raise object_store.IntegrityError(
+            f"{scan.uri}: the series is not the one in the manifest; import it again"
+        )
+    return decode(scan, blobs)
+
+
+def load_label(scan: Scan, image: Volume) -> np.ndarray:
+    """labels_XYZ uint8 of a labelled row, on the grid of ``image = load(scan)``."""
+    assert scan.label_uri, scan.uri
+    return _decode_label(object_store.read(scan.label_uri, sha256=scan.label_sha256), scan.label_uri, image)
+
+
+# ------------------------------------------------------------------------------------------- manifest
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The usable scans, in the order of their ids, and those that are left out."""
+
+    scans: tuple[Scan, ...]
+    quarantined: tuple[Quarantined, ...]
+
+    @classmethod
+    def of(cls, answers: Iterable[Scan | Quarantined]) -> Manifest:
+        """Gather what ``inspect`` gave; of scans with equal bytes one is kept, if possible a labelled one."""
+        kept: dict[str, Scan] = {}
+        bad = []
+        answers = list(answers)
+        for scan in sorted(
+            (a for a in answers if isinstance(a, Scan)), key=lambda s: (not s.label_uri, s.uri)
+        ):
+            first = kept.setdefault(scan.sha256, scan)
+            if first is not scan:
+                bad.append(Quarantined(scan.uri, f"{scan.uri}: duplicate of {first.uri} (same bytes)"))
+        bad += [a for a in answers if isinstance(a, Quarantined)]
+        return cls(
+            tuple(sorted(kept.values(), key=lambda s: s.scan_id)), tuple(sorted(bad, key=lambda q: q.uri))
+        )
+
+    @property
+    def id(self) -> str:
+        """16 hex digits of the content: equal for the same scans and labels in another bucket or folder."""
+        return config.fingerprint(
+            [
+                [
+                    s.scan_id,
+                    s.sha256,
+                    s.dataset,
+                    s.subject,
+                    s.modality,
+                    s.split,
+                    s.fold,
+                    s.label_sha256,
+                    s.classes,
+                ]
+                for s in self.scans
+            ]
+        )
+
+    def scans_parquet(self) -> bytes:
+        return parquet.to_parquet([asdict(s) for s in self.scans], Scan)
+
+    def quarantine_parquet(self) -> bytes:
+        return parquet.to_parquet([asdict(q) for q in self.quarantined], Quarantined)
+
+    @classmethod
+    def from_parquet(cls, scans: bytes, quarantine: bytes, where: str = "the manifest") -> Manifest:
+        """What `scans_parquet` and `quarantine_parquet` gave.
+
+        Raises:
+            UserError: naming ``where``, for anything else.
+        """
+        return cls(
+            tuple(parquet.from_parquet(scans, Scan, f"{where}/scans.parquet")),
+            tuple(parquet.from_parquet(quarantine, Quarantined, f"{where}/quarantine.parquet")),
+        )
+
+    def quarantine_csv(self) -> bytes:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["uri", "reason"])
+        writer.writerows([q.uri, q.reason] for q in self.quarantined)
+        return text.getvalue().encode()
+
+    def summary(self) -> str:
+        """One line for a log."""
+        modalities = Counter(s.modality for s in self.scans)
+        parts = [f"{len(self.scans)} scans", *(f"{n} {m}" for m, n in sorted(modalities.items()))]
+        parts.append(f"{sum(bool(s.label_uri) for s in self.scans)} labelled")
+        parts.append(f"{len({s.subject for s in self.scans})} subjects")
+        parts.append(f"{sum(s.size_bytes for s in self.scans) / 2**20:.1f} MiB")
+        return ", ".join([*parts, f"{len(self.quarantined)} quarantined"])
+
+    def describe(self) -> str:
+        """A table for people: what is in each dataset, and why scans were left out."""
+        from rich.console import Console
+        from rich.table import Table
+
+        groups: dict[tuple[str, str, str], list[Scan]] = {}
+        for scan in self.scans:
+            groups.setdefault((scan.dataset, scan.modality, scan.split), []).append(scan)
+        table = Table()
+        heads = (
+            "dataset",
+            "modality",
+            "split",
+            "scans",
+            "labelled",
+            "subjects",
+            "median shape",
+            "median mm",
+            "MiB",
+        )
+        for head in heads:
+            table.add_column(head, justify="left" if head in heads[:3] else "right", no_wrap=True)
+        for key, scans in sorted(groups.items()):
+            table.add_row(
+                *key,
+                str(len(scans)),
+                str(sum(bool(s.label_uri) for s in scans)),
+                str(len({s.subject for s in scans})),
+                "x".join(f"{statistics.median(s.shape[i] for s in scans):g}" for i in range(3)),
+                "x".join(f"{statistics.median(s.spacing_mm[i] for s in scans):.3g}" for i in range(3)),
+                f"{sum(s.size_bytes for s in scans) / 2**20:.1f}",
+            )
+        text = io.StringIO()
+        # wide and soft: a pipe has no width, and a cut table hides what it was printed for
+        console = Console(file=text, width=160, highlight=False)
+        console.print(table)
+        for bad in self.quarantined:
+            console.print(f"quarantined: {bad.reason}", soft_wrap=True, markup=False)
+        return text.getvalue()

@@ -1,0 +1,232 @@
+"""Which labelled scans train, validate and test: by subject, seeded, and the same wherever the scans lie."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+from logonet.core import config, seeding
+from logonet.core.errors import UserError
+from logonet.data.manifest import Scan
+
+SETS = ("test", "val", "train", "excluded")  # the earlier wins where a manifest has a subject in two
+
+
+@dataclass(frozen=True)
+class Config:
+    """How to split.
+
+    Attributes:
+        test_share: of the subjects, put aside for testing when the manifest has no labelled test scans.
+        folds: parts that the subjects that are not tested fall into.
+        fold: the one that validates; None trains on all that is not tested.
+        fraction: share of the training subjects that is used, at least one; nested, so 1 % lies within 5 %.
+        shots: use so many training subjects instead; nested too.
+        seed: of the subjects' order.
+    """
+
+    test_share: float = 0.0
+    folds: int = 5
+    fold: int | None = 0
+    fraction: float = 1.0
+    shots: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a split knows of a scan: ``subject`` is "dataset/subject"."""
+
+    subject: str
+    sha256: str
+    label_sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Scan ids by what they are for, sorted; ``excluded`` ones for nothing. ``cases`` has a row for every id."""
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    test: tuple[str, ...]
+    excluded: tuple[str, ...] = ()
+    cases: Mapping[str, Case] = field(kw_only=True)
+
+    @property
+    def id(self) -> str:
+        """16 hex digits of the content: equal for the same scans and labels under other names or URIs."""
+        digests = {
+            name: sorted([self.cases[i].sha256, self.cases[i].label_sha256] for i in getattr(self, name))
+            for name in SETS
+        }
+        return config.fingerprint(digests)
+
+    def describe(self) -> str:
+        """One line for a log: subjects and scans of every set."""
+        parts = []
+        for name in ("train", "val", "test", "excluded"):
+            ids = getattr(self, name)
+            subjects = len({self.cases[i].subject for i in ids})
+            parts.append(f"{name} {len(ids)} scans of {subjects} subjects")
+        return f"split {self.id}: " + ", ".join(parts if self.excluded else parts[:-1])
+
+    def to_json(self) -> str:
+        content = {name: list(getattr(self, name)) for name in SETS}
+        cases = {i: asdict(self.cases[i]) for i in sorted(self.cases)}
+        return json.dumps({"id": self.id, **content, "cases": cases}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, name: str = "split.json") -> Split:
+        """What ``to_json`` wrote.
+
+        Raises:
+            UserError: naming ``name``, for anything else, a scan or subject in two sets included.
+        """
+        try:
+            values = config.parse_json(text)
+            stated = values.pop("id")
+            cases = {i: Case(**row) for i, row in values.pop("cases").items()}
+            split = cls(**{key: tuple(ids) for key, ids in values.items()}, cases=cases)
+            ids = [i for key in SETS for i in getattr(split, key)]
+            whole = sorted(ids) == sorted(cases) and split.id == stated
+        except (ValueError, TypeError, KeyError, AttributeError) as err:
+            raise UserError(f"{name} is no split ({err}); make it again") from None
+        if not whole:
+            raise UserError(f"{name}: its scans do not match its id {stated}; it was changed, make it again")
+        subjects = [{cases[i].subject for i in getattr(split, key)} for key in SETS[:3]]
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            if both := subjects[a] & subjects[b]:
+                raise UserError(
+                    f"{name}: subject {min(both)} is in {SETS[a]} and in {SETS[b]}; make the split again"
+                )
+        return split
+
+
+def make(scans: Sequence[Scan], cfg: Config) -> Split:
+    """Split the labelled ones of ``scans``; unlabelled ones are left out.
+
+    - Test: the manifest's test scans; if it has none, the first ``test_share`` of the subjects.
+    - Validation, unless ``fold`` is None: the manifest's validation scans; if it has none, fold ``fold`` of the
+      manifest's own folds; if it has none, one of ``folds`` equal parts of the subjects.
+    - Train: all else, or a nested part of its subjects. Test and validation do not depend on that part.
+    - Subjects are taken in an order that depends on the seed and their own names alone, so more scans leave
+      the order of those there were as it is. Scans without a subject's name are each their own subject.
+    - A subject whom the manifest puts into two sets stays in the first of test, val, train; its scans of the
+      other set are excluded.
+
+    Raises:
+        UserError: for settings that are out of range or do not fit the scans.
+    """
+    _check(cfg)
+    scans_of: dict[str, list[Scan]] = defaultdict(list)
+    for scan in scans:
+        if scan.label_uri:
+            scans_of[f"{scan.dataset}/{scan.subject or scan.scan_id}"].append(scan)
+    if not scans_of:
+        raise UserError(f"none of the {len(scans)} scans has a label; import a labelled dataset")
+    given = {subject: min((s.split for s in own), key=SETS.index) for subject, own in scans_of.items()}
+    role = dict(given)
+
+    def of(name: str) -> set[str]:
+        return {subject for subject, own in role.items() if own == name}
+
+    if cfg.test_share and not of("test"):
+        # from "train" alone: what is tested must not depend on whether the manifest's validation is used
+        role |= dict.fromkeys(_test(of("train"), cfg), "test")
+    if cfg.fold is None:
+        role |= dict.fromkeys(of("val"), "train")
+    elif not of("val"):
+        role |= dict.fromkeys(_val(scans_of, of("train"), cfg.fold, cfg), "val")
+    elif cfg.fold != 0:
+        raise UserError(
+            f"fold {cfg.fold}: the manifest has its own validation scans, so its only fold is 0; set fold to 0, "
+            "or to null to train on all"
+        )
+    learners = _part(of("train"), cfg)
+
+    members: dict[str, list[str]] = {name: [] for name in SETS}
+    cases = {}
+    for subject, own in scans_of.items():
+        if role[subject] == "train" and subject not in learners:
+            continue
+        for scan in own:
+            torn = role[subject] == given[subject] != scan.split  # the manifest has this subject in two sets
+            members["excluded" if torn else role[subject]].append(scan.scan_id)
+            cases[scan.scan_id] = Case(subject, scan.sha256, scan.label_sha256)
+    return Split(**{name: tuple(sorted(ids)) for name, ids in members.items()}, cases=cases)
+
+
+def without(split: Split, test_ids: Collection[str]) -> Split:
+    """``split`` with ``test_ids``, which leaked, excluded from its test scans.
+
+    Raises:
+        UserError: for an id that is no test scan, or when none is left to test on.
+    """
+    if strange := set(test_ids) - set(split.test):
+        raise UserError(f"{min(strange)} is no test scan of split {split.id}; name only test scans")
+    kept = tuple(i for i in split.test if i not in test_ids)
+    if split.test and not kept:
+        raise UserError(
+            f"all {len(split.test)} test scans of split {split.id} have leaked; nothing is left to test on"
+        )
+    return replace(split, test=kept, excluded=tuple(sorted({*split.excluded, *test_ids})))
+
+
+def _check(cfg: Config) -> None:
+    if not 0 <= cfg.test_share < 1:
+        raise UserError(f"test_share is {cfg.test_share:g}; it must be at least 0 and below 1")
+    if not 0 < cfg.fraction <= 1:
+        raise UserError(f"fraction is {cfg.fraction:g}; it must be above 0 and at most 1")
+    if cfg.shots is not None and cfg.shots < 1:
+        raise UserError(f"shots is {cfg.shots}; it must be at least 1")
+    if cfg.shots is not None and cfg.fraction != 1:
+        raise UserError(f"fraction {cfg.fraction:g} and shots {cfg.shots} exclude each other; set only one")
+
+
+def _ordered(subjects: Collection[str], cfg: Config) -> list[str]:
+    return sorted(subjects, key=lambda s: (seeding.integer(cfg.seed, "split", s), s))
+
+
+def _test(subjects: Collection[str], cfg: Config) -> list[str]:
+    count = max(1, round(cfg.test_share * len(subjects)))
+    if count >= len(subjects):
+        raise UserError(
+            f"test_share {cfg.test_share:g} of {len(subjects)} subjects leaves none to train on; lower it"
+        )
+    return _ordered(subjects, cfg)[:count]
+
+
+def _val(
+    scans_of: Mapping[str, Sequence[Scan]], subjects: Collection[str], fold: int, cfg: Config
+) -> list[str]:
+    """The validation subjects of ``fold``, of the manifest's own folds if it has any."""
+    own = {s.fold for scans in scans_of.values() for s in scans if s.fold >= 0}
+    if own:
+        if fold not in own:
+            raise UserError(
+                f"fold {fold} is not one of the manifest's own folds {sorted(own)}; choose one of them"
+            )
+        chosen = [s for s in subjects if any(scan.fold == fold for scan in scans_of[s])]
+        if not chosen:
+            raise UserError(f"every subject of the manifest's fold {fold} is tested; choose another fold")
+        return chosen
+    if cfg.folds < 2 or not 0 <= fold < cfg.folds:
+        raise UserError(
+            f"fold {fold} of {cfg.folds}: there must be 2 folds or more, and fold must lie in 0..folds-1"
+        )
+    n = len(subjects)
+    if cfg.folds > n:
+        raise UserError(f"{cfg.folds} folds need as many subjects, but there are {n}; lower folds")
+    return _ordered(subjects, cfg)[n * fold // cfg.folds : n * (fold + 1) // cfg.folds]
+
+
+def _part(subjects: Collection[str], cfg: Config) -> set[str]:
+    """The subjects to train on: the first of the seeded order, so that smaller parts lie in larger ones."""
+    if not subjects:
+        raise UserError("no labelled subject is left to train on; lower test_share or set fold to null")
+    if cfg.shots is not None and cfg.shots > len(subjects):
+        raise UserError(f"shots is {cfg.shots}, but there are {len(subjects)} subjects to train on; lower it")
+    count = cfg.shots or max(1, round(cfg.fraction * len(subjects)))
+    return set(_ordered(subjects, cfg)[:count])

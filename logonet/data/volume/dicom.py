@@ -1,0 +1,198 @@
+"""DICOM series as volumes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from logonet.core.errors import BadScan
+from logonet.data.volume.nifti import MAX_BYTES, check_claim
+from logonet.data.volume.volume import Volume, check_affine, check_values
+
+DEFLATED = "1.2.840.10008.1.2.1.99"  # pydicom inflates the whole of it, whatever it grows to
+DICOM_TAGS = (
+    "SeriesInstanceUID",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "PixelSpacing",
+    "Rows",
+    "Columns",
+    "PhotometricInterpretation",
+)
+DICOM_MORE_TAGS = (  # read where they are there: for the intensities and by pydicom's decoders
+    "Modality",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "NumberOfFrames",
+    "SamplesPerPixel",
+    "PlanarConfiguration",
+    "BitsAllocated",
+    "BitsStored",
+    "HighBit",
+    "PixelRepresentation",
+    "PixelData",
+    "FloatPixelData",
+    "DoubleFloatPixelData",
+    "ExtendedOffsetTable",
+    "ExtendedOffsetTableLengths",
+)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """One DICOM slice: the numbers that place it, and the dataset its pixels are decoded from."""
+
+    name: str
+    series: str
+    modality: str
+    rows: int
+    columns: int
+    orientation: np.ndarray  # (6,)
+    position_mm: np.ndarray  # (3,) LPS
+    pixel_mm: np.ndarray  # (2,) between rows, between columns
+    slope: float
+    intercept: float
+    dataset: Any
+
+
+def decode_dicom(files: Sequence[tuple[str, bytes]], *, max_bytes: int = MAX_BYTES) -> Volume:
+    """One DICOM series of single-frame slices, given as (name, bytes) in any order.
+
+    Slices are sorted by their position along the slice normal, and the slice spacing comes from positions
+    (``SliceThickness`` is often something else). Each slice's own rescale slope and intercept is applied.
+    No patient tag leaves this function.
+
+    Raises:
+        BadScan: naming a file, for a mixed, incomplete, irregular or unreadable series.
+    """
+    if len(files) < 2:
+        raise BadScan(f"{files[0][0] if files else 'DICOM series'}: one slice is not a 3D scan")
+    slices = [_dicom_slice(name, data) for name, data in files]
+    first = slices[0]
+    for what in ("series", "modality", "rows", "columns"):
+        if len(values := {getattr(s, what) for s in slices}) > 1:
+            raise BadScan(
+                f"{first.name}: its folder holds slices of {len(values)} different {what} values; keep one series "
+                "per folder"
+            )
+    claimed = first.rows * first.columns * len(slices) * 4
+    check_claim(
+        f"{first.name}: its series claims {first.columns}x{first.rows}x{len(slices)} voxels",
+        claimed,
+        sum(len(data) for _, data in files),
+        max_bytes,
+    )
+    ordered, affine = _dicom_geometry(slices)
+    check_affine(affine, first.name)
+    array_XYZ = np.empty((first.columns, first.rows, len(slices)), np.float32, order="F")
+    for k, slice_ in enumerate(ordered):
+        pixels_YX = _dicom_pixels(slice_)
+        array_XYZ[:, :, k] = pixels_YX.T * slice_.slope + slice_.intercept
+    check_values(array_XYZ, first.name)
+    return Volume(array_XYZ[None], affine, first.modality or None, pixels_YX.dtype.name)
+
+
+def _dicom_slice(name: str, data: bytes) -> _Slice:
+    import pydicom
+
+    def numbers(tag: str, size: int) -> np.ndarray:
+        values = np.array(dataset[tag].value, np.float64).reshape(size)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{tag} is not finite")
+        return values
+
+    try:
+        if _transfer_syntax(data) == DEFLATED:
+            raise BadScan(
+                f"{name}: is deflated DICOM, which may hold any number of bytes; inflate it (dcmconv)"
+            )
+        # Nothing that names a patient is even parsed: pydicom's own warnings and errors repeat values.
+        dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=list(DICOM_TAGS + DICOM_MORE_TAGS))
+        if int(dataset.get("NumberOfFrames") or 1) > 1:
+            raise BadScan(f"{name}: is a multi-frame DICOM; convert it to NIfTI (dcm2niix)")
+        if missing := [tag for tag in DICOM_TAGS if tag not in dataset]:
+            raise BadScan(f"{name}: DICOM without {', '.join(missing)}; is it an image slice?")
+        if dataset.PhotometricInterpretation != "MONOCHROME2":
+            raise BadScan(
+                f"{name}: has {dataset.PhotometricInterpretation} pixels; only MONOCHROME2 is usable"
+            )
+        return _Slice(
+            name=name,
+            series=str(dataset.SeriesInstanceUID),
+            modality=str(dataset.get("Modality") or ""),
+            rows=int(dataset.Rows),
+            columns=int(dataset.Columns),
+            orientation=numbers("ImageOrientationPatient", 6),
+            position_mm=numbers("ImagePositionPatient", 3),
+            pixel_mm=numbers("PixelSpacing", 2),
+            slope=float(dataset.get("RescaleSlope") or 1.0),
+            intercept=float(dataset.get("RescaleIntercept") or 0.0),
+            dataset=dataset,
+        )
+    except BadScan:
+        raise
+    except Exception as err:  # pydicom raises a dozen unrelated types on damaged files
+        # Of others the type alone: their text may hold a value, and a damaged file a name where a number belongs.
+        plain = isinstance(err, pydicom.errors.InvalidDicomError)
+        reason = " ".join(str(err).split())[:200] if plain else type(err).__name__
+        raise BadScan(f"{name}: unreadable DICOM slice ({reason})") from None
+
+
+def _transfer_syntax(data: bytes) -> str:
+    """The UID in the head of a DICOM file, as pydicom's reader is going to find it."""
+    from pydicom import filereader
+
+    stream = io.BytesIO(data)
+    filereader.read_preamble(stream, force=False)
+    # its public sister opens a path
+    return str(filereader._read_file_meta_info(stream).get("TransferSyntaxUID", ""))
+
+
+def _dicom_geometry(slices: Sequence[_Slice]) -> tuple[list[_Slice], np.ndarray]:
+    """The slices in order along their normal, and the affine of array[column, row, slice].
+
+    DICOM PS3.3 C.7.6.2.1.1: ImageOrientationPatient holds the direction of growing column index, then that of
+    growing row index; PixelSpacing holds the distance between rows, then between columns; mm, LPS.
+    """
+    first, name = slices[0], slices[0].name
+    for other in slices:
+        turned = np.abs(other.orientation - first.orientation).max() > 1e-3
+        if turned or np.abs(other.pixel_mm - first.pixel_mm).max() > 1e-3:
+            raise BadScan(
+                f"{other.name}: differs from the other slices of its folder in orientation or spacing"
+            )
+    column_dir, row_dir = first.orientation[:3], first.orientation[3:]
+    normal = np.cross(column_dir, row_dir)
+    ordered = sorted(slices, key=lambda s: float(s.position_mm @ normal))
+    gaps = np.diff([s.position_mm @ normal for s in ordered])
+    gap = float(np.median(gaps))
+    if gap < 1e-4 or gaps.min() < 0.05 * gap:
+        raise BadScan(f"{name}: two slices of its series lie at the same place; remove the duplicates")
+    if np.abs(gaps - gap).max() > 0.05 * gap:
+        k = int(np.abs(gaps - gap).argmax())
+        raise BadScan(
+            f"{ordered[k].name}: the next slice of its series is {gaps[k]:.2f} mm away, the others {gap:.2f} mm; "
+            "a slice is missing"
+        )
+    lps = np.eye(4)
+    lps[:3, 0] = column_dir * first.pixel_mm[1]
+    lps[:3, 1] = row_dir * first.pixel_mm[0]
+    # from positions, not along the normal: a tilted gantry shears the stack and the affine should say so
+    lps[:3, 2] = (ordered[-1].position_mm - ordered[0].position_mm) / (len(ordered) - 1)
+    lps[:3, 3] = ordered[0].position_mm
+    return ordered, np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
+
+
+def _dicom_pixels(slice_: _Slice) -> np.ndarray:
+    try:
+        pixels_YX = slice_.dataset.pixel_array
+    except Exception as err:  # the decoders behind pydicom raise whatever they like on damaged data
+        reason = " ".join(str(err).split())[:200]
+        raise BadScan(f"{slice_.name}: its DICOM pixels cannot be decoded ({reason})") from None
+    if pixels_YX.shape != (slice_.rows, slice_.columns):
+        raise BadScan(f"{slice_.name}: its DICOM pixels have shape {pixels_YX.shape}, not its header's")
+    return pixels_YX

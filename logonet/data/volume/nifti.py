@@ -1,0 +1,240 @@
+"""NIfTI files as volumes and back; a file that claims more than it holds is refused before memory is spent."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import io
+import math
+import zlib
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from logonet.core.errors import BadScan
+from logonet.data.volume.volume import Volume, check_affine, check_values
+
+MAX_BYTES = 8 * 2**30  # of one decoded scan; 1024 x 1024 x 2048 float32 voxels
+# A file may claim SMALL_BYTES whatever its own size, an empty label map of a long CT for one; beyond that MAX_EXPANSION
+# times its own bytes. Scans shrink 2 to 30 times.
+SMALL_BYTES = 2**30
+MAX_EXPANSION = 200
+GZIP_MAX_RATIO = 1032  # deflate cannot expand further, so a shorter file cannot hold what its header claims
+TRAILING_BYTES = 2**20  # some writers pad after the last voxel; more than this is not padding
+CHUNK_BYTES = 4 * 2**20
+
+
+def decode_nifti(
+    data: bytes, name: str, *, max_bytes: int = MAX_BYTES, allow_constant: bool = False
+) -> Volume:
+    """A 3D scan from the bytes of a ``.nii`` or ``.nii.gz`` file (its magic tells which).
+
+    ``scl_slope`` and ``scl_inter`` are applied; units other than mm are converted; a trailing 4th axis of
+    length 1 is dropped. ``allow_constant`` is for label maps, which may be empty.
+
+    Raises:
+        BadScan: naming ``name``, for anything that is not one finite, non-constant 3D scalar image.
+    """
+    # nibabel reads the header; the voxels are mapped here, because nibabel on a stream inflates before any
+    # check and holds the raw bytes twice beside a float64 copy.
+    stream, limit = _open(data, name)
+    head = _read(stream, 352, name)
+    header = _header(head, name)
+    shape_xyz = _shape_xyz(header, name)
+    dtype = _dtype(header, name)
+    offset = _offset(header, name)
+    end = offset + math.prod(shape_xyz) * dtype.itemsize
+    claimed = max(end, math.prod(shape_xyz) * 4)
+    if end > limit and claimed <= max_bytes:
+        raise BadScan(f"{name}: truncated; its header claims {end} bytes of voxels; copy the file again")
+    check_claim(
+        f"{name}: its header claims {'x'.join(map(str, shape_xyz))} voxels", claimed, len(data), max_bytes
+    )
+    raw = np.empty(end, np.uint8)
+    raw[: len(head)] = np.frombuffer(head, np.uint8)
+    _fill(stream, raw, len(head), name)
+    stored_XYZ = raw[offset:end].view(dtype).reshape(shape_xyz, order="F")
+    array_XYZ = _scaled(stored_XYZ, header, name)
+    del raw, stored_XYZ
+    check_values(array_XYZ, name, allow_constant)
+    return Volume(array_XYZ[None], _nifti_affine(header, name), None, dtype.newbyteorder("=").name)
+
+
+def check_claim(claim: str, claimed: int, stored: int, max_bytes: int = MAX_BYTES) -> None:
+    """Refuse bytes that a file of ``stored`` bytes claims to become, before they are allocated.
+
+    Raises:
+        BadScan: beginning with ``claim``.
+    """
+    size = f"{claim} ({claimed / 2**30:.1f} GiB)"
+    if claimed > max_bytes:
+        raise BadScan(
+            f"{size}, more than the {max_bytes / 2**30:.1f} GiB allowed; split the scan or leave it out"
+        )
+    if claimed > max(SMALL_BYTES, MAX_EXPANSION * stored):
+        raise BadScan(
+            f"{size}, more than {MAX_EXPANSION} times what the file has ({stored / 2**20:.1f} MiB); if that is "
+            "right, save it without compression"
+        )
+
+
+def _open(data: bytes, name: str) -> tuple[Any, int]:
+    """A stream of the decompressed bytes, and an upper bound on how many it can give."""
+    if data[:2] == b"\x1f\x8b":
+        gzip_file, _ = _gunzip()
+        return gzip_file(fileobj=io.BytesIO(data)), len(data) * GZIP_MAX_RATIO
+    if name.lower().endswith(".gz"):
+        raise BadScan(f"{name}: is not gzip data, though its name says so; copy the file again")
+    return io.BytesIO(data), len(data)
+
+
+@functools.cache
+def _gunzip() -> tuple[type[gzip.GzipFile], type[Exception]]:
+    """What reads gzip data, and what it raises beside gzip's own errors.
+
+    Inflating is most of decoding; ISA-L, where it is installed, takes about half of zlib's time.
+    """
+    try:
+        from isal import igzip, isal_zlib
+    except ImportError:
+        return gzip.GzipFile, zlib.error
+    return igzip.IGzipFile, isal_zlib.error  # type: ignore[return-value]  # its stub says an instance
+
+
+def _read(stream: Any, size: int, name: str) -> bytes:
+    """The next ``size`` bytes, fewer at the end of the stream."""
+    try:
+        return stream.read(size)
+    except EOFError:
+        raise BadScan(f"{name}: truncated gzip data; copy the file again") from None
+    except (OSError, _gunzip()[1]) as err:  # gzip.BadGzipFile is an OSError
+        raise BadScan(f"{name}: damaged gzip data ({err}); copy the file again") from None
+
+
+def _fill(stream: Any, raw: np.ndarray, filled: int, name: str) -> None:
+    """Fill ``raw`` from ``filled`` on, then read to the end so that gzip's checksum is verified."""
+    while filled < len(raw):
+        chunk = _read(stream, min(CHUNK_BYTES, len(raw) - filled), name)
+        if not chunk:
+            raise BadScan(f"{name}: truncated; it holds {filled} of {len(raw)} bytes; copy the file again")
+        raw[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
+        filled += len(chunk)
+    if len(_read(stream, TRAILING_BYTES + 1, name)) > TRAILING_BYTES:
+        raise BadScan(
+            f"{name}: holds far more bytes than its header claims; the header or the file is damaged"
+        )
+
+
+def _header(head: bytes, name: str) -> Any:
+    """The NIfTI-1 or NIfTI-2 header at the start of ``head``."""
+    sizes = {int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big")}
+    if 540 in sizes:
+        raise BadScan(f"{name}: is NIfTI-2; convert it to NIfTI-1 (nib.Nifti1Image.from_image)")
+    if 348 not in sizes or head[344:348] != b"n+1\0":
+        raise BadScan(f"{name}: is not a single-file NIfTI-1 image (wrong magic); convert it to .nii.gz")
+    try:
+        return nib.Nifti1Header(head[:348], check=False)
+    except (nib.spatialimages.HeaderDataError, ValueError) as err:
+        raise BadScan(f"{name}: unreadable NIfTI header ({err})") from None
+
+
+def _shape_xyz(header: Any, name: str) -> tuple[int, int, int]:
+    ndim = int(header["dim"][0])
+    dims = tuple(int(n) for n in header["dim"][1 : max(ndim, 0) + 1])
+    if not 1 <= ndim <= 7 or min(dims) < 1:
+        raise BadScan(f"{name}: its header gives the impossible dimensions {(ndim, *dims)}")
+    if math.prod(dims[3:]) > 1:
+        raise BadScan(
+            f"{name}: has {len(dims)} axes {dims}; a scan is one 3D image, so save each channel or "
+            "time point as a file of its own"
+        )
+    if ndim < 3 or min(dims[:3]) < 2:
+        raise BadScan(f"{name}: is a 2D image {dims[:3]}; only 3D scans can be used")
+    return dims[0], dims[1], dims[2]
+
+
+def _dtype(header: Any, name: str) -> np.dtype:
+    try:
+        dtype = header.get_data_dtype()
+    except (nib.spatialimages.HeaderDataError, KeyError):
+        raise BadScan(f"{name}: unknown NIfTI datatype code {int(header['datatype'])}") from None
+    if dtype.kind not in "iuf" or not dtype.itemsize:
+        kind = "complex" if dtype.kind == "c" else "colour (RGB)" if dtype.fields else "typeless"
+        raise BadScan(f"{name}: has {kind} voxels; only real scalar images can be used")
+    return dtype
+
+
+def _offset(header: Any, name: str) -> int:
+    offset = float(header["vox_offset"]) or 352.0
+    if not (352 <= offset < 2**31):
+        raise BadScan(f"{name}: its header puts the voxels at byte {offset}; the file is damaged")
+    return int(offset)
+
+
+def _scaled(stored_XYZ: np.ndarray, header: Any, name: str) -> np.ndarray:
+    """float32 voxels with the header's slope and intercept applied."""
+    try:
+        slope, inter = header.get_slope_inter()
+    except nib.spatialimages.HeaderDataError as err:
+        raise BadScan(f"{name}: bad intensity scaling in its header ({err})") from None
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows float32 is refused as non-finite
+        if slope is None or (slope, inter) == (1.0, 0.0):
+            return stored_XYZ.astype(np.float32)
+        # wide integers minus a large intercept would cancel in float32
+        work = np.float32 if stored_XYZ.dtype.itemsize <= 2 else np.float64
+        array_XYZ = stored_XYZ.astype(work)
+        np.multiply(array_XYZ, slope, out=array_XYZ)
+        np.add(array_XYZ, inter, out=array_XYZ)
+        return array_XYZ.astype(np.float32, copy=False)
+
+
+def _nifti_affine(header: Any, name: str) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        try:
+            affine = np.array(header.get_best_affine(), np.float64)
+        except (nib.spatialimages.HeaderDataError, ValueError, np.linalg.LinAlgError) as err:
+            raise BadScan(f"{name}: no usable orientation in its header ({err})") from None
+    affine[:3] *= {1: 1e3, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres, micrometres
+    check_affine(affine, name)
+    return affine
+
+
+def encode_nifti(array_XYZ: np.ndarray, affine: np.ndarray) -> bytes:
+    """``.nii.gz`` bytes of a 3D array, stored in its own dtype; equal input gives equal bytes."""
+    image = nib.Nifti1Image(np.asarray(array_XYZ), np.asarray(affine, np.float64))
+    image.header.set_xyzt_units("mm")
+    return gzip.compress(image.to_bytes(), compresslevel=4, mtime=0)
+
+
+def encode_labels(labels_XYZ: np.ndarray, like: bytes | None, affine: np.ndarray) -> bytes:
+    """``.nii.gz`` bytes of a uint8 label map on a scan's own voxels; equal input gives equal bytes.
+
+    Args:
+        labels_XYZ: in the axes of the scan's file.
+        like: the scan's file. When it is NIfTI, the map gets its header, so that every program puts one
+            exactly on the other: qform and sform with their codes, units, description.
+        affine: used when ``like`` is None or something else (DICOM).
+    """
+    assert labels_XYZ.dtype == np.uint8, labels_XYZ.dtype
+    header = _header_of(like) if like else None
+    if header is None:
+        return encode_nifti(labels_XYZ, affine)
+    stored = tuple(int(n) for n in header["dim"][1:4])
+    assert stored == labels_XYZ.shape, f"labels of shape {labels_XYZ.shape} for a scan of shape {stored}"
+    header.set_data_shape(labels_XYZ.shape)  # drops a trailing axis of length 1
+    header.set_data_dtype(np.uint8)
+    header.set_slope_inter(1, 0)
+    header.set_intent("label")
+    header["cal_min"] = header["cal_max"] = 0  # the scan's display window
+    header["vox_offset"] = 352  # its extensions stay behind
+    return gzip.compress(
+        header.binaryblock + bytes(4) + labels_XYZ.tobytes(order="F"), compresslevel=4, mtime=0
+    )
+
+
+def _header_of(data: bytes) -> Any | None:
+    """The header of NIfTI-1 bytes that `decode_nifti` has accepted; None for anything else."""
+    stream, _ = _open(data, "scan")
+    head = _read(stream, 352, "scan")
+    return nib.Nifti1Header(head[:348], check=False) if head[344:348] == b"n+1\0" else None

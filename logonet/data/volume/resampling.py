@@ -1,0 +1,102 @@
+"""Other grids of a volume: RAS axes, another voxel size."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+
+from logonet.data.volume.volume import Volume
+
+
+def to_ras(volume: Volume) -> Volume:
+    """The same scan with its axes permuted and flipped so that they point nearest to R, A, S.
+
+    No voxel is interpolated: an oblique scan stays oblique, its affine keeps the rotation. The array is
+    a view.
+    """
+    orientation = nib.orientations.io_orientation(volume.affine)
+    array_XYZ = nib.orientations.apply_orientation(volume.array_CXYZ[0], orientation)
+    affine = volume.affine @ nib.orientations.inv_ornt_aff(orientation, volume.shape_xyz)
+    return replace(volume, array_CXYZ=array_XYZ[None], affine=affine)
+
+
+def resample(volume: Volume, spacing_mm: Sequence[float], order: int = 1) -> Volume:
+    """``volume`` in RAS axes with ``spacing_mm`` between voxels; ``order`` 1 is trilinear, 0 nearest.
+
+    The first voxel keeps its place and edges are repeated, as in ``monai.transforms.Spacing`` with
+    ``scale_extent=False`` and ``padding_mode="border"``; a test holds the two equal. Not MONAI: importing it
+    takes seconds on every worker, and its Spacing runs a general grid sampler where a diagonal scaling is all
+    that is needed.
+    """
+    volume = to_ras(volume)
+    old_mm, new_mm = np.array(volume.spacing_mm), np.array(spacing_mm, np.float64)
+    if np.allclose(old_mm, new_mm, rtol=1e-4):
+        return volume
+    step = new_mm / old_mm
+    shape_xyz = resampled_shape(volume.shape_xyz, old_mm, new_mm)
+    if order == 1:
+        array_XYZ = _trilinear(volume.array_CXYZ[0], step, shape_xyz)
+    else:
+        from scipy import ndimage
+
+        array_XYZ = ndimage.affine_transform(
+            volume.array_CXYZ[0],
+            step,
+            output_shape=shape_xyz,
+            order=order,
+            mode="nearest",
+            prefilter=order > 1,
+        )
+    affine = volume.affine.copy()
+    affine[:3, :3] *= step
+    return replace(volume, array_CXYZ=array_XYZ[None], affine=affine)
+
+
+def resampled_shape(
+    shape_xyz: Sequence[int], old_mm: Sequence[float] | np.ndarray, new_mm: Sequence[float] | np.ndarray
+) -> tuple[int, int, int]:
+    """The voxels along each axis after `resample` from ``old_mm`` to ``new_mm`` between voxels."""
+    step = np.asarray(new_mm, np.float64) / np.asarray(old_mm, np.float64)
+    x, y, z = (int(n) for n in np.round((np.array(shape_xyz) - 1) / step + 1))
+    return x, y, z
+
+
+def _trilinear(array_XYZ: np.ndarray, step: np.ndarray, shape_xyz: Sequence[int]) -> np.ndarray:
+    """``ndimage.affine_transform(array_XYZ, step, output_shape=shape_xyz, order=1, mode="nearest")``, every bit of it.
+
+    SciPy weighs and adds eight neighbours for each voxel alone, in whatever order they lie in memory. Here whole
+    planes are weighed along X and Y once for all the planes made of them: a sixth of the time. The products
+    and sums are SciPy's and in its order, ((voxel x w_x) x w_y) x w_z in float64, so no crop changes.
+    """
+    taps_xyz = [_taps(n, float(s), m) for n, s, m in zip(array_XYZ.shape, step, shape_xyz)]
+    (at_2X, weight_2X), (at_2Y, weight_2Y), (at_2Z, weight_2Z) = taps_xyz
+
+    @functools.lru_cache(maxsize=2)
+    def weighed(z: int) -> list[np.ndarray]:
+        """Plane ``z`` at its four neighbours (x0 y0, x0 y1, x1 y0, x1 y1) along X and Y."""
+        plane_XY = array_XYZ[:, :, z].astype(np.float64, order="C")
+        rows = [plane_XY[at_X] * weight_X[:, None] for at_X, weight_X in zip(at_2X, weight_2X)]
+        return [
+            row_XY.take(at_Y, 1) * weight_Y for row_XY in rows for at_Y, weight_Y in zip(at_2Y, weight_2Y)
+        ]
+
+    out_XYZ = np.empty(shape_xyz, array_XYZ.dtype)
+    for z in range(shape_xyz[2]):
+        sum_XY = np.zeros(shape_xyz[:2])
+        for lower_XY, upper_XY in zip(weighed(int(at_2Z[0, z])), weighed(int(at_2Z[1, z]))):
+            sum_XY += lower_XY * weight_2Z[0, z]
+            sum_XY += upper_XY * weight_2Z[1, z]
+        out_XYZ[:, :, z] = sum_XY
+    return out_XYZ
+
+
+def _taps(old: int, step: float, new: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two neighbours of each of ``new`` places among ``old`` voxels, int (2, new), and their weights."""
+    place = np.arange(new) * step
+    lower = np.floor(place).astype(int)
+    weight = 1 - (place - lower)
+    return np.minimum([lower, lower + 1], old - 1), np.stack([weight, 1 - weight])

@@ -1,0 +1,358 @@
+"""A trained model over many scans: Ray Data actors that load it once each and commit every case by itself.
+
+A case is committed by its row, ``<output>/.cases/<name>.json``, written after the label map it names; so whatever
+is killed, the same command goes on with the cases that have no row. A case that cannot be used gets a row
+that says why; one that takes its process down is tried once more and then gets such a row too.
+
+Shapes: X Y Z voxel axes of the scan's own grid.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from logonet.core.errors import BadScan, UserError
+from logonet.data import manifest, volume
+from logonet.data.manifest import Scan, Source
+from logonet.data.volume import Volume
+from logonet.distributed.cluster import ResourceAllocation
+from logonet.inference import metrics, model, sliding_window
+from logonet.storage import object_store
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3  # of a case whose process dies; a healthy one dies with its machine, hardly so often
+READS_AT_ONCE = 16
+CASES, ATTEMPTS, ABOUT, TABLE = ".cases", ".attempts", ".cases/about.json", "predictions"
+DONE, QUARANTINED, UNREAD = "done", "quarantined", "unread"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one case.
+
+    Attributes:
+        name: its path below the input, without the suffix.
+        version: of the scan, as its store tells it; a scan replaced under its name is segmented anew.
+        status: "done", or "quarantined" or "unread", and then ``reason`` says why. What the store did not give is
+            unread: such a row is not committed, and the same command tries the case again.
+        output, sha256: the label map and its digest.
+        seconds: reading, segmenting and writing.
+        volumes_ml: class -> ml in the label map.
+        metrics: against the truth, one mapping per class (`evaluate.case_rows`); [] without truth.
+    """
+
+    name: str
+    uri: str
+    status: str
+    version: str = ""
+    reason: str = ""
+    output: str = ""
+    sha256: str = ""
+    seconds: float = 0.0
+    volumes_ml: dict[str, float] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One case to segment: a scan as found (``source``), or a row of a manifest, verified against it (``scan``)."""
+
+    name: str
+    source: Source | None = None
+    scan: Scan | None = None
+
+    @property
+    def uri(self) -> str:
+        return (self.scan or self.source).uri  # type: ignore[union-attr]
+
+    @property
+    def version(self) -> str:
+        return self.scan.sha256 if self.scan else self.source.version  # type: ignore[union-attr]
+
+
+def items_of(sources: Sequence[Source], root: str) -> list[Item]:
+    """The sources at ``root`` by their paths below it. UserError when two would be written to one place."""
+    found: dict[str, Item] = {}
+    for source in sources:
+        name = (
+            object_store.relative(source.uri, root.rstrip("/"))
+            if source.uri.startswith(root.rstrip("/") + "/")
+            else ""
+        )
+        name = name or source.uri.rstrip("/").rpartition("/")[2]
+        for suffix in manifest.NIFTI_SUFFIXES:
+            name = name.removesuffix(suffix)
+        # A bucket's keys may have "..", "." or nothing between slashes, and the output may be a folder.
+        name = "/".join("_" if part in ("", ".", "..") else part for part in name.split("/"))
+        if name in found:
+            raise UserError(
+                f"{source.uri} and {found[name].uri} would both be written to {name}.nii.gz; rename one of them"
+            )
+        found[name] = Item(name, source=source)
+    return [found[name] for name in sorted(found)]
+
+
+def check_apart(items: Sequence[Item], source: str, output: str) -> None:
+    """UserError where a label map would replace a scan, or be taken for one when the command is run again."""
+    if f"{output.rstrip('/')}/".startswith(f"{source.rstrip('/')}/"):
+        raise UserError(f"the output {output} lies in the input {source}; write the label maps elsewhere")
+    written = {_label_uri(output, item.name) for item in items}
+    for item in items:
+        if item.uri in written:
+            raise UserError(f"{item.uri} is a scan, which a label map would replace; use another output")
+
+
+def run(
+    items: Sequence[Item],
+    folder: Mapping[str, bytes],
+    output: str,
+    cfg: sliding_window.Config,
+    share: ResourceAllocation,
+    *,
+    about: Mapping[str, Any],
+    attempt: str,
+    score: bool = False,
+    note: Callable[[Row, int, int], None] = lambda row, done, total: None,
+) -> list[Row]:
+    """Segment ``items`` into ``output``; those that have a row already are not touched again.
+
+    Args:
+        folder: the model's files (`model.files`), held once in Ray's shared memory.
+        about: names the model and the settings; an output folder never mixes two of them.
+        attempt: names this run, so that a case's deaths in earlier runs do not count.
+        score: compare with the scans' labels.
+        note: called for every case as it ends, with how many of how many are done.
+
+    Returns:
+        A row for each item, in their order.
+
+    Raises:
+        UserError: ``output`` belongs to another model.
+    """
+    import ray
+
+    _claim(output, about)
+    rows = finished(output)
+    waiting = [i for i in items if i.name not in rows or rows[i.name].version != i.version]
+    done = len(items) - len(waiting)
+    if waiting:
+        actors = max(1, min(share.workers, len(waiting)))
+        blob = ray.put(dict(folder))
+        stream = ray.data.range(len(waiting), override_num_blocks=len(waiting)).map_batches(
+            _Segment,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_cpus=share.cpus_per_worker,
+            num_gpus=1 if share.use_gpu else None,
+            fn_constructor_args=(waiting, [blob], output, cfg, share.threads_per_worker, attempt, score),
+        )
+        for batch in stream.iter_batches(batch_size=None, batch_format="numpy"):
+            for text in batch["row"]:
+                row = Row(**json.loads(str(text)))
+                rows[row.name] = row
+                done += 1
+                note(row, done, len(items))
+        object_store.delete_prefix(object_store.join(output, ATTEMPTS, attempt))
+    return [rows[item.name] for item in items]
+
+
+def finished(output: str) -> dict[str, Row]:
+    """The rows already committed under ``output``, by name; a torn one counts as absent."""
+    uris = [
+        e.uri for e in object_store.listing(object_store.join(output, CASES)) if e.uri.endswith("/row.json")
+    ]
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        return {row.name: row for row in pool.map(_read_row, uris) if row is not None}
+
+
+def _read_row(uri: str) -> Row | None:
+    """A committed row, or None for one that is torn."""
+    try:
+        return Row(**object_store.read_json(uri))
+    except (object_store.IntegrityError, TypeError):  # no JSON, or not a row's
+        log.warning("%s is torn; its case is segmented again", uri)
+        return None
+
+
+def forget_quarantined(output: str) -> int:
+    """Drop the rows of cases that could not be used, so that the next run tries them again; how many."""
+    bad = [row for row in finished(output).values() if row.status == QUARANTINED]
+    for row in bad:
+        object_store.delete(_row_uri(output, row.name))
+    return len(bad)
+
+
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """One line per case: what became of it, seconds, and ml of each class."""
+    lines = []
+    for row in rows:
+        line = {k: v for k, v in asdict(row).items() if k not in ("volumes_ml", "metrics")}
+        lines.append(line | {f"{name}_ml": ml for name, ml in row.volumes_ml.items()})
+    return pd.DataFrame(lines)
+
+
+def write_table(rows: Sequence[Row], output: str) -> str:
+    """``predictions.csv`` and ``.parquet`` under ``output``, unless they say this already; returns the CSV's URI."""
+    frame = table(rows)
+    sink = io.BytesIO()
+    frame.to_parquet(sink, index=False)
+    uri = object_store.join(output, f"{TABLE}.csv")
+    files = {
+        object_store.join(output, f"{TABLE}.parquet"): sink.getvalue(),
+        uri: frame.to_csv(index=False).encode(),
+    }
+    for file, blob in files.items():
+        if not object_store.exists(file) or object_store.read(file) != blob:
+            object_store.write(file, blob)
+    return uri
+
+
+def _claim(output: str, about: Mapping[str, Any]) -> None:
+    """Write down whose predictions these are, or refuse where another model's lie."""
+    uri = object_store.join(output, ABOUT)
+    own = json.loads(json.dumps(dict(about)))
+    if not object_store.exists(uri):
+        object_store.write_json(uri, own)
+        return
+    there = object_store.read_json(uri)
+    if there != own:
+        differing = sorted(k for k in {*there, *own} if there.get(k) != own.get(k))
+        raise UserError(
+            f"{output} holds predictions made otherwise ({', '.join(f'{k}={there.get(k)}' for k in differing)}); "
+            "use another output, or delete it"
+        )
+
+
+def _label_uri(output: str, name: str) -> str:
+    return object_store.join(output, *f"{name}.nii.gz".split("/"))
+
+
+def _row_uri(output: str, name: str) -> str:
+    return object_store.join(output, CASES, *name.split("/"), "row.json")
+
+
+class _Segment:
+    """A Ray Data actor: builds the predictor once, then segments, writes and commits one case at a time."""
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        folder: list[Any],
+        output: str,
+        cfg: sliding_window.Config,
+        threads: int,
+        attempt: str,
+        score: bool,
+    ) -> None:
+        import ray
+        import torch
+
+        torch.set_num_threads(threads)
+        files = ray.get(folder[0])
+        spec, weights = model.parse(files)
+        self.predictor = sliding_window.Predictor(model.build(spec, weights), spec, cfg)
+        self.items, self.output, self.attempt, self.score = items, output, attempt, score
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        rows = [self._one(self.items[int(i)]) for i in batch["id"]]
+        return {"row": [json.dumps(asdict(row)) for row in rows]}
+
+    def _one(self, item: Item) -> Row:
+        row_uri = _row_uri(self.output, item.name)
+        if object_store.exists(row_uri):
+            there = _read_row(row_uri)
+            # Its answer was lost with a node, and Ray gives the case again.
+            if there is not None and there.version == item.version:
+                return there
+        started = time.monotonic()
+        if self._deaths(item) >= MAX_ATTEMPTS:
+            reason = (
+                f"{item.uri}: took its process down {MAX_ATTEMPTS} times, probably for want of memory; segment it on "
+                "a larger machine"
+            )
+            row = Row(item.name, item.uri, QUARANTINED, item.version, reason)
+        else:
+            try:
+                row = self._segment(item)
+            except BadScan as err:
+                row = Row(item.name, item.uri, QUARANTINED, item.version, str(err))
+            except UserError:  # the store is out of reach, or takes nothing: that concerns every case
+                raise
+            except Exception as err:  # one case must not stop a bucket; the reason is kept in its row
+                if item.scan is not None:
+                    raise
+                reason = f"{item.uri}: {type(err).__name__}: {' '.join(str(err).split())[:300]}"
+                row = Row(item.name, item.uri, QUARANTINED, item.version, reason)
+        row = Row(**{**asdict(row), "seconds": round(time.monotonic() - started, 3)})
+        if row.status != UNREAD:
+            object_store.write_json(row_uri, asdict(row))
+        return row
+
+    def _deaths(self, item: Item) -> int:
+        """How often this run began the case and did not come to its row; and a note of this beginning."""
+        folder = object_store.join(self.output, ATTEMPTS, self.attempt, *item.name.split("/"))
+        # Its own notes only: another case may be named like this one's folder.
+        before = sum("/" not in object_store.relative(e.uri, folder) for e in object_store.listing(folder))
+        if before < MAX_ATTEMPTS:
+            object_store.write(object_store.join(folder, f"{before}"), b"begun")
+        return before
+
+    def _segment(self, item: Item) -> Row:
+        try:
+            image, modality, original = _open(item, self.predictor.spec.modality)
+        except object_store.NotGiven as err:
+            if item.scan is not None:  # a mean over the others would pass for the whole
+                raise
+            return Row(item.name, item.uri, UNREAD, item.version, str(err))
+        labels_XYZ = self.predictor.segment(image, modality, item.name)
+        blob = volume.encode_labels(labels_XYZ, original, image.affine)
+        uri = _label_uri(self.output, item.name)
+        written = object_store.write(uri, blob)
+        scores: list[dict[str, Any]] = []
+        spec = self.predictor.spec
+        names = dict(zip(spec.label_values, spec.classes))
+        if self.score:
+            assert item.scan is not None
+            truth_XYZ = manifest.load_label(item.scan, image)
+            classes = {value: name for value, name in names.items() if value}
+            scores = metrics.case_rows(labels_XYZ, truth_XYZ, image.spacing_mm, classes, item.scan.scan_id)
+        voxel_ml = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000
+        counts = np.bincount(labels_XYZ.ravel(order="K"), minlength=256)
+        volumes_ml = {name: round(float(counts[v]) * voxel_ml, 4) for v, name in names.items() if v}
+        return Row(
+            item.name, item.uri, DONE, item.version, "", uri, written.sha256, 0.0, volumes_ml, _plain(scores)
+        )
+
+
+def _plain(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without NumPy's types, which JSON does not know."""
+    return json.loads(json.dumps(lines, default=lambda value: value.item()))
+
+
+def _open(item: Item, known: str) -> tuple[Volume, str, bytes | None]:
+    """The scan, its modality, and the bytes whose NIfTI header the label map takes over (None for DICOM)."""
+    if item.scan is not None:
+        image = manifest.load(item.scan)
+        header = None if item.scan.files else object_store.read(item.scan.uri, sha256=item.scan.sha256)
+        return image, item.scan.modality, header
+    assert item.source is not None
+    source = item.source
+    blobs, sha256 = manifest.read_scan(source)
+    if fault := manifest.checksum_fault(source, sha256):
+        raise BadScan(fault)
+    image = manifest.decode(source, blobs)
+    # What is known of the scan, else what the model is for: a part of a CT may hold no air to tell it by.
+    hint = source.modality or image.modality or (known if known != "mixed" else "")
+    modality = volume.modality(image, hint, item.uri)
+    return image, modality, None if source.files else blobs[0]

@@ -1,0 +1,462 @@
+"""The Ray cluster a job runs on: connecting to it, and how its processors are shared out.
+
+A job submitted to a cluster (``ray job submit``) finds ``RAY_ADDRESS`` set and joins that cluster.
+Without it a private Ray starts on this machine and ends with the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import tyro
+
+from logonet.core.errors import UserError
+from logonet.core.redaction import HIDE_NAMES, holds_credentials
+
+log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+# Train workers are told of failures by polling; Ray's own 2 s would make every epoch's report take 2 s.
+RAY_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else a worker's every line is shown twice
+    # After a node is lost Ray Train first waits for a place on it, and only then counts the nodes again; its own 60 s
+    # would be a minute without training. Where nodes have yet to come, it asks again, for ever.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    # A preempted machine has as little as 30 s; Ray's own 5 s would be a sixth of them.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+}
+# What worker processes need of the driver's environment. Never credentials: those come from the usual
+# AWS chain on every node, and a job's runtime environment can be read on Ray's dashboard.
+PASSED_ON = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_DEFAULT_REGION",
+    "AWS_REGION",
+    "LOGONET_HOME",
+    "MLFLOW_TRACKING_URI",
+    HIDE_NAMES,
+)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """A range of training workers, ``4:16``: a run takes as many of them as the cluster has room for at the time."""
+
+    least: int
+    most: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.least <= self.most:
+            raise UserError(_bad_workers(str(self)))
+
+    def __str__(self) -> str:
+        return f"{self.least}:{self.most}"
+
+    @classmethod
+    def parse(cls, text: str) -> int | Workers:
+        """``4`` or ``4:16``, as people write it."""
+        found = re.fullmatch(r"([0-9]{1,6})(?::([0-9]{1,6}))?", text)
+        least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= least <= most:
+            raise UserError(_bad_workers(text))
+        return cls(least, most) if most > least else least
+
+
+def _bad_workers(text: str) -> str:
+    return f"--workers {text} is neither a number such as 4 nor a range such as 4:16, from 1 on and the smaller first"
+
+
+WORKERS_FLAG = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="N|N:M",
+    instance_from_str=lambda args: Workers.parse(args[0]),
+    is_instance=lambda value: isinstance(value, int | Workers),
+    str_from_instance=lambda value: [str(value)],
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run may use. It changes how fast a result comes, and the result by rounding at most.
+
+    Attributes:
+        workers: training workers (the paper: 16), or the least and the most of them, 4:16: machines may come and go.
+        gpu: one GPU for each worker; None takes GPUs where the cluster has enough.
+        cpus_per_worker: logical CPUs of a training worker; 0 shares out what the data tasks leave.
+        max_failures: how often lost workers are replaced before the run gives up; those that gave notice don't count.
+        resize_every_s: with a range of workers, how often to look for room for more of them.
+        wait_s: for an autoscaling cluster's nodes.
+        object_store_mb: Ray's shared memory on a machine where the job starts Ray itself; 0 lets Ray choose.
+    """
+
+    workers: Annotated[int | Workers, WORKERS_FLAG] = 1
+    gpu: bool | None = None
+    cpus_per_worker: float = 0.0
+    max_failures: int = 8
+    resize_every_s: float = 60.0
+    wait_s: float = 900.0
+    object_store_mb: int = 0
+
+    @property
+    def least(self) -> int:
+        return self.workers.least if isinstance(self.workers, Workers) else self.workers
+
+    @property
+    def most(self) -> int:
+        return self.workers.most if isinstance(self.workers, Workers) else self.workers
+
+    def fixed(self, what: str) -> int:
+        """The one number of workers that ``what`` wants. UserError for a range."""
+        if isinstance(self.workers, Workers):
+            raise UserError(
+                f"--workers {self.workers} is a range, which pretraining and finetuning take and {what} does not; give "
+                f"one number, such as --workers {self.least}"
+            )
+        return self.workers
+
+
+@dataclass(frozen=True)
+class ResourceAllocation:
+    """How the cluster's logical CPUs are divided between training and data tasks.
+
+    Train workers must not reserve every CPU: the data tasks that feed them would wait for ever.
+
+    Attributes:
+        workers: of a range, as many as there is room for now.
+    """
+
+    workers: int
+    use_gpu: bool
+    cpus_per_worker: float
+    threads_per_worker: int
+    cpus_per_data_task: float  # while training goes on
+    cpus_per_task: float  # of the stages before
+    cpus: float  # of the whole cluster
+
+
+def submitted() -> bool:
+    """Whether this process is the driver of a submitted Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _env_vars() -> dict[str, str]:
+    """What to pass on, less what may hold a password and what the job's submitter set, which Ray refuses twice."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    given = ((job.get("runtime_env") or {}).get("env_vars") or {}).keys()
+    names = [n for n in (*PASSED_ON, *RAY_SETTINGS) if n in os.environ and n not in given]
+    return {n: os.environ[n] for n in names if not holds_credentials(os.environ[n])}
+
+
+def address() -> str | None:
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts within this block listens on 127.0.0.1 and nowhere else.
+
+    Its processes believe whoever reaches them. ``ray.init`` takes no loopback address; the one way to tell it is the
+    setting by which Ray serves Windows and macOS, where its clusters have one node, as ours does. It is read when
+    Ray is imported, hence the second half; and must not stay, as it forbids 'ray start' to join a cluster.
+    """
+    from ray._private import ray_constants
+
+    name, kept = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    was = os.environ.get(name)
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = kept
+        del os.environ[name]
+        if was is not None:
+            os.environ[name] = was
+
+
+def on_loopback() -> bool:
+    """Whether all of the connected cluster is on this machine and out of others' reach, as a Ray of our own is."""
+    import ray
+
+    return all(node["NodeManagerAddress"].startswith("127.") for node in ray.nodes() if node["Alive"])
+
+
+def _loopback_interface() -> str:
+    """ "lo" on Linux, "lo0" on macOS."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+
+
+@contextlib.contextmanager
+def connected(resources: Resources, logs: bool = True) -> Iterator[None]:
+    """Join the cluster at ``RAY_ADDRESS``, or start a Ray of our own and stop it at the end.
+
+    Args:
+        logs: show here what workers print; without, it is in Ray's log files only.
+    """
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    # Ray's coming default (tasks without GPUs keep CUDA_VISIBLE_DEVICES as it is); set, it stops asking.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    runtime_env: dict[str, Any] = {"env_vars": _env_vars()}
+    options: dict[str, Any] = {"runtime_env": runtime_env, "logging_level": logging.WARNING}
+    options["log_to_driver"] = logs
+    if address() is None:
+        # Two extra logical CPUs keep the data tasks alive beside the workers; threads are set per worker.
+        cores = os.cpu_count() or 1
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only, and it ends with this process
+        # A dashboard is eleven processes and a gigabyte, and gone with this process; a cluster of 'ray start' has one.
+        options.update(address="local", num_cpus=max(cores, resources.most + 2), include_dashboard=False)
+        runtime_env["env_vars"]["GLOO_SOCKET_IFNAME"] = _loopback_interface()
+        # Threads that wait for each other give their core to Ray's processes, which wake up all the time on the same
+        # ones, instead of spinning: a step on all of two cores takes an eighth less (docs/performance.md).
+        if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+            runtime_env["env_vars"]["GOMP_SPINCOUNT"] = "1000"
+        runtime_env["worker_process_setup_hook"] = f"{__name__}.{_without_dashboard.__name__}"
+        if resources.object_store_mb:
+            options["object_store_memory"] = resources.object_store_mb * MIB
+    try:
+        with _on_loopback() if address() is None else contextlib.nullcontext():
+            ray.init(**options)
+    except ConnectionError as err:
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS={address()} ({err}); start it with 'ray start --head' "
+            "or unset RAY_ADDRESS to run on this machine alone"
+        ) from None
+    quiet()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quiet() -> None:
+    """Ray's plan and progress chatter off, in this process: one line an epoch is what people read."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    for name, level in (
+        ("ray.data", logging.ERROR),
+        ("ray.train", logging.WARNING),
+        ("ray.tune", logging.WARNING),
+    ):
+        logging.getLogger(name).setLevel(level)
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def _without_dashboard() -> None:
+    """In a worker process: Ray Train's watcher over its controller asks the dashboard, which a Ray of our own lacks.
+
+    It would complain every second.
+    """
+    name = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def share(resources: Resources) -> ResourceAllocation:
+    """Divide the connected cluster. UserError when the workers, of a range the least of them, can never be placed."""
+    import ray
+
+    workers = resources.least
+    if workers < 1:
+        raise UserError(f"workers is {workers}; it must be at least 1")
+    total = _wait_for_nodes(resources)
+    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    if resources.gpu is None and 0 < gpus < workers:
+        raise UserError(
+            f"the cluster has {gpus:g} GPUs for {workers} workers; use --workers {int(gpus)}, --gpu True to wait for "
+            "more, or --gpu False to train on CPUs"
+        )
+    use_gpu = gpus >= workers if resources.gpu is None else resources.gpu
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    homes = [n.get("CPU", 0.0) for n in nodes if n.get("GPU", 0.0) > 0 or not use_gpu]
+    spare_cpus = math.inf
+    if isinstance(resources.workers, Workers):
+        places = [(n.get("CPU", 0.0), n.get("GPU", 0.0) if use_gpu else math.inf) for n in nodes]
+        workers, per_worker, spare_cpus = range_that_fits(
+            places, resources.workers, resources.cpus_per_worker
+        )
+    else:
+        per_worker = cpus_of_worker(cpus, homes, workers, resources.cpus_per_worker)
+    data_cpus = cpus - per_worker * workers
+    # A Ray of our own has more logical CPUs than the machine has cores, so that every worker finds a place; other
+    # tasks count as that much more, or as many would run at once as there are workers.
+    cores = os.cpu_count() or 1
+    oversold = max(1.0, cpus / cores) if address() is None else 1.0
+    return ResourceAllocation(
+        workers=workers,
+        use_gpu=use_gpu,
+        cpus_per_worker=int(per_worker * 1000) / 1000,  # Ray resolves resources to 1/10000
+        threads_per_worker=max(1, cores // workers if oversold > 1 else int(per_worker)),
+        cpus_per_data_task=min(oversold, data_cpus, spare_cpus),
+        cpus_per_task=min(oversold, cpus / 2),
+        cpus=cpus,
+    )
+
+
+def room(resources: Resources, at_once: int = 0) -> Resources:
+    """What a Ray of our own should have room for when a sweep runs on it."""
+    workers = resources.fixed("a sweep")
+    runs = at_once or max(1, (os.cpu_count() or 1) // workers)
+    return replace(resources, workers=runs * workers)
+
+
+# Ray Train adds up a node's workers in binary fractions and Ray counts in 1/10000: sixteenths are exact in both.
+PART_CPUS = 1 / 16
+DRIVER_CPUS = 0.01  # reserved by a sweep for the process that drives a trial
+
+
+def shares(resources: Resources, most: int, at_once: int = 0) -> tuple[int, ResourceAllocation]:
+    """How many runs of ``resources`` can go on at once, and what each gets.
+
+    Counted before anything starts, since a run whose workers find no place waits for ever: every worker of
+    every run has a CPU (or GPU) of its own, and data tasks have CPUs that no worker can take.
+
+    Args:
+        most: runs that there are to do.
+        at_once: as many, and not as many as fit; 0 takes what fits.
+
+    Raises:
+        UserError: not even one run fits, or not ``at_once``.
+    """
+    import ray
+
+    workers = resources.fixed("a sweep")
+    one = share(resources)  # one that can never fit says so here
+    total = ray.cluster_resources()
+    units = total["GPU"] if one.use_gpu else total["CPU"] / (resources.cpus_per_worker or 1.0)
+    if address() is None and not one.use_gpu and not at_once:
+        units = min(units, os.cpu_count() or 1)  # a Ray of our own has more logical CPUs than there are cores
+    for runs in range(max(1, min(at_once or most, int(units / workers))), 0, -1):
+        try:
+            each = share(replace(resources, workers=runs * workers, gpu=one.use_gpu))
+        except UserError:
+            continue
+        free = each.cpus - runs * (workers * each.cpus_per_worker + DRIVER_CPUS)
+        # Data tasks of all runs queue for the same CPUs; one that asked for more than there are would wait for ever.
+        task_cpus = int(min(each.cpus_per_data_task, free) * 1000) / 1000
+        if (runs > 1 and each.cpus_per_worker < (resources.cpus_per_worker or 1.0)) or task_cpus <= 0:
+            continue
+        if runs < at_once:
+            raise UserError(
+                f"{at_once} trials of {workers} workers do not fit on the cluster's {each.cpus:g} CPUs "
+                f"and {total.get('GPU', 0.0):g} GPUs at once; use --concurrent {runs} or fewer workers"
+            )
+        return runs, replace(
+            each,
+            workers=workers,
+            cpus_per_data_task=task_cpus,
+            cpus_per_task=min(each.cpus_per_task, task_cpus),
+        )
+    raise UserError(
+        f"{workers} workers leave no CPU of the cluster's {one.cpus:g} to the data tasks; use fewer workers "
+        "or a smaller --cpus-per-worker"
+    )
+
+
+def cpus_of_worker(cpus: float, homes: list[float], workers: int, asked: float = 0.0) -> float:
+    """Logical CPUs of each of ``workers``, beside what the data tasks need.
+
+    Args:
+        cpus: of the whole cluster; ``homes`` those of each node that workers may stand on.
+        asked: as many, and not as many as there are; 0 takes what there are.
+
+    Raises:
+        UserError: the workers do not fit.
+    """
+    data_cpus = max(0.25 * cpus, min(1.0, cpus / 2))
+    most = (cpus - data_cpus) / workers
+    per_worker = asked or _largest_that_fits(homes, workers, most)
+    if per_worker * workers >= cpus or sum(int(cpu / per_worker + 1e-9) for cpu in homes) < workers:
+        raise UserError(
+            f"{workers} workers x {per_worker:g} CPUs do not fit on nodes with {', '.join(f'{c:g}' for c in homes)} "
+            f"CPUs beside the data tasks; use --cpus-per-worker {most:.2g} or less, or fewer workers"
+        )
+    return per_worker
+
+
+def _largest_that_fits(nodes: list[float], workers: int, most: float) -> float:
+    """Whole CPUs per worker, as many as fit on the nodes; a fraction where there is not one for each."""
+    for per_worker in range(int(most), 0, -1):
+        if sum(int(cpu / per_worker) for cpu in nodes) >= workers:
+            return float(per_worker)
+    return most
+
+
+def range_that_fits(
+    nodes: list[tuple[float, float]], wanted: Workers, given: float = 0.0
+) -> tuple[int, float, float]:
+    """How many workers of the range there is room for, CPUs for each, and CPUs that the fullest node leaves free.
+
+    Ray Train puts as many workers on a node as it has CPUs for, up to the range's end. So the data tasks' share must
+    be left over on every node by itself, whichever of the others go or come; nodes that come later are taken to be
+    like those of now.
+
+    Args:
+        nodes: of each its CPUs, and how many workers it has GPUs for.
+        given: CPUs per worker, as the user wants it; 0 finds the most workers with a whole CPU each.
+
+    Raises:
+        UserError: the range's least do not fit.
+    """
+    best: tuple[tuple[bool, int, bool, float], tuple[int, float, float]] | None = None
+    parts = [math.ceil(given / PART_CPUS)] if given else range(1, int(max(nodes)[0] / PART_CPUS) + 1)
+    for per_worker in (part * PART_CPUS for part in parts):
+        counts = [int(min(cpus // per_worker, gpus, wanted.most)) for cpus, gpus in nodes]
+        left = [(cpus - count * per_worker, cpus) for count, (cpus, _) in zip(counts, nodes) if count]
+        workers = min(sum(counts), wanted.most)
+        if workers < wanted.least or any(free < min(0.5, cpus / 4) for free, cpus in left):
+            continue
+        # Among equally many workers: as large as leaves a quarter to the data tasks, or else as small as there are.
+        quarter = all(free >= cpus / 4 for free, cpus in left)
+        rank = (per_worker >= 1, workers, quarter, per_worker if quarter else -per_worker)
+        if best is None or rank > best[0]:
+            best = rank, (workers, per_worker, min(free for free, _ in left))
+    if best is None:
+        raise UserError(
+            f"{wanted.least} workers{f' x {given:g} CPUs' if given else ''} do not fit on nodes with "
+            f"{', '.join(f'{cpus:g}' for cpus, _ in nodes)} CPUs, each of which keeps some for the data tasks; use "
+            f"{'another --cpus-per-worker, ' if given else ''}larger nodes or fewer workers"
+        )
+    return best[1]
+
+
+def _wait_for_nodes(resources: Resources) -> dict[str, float]:
+    """The cluster's resources, once it has what was asked for; an autoscaler is told of it."""
+    import ray
+
+    wanted_gpus = resources.least if resources.gpu else 0
+    until, said = time.monotonic() + resources.wait_s, False
+    while True:
+        total = ray.cluster_resources()
+        if total.get("CPU", 0.0) > 0 and total.get("GPU", 0.0) >= wanted_gpus:
+            return total
+        if time.monotonic() > until or address() is None:
+            raise UserError(
+                f"the Ray cluster has {total.get('CPU', 0.0):g} CPUs and {total.get('GPU', 0.0):g} GPUs for "
+                f"{resources.workers} workers; start nodes, ask for fewer workers, or wait longer (--wait-s)"
+            )
+        if not said:
+            from ray.autoscaler.sdk import request_resources
+
+            request_resources(bundles=[{"CPU": 1, **({"GPU": 1} if resources.gpu else {})}] * resources.least)
+            print(
+                f"waiting up to {resources.wait_s:g} s for nodes for {resources.workers} workers", flush=True
+            )
+            said = True
+        time.sleep(2)

@@ -1,0 +1,290 @@
+"""Preflight: does every node reach the store with every client, have the room, and run the same software?
+
+Most runs that die hours later with no reason given would have been stopped here: a node without the
+endpoint variable, a 64 MiB /dev/shm, a full spill disk, two versions of torch.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import resource
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import psutil
+
+from logonet.core.errors import UserError
+from logonet.storage import object_store
+
+Status = Literal["ok", "warn", "fail"]
+
+GIB = 1 << 30
+PROBE_BYTES = 1 << 20
+# A worker takes about 1 GiB once torch, MONAI and Ray are imported, and there are at least four of them.
+RAM_FAIL_GIB, RAM_WARN_GIB = 4, 8
+# Ray wants 30 % of the RAM as shared memory for its object store; in less it falls back to files in /tmp.
+SHM_WARN_OF_RAM = 0.3
+# Docker's default of 64 MiB holds not even one crop batch.
+SHM_FAIL_GIB = 0.25
+# Ray spills objects there, and from 95 % full on it refuses to (local_fs_capacity_threshold).
+DISK_FAIL_USED, DISK_WARN_GIB = 0.95, 20
+# Ray keeps sockets to every worker and node; its own documentation asks for 65536 in large clusters.
+FILES_FAIL, FILES_WARN = 1024, 8192
+PACKAGES = ("logonet", "torch", "ray", "monai", "numpy", "mlflow")
+SAME_SOFTWARE = "install the same constraints.txt on every node"
+NODE_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table. ``mend`` says what to do where ``status`` is not "ok"."""
+
+    node: str
+    what: str
+    value: str
+    status: Status = "ok"
+    mend: str = ""
+
+
+def preflight(root_uri: str, *, nodes: bool = True, tracking: Callable[[], str] | None = None) -> list[Check]:
+    """Check this machine or, when Ray is connected and ``nodes`` is set, every node of its cluster.
+
+    Args:
+        root_uri: where the run will keep its artifacts; a few objects are written there and deleted.
+        tracking: contacts the tracking server and returns its address, or raises UserError.
+    """
+    token = object_store.join(root_uri, f".logonet-doctor-{uuid.uuid4().hex}")
+    checks = []
+    try:
+        object_store.write(token, token.encode())
+    except UserError as err:
+        checks.append(Check(socket.gethostname(), "store", root_uri, "fail", str(err)))
+        token = ""
+    try:
+        checks += _all_nodes(root_uri, token) if nodes and _on_ray() else node_checks(root_uri, token)
+    finally:
+        if token:
+            object_store.delete(token)
+    if tracking is not None:
+        checks.append(_tracking(tracking))
+    return _agree(checks)
+
+
+def node_checks(root_uri: str, token: str) -> list[Check]:
+    """What can be said from where this runs.
+
+    Args:
+        token: an object below ``root_uri`` that the driver has written; empty when it could not.
+    """
+    node = socket.gethostname()
+    found = list(_machine()) + list(_versions())
+    if token:
+        found += [_shared(root_uri, token), *_clients(root_uri)]
+    return [replace(check, node=node) for check in found]
+
+
+# ---------------------------------------------------------------------------------------------- nodes
+
+
+def _on_ray() -> bool:
+    import ray
+
+    return ray.is_initialized()
+
+
+def _all_nodes(root_uri: str, token: str) -> Iterator[Check]:
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # No CPU is asked for: a node that is busy, or reserved, is checked as well.
+    task = ray.remote(num_cpus=0, max_retries=0)(node_checks)
+    answers = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            name = f"{node['NodeManagerHostname']}/{node['NodeID'][:6]}"  # one machine may run several
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            answers[name] = task.options(scheduling_strategy=here).remote(root_uri, token)
+    for name, answer in answers.items():
+        try:
+            yield from (replace(check, node=name) for check in ray.get(answer, timeout=NODE_TIMEOUT_S))
+        except GetTimeoutError:
+            yield Check(
+                name, "node", f"no answer in {NODE_TIMEOUT_S} s", "fail", "see 'ray status'; restart the node"
+            )
+        except RayError as err:
+            reason = str(err).strip().splitlines()[-1][:120]
+            yield Check(name, "node", reason, "fail", f"see the node's logs; {SAME_SOFTWARE}")
+
+
+def _agree(checks: list[Check]) -> list[Check]:
+    """Where nodes differ in a version, fail those that differ from most."""
+    usual = {}
+    for what in {c.what for c in checks if c.what.startswith("version of")}:
+        usual[what] = Counter(c.value for c in checks if c.what == what).most_common(1)[0][0]
+    return [
+        replace(c, status="fail", mend=f"other nodes have {usual[c.what]}; {SAME_SOFTWARE}")
+        if c.status == "ok" and c.value != usual.get(c.what, c.value)
+        else c
+        for c in checks
+    ]
+
+
+# -------------------------------------------------------------------------------------------- machine
+
+
+def _machine() -> Iterator[Check]:
+    ram = min(psutil.virtual_memory().total, _container_limit())
+    yield _at_least("RAM", ram / GIB, RAM_FAIL_GIB, RAM_WARN_GIB, "use a larger machine or fewer workers")
+    if os.path.isdir("/dev/shm"):
+        shm, want = shutil.disk_usage("/dev/shm").total / GIB, SHM_WARN_OF_RAM * ram / GIB
+        mend = f"start the container with --shm-size={math.ceil(want)}g, or mount a memory emptyDir there"
+        yield _at_least("/dev/shm", shm, SHM_FAIL_GIB, want, mend)
+    yield _disk(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    status: Status = "fail" if files < FILES_FAIL else "warn" if files < FILES_WARN else "ok"
+    mend = "" if status == "ok" else "raise it: ulimit -n 65536, or docker --ulimit nofile=65536:65536"
+    yield Check("", "open files", str(files), status, mend)
+
+
+def _at_least(what: str, have: float, fail: float, warn: float, mend: str) -> Check:
+    status: Status = "fail" if have < fail else "warn" if have < warn else "ok"
+    return Check("", what, f"{have:.1f} GiB", status, "" if status == "ok" else mend)
+
+
+def _container_limit() -> int:
+    """The memory this container may use, in bytes; psutil only knows the whole machine's."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if os.path.exists(path):
+            with open(path) as file:
+                text = file.read().strip()
+            if text.isdigit():
+                return int(text)
+    return 1 << 62
+
+
+def _disk(folder: str) -> Check:
+    usage = shutil.disk_usage(folder)
+    full = usage.used / (usage.used + usage.free)
+    status: Status = "fail" if full > DISK_FAIL_USED else "warn" if usage.free < DISK_WARN_GIB * GIB else "ok"
+    mend = "" if status == "ok" else f"free space in {folder}, or set RAY_TMPDIR and TMPDIR to a larger disk"
+    return Check("", f"disk of {folder}", f"{usage.free / GIB:.1f} GiB free, {full:.0%} used", status, mend)
+
+
+def _versions() -> Iterator[Check]:
+    yield Check("", "version of python", platform.python_version())
+    for package in PACKAGES:
+        try:
+            yield Check("", f"version of {package}", importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            yield Check("", f"version of {package}", "not installed", "fail", SAME_SOFTWARE)
+
+
+# ---------------------------------------------------------------------------------------------- store
+
+
+def _shared(root_uri: str, token: str) -> Check:
+    """A local folder is only good for a cluster when every node sees the same one."""
+    try:
+        object_store.read(token, size_bytes=len(token.encode()))
+    except UserError as err:
+        if object_store.is_s3(root_uri):
+            return Check("", "store shared", root_uri, "fail", str(err))
+        mend = "this node does not see the driver's folder; use s3:// or a disk that all nodes mount"
+        return Check("", "store shared", root_uri, "fail", mend)
+    return Check("", "store shared", root_uri)
+
+
+def _clients(root_uri: str) -> Iterator[Check]:
+    """One object written, read, listed and deleted with each client in use."""
+    folder = object_store.join(root_uri, f".logonet-doctor-{uuid.uuid4().hex}")
+    data = os.urandom(PROBE_BYTES)
+    ours = "boto3" if object_store.is_s3(root_uri) else "logonet"
+    for client, round_trip in ((ours, _own_round_trip), ("pyarrow", _pyarrow_round_trip)):
+        begin = time.perf_counter()
+        try:
+            round_trip(object_store.join(folder, client), data)
+        except UserError as err:
+            yield Check("", f"store by {client}", root_uri, "fail", str(err))
+        else:
+            wall_ms = 1e3 * (time.perf_counter() - begin)
+            yield Check("", f"store by {client}", f"wrote, read, listed, deleted 1 MiB in {wall_ms:.0f} ms")
+    try:
+        object_store.delete_prefix(folder)  # what a failed round trip left, and the folder itself
+    except UserError as err:
+        yield Check("", "store clean-up", folder, "warn", str(err))
+
+
+def _own_round_trip(uri: str, data: bytes) -> None:
+    stored = object_store.write(uri, data)
+    object_store.read(uri, size_bytes=stored.size_bytes, sha256=stored.sha256)
+    if uri not in [entry.uri for entry in object_store.listing(os.path.dirname(uri))]:
+        raise UserError(
+            f"{uri} was written but is not listed; check the store's health and your right to list"
+        )
+    object_store.delete(uri)
+    if object_store.exists(uri):
+        raise UserError(f"{uri} was deleted but is still there; check the bucket's versioning and locks")
+
+
+def _pyarrow_round_trip(uri: str, data: bytes) -> None:
+    import pyarrow.fs
+
+    filesystem, path = object_store.arrow_filesystem(uri)
+    try:
+        filesystem.create_dir(os.path.dirname(path))  # S3 needs none, a disk does
+        with filesystem.open_output_stream(path) as out:
+            out.write(data)
+        with filesystem.open_input_file(path) as file:
+            same = file.read() == data
+        listed = filesystem.get_file_info(pyarrow.fs.FileSelector(os.path.dirname(path)))
+        filesystem.delete_file(path)
+    # Not its message: pyarrow repeats what the store said, which may name the access key.
+    except OSError as err:
+        raise UserError(
+            f"{uri}: pyarrow failed ({type(err).__name__}) where boto3's result is above; if that is ok, export "
+            "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, since pyarrow knows fewer login methods"
+        ) from None
+    if not same or path not in [info.path for info in listed]:
+        raise UserError(f"{uri}: pyarrow did not read and list what it wrote; check the store's health")
+
+
+def _tracking(contact: Callable[[], str]) -> Check:
+    node = socket.gethostname()
+    try:
+        return Check(node, "tracking server", contact())
+    except UserError as err:
+        return Check(node, "tracking server", "not reached", "warn", f"{err}; runs go on without it")
+
+
+# ---------------------------------------------------------------------------------------------- table
+
+
+def print_table(checks: list[Check]) -> None:
+    """The checks as a table, a block of lines for each node, to standard output."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colour = {"ok": "green", "warn": "yellow", "fail": "red"}
+    table = Table("node", "check", "value", "", "mend")
+    for number, check in enumerate(checks):
+        new = number == 0 or checks[number - 1].node != check.node
+        if new and number:
+            table.add_section()
+        status = Text(check.status, style=colour[check.status])
+        # Text, for rich would read the brackets of an error as markup
+        table.add_row(
+            Text(check.node if new else ""), Text(check.what), Text(check.value), status, Text(check.mend)
+        )
+    Console().print(table)

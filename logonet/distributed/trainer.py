@@ -1,0 +1,187 @@
+"""Training on 1 to N Ray Train workers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from logonet import methods
+from logonet.core.errors import Stopped, UserError
+from logonet.distributed import preemption
+from logonet.distributed.cluster import ResourceAllocation, Resources, on_loopback, quiet
+from logonet.training import checkpoints, dataset
+from logonet.training.config import Config, Job, accumulation, micro_batches
+from logonet.training.loop import Left, Worker
+from logonet.training.step import Diverged
+from logonet.training.validation import best_step
+
+PLACE = "placement_group"  # what a watched run reports first, see `fit`
+
+
+class LeaderLost(UserError):
+    """The process that leads the workers died, which is no fault of the run's: started again it goes on."""
+
+
+def check_workers(cfg: Config, method: dict[str, Any], resources: Resources) -> None:
+    """UserError when a number of workers in ``resources`` cannot share the steps of ``cfg``."""
+    accumulation(cfg, resources.most)
+    count, options = micro_batches(cfg), {k: v for k, v in method.items() if k != "name"}
+    if not methods.gathers(method["name"], methods.config(method["name"], options)):
+        return
+    if resources.least < resources.most or count % resources.most:
+        able = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        raise UserError(
+            f"method '{method['name']}' with method.gather compares the crops of all workers, so each of them needs as "
+            f"many batches as the others and their number must not change; use --workers with one of {able}, or "
+            "--set method.gather=false"
+        )
+
+
+def fit(
+    job: Job,
+    feed: dataset.TrainingDataset | dataset.LabelledDataset,
+    resources: Resources,
+    share: ResourceAllocation,
+    callbacks: Sequence[Any] = (),
+) -> dict[str, Any]:
+    """Train ``job`` with Ray Train; returns {"history", "files"}. Run again, it resumes.
+
+    Args:
+        feed: what the data tasks prepare samples from.
+        callbacks: Ray Train callbacks, such as Tune's TuneReportCallback. They get the id of the workers' placement
+            group under PLACE first, then the scalars of each epoch.
+
+    Raises:
+        UserError: settings that cannot work.
+        Diverged, LeaderLost, Stopped: as they say.
+    """
+    import ray
+    import ray.exceptions
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from logonet.distributed.rendezvous import LocalTorchConfig
+
+    check_workers(job.train, job.method, resources)
+    if job.train.validate_every_epochs and not getattr(feed, "val", ()):
+        raise UserError("there are no labelled cases to validate on; set train.validate_every_epochs=0")
+    # References in lists: Ray would otherwise put the values themselves into every worker's arguments.
+    config = {"job": job, "feed": [ray.put(feed)], "share": share, "watched": bool(callbacks)}
+    elastic = resources.least < resources.most
+    num_workers: Any = (resources.least, resources.most) if elastic else share.workers
+    stop = threading.Event()
+    while True:
+        run = f"{job.fingerprint}-{time.time_ns():x}"
+
+        def told(run: str = run) -> None:
+            stop.set()
+            preemption.tell(run)
+
+        watchers = list(callbacks)
+        if elastic:
+            watchers.append(preemption.leave_before_resizing(run))
+        trainer = TorchTrainer(
+            train_worker,  # type: ignore[arg-type]  # it may return a value; Ray's annotation forgets that
+            train_loop_config={**config, "run": run},
+            torch_config=LocalTorchConfig() if on_loopback() else TorchConfig(),
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]  # Ray's stub is of its older ScalingConfig
+                num_workers=num_workers,
+                elastic_resize_monitor_interval_s=resources.resize_every_s,
+                use_gpu=share.use_gpu,
+                resources_per_worker={"CPU": share.cpus_per_worker, **({"GPU": 1} if share.use_gpu else {})},
+            ),
+            run_config=RunConfig(  # type: ignore[call-arg]  # and of its older RunConfig
+                # Checkpoints are ours (verified on load, a torn one falls back); Ray's own records are only of this
+                # attempt, so a run killed while Ray wrote them cannot hinder the next.
+                name=run,
+                storage_path=_scratch(),
+                failure_config=FailureConfig(max_failures=resources.max_failures),
+                callbacks=watchers,
+                logging_config=LoggingConfig(log_level="WARNING"),
+            ),
+        )
+        try:
+            with preemption.sigterm(told):
+                result: Any = trainer.fit()  # Ray's stub lacks return_value, what rank 0 returned
+        except ray.exceptions.RayActorError as err:  # a worker's death never comes here
+            raise LeaderLost(
+                "the process that leads the training died: it was killed, there was no memory left, or its machine "
+                "went; the same command goes on from the newest checkpoint"
+            ) from err
+        preemption.forget(run)
+        assert result.return_value is not None
+        if "diverged" in result.return_value:
+            raise Diverged(result.return_value["diverged"])
+        if "left" not in result.return_value:
+            return result.return_value
+        step = result.return_value["left"]
+        if stop.is_set():
+            raise Stopped(
+                f"stopped after step {step:,}, which is stored; the same command goes on from there"
+            )
+        print(f"workers were asked to go: step {step:,} is stored, training goes on from there", flush=True)
+
+
+def _scratch() -> str:
+    import tempfile
+
+    return f"{tempfile.gettempdir()}/logonet-ray-train"
+
+
+def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
+    """What Ray Train runs on every worker."""
+    import ray.train
+    import ray.util
+    from ray.train.torch import get_device
+
+    quiet()
+    # Ray reports every metric through the root logger, which it sets to INFO in its workers.
+    logging.getLogger().setLevel(logging.WARNING)
+    job: Job = config["job"]
+    share: ResourceAllocation = config["share"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    if config["watched"]:
+        # Whoever stops this run from outside has to free its place: Ray's own cleaner is not to be relied on.
+        place: Any = ray.util.get_current_placement_group()
+        ray.train.report({PLACE: place.id.hex()})
+    torch.set_num_threads(share.threads_per_worker)
+    tracker = _tracker(job) if rank == 0 else None
+    device = get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # collectives of Python objects go through the current device
+    worker = Worker(job, config["feed"], share, rank=rank, world=world, device=device)
+    heard = preemption.Notices(config["run"], rank, ray.train.get_preemption_info)
+    try:
+        with heard.listening():
+            history = worker.run(ray.train.report, tracker, heard)
+    except Left as err:
+        return {"left": err.step}  # Ray would count an exception as a failure; `fit` starts the ranks again
+    except Diverged as err:
+        # A value and not an exception, which Ray would answer by starting all workers again.
+        if tracker is not None:
+            tracker.close("FAILED", timeout_s=15)
+        return {"diverged": str(err)}
+    if rank:
+        return {}
+    files = checkpoints.save_final(job.uri, worker.method, history, best_step(history))
+    delivered = True
+    if tracker is not None:
+        delivered = tracker.close(timeout_s=15)  # the driver tries again, for longer
+    return {"history": history, "files": {k: asdict(v) for k, v in files.items()}, "tracked": delivered}
+
+
+def _tracker(job: Job) -> Any:
+    if job.tracking is None:
+        return None
+    from logonet.tracking import Tracker
+
+    tracker = Tracker(**job.tracking)
+    tracker.log_files(job.files)
+    return tracker

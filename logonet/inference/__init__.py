@@ -1,0 +1,1 @@
+"""Running a trained network on scans, and judging what it finds."""

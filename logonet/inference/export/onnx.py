@@ -1,0 +1,143 @@
+"""ONNX of a network, with a parity check against ONNX Runtime."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from logonet import networks
+from logonet.core.errors import UserError
+from logonet.inference import model
+from logonet.inference.export.shared import PLAIN, logits_only, need
+from logonet.storage import object_store
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+TOLERANCE = 1e-3  # of the largest logit, between PyTorch and ONNX Runtime
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How close ONNX Runtime comes to PyTorch on one random window for each batch size tried."""
+
+    max_abs_difference: float
+    max_abs_logit: float
+    any_batch: bool  # else the graph takes one window at a time
+    opset: int
+    size_bytes: int
+
+    def __str__(self) -> str:
+        share = self.max_abs_difference / self.max_abs_logit
+        return (
+            f"logits differ from PyTorch's by at most {self.max_abs_difference:.1e} ({share:.1e} of the largest); "
+            f"opset {self.opset}, {'any batch' if self.any_batch else 'batch 1'}, {self.size_bytes / 2**20:.1f} MiB"
+        )
+
+
+def onnx(folder_uri: str, out_file: str, tolerance: float = TOLERANCE) -> Parity:
+    """Write the network as ONNX, ``image`` (B, C, X, Y, Z) to ``logits`` (B, K, X, Y, Z), once it is proven.
+
+    Only the batch is free: the window is ``size_vox``. Where a network does not trace with a free batch, it
+    is 1. ONNX Runtime's logits on random windows are compared with PyTorch's before anything is written.
+
+    Args:
+        folder_uri: a folder of `model.files`, local or s3://.
+        out_file: local or s3://.
+        tolerance: largest difference allowed, as a share of the largest logit.
+
+    Raises:
+        UserError: naming the operator that ONNX lacks, a package that is missing, or the difference found.
+    """
+    need(ONNX_PACKAGES)
+    spec, weights = model.read(folder_uri)
+    name = spec.backbone["name"]
+    known = {f.name for f in dataclasses.fields(networks.config(name))}
+    plain = {key: value for key, value in PLAIN.items() if key in known}
+    traced = logits_only(model.build(dataclasses.replace(spec, backbone={**spec.backbone, **plain}), weights))
+    with tempfile.TemporaryDirectory(prefix="logonet-onnx-") as folder:
+        path = os.path.join(folder, "network.onnx")
+        any_batch, opset = _trace(traced, name, (spec.in_channels, *spec.size_vox), path)
+        # Compared with the network as it runs here, so that the plain routes are proven with it.
+        own = logits_only(model.build(spec, weights))
+        difference, largest = _compare(own, path, spec, (1, 2) if any_batch else (1,))
+        if not difference <= tolerance * largest:  # NaN too
+            raise UserError(
+                f"{folder_uri}: logits of the ONNX graph differ from PyTorch's by up to {difference:.2g}, more "
+                f"than {tolerance:g} of the largest ({largest:.2g}); nothing is written, please report backbone "
+                f"'{name}'"
+            )
+        object_store.write_file(path, out_file)
+        return Parity(difference, largest, any_batch, opset, os.path.getsize(path))
+
+
+def _trace(net: nn.Module, name: str, shape_CXYZ: Sequence[int], path: str) -> tuple[bool, int]:
+    """Write ``net`` to ``path``; whether the batch is free, and the opset."""
+    try:
+        program = _export(net, torch.zeros(2, *shape_CXYZ), {0: torch.export.Dim("batch")})
+        any_batch = True
+    except (torch.onnx.OnnxExporterError, RuntimeError):
+        any_batch = False
+    if not any_batch:
+        try:
+            program = _export(net, torch.zeros(1, *shape_CXYZ), None)
+        except (torch.onnx.OnnxExporterError, RuntimeError) as err:
+            raise UserError(f"backbone '{name}' cannot be written as ONNX: {_reason(err)}") from None
+    program.save(path, external_data=False)
+    return any_batch, program.model.opset_imports[""]
+
+
+def _export(net: nn.Module, x_BCXYZ: Tensor, dynamic: Mapping[int, Any] | None) -> Any:
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # it reports its progress there
+        return torch.onnx.export(
+            net,
+            (x_BCXYZ,),
+            dynamo=True,
+            input_names=["image"],
+            output_names=["logits"],
+            dynamic_shapes=(dynamic,),
+            verbose=False,
+        )
+
+
+def _reason(err: BaseException) -> str:
+    """The operator at fault, as far as the exporter's pages of text tell, else their first sentence."""
+    texts = [str(e) for e in _chain(err)]
+    for text in texts:
+        for pattern in (r"No ONNX function found for <OpOverload\(op='([\w:.]+)'", r"\b(aten[.:]+\w+[\w.]*)"):
+            if found := re.search(pattern, text):
+                return f"ONNX has no operator for {found.group(1)}"
+    return " ".join(texts[-1].split())[:300]
+
+
+def _chain(err: BaseException | None) -> Iterator[BaseException]:
+    """Causes first."""
+    if err is not None:
+        yield from _chain(err.__cause__)
+        yield err
+
+
+def _compare(net: nn.Module, path: str, spec: model.Spec, batches: Sequence[int]) -> tuple[float, float]:
+    """Largest absolute difference, and largest absolute logit, over random windows in [0, 1]."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    difference = largest = 0.0
+    for batch in batches:
+        x_BCXYZ = rng.random((batch, spec.in_channels, *spec.size_vox), np.float32)
+        with torch.inference_mode():
+            own_BKXYZ = net(torch.from_numpy(x_BCXYZ)).numpy()
+        (other_BKXYZ,) = session.run(["logits"], {"image": x_BCXYZ})
+        difference = max(difference, float(np.abs(own_BKXYZ - other_BKXYZ).max()))
+        largest = max(largest, float(np.abs(own_BKXYZ).max()))
+    return difference, largest

@@ -1,0 +1,161 @@
+"""A trained segmentation network as a folder: ``config.json`` and ``weights.safetensors``, nothing pickled.
+
+The folder is all that is needed to run the network on a scan: what it is built of, how scans are prepared
+for it and what its output channels mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from logonet import networks
+from logonet.core import config
+from logonet.core.errors import UserError
+from logonet.data import cropping
+from logonet.storage import object_store
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
+MODALITIES = ("CT", "MR", "mixed")
+MAX_VALUE = 255  # label maps are uint8
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What ``config.json`` holds.
+
+    backbone: ``{"name": ..., **options}``.
+    in_channels: C of the scans.
+    classes: name of each output channel; the first is "background".
+    label_values: the value that each output channel is written as, 0 to 255.
+    size_vox: the window that the network was trained on, along R, A, S.
+    spacing_mm: voxel size that scans are resampled to; None keeps each scan's own.
+    window_hu, mr_percentiles: the intensities that become 0 and 1, as in `crops.Config`.
+    modality: what it was trained on: "CT", "MR" or "mixed".
+
+    Raises:
+        UserError: for values that contradict each other.
+    """
+
+    backbone: dict[str, Any]
+    in_channels: int
+    classes: tuple[str, ...]
+    label_values: tuple[int, ...]
+    size_vox: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float] | None
+    window_hu: tuple[float, float]
+    mr_percentiles: tuple[float, float]
+    modality: str
+
+    def __post_init__(self) -> None:
+        if "name" not in self.backbone:
+            raise UserError(f"backbone has no name; it must be one of {', '.join(networks.names())}")
+        if self.in_channels < 1:
+            raise UserError(f"in_channels is {self.in_channels}; it must be at least 1")
+        if len(self.classes) < 2 or self.classes[0] != "background":
+            raise UserError(
+                f"classes are {list(self.classes)}; they must be background and at least one more"
+            )
+        if len(self.label_values) != len(self.classes):
+            raise UserError(
+                f"there are {len(self.label_values)} label_values for {len(self.classes)} classes; give one each"
+            )
+        values = self.label_values
+        if len(set(values)) != len(values) or not all(0 <= value <= MAX_VALUE for value in values):
+            raise UserError(
+                f"label_values are {list(values)}; they must be distinct and from 0 to {MAX_VALUE}"
+            )
+        if self.modality not in MODALITIES:
+            raise UserError(f"modality is '{self.modality}'; it must be one of {', '.join(MODALITIES)}")
+        self.preparation()
+
+    def preparation(self) -> cropping.Config:
+        """How training has cut its crops, so that scans are prepared the same way."""
+        return cropping.Config(
+            size_vox=self.size_vox,
+            spacing_mm=self.spacing_mm,
+            window_hu=self.window_hu,
+            mr_percentiles=self.mr_percentiles,
+        )
+
+
+def files(spec: Spec, weights: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
+    """The folder's files by name; equal models give equal bytes."""
+    from safetensors.torch import save
+
+    tensors = {name: weights[name].detach().cpu().contiguous() for name in sorted(weights)}
+    text = json.dumps(config.to_dict(spec), indent=2, sort_keys=True) + "\n"
+    return {CONFIG_FILE: text.encode(), WEIGHTS_FILE: save(tensors)}
+
+
+def read(folder_uri: str) -> tuple[Spec, dict[str, torch.Tensor]]:
+    """What `files` has made, from a local folder or s3://.
+
+    Raises:
+        UserError: naming the file that is missing, damaged or of another kind.
+    """
+    return parse(
+        {n: object_store.read(object_store.join(folder_uri, n)) for n in (CONFIG_FILE, WEIGHTS_FILE)},
+        folder_uri,
+    )
+
+
+def parse(blobs: Mapping[str, bytes], where: str = "") -> tuple[Spec, dict[str, torch.Tensor]]:
+    """The same of a folder's files by name; ``where`` is the folder, for errors.
+
+    Raises:
+        UserError: naming the file that is damaged or of another kind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    config_name, weights_name = (
+        object_store.join(where, n) if where else n for n in (CONFIG_FILE, WEIGHTS_FILE)
+    )
+    try:
+        values = config.parse_json(blobs[CONFIG_FILE])
+    except ValueError as err:
+        raise UserError(f"{config_name} is not valid JSON ({err}); fetch the model again") from None
+    try:
+        spec = config.from_dict(Spec, values)
+    except UserError as err:
+        raise UserError(f"{config_name}: {err}") from None
+    try:
+        return spec, load(blobs[WEIGHTS_FILE])
+    except (SafetensorError, KeyError, ValueError) as err:
+        raise UserError(
+            f"{weights_name} is not a whole safetensors file ({err}); fetch the model again"
+        ) from None
+
+
+def build(spec: Spec, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The network with exactly these weights, on the CPU, in eval mode.
+
+    Raises:
+        UserError: when the backbone does not exist or cannot take ``size_vox``, or the weights are not
+            its own or not finite.
+    """
+    name = spec.backbone["name"]
+    options = {key: value for key, value in spec.backbone.items() if key != "name"}
+    cfg = networks.config(name, options)
+    networks.check_size(name, cfg, spec.size_vox)
+    net = networks.build(name, spec.in_channels, len(spec.classes), cfg)
+    try:
+        net.load_state_dict(dict(weights), strict=True)
+    except RuntimeError as err:  # one line per tensor
+        lines = [" ".join(line.split()) for line in str(err).splitlines()[1:]]
+        raise UserError(
+            f"{WEIGHTS_FILE} does not fit the backbone '{name}' of {CONFIG_FILE}: {lines[0][:300]}"
+            f"{f' (and {len(lines) - 1} more)' if len(lines) > 1 else ''}; take both files from one model"
+        ) from None
+    for key, tensor in net.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{WEIGHTS_FILE}: '{key}' is not finite, so the training diverged; use another model"
+            )
+    return net.eval()

@@ -1,0 +1,327 @@
+"""Scores over cases: means with bootstrap intervals, paired comparisons, tables.
+
+Shapes: N cases, C classes, R bootstrap resamples.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from scipy import stats
+
+from logonet.core import seeding
+from logonet.core.errors import UserError
+from logonet.inference.metrics import EMPTY_DICE, HD95, METRICS
+
+COMPARED = ("dice", "hd95_mm", "nsd_1mm", "nsd_2mm")
+MEAN = "mean"
+
+
+RESAMPLES = 9999
+CONFIDENCE = 0.95
+
+
+def under_rules(rows: pd.DataFrame, empty: str = "default", released: bool = False) -> pd.DataFrame:
+    """The same rows under another published rule for empty masks.
+
+    Args:
+        rows: of ``case_rows``.
+        empty: a key of EMPTY_DICE. It concerns Dice alone: the papers that use the other rules give no NSD.
+        released: HD95 is 0 where either mask is empty, as the scripts of nnFormer and MedContext have it.
+            That rewards a model for missing an organ altogether, so otherwise it is NaN, and counted.
+
+    Raises:
+        UserError: there is no such rule, or there are no rows.
+    """
+    if rows.empty:
+        raise UserError("there are no scores: no case was evaluated")
+    if empty not in EMPTY_DICE:
+        raise UserError(f"{empty!r} is no rule for empty masks; there are {', '.join(EMPTY_DICE)}")
+    rows = rows.copy()
+    both, truth_alone = EMPTY_DICE[empty]
+    rows.loc[rows["empty"] == "both", "dice"] = both
+    rows.loc[rows["empty"] == "truth", "dice"] = truth_alone
+    if released:
+        rows.loc[rows["empty"] != "neither", list(HD95)] = 0.0
+    return rows
+
+
+def summary(
+    rows: pd.DataFrame, seed: int = 0, *, empty: str = "default", released: bool = False
+) -> pd.DataFrame:
+    """Each metric of each class over the cases, and the mean over classes, with bootstrap intervals.
+
+    A class's mean is over the cases in which its score is defined; the mean over classes is the mean of
+    the classes' means. Cases are what is resampled (percentile bootstrap, Efron & Tibshirani 1993 ch. 13),
+    so all classes of a case come and go together.
+
+    Args:
+        rows: of ``case_rows``, any number of scans, in any order.
+        seed: of the resampling.
+        empty, released: see ``under_rules``.
+
+    Returns:
+        One row per class and metric, the class "mean" last: ``class``, ``value`` (0 for the mean),
+        ``metric``, ``mean``, ``ci_low``, ``ci_high`` (95 %), ``std`` (n - 1), ``median``, ``n`` cases with a
+        score, ``skipped`` without. In the row of the mean, std and median are those of the cases' averages
+        over their classes, n counts cases, skipped scores.
+    """
+    rows = under_rules(rows, empty, released)
+    order, scans = _class_order(rows), sorted(set(rows["scan_id"]))
+    times_RN = _resamples(len(scans), seed)
+    out = []
+    for metric in METRICS:
+        values_NC = _by_case(rows, metric, scans, order)
+        means_C, mean = _class_means(values_NC)
+        low_C, high_C, low, high = _intervals(values_NC, times_RN)
+        for c, (value, name) in enumerate(order):
+            num_rows = int((rows["class"] == name).sum())
+            spread = _spread(values_NC[:, c], num_rows)
+            line = {"class": name, "value": value, "metric": metric, "mean": means_C[c]}
+            out.append(line | {"ci_low": low_C[c], "ci_high": high_C[c]} | spread)
+        over_classes = _spread(_row_means(values_NC), 0) | {"skipped": int(rows[metric].isna().sum())}
+        line = {"class": MEAN, "value": 0, "metric": metric, "mean": mean, "ci_low": low, "ci_high": high}
+        out.append(line | over_classes)
+    return _class_by_class(pd.DataFrame(out), order)
+
+
+def compare(
+    a: pd.DataFrame,
+    b: pd.DataFrame,
+    seed: int = 0,
+    *,
+    common: bool = False,
+    empty: str = "default",
+    released: bool = False,
+) -> pd.DataFrame:
+    """Two models on the same cases: is B different from A?
+
+    A pair is a case and class that have a score in both. Where HD95 is undefined for one model (it missed
+    the organ) the pair is dropped and counted, so read HD95 together with Dice.
+
+    Args:
+        a, b: rows of ``case_rows``, paired by ``scan_id`` and ``class``.
+        seed: of the resampling of the cases.
+        common: compare on the scans and classes that both have, where they differ.
+        empty, released: see ``under_rules``.
+
+    Returns:
+        One row per class and metric of COMPARED, the class "mean" last: ``class``, ``value``, ``metric``; ``a``
+        and ``b``, the means over the pairs; ``difference`` b - a with ``ci_low``, ``ci_high`` (95 %, bootstrap of
+        the paired differences); ``p`` of the two-sided Wilcoxon signed-rank test, zero differences left
+        out (Wilcoxon's way; 1 when all are zero); ``p_holm``, p after Holm's correction over the classes
+        of that metric (the mean is one test: its p unchanged); ``n`` pairs and ``dropped`` ones. In the row
+        of the mean, n counts cases, dropped pairs, and the test is on the cases' average differences over
+        their classes.
+
+    Raises:
+        UserError: the scans or classes differ and ``common`` was not asked for, or none is common.
+    """
+    a, b = (under_rules(rows, empty, released) for rows in (a, b))
+    for key, noun in (("scan_id", "scans"), ("class", "classes")):
+        shared = _shared(set(a[key]), set(b[key]), noun, common)
+        a, b = a[a[key].isin(shared)], b[b[key].isin(shared)]
+    order, _ = _class_order(a), _class_order(b)
+    scans = sorted({*a["scan_id"], *b["scan_id"]})
+    times_RN = _resamples(len(scans), seed)
+    out = []
+    for metric in COMPARED:
+        a_NC, b_NC = (_by_case(rows, metric, scans, order) for rows in (a, b))
+        difference_NC = b_NC - a_NC
+        paired_NC = ~np.isnan(difference_NC)
+        a_C, a_mean = _class_means(np.where(paired_NC, a_NC, np.nan))
+        b_C, b_mean = _class_means(np.where(paired_NC, b_NC, np.nan))
+        low_C, high_C, low, high = _intervals(difference_NC, times_RN)
+        difference_C, difference = _class_means(difference_NC)
+        p_C = np.array([_wilcoxon_p(difference_NC[:, c]) for c in range(len(order))])
+        p_mean = _wilcoxon_p(_row_means(difference_NC))
+        n_C = paired_NC.sum(0)
+        frame = {
+            "class": [*(name for _, name in order), MEAN],
+            "value": [*(value for value, _ in order), 0],
+            "metric": metric,
+            "a": [*a_C, a_mean],
+            "b": [*b_C, b_mean],
+            "difference": [*difference_C, difference],
+            "ci_low": [*low_C, low],
+            "ci_high": [*high_C, high],
+            "p": [*p_C, p_mean],
+            "p_holm": [*holm(p_C), p_mean],
+            "n": [*n_C, int(paired_NC.any(1).sum())],
+            "dropped": [*(len(paired_NC) - n_C), int((~paired_NC).sum())],
+        }
+        out.append(pd.DataFrame(frame))
+    return _class_by_class(pd.concat(out, ignore_index=True), order)
+
+
+def holm(p_C: np.ndarray) -> np.ndarray:
+    """Holm's step-down correction (Holm 1979) of a family of p-values; NaN are no tests and stay."""
+    out_C = np.full(len(p_C), np.nan)
+    order = np.argsort(p_C)[: np.count_nonzero(~np.isnan(p_C))]  # NaN sort last
+    scaled = p_C[order] * np.arange(len(order), 0, -1)
+    out_C[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return out_C
+
+
+def _class_order(rows: pd.DataFrame) -> list[tuple[int, str]]:
+    """(value, class) pairs by value, regions by name: an order that does not depend on that of the rows."""
+    twice = rows[rows.duplicated(["scan_id", "class"])]
+    if len(twice):
+        first = twice.iloc[0]
+        raise UserError(
+            f"scan {first['scan_id']} has two scores of {first['class']}; keep one evaluation of it"
+        )
+    return sorted({(int(value), str(name)) for value, name in zip(rows["value"], rows["class"])})
+
+
+def _by_case(
+    rows: pd.DataFrame, metric: str, scans: Sequence[str], order: Sequence[tuple[int, str]]
+) -> np.ndarray:
+    """Scores (N, C); NaN where a case has none."""
+    wide = rows.pivot(index="scan_id", columns="class", values=metric)
+    return wide.reindex(index=scans, columns=[name for _, name in order]).to_numpy(np.float64)
+
+
+def _class_by_class(frame: pd.DataFrame, order: Sequence[tuple[int, str]]) -> pd.DataFrame:
+    """Lines of one class together, in their order, the mean last."""
+    places = {name: place for place, (_, name) in enumerate([*order, (0, MEAN)])}
+    return frame.sort_values("class", key=lambda names: names.map(places), kind="stable", ignore_index=True)
+
+
+def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """total / count, and NaN without a warning where there is nothing to average."""
+    return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=np.asarray(count) > 0)
+
+
+def _row_means(values_NC: np.ndarray) -> np.ndarray:
+    return _mean(np.nansum(values_NC, 1), (~np.isnan(values_NC)).sum(1))
+
+
+def _class_means(values_NC: np.ndarray) -> tuple[np.ndarray, float]:
+    """Each class's mean over cases, and the mean of those over classes."""
+    means_C = _row_means(values_NC.T)
+    return means_C, float(_row_means(means_C[None])[0])
+
+
+def _resamples(num_cases: int, seed: int) -> np.ndarray:
+    """How often each resample holds each case (R, N): means over resamples are then one matrix product."""
+    shares_N = np.full(num_cases, 1 / num_cases)
+    return seeding.rng(seed, "bootstrap").multinomial(num_cases, shares_N, size=RESAMPLES).astype(np.float64)
+
+
+def _intervals(values_NC: np.ndarray, times_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Bootstrap percentile intervals of ``_class_means``: (low_C, high_C, low, high)."""
+    seen_NC = ~np.isnan(values_NC)
+    centre_C = _row_means(values_NC.T)  # taken off first: resamples of equal values then have equal means
+    off_NC = np.where(seen_NC, values_NC - centre_C, 0.0)
+    means_RC = _mean(times_RN @ off_NC, times_RN @ seen_NC) + centre_C
+    low_C, high_C = np.array([_percentile_interval(means_R) for means_R in means_RC.T]).T
+    return low_C, high_C, *_percentile_interval(_row_means(means_RC))
+
+
+def _percentile_interval(means_R: np.ndarray) -> tuple[float, float]:
+    means_R = means_R[~np.isnan(means_R)]  # resamples that drew no case with this class
+    if not len(means_R):
+        return math.nan, math.nan
+    low, high = np.percentile(means_R, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
+    return float(low), float(high)
+
+
+def _spread(values_N: np.ndarray, num_rows: int) -> dict[str, float | int]:
+    seen = values_N[~np.isnan(values_N)]
+    return {
+        "std": float(seen.std(ddof=1)) if len(seen) > 1 else math.nan,
+        "median": float(np.median(seen)) if len(seen) else math.nan,
+        "n": len(seen),
+        "skipped": num_rows - len(seen),
+    }
+
+
+def _wilcoxon_p(difference_N: np.ndarray) -> float:
+    difference_N = difference_N[~np.isnan(difference_N)]
+    if not len(difference_N):
+        return math.nan
+    if not difference_N.any():
+        return 1.0
+    return float(stats.wilcoxon(difference_N).pvalue)
+
+
+def _shared(a: set[str], b: set[str], noun: str, common: bool) -> set[str]:
+    both = a & b
+    sides = (("A", a - b), ("B", b - a))
+    only = " and ".join(f"{_some(extra)} only in {side}" for side, extra in sides if extra)
+    if not both:
+        raise UserError(f"A and B have no {noun} in common: {only}; evaluate both on one test set")
+    if only and not common:
+        raise UserError(
+            f"A and B were scored on different {noun}: {only}; evaluate both on one test set, "
+            f"or ask for the {len(both)} common {noun} alone"
+        )
+    return both
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+def table(summarised: pd.DataFrame) -> str:
+    """``summary`` for the terminal: a line per class, "mean (95 % interval)" per metric."""
+    columns = {"dice": "Dice", "hd95_mm": "HD95 mm", "nsd_1mm": "NSD 1 mm", "nsd_2mm": "NSD 2 mm"}
+    out = Table("class", box=box.SIMPLE, title="mean over cases (95 % bootstrap interval)")
+    for title in (*columns.values(), "cases", "no HD95"):
+        out.add_column(title, justify="right")
+    for name, lines in summarised.groupby("class", sort=False):
+        by_metric = lines.set_index("metric")
+        cells = [_cell(by_metric.loc[m], "mean", 2 if m == "hd95_mm" else 3) for m in columns]
+        counts = [str(by_metric.loc["dice", "n"]), str(by_metric.loc["hd95_mm", "skipped"])]
+        out.add_row(escape(str(name)), *cells, *counts, style="bold" if name == MEAN else "")
+    return _rendered(out)
+
+
+def compare_table(compared: pd.DataFrame) -> str:
+    """``compare`` for the terminal: a line per class and metric."""
+    out = Table("class", "metric", box=box.SIMPLE, title="paired over cases; B - A (95 % bootstrap interval)")
+    for title in ("A", "B", "B - A", "p Wilcoxon", "p Holm", "pairs", "dropped"):
+        out.add_column(title, justify="right")
+    for line in compared.to_dict("records"):
+        digits = 2 if line["metric"] == "hd95_mm" else 4
+        means = [f"{line[side]:.{digits}f}" for side in ("a", "b")]
+        tests = [f"{line[p]:.2g}" for p in ("p", "p_holm")]
+        counts = [str(line["n"]), str(line["dropped"])]
+        cells = [
+            escape(line["class"]),
+            line["metric"],
+            *means,
+            _cell(line, "difference", digits),
+            *tests,
+            *counts,
+        ]
+        out.add_row(*cells, style="bold" if line["class"] == MEAN else "")
+    return _rendered(out)
+
+
+def to_json(frame: pd.DataFrame) -> bytes:
+    """A list of records; NaN becomes null."""
+    return frame.to_json(orient="records", indent=1, double_precision=15).encode()
+
+
+def _cell(line: Mapping[str, Any], key: str, digits: int) -> str:
+    if math.isnan(line[key]):
+        return "-"
+    return f"{line[key]:.{digits}f} ({line['ci_low']:.{digits}f} to {line['ci_high']:.{digits}f})"
+
+
+def _rendered(out: Table) -> str:
+    text = io.StringIO()
+    Console(file=text, width=140).print(out)
+    return text.getvalue().rstrip() + "\n"

@@ -1,0 +1,224 @@
+"""DiNTS (He et al. 2021), a network found by differentiable search: MONAI's, behind the backbones' contract.
+
+Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from logonet.core.errors import UserError
+from logonet.networks import SegOut
+from logonet.networks._monai import GROUPS, Norm, check_coarsest, norm_name
+
+WIDTH = 32  # at full resolution, with a channel_mul of 1
+OPS = 5  # operations a path chooses from: skip, 3x3x3, and 3x3 in each of the three planes
+
+TINY: dict[str, Any] = {"num_blocks": 2, "num_depths": 2, "channel_mul": 0.125, "norm": "group"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the DiNTS instance of LoGoNet's Table 1, which is the whole space: no path is left out.
+
+    A block has 3 * num_depths - 2 paths, in this order: into the finest level from itself and from the one
+    below; into the next level from above, from itself, from below; and so on.
+
+    Attributes:
+        search: learn what each path and each operation is worth; `DiNTS.searched` reads the result.
+        num_blocks: how often features pass between levels.
+        num_depths: levels, at 1/2, 1/4, ... of the crop's resolution.
+        channel_mul: of all widths.
+        paths: per block, for each of its paths 1 or 0; None is all of them.
+        ops: per block, for each of its paths the operation, 0 to 4 (skip, 3x3x3, 3x3x1, 3x1x3, 1x3x3); None is
+            all of them, added up. Give both, or neither.
+        norm: of every convolution.
+    """
+
+    search: bool = False
+    num_blocks: int = 6
+    num_depths: int = 3
+    channel_mul: float = 1.0
+    paths: tuple[tuple[int, ...], ...] | None = None
+    ops: tuple[tuple[int, ...], ...] | None = None
+    norm: Norm = "instance_affine"
+
+    def __post_init__(self) -> None:
+        if min(self.num_blocks, self.num_depths) < 1:
+            raise UserError("backbone.num_blocks and backbone.num_depths must be above 0")
+        least = GROUPS if self.norm == "group" else 1
+        width = WIDTH * self.channel_mul
+        if width < least or width != int(width) or int(width) % least:
+            raise UserError(
+                f"backbone.channel_mul is {self.channel_mul}; {WIDTH} times it must be a positive multiple of {least}"
+            )
+        if (self.paths is None) != (self.ops is None):
+            raise UserError(
+                "an architecture is backbone.paths and backbone.ops; give both, or neither for all of them"
+            )
+        if self.paths is None or self.ops is None:
+            return
+        if self.search:
+            raise UserError("backbone.search looks for paths and ops; leave both out")
+        shape = (self.num_blocks, 3 * self.num_depths - 2)
+        for key, rows, most in (("paths", self.paths, 1), ("ops", self.ops, OPS - 1)):
+            if len(rows) != shape[0] or any(len(row) != shape[1] for row in rows):
+                raise UserError(f"backbone.{key} must have {shape[0]} rows of {shape[1]}, one for each path")
+            if not all(0 <= value <= most for row in rows for value in row):
+                raise UserError(f"backbone.{key} must hold whole numbers from 0 to {most}")
+        self._check_joints()
+
+    def _check_joints(self) -> None:
+        for block in range(self.num_blocks):
+            starts = {start for start, _ in self.active(block)}
+            if not starts:
+                raise UserError(f"backbone.paths: row {block} has no path; give each block one")
+            reached = {end for _, end in self.active(block - 1)} if block else starts
+            if starts != reached:
+                raise UserError(
+                    f"backbone.paths: row {block - 1} reaches levels {sorted(reached)} and row {block} starts "
+                    f"from {sorted(starts)}; make them the same"
+                )
+
+    def active(self, block: int) -> dict[tuple[int, int], int]:
+        """The number of each path that ``block`` has, by the levels (from, to) it joins."""
+        joins = [
+            (start, end)
+            for end in range(self.num_depths)
+            for start in (end - 1, end, end + 1)
+            if 0 <= start < self.num_depths
+        ]
+        kept = self.paths[block] if self.paths is not None else (1,) * len(joins)
+        return {join: path for path, (join, keep) in enumerate(zip(joins, kept)) if keep}
+
+    @property
+    def levels_in(self) -> list[int]:
+        """The levels that the first block starts from."""
+        return sorted({start for start, _ in self.active(0)})
+
+    @property
+    def levels_out(self) -> list[int]:
+        """The levels that the last block reaches."""
+        return sorted({end for _, end in self.active(self.num_blocks - 1)})
+
+
+def size_multiple(cfg: Config) -> tuple[int, int, int]:
+    return (2**cfg.num_depths,) * 3
+
+
+def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
+    check_coarsest("dints", cfg.norm, size_multiple(cfg), size_vox)
+
+
+def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
+    return DiNTS(cfg, in_channels, num_classes)
+
+
+class DiNTS(nn.Module):
+    """74,127,278 parameters (252 more when searching) and 743.89 G multiply-accumulates (as thop counts) at 96^3
+    with 14 classes.
+
+    Features: the outputs of the search space, at the levels that the last block reaches. When searching, the
+    weights of paths and operations are parameters like all others, trained by the same loss and optimizer;
+    MONAI's recipe alternates two and adds terms for memory and for the topology's entropy.
+    """
+
+    encoder_prefixes = ("net.stem_down.", "net.dints_space.")
+    head_prefixes = ("net.stem_finals.1.",)
+
+    def __init__(self, cfg: Config, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        device = torch.get_default_device()
+        with torch.device(
+            "cpu"
+        ):  # MONAI moves what it has just made to the CPU, which the meta device cannot
+            self.net: Any = _wrapped(cfg, in_channels, num_classes)
+        self.net.to(device)
+        # To the end, so that the first convolution of the encoder is one on the crop: that one tells the number
+        # of its channels to whoever loads weights.
+        space = self.net.dints_space
+        del self.net.dints_space
+        self.net.dints_space = space
+        # MONAI runs the stems of levels that no path starts from and multiplies by 0, and never runs those
+        # above which no path ends: weights no gradient would ever reach.
+        for level in range(cfg.num_depths):
+            if level not in cfg.levels_in:
+                del self.net.stem_down[str(level)]
+            if level > cfg.levels_out[-1]:
+                del self.net.stem_up[str(level)]
+        widths = self.net.filter_nums
+        self.channels = tuple(widths[level + 1] for level in cfg.levels_out)
+        self.strides = tuple(2 ** (level + 1) for level in cfg.levels_out)
+        self.feature_channels = widths[0]
+
+    def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
+        # MONAI's space reads its paths out of a tensor while it runs, which no compiler can follow; so its cells
+        # are walked here.
+        space = self.net.dints_space
+        path_weights = space.get_prob_a()[1] if self.cfg.search else None
+        levels = {level: self.net.stem_down[str(level)](x_BCXYZ) for level in self.cfg.levels_in}
+        for block in range(self.cfg.num_blocks):
+            after: dict[int, Tensor] = {}
+            for (start, end), path in self.cfg.active(block).items():
+                cell = space.cell_tree[str((block, path))]
+                if path_weights is None:
+                    f = cell(levels[start], None)
+                else:
+                    op_weights = F.softmax(space.log_alpha_c[block, path], dim=-1)
+                    f = cell(levels[start], op_weights) * path_weights[block, path]
+                after[end] = after[end] + f if end in after else f
+            levels = after
+        return [levels[level] for level in self.cfg.levels_out]
+
+    def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
+        levels = dict(zip(self.cfg.levels_out, feats))
+        deepest = self.cfg.levels_out[-1]
+        f = self.net.stem_up[str(deepest)](levels[deepest])
+        for level in range(deepest - 1, -1, -1):
+            f = self.net.stem_up[str(level)](levels[level] + f if level in levels else f)
+        return self.net.stem_finals[0](f)
+
+    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
+        return SegOut(self.net.stem_finals[1](self.decode_features(x_BCXYZ, feats)), [], None)
+
+    def forward(self, x_BCXYZ: Tensor) -> SegOut:
+        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
+
+    def searched(self) -> dict[str, Any]:
+        """``paths`` and ``ops`` of the most probable architecture, options of the instance to train next."""
+        assert self.cfg.search, "an instance has nothing to search"
+        space = self.net.dints_space
+        space.device = space.log_alpha_a.device
+        _, paths, ops, _ = space.decode()
+        rows = {"paths": paths, "ops": ops}
+        return {key: tuple(tuple(int(value) for value in row) for row in rows[key]) for key in rows}
+
+
+def _wrapped(cfg: Config, in_channels: int, num_classes: int) -> Any:
+    import numpy as np
+    from monai.networks.nets.dints import DiNTS as Wrapped
+    from monai.networks.nets.dints import TopologyInstance, TopologySearch
+
+    code = None if cfg.paths is None else [np.array(cfg.paths), np.array(cfg.ops)]
+    space_of: Any = TopologySearch if cfg.search else TopologyInstance
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        # It prints a recommended size, and warns that an instance without a code is unusual.
+        warnings.simplefilter("ignore", UserWarning)
+        space = space_of(
+            arch_code=code,
+            channel_mul=cfg.channel_mul,
+            num_blocks=cfg.num_blocks,
+            num_depths=cfg.num_depths,
+            norm_name=norm_name(cfg.norm),
+        )
+    return Wrapped(space, in_channels, num_classes, norm_name=norm_name(cfg.norm))

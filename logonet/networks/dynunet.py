@@ -1,0 +1,161 @@
+"""nnU-Net: MONAI's DynUNet (Isensee et al. 2018), behind the backbones' contract.
+
+Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from logonet.core.errors import UserError
+from logonet.networks import SegOut
+from logonet.networks._monai import GROUPS, Norm, check_coarsest, norm_name
+
+TINY: dict[str, Any] = {
+    "kernel_size": ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
+    "strides": ((1, 1, 1), (1, 2, 2), (2, 2, 2), (2, 2, 2)),
+    "filters": (4, 8, 12, 16),
+    "norm": "group",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the nnU-Net of LoGoNet's Table 1.
+
+    Attributes:
+        kernel_size: of each level, fine to coarse, along X, Y and Z; odd.
+        strides: of each level; that of the first is 1, so features keep the crop's resolution.
+            Table 1's leave the first axis alone where the others are halved, as suits crops that are
+            coarse along X; for thick slices along Z mirror both lists.
+        filters: width of each level; None is nnU-Net's 32, 64, 128, 256, 320, 320.
+        norm: "instance" in Table 1; nnU-Net's own is "instance_affine".
+        deep_supervision: give auxiliary logits in training.
+        deep_supr_num: of how many levels below the first.
+    """
+
+    kernel_size: tuple[tuple[int, int, int], ...] = ((1, 3, 3), *((3, 3, 3),) * 5)
+    strides: tuple[tuple[int, int, int], ...] = ((1, 1, 1), (1, 2, 2), *((2, 2, 2),) * 3, (1, 2, 2))
+    filters: tuple[int, ...] | None = None
+    norm: Norm = "instance"
+    deep_supervision: bool = False
+    deep_supr_num: int = 1
+
+    def __post_init__(self) -> None:
+        levels = len(self.strides)
+        if levels < 3 or len(self.kernel_size) != levels:
+            raise UserError(
+                f"backbone.strides has {levels} entries and backbone.kernel_size {len(self.kernel_size)}; "
+                "give both the same number, at least 3"
+            )
+        if self.strides[0] != (1, 1, 1):
+            raise UserError(f"backbone.strides begins with {self.strides[0]}; it must begin with (1, 1, 1)")
+        for kernel, stride in zip(self.kernel_size, self.strides):
+            if any(k < 1 or k % 2 == 0 or not 1 <= s <= k + 1 for k, s in zip(kernel, stride)):
+                raise UserError(
+                    f"backbone.kernel_size {kernel} cannot go with backbone.strides {stride}; kernels must be "
+                    "odd and at least as long as their stride less one"
+                )
+        if len(self.widths) != levels:
+            raise UserError(f"backbone.filters has {len(self.widths)} entries; give {levels}, one per stride")
+        if any(width < 1 or (self.norm == "group" and width % GROUPS) for width in self.widths):
+            raise UserError(
+                f"backbone.filters is {self.widths}; with backbone.norm {self.norm} each must be a positive "
+                f"multiple of {GROUPS if self.norm == 'group' else 1}"
+            )
+        if self.deep_supervision and not 1 <= self.deep_supr_num <= levels - 2:
+            raise UserError(
+                f"backbone.deep_supr_num is {self.deep_supr_num}; it must lie between 1 and {levels - 2}"
+            )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of each level, fine to coarse."""
+        return self.filters or tuple(min(32 * 2**level, 320) for level in range(len(self.strides)))
+
+    @property
+    def total_strides(self) -> list[tuple[int, int, int]]:
+        """Voxels of the crop per voxel of each level's feature, fine to coarse."""
+        so_far = (self.strides[: level + 1] for level in range(len(self.strides)))
+        return [(math.prod(x), math.prod(y), math.prod(z)) for x, y, z in (zip(*s) for s in so_far)]
+
+
+def size_multiple(cfg: Config) -> tuple[int, int, int]:
+    return cfg.total_strides[-1]
+
+
+def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
+    check_coarsest("dynunet", cfg.norm, size_multiple(cfg), size_vox)
+
+
+def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
+    return DynUNet(cfg, in_channels, num_classes)
+
+
+class DynUNet(nn.Module):
+    """30,745,326 parameters and 312.96 G multiply-accumulates (as thop counts) at 96^3 with 14 classes.
+
+    The 1250.65 G of LoGoNet's Table 1 are an artefact: MONAI registers every block but the last at two
+    places of its module tree, and thop hangs a counter on both and then adds both up twice.
+
+    In training with deep supervision ``SegOut.deep`` holds each head's logits at its own level's size,
+    which MONAI upsamples (nearest) and stacks onto the final ones. Features: the encoder's levels.
+    """
+
+    def __init__(self, cfg: Config, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        from monai.networks.nets import DynUNet as Wrapped
+
+        self.net: Any = Wrapped(
+            3,
+            in_channels,
+            num_classes,
+            kernel_size=cfg.kernel_size,
+            strides=cfg.strides,
+            upsample_kernel_size=cfg.strides[1:],
+            filters=cfg.widths,
+            norm_name=norm_name(cfg.norm),
+            deep_supervision=cfg.deep_supervision,
+            deep_supr_num=cfg.deep_supr_num,
+        )
+        # The recursion of MONAI's forward: the same blocks a second time, which would put every tensor
+        # into the state dict twice. safetensors refuses that, and MONAI loads its own weights without.
+        del self.net.skip_layers
+        self.channels, self.strides = cfg.widths, tuple(cfg.total_strides)
+        self.feature_channels = cfg.widths[0]
+        self.encoder_prefixes = ("net.input_block.", "net.downsamples.", "net.bottleneck.")
+        heads = ("net.deep_supervision_heads.",) if cfg.deep_supervision else ()
+        self.head_prefixes = ("net.output_block.", *heads)
+
+    def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
+        feats = [self.net.input_block(x_BCXYZ)]
+        for block in (*self.net.downsamples, self.net.bottleneck):
+            feats.append(block(feats[-1]))
+        return feats
+
+    def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
+        return self._up(feats)[0]
+
+    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
+        finest, *coarser = self._up(feats)
+        deep = []
+        if self.training and self.net.deep_supervision:
+            deep = [head(level) for head, level in zip(self.net.deep_supervision_heads, coarser)]
+        return SegOut(self.net.output_block(finest), deep, None)
+
+    def _up(self, feats: list[Tensor]) -> list[Tensor]:
+        """The decoder's levels, fine to coarse."""
+        *skips, x = feats
+        levels = []
+        for block, skip in zip(self.net.upsamples, reversed(skips)):
+            x = block(x, skip)
+            levels.append(x)
+        return levels[::-1]
+
+    def forward(self, x_BCXYZ: Tensor) -> SegOut:
+        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))

@@ -1,0 +1,134 @@
+"""LoGoNet: one ULKANet on the whole crop, eight small ones on its octants (paper section 3.2).
+
+Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from logonet.core.errors import UserError
+from logonet.networks import SegOut
+from logonet.networks._lka import SegHead, Ulka, UlkaConfig, to_layout
+
+TINY: dict[str, Any] = {
+    "dims": (8, 16, 24, 32),
+    "depths": (1, 1, 1, 1),
+    "mlp_ratios": (2, 2, 2, 2),
+    "full_width": 8,
+}
+
+
+@dataclass(frozen=True)
+class Config(UlkaConfig):
+    global_blocks: int = 4  # encoder blocks of the net that sees the whole crop
+    local_blocks: int = 2  # encoder blocks of each of the eight nets that see an octant
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.local_blocks <= self.global_blocks:
+            raise UserError(
+                f"backbone.local_blocks is {self.local_blocks}; it must lie between 1 and "
+                f"backbone.global_blocks ({self.global_blocks})"
+            )
+
+
+def size_multiple(cfg: Config) -> tuple[int, int, int]:
+    stride = max(2 ** (cfg.global_blocks + 1), 2 * 2 ** (cfg.local_blocks + 1))
+    return stride, stride, stride
+
+
+def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
+    return LoGoNet(cfg, in_channels, num_classes)
+
+
+class LoGoNet(nn.Module):
+    """67,679,406 parameters and 246.2 G multiply-accumulates at 96^3 (normal, 14 classes); the paper
+    prints 67.5 M and 246.96 G.
+
+    Features: at each level that both nets have, the global features and, after them in the channel
+    axis, the eight local ones put back into their 2 x 2 x 2 grid; deeper, the global features alone.
+    """
+
+    head_prefixes = ("head.",)
+
+    def __init__(self, cfg: Config, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        width = cfg.full_width
+        self.global_net = Ulka(cfg, cfg.global_blocks, in_channels, width)
+        self.local_nets = nn.ModuleList(Ulka(cfg, cfg.local_blocks, in_channels, width) for _ in range(8))
+        self.head = SegHead(width, num_classes, cfg.plain)
+        dims, both = self.global_net.dims, cfg.local_blocks
+        self.channels = tuple(2 * dim if level < both else dim for level, dim in enumerate(dims))
+        self.strides = self.global_net.strides
+        self.feature_channels = width
+        self.encoder_prefixes = ("global_net.encoder.", *(f"local_nets.{n}.encoder." for n in range(8)))
+        self.channels_last = cfg.channels_last
+
+    def locals(self) -> list[Ulka]:
+        return cast(list[Ulka], list(self.local_nets))
+
+    def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
+        x = to_layout(x_BCXYZ, self.channels_last)
+        feats = self.global_net.encode(x)
+        per_cube = [net.encode(cube) for net, cube in zip(self.locals(), octants(x))]
+        local = [join_octants(level) for level in zip(*per_cube)]
+        both = len(local)
+        return [torch.cat(pair, dim=1) for pair in zip(feats, local)] + feats[both:]
+
+    def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
+        x = to_layout(x_BCXYZ, self.channels_last)
+        dims = self.global_net.dims
+        whole = [feat[:, :dim] for feat, dim in zip(feats, dims)]
+        both = len(self.locals()[0].dims)
+        per_level = [octants(feat[:, dim:]) for feat, dim in zip(feats[:both], dims)]
+        local = [
+            net.output(net.decoder(cube, list(cube_feats)))
+            for net, cube, cube_feats in zip(self.locals(), octants(x), zip(*per_level))
+        ]
+        return add_octants(self.global_net.output(self.global_net.decoder(x, whole)), local)
+
+    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
+        return SegOut(self.head(self.decode_features(x_BCXYZ, feats)), [], None)
+
+    def forward(self, x_BCXYZ: Tensor) -> SegOut:
+        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
+
+
+def octants(x_BCXYZ: Tensor) -> list[Tensor]:
+    """The eight half-sided sub-volumes (views); number 4i + 2j + k is half i of X, j of Y and k of Z."""
+    hx, hy, hz = (n // 2 for n in x_BCXYZ.shape[2:])
+    return [
+        x_BCXYZ[:, :, i * hx : (i + 1) * hx, j * hy : (j + 1) * hy, k * hz : (k + 1) * hz]
+        for i, j, k in product((0, 1), repeat=3)
+    ]
+
+
+def join_octants(cubes: Sequence[Tensor]) -> Tensor:
+    """Undo `octants`."""
+    rows = [torch.cat((cubes[n], cubes[n + 1]), dim=4) for n in (0, 2, 4, 6)]
+    planes = [torch.cat((rows[n], rows[n + 1]), dim=3) for n in (0, 2)]
+    return torch.cat(planes, dim=2)
+
+
+def add_octants(whole_BCXYZ: Tensor, cubes: Sequence[Tensor]) -> Tensor:
+    """``whole + join_octants(cubes)`` without joining them first: at full resolution each copy shows."""
+    return _AddOctants.apply(whole_BCXYZ, *cubes)
+
+
+class _AddOctants(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole_BCXYZ: Tensor, *cubes: Tensor) -> Tensor:
+        out = whole_BCXYZ.clone()
+        for part, cube in zip(octants(out), cubes):
+            part.add_(cube)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads[0], *octants(grads[0])

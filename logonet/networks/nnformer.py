@@ -1,0 +1,475 @@
+"""nnFormer (Zhou et al. 2021): windows of attention in the encoder, in the decoder and across the skips.
+
+Letters: B batch, C input channels, D width of a stage (E of the first), F features, K classes, XYZ the crop's or
+a map's axes (xyz those of the first stage), W windows (those of all samples), N tokens of a window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from logonet.core.errors import UserError
+from logonet.networks import SegOut
+
+Triple = tuple[int, int, int]
+
+# The last stride keeps the coarsest map at four tokens a side: fewer make windows in which little can happen.
+TINY: dict[str, Any] = {
+    "img_size": (32, 32, 32),
+    "patch": (2, 2, 2),
+    "embed_dim": 8,
+    "num_heads": (1, 2, 2, 4),
+    "windows": ((4, 4, 4),) * 4,
+    "strides": ((2, 2, 2), (2, 2, 2), (1, 1, 1)),
+    "drop_path": 0.0,
+    "deep_supervision": False,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the published net for abdominal CT (Synapse), its axes in this project's order.
+
+    Attributes:
+        img_size: the one crop size (X, Y, Z in voxels) the net takes: windows and shifts depend on it.
+        patch: voxels of a token along X, Y and Z; each 1, 2 or 4.
+        embed_dim: width of the first stage; each later one doubles it.
+        depths: blocks of each of the four stages; every second one is shifted. The decoder mirrors the
+            first three.
+        num_heads: attention heads of each stage.
+        decoder_heads: of the decoder's three levels, fine to coarse; None is those of the same stages. The
+            published net for brain tumours has twice as many.
+        windows: tokens of a window along X, Y and Z, in each stage.
+        strides: between the stages; each 1 or 2.
+        drop_path: chance to skip a branch of the last block, for one sample; earlier blocks less often.
+        deep_supervision: give logits of the decoder's two coarser levels in training.
+    """
+
+    img_size: Triple = (128, 128, 64)
+    patch: Triple = (4, 4, 2)
+    embed_dim: int = 192
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    num_heads: tuple[int, ...] = (6, 12, 24, 48)
+    decoder_heads: tuple[int, ...] | None = None
+    windows: tuple[Triple, ...] = ((4, 4, 4), (4, 4, 4), (8, 8, 8), (4, 4, 4))
+    strides: tuple[Triple, ...] = ((2, 2, 2), (2, 2, 2), (2, 2, 2))
+    drop_path: float = 0.2
+    deep_supervision: bool = True
+
+    def __post_init__(self) -> None:
+        if any(p not in (1, 2, 4) for p in self.patch):
+            raise UserError(f"backbone.patch is {self.patch}; its entries must be 1, 2 or 4")
+        lists: dict[str, tuple[Sequence[Any], int]] = {
+            "depths": (self.depths, 4),
+            "num_heads": (self.num_heads, 4),
+            "decoder_heads": (self.heads_up, 3),
+            "windows": (self.windows, 4),
+            "strides": (self.strides, 3),
+        }
+        for key, (values, length) in lists.items():
+            if len(values) != length or any(n < 1 for n in _flat(values)):
+                raise UserError(f"backbone.{key} is {values}; give {length} entries, all above 0")
+        if any(s > 2 for stride in self.strides for s in stride):
+            raise UserError(f"backbone.strides is {self.strides}; its entries must be 1 or 2")
+        if self.embed_dim < 2 or self.embed_dim % 2:
+            raise UserError(f"backbone.embed_dim is {self.embed_dim}; it must be even and above 0")
+        for key, all_heads in (("num_heads", self.num_heads), ("decoder_heads", self.heads_up)):
+            if any(dim % heads for dim, heads in zip(self.dims, all_heads)):
+                raise UserError(f"backbone.{key} is {all_heads}; they must divide the widths {self.dims}")
+        if not 0 <= self.drop_path < 1:
+            raise UserError(f"backbone.drop_path is {self.drop_path}; it must be at least 0 and below 1")
+        least = self.total_strides[-1]
+        if any(side < low or side % p for side, low, p in zip(self.img_size, least, self.patch)):
+            near = tuple(
+                max(-(-side // p) * p, low) for side, low, p in zip(self.img_size, least, self.patch)
+            )
+            raise UserError(
+                f"backbone.img_size is {self.img_size}; its sides must be multiples of backbone.patch "
+                f"{self.patch} and at least {least}; use {near}"
+            )
+
+    @property
+    def dims(self) -> list[int]:
+        """Width of each stage."""
+        return [self.embed_dim * 2**stage for stage in range(4)]
+
+    @property
+    def heads_up(self) -> tuple[int, ...]:
+        """Attention heads of the decoder's levels, fine to coarse."""
+        return self.num_heads[:3] if self.decoder_heads is None else self.decoder_heads
+
+    @property
+    def grids(self) -> list[Triple]:
+        """Tokens along X, Y and Z in each stage."""
+        x, y, z = (side // p for side, p in zip(self.img_size, self.patch))
+        grids = [(x, y, z)]
+        for sx, sy, sz in self.strides:
+            x, y, z = x // sx, y // sy, z // sz
+            grids.append((x, y, z))
+        return grids
+
+    @property
+    def total_strides(self) -> list[Triple]:
+        """Voxels of the crop per token in each stage."""
+        so_far = ((self.patch, *self.strides[:stage]) for stage in range(4))
+        return [(math.prod(x), math.prod(y), math.prod(z)) for x, y, z in (zip(*s) for s in so_far)]
+
+
+def size_multiple(cfg: Config) -> Triple:
+    """No more than the patch: a map of odd side loses its last token on the way down and gets one back on the
+    way up, as in the published net for ACDC."""
+    return cfg.patch
+
+
+def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
+    if tuple(size_vox) != cfg.img_size:
+        raise UserError(
+            f"crop size {tuple(size_vox)} does not fit backbone 'nnformer', which is built for one size; set "
+            f"backbone.img_size to the crop's size or use crops of {cfg.img_size}"
+        )
+
+
+def _flat(values: Sequence[Any]) -> list[int]:
+    return [n for value in values for n in (value if isinstance(value, tuple) else (value,))]
+
+
+def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
+    return NnFormer(cfg, in_channels, num_classes)
+
+
+class NnFormer(nn.Module):
+    """150,054,210 parameters and 212.7 G multiply-accumulates (352.1 G as thop counts) for a crop of
+    128 x 128 x 64 and 14 classes with deep supervision.
+
+    Features: the four stages, each normalised. The classifier, a transposed convolution as large as a patch,
+    goes from tokens to voxels at once, so there are no features between: `decode_features` interpolates the
+    tokens' (trilinear; that many channels at full resolution take much memory).
+    """
+
+    encoder_prefixes = ("encoder.",)
+    head_prefixes = ("heads.",)
+
+    def __init__(self, cfg: Config, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.encoder = Encoder(cfg, in_channels)
+        # Coarse to fine; the chance of skipping a branch grows along that way again.
+        rates = drop_rates(cfg.drop_path, cfg.depths[2::-1])
+        self.decoder = nn.ModuleList(
+            UpStage(cfg, stage, rate) for stage, rate in zip((2, 1, 0), rates, strict=True)
+        )
+        heads = cfg.dims[:3] if cfg.deep_supervision else cfg.dims[:1]
+        self.heads = nn.ModuleList(
+            nn.ConvTranspose3d(dim, num_classes, cfg.patch, cfg.patch) for dim in heads
+        )
+        self.channels, self.strides = tuple(cfg.dims), tuple(cfg.total_strides)
+        self.feature_channels = self.embed_channels = cfg.embed_dim
+        self.embed_stride = cfg.patch
+
+    def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
+        """Raises UserError when the crop is not of the size the net was built for."""
+        check_size(self.cfg, x_BCXYZ.shape[2:])
+        return self.encoder(self.encoder.embed(x_BCXYZ))
+
+    def encode_hidden(self, x_BCXYZ: Tensor, hidden_Bxyz: Tensor, token_E: Tensor) -> list[Tensor]:
+        """Raises UserError when the crop is not of the size the net was built for.
+
+        The convolutions that make tokens overlap: mask the crop too, or its hidden voxels reach their neighbours.
+        """
+        check_size(self.cfg, x_BCXYZ.shape[2:])
+        tokens_BxyzE = self.encoder.embed(x_BCXYZ)
+        token_E = token_E.to(tokens_BxyzE.dtype)
+        return self.encoder(torch.where(hidden_Bxyz[..., None], token_E, tokens_BxyzE))
+
+    def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
+        finest = self._up(feats)[0]
+        return F.interpolate(finest, x_BCXYZ.shape[2:], mode="trilinear", align_corners=False)
+
+    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
+        logits, *deep = [head(level) for head, level in zip(self._used_heads(), self._up(feats))]
+        return SegOut(logits, deep, None)
+
+    def _used_heads(self) -> list[nn.Module]:
+        return list(self.heads) if self.training else [self.heads[0]]
+
+    def _up(self, feats: list[Tensor]) -> list[Tensor]:
+        """The decoder's levels, fine to coarse."""
+        *skips, x = feats
+        levels = []
+        for stage, skip in zip(self.decoder, reversed(skips)):
+            x = stage(x, skip)
+            levels.append(x)
+        return levels[::-1]
+
+    def forward(self, x_BCXYZ: Tensor) -> SegOut:
+        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg: Config, in_channels: int) -> None:
+        super().__init__()
+        self.embed = PatchEmbedding(cfg, in_channels)
+        rates = drop_rates(cfg.drop_path, cfg.depths)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(
+                Block(cfg, stage, cfg.num_heads[stage], rate, shifted=n % 2 == 1)
+                for n, rate in enumerate(rates[stage])
+            )
+            for stage in range(4)
+        )
+        self.downs = nn.ModuleList(Down(cfg, stage) for stage in range(3))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in cfg.dims)
+
+    def forward(self, tokens_BxyzE: Tensor) -> list[Tensor]:
+        """The stages' features from the tokens that ``embed`` makes of a crop."""
+        x = tokens_BxyzE
+        feats = []
+        for n, (stage, norm) in enumerate(zip(self.stages, self.norms)):
+            x = self.downs[n - 1](x) if n else x
+            for block in cast(nn.ModuleList, stage):
+                x = block(x)
+            feats.append(channels_second(norm(x)))
+        return feats
+
+
+class PatchEmbedding(nn.Module):
+    """Two pairs of convolutions; the first of each pair strides. The released net's four convolutions are
+    what its parameters count."""
+
+    def __init__(self, cfg: Config, in_channels: int) -> None:
+        super().__init__()
+        half, dim = cfg.embed_dim // 2, cfg.embed_dim
+        px, py, pz = cfg.patch
+        first = min(px, 2), min(py, 2), min(pz, 2)
+        second = px // first[0], py // first[1], pz // first[2]
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv3d(in_channels, half, 3, first, 1),
+                nn.Conv3d(half, half, 3, 1, 1),
+                nn.Conv3d(half, dim, 3, second, 1),
+                nn.Conv3d(dim, dim, 3, 1, 1),
+            ]
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in (half, half, dim, dim))
+
+    def forward(self, x_BCXYZ: Tensor) -> Tensor:
+        x = x_BCXYZ
+        for n, (conv, norm) in enumerate(zip(self.convs, self.norms)):
+            tokens_BXYZD = channels_last(conv(x))
+            tokens_BXYZD = norm(F.gelu(tokens_BXYZD) if n < 3 else tokens_BXYZD)
+            x = channels_second(tokens_BXYZD)
+        return tokens_BXYZD
+
+
+class Down(nn.Module):
+    """GELU, normalisation, strided convolution from ``stage`` to the next."""
+
+    def __init__(self, cfg: Config, stage: int) -> None:
+        super().__init__()
+        dim, stride, grid = cfg.dims[stage], cfg.strides[stage], cfg.grids[stage]
+        kernel = tuple(3 if s == 2 else 1 for s in stride)
+        # Without padding an odd side halves downwards.
+        padding = tuple(1 if s == 2 and n % 2 == 0 else 0 for s, n in zip(stride, grid))
+        self.norm = nn.LayerNorm(dim)
+        self.conv = nn.Conv3d(dim, 2 * dim, kernel, stride, padding)  # type: ignore[arg-type]
+
+    def forward(self, x_BXYZD: Tensor) -> Tensor:
+        return channels_last(self.conv(channels_second(self.norm(F.gelu(x_BXYZD)))))
+
+
+class Up(nn.Module):
+    """Normalisation, transposed convolution from the stage below to ``stage``."""
+
+    def __init__(self, cfg: Config, stage: int) -> None:
+        super().__init__()
+        dim, stride = cfg.dims[stage], cfg.strides[stage]
+        # The token that an odd side lost on the way down is made of the bias alone.
+        lost = tuple(n % s for n, s in zip(cfg.grids[stage], stride))
+        self.norm = nn.LayerNorm(2 * dim)
+        self.conv = nn.ConvTranspose3d(2 * dim, dim, stride, stride, output_padding=lost)  # type: ignore[arg-type]
+
+    def forward(self, x_BXYZD: Tensor) -> Tensor:
+        return channels_last(self.conv(channels_second(self.norm(x_BXYZD))))
+
+
+class UpStage(nn.Module):
+    """Up, skip attention, then attention within the sum of both. The released net shifts all but the first
+    block."""
+
+    def __init__(self, cfg: Config, stage: int, rates: Sequence[float]) -> None:
+        super().__init__()
+        self.up = Up(cfg, stage)
+        self.blocks = nn.ModuleList(
+            Block(cfg, stage, cfg.heads_up[stage], rate, shifted=n > 0, skip=n == 0)
+            for n, rate in enumerate(rates)
+        )
+
+    def forward(self, x_BDXYZ: Tensor, skip_BDXYZ: Tensor) -> Tensor:
+        up, skip = self.up(channels_last(x_BDXYZ)), channels_last(skip_BDXYZ)
+        x = self.blocks[0](up + skip, up, skip)
+        for block in self.blocks[1:]:
+            x = block(x)
+        return channels_second(x)
+
+
+class Block(nn.Module):
+    """Attention within windows and an MLP, a residual around each, normalisation before it.
+
+    With ``skip`` the queries are the upsampled tokens themselves and the keys and values those of the skip,
+    all normalised alike.
+    """
+
+    def __init__(
+        self, cfg: Config, stage: int, num_heads: int, drop_rate: float, shifted: bool, skip: bool = False
+    ) -> None:
+        super().__init__()
+        dim, grid = cfg.dims[stage], cfg.grids[stage]
+        self.window, shift = fit_window(grid, cfg.windows[stage])
+        self.shift = shift if shifted else (0, 0, 0)
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = Attention(dim, num_heads, self.window, skip)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.drop_path = DropPath(drop_rate)
+        mask = shift_mask(grid, self.window, self.shift) if any(self.shift) else None
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(
+        self, x_BXYZD: Tensor, up_BXYZD: Tensor | None = None, skip_BXYZD: Tensor | None = None
+    ) -> Tensor:
+        query = x_BXYZD if up_BXYZD is None else up_BXYZD
+        sources = [query] if skip_BXYZD is None else [query, skip_BXYZD]
+        windows = [to_windows(self.norm1(source), self.window, self.shift) for source in sources]
+        attended = self.attention(*windows, mask=self.mask)
+        x = x_BXYZD + self.drop_path(from_windows(attended, x_BXYZD.shape, self.window, self.shift))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention within windows, with a learnt bias for each head and offset of two tokens."""
+
+    offsets: Tensor
+
+    def __init__(self, dim: int, num_heads: int, window: Triple, skip: bool) -> None:
+        super().__init__()
+        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
+        self.project = nn.Linear(dim, (2 if skip else 3) * dim)
+        self.bias = nn.Parameter(torch.empty(math.prod(2 * w - 1 for w in window), num_heads))
+        self.register_buffer("offsets", offsets(window), persistent=False)
+        self.softmax = nn.Softmax(dim=-1)
+        self.output = nn.Linear(dim, dim)
+        nn.init.trunc_normal_(self.bias, std=0.02)
+
+    def forward(self, x_WND: Tensor, skip_WND: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x_WND: tokens of the windows, or with a skip its queries.
+            mask: (windows of one sample, N, N), added to the logits.
+        """
+        if skip_WND is None:
+            q, k, v = (self._heads(part) for part in self.project(x_WND).chunk(3, dim=-1))
+        else:
+            q = self._heads(x_WND)
+            k, v = (self._heads(part) for part in self.project(skip_WND).chunk(2, dim=-1))
+        bias_HNN = self.bias[self.offsets].permute(2, 0, 1)
+        logits_WHNN = (q * self.scale) @ k.transpose(-2, -1) + bias_HNN
+        if mask is not None:
+            logits_WHNN = (logits_WHNN.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
+        out_WHND = self.softmax(logits_WHNN) @ v
+        return self.output(out_WHND.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_WND: Tensor) -> Tensor:
+        return x_WND.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+class DropPath(nn.Module):
+    """In training, zero for some samples and scaled up for the others."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) >= self.rate
+        return x * kept / (1 - self.rate)
+
+
+def drop_rates(highest: float, depths: Sequence[int]) -> list[list[float]]:
+    """From 0 to ``highest`` evenly over all blocks, by stage."""
+    rates = iter([highest * n / max(sum(depths) - 1, 1) for n in range(sum(depths))])
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def fit_window(grid: Triple, window: Triple) -> tuple[Triple, Triple]:
+    """The window to use on a map of ``grid`` tokens, and the shift of a shifted block.
+
+    A map as large as the window is one window. Else, where a side of it fits into the window, the released net
+    cuts the window to the shortest side of the map and shifts nowhere.
+    """
+    if grid == window:
+        return window, (0, 0, 0)
+    if any(n <= w for n, w in zip(grid, window)):
+        x, y, z = (min(w, *grid) for w in window)
+        return (x, y, z), (0, 0, 0)
+    x, y, z = (w // 2 for w in window)
+    return window, (x, y, z)
+
+
+def to_windows(x_BXYZD: Tensor, window: Triple, shift: Triple) -> Tensor:
+    """Tokens (W, N, D) of the windows, those of one sample together. What is padded is zero, and attended to."""
+    _, nx, ny, nz, d = x_BXYZD.shape
+    wx, wy, wz = window
+    x = F.pad(x_BXYZD, (0, 0, 0, -nz % wz, 0, -ny % wy, 0, -nx % wx))
+    x = torch.roll(x, [-s for s in shift], (1, 2, 3)) if any(shift) else x
+    x = x.unflatten(3, (-1, wz)).unflatten(2, (-1, wy)).unflatten(1, (-1, wx))
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, wx * wy * wz, d)
+
+
+def from_windows(x_WND: Tensor, shape: Sequence[int], window: Triple, shift: Triple) -> Tensor:
+    """Undo `to_windows`; ``shape`` is that of its input."""
+    _, nx, ny, nz, d = shape
+    counts = [-(-n // w) for n, w in zip((nx, ny, nz), window)]
+    x = x_WND.reshape(-1, *counts, *window, d).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    x = x.reshape(-1, *(n * w for n, w in zip(counts, window)), d)
+    x = torch.roll(x, shift, (1, 2, 3)) if any(shift) else x
+    return x[:, :nx, :ny, :nz]
+
+
+def shift_mask(grid: Triple, window: Triple, shift: Triple) -> Tensor:
+    """(windows, N, N): -100 between tokens that the roll brought together from opposite borders, else 0."""
+    region = torch.zeros(())
+    for n, w, s in zip(grid, window, shift):
+        at = torch.arange(-(-n // w) * w)
+        region = 3 * region[..., None] + (at >= len(at) - w) + (at >= len(at) - s)
+    region_WN = to_windows(region[None, ..., None], window, (0, 0, 0)).squeeze(-1)
+    return -100.0 * (region_WN[:, :, None] != region_WN[:, None, :])
+
+
+def offsets(window: Triple) -> Tensor:
+    """(N, N): a number for each offset between two tokens of a window.
+
+    The released code's factor for the first axis is 3 w - 1, by which different offsets share a bias; its
+    table has a row for each of them all the same.
+    """
+    wx, wy, wz = window
+    axes = [torch.arange(w) for w in window]
+    at_N3 = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
+    dx, dy, dz = (at_N3[:, None] - at_N3[None, :]).unbind(-1)
+    return ((dx + wx - 1) * (2 * wy - 1) + dy + wy - 1) * (2 * wz - 1) + dz + wz - 1
+
+
+def channels_last(x_BDXYZ: Tensor) -> Tensor:
+    return x_BDXYZ.permute(0, 2, 3, 4, 1)
+
+
+def channels_second(x_BXYZD: Tensor) -> Tensor:
+    return x_BXYZD.permute(0, 4, 1, 2, 3)

@@ -1,0 +1,103 @@
+"""SegResNet (Myronenko 2018, without its autoencoder): MONAI's, behind the backbones' contract.
+
+Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from logonet.core.errors import UserError
+from logonet.networks import SegOut
+
+GROUPS = 8  # of the group normalisation, and so what widths must be multiples of
+
+TINY: dict[str, Any] = {"init_filters": 8, "blocks_down": (1, 1, 1), "blocks_up": (1, 1)}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are Myronenko's network.
+
+    Attributes:
+        init_filters: width at full resolution; each coarser level doubles it.
+        blocks_down: residual blocks of each level of the encoder, fine to coarse.
+        blocks_up: of each level of the decoder, coarse to fine; one level fewer.
+    """
+
+    init_filters: int = 32
+    blocks_down: tuple[int, ...] = (1, 2, 2, 4)
+    blocks_up: tuple[int, ...] = (1, 1, 1)
+
+    def __post_init__(self) -> None:
+        if self.init_filters < GROUPS or self.init_filters % GROUPS:
+            raise UserError(
+                f"backbone.init_filters is {self.init_filters}; it must be a multiple of {GROUPS}, the groups "
+                "of its normalisation"
+            )
+        for key in ("blocks_down", "blocks_up"):
+            if min(getattr(self, key), default=0) < 1:
+                raise UserError(f"backbone.{key} is {getattr(self, key)}; give numbers above 0")
+        if len(self.blocks_up) != len(self.blocks_down) - 1:
+            raise UserError(
+                f"backbone.blocks_up has {len(self.blocks_up)} entries and backbone.blocks_down "
+                f"{len(self.blocks_down)}; give blocks_up one fewer than blocks_down"
+            )
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Voxels of the crop per voxel of each level's feature, fine to coarse."""
+        return tuple(2**level for level in range(len(self.blocks_down)))
+
+
+def size_multiple(cfg: Config) -> tuple[int, int, int]:
+    return (cfg.strides[-1],) * 3
+
+
+def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
+    from monai.networks.nets import SegResNet as Wrapped
+
+    return SegResNet(cfg, Wrapped(in_channels=in_channels, out_channels=num_classes, **options(cfg)))
+
+
+def options(cfg: Config) -> dict[str, Any]:
+    """MONAI's names for them. Without the final block, which it builds all the same, its ``decode`` stops before it."""
+    return {
+        "init_filters": cfg.init_filters,
+        "blocks_down": cfg.blocks_down,
+        "blocks_up": cfg.blocks_up,
+        "use_conv_final": False,
+    }
+
+
+class SegResNet(nn.Module):
+    """18,796,398 parameters and 244.64 G multiply-accumulates (as thop counts) at 96^3 with 14 classes.
+
+    Features: the encoder's levels.
+    """
+
+    encoder_prefixes: tuple[str, ...] = ("net.convInit.", "net.down_layers.")
+    head_prefixes: tuple[str, ...] = ("net.conv_final.2.",)
+
+    def __init__(self, cfg: Config, net: nn.Module) -> None:
+        super().__init__()
+        self.net: Any = net
+        self.strides = cfg.strides
+        self.channels = tuple(cfg.init_filters * stride for stride in cfg.strides)
+        self.feature_channels = cfg.init_filters
+
+    def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
+        return self.net.encode(x_BCXYZ)[1]
+
+    def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
+        norm, act, _ = self.net.conv_final
+        return act(norm(self.net.decode(feats[-1], feats[::-1])))
+
+    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
+        return SegOut(self.net.conv_final[2](self.decode_features(x_BCXYZ, feats)), [], None)
+
+    def forward(self, x_BCXYZ: Tensor) -> SegOut:
+        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))

@@ -1,0 +1,101 @@
+"""SegResNet with its variational autoencoder (Myronenko 2018): MONAI's, behind the backbones' contract.
+
+Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from logonet.core.errors import UserError
+from logonet.networks import SegOut, segresnet
+from logonet.networks._monai import check_img_size
+
+TINY: dict[str, Any] = {**segresnet.TINY, "img_size": (32, 32, 32), "vae_nz": 4}
+
+
+@dataclass(frozen=True)
+class Config(segresnet.Config):
+    """The defaults are the SegResNetVAE of LoGoNet's Table 1, but for the two options of the loss.
+
+    Attributes:
+        img_size: the one crop size (X, Y, Z in voxels) the net takes: the autoencoder has linear layers.
+        vae_nz: latent variables.
+        vae_estimate_std: learn their standard deviations, as Myronenko does. Without, as in MONAI's default,
+            they are 0.3, and the layer that would estimate them, which counts in Table 1, is left out.
+        vae_weight: of the autoencoder's loss (squared error of the reconstruction plus the latent variables'
+            divergence from a normal distribution) beside the segmentation's; Myronenko's is 0.1.
+    """
+
+    init_filters: int = 8
+    img_size: tuple[int, int, int] = (96, 96, 96)
+    vae_nz: int = 256
+    vae_estimate_std: bool = True
+    vae_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        multiple = 2 * self.strides[-1]  # the autoencoder halves the coarsest feature once more
+        if any(side < multiple or side % multiple for side in self.img_size):
+            raise UserError(
+                f"backbone.img_size is {self.img_size}; its sides must be multiples of {multiple}"
+            )
+        if self.vae_nz < 1:
+            raise UserError(f"backbone.vae_nz is {self.vae_nz}; it must be above 0")
+        if self.vae_weight <= 0:
+            raise UserError(
+                f"backbone.vae_weight is {self.vae_weight}; it must be above 0 (backbone 'segresnet' has no "
+                "autoencoder)"
+            )
+
+
+def size_multiple(cfg: Config) -> tuple[int, int, int]:
+    return (2 * cfg.strides[-1],) * 3
+
+
+def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
+    check_img_size("segresnetvae", "whose autoencoder has linear layers", cfg.img_size, size_vox)
+
+
+def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
+    return SegResNetVAE(cfg, in_channels, num_classes)
+
+
+class SegResNetVAE(segresnet.SegResNet):
+    """3,863,471 parameters and 15.51 G multiply-accumulates (as thop counts) at 96^3 with 14 classes.
+
+    The autoencoder runs in training alone, where it gives ``SegOut.aux_loss``; its latent variables are drawn
+    from torch's global random state. It counts as head, so pretraining leaves it out.
+    """
+
+    def __init__(self, cfg: Config, in_channels: int, num_classes: int) -> None:
+        from monai.networks.nets import SegResNetVAE as Wrapped
+
+        net = Wrapped(
+            cfg.img_size,
+            vae_estimate_std=cfg.vae_estimate_std,
+            vae_nz=cfg.vae_nz,
+            in_channels=in_channels,
+            out_channels=num_classes,
+            **segresnet.options(cfg),
+        )
+        if not cfg.vae_estimate_std:
+            del net.vae_fc2  # nothing reads it, so no gradient would ever reach it
+        super().__init__(cfg, net)
+        self.cfg = cfg
+        vae = (f"net.{name}." for name, _ in net.named_children() if name.startswith("vae_"))
+        self.head_prefixes = (*segresnet.SegResNet.head_prefixes, *vae)
+
+    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
+        """Raises UserError in training when the crop is not of the size the net was built for."""
+        out = super().decode(x_BCXYZ, feats)
+        if not self.training:
+            return out
+        # Of another size MONAI would take one crop for several.
+        check_size(self.cfg, x_BCXYZ.shape[2:])
+        vae_loss = self.net._get_vae_loss(x_BCXYZ, feats[-1])
+        return out._replace(aux_loss=self.cfg.vae_weight * vae_loss)

@@ -1,0 +1,149 @@
+"""Swin UNETR (Hatamizadeh et al. 2022): MONAI's, behind the backbones' contract.
+
+Letters: B batch, C input channels, E a token's width, F features, K classes, XYZ the crop's axes, xyz those of
+the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from logonet.core.errors import UserError
+from logonet.networks import SegOut
+from logonet.networks._monai import Norm, check_coarsest, norm_name
+
+TINY: dict[str, Any] = {
+    "feature_size": 12,
+    "depths": (2, 1, 1, 1),
+    "num_heads": (1, 2, 2, 2),
+    "window_size": 2,
+    "norm": "group",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the SwinUNETR of LoGoNet's Table 1.
+
+    Attributes:
+        feature_size: width at full resolution; each coarser level doubles it.
+        depths: Swin blocks of each of the four stages; every second one is shifted.
+        num_heads: attention heads of each stage.
+        window_size: side of an attention window, in the stage's voxels.
+        use_v2: a residual convolution block before each stage (SwinUNETR-V2).
+        norm: of the convolution blocks; the transformer has layer normalisation.
+        checkpointing: recompute the Swin blocks in backward: less memory, more time.
+    """
+
+    feature_size: int = 48
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    window_size: int = 7
+    use_v2: bool = False
+    norm: Norm = "instance"
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.feature_size < 12 or self.feature_size % 12:
+            raise UserError(f"backbone.feature_size is {self.feature_size}; it must be a multiple of 12")
+        for key in ("depths", "num_heads"):
+            if len(getattr(self, key)) != 4 or min(getattr(self, key)) < 1:
+                raise UserError(f"backbone.{key} is {getattr(self, key)}; give 4 numbers above 0")
+        widths = [self.feature_size * 2**stage for stage in range(4)]
+        if any(width % heads for width, heads in zip(widths, self.num_heads)):
+            raise UserError(f"backbone.num_heads is {self.num_heads}; they must divide the widths {widths}")
+        if self.window_size < 2:
+            raise UserError(f"backbone.window_size is {self.window_size}; set it to 2 or more")
+
+
+def size_multiple(cfg: Config) -> tuple[int, int, int]:
+    return 32, 32, 32
+
+
+def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
+    check_coarsest("swinunetr", cfg.norm, size_multiple(cfg), size_vox)
+
+
+def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
+    return SwinUNETR(cfg, in_channels, num_classes)
+
+
+class SwinUNETR(nn.Module):
+    """62,187,296 parameters and 329.84 G multiply-accumulates (as thop counts) at 96^3 with 14 classes.
+
+    Features: the hidden states of the Swin transformer, each normalised over its channels. The
+    convolutions that stand between them and the decoder, MONAI's encoder1 to encoder10, are the decoder's.
+    """
+
+    encoder_prefixes = ("net.swinViT.",)
+    head_prefixes = ("net.out.",)
+    strides = (2, 4, 8, 16, 32)
+    embed_stride = (2, 2, 2)
+
+    def __init__(self, cfg: Config, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        from monai.networks.nets import SwinUNETR as Wrapped
+
+        device = torch.get_default_device()
+        with torch.device(
+            "cpu"
+        ):  # MONAI reads numbers out of a tensor here, which the meta device has none of
+            self.net: Any = Wrapped(
+                in_channels,
+                num_classes,
+                depths=cfg.depths,
+                num_heads=cfg.num_heads,
+                window_size=cfg.window_size,
+                feature_size=cfg.feature_size,
+                norm_name=norm_name(cfg.norm),
+                use_checkpoint=cfg.checkpointing,
+                use_v2=cfg.use_v2,
+            )
+        self.net.to(device)
+        self.channels = tuple(cfg.feature_size * 2**level for level in range(5))
+        self.feature_channels = self.embed_channels = cfg.feature_size
+
+    def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
+        return self._stages(self.net.swinViT.patch_embed(x_BCXYZ))
+
+    def encode_hidden(self, x_BCXYZ: Tensor, hidden_Bxyz: Tensor, token_E: Tensor) -> list[Tensor]:
+        tokens_BExyz = self.net.swinViT.patch_embed(x_BCXYZ)
+        token_E111 = token_E[:, None, None, None].to(tokens_BExyz.dtype)
+        return self._stages(torch.where(hidden_Bxyz[:, None], token_E111, tokens_BExyz))
+
+    def _stages(self, tokens_BExyz: Tensor) -> list[Tensor]:
+        """MONAI's ``swinViT`` from its tokens on, which it does not offer by itself."""
+        vit, x = self.net.swinViT, tokens_BExyz
+        feats = [vit.proj_out(x, self.net.normalize)]
+        for stage in (1, 2, 3, 4):
+            if vit.use_v2:
+                x = getattr(vit, f"layers{stage}c")[0](x.contiguous())
+            x = getattr(vit, f"layers{stage}")[0](x.contiguous())
+            feats.append(vit.proj_out(x, self.net.normalize))
+        return feats
+
+    def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
+        net = self.net
+        skips = [
+            net.encoder1(x_BCXYZ),
+            net.encoder2(feats[0]),
+            net.encoder3(feats[1]),
+            net.encoder4(feats[2]),
+            feats[3],
+        ]
+        f = net.encoder10(feats[4])
+        ups = (net.decoder5, net.decoder4, net.decoder3, net.decoder2, net.decoder1)
+        for up, skip in zip(ups, reversed(skips)):
+            f = up(f, skip)
+        return f
+
+    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
+        return SegOut(self.net.out(self.decode_features(x_BCXYZ, feats)), [], None)
+
+    def forward(self, x_BCXYZ: Tensor) -> SegOut:
+        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))

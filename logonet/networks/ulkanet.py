@@ -1,0 +1,61 @@
+"""ULKANet used alone (paper section 3.1 and Table 6).
+
+Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from logonet.networks import SegOut
+from logonet.networks._lka import Ulka, UlkaConfig, to_layout
+
+TINY: dict[str, Any] = {
+    "dims": (8, 16, 24, 32),
+    "depths": (1, 1, 1, 1),
+    "mlp_ratios": (2, 2, 2, 2),
+    "full_width": 8,
+}
+
+
+@dataclass(frozen=True)
+class Config(UlkaConfig):
+    blocks: int = 4  # encoder blocks
+
+
+def size_multiple(cfg: Config) -> tuple[int, int, int]:
+    stride = 2 ** (cfg.blocks + 1)
+    return stride, stride, stride
+
+
+def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
+    return ULKANet(cfg, in_channels, num_classes)
+
+
+class ULKANet(nn.Module):
+    """40,698,414 parameters and 115.1 G multiply-accumulates at 96^3 (normal, 14 classes)."""
+
+    encoder_prefixes = ("net.encoder.",)
+    head_prefixes = ("net.output.",)
+
+    def __init__(self, cfg: Config, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.net = Ulka(cfg, cfg.blocks, in_channels, num_classes)
+        self.channels, self.strides = self.net.dims, self.net.strides
+        self.feature_channels = cfg.full_width
+        self.channels_last = cfg.channels_last
+
+    def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
+        return self.net.encode(to_layout(x_BCXYZ, self.channels_last))
+
+    def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
+        return self.net.decoder(to_layout(x_BCXYZ, self.channels_last), feats)
+
+    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
+        return SegOut(self.net.output(self.decode_features(x_BCXYZ, feats)), [], None)
+
+    def forward(self, x_BCXYZ: Tensor) -> SegOut:
+        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))

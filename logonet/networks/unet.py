@@ -1,0 +1,119 @@
+"""The residual U-Net (Kerfoot et al. 2018): MONAI's, behind the backbones' contract.
+
+Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from logonet.core.errors import UserError
+from logonet.networks import SegOut
+from logonet.networks._monai import check_coarsest, check_levels, norm_name
+
+TINY: dict[str, Any] = {"channels": (4, 8, 12), "strides": (2, 2), "num_res_units": 1, "norm": "batch"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the network of MONAI's tutorials.
+
+    Attributes:
+        channels: width of each level, fine to coarse, and then of the bottom, at the last level's resolution.
+        strides: of each level; that of the first is from the crop's resolution, so 1 keeps it.
+        num_res_units: convolutions of each level's residual unit; 0 is a plain U-Net.
+        norm: the last one normalises the logits, so there is none over groups of channels.
+    """
+
+    channels: tuple[int, ...] = (16, 32, 64, 128, 256)
+    strides: tuple[int, ...] = (2, 2, 2, 2)
+    num_res_units: int = 2
+    norm: Literal["instance", "instance_affine", "batch"] = "batch"
+
+    def __post_init__(self) -> None:
+        check_levels(self.channels, self.strides)
+        if self.num_res_units < 0:
+            raise UserError(f"backbone.num_res_units is {self.num_res_units}; it must be 0 or more")
+
+
+def size_multiple(cfg: Config) -> tuple[int, int, int]:
+    return (math.prod(cfg.strides),) * 3
+
+
+def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
+    check_coarsest("unet", cfg.norm, size_multiple(cfg), size_vox, instead="batch")
+
+
+def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
+    return UNet(cfg, in_channels, num_classes)
+
+
+class UNet(nn.Module):
+    """4,824,517 parameters and 25.34 G multiply-accumulates (as thop counts) at 96^3 with 14 classes.
+
+    Features: the encoder's levels and the bottom. From the finest level MONAI's decoder goes to the logits in
+    one transposed convolution (and, with residual units, a convolution of these). That is the classifier here,
+    and `decode_features` gives what it takes, upsampled to full resolution; `decode` needs no upsampling.
+    """
+
+    def __init__(self, cfg: Config, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        from monai.networks.nets import UNet as Wrapped
+
+        self.net: Any = Wrapped(
+            3,
+            in_channels,
+            num_classes,
+            cfg.channels,
+            cfg.strides,
+            num_res_units=cfg.num_res_units,
+            norm=norm_name(cfg.norm),
+        )
+        self.channels = cfg.channels
+        strides = [math.prod(cfg.strides[: level + 1]) for level in range(len(cfg.strides))]
+        self.strides = (*strides, strides[-1])
+        self.feature_channels = cfg.channels[0] + cfg.channels[0 if len(cfg.strides) > 1 else 1]
+        names = {module: f"{name}." for name, module in self.named_modules()}
+        self.encoder_prefixes = tuple(names[down] for down, _ in self._levels())
+        self.head_prefixes = ("net.model.2.",)
+
+    def _levels(self) -> Iterator[tuple[Any, Any]]:
+        """The way down to each level and up from it, fine to coarse; there is no way up from the bottom."""
+        block = self.net.model
+        for _ in self.channels[1:]:
+            down, skip, up = block
+            yield down, up
+            block = skip.submodule
+        yield block, None
+
+    def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
+        feats, x = [], x_BCXYZ
+        for down, _ in self._levels():
+            x = down(x)
+            feats.append(x)
+        return feats
+
+    def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
+        f = self._finest(feats)
+        return F.interpolate(f, x_BCXYZ.shape[2:], mode="trilinear") if self.strides[0] > 1 else f
+
+    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
+        return SegOut(self.net.model[2](self._finest(feats)), [], None)
+
+    def _finest(self, feats: list[Tensor]) -> Tensor:
+        """What the classifier takes, at the resolution of the finest level."""
+        *skips, f = feats
+        _, *ups = [up for _, up in self._levels()][:-1]
+        for up, skip in zip(reversed(ups), reversed(skips)):
+            f = up(torch.cat((skip, f), dim=1))
+        return torch.cat((skips[0], f), dim=1)
+
+    def forward(self, x_BCXYZ: Tensor) -> SegOut:
+        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))

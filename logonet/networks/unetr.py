@@ -1,0 +1,210 @@
+"""UNETR (Hatamizadeh et al. 2022): MONAI's, behind the backbones' contract.
+
+Letters: B batch, C input channels, E a token's width, F features, K classes, N tokens of a crop, V those that
+are seen, XYZ the crop's axes, xyz those of the tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from logonet.core.errors import UserError
+from logonet.networks import SegOut
+from logonet.networks._monai import check_img_size
+
+PATCH = 16  # side in voxels of what becomes one token; fixed by the four doublings of the decoder
+
+# Of the transformer's 12 layers: Dosovitskiy et al. 2021, Table 1, and Touvron et al. 2021, Table 1.
+_VARIANTS: dict[str, dict[str, int]] = {
+    "vit_b": {"hidden_size": 768, "mlp_dim": 3072, "num_heads": 12},
+    "vit_t": {"hidden_size": 192, "mlp_dim": 768, "num_heads": 3},
+}
+
+TINY: dict[str, Any] = {
+    "img_size": (32, 32, 32),
+    "feature_size": 4,
+    "hidden_size": 12,
+    "mlp_dim": 24,
+    "num_heads": 2,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are the UNETR of LoGoNet's Table 1, on ViT-B.
+
+    Attributes:
+        img_size: the one crop size (X, Y, Z in voxels) the net takes: it learns a vector for each position.
+        feature_size: width at full resolution.
+        variant: presets of the three below.
+        hidden_size, mlp_dim, num_heads: of the transformer's 12 layers; None is the variant's.
+        positions: "learned" vectors, or "sincos", which are fixed (GL-MAE's).
+        qkv_bias: a bias in attention's projections, which GL-MAE's transformer has and UNETR's lacks.
+    """
+
+    img_size: tuple[int, int, int] = (96, 96, 96)
+    feature_size: int = 32
+    variant: Literal["vit_b", "vit_t"] = "vit_b"
+    hidden_size: int | None = None
+    mlp_dim: int | None = None
+    num_heads: int | None = None
+    positions: Literal["learned", "sincos"] = "learned"
+    qkv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if any(side < PATCH or side % PATCH for side in self.img_size):
+            raise UserError(f"backbone.img_size is {self.img_size}; its sides must be multiples of {PATCH}")
+        hidden, mlp, heads = (self.vit[key] for key in ("hidden_size", "mlp_dim", "num_heads"))
+        if min(self.feature_size, hidden, mlp, heads) < 1:
+            raise UserError("backbone.feature_size, hidden_size, mlp_dim and num_heads must be above 0")
+        if hidden % heads:
+            raise UserError(
+                f"backbone.hidden_size {hidden} is not a multiple of backbone.num_heads {heads}; change either"
+            )
+        if self.positions == "sincos" and hidden % 6:
+            raise UserError(
+                f"backbone.hidden_size is {hidden}; with backbone.positions sincos it must be a multiple of 6, a sine "
+                "and a cosine for each axis"
+            )
+
+    @property
+    def vit(self) -> dict[str, Any]:
+        """hidden_size, mlp_dim and num_heads."""
+        preset = _VARIANTS[self.variant]
+        own = {key: getattr(self, key) for key in preset}
+        return {key: preset[key] if value is None else value for key, value in own.items()}
+
+
+def size_multiple(cfg: Config) -> tuple[int, int, int]:
+    return PATCH, PATCH, PATCH
+
+
+def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
+    check_img_size("unetr", "which learns a vector for each position", cfg.img_size, size_vox)
+
+
+def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
+    return UNETR(cfg, in_channels, num_classes)
+
+
+class UNETR(nn.Module):
+    """101,787,214 parameters and 264.60 G multiply-accumulates (as thop counts) at 96^3 with 14 classes, on ViT-T
+    16,362,382 and 241.27 G; MONAI's has 18,432 (4,608) parameters more, which it never uses.
+
+    Features: tokens after layers 4, 7, 10 and 12 of the transformer as maps, all at stride 16, the last
+    normalised. What makes a pyramid of them, MONAI's encoder1 to encoder4, is the decoder's.
+    """
+
+    encoder_prefixes = ("net.vit.",)
+    head_prefixes = ("net.out.",)
+    strides = (PATCH,) * 4
+    embed_stride = (PATCH,) * 3
+
+    def __init__(self, cfg: Config, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        from monai.networks.nets import UNETR as Wrapped
+
+        self.net: Any = Wrapped(
+            in_channels,
+            num_classes,
+            img_size=cfg.img_size,
+            feature_size=cfg.feature_size,
+            qkv_bias=cfg.qkv_bias,
+            **cfg.vit,
+        )
+        # MONAI gives each layer a norm for a cross-attention that UNETR lacks: weights nothing reads, which
+        # no gradient would ever reach.
+        for layer in self.net.vit.blocks:
+            layer.cross_attn = layer.norm_cross_attn = nn.Identity()
+        self.cfg = cfg
+        self.embed_channels = cfg.vit["hidden_size"]
+        if cfg.positions == "sincos":
+            self.net.vit.patch_embedding.position_embeddings = sincos(self._grid, self.embed_channels)
+        self.channels = (self.embed_channels,) * 4
+        self.feature_channels = cfg.feature_size
+
+    def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
+        """Raises UserError when the crop is not of the size the net was built for."""
+        check_size(self.cfg, x_BCXYZ.shape[2:])
+        return self._features(self._embed(x_BCXYZ))
+
+    def encode_hidden(self, x_BCXYZ: Tensor, hidden_Bxyz: Tensor, token_E: Tensor) -> list[Tensor]:
+        """Raises UserError when the crop is not of the size the net was built for."""
+        check_size(self.cfg, x_BCXYZ.shape[2:])
+        map_BExyz = self._embed(x_BCXYZ)
+        token_E111 = token_E[:, None, None, None].to(map_BExyz.dtype)
+        return self._features(torch.where(hidden_Bxyz[:, None], token_E111, map_BExyz))
+
+    def encode_visible(self, x_BCXYZ: Tensor, keep_BV: Tensor, prefix_B1E: Tensor | None) -> Tensor:
+        tokens_BNE = self._placed(self._embed(x_BCXYZ))
+        tokens_BVE = tokens_BNE.gather(1, keep_BV[:, :, None].expand(-1, -1, self.embed_channels))
+        if prefix_B1E is not None:
+            tokens_BVE = torch.cat([prefix_B1E.to(tokens_BVE.dtype), tokens_BVE], dim=1)
+        return self._layers(tokens_BVE)[-1]
+
+    def _features(self, map_BExyz: Tensor) -> list[Tensor]:
+        layers = self._layers(self._placed(map_BExyz))
+        return [self.net.proj_feat(tokens) for tokens in (layers[3], layers[6], layers[9], layers[12])]
+
+    def _embed(self, x_BCXYZ: Tensor) -> Tensor:
+        return self.net.vit.patch_embedding.patch_embeddings(x_BCXYZ)
+
+    def _layers(self, tokens_BNE: Tensor) -> list[Tensor]:
+        """What each of the 12 layers gives, and last that of the twelfth, normalised."""
+        outputs = []
+        for layer in self.net.vit.blocks:
+            tokens_BNE = layer(tokens_BNE)
+            outputs.append(tokens_BNE)
+        return [*outputs, self.net.vit.norm(tokens_BNE)]
+
+    @property
+    def _grid(self) -> tuple[int, int, int]:
+        """Tokens along X, Y and Z."""
+        x, y, z = (side // PATCH for side in self.cfg.img_size)
+        return x, y, z
+
+    def _placed(self, map_BExyz: Tensor) -> Tensor:
+        """The tokens of a map in C order, each with its position's vector added, (B, N, E)."""
+        positions_1NE: Tensor = self.net.vit.patch_embedding.position_embeddings
+        if (size := map_BExyz.shape[2:]) != self._grid:
+            own_1Exyz = positions_1NE.transpose(1, 2).unflatten(2, self._grid)
+            resized = F.interpolate(own_1Exyz, size=size, mode="trilinear", align_corners=False)
+            positions_1NE = resized.flatten(2).transpose(1, 2)
+        return map_BExyz.flatten(2).transpose(1, 2) + positions_1NE
+
+    def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
+        net = self.net
+        skips = [
+            net.encoder1(x_BCXYZ),
+            net.encoder2(feats[0]),
+            net.encoder3(feats[1]),
+            net.encoder4(feats[2]),
+        ]
+        f = feats[3]
+        for up, skip in zip((net.decoder5, net.decoder4, net.decoder3, net.decoder2), reversed(skips)):
+            f = up(f, skip)
+        return f
+
+    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
+        return SegOut(self.net.out(self.decode_features(x_BCXYZ, feats)), [], None)
+
+    def forward(self, x_BCXYZ: Tensor) -> SegOut:
+        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
+
+
+def sincos(grid: tuple[int, int, int], width: int) -> nn.Parameter:
+    """Fixed vectors of positions, (1, N, width): sines and cosines along each axis (MONAI's)."""
+    from monai.networks.blocks.pos_embed_utils import build_sincos_position_embedding
+
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # it calls torch.meshgrid as torch will not have it one day
+        return build_sincos_position_embedding(list(grid), width, 3)

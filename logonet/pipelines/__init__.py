@@ -1,0 +1,46 @@
+"""The stages, each an artifact that its job or command makes:
+
+    scans -> manifest -> crops -> clusterers -> labels -> pretrain --.
+                     \\-> split -> cases ------------------------------> finetune -> evaluation -> registry, predictions
+
+A stage is addressed by what it is made of: its config and its parents' fingerprints. Where its ``manifest.json``
+lies it is finished and returns at once; where it does not, it goes on with what an interrupted run left. So the
+same command twice computes nothing twice, and a sweep's trials share everything upstream of what they vary.
+"""
+
+from logonet.pipelines.common import Trial
+from logonet.pipelines.evaluation import Evaluation, choose, evaluate_model, scores_of
+from logonet.pipelines.finetuning import Finetuning, finetune, resolve_finetuning
+from logonet.pipelines.prediction import predict_bucket
+from logonet.pipelines.preparation import (
+    import_scans,
+    make_clusterers,
+    make_crops,
+    make_labels,
+    open_manifest,
+)
+from logonet.pipelines.pretraining import Pretraining, cluster_sheet, pretrain, resolve, upstream
+from logonet.pipelines.registration import register
+
+__all__ = [
+    "Evaluation",
+    "Finetuning",
+    "Pretraining",
+    "Trial",
+    "choose",
+    "cluster_sheet",
+    "evaluate_model",
+    "finetune",
+    "import_scans",
+    "make_clusterers",
+    "make_crops",
+    "make_labels",
+    "open_manifest",
+    "predict_bucket",
+    "pretrain",
+    "register",
+    "resolve",
+    "resolve_finetuning",
+    "scores_of",
+    "upstream",
+]

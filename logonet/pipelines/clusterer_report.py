@@ -1,0 +1,132 @@
+"""`logonet clusters report`: is a clusterer set worth predicting? Asked before a GPU hour is spent on it.
+
+Shapes: P crops, N clusterers, S slices, T pixels of a slice, Z slices of a crop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from logonet import reporting
+from logonet.clustering import kmeans, quality
+from logonet.clustering.pseudo_labels import Labeller
+from logonet.core.errors import UserError
+from logonet.data import crop_shards
+from logonet.data.volume import UINT16_MAX, from_uint16
+from logonet.distributed import data_tasks
+from logonet.distributed.cluster import ResourceAllocation
+from logonet.storage import artifacts, object_store
+from logonet.storage.artifacts import Artifact
+
+SHEETS = 4  # contact sheets: clusterers with the fewest, the most and in-between numbers of codes
+
+
+def write(uri: str, out: str, max_slices: int, stability: int, share: ResourceAllocation) -> pd.DataFrame:
+    """Judge the clusterers artifact at ``uri`` on up to ``max_slices`` slices of the crops it was fitted on.
+
+    Writes ``report.html``, ``quality.csv`` and contact sheets under ``out``.
+
+    Args:
+        stability: so many clusterers are fitted again with another seed and compared; 0 skips it.
+
+    Returns:
+        The scores table, one row a clusterer (see clusterers.quality), with ``nmi_two_seeds`` and
+        ``ari_two_seeds`` where measured.
+
+    Raises:
+        UserError: ``uri`` is no clusterers artifact, or its crops are gone.
+    """
+    artifact = _open(uri, "clusterers")
+    root = uri.rstrip("/").rsplit("/", 2)[0]
+    crops_artifact = _open(object_store.join(root, "crops", artifact.parents["crops"]), "crops")
+    table = crop_shards.CropTable.open(crops_artifact)
+    fitted = kmeans.ClustererSet.from_bytes(artifact.read("clusterers.safetensors"), uri)
+    # Another seed than the fit's: half of the point is slices that it may not have seen.
+    slices_ST = data_tasks.sample_slices(table, max_slices, seed=artifact.config["seed"] + 1, share=share)
+    labels_SN = Labeller(fitted)(slices_ST)
+    mean_S = slices_ST.mean(axis=1) / UINT16_MAX
+    scores = quality.quality(fitted, labels_SN, mean_S)
+    scores.insert(0, "clusterer", np.arange(len(scores)))
+    if stability:
+        scores = scores.join(_two_seeds(table, artifact, fitted, slices_ST, labels_SN, stability, share))
+    nmi_MM, _ = quality.agreement(labels_SN, limit=len(fitted.sizes_N))
+    files: dict[str, bytes] = {"quality.csv": scores.to_csv(index=False).encode()}
+    files["clusters.png"] = reporting.clusters_picture(scores, nmi_MM)
+    sections: list[tuple[str, str | bytes | pd.DataFrame]] = [
+        ("Summary", _summary(scores, nmi_MM, len(slices_ST))),
+        ("Codes in use, majority floors, agreement", files["clusters.png"]),
+    ]
+    for n in _spread(fitted.sizes_N):
+        name = f"sheet_{n:03d}.png"
+        files[name] = _sheet(table, slices_ST, labels_SN[:, n], int(fitted.sizes_N[n]), n)
+        sections.append((f"Clusterer {n}", files[name]))
+    sections.append(("Every clusterer", scores))
+    files["report.html"] = reporting.run_page(f"Clusterers {fitted.id}", sections).encode()
+    for file, content in files.items():
+        object_store.write(object_store.join(out, file), content)
+    return scores
+
+
+def _open(uri: str, stage: str) -> Artifact:
+    artifact = artifacts.find(uri.rstrip("/"))
+    if artifact is None or artifact.stage != stage:
+        raise UserError(f"{uri} is no finished {stage} artifact; name a folder ROOT/{stage}/<fingerprint>")
+    return artifact
+
+
+def _two_seeds(
+    table: crop_shards.CropTable,
+    artifact: Artifact,
+    fitted: kmeans.ClustererSet,
+    slices_ST: np.ndarray,
+    labels_SN: np.ndarray,
+    count: int,
+    share: ResourceAllocation,
+) -> pd.DataFrame:
+    """Refit ``count`` evenly spaced clusterers from another seed, with the same K; compare their labels."""
+    num = len(fitted.sizes_N)
+    chosen_M = np.unique(np.linspace(0, num - 1, min(num, count)).round().astype(int))
+    cfg = kmeans.Config(**artifact.config)
+    sample_ST = data_tasks.sample_slices(table, cfg.max_slices, cfg.seed, share)
+    other = replace(cfg, seed=cfg.seed + 1)
+    sizes_M = fitted.sizes_N[chosen_M]
+    refits = [kmeans.fit_one(sample_ST, int(k), m, other) for m, k in enumerate(sizes_M)]
+    again = kmeans.ClustererSet.from_fitted(refits, meta={})
+    pair = quality.stability(labels_SN[:, chosen_M], Labeller(again)(slices_ST))
+    return pair.set_index(pd.Index(chosen_M)).rename(columns=lambda c: f"{c}_two_seeds")
+
+
+def _spread(sizes_N: np.ndarray) -> list[int]:
+    order = np.argsort(sizes_N, kind="stable")
+    return [int(order[i]) for i in np.unique(np.linspace(0, len(order) - 1, SHEETS).astype(int))]
+
+
+def _sheet(
+    table: crop_shards.CropTable, slices_ST: np.ndarray, labels_S: np.ndarray, k: int, n: int
+) -> bytes:
+    num_x, num_y, _ = table.size_vox
+    exemplars = quality.exemplars(labels_S, k, per_code=8, seed=0)
+    slices_SXY = slices_ST.reshape(len(slices_ST), table.in_channels, num_x, num_y)[:, 0]
+    title = f"Clusterer {n} (K = {k}): slices that share a pseudo-label"
+    return reporting.contact_sheet(from_uint16(slices_SXY), labels_S, k, exemplars, title)
+
+
+def _summary(scores: pd.DataFrame, nmi_MM: np.ndarray, num_slices: int) -> pd.DataFrame:
+    off = nmi_MM[~np.eye(len(nmi_MM), dtype=bool)]
+    rows = {
+        "clusterers": len(scores),
+        "slices judged on": num_slices,
+        "codes, all clusterers": int(scores["k"].sum()),
+        "median perplexity over K": (scores["perplexity"] / scores["k"]).median(),
+        "dead codes, share": scores["dead_codes"].sum() / scores["k"].sum(),
+        "slices in codes of mostly air, share": scores["air_share"].mean(),
+        "majority-class floor, mean": scores["majority_share"].mean(),
+        "agreement between clusterers (NMI), mean": off.mean() if len(off) else np.nan,
+    }
+    for column, name in (("nmi_two_seeds", "stability over two seeds (NMI), mean"),):
+        if column in scores:
+            rows[name] = scores[column].mean()
+    return pd.DataFrame({"": rows.keys(), "value": [f"{v:.4g}" for v in rows.values()]})

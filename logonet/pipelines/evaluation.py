@@ -1,0 +1,372 @@
+"""Evaluation: a model's label maps of the test cases against their truth, on the scans' own grids, in mm."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from logonet import reporting
+from logonet.core import config
+from logonet.core.errors import UserError
+from logonet.data import cropping, leakage, manifest, provenance, volume
+from logonet.data.manifest import Manifest, Scan
+from logonet.distributed import bucket_inference, cluster
+from logonet.distributed.cluster import Resources
+from logonet.inference import metrics, model, sliding_window, statistics
+from logonet.pipelines.common import SEEN_FILE, catch_up, chain, say, took, tracking_of
+from logonet.pipelines.finetuning import MODEL, LeakRule, fetch_registered
+from logonet.pipelines.preparation import import_scans
+from logonet.storage import artifacts, object_store
+from logonet.storage.artifacts import Artifact
+from logonet.training import weight_transfer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What decides the scores of a model.
+
+    Attributes:
+        infer: overlap of the windows, mirroring.
+        leaks: what to do with test cases that the model's training or pretraining has seen.
+    """
+
+    infer: sliding_window.Config = field(default_factory=sliding_window.Config)
+    leaks: LeakRule = "refuse"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model to run, wherever it came from.
+
+    Attributes:
+        folder: its files (`model.files`).
+        id: 16 hex digits of their content.
+        seen: the scans it was trained and pretrained on (`seen`), or None when nobody knows.
+        artifact: the finetuning it is of, when that is at hand.
+    """
+
+    folder: dict[str, bytes]
+    id: str
+    lineage: dict[str, str]
+    seen: bytes | None
+    artifact: Artifact | None
+
+
+def choose(uri: str) -> LoadedModel:
+    """The model at ``uri``: a finetuning artifact, models:/NAME@alias, or a model folder.
+
+    Raises:
+        UserError: nothing is there, or it is no segmentation model that runs.
+    """
+    chosen = _find(uri)
+    model.build(*model.parse(chosen.folder, uri))  # else every actor would stumble over it
+    return chosen
+
+
+def _find(uri: str) -> LoadedModel:
+    if uri.startswith("models:/"):
+        blobs, lineage = fetch_registered(uri)
+        if not {model.CONFIG_FILE, model.WEIGHTS_FILE} <= blobs.keys():
+            raise UserError(f"{uri} is no segmentation model; it holds {', '.join(sorted(blobs))}")
+        files = {n: blobs[n] for n in (model.CONFIG_FILE, model.WEIGHTS_FILE)}
+        return LoadedModel(files, _id(files), lineage, blobs.get(SEEN_FILE), None)
+    artifact = artifacts.find(uri)
+    if artifact is None:
+        files = {
+            n: object_store.read(object_store.join(uri, n)) for n in (model.CONFIG_FILE, model.WEIGHTS_FILE)
+        }
+        return LoadedModel(files, _id(files), {"model_folder": uri}, None, None)
+    if artifact.stage != "finetune":
+        raise UserError(
+            f"{uri} is a '{artifact.stage}' artifact; give a finetuning one, <root>/finetune/<id>"
+        )
+    files = {n: artifact.read(f"{MODEL}/{n}") for n in (model.CONFIG_FILE, model.WEIGHTS_FILE)}
+    lineage = {**artifact.parents, "finetune": artifact.fingerprint, "finetune_uri": artifact.uri}
+    return LoadedModel(files, _id(files), lineage, artifact.read(SEEN_FILE), artifact)
+
+
+def _id(files: Mapping[str, bytes]) -> str:
+    digests = {name: hashlib.sha256(blob).hexdigest() for name, blob in files.items()}
+    return config.fingerprint(digests)
+
+
+def test_scans(table: Manifest, chosen: LoadedModel) -> list[Scan]:
+    """The test cases of the model's own split where the manifest is the one it was split on, else all labelled scans.
+
+    Raises:
+        UserError: there are none.
+    """
+    own = chosen.artifact
+    if own is not None and own.parents.get("manifest") == table.id:
+        wanted = set(own.facts["test"])
+        if not wanted:
+            raise UserError(
+                f"the split of {own.uri} has no test cases; give --data of other labelled scans, or split.test_share"
+            )
+        return [s for s in table.scans if s.scan_id in wanted]
+    found = [s for s in table.scans if s.label_uri]
+    if not found:
+        raise UserError("none of the scans has a label; there is nothing to compare with")
+    return found
+
+
+def evaluate_model(
+    cfg: Evaluation, model_uri: str, source: str, root: str, resources: Resources, experiment: str
+) -> Artifact:
+    """Scores of the model at ``model_uri`` on labelled scans at ``source`` ("": those it was finetuned from)."""
+    chosen = choose(model_uri)
+    if not source:
+        if chosen.artifact is None:
+            raise UserError(f"--data is missing; {model_uri} does not say which scans it was split on")
+        source = chosen.artifact.facts["source"]
+    resources.fixed("an evaluation")
+    share = cluster.share(resources)
+    table, _ = import_scans(source, root, share)
+    scans = test_scans(table, chosen)
+    scans, leaking = _without_leaks(scans, chosen, cfg.leaks)
+    spec, _ = model.parse(chosen.folder)
+    own = {"infer": config.to_dict(cfg.infer), "leaks": cfg.leaks}
+    cases = config.fingerprint([[s.sha256, s.label_sha256] for s in scans])
+    lineage = {**chosen.lineage, "test_manifest": table.id}
+    parents = {"model": chosen.id, "manifest": table.id, "cases": cases}
+    uri, fingerprint = artifacts.address(root, "evaluation", own, parents)
+    name = f"evaluate-{spec.backbone['name']}-{chosen.id[:8]}-{fingerprint[:8]}"
+    tracking = tracking_of("evaluate", name, fingerprint, cfg, lineage, root, experiment)
+    found = artifacts.find(uri)
+    if found is not None:
+        say("evaluate", f"already done: {uri}")
+        catch_up(tracking, uri, found)
+        print(found.read("summary.txt").decode())
+        return found
+    started = time.monotonic()
+    known = sorted({leak.scan_id for leak in leaking})
+    say("evaluate", f"{name} on {len(scans)} cases  {uri}")
+    output = object_store.join(uri, "predictions")
+    rows = bucket_inference.run(
+        [bucket_inference.Item(s.scan_id, scan=s) for s in scans],
+        chosen.folder,
+        output,
+        cfg.infer,
+        share,
+        about={"model": chosen.id, **own},
+        attempt=f"{time.time_ns():x}",
+        score=True,
+    )
+    bad = [row for row in rows if row.status != bucket_inference.DONE]
+    for row in bad:
+        say("", f"quarantined: {row.reason}")
+    scores = pd.DataFrame([line for row in rows for line in row.metrics])
+    if scores.empty:
+        raise UserError(
+            f"none of the {len(rows)} test cases could be segmented; the first says: {bad[0].reason}"
+        )
+    summary = statistics.summary(scores)
+    text = statistics.table(summary)
+    pictures = {
+        "organs.png": reporting.organ_boxes(scores),
+        "cases.png": _cases_picture(scores, scans, rows, spec),
+    }
+    entry = {"epoch": 1, "step": 1, "unix_s": time.time(), **_headline(summary)}
+    page = _page(name, summary, pictures, chosen, lineage, leaking, bad, uri)
+    files = {
+        name: object_store.write(object_store.join(uri, name), blob)
+        for name, blob in {
+            "cases.csv": scores.to_csv(index=False).encode(),
+            "summary.csv": summary.to_csv(index=False).encode(),
+            "summary.json": statistics.to_json(summary),
+            "summary.txt": text.encode(),
+            "history.json": json.dumps([entry]).encode(),
+            "leaks.csv": leakage.to_csv(leaking),
+            "config.yaml": config.to_yaml(cfg).encode(),
+            "report.html": page,
+            **pictures,
+        }.items()
+    }
+    bucket_inference.write_table(rows, output)
+    artifact = artifacts.commit(
+        uri,
+        "evaluation",
+        fingerprint,
+        config=config.to_dict(cfg),
+        parents={**parents, **lineage},
+        files=files,
+        facts={
+            **_headline(summary),
+            "cases": len(rows) - len(bad),
+            "quarantined": len(bad),
+            # Known to training or pretraining: judged on all the same, or left out.
+            "contaminated": known if cfg.leaks == "allow" else [],
+            "excluded": known if cfg.leaks == "exclude" else [],
+        },
+    )
+    catch_up(tracking, uri, artifact)
+    print(text)
+    say("evaluate", f"{len(rows) - len(bad)} cases  {took(started)}  {uri}/report.html")
+    return artifact
+
+
+def _without_leaks(
+    scans: list[Scan], chosen: LoadedModel, rule: LeakRule
+) -> tuple[list[Scan], list[leakage.Leak]]:
+    """The scans that may be judged on, and every leak found."""
+    if chosen.seen is None:
+        say("leaks", "which scans this model has seen is not known; leaks cannot be ruled out")
+        return scans, []
+    found = leakage.find(provenance.anonymous(scans), provenance.from_bytes(chosen.seen))
+    leaking = sorted({leak.scan_id for leak in found})
+    if not leaking or rule == "allow":
+        return scans, found
+    if rule == "refuse":
+        raise UserError(
+            f"{len(leaking)} of {len(scans)} test cases are known to the model's training or pretraining, such as "
+            f"{leaking[0]} ({found[0].kind}: {found[0].detail}); set leaks=exclude to leave them out or leaks=allow to "
+            "keep them"
+        )
+    say("leaks", f"{len(leaking)} contaminated test cases left out")
+    kept = [s for s in scans if s.scan_id not in set(leaking)]
+    if not kept:
+        raise UserError("every test case is known to the model's training; there is nothing to judge it on")
+    return kept, found
+
+
+def _headline(summary: pd.DataFrame) -> dict[str, float]:
+    """The means as MLflow shows them: ``dice``, and ``dice/<class>`` for each class."""
+    values = {}
+    for line in summary.to_dict("records"):
+        plain = re.sub(r"[^\w. -]", "_", str(line["class"]))  # what else there is, "&" or "(", MLflow refuses
+        name = line["metric"] if line["class"] == "mean" else f"{line['metric']}/{plain}"
+        values[name] = float(line["mean"])
+    return values
+
+
+def _cases_picture(
+    scores: pd.DataFrame, scans: Sequence[Scan], rows: Sequence[bucket_inference.Row], spec: model.Spec
+) -> bytes:
+    """The worst, the median and the best case by Dice, named by the digest that ends their ids."""
+    # A case without a score has none of the classes and none was found: nothing is wrong with it.
+    per_case = scores.groupby("scan_id")["dice"].mean().fillna(1.0).sort_values(kind="stable")
+    by_id = {s.scan_id: s for s in scans}
+    output = {row.name: row for row in rows}
+    names = dict(zip(spec.label_values, spec.classes))
+    shown = []
+    last = len(per_case) - 1
+    for place, label in {last: "best", last // 2: "median", 0: "worst"}.items():
+        scan_id = str(per_case.index[place])
+        image = manifest.load(by_id[scan_id])
+        truth_XYZ = manifest.load_label(by_id[scan_id], image)
+        row = output[scan_id]
+        found = volume.decode_nifti(
+            object_store.read(row.output, sha256=row.sha256), row.output, allow_constant=True
+        )
+        ras = [
+            volume.to_ras(volume.Volume(a, image.affine)).array_CXYZ[0]
+            for a in (image.array_CXYZ, truth_XYZ[None], found.array_CXYZ)
+        ]
+        spacing_mm = volume.to_ras(image).spacing_mm
+        low_high = cropping.intensity_range(ras[0], by_id[scan_id].modality, spec.preparation(), scan_id)
+        picture_XYZ = volume.window(ras[0], low_high)
+        shown.append(
+            (f"{label}: {scan_id[-10:]}", picture_XYZ, ras[1].astype(int), ras[2].astype(int), spacing_mm)
+        )
+    return reporting.cases_overlay(shown[::-1], {v: n for v, n in names.items() if v})
+
+
+SHOWN = {
+    "dice": ("Dice", 3),
+    "hd95_mm": ("HD95 mm", 2),
+    "nsd_1mm": ("NSD 1 mm", 3),
+    "nsd_2mm": ("NSD 2 mm", 3),
+}
+
+
+def _wide(summary: pd.DataFrame) -> pd.DataFrame:
+    """A row a class: mean and interval of what people compare; the rest is in summary.csv."""
+    lines = []
+    for name, part in summary.groupby("class", sort=False):
+        values = part.set_index("metric")
+        line: dict[str, Any] = {"class": name, "cases": int(values.loc["dice", "n"])}
+        for metric, (title, digits) in SHOWN.items():
+            mean, low, high = (f"{values.loc[metric, k]:.{digits}f}" for k in ("mean", "ci_low", "ci_high"))
+            line[title] = f"{mean} ({low} to {high})" if mean != "nan" else "-"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _page(
+    name: str,
+    summary: pd.DataFrame,
+    pictures: Mapping[str, bytes],
+    chosen: LoadedModel,
+    lineage: Mapping[str, str],
+    leaking: Sequence[leakage.Leak],
+    bad: Sequence[bucket_inference.Row],
+    uri: str,
+) -> bytes:
+    sections: list[tuple[str, Any]] = [
+        ("Per organ", pictures["organs.png"]),
+        ("Means with 95 % confidence intervals", _wide(summary)),
+        ("Worst, median and best case", pictures["cases.png"]),
+    ]
+    if (trained := chosen.artifact) is not None:
+        sections.append(("How it was trained", trained.read("curves.png")))
+        if "transfer.json" in trained.files:
+            handover = weight_transfer.Report.from_dict(json.loads(trained.read("transfer.json")))
+            section = reporting.transfer_section(handover.by_module(), handover.summary())
+            sections.append(("Weights taken over", section))
+    sections.append(("Lineage", reporting.lineage(chain(lineage, "evaluation", uri.rsplit("/", 1)[1]))))
+    # Counts, not names: this page goes to MLflow, and file names can be patients'.
+    told = [
+        f"{len({k.scan_id for k in leaking})} test cases are known to training or pretraining: leaks.csv"
+    ] * bool(leaking)
+    told += [f"{len(bad)} cases could not be segmented: predictions/predictions.csv"] * bool(bad)
+    if told:
+        sections.append(("Cases to look at", "".join(f"<p>{line}</p>" for line in told)))
+    if trained is not None:
+        text = html.escape(trained.read("config.yaml").decode())
+        sections.append(("Config of the training", f"<pre>{text}</pre>"))
+    sections.append(("Artifact", f"<p><code>{html.escape(uri)}</code></p>"))
+    return reporting.run_page(name, sections).encode()
+
+
+# Ids and names stay text: "035" is no number and "NA" not nothing.
+AS_WRITTEN: dict[str, Any] = {
+    "dtype": {"scan_id": str, "class": str},
+    "keep_default_na": False,
+    "na_values": [""],
+}
+
+
+def scores_of(uri: str) -> pd.DataFrame:
+    """The scores per case and class of an evaluation artifact, or of a cases.csv."""
+    if uri.endswith(".csv"):
+        return _scores(object_store.read(uri), uri)
+    artifact = artifacts.find(uri)
+    if artifact is None or artifact.stage != "evaluation":
+        raise UserError(f"{uri} is no finished evaluation; give <root>/evaluation/<id> or its cases.csv")
+    return _scores(artifact.read("cases.csv"), artifact.uri_of("cases.csv"))
+
+
+def _scores(data: bytes, where: str) -> pd.DataFrame:
+    numbers = ["value", *metrics.METRICS]
+    try:
+        rows = pd.read_csv(io.BytesIO(data), **AS_WRITTEN)
+        if missing := [c for c in ("scan_id", "class", "empty", *numbers) if c not in rows]:
+            raise ValueError(f"no column '{missing[0]}'")
+        rows[numbers] = rows[numbers].apply(pd.to_numeric)
+        if not (np.isfinite(rows["value"]).all() and rows[["scan_id", "class"]].notna().all(axis=None)):
+            raise ValueError("a row without scan_id, class or value")
+    except (ValueError, TypeError) as err:  # pandas' own are ValueErrors
+        raise UserError(
+            f"{where} is no table of scores ({err}); give the cases.csv of an evaluation"
+        ) from None
+    return rows

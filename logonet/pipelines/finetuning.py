@@ -1,0 +1,493 @@
+"""From labelled scans and, if there are any, pretrained weights to a segmentation model and its scores.
+
+    scans -> manifest -> split -> cases -> finetune -> evaluation
+
+Training is `train.fit`, the same loop as pretraining's, with a labelled method and initial weights. Each stage is an
+artifact, as in `stages`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from logonet import methods, networks, reporting, tracking, training
+from logonet.core import config
+from logonet.core.errors import UserError
+from logonet.data import leakage, manifest, prepared_scans, provenance, splits
+from logonet.data.prepared_scans import Crops
+from logonet.distributed import cluster, trainer
+from logonet.distributed.cluster import Resources
+from logonet.inference import model, sliding_window
+from logonet.methods import DataSpec
+from logonet.pipelines.common import (
+    LINEAGE_FILE,
+    SEEN_FILE,
+    Trial,
+    catch_up,
+    chain,
+    options,
+    say,
+    took,
+    tracking_of,
+)
+from logonet.pipelines.preparation import import_scans, make_cases
+from logonet.storage import artifacts, object_store
+from logonet.storage.artifacts import Artifact
+from logonet.storage.object_store import Stored
+from logonet.training import dataset, schedule, weight_transfer
+
+LeakRule = Literal["refuse", "exclude", "allow"]
+
+
+@dataclass(frozen=True)
+class Init:
+    """Where the first weights come from.
+
+    Attributes:
+        weights: a pretraining or finetuning artifact (<root>/pretrain/<id>), a model of the registry
+            (models:/NAME@alias), a .safetensors file of a backbone, or "" to start from random weights.
+        parts: "all" but the classifier, or the "encoder" alone.
+        min_encoder_share: stop when a smaller share of the encoder's parameters finds its weights.
+    """
+
+    weights: str = ""
+    parts: Literal["all", "encoder"] = "all"
+    min_encoder_share: float = 0.95
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """Everything that decides what a finetuning run computes; the defaults are the paper's Table 3.
+
+    An empty ``backbone`` is the one that ``init.weights`` was trained with. ``leaks`` says what to do with test
+    cases that training or pretraining has seen.
+    """
+
+    split: splits.Config = field(default_factory=splits.Config)
+    cases: prepared_scans.Config = field(default_factory=prepared_scans.Config)
+    crops: Crops = field(default_factory=Crops)
+    backbone: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "supervised"})
+    train: training.Config = field(
+        default_factory=lambda: training.Config(
+            epochs=5000, warmup_epochs=100, global_batch=16, validate_every_epochs=50
+        )
+    )
+    init: Init = field(default_factory=Init)
+    validation: sliding_window.Config = field(default_factory=sliding_window.Config)
+    leaks: LeakRule = "refuse"
+
+
+# --------------------------------------------------------------------------------------------- weights
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Initial weights, at rest where every worker can read them.
+
+    Attributes:
+        backbone: the network they belong to, {"name", **options}; {} when the file does not say.
+        preparation: how its scans were prepared, {"spacing_mm", "window_hu", "mr_percentiles"}; {} when unknown.
+        lineage: ids of what they come from.
+        seen: the scans they were trained on (`seen`), or None when nobody knows.
+    """
+
+    uri: str
+    sha256: str
+    backbone: dict[str, Any] = field(default_factory=dict)
+    preparation: dict[str, Any] = field(default_factory=dict)
+    lineage: dict[str, str] = field(default_factory=dict)
+    seen: bytes | None = None
+
+
+def find_weights(source: str, root: str) -> Weights | None:
+    """What ``source`` names (see `Init.weights`); None for "".
+
+    Raises:
+        UserError: nothing is there, or it holds no weights.
+    """
+    if not source:
+        return None
+    if source.startswith("models:/"):
+        return _registered(source, root)
+    if source.endswith(".safetensors"):
+        return _copied(object_store.read(source), root, {}, {}, {"weights_file": source}, None)
+    artifact = artifacts.find(source)
+    if artifact is None:
+        raise UserError(
+            f"{source} holds no finished artifact; give a pretraining or finetuning artifact, models:/NAME@alias or a "
+            ".safetensors file"
+        )
+    name = next((n for n in ("best.safetensors", "backbone.safetensors") if n in artifact.files), None)
+    if name is None:
+        raise UserError(f"{source} is a '{artifact.stage}' artifact, which has no weights of a network")
+    own = artifact.config
+    return Weights(
+        uri=artifact.uri_of(name),
+        sha256=artifact.files[name].sha256,
+        backbone=own["backbone"],
+        preparation=_preparation(own.get("cases") or own["crops"]),
+        lineage=_descent(artifact.stage, artifact.fingerprint, artifact.uri, artifact.parents),
+        seen=artifact.read(SEEN_FILE) if SEEN_FILE in artifact.files else None,
+    )
+
+
+def _descent(stage: str, fingerprint: str, uri: str, parents: Mapping[str, str]) -> dict[str, str]:
+    """The lineage that weights hand on: where they were made, and under that stage's name what that came from."""
+    return {stage: fingerprint, f"{stage}_uri": uri, **{f"{stage}_{k}": v for k, v in parents.items()}}
+
+
+def _registered(uri: str, root: str) -> Weights:
+    blobs, lineage = fetch_registered(uri)
+    if model.WEIGHTS_FILE not in blobs:
+        raise UserError(f"{uri} has no {model.WEIGHTS_FILE}; give an encoder or a segmentation model")
+    own = json.loads(blobs[model.CONFIG_FILE])
+    stage = next((s for s in ("finetune", "pretrain") if s in lineage), None)
+    known = {"registered": lineage.pop("registered")}
+    if stage is not None:
+        known |= _descent(stage, lineage.pop(stage), lineage.pop(f"{stage}_uri"), lineage)
+    return _copied(
+        blobs[model.WEIGHTS_FILE], root, own["backbone"], _preparation(own), known, blobs.get(SEEN_FILE)
+    )
+
+
+def fetch_registered(uri: str) -> tuple[dict[str, bytes], dict[str, str]]:
+    """The files of a registered model by name, and its lineage, as `registration` put them there.
+
+    "registered" in the lineage is the version that an alias stood for.
+    """
+    version = tracking.lineage(uri)["model"]
+    with tempfile.TemporaryDirectory() as folder:
+        place = tracking.download(version, folder)
+        blobs = {name: object_store.read(os.path.join(place, name)) for name in os.listdir(place)}
+    return blobs, {"registered": version, **json.loads(blobs.get(LINEAGE_FILE, b"{}"))}
+
+
+def _copied(
+    blob: bytes,
+    root: str,
+    backbone: dict[str, Any],
+    preparation: dict[str, Any],
+    lineage: dict[str, str],
+    known: bytes | None,
+) -> Weights:
+    """A copy of the weights under ``root``: workers cannot read a file of the driver's machine."""
+    digest = hashlib.sha256(blob).hexdigest()
+    uri = object_store.join(root, "weights", f"{digest[:16]}.safetensors")
+    if not object_store.exists(uri):
+        object_store.write(uri, blob)
+    return Weights(uri, digest, backbone, preparation, lineage, known)
+
+
+def _preparation(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: values[k] for k in ("spacing_mm", "window_hu", "mr_percentiles")}
+
+
+# ---------------------------------------------------------------------------------------------- config
+
+
+def resolve_finetuning(cfg: Finetuning, weights: Weights | None = None) -> Finetuning:
+    """``cfg`` with all defaults written out, checked as far as that goes without data.
+
+    Raises:
+        UserError: an unknown name or key, a crop the network cannot take...
+    """
+    backbone, method = dict(cfg.backbone), dict(cfg.method)
+    if "name" not in backbone:
+        if weights is None or not weights.backbone:
+            if cfg.init.weights and weights is None:  # known once the weights have been looked at
+                return cfg
+            raise UserError(
+                "config section 'backbone' has no name; set backbone.name, or init.weights to take its network"
+            )
+        backbone = {**weights.backbone, **backbone}
+    if "name" not in method:
+        raise UserError("config section 'method' has no name; set method.name")
+    b_name, m_name = backbone.pop("name"), method.pop("name")
+    if "labels" not in methods.needs(m_name):
+        labelled = [n for n in methods.names() if "labels" in methods.needs(n)]
+        raise UserError(
+            f"method '{m_name}' does not learn from labels; finetuning takes {', '.join(labelled)}"
+        )
+    b_cfg, m_cfg = networks.config(b_name, backbone), methods.config(m_name, method)
+    full, whole = {"name": b_name, **config.to_dict(b_cfg)}, {"name": m_name, **config.to_dict(m_cfg)}
+    rows = cfg.train.batch_size * cfg.crops.per_case
+    training.dry_run(full, whole, DataSpec(size_vox=cfg.crops.size_vox, num_classes=2, batch_size=rows))
+    return replace(cfg, backbone=full, method=whole)
+
+
+# ------------------------------------------------------------------------------------- split and cases
+
+
+def make_split(
+    table: manifest.Manifest, cfg: splits.Config, rule: LeakRule, known: bytes | None, root: str
+) -> tuple[splits.Split, Artifact]:
+    """Who trains, validates and tests; test cases that training or pretraining knows are dealt with by ``rule``.
+
+    Raises:
+        UserError: under "refuse", naming the contaminated test cases.
+    """
+    split = splits.make(table.scans, cfg)
+    by_id = {s.scan_id: s for s in table.scans}
+    # The whole pool, not only this fraction: the answer must not change with the label fraction.
+    held_out = {*split.test, *split.excluded}
+    pool = [s for s in table.scans if s.label_uri and s.scan_id not in held_out]
+    # As one table, so that a scan that trains twice over counts once.
+    trained = provenance.to_bytes(pool, "training")
+    others = provenance.from_bytes(provenance.join(trained, known) if known else trained)
+    test = [by_id[i] for i in split.test]
+    found = leakage.find(provenance.anonymous(test), others)
+    leaking = sorted({leak.scan_id for leak in found})
+    if leaking and rule == "refuse":
+        raise UserError(
+            f"{len(leaking)} of {len(split.test)} test cases are known to training or pretraining, such as "
+            f"{leaking[0]} ({found[0].kind}: {found[0].detail}); set leaks=exclude to leave them out or leaks=allow to "
+            "keep them ('logonet data leakcheck' shows all)"
+        )
+    if leaking and rule == "exclude":
+        split = splits.without(split, leaking)
+        say("leaks", f"{len(leaking)} contaminated test cases left out")
+    own = {"split": config.to_dict(cfg), "leaks": rule}
+    parents = {"manifest": table.id, "seen": hashlib.sha256(known or b"").hexdigest()[:16]}
+    uri, fingerprint = artifacts.address(root, "split", own, parents)
+    found_artifact = artifacts.find(uri)
+    if found_artifact is None:
+        files = {
+            "split.json": object_store.write(object_store.join(uri, "split.json"), split.to_json().encode()),
+            "leaks.csv": object_store.write(object_store.join(uri, "leaks.csv"), leakage.to_csv(found)),
+        }
+        facts = {
+            "id": split.id,
+            "train": len(split.train),
+            "val": len(split.val),
+            "test": len(split.test),
+            "leaking": leaking,
+            "pretraining_known": known is not None,
+        }
+        found_artifact = artifacts.commit(
+            uri, "split", fingerprint, config=own, parents=parents, files=files, facts=facts
+        )
+    say("split", f"{split.describe()}  {uri}")
+    if not split.test:
+        say("split", "no test cases: evaluation will want other labelled scans, or set split.test_share")
+    return split, found_artifact
+
+
+# -------------------------------------------------------------------------------------------- finetune
+
+
+def finetune(
+    cfg: Finetuning,
+    source: str,
+    root: str,
+    resources: Resources,
+    experiment: str,
+    *,
+    trial: Trial | None = None,
+) -> Artifact:
+    """All stages from labelled scans at ``source`` to a segmentation model under ``root``. Run again, it resumes.
+
+    Args:
+        trial: of the sweep that the run is a trial of.
+    """
+    weights = find_weights(cfg.init.weights, root)
+    cfg = resolve_finetuning(cfg, weights)
+    trainer.check_workers(cfg.train, cfg.method, resources)
+    share = trial.share if trial else cluster.share(resources)
+    table, _ = import_scans(source, root, share)
+    split, split_artifact = make_split(table, cfg.split, cfg.leaks, weights.seen if weights else None, root)
+    cases_table, cases_artifact = make_cases(table, split.test + split.excluded, cfg.cases, root, share)
+    place = cases_table.index_of()
+    train_ids, val_ids = (tuple(i for i in ids if i in place) for ids in (split.train, split.val))
+    if not train_ids:
+        raise UserError("all training cases of the split are quarantined; the reasons are above")
+    if cfg.train.validate_every_epochs and not val_ids:
+        raise UserError(
+            "the split has no validation cases; set train.validate_every_epochs=0, or split.fold to a fold"
+        )
+    lineage = {
+        "manifest": table.id,
+        "split": split.id,
+        "split_uri": split_artifact.uri,
+        "cases": cases_artifact.fingerprint,
+        **({"weights": weights.sha256[:16], **weights.lineage} if weights else {"weights": "random"}),
+    }
+    own = {
+        "backbone": cfg.backbone,
+        "method": cfg.method,
+        "train": config.to_dict(cfg.train),
+        "crops": config.to_dict(cfg.crops),
+        "validation": config.to_dict(cfg.validation),
+        "init": {k: v for k, v in config.to_dict(cfg.init).items() if k != "weights"},
+    }
+    parents = {
+        "cases": cases_artifact.fingerprint,
+        "split": split_artifact.fingerprint,
+        "weights": lineage["weights"],
+    }
+    uri, fingerprint = artifacts.address(root, "finetune", own, parents)
+    origin = "pretrained" if weights else "scratch"
+    name = f"finetune-{cfg.method['name']}-{cfg.backbone['name']}-{origin}-{fingerprint[:8]}"
+    tracking = tracking_of("finetune", name, fingerprint, cfg, lineage, root, experiment, trial)
+    if trial and trial.started:
+        trial.started(uri)
+    found = artifacts.find(uri)
+    if found is not None:
+        say("finetune", f"already done: {uri}")
+        catch_up(tracking, uri, found)
+        return found
+    started = time.monotonic()
+    facts = DataSpec(
+        size_vox=cfg.crops.size_vox,
+        in_channels=cases_table.in_channels,
+        num_classes=len(cases_table.classes),
+        batch_size=cfg.train.batch_size * cfg.crops.per_case,
+    )
+    method_cfg = methods.config(cfg.method["name"], options(cfg.method))
+    methods.check(cfg.method["name"], method_cfg, facts)
+    order = schedule.SampleSchedule(
+        len(train_ids), cfg.train.global_batch, cfg.train.seed, cfg.train.steps_per_epoch
+    )
+    feed = dataset.LabelledDataset(
+        table=cases_table,
+        train=tuple(place[i] for i in train_ids),
+        val=tuple(place[i] for i in val_ids),
+        crops=cfg.crops,
+        method=cfg.method["name"],
+        method_config=method_cfg,
+        order=order,
+    )
+    files = {"config.yaml": config.to_yaml(cfg).encode()}
+    init, handover = None, None
+    if weights is not None:
+        init = training.Init(weights.uri, weights.sha256, cfg.init.parts, cfg.init.min_encoder_share)
+        handover = transfer_report(cfg, init, facts)
+        say("transfer", handover.summary())
+        if weights.preparation and weights.preparation != _preparation(config.to_dict(cfg.cases)):
+            say("transfer", f"scans are prepared otherwise than for these weights: {weights.preparation}")
+        if weights.seen is None:
+            say("transfer", "which scans these weights have seen is not known; leaks cannot be ruled out")
+        files["transfer.json"] = json.dumps(handover.to_dict(), indent=1).encode()
+    job = training.Job(
+        uri=uri,
+        fingerprint=fingerprint,
+        backbone=cfg.backbone,
+        method=cfg.method,
+        train=cfg.train,
+        facts=facts,
+        tracking=tracking,
+        progress=sys.stdout.isatty(),
+        files=files,
+        init=init,
+        validation=cfg.validation,
+    )
+    say(
+        "finetune",
+        f"{name} on {len(train_ids)} cases, {order.steps_per_epoch} steps an epoch, {len(val_ids)} to validate  {uri}",
+    )
+    result = trainer.fit(job, feed, resources, share, trial.callbacks if trial else ())
+    history = result["history"]
+    done = {k: Stored(**v) for k, v in result["files"].items()}
+    chosen = "best.safetensors" if "best.safetensors" in done else "backbone.safetensors"
+    by_id = {s.scan_id: s for s in table.scans}
+    spec = model_spec(cfg, cases_table, [by_id[i] for i in train_ids])
+    final = training.load_weights(training.Init(object_store.join(uri, chosen), done[chosen].sha256))
+    trained_on = provenance.to_bytes([by_id[i] for i in train_ids], "training")
+    if val_ids:
+        trained_on = provenance.join(
+            trained_on, provenance.to_bytes([by_id[i] for i in val_ids], "validation")
+        )
+    if weights is not None and weights.seen is not None:
+        trained_on = provenance.join(trained_on, weights.seen)
+    files[SEEN_FILE] = trained_on
+    files |= {f"{MODEL}/{n}": blob for n, blob in model.files(spec, final).items()}
+    files["curves.png"] = reporting.curves(history)
+    files["report.html"] = _page(name, cfg, files, handover, lineage, uri)
+    for file, content in files.items():
+        done[file] = object_store.write(object_store.join(uri, file), content)
+    last = history[-1]
+    artifact = artifacts.commit(
+        uri,
+        "finetune",
+        fingerprint,
+        config=config.to_dict(cfg),
+        parents={**parents, **lineage},
+        files=done,
+        facts={
+            "final": last,
+            "steps": last["step"],
+            "best_step": training.best_step(history),
+            "classes": list(cases_table.classes),
+            "test": list(split.test),
+            "excluded": list(split.excluded),
+            # Test cases that training or pretraining knows, and that are test cases all the same.
+            "contaminated": split_artifact.facts["leaking"] if cfg.leaks == "allow" else [],
+            "source": source,
+            "tracked": result["tracked"],
+        },
+    )
+    catch_up(tracking, uri, artifact)
+    say("finetune", f"done, loss {last['loss']:.4f}  {took(started)}  {uri}/report.html")
+    return artifact
+
+
+MODEL = "model"  # the folder of a finetuning artifact that `model.read` opens
+
+
+def transfer_report(cfg: Finetuning, init: training.Init, facts: DataSpec) -> weight_transfer.Report:
+    """What loading ``init`` will do, shown before anything is launched."""
+    net = networks.build(
+        cfg.backbone["name"],
+        in_channels=facts.in_channels,
+        num_classes=facts.num_classes,
+        **options(cfg.backbone),
+    )
+    return weight_transfer.transfer(
+        net,
+        training.load_weights(init),
+        source=init.uri,
+        parts=init.parts,
+        min_encoder_share=init.min_encoder_share,
+    )
+
+
+def model_spec(cfg: Finetuning, table: prepared_scans.Table, scans: list[manifest.Scan]) -> model.Spec:
+    modalities = sorted({s.modality for s in scans})
+    return model.Spec(
+        backbone=cfg.backbone,
+        in_channels=table.in_channels,
+        classes=table.classes,
+        label_values=table.label_values,
+        size_vox=cfg.crops.size_vox,
+        spacing_mm=cfg.cases.spacing_mm,
+        window_hu=cfg.cases.window_hu,
+        mr_percentiles=cfg.cases.mr_percentiles,
+        modality=modalities[0] if len(modalities) == 1 else "mixed",
+    )
+
+
+def _page(
+    name: str,
+    cfg: Finetuning,
+    files: Mapping[str, bytes],
+    handover: weight_transfer.Report | None,
+    lineage: Mapping[str, str],
+    uri: str,
+) -> bytes:
+    sections: list[tuple[str, Any]] = [("Training", files["curves.png"])]
+    if handover is not None:
+        summary, by_module = handover.summary(), handover.by_module()
+        sections.append(("Weights taken over", reporting.transfer_section(by_module, summary)))
+    sections.append(("Lineage", reporting.lineage(chain(lineage, "finetuning", uri.rsplit("/", 1)[1]))))
+    text = html.escape(config.to_yaml(cfg))
+    sections.append(("Config", f"<pre>{text}</pre><p>Artifact: <code>{html.escape(uri)}</code></p>"))
+    return reporting.run_page(name, sections).encode()

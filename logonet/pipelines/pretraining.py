@@ -1,0 +1,290 @@
+"""Pretraining: everything upstream, then the network, its report and its MLflow run.
+
+Shapes: P crops, N clusterers, Z slices of a crop.
+"""
+
+from __future__ import annotations
+
+import html
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from logonet import methods, networks, reporting, training
+from logonet.clustering import kmeans, quality
+from logonet.core import config
+from logonet.core.errors import UserError
+from logonet.data import crop_shards, cropping, manifest, prepared_scans, provenance, splits
+from logonet.data.volume import from_uint16
+from logonet.distributed import cluster, trainer
+from logonet.distributed.cluster import ResourceAllocation, Resources
+from logonet.methods import DataSpec
+from logonet.pipelines.common import SEEN_FILE, Trial, catch_up, chain, options, say, took, tracking_of
+from logonet.pipelines.preparation import import_scans, make_cases, make_clusterers, make_crops, make_labels
+from logonet.storage import artifacts, object_store
+from logonet.storage.artifacts import Artifact
+from logonet.storage.object_store import Stored
+from logonet.training import dataset, linear_probe, schedule, weight_transfer
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Everything that decides what a pretraining run computes. ``logonet/recipes`` names full ones.
+
+    ``split`` leaves out the scans that it puts into test and validation sets: give the finetuning's own split where
+    both stand on one dataset. None uses every scan. ``probe`` measures the encoder on a few labelled cases while it
+    trains, fitting on the split's training cases and judging on its validation cases; None does not.
+    """
+
+    split: splits.Config | None = None
+    crops: cropping.Config = field(default_factory=cropping.Config)
+    clusterers: kmeans.Config = field(default_factory=kmeans.Config)
+    backbone: dict[str, Any] = field(default_factory=lambda: {"name": "logonet"})
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "masked_clusters"})
+    train: training.Config = field(default_factory=training.Config)
+    probe: linear_probe.Config | None = None
+
+
+def resolve(cfg: Pretraining) -> Pretraining:
+    """``cfg`` with the named backbone's and method's defaults written out, checked as far as config goes.
+
+    Raises:
+        UserError: an unknown name or key, a crop the network cannot take, a chain longer than the crop...
+    """
+    b, m = dict(cfg.backbone), dict(cfg.method)
+    for part, section in ((b, "backbone"), (m, "method")):
+        if "name" not in part:
+            raise UserError(f"config section '{section}' has no name; set {section}.name")
+    b_name, m_name = b.pop("name"), m.pop("name")
+    b_cfg, m_cfg = networks.config(b_name, b), methods.config(m_name, m)
+    counts = tuple(kmeans.cluster_counts(cfg.clusterers)) if _pseudo(m_name) else ()
+    facts = DataSpec(size_vox=cfg.crops.size_vox, cluster_sizes=counts, batch_size=cfg.train.batch_size)
+    methods.check(m_name, m_cfg, facts)
+    backbone, method = {"name": b_name, **config.to_dict(b_cfg)}, {"name": m_name, **config.to_dict(m_cfg)}
+    training.dry_run(backbone, method, facts)
+    return replace(cfg, backbone=backbone, method=method)
+
+
+def _pseudo(method_name: str) -> bool:
+    return "pseudo_labels" in methods.needs(method_name)
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What a training run stands on.
+
+    Attributes:
+        crops: the samples.
+        labels_PNZ: their pseudo-labels, or None for a method that needs none.
+        facts: what the method may know of them.
+        parent: the artifact trained on.
+        lineage: fingerprints and ids, from the scans on.
+        seen: the scans that gave crops, without names, for leak checks (`seen`).
+        probe: labelled cases to measure the encoder on, or None.
+    """
+
+    crops: crop_shards.CropTable
+    labels_PNZ: np.ndarray | None
+    facts: DataSpec
+    parent: Artifact
+    lineage: dict[str, str]
+    seen: bytes
+    probe: linear_probe.Task | None = None
+
+
+def upstream(
+    cfg: Pretraining, source: str, root: str, share: ResourceAllocation, labelled: str = ""
+) -> Upstream:
+    """Manifest, crops and, where they are needed, clusterers, pseudo-labels and cases to probe on."""
+    scans, _ = import_scans(source, root, share)
+    table = training_part(scans, cfg.split)
+    crop_table, crops_artifact = make_crops(table, cfg.crops, root, share)
+    facts = DataSpec(
+        size_vox=cfg.crops.size_vox, in_channels=crop_table.in_channels, batch_size=cfg.train.batch_size
+    )
+    lineage = {"manifest": table.id, "crops": crops_artifact.fingerprint}
+    cut = {ref.scan_id for ref in crop_table.refs}
+    known = provenance.to_bytes([s for s in table.scans if s.scan_id in cut], "pretraining")
+    task = None
+    if cfg.probe is not None:
+        if labelled and labelled != source:
+            scans, _ = import_scans(labelled, root, share)
+        task, lineage["probe_cases"] = probe_cases(cfg, cfg.probe, scans, root, share)
+    if not _pseudo(cfg.method["name"]):
+        return Upstream(crop_table, None, facts, crops_artifact, lineage, known, task)
+    fitted = make_clusterers(crop_table, crops_artifact, cfg.clusterers, root, share)
+    labels_PNZ, labels = make_labels(crop_table, crops_artifact, fitted, root, share)
+    facts = replace(
+        facts,
+        cluster_sizes=tuple(labels.facts["cluster_sizes"]),
+        majority_labels=tuple(labels.facts["majority_labels"]),
+    )
+    lineage |= {"clusterers": fitted.facts["id"], "clusterers_uri": fitted.uri, "labels": labels.fingerprint}
+    return Upstream(crop_table, labels_PNZ, facts, labels, lineage, known, task)
+
+
+def probe_cases(
+    cfg: Pretraining, own: linear_probe.Config, table: manifest.Manifest, root: str, share: ResourceAllocation
+) -> tuple[linear_probe.Task, str]:
+    """Labelled cases to fit and judge the probe's head on, and the fingerprint of where they lie."""
+    split = splits.make(table.scans, cfg.split or splits.Config())
+    # As finetuning prepares them, so that both share one artifact.
+    same = {k: getattr(cfg.crops, k) for k in ("spacing_mm", "window_hu", "mr_percentiles")}
+    cases_table, artifact = make_cases(
+        table, split.test + split.excluded, prepared_scans.Config(**same), root, share
+    )
+    place = cases_table.index_of()
+    train_ids, val_ids = (tuple(i for i in ids if i in place) for ids in (split.train, split.val))
+    task = linear_probe.task(own, cases_table, train_ids, val_ids, cfg.crops.size_vox)
+    return task, artifact.fingerprint
+
+
+def training_part(table: manifest.Manifest, cfg: splits.Config | None) -> manifest.Manifest:
+    """``table`` without the test and validation scans of ``cfg`` (all of it when that is None)."""
+    if cfg is None:
+        return table
+    split = splits.make(table.scans, cfg)
+    by_id = {s.scan_id: s for s in table.scans}
+    held_out = {*split.test, *split.val, *split.excluded}
+    # Whole subjects: an unlabelled scan of a test subject is no scan to pretrain on.
+    subjects = {(by_id[i].dataset, by_id[i].subject) for i in (*split.test, *split.val) if by_id[i].subject}
+    kept = tuple(
+        s for s in table.scans if s.scan_id not in held_out and (s.dataset, s.subject) not in subjects
+    )
+    say("split", f"{split.describe()}; pretraining on {len(kept)} scans, without test and validation")
+    return replace(table, scans=kept)
+
+
+def pretrain(
+    cfg: Pretraining,
+    source: str,
+    root: str,
+    resources: Resources,
+    experiment: str,
+    *,
+    labelled: str = "",
+    trial: Trial | None = None,
+) -> Artifact:
+    """All stages from scans at ``source`` to a pretrained network under ``root``. Run again, it resumes.
+
+    Args:
+        labelled: labelled scans for ``cfg.probe``; empty for those of ``source``.
+        trial: of the sweep that the run is a trial of.
+    """
+    cfg = resolve(cfg)
+    trainer.check_workers(cfg.train, cfg.method, resources)
+    share = trial.share if trial else cluster.share(resources)
+    up = upstream(cfg, source, root, share, labelled)
+    crop_table, labels_PNZ, lineage = up.crops, up.labels_PNZ, up.lineage
+    own = {"backbone": cfg.backbone, "method": cfg.method, "train": config.to_dict(cfg.train)}
+    if up.probe is not None:
+        own["probe"] = {**config.to_dict(up.probe.cfg), "cases": lineage["probe_cases"]}
+    parents = {up.parent.stage: up.parent.fingerprint}
+    uri, fingerprint = artifacts.address(root, "pretrain", own, parents)
+    name = f"pretrain-{cfg.method['name']}-{cfg.backbone['name']}-{fingerprint[:8]}"
+    method_cfg = methods.config(cfg.method["name"], options(cfg.method))
+    order = schedule.SampleSchedule(
+        len(crop_table), cfg.train.global_batch, cfg.train.seed, cfg.train.steps_per_epoch
+    )
+    feed = dataset.TrainingDataset(crop_table, labels_PNZ, cfg.method["name"], method_cfg, order)
+    tracking = tracking_of("pretrain", name, fingerprint, cfg, lineage, root, experiment, trial)
+    if trial and trial.started:
+        trial.started(uri)
+    found = artifacts.find(uri)
+    if found is not None:
+        say("pretrain", f"already done: {uri}")
+        catch_up(tracking, uri, found)
+        return found
+    # Before any hour is spent: what this run will save is what finetuning will be able to load.
+    net = networks.build(cfg.backbone["name"], up.facts.in_channels, 2, **options(cfg.backbone))
+    handover = weight_transfer.prove(cfg.backbone, up.facts.in_channels, 3, net.state_dict())
+    say(
+        "handover",
+        f"{handover.encoder_share:.0%} of the encoder's parameters arrive in a segmentation network",
+    )
+    started = time.monotonic()
+    pictures = _pictures(feed, labels_PNZ, cfg, crop_table)
+    job = training.Job(
+        uri=uri,
+        fingerprint=fingerprint,
+        backbone=cfg.backbone,
+        method=cfg.method,
+        train=cfg.train,
+        facts=up.facts,
+        tracking=tracking,
+        progress=sys.stdout.isatty(),
+        files={**pictures, "config.yaml": config.to_yaml(cfg).encode()},
+        probe=up.probe,
+    )
+    say("pretrain", f"{name} on {len(crop_table)} crops, {order.steps_per_epoch} steps an epoch  {uri}")
+    result = trainer.fit(job, feed, resources, share, trial.callbacks if trial else ())
+    history = result["history"]
+    pictures["curves.png"] = reporting.curves(history)
+    page = reporting.run_page(name, _sections(cfg, pictures, lineage, uri)).encode()
+    files = {k: Stored(**v) for k, v in result["files"].items()}
+    for file, content in {**job.files, **pictures, "report.html": page, SEEN_FILE: up.seen}.items():
+        files[file] = object_store.write(object_store.join(uri, file), content)
+    artifact = artifacts.commit(
+        uri,
+        "pretrain",
+        fingerprint,
+        config=config.to_dict(cfg),
+        parents={**parents, **lineage},
+        files=files,
+        facts={"final": history[-1], "steps": history[-1]["step"], "tracked": result["tracked"]},
+    )
+    catch_up(tracking, uri, artifact)
+    last = history[-1]
+    say("pretrain", f"done, loss {last['loss']:.4f}  {took(started)}  {uri}/report.html")
+    return artifact
+
+
+def _pictures(
+    feed: dataset.TrainingDataset,
+    labels_PNZ: np.ndarray | None,
+    cfg: Pretraining,
+    table: crop_shards.CropTable,
+) -> dict[str, bytes]:
+    """What the run is asked to learn, before it starts: a masked chain and a sheet of clusters."""
+    if labels_PNZ is None:
+        return {}
+    shown = feed.sample(0, 0)
+    pictures = {}
+    if "chain" in shown:
+        pictures["masked_chain.png"] = reporting.chain_picture(
+            from_uint16(shown["image"]),
+            shown["hidden"],
+            shown["chain"],
+            shown["patch_size"],
+            shown["labels"],
+        )
+    pictures["clusters.png"] = cluster_sheet(table, labels_PNZ, which=0, seed=cfg.train.seed)
+    return pictures
+
+
+def cluster_sheet(table: crop_shards.CropTable, labels_PNZ: np.ndarray, which: int, seed: int) -> bytes:
+    """A contact sheet of clusterer ``which``: slices of at most 64 crops, a row for each big cluster."""
+    chosen = np.linspace(0, len(table) - 1, min(64, len(table))).astype(int)
+    slices_SXY = np.concatenate([np.moveaxis(table.read(int(i))[0], -1, 0) for i in chosen])
+    labels_S = labels_PNZ[chosen, which].reshape(-1)
+    k = int(labels_PNZ[:, which].max()) + 1
+    exemplars = quality.exemplars(labels_S, k, per_code=8, seed=seed)
+    title = f"Clusterer {which}: slices that share a pseudo-label"
+    return reporting.contact_sheet(from_uint16(slices_SXY), labels_S, k, exemplars, title)
+
+
+def _sections(
+    cfg: Pretraining, pictures: dict[str, bytes], lineage: dict[str, str], uri: str
+) -> list[tuple[str, Any]]:
+    sections: list[tuple[str, Any]] = [("Training", pictures["curves.png"])]
+    if "masked_chain.png" in pictures:
+        sections.append(("A masked chain of slices and its pseudo-labels", pictures["masked_chain.png"]))
+    if "clusters.png" in pictures:
+        sections.append(("What one clusterer calls alike", pictures["clusters.png"]))
+    sections.append(("Lineage", reporting.lineage(chain(lineage, "pretraining", uri.rsplit("/", 1)[1]))))
+    text = html.escape(config.to_yaml(cfg))
+    sections.append(("Config", f"<pre>{text}</pre><p>Artifact: <code>{html.escape(uri)}</code></p>"))
+    return sections

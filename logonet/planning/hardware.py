@@ -1,0 +1,243 @@
+"""What a run is planned for: machines, how many of each, and what they cost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from typing import Any
+
+from logonet.core import config
+from logonet.core.errors import UserError
+from logonet.storage import object_store
+
+GIB = 1 << 30
+RAY_STORE_OF_MEMORY = 0.3  # Ray's own default share of a node's memory for its object store
+SHM_OF_STORE = 0.95  # of /dev/shm, at most this much: Ray's own limit
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One kind of node.
+
+    Attributes:
+        cpus: logical cores.
+        memory_gib: of RAM; ``gpu_memory_gib`` of one GPU.
+        gpu_tflop_s: a GPU's dense bfloat16 peak from its data sheet; only a plan without measured steps looks at it.
+        shm_gib: /dev/shm; None for a third of the memory, as cluster.yaml sets it.
+        disk_gib: for Ray's session and what it spills.
+        network_gbit_s: to other nodes and to the store, sustained.
+        latency_s: between two nodes.
+        price_per_h: on demand; ``spot_price_per_h`` as a spot node, None where it is not known.
+    """
+
+    cpus: float
+    memory_gib: float
+    gpus: int = 0
+    gpu: str = ""
+    gpu_memory_gib: float = 0.0
+    gpu_tflop_s: float = 0.0
+    shm_gib: float | None = None
+    disk_gib: float = 100.0
+    network_gbit_s: float = 10.0
+    latency_s: float = 50e-6
+    price_per_h: float = 0.0
+    spot_price_per_h: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("cpus", "memory_gib", "disk_gib", "network_gbit_s"):
+            if getattr(self, name) < 0 or (name != "cpus" and not getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if min(self.gpus, self.gpu_memory_gib, self.price_per_h, self.latency_s) < 0:
+            raise ValueError("gpus, gpu_memory_gib, latency_s and price_per_h must be at least 0")
+
+    @property
+    def memory_bytes(self) -> float:
+        return self.memory_gib * GIB
+
+    @property
+    def shm_bytes(self) -> float:
+        return self.memory_bytes / 3 if self.shm_gib is None else self.shm_gib * GIB
+
+    @property
+    def network_bytes_s(self) -> float:
+        return self.network_gbit_s * 1e9 / 8
+
+    def store_bytes(self, object_store_mb: int) -> float:
+        """Ray's object store on this node: what is asked for, else Ray's default within /dev/shm."""
+        if object_store_mb:
+            return object_store_mb * (1 << 20)
+        return min(RAY_STORE_OF_MEMORY * self.memory_bytes, SHM_OF_STORE * self.shm_bytes)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """``nodes`` machines of one kind; ``name`` is that of the price table, or what the user calls it."""
+
+    name: str
+    machine: Machine
+    nodes: int = 1
+    spot: bool = False
+
+    @property
+    def price_per_h(self) -> float:
+        m = self.machine
+        if self.spot and m.spot_price_per_h is None:
+            raise UserError(
+                f"{self.name} has no spot price in the price table; give spot_price_per_h, or plan it on demand"
+            )
+        return self.nodes * (
+            m.spot_price_per_h if self.spot and m.spot_price_per_h is not None else m.price_per_h
+        )
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """All of it. ``head`` takes no tasks and no workers when there is one; without, the first pool's first node is it.
+
+    ``preemptions_per_node_h``: how often a spot node is taken away.
+    """
+
+    pools: tuple[Pool, ...]
+    head: Pool | None = None
+    currency: str = "USD"
+    preemptions_per_node_h: float = 0.0
+    known_from: str = ""
+
+    @property
+    def cpus(self) -> float:
+        return sum(p.nodes * p.machine.cpus for p in self.pools)
+
+    @property
+    def gpus(self) -> int:
+        return sum(p.nodes * p.machine.gpus for p in self.pools)
+
+    @property
+    def nodes(self) -> int:
+        return sum(p.nodes for p in self.pools)
+
+    @property
+    def price_per_h(self) -> float:
+        return sum(p.price_per_h for p in (*self.pools, *([self.head] if self.head else [])))
+
+    @property
+    def head_machine(self) -> Machine:
+        """Where the driver runs."""
+        return (self.head or self.pools[0]).machine
+
+
+@dataclass(frozen=True)
+class Prices:
+    """A price table: machines by name, and what is to be known of the numbers."""
+
+    currency: str
+    dated: str
+    note: str
+    machines: Mapping[str, Machine] = field(default_factory=dict)
+
+
+def prices(uri: str = "") -> Prices:
+    """The table at ``uri``; the package's own list of examples where that is empty."""
+    if uri:
+        text, source = object_store.read(uri).decode(), uri
+    else:
+        text = resources.files("logonet.planning").joinpath("prices.yaml").read_text()
+        source = "the package's prices.yaml"
+    values = config.read_yaml(text, source)
+    machines = values.pop("machines", None)
+    if not isinstance(machines, dict) or not machines:
+        raise UserError(f"{source} has no mapping 'machines' of names to what a node has and costs")
+    for key in ("currency", "dated"):
+        values[key] = str(values.get(key, ""))
+        if not values[key]:
+            raise UserError(f"{source} does not say its '{key}'; prices without one mean nothing")
+    table = config.from_dict(Prices, {"note": "", **values, "machines": {}}, source)
+    read = {str(n): config.from_dict(Machine, m or {}, f"{source}: {n}") for n, m in machines.items()}
+    return replace(table, machines=read)
+
+
+def read_cluster(uri: str, table: Prices) -> Cluster:
+    """A cluster's YAML: ``pools``, a list of {machine, nodes, spot, and any key of `Machine` laid on the table's},
+    ``head`` alike, ``preemptions_per_node_h``."""
+    values = config.read_yaml(object_store.read(uri).decode(), uri)
+    known = ("pools", "head", "preemptions_per_node_h")
+    for key in values:
+        if key not in known:
+            raise UserError(f"{uri}: {config.unknown('cluster key', key, known)}")
+    entries = values.get("pools")
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{uri} has no list 'pools' of {{machine: NAME, nodes: N}}")
+    pools = tuple(pool_of(entry, table, f"{uri}: pools[{i}]") for i, entry in enumerate(entries))
+    head = pool_of(values["head"], table, f"{uri}: head") if values.get("head") else None
+    rate = values.get("preemptions_per_node_h", 0.0)
+    if not isinstance(rate, int | float) or rate < 0:
+        raise UserError(f"{uri}: preemptions_per_node_h is {rate!r}; give a number of at least 0")
+    return Cluster(pools, head, table.currency, float(rate), uri)
+
+
+def pool_of(entry: Any, table: Prices, where: str) -> Pool:
+    """A pool of a mapping {machine, nodes, spot, ...}."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} must be a mapping such as {{machine: NAME, nodes: 4}}, not {entry!r}")
+    own = dict(entry)
+    name, nodes, spot = own.pop("machine", ""), own.pop("nodes", 1), own.pop("spot", False)
+    if not isinstance(nodes, int) or nodes < 1:
+        raise UserError(f"{where}: nodes is {nodes!r}; give a whole number of at least 1")
+    if not isinstance(spot, bool):
+        raise UserError(f"{where}: spot is {spot!r}; give true or false")
+    if name and name not in table.machines:
+        raise UserError(
+            f"{where}: {config.unknown('machine', str(name), table.machines)}; --prices FILE can have others"
+        )
+    base = config.to_dict(table.machines[name]) if name else {}
+    machine = config.from_dict(Machine, {**base, **own}, where)
+    return Pool(name or "own machine", machine, nodes, spot)
+
+
+def this_machine(currency: str = "USD") -> Cluster:
+    """The machine that the plan is made on, for nothing."""
+    import psutil
+
+    from logonet.distributed import doctor
+
+    memory = min(psutil.virtual_memory().total, doctor._container_limit())
+    shm = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else memory / 3
+    machine = Machine(
+        cpus=os.cpu_count() or 1,
+        memory_gib=round(memory / GIB, 1),
+        shm_gib=round(shm / GIB, 1),
+        disk_gib=max(0.1, round(shutil.disk_usage(tempfile.gettempdir()).free / GIB, 1)),
+    )
+    return Cluster((Pool("this machine", machine),), currency=currency, known_from="this machine")
+
+
+def connected_cluster(currency: str = "USD") -> Cluster:
+    """The Ray cluster that this process has joined, for nothing: nodes of equal resources are a pool."""
+    import ray
+
+    counts: dict[tuple[float, float, int, float], int] = {}
+    for node in ray.nodes():
+        own = node["Resources"]
+        if not node["Alive"] or not own.get("CPU"):
+            continue  # a head without CPUs takes no work
+        shared = own.get("object_store_memory", 0.0)
+        # Ray's own "memory" is what it may hand out beside its object store.
+        key = (own["CPU"], own.get("memory", 0.0) + shared, int(own.get("GPU", 0)), shared)
+        counts[key] = counts.get(key, 0) + 1
+    pools = tuple(
+        Pool(
+            f"node with {cpus:g} CPUs",
+            Machine(
+                cpus=cpus,
+                memory_gib=round(memory / GIB, 1),
+                gpus=gpus,
+                shm_gib=round(shared / GIB / SHM_OF_STORE, 2),
+            ),
+            nodes,
+        )
+        for (cpus, memory, gpus, shared), nodes in counts.items()
+    )
+    return Cluster(pools, currency=currency, known_from="the connected Ray cluster")

@@ -1,0 +1,189 @@
+"""Named full configs. A recipe is a function; its docstring says on what data and hardware, in what time
+and with what result it ran. ``python jobs/pretrain.py --list-recipes`` prints them.
+
+All but ``paper`` leave out the ReLU that Algorithm 1 ends on: a true cluster's logit at or below 0 gets no gradient
+through it, and training stalls (tests/test_methods.py; the option is method.final_relu).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from logonet import training
+from logonet.clustering import kmeans
+from logonet.core import config
+from logonet.data import augment, cropping, prepared_scans, splits
+from logonet.inference import sliding_window
+from logonet.pipelines import Finetuning, Pretraining
+
+TINY_LOGONET = {
+    "name": "logonet",
+    "dims": [8, 16, 24, 32],
+    "depths": [1, 1, 1, 1],
+    "mlp_ratios": [2, 2, 2, 2],
+    "full_width": 8,
+}
+SMALL_LOGONET = {
+    "name": "logonet",
+    "dims": [16, 32, 64, 128],
+    "depths": [1, 1, 1, 1],
+    "mlp_ratios": [2, 2, 2, 2],
+    "full_width": 16,
+}
+
+
+def paper() -> Pretraining:
+    """The paper's Table 2: LoGoNet (normal), 96^3 crops, 80 clusterers of 80 to 500 clusters, 100 epochs, 16
+    workers x 1 crop. Data: thousands of CTs. Hardware: 16 GPUs with 35 GB (the paper's); 24 GiB of memory for
+    one worker on CPU. Hours: not measured by us; one step takes 50 s and 5.6 GiB on 2 CPU cores (benchmarks/step.py).
+    Result: not reproduced by us yet.
+    """
+    return Pretraining()
+
+
+def small() -> Pretraining:
+    """A LoGoNet of a tenth of the width for one GPU or a fast CPU machine: 64^3 crops, 24 clusterers of 20 to 100
+    clusters, 50 epochs, global batch 8. Data: tens to hundreds of scans. Hours and result: depend on the data, not
+    measured.
+    """
+    return Pretraining(
+        crops=cropping.Config(size_vox=(64, 64, 64)),
+        clusterers=kmeans.Config(n=24, k_min=20, k_max=100, iterations=150),
+        backbone={"name": "logonet", "dims": [16, 32, 64, 128], "depths": [2, 2, 2, 2], "full_width": 16},
+        method={"name": "masked_clusters", "final_relu": False},
+        train=training.Config(epochs=50, global_batch=8, warmup_epochs=5),
+    )
+
+
+HIPPOCAMPUS_CROP = (32, 64, 32)  # the scans have about 35 x 51 x 35 voxels of 1 mm
+HIPPOCAMPUS_SPLIT = splits.Config(test_share=0.2, fold=None)  # 40 of 200 test, 160 train
+
+
+def hippocampus() -> Pretraining:
+    """The MSD hippocampus MR scans (35 x 51 x 35 voxels), without the 40 test cases of the finetuning recipe of this
+    name: a LoGoNet of 3.2 M parameters, crops of 32 x 64 x 32, 16 clusterers of 8 to 40 clusters, 10 epochs.
+    """
+    return Pretraining(
+        split=HIPPOCAMPUS_SPLIT,
+        crops=cropping.Config(size_vox=HIPPOCAMPUS_CROP, per_scan=2),
+        clusterers=kmeans.Config(n=16, k_min=8, k_max=40, iterations=100),
+        backbone=SMALL_LOGONET,
+        method={"name": "masked_clusters", "final_relu": False},
+        train=training.Config(epochs=10, global_batch=16, batch_size=4, lr=2e-3, warmup_epochs=1),
+    )
+
+
+def real_ct() -> Pretraining:
+    """A handful of real CT and MR scans (trunk, abdomen, head) on 16 workers of a 2-core machine: a tiny LoGoNet,
+    32^3 crops, 16 per scan, 16 clusterers of 8 to 40 clusters, 4 epochs.
+    """
+    return Pretraining(
+        crops=cropping.Config(size_vox=(32, 32, 32), per_scan=16),
+        clusterers=kmeans.Config(n=16, k_min=8, k_max=40, iterations=100),
+        backbone=TINY_LOGONET,
+        method={"name": "masked_clusters", "final_relu": False},
+        train=training.Config(epochs=4, global_batch=32, batch_size=2, lr=3e-3, warmup_epochs=1),
+    )
+
+
+DEMO_SPLIT = splits.Config(test_share=1 / 6)  # 18 phantoms: 3 test, 3 validate, 12 train
+
+
+def demo() -> Pretraining:
+    """Synthetic phantoms on 2 workers of a 2-core machine: a tiny LoGoNet, 32^3 crops, 8 clusterers of 4 to 12
+    clusters, 20 epochs. ``make demo`` runs it; loss falls and the masked accuracy passes its
+    majority-class floor.
+    """
+    return Pretraining(
+        split=DEMO_SPLIT,
+        crops=cropping.Config(size_vox=(32, 32, 32), per_scan=4),
+        clusterers=kmeans.Config(n=8, k_min=4, k_max=12, iterations=50),
+        backbone=TINY_LOGONET,
+        method={"name": "masked_clusters", "final_relu": False, "phi1": 0.2},
+        train=training.Config(epochs=20, global_batch=4, batch_size=2, lr=3e-3, warmup_epochs=1),
+    )
+
+
+PRETRAINING: dict[str, Callable[[], Pretraining]] = {
+    f.__name__: f for f in (paper, small, hippocampus, real_ct, demo)
+}
+
+
+# ------------------------------------------------------------------------------------------ finetuning
+
+
+def paper_finetune() -> Finetuning:
+    """The paper's Table 3: LoGoNet (normal), two 96^3 crops of each of 16 cases a step, AdamW 1e-4, 5000 epochs. Data:
+    BTCV's 30 CTs. Hardware: 16 GPUs. Hours and result: not reproduced by us yet.
+    """
+    return Finetuning(backbone={"name": "logonet"})
+
+
+def small_finetune() -> Finetuning:
+    """The network of the pretraining recipe 'small' on tens to hundreds of labelled scans, one GPU or a fast CPU
+    machine: two 64^3 crops of each of 4 cases a step, 250 steps an epoch, 200 epochs; a fifth of the subjects is for
+    testing where the dataset names no labelled test scans. Hours and result: depend on the data, not measured.
+    """
+    return Finetuning(
+        split=splits.Config(test_share=0.2),
+        crops=prepared_scans.Crops(size_vox=(64, 64, 64)),
+        backbone=small().backbone,
+        train=training.Config(
+            epochs=200,
+            steps_per_epoch=250,
+            global_batch=4,
+            lr=3e-4,
+            warmup_epochs=5,
+            grad_clip=1.0,
+            validate_every_epochs=10,
+        ),
+    )
+
+
+def hippocampus_finetune() -> Finetuning:
+    """The MSD hippocampus MR scans, 160 to train and 40 to test, on a 2-core machine: two crops of 32 x 64 x 32 of each
+    of 2 cases a step, 500 steps. Result: docs/results.md.
+    """
+    return Finetuning(
+        split=HIPPOCAMPUS_SPLIT,
+        crops=prepared_scans.Crops(size_vox=HIPPOCAMPUS_CROP),
+        backbone=SMALL_LOGONET,
+        # Left and right hippocampus are one class here, and each scan shows one of them.
+        method={"name": "supervised", "augment": config.to_dict(augment.Config(flip_prob=0.5))},
+        train=training.Config(
+            epochs=10,
+            steps_per_epoch=50,
+            global_batch=2,
+            lr=1e-3,
+            warmup_epochs=1,
+            grad_clip=1.0,
+        ),
+    )
+
+
+def demo_finetune() -> Finetuning:
+    """Synthetic phantoms on 2 workers of a 2-core machine: a tiny LoGoNet, 32^3 crops, 350 steps.
+    ``make demo`` runs it.
+    """
+    return Finetuning(
+        split=DEMO_SPLIT,
+        crops=prepared_scans.Crops(size_vox=(32, 32, 32)),
+        backbone=TINY_LOGONET,
+        method={"name": "supervised", "augment": {"flip_prob": 0.0, "rotate90_prob": 0.0}},
+        train=training.Config(
+            epochs=14,
+            steps_per_epoch=25,
+            global_batch=2,
+            lr=3e-3,
+            warmup_epochs=1,
+            grad_clip=1.0,
+            validate_every_epochs=7,
+        ),
+        validation=sliding_window.Config(overlap=0.25),
+    )
+
+
+FINETUNING: dict[str, Callable[[], Finetuning]] = {
+    f.__name__.removesuffix("_finetune"): f
+    for f in (paper_finetune, small_finetune, hippocampus_finetune, demo_finetune)
+}

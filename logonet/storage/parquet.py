@@ -1,0 +1,106 @@
+"""Rows of a dataclass as Parquet, and back: a table is believed only if its columns are that dataclass's.
+
+Wherever ray.data is imported, Arrow knows a column type of Ray's whose values are pickles, loaded as soon as one
+is looked at. None of our own tables has a column of any extension type, so all of these are refused.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from logonet.core.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+T = TypeVar("T")
+
+
+def to_parquet(rows: Sequence[Mapping[str, Any]], row_type: type) -> bytes:
+    """``rows`` (as ``dataclasses.asdict`` gives them) with the columns and types of ``row_type``."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=_schema(row_type)), sink)
+    return sink.getvalue()
+
+
+def from_parquet(data: bytes, row_type: type[T], where: str) -> list[T]:
+    """The rows of such a table, lists as tuples.
+
+    Raises:
+        UserError: naming ``where``, for what is no Parquet file or has other columns, types or empty cells, and
+            for columns of an extension type.
+    """
+    import pyarrow as pa
+
+    table = read_parquet(data, where)
+    wanted, names = _schema(row_type), table.column_names
+    try:
+        table = table.cast(wanted) if names == wanted.names else None
+    except pa.ArrowException:
+        table = None
+    if table is None or any(column.null_count for column in table.columns):
+        raise UserError(
+            f"{where} has the columns {', '.join(names)}; it must have {', '.join(wanted.names)}, every cell of their "
+            "types: it is of another version of logonet"
+        )
+    return [
+        row_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+        for row in table.to_pylist()
+    ]
+
+
+def read_parquet(data: bytes, where: str) -> pa.Table:
+    """The table in ``data``, of plain columns only, so that nothing in it can run."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        for field in table.schema:
+            if _extends(field):
+                raise UserError(
+                    f"{where}: its column '{field.name}' has an extension type, which could hold code; logonet writes "
+                    "no such column, so it was not made by logonet: do not trust it"
+                )
+        table.validate(full=True)  # lengths and UTF-8: what it is read into takes them as said
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+    ) as err:  # ValueError: Ray's own, of a type it cannot make out
+        raise UserError(
+            f"{where} is not a Parquet table that can be read ({' '.join(str(err).split())}); make it again"
+        ) from None
+    return table
+
+
+def _extends(field: pa.Field) -> bool:
+    import pyarrow as pa
+
+    # Where Ray is not imported, its types are known by the field's metadata alone.
+    if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
+        return True
+    if pa.types.is_dictionary(field.type):  # counts no fields, yet has values of some type
+        return _extends(pa.field("", field.type.value_type))
+    return any(_extends(field.type.field(i)) for i in range(field.type.num_fields))
+
+
+def _schema(row_type: type) -> Any:
+    import pyarrow as pa
+
+    types = {
+        "str": pa.string(),
+        "int": pa.int64(),
+        "float": pa.float64(),
+        "tuple[int, int, int]": pa.list_(pa.int64()),
+        "tuple[int, ...]": pa.list_(pa.int64()),
+        "tuple[float, float, float]": pa.list_(pa.float64()),
+        "tuple[str, ...]": pa.list_(pa.string()),
+    }
+    return pa.schema([(f.name, types[str(f.type)]) for f in fields(row_type)])

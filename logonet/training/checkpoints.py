@@ -1,0 +1,275 @@
+"""Checkpoints of a training run: the state after a step, written behind the training's back, trusted only
+after its checksums, and with the one before as fallback.
+
+A checkpoint is an artifact at ``<run>/checkpoints/step-00001234/``: safetensors for tensors, JSON for the
+rest, ``manifest.json`` last. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from logonet.core import config
+from logonet.core.errors import UserError
+from logonet.storage import artifacts, object_store
+from logonet.storage.object_store import IntegrityError, Stored
+
+log = logging.getLogger(__name__)
+
+
+class Damaged(UserError):
+    """A checkpoint that is not whole: unfinished, torn or altered."""
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Of a checkpoint's manifest."""
+
+    step: int
+    world: int
+    history: list[dict[str, Any]]
+
+
+STAGE = "checkpoint"
+MAX_WORLD = 2**20  # ranks; each has a place in the state
+TENSOR_FILES = ("model", "optimizer", "partial")
+
+
+@dataclass
+class State:
+    """A run after ``step`` optimizer steps.
+
+    Attributes:
+        model: the method module's state dict (its backbone under ``backbone.``).
+        optimizer: ``<moment>/<parameter name>`` -> tensor.
+        partial: per rank, the metric sums of the epoch under way.
+        history: one mapping of metrics per finished epoch.
+        world: ranks that wrote it.
+    """
+
+    step: int
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    partial: list[dict[str, torch.Tensor]]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    world: int = 1
+
+    def groups(self) -> dict[str, dict[str, torch.Tensor]]:
+        partial = {f"{rank}/{name}": t for rank, part in enumerate(self.partial) for name, t in part.items()}
+        return {"model": self.model, "optimizer": self.optimizer, "partial": partial}
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        for group in self.groups().values():
+            yield from group.values()
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the tensors' values, to build a blank copy from on another rank."""
+        shapes = {
+            group: {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+            for group, tensors in self.groups().items()
+        }
+        return {"step": self.step, "history": self.history, "world": self.world, "shapes": shapes}
+
+    @classmethod
+    def blank(cls, description: dict[str, Any]) -> State:
+        groups = {
+            group: {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
+            for group, shapes in description["shapes"].items()
+        }
+        return cls._of(groups, description["step"], description["history"], description["world"])
+
+    @classmethod
+    def _of(
+        cls,
+        groups: Mapping[str, dict[str, torch.Tensor]],
+        step: int,
+        history: list[dict[str, Any]],
+        world: int,
+    ) -> State:
+        partial: list[dict[str, torch.Tensor]] = [{} for _ in range(world)]
+        for name, tensor in groups["partial"].items():
+            rank, _, metric = name.partition("/")
+            partial[int(rank)][metric] = tensor
+        return cls(step, groups["model"], groups["optimizer"], partial, history, world)
+
+
+def save_state(uri: str, fingerprint: str, state: State) -> None:
+    """Write a checkpoint at ``uri``, its manifest last."""
+    files = {
+        f"{group}.safetensors": _write_tensors(object_store.join(uri, f"{group}.safetensors"), tensors)
+        for group, tensors in state.groups().items()
+    }
+    facts = {"step": state.step, "world": state.world, "history": state.history}
+    artifacts.commit(uri, STAGE, fingerprint, config={}, parents={}, files=files, facts=facts)
+
+
+def load_state(uri: str, fingerprint: str) -> State:
+    """Read a checkpoint, every file against its checksum.
+
+    Raises:
+        Damaged: anything is missing or altered. Other UserErrors, such as a store that refuses to be read, say
+            nothing about the checkpoint and pass through.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    artifact = artifacts.find(uri)
+    if artifact is None:
+        raise Damaged(f"{uri} holds no finished checkpoint")
+    if artifact.stage != STAGE or artifact.fingerprint != fingerprint:
+        raise Damaged(f"{uri} belongs to another run ({artifact.fingerprint}), not to {fingerprint}")
+    if missing := artifacts.verify(artifact):
+        raise Damaged(f"{uri} has missing or torn files: {', '.join(missing)}")
+    try:
+        groups = {group: load(artifact.read(f"{group}.safetensors")) for group in TENSOR_FILES}
+    except (IntegrityError, SafetensorError) as err:
+        raise Damaged(f"{uri} is damaged: {err}") from None
+    try:
+        facts = config.from_dict(_Facts, artifact.facts)
+        if not 1 <= facts.world <= MAX_WORLD:
+            raise ValueError(f"world {facts.world}")
+        return State._of(groups, facts.step, facts.history, facts.world)
+    except (UserError, ValueError, IndexError) as err:
+        raise Damaged(f"{uri} is no checkpoint of this version of logonet ({err})") from None
+
+
+def all_of(run_uri: str) -> list[str]:
+    """The run's checkpoint folders, oldest first; finished or not."""
+    folder = object_store.join(run_uri, "checkpoints")
+    names = {object_store.relative(e.uri, folder).split("/")[0] for e in object_store.listing(folder)}
+    return [object_store.join(folder, n) for n in sorted(names) if n.startswith("step-")]
+
+
+def newest(run_uri: str, fingerprint: str) -> State | None:
+    """The newest checkpoint that is whole; damaged ones are passed over with a warning, and kept."""
+    found = all_of(run_uri)
+    for uri in reversed(found):
+        try:
+            return load_state(uri, fingerprint)
+        except Damaged as err:
+            log.warning("checkpoint passed over: %s; going back to the one before", err)
+    if found:
+        log.warning(
+            "none of the %d checkpoints of %s is whole; starting from the beginning", len(found), run_uri
+        )
+    return None
+
+
+class Writer:
+    """Writes checkpoints in a thread of its own, one at a time, and prunes old ones."""
+
+    def __init__(self, run_uri: str, fingerprint: str, keep: int):
+        self.run_uri, self.fingerprint, self.keep = run_uri, fingerprint, keep
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, state: State) -> None:
+        """Take a copy of ``state`` and return; the copy is written while training goes on."""
+        self.wait()
+        copy = State(
+            state.step,
+            _copied(state.model),
+            _copied(state.optimizer),
+            [_copied(p) for p in state.partial],
+            json.loads(json.dumps(state.history)),
+            state.world,
+        )
+        self._thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint", daemon=False)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last save is in the store; raises what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _write(self, state: State) -> None:
+        try:
+            uri = object_store.join(self.run_uri, "checkpoints", f"step-{state.step:08d}")
+            save_state(uri, self.fingerprint, state)
+            self._prune(uri)
+        except BaseException as err:  # handed to the training thread, which raises it in wait()
+            self._failure = err
+
+    def _prune(self, newest: str) -> None:
+        """Delete all but the last ``keep`` up to ``newest``, the one just written, and what is left of older ones.
+
+        Later ones are there after a fallback: torn, and about to be written again.
+        """
+        there = all_of(self.run_uri)
+        finished = [
+            u for u in there if u <= newest and object_store.exists(object_store.join(u, "manifest.json"))
+        ]
+        oldest = finished[-self.keep :][0]
+        try:
+            for uri in there:
+                if uri < oldest:  # unfinished ones too: their run was killed while it wrote or deleted them
+                    # The manifest first, so that no half of it is ever trusted.
+                    object_store.delete(object_store.join(uri, "manifest.json"))
+                    object_store.delete_prefix(uri)
+        except UserError as err:
+            log.warning("old checkpoints stay: %s", err)
+
+
+def save_best(run_uri: str, step: int, backbone: torch.nn.Module, keep: int) -> None:
+    """Keep the backbone after ``step``, the best so far.
+
+    A run that falls back to an older checkpoint falls back to that one's best too. So there is one for each of the
+    ``keep`` checkpoints, for the one that may still be being written, and for the one that will name this best.
+    """
+    uri = _best_uri(run_uri, step)
+    _write_tensors(uri, backbone.state_dict())
+    # Later ones are left of a run that went on from before them, and are about to be written again.
+    earlier = sorted(e.uri for e in object_store.listing(object_store.join(run_uri, "best")) if e.uri < uri)
+    for old in earlier[: max(0, len(earlier) - keep - 1)]:
+        object_store.delete(old)
+
+
+def _best_uri(run_uri: str, step: int) -> str:
+    return object_store.join(run_uri, "best", f"step-{step:08d}.safetensors")
+
+
+def save_final(
+    run_uri: str, method: Any, history: list[dict[str, Any]], best_step: int | None = None
+) -> dict[str, Stored]:
+    """The run's results: the backbone's weights, the whole method's, and the history.
+
+    With ``best_step`` also ``best.safetensors``: the backbone after that step.
+    """
+    files = {}
+    if best_step is not None:
+        weights = object_store.read(_best_uri(run_uri, best_step))
+        files["best.safetensors"] = object_store.write(
+            object_store.join(run_uri, "best.safetensors"), weights
+        )
+    return files | {
+        "backbone.safetensors": _write_tensors(
+            object_store.join(run_uri, "backbone.safetensors"), dict(method.backbone.state_dict())
+        ),
+        "method.safetensors": _write_tensors(
+            object_store.join(run_uri, "method.safetensors"), dict(method.state_dict())
+        ),
+        "history.json": object_store.write_json(object_store.join(run_uri, "history.json"), history),
+    }
+
+
+def _write_tensors(uri: str, tensors: Mapping[str, torch.Tensor]) -> Stored:
+    from safetensors.torch import save
+
+    return object_store.write(uri, save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
+
+
+def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in tensors.items()
+    }

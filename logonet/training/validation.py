@@ -1,0 +1,33 @@
+"""Validation Dice of cases, and what follows from it: the best step, when to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from logonet.training.config import Config
+
+
+def case_dice(found_XYZ: np.ndarray, truth_XYZ: np.ndarray, num_classes: int) -> list[float]:
+    """Dice of each class but background; NaN where neither has it, so that it is left out of means."""
+    both = np.bincount(truth_XYZ[found_XYZ == truth_XYZ].ravel(), minlength=num_classes)[1:]
+    sizes = (np.bincount(a.ravel(), minlength=num_classes)[1:] for a in (found_XYZ, truth_XYZ))
+    total = np.add(*sizes)
+    return np.where(total > 0, 2 * both / np.maximum(total, 1), np.nan).tolist()
+
+
+def best_step(history: Sequence[dict[str, Any]]) -> int | None:
+    """The step of the first entry with the highest validation Dice; None when nothing was validated."""
+    measured = [e for e in history if math.isfinite(e.get("val_dice", math.nan))]
+    return max(measured, key=lambda e: (e["val_dice"], -e["step"]))["step"] if measured else None
+
+
+def out_of_patience(history: Sequence[dict[str, Any]], cfg: Config) -> bool:
+    """Whether the last ``cfg.patience`` validations brought nothing better."""
+    best = best_step(history)
+    if cfg.patience is None or best is None:
+        return False
+    return sum("val_dice" in e and e["step"] > best for e in history) >= cfg.patience

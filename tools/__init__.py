@@ -1,0 +1,1 @@
+"""For developers of logonet; not in the wheel."""
