@@ -19,11 +19,13 @@ from logonet.data.importers.bids import bids_roots, bids_sources
 from logonet.data.importers.csv import csv_sources
 from logonet.data.importers.folder import folder_sources
 from logonet.data.importers.msd import DATASET_FILE, msd_sources, read_description
-from logonet.data.importers.names import Entries, folder_of, list_files, name_of, versioned
+from logonet.data.importers.names import DATA_ROOTS, Entries, folder_of, list_files, name_of, versioned
 from logonet.data.importers.nnunet import is_nnunet, nnunet_sources
 from logonet.data.manifest import NIFTI_SUFFIXES, Source
 from logonet.storage import object_store
 from logonet.storage.object_store import Entry
+
+__all__ = ["DATA_ROOTS", "sources"]
 
 
 def sources(uri: str) -> list[Source]:
