@@ -19,13 +19,13 @@ from typing import Any
 
 import tyro
 from _measure import Cores, machine, markdown, sentence
+from logonet.pipelines.common import options
 
 from logonet import methods, networks, pipelines, recipes, training
 from logonet.data import phantom
 from logonet.distributed import cluster, trainer
 from logonet.distributed.cluster import Resources
 from logonet.methods import DataSpec
-from logonet.pipelines.common import options
 from logonet.planning import hardware, measuring, planner, sizes, speed
 from logonet.training import dataset, schedule
 

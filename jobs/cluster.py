@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from logonet import cli, pipelines, recipes
-from logonet.distributed import cluster
+from logonet.distributed.executor import RayExecutor
 
 
 def run(cfg: pipelines.Pretraining, args: cli.JobArgs) -> None:
-    pipelines.upstream(cfg, args.data, args.root, cluster.share(args.resources))
+    pipelines.upstream(cfg, args.data, args.root, RayExecutor(args.resources))
 
 
 if __name__ == "__main__":

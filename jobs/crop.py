@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from logonet import cli, pipelines, recipes
-from logonet.distributed import cluster
+from logonet.distributed.executor import RayExecutor
 
 
 def run(cfg: pipelines.Pretraining, args: cli.JobArgs) -> None:
-    share = cluster.share(args.resources)
-    table, _ = pipelines.import_scans(args.data, args.root, share)
-    pipelines.make_crops(table, cfg.crops, args.root, share)
+    executor = RayExecutor(args.resources)
+    table, _ = pipelines.import_scans(args.data, args.root, executor)
+    pipelines.make_crops(table, cfg.crops, args.root, executor)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import tyro
 from logonet import cli, pipelines
 from logonet.distributed import cluster
 from logonet.distributed.cluster import Resources
+from logonet.distributed.executor import RayExecutor
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,14 @@ class Args:
 def main(args: Args) -> None:
     root = cli.absolute(args.root, "--root")
     data = cli.absolute(args.data, "--data") if args.data else ""
+    args.resources.fixed("an evaluation")
     with cluster.connected(args.resources):
         pipelines.evaluate_model(
             args.evaluation,
             cli.absolute_model(args.model),
             data,
             root,
-            args.resources,
+            RayExecutor(args.resources),
             args.experiment,
         )
 

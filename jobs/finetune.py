@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from logonet import cli, pipelines, recipes
+from logonet.distributed.executor import RayExecutor
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def configure(cfg: pipelines.Finetuning, args: Args) -> pipelines.Finetuning:
 
 
 def run(cfg: pipelines.Finetuning, args: Args) -> None:
-    pipelines.finetune(cfg, args.data, args.root, args.resources, args.experiment)
+    pipelines.finetune(cfg, args.data, args.root, RayExecutor(args.resources), args.experiment)
 
 
 if __name__ == "__main__":

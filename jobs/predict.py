@@ -16,6 +16,7 @@ import tyro
 from logonet import cli, pipelines
 from logonet.distributed import cluster
 from logonet.distributed.cluster import Resources
+from logonet.distributed.executor import RayExecutor
 from logonet.inference import sliding_window
 
 
@@ -42,9 +43,15 @@ class Args:
 
 def main(args: Args) -> None:
     source, output = cli.absolute(args.input, "--input"), cli.absolute(args.output, "--output")
+    args.resources.fixed("a prediction")
     with cluster.connected(args.resources):
         pipelines.predict_bucket(
-            args.infer, cli.absolute_model(args.model), source, output, args.resources, args.retry_quarantined
+            args.infer,
+            cli.absolute_model(args.model),
+            source,
+            output,
+            RayExecutor(args.resources),
+            args.retry_quarantined,
         )
 
 

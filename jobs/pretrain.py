@@ -9,10 +9,11 @@ artifact under --root: the same command again resumes, or returns at once when a
 from __future__ import annotations
 
 from logonet import cli, pipelines, recipes
+from logonet.distributed.executor import RayExecutor
 
 
 def run(cfg: pipelines.Pretraining, args: cli.JobArgs) -> None:
-    pipelines.pretrain(cfg, args.data, args.root, args.resources, args.experiment)
+    pipelines.pretrain(cfg, args.data, args.root, RayExecutor(args.resources), args.experiment)
 
 
 if __name__ == "__main__":

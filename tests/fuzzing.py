@@ -1152,10 +1152,10 @@ def _make_crops(folder: Path) -> None:
 
     rng = seeding.rng(0, "crops")
     crops_RCXYZ = rng.integers(0, 65535, (3, 1, 4, 4, 4)).astype(np.uint16)
-    blob = crop_shards._shard_bytes("scan-1", crops_RCXYZ)
+    blob = crop_shards.shard_bytes("scan-1", crops_RCXYZ)
     (folder / "shards").mkdir()
     (folder / "shards" / "scan-1.safetensors").write_bytes(blob)
-    refs = crop_shards._shard_index(
+    refs = crop_shards.shard_index(
         f"{folder}/shards/scan-1.safetensors", "shards/scan-1.safetensors", len(blob)
     )
     table = crop_shards.CropTable(str(folder), (4, 4, 4), 1, tuple(refs))
@@ -1180,7 +1180,7 @@ def _reach_crops(folder: Path) -> Iterator[str]:
     from logonet.storage import artifacts
 
     path = folder / "shards" / "scan-1.safetensors"
-    crop_shards._shard_index(str(path), "shards/scan-1.safetensors", path.stat().st_size)
+    crop_shards.shard_index(str(path), "shards/scan-1.safetensors", path.stat().st_size)
     found = artifacts.find(str(folder))
     if found is None:
         return

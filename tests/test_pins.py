@@ -18,55 +18,53 @@ import numpy as np
 import pytest
 
 from logonet import pipelines, recipes, training
-from logonet.clustering import kmeans
-from logonet.data import crop_shards, manifest, phantom, prepared_scans
-from logonet.distributed import data_tasks
-from logonet.distributed.cluster import ResourceAllocation, Resources
+from logonet.clustering import fitting, kmeans
+from logonet.core.execution import InProcess
+from logonet.data import phantom, prepared_scans, preparing
+from logonet.data.crop_shards import CropRef
 from logonet.pipelines import pretraining
 
 PINS = Path(__file__).with_name("pins.json")
-SHARE = ResourceAllocation(1, False, 1.0, 1, 1.0, 1.0, 2.0)
 
 
 class Reached(Exception):
     """Training would begin now."""
 
 
-def stand_ins(patch: pytest.MonkeyPatch) -> None:
+class Pretended(InProcess):
     """Everything that takes time gives something small instead; configs, parents and addresses are the real ones."""
 
-    def cut(scans: Any, cfg: Any, uri: str, share: ResourceAllocation) -> Any:
-        num_bytes = 2 * int(np.prod(cfg.size_vox))
-        return [
-            crop_shards.CropRef(f"{s.scan_id}/00000", s.scan_id, "shards/none", 0, num_bytes, "0" * 64)
-            for s in scans
-        ], []
+    def check(self, cfg: Any, method: Any) -> None:
+        pass
 
-    def prepare(scans: Any, label_values: Any, cfg: Any, uri: str, share: ResourceAllocation) -> Any:
-        return [prepared_scans.Ref(s.scan_id, f"{uri}/none", 8, (1, 48, 48, 48), "0" * 64) for s in scans], []
+    def train(self, job: training.Job, dataset: Any) -> Any:
+        raise Reached(job.fingerprint)
+
+
+def stand_ins(patch: pytest.MonkeyPatch) -> None:
+    def cut(scans: Any, cfg: Any, uri: str, executor: Any) -> Any:
+        num_bytes = 2 * int(np.prod(cfg.size_vox))
+        ids = [s.scan_id for s in scans]
+        return [CropRef(f"{i}/00000", i, "shards/none", 0, num_bytes, "0" * 64) for i in ids], []
+
+    def prepare(scans: Any, label_values: Any, cfg: Any, uri: str, executor: Any) -> Any:
+        refs = [prepared_scans.Ref(s.scan_id, f"{uri}/none", 8, (1, 48, 48, 48), "0" * 64) for s in scans]
+        return refs, []
 
     def from_fitted(fitted: Any, meta: Any) -> kmeans.ClustererSet:
         sizes_N = np.array(kmeans.cluster_counts(kmeans.Config(**meta["config"])))
         return kmeans.ClustererSet(np.zeros((int(sizes_N.sum()), 1), np.float32), sizes_N, dict(meta))
 
-    def label(table: Any, fitted: Any, share: ResourceAllocation) -> np.ndarray:
+    def label(table: Any, fitted: Any, executor: Any) -> np.ndarray:
         return np.zeros((len(table), len(fitted.sizes_N), table.size_vox[2]), np.int16)
 
-    def fit(job: training.Job, *args: Any, **kwargs: Any) -> Any:
-        raise Reached(job.fingerprint)
-
-    patch.setattr(
-        data_tasks, "inspect_scans", lambda sources, share, known=0: [manifest.inspect(s) for s in sources]
-    )
-    patch.setattr(data_tasks, "cut_scans", cut)
-    patch.setattr(data_tasks, "prepare_cases", prepare)
-    patch.setattr(data_tasks, "sample_slices", lambda table, most, seed, share: np.zeros((1, 1), np.uint16))
-    patch.setattr(data_tasks, "fit_clusterers", lambda *args, **kwargs: [])
+    patch.setattr(preparing, "cut_scans", cut)
+    patch.setattr(preparing, "prepare_scans", prepare)
+    patch.setattr(fitting, "sample_slices", lambda *args: np.zeros((1, 1), np.uint16))
+    patch.setattr(fitting, "fit_clusterers", lambda *args, **kwargs: [])
     patch.setattr(kmeans.ClustererSet, "from_fitted", from_fitted)
-    patch.setattr(data_tasks, "label_crops", label)
+    patch.setattr(fitting, "label_crops", label)
     patch.setattr(pretraining, "_pictures", lambda *args: {})
-    patch.setattr("logonet.distributed.trainer.fit", fit)
-    patch.setattr("logonet.distributed.cluster.share", lambda resources: SHARE)
 
 
 def ids_of(folder: Path, stage: str, recipe: str) -> dict[str, str]:
@@ -77,7 +75,7 @@ def ids_of(folder: Path, stage: str, recipe: str) -> dict[str, str]:
     run: Any = pipelines.pretrain if stage == "pretrain" else pipelines.finetune
     known = recipes.PRETRAINING if stage == "pretrain" else recipes.FINETUNING
     with pytest.raises(Reached) as reached:
-        run(known[recipe](), str(scans / "dataset.json"), str(root), Resources(), "pins")
+        run(known[recipe](), str(scans / "dataset.json"), str(root), Pretended(), None)
     # A manifest's own id has its place and its files' times in it; what counts is its content's.
     made = {p.name: next(p.iterdir()).name for p in sorted(root.iterdir()) if p.name != "manifest"}
     scan_table = next((root / "manifest").iterdir()) / "manifest.json"

@@ -118,7 +118,7 @@ def test_shards_labels_and_clusterers_have_the_bytes_that_are_written() -> None:
     rng = seeding.rng(0, "test")
     crops_RCXYZ = rng.integers(0, 9, (3, 1, 8, 8, 4), dtype=np.uint16)
     scan_id = "hippocampus_001-0123456789"
-    assert sizes.shard_bytes(scan_id, 3, (1, 8, 8, 4)) == len(crop_shards._shard_bytes(scan_id, crops_RCXYZ))
+    assert sizes.shard_bytes(scan_id, 3, (1, 8, 8, 4)) == len(crop_shards.shard_bytes(scan_id, crops_RCXYZ))
     cfg = kmeans.Config(n=3, k_min=3, k_max=5, iterations=2)
     counts = kmeans.cluster_counts(cfg)
     slices_ST = rng.integers(0, 65536, (60, 64), dtype=np.uint16)

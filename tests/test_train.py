@@ -336,10 +336,10 @@ def feed(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Any:
             noise = rng.random((1, *SIZE)) * 0.2
             crops_RCXYZ.append(((ramp * rng.uniform(0.4, 0.8) + noise) * 65535).astype(np.uint16))
             labels.append([np.floor(ramp * (k - 1)).astype(np.int16) for k in SIZES])
-        blob = crop_shards._shard_bytes(f"scan{n}", np.stack(crops_RCXYZ))
+        blob = crop_shards.shard_bytes(f"scan{n}", np.stack(crops_RCXYZ))
         name = f"shards/scan{n}.safetensors"
         object_store.write(f"{folder}/{name}", blob)
-        refs += crop_shards._shard_index(f"{folder}/{name}", name, len(blob))
+        refs += crop_shards.shard_index(f"{folder}/{name}", name, len(blob))
     table = crop_shards.CropTable(str(folder), SIZE, 1, tuple(refs))
     order = schedule.SampleSchedule(len(table), 4, seed=0)
     cfg = methods.config("masked_clusters", {"phi1": 0.2})

@@ -22,8 +22,10 @@ import tyro
 
 from logonet.core import config, redaction
 from logonet.core.errors import Stopped, UserError, user_sentence
+from logonet.core.execution import run_all
 from logonet.distributed import cluster
 from logonet.distributed.cluster import Resources
+from logonet.distributed.executor import RayExecutor
 from logonet.storage import object_store
 
 
@@ -188,8 +190,10 @@ def data_import(
 
     resources = Resources(workers=workers)
     with cluster.connected(resources):
-        share = cluster.share(resources)
-        table, artifact = pipelines.import_scans(absolute(source, "SOURCE"), absolute(root, "--root"), share)
+        executor = RayExecutor(resources)
+        table, artifact = pipelines.import_scans(
+            absolute(source, "SOURCE"), absolute(root, "--root"), executor
+        )
     print(_shown(table.describe()))
     print(f"id {table.id}\n{artifact.uri}")
 
@@ -205,12 +209,11 @@ def data_check(
         workers: parallelism hint where the command starts its own Ray.
     """
     from logonet.data import importers, validate
-    from logonet.distributed import data_tasks
 
     resources = Resources(workers=workers)
     with cluster.connected(resources):
         found = importers.sources(absolute(source, "SOURCE"))
-        checked = data_tasks.check_sources(found, cluster.share(resources))
+        checked = run_all(RayExecutor(resources), validate.check, found)
     problems = validate.problems(checked)
     print(_shown(validate.table(problems, cases=len(checked))))
     if validate.failed(problems):
@@ -327,9 +330,10 @@ def export(
     """
     from logonet import pipelines
     from logonet.inference import export as exporting
+    from logonet.inference.load import load_model
 
     with tempfile.TemporaryDirectory(prefix="logonet-export-") as folder:
-        for name, blob in pipelines.choose(absolute_model(model)).folder.items():
+        for name, blob in load_model(absolute_model(model)).folder.items():
             object_store.write(os.path.join(folder, name), blob)
         print(exporting.write(folder, absolute(out, "--out"), format))
 
@@ -504,7 +508,7 @@ def clusters_report(
     resources = Resources()
     with cluster.connected(resources):
         where, out = absolute(clusterers, "CLUSTERERS"), absolute(out, "--out")
-        quality = clusterer_report.write(where, out, slices, stability, cluster.share(resources))
+        quality = clusterer_report.write(where, out, slices, stability, RayExecutor(resources))
     print(quality.describe().round(3).to_string())
     print(f"{out.rstrip('/')}/report.html")
 

@@ -35,14 +35,14 @@ class CropRef:
     sha256: str
 
 
-def _shard_bytes(scan_id: str, crops_RCXYZ: np.ndarray) -> bytes:
+def shard_bytes(scan_id: str, crops_RCXYZ: np.ndarray) -> bytes:
     """A safetensors file of crops whose header also says each crop's checksum."""
     arrays = {f"{i:05d}": np.ascontiguousarray(crop_CXYZ) for i, crop_CXYZ in enumerate(crops_RCXYZ)}
     sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
     return safetensors_io.to_bytes(arrays, {"scan_id": scan_id, "sha256": json.dumps(sums)})
 
 
-def _shard_index(uri: str, name: str, size_bytes: int) -> list[CropRef]:
+def shard_index(uri: str, name: str, size_bytes: int) -> list[CropRef]:
     """The crops of a stored shard, from its header alone; empty when it is not a whole shard."""
     if size_bytes < 8:
         return []
@@ -50,13 +50,13 @@ def _shard_index(uri: str, name: str, size_bytes: int) -> list[CropRef]:
     if not 0 < header_bytes <= size_bytes - 8:
         return []
     try:
-        refs = _parse_shard_header(name, object_store.read(uri, start=8, length=header_bytes))
+        refs = parse_shard_header(name, object_store.read(uri, start=8, length=header_bytes))
     except (ValueError, LookupError, TypeError, AttributeError):  # the header's own bytes are damaged
         return []
     return refs if refs and refs[-1].offset + refs[-1].num_bytes == size_bytes else []
 
 
-def _parse_shard_header(name: str, header: bytes) -> list[CropRef]:
+def parse_shard_header(name: str, header: bytes) -> list[CropRef]:
     """Raises ValueError, TypeError, LookupError or AttributeError where this is no shard's header."""
     fields: dict[str, Any] = config.parse_json(header)
     meta = fields.pop("__metadata__")

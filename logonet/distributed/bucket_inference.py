@@ -22,10 +22,10 @@ import numpy as np
 import pandas as pd
 
 from logonet.core.errors import BadScan, UserError
+from logonet.core.execution import Executor
 from logonet.data import manifest, volume
 from logonet.data.manifest import Scan, Source
 from logonet.data.volume import Volume
-from logonet.distributed.cluster import ResourceAllocation
 from logonet.inference import metrics, model, sliding_window
 from logonet.storage import object_store
 
@@ -118,7 +118,7 @@ def run(
     folder: Mapping[str, bytes],
     output: str,
     cfg: sliding_window.Config,
-    share: ResourceAllocation,
+    executor: Executor,
     *,
     about: Mapping[str, Any],
     attempt: str,
@@ -128,7 +128,7 @@ def run(
     """Segment ``items`` into ``output``; those that have a row already are not touched again.
 
     Args:
-        folder: the model's files (`model.files`), held once in Ray's shared memory.
+        folder: the model's files (`model.files`), held once on each machine.
         about: names the model and the settings; an output folder never mixes two of them.
         attempt: names this run, so that a case's deaths in earlier runs do not count.
         score: compare with the scans' labels.
@@ -140,29 +140,16 @@ def run(
     Raises:
         UserError: ``output`` belongs to another model.
     """
-    import ray
-
     _claim(output, about)
     rows = finished(output)
     waiting = [i for i in items if i.name not in rows or rows[i.name].version != i.version]
     done = len(items) - len(waiting)
     if waiting:
-        actors = max(1, min(share.workers, len(waiting)))
-        blob = ray.put(dict(folder))
-        stream = ray.data.range(len(waiting), override_num_blocks=len(waiting)).map_batches(
-            _Segment,
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            num_cpus=share.cpus_per_worker,
-            num_gpus=1 if share.use_gpu else None,
-            fn_constructor_args=(waiting, [blob], output, cfg, share.threads_per_worker, attempt, score),
-        )
-        for batch in stream.iter_batches(batch_size=None, batch_format="numpy"):
-            for text in batch["row"]:
-                row = Row(**json.loads(str(text)))
-                rows[row.name] = row
-                done += 1
-                note(row, done, len(items))
+        segment = _Segment(output, cfg, attempt, score)
+        for _, row in executor.stream(segment, waiting, shared=(dict(folder),), workers="model actors"):
+            rows[row.name] = row
+            done += 1
+            note(row, done, len(items))
         object_store.delete_prefix(object_store.join(output, ATTEMPTS, attempt))
     return [rows[item.name] for item in items]
 
@@ -242,33 +229,23 @@ def _row_uri(output: str, name: str) -> str:
     return object_store.join(output, CASES, *name.split("/"), "row.json")
 
 
+@dataclass
 class _Segment:
-    """A Ray Data actor: builds the predictor once, then segments, writes and commits one case at a time."""
+    """Builds the predictor at the first case, then segments, writes and commits one case at a time."""
 
-    def __init__(
-        self,
-        items: Sequence[Item],
-        folder: list[Any],
-        output: str,
-        cfg: sliding_window.Config,
-        threads: int,
-        attempt: str,
-        score: bool,
-    ) -> None:
-        import ray
-        import torch
+    output: str
+    cfg: sliding_window.Config
+    attempt: str
+    score: bool
+    predictor: sliding_window.Predictor | None = None
 
-        torch.set_num_threads(threads)
-        files = ray.get(folder[0])
-        spec, weights = model.parse(files)
-        self.predictor = sliding_window.Predictor(model.build(spec, weights), spec, cfg)
-        self.items, self.output, self.attempt, self.score = items, output, attempt, score
+    def __call__(self, item: Item, folder: Mapping[str, bytes]) -> Row:
+        if self.predictor is None:
+            spec, weights = model.parse(folder)
+            self.predictor = sliding_window.Predictor(model.build(spec, weights), spec, self.cfg)
+        return self._one(item, self.predictor)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        rows = [self._one(self.items[int(i)]) for i in batch["id"]]
-        return {"row": [json.dumps(asdict(row)) for row in rows]}
-
-    def _one(self, item: Item) -> Row:
+    def _one(self, item: Item, predictor: sliding_window.Predictor) -> Row:
         row_uri = _row_uri(self.output, item.name)
         if object_store.exists(row_uri):
             there = _read_row(row_uri)
@@ -284,7 +261,7 @@ class _Segment:
             row = Row(item.name, item.uri, QUARANTINED, item.version, reason)
         else:
             try:
-                row = self._segment(item)
+                row = self._segment(item, predictor)
             except BadScan as err:
                 row = Row(item.name, item.uri, QUARANTINED, item.version, str(err))
             except UserError:  # the store is out of reach, or takes nothing: that concerns every case
@@ -308,19 +285,19 @@ class _Segment:
             object_store.write(object_store.join(folder, f"{before}"), b"begun")
         return before
 
-    def _segment(self, item: Item) -> Row:
+    def _segment(self, item: Item, predictor: sliding_window.Predictor) -> Row:
         try:
-            image, modality, original = _open(item, self.predictor.spec.modality)
+            image, modality, original = _open(item, predictor.spec.modality)
         except object_store.NotGiven as err:
             if item.scan is not None:  # a mean over the others would pass for the whole
                 raise
             return Row(item.name, item.uri, UNREAD, item.version, str(err))
-        labels_XYZ = self.predictor.segment(image, modality, item.name)
+        labels_XYZ = predictor.segment(image, modality, item.name)
         blob = volume.encode_labels(labels_XYZ, original, image.affine)
         uri = _label_uri(self.output, item.name)
         written = object_store.write(uri, blob)
         scores: list[dict[str, Any]] = []
-        spec = self.predictor.spec
+        spec = predictor.spec
         names = dict(zip(spec.label_values, spec.classes))
         if self.score:
             assert item.scan is not None

@@ -22,6 +22,7 @@ import tyro
 
 from logonet.core.errors import UserError
 from logonet.core.redaction import HIDE_NAMES, holds_credentials
+from logonet.distributed import ray_compat
 
 log = logging.getLogger(__name__)
 
@@ -162,28 +163,6 @@ def address() -> str | None:
     return os.environ.get("RAY_ADDRESS") or None
 
 
-@contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
-    """A Ray that starts within this block listens on 127.0.0.1 and nowhere else.
-
-    Its processes believe whoever reaches them. ``ray.init`` takes no loopback address; the one way to tell it is the
-    setting by which Ray serves Windows and macOS, where its clusters have one node, as ours does. It is read when
-    Ray is imported, hence the second half; and must not stay, as it forbids 'ray start' to join a cluster.
-    """
-    from ray._private import ray_constants
-
-    name, kept = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    was = os.environ.get(name)
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = kept
-        del os.environ[name]
-        if was is not None:
-            os.environ[name] = was
-
-
 def on_loopback() -> bool:
     """Whether all of the connected cluster is on this machine and out of others' reach, as a Ray of our own is."""
     import ray
@@ -226,11 +205,13 @@ def connected(resources: Resources, logs: bool = True) -> Iterator[None]:
         # ones, instead of spinning: a step on all of two cores takes an eighth less (docs/performance.md).
         if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
             runtime_env["env_vars"]["GOMP_SPINCOUNT"] = "1000"
-        runtime_env["worker_process_setup_hook"] = f"{__name__}.{_without_dashboard.__name__}"
+        runtime_env["worker_process_setup_hook"] = (
+            f"{ray_compat.__name__}.{ray_compat.without_dashboard.__name__}"
+        )
         if resources.object_store_mb:
             options["object_store_memory"] = resources.object_store_mb * MIB
     try:
-        with _on_loopback() if address() is None else contextlib.nullcontext():
+        with ray_compat.on_loopback() if address() is None else contextlib.nullcontext():
             ray.init(**options)
     except ConnectionError as err:
         raise UserError(
@@ -259,16 +240,7 @@ def quiet() -> None:
     context.print_on_execution_start = False
 
 
-def _without_dashboard() -> None:
-    """In a worker process: Ray Train's watcher over its controller asks the dashboard, which a Ray of our own lacks.
-
-    It would complain every second.
-    """
-    name = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
-    logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def share(resources: Resources) -> ResourceAllocation:
+def allocate(resources: Resources) -> ResourceAllocation:
     """Divide the connected cluster. UserError when the workers, of a range the least of them, can never be placed."""
     import ray
 
@@ -321,7 +293,7 @@ PART_CPUS = 1 / 16
 DRIVER_CPUS = 0.01  # reserved by a sweep for the process that drives a trial
 
 
-def shares(resources: Resources, most: int, at_once: int = 0) -> tuple[int, ResourceAllocation]:
+def allocate_trials(resources: Resources, most: int, at_once: int = 0) -> tuple[int, ResourceAllocation]:
     """How many runs of ``resources`` can go on at once, and what each gets.
 
     Counted before anything starts, since a run whose workers find no place waits for ever: every worker of
@@ -337,14 +309,14 @@ def shares(resources: Resources, most: int, at_once: int = 0) -> tuple[int, Reso
     import ray
 
     workers = resources.fixed("a sweep")
-    one = share(resources)  # one that can never fit says so here
+    one = allocate(resources)  # one that can never fit says so here
     total = ray.cluster_resources()
     units = total["GPU"] if one.use_gpu else total["CPU"] / (resources.cpus_per_worker or 1.0)
     if address() is None and not one.use_gpu and not at_once:
         units = min(units, os.cpu_count() or 1)  # a Ray of our own has more logical CPUs than there are cores
     for runs in range(max(1, min(at_once or most, int(units / workers))), 0, -1):
         try:
-            each = share(replace(resources, workers=runs * workers, gpu=one.use_gpu))
+            each = allocate(replace(resources, workers=runs * workers, gpu=one.use_gpu))
         except UserError:
             continue
         free = each.cpus - runs * (workers * each.cpus_per_worker + DRIVER_CPUS)

@@ -2,7 +2,7 @@
 of the driver or of Ray's controller.
 
 The ranks hear of it at different moments and must all do the same, so each only says what it thinks is due at a step's
-end (`Notices.due`), and `train.Worker` has them agree on the most urgent.
+end (`Notices.due`), and `logonet.training.loop.Loop` has them agree on the most urgent.
 """
 
 from __future__ import annotations
@@ -15,50 +15,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-GO_ON, SAVE, LEAVE = range(3)  # what is due at a step's end; LEAVE saves too
+from logonet.distributed import ray_compat
+from logonet.training.loop import GO_ON, LEAVE, SAVE
+
 ASK_EVERY_S = 1.0
 LEAST_MARGIN_S = 5.0  # before a machine goes, beside what steps and saving take
-RESIZE_WAIT_S = 60.0  # for the workers to save and leave before their group is made anew
-TOLD, LEFT = b"leave", b"left"
-
-
-# ------------------------------------------------------------------- words between driver, controller and rank 0
-
-
-def _kv() -> Any:
-    # A few bytes in Ray's own table: an actor for them would be one more process on every machine that runs a sweep.
-    from ray.experimental import internal_kv
-
-    return internal_kv
-
-
-def tell(run: str) -> None:
-    """Have the ranks of ``run`` save and leave after the step that they are in."""
-    _kv()._internal_kv_put(f"logonet/{run}", TOLD, overwrite=True)
-
-
-def forget(run: str) -> None:
-    """Take back what was told."""
-    _kv()._internal_kv_del(f"logonet/{run}")
-
-
-def leave_before_resizing(run: str) -> Any:
-    """A callback for Ray Train's controller, which would else stop its workers within a step and lose the steps since
-    their last checkpoint."""
-    from ray.train.v2._internal.execution.callback import ControllerCallback
-    from ray.train.v2._internal.execution.controller.state import ResizingState
-
-    class LeaveFirst(ControllerCallback):
-        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-            if not isinstance(current_state, ResizingState):
-                return
-            tell(run)
-            until = time.monotonic() + RESIZE_WAIT_S
-            while time.monotonic() < until and _kv()._internal_kv_get(f"logonet/{run}") != LEFT:
-                time.sleep(0.05)
-            forget(run)
-
-    return LeaveFirst()
 
 
 # ---------------------------------------------------------------------------------------------------- SIGTERM
@@ -96,7 +57,7 @@ class Notices:
     """What one rank has heard.
 
     Args:
-        run: that `tell` names; only rank 0 listens to it.
+        run: that `ray_compat.tell` names; only rank 0 listens to it.
         preemption: Ray's ``get_preemption_info``, which all ranks must call equally often.
     """
 
@@ -135,7 +96,7 @@ class Notices:
         ask = time.monotonic() - self._asked_s >= ASK_EVERY_S
         if ask:
             self._asked_s = time.monotonic()
-            self._told = self._told or _kv()._internal_kv_get(f"logonet/{self.run}") == TOLD
+            self._told = self._told or ray_compat.told(self.run)
         if self._told:
             return LEAVE, False
         if self._deadline_s is None:
@@ -158,7 +119,7 @@ class Notices:
     def left(self) -> None:
         """Say that the ranks have saved and leave."""
         if self._told:
-            _kv()._internal_kv_put(f"logonet/{self.run}", LEFT, overwrite=True)
+            ray_compat.say_left(self.run)
 
 
 _LISTENERS: dict[str, threading.Event] = {}

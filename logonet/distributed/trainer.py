@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from logonet import methods
 from logonet.core.errors import Stopped, UserError
-from logonet.distributed import preemption
+from logonet.distributed import feed, preemption, ray_compat
 from logonet.distributed.cluster import ResourceAllocation, Resources, on_loopback, quiet
-from logonet.training import checkpoints, dataset
+from logonet.training.communicator import Communicator, ProcessGroup
 from logonet.training.config import Config, Job, accumulation, micro_batches
-from logonet.training.loop import Left, Worker
+from logonet.training.dataset import LabelledDataset, TrainingDataset
+from logonet.training.local import finish
+from logonet.training.loop import Left, Loop, NoBar, to_tensors
+from logonet.training.schedule import MicroBatches
 from logonet.training.step import Diverged
-from logonet.training.validation import best_step
 
 PLACE = "placement_group"  # what a watched run reports first, see `fit`
 
@@ -45,15 +47,15 @@ def check_workers(cfg: Config, method: dict[str, Any], resources: Resources) -> 
 
 def fit(
     job: Job,
-    feed: dataset.TrainingDataset | dataset.LabelledDataset,
+    dataset: TrainingDataset | LabelledDataset,
     resources: Resources,
-    share: ResourceAllocation,
+    allocation: ResourceAllocation,
     callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
-    """Train ``job`` with Ray Train; returns {"history", "files"}. Run again, it resumes.
+    """Train ``job`` with Ray Train; returns {"history", "files", "tracked"}. Run again, it resumes.
 
     Args:
-        feed: what the data tasks prepare samples from.
+        dataset: what the data tasks prepare samples from.
         callbacks: Ray Train callbacks, such as Tune's TuneReportCallback. They get the id of the workers' placement
             group under PLACE first, then the scalars of each epoch.
 
@@ -66,41 +68,42 @@ def fit(
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from logonet.distributed.rendezvous import LocalTorchConfig
-
     check_workers(job.train, job.method, resources)
-    if job.train.validate_every_epochs and not getattr(feed, "val", ()):
+    if job.train.validate_every_epochs and not dataset.validation:
         raise UserError("there are no labelled cases to validate on; set train.validate_every_epochs=0")
     # References in lists: Ray would otherwise put the values themselves into every worker's arguments.
-    config = {"job": job, "feed": [ray.put(feed)], "share": share, "watched": bool(callbacks)}
+    config = {"job": job, "dataset": [ray.put(dataset)], "allocation": allocation, "watched": bool(callbacks)}
     elastic = resources.least < resources.most
-    num_workers: Any = (resources.least, resources.most) if elastic else share.workers
+    num_workers: Any = (resources.least, resources.most) if elastic else allocation.workers
     stop = threading.Event()
     while True:
         run = f"{job.fingerprint}-{time.time_ns():x}"
 
         def told(run: str = run) -> None:
             stop.set()
-            preemption.tell(run)
+            ray_compat.tell(run)
 
         watchers = list(callbacks)
         if elastic:
-            watchers.append(preemption.leave_before_resizing(run))
+            watchers.append(ray_compat.leave_before_resizing(run))
         trainer = TorchTrainer(
             train_worker,  # type: ignore[arg-type]  # it may return a value; Ray's annotation forgets that
             train_loop_config={**config, "run": run},
-            torch_config=LocalTorchConfig() if on_loopback() else TorchConfig(),
+            torch_config=ray_compat.local_torch_config() if on_loopback() else TorchConfig(),
             scaling_config=ScalingConfig(  # type: ignore[call-arg]  # Ray's stub is of its older ScalingConfig
                 num_workers=num_workers,
                 elastic_resize_monitor_interval_s=resources.resize_every_s,
-                use_gpu=share.use_gpu,
-                resources_per_worker={"CPU": share.cpus_per_worker, **({"GPU": 1} if share.use_gpu else {})},
+                use_gpu=allocation.use_gpu,
+                resources_per_worker={
+                    "CPU": allocation.cpus_per_worker,
+                    **({"GPU": 1} if allocation.use_gpu else {}),
+                },
             ),
             run_config=RunConfig(  # type: ignore[call-arg]  # and of its older RunConfig
                 # Checkpoints are ours (verified on load, a torn one falls back); Ray's own records are only of this
                 # attempt, so a run killed while Ray wrote them cannot hinder the next.
                 name=run,
-                storage_path=_scratch(),
+                storage_path=f"{tempfile.gettempdir()}/logonet-ray-train",
                 failure_config=FailureConfig(max_failures=resources.max_failures),
                 callbacks=watchers,
                 logging_config=LoggingConfig(log_level="WARNING"),
@@ -114,7 +117,7 @@ def fit(
                 "the process that leads the training died: it was killed, there was no memory left, or its machine "
                 "went; the same command goes on from the newest checkpoint"
             ) from err
-        preemption.forget(run)
+        ray_compat.forget(run)
         assert result.return_value is not None
         if "diverged" in result.return_value:
             raise Diverged(result.return_value["diverged"])
@@ -128,12 +131,6 @@ def fit(
         print(f"workers were asked to go: step {step:,} is stored, training goes on from there", flush=True)
 
 
-def _scratch() -> str:
-    import tempfile
-
-    return f"{tempfile.gettempdir()}/logonet-ray-train"
-
-
 def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     """What Ray Train runs on every worker."""
     import ray.train
@@ -144,23 +141,29 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     # Ray reports every metric through the root logger, which it sets to INFO in its workers.
     logging.getLogger().setLevel(logging.WARNING)
     job: Job = config["job"]
-    share: ResourceAllocation = config["share"]
+    allocation: ResourceAllocation = config["allocation"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     if config["watched"]:
         # Whoever stops this run from outside has to free its place: Ray's own cleaner is not to be relied on.
         place: Any = ray.util.get_current_placement_group()
         ray.train.report({PLACE: place.id.hex()})
-    torch.set_num_threads(share.threads_per_worker)
+    torch.set_num_threads(allocation.threads_per_worker)
     tracker = _tracker(job) if rank == 0 else None
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives of Python objects go through the current device
-    worker = Worker(job, config["feed"], share, rank=rank, world=world, device=device)
-    heard = preemption.Notices(config["run"], rank, ray.train.get_preemption_info)
+    dataset = feed.opened(config["dataset"][0])
+    communicator = ProcessGroup(device) if world > 1 else Communicator()
+    loop = Loop(job, dataset.schedule, communicator, device, dataset.validation)
+    loop.restore()
+    positions = MicroBatches(dataset.schedule, job.train.batch_size, loop.step, loop.total_steps, rank, world)
+    batches = to_tensors(feed.batches(config["dataset"], positions, allocation), device)
+    bar = ray_compat.progress_bar(loop.total_steps, loop.step) if job.progress and rank == 0 else NoBar()
+    notices = preemption.Notices(config["run"], rank, ray.train.get_preemption_info)
     try:
-        with heard.listening():
-            history = worker.run(ray.train.report, tracker, heard)
+        with notices.listening():
+            history = loop.run(batches, ray.train.report, tracker, notices, bar)
     except Left as err:
         return {"left": err.step}  # Ray would count an exception as a failure; `fit` starts the ranks again
     except Diverged as err:
@@ -170,11 +173,10 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
         return {"diverged": str(err)}
     if rank:
         return {}
-    files = checkpoints.save_final(job.uri, worker.method, history, best_step(history))
-    delivered = True
+    made = finish(job, loop, history, tracked=True)
     if tracker is not None:
-        delivered = tracker.close(timeout_s=15)  # the driver tries again, for longer
-    return {"history": history, "files": {k: asdict(v) for k, v in files.items()}, "tracked": delivered}
+        made["tracked"] = tracker.close(timeout_s=15)  # the driver tries again, for longer
+    return made
 
 
 def _tracker(job: Job) -> Any:

@@ -8,8 +8,7 @@ lies it is finished and returns at once; where it does not, it goes on with what
 same command twice computes nothing twice, and a sweep's trials share everything upstream of what they vary.
 """
 
-from logonet.pipelines.common import Trial
-from logonet.pipelines.evaluation import Evaluation, choose, evaluate_model, scores_of
+from logonet.pipelines.evaluation import Evaluation, evaluate_model, scores_of
 from logonet.pipelines.finetuning import Finetuning, finetune, resolve_finetuning
 from logonet.pipelines.prediction import predict_bucket
 from logonet.pipelines.preparation import (
@@ -21,13 +20,13 @@ from logonet.pipelines.preparation import (
 )
 from logonet.pipelines.pretraining import Pretraining, cluster_sheet, pretrain, resolve, upstream
 from logonet.pipelines.registration import register
+from logonet.pipelines.stage import Trial
 
 __all__ = [
     "Evaluation",
     "Finetuning",
     "Pretraining",
     "Trial",
-    "choose",
     "cluster_sheet",
     "evaluate_model",
     "finetune",

@@ -11,20 +11,19 @@ import numpy as np
 import pandas as pd
 
 from logonet import reporting
-from logonet.clustering import kmeans, quality
+from logonet.clustering import fitting, kmeans, quality
 from logonet.clustering.pseudo_labels import Labeller
 from logonet.core.errors import UserError
+from logonet.core.execution import Executor
 from logonet.data import crop_shards
 from logonet.data.volume import UINT16_MAX, from_uint16
-from logonet.distributed import data_tasks
-from logonet.distributed.cluster import ResourceAllocation
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
 
 SHEETS = 4  # contact sheets: clusterers with the fewest, the most and in-between numbers of codes
 
 
-def write(uri: str, out: str, max_slices: int, stability: int, share: ResourceAllocation) -> pd.DataFrame:
+def write(uri: str, out: str, max_slices: int, stability: int, executor: Executor) -> pd.DataFrame:
     """Judge the clusterers artifact at ``uri`` on up to ``max_slices`` slices of the crops it was fitted on.
 
     Writes ``report.html``, ``quality.csv`` and contact sheets under ``out``.
@@ -45,13 +44,13 @@ def write(uri: str, out: str, max_slices: int, stability: int, share: ResourceAl
     table = crop_shards.CropTable.open(crops_artifact)
     fitted = kmeans.ClustererSet.from_bytes(artifact.read("clusterers.safetensors"), uri)
     # Another seed than the fit's: half of the point is slices that it may not have seen.
-    slices_ST = data_tasks.sample_slices(table, max_slices, seed=artifact.config["seed"] + 1, share=share)
+    slices_ST = fitting.sample_slices(table, max_slices, seed=artifact.config["seed"] + 1, executor=executor)
     labels_SN = Labeller(fitted)(slices_ST)
     mean_S = slices_ST.mean(axis=1) / UINT16_MAX
     scores = quality.quality(fitted, labels_SN, mean_S)
     scores.insert(0, "clusterer", np.arange(len(scores)))
     if stability:
-        scores = scores.join(_two_seeds(table, artifact, fitted, slices_ST, labels_SN, stability, share))
+        scores = scores.join(_two_seeds(table, artifact, fitted, slices_ST, labels_SN, stability, executor))
     nmi_MM, _ = quality.agreement(labels_SN, limit=len(fitted.sizes_N))
     files: dict[str, bytes] = {"quality.csv": scores.to_csv(index=False).encode()}
     files["clusters.png"] = reporting.clusters_picture(scores, nmi_MM)
@@ -84,13 +83,13 @@ def _two_seeds(
     slices_ST: np.ndarray,
     labels_SN: np.ndarray,
     count: int,
-    share: ResourceAllocation,
+    executor: Executor,
 ) -> pd.DataFrame:
     """Refit ``count`` evenly spaced clusterers from another seed, with the same K; compare their labels."""
     num = len(fitted.sizes_N)
     chosen_M = np.unique(np.linspace(0, num - 1, min(num, count)).round().astype(int))
     cfg = kmeans.Config(**artifact.config)
-    sample_ST = data_tasks.sample_slices(table, cfg.max_slices, cfg.seed, share)
+    sample_ST = fitting.sample_slices(table, cfg.max_slices, cfg.seed, executor)
     other = replace(cfg, seed=cfg.seed + 1)
     sizes_M = fitted.sizes_N[chosen_M]
     refits = [kmeans.fit_one(sample_ST, int(k), m, other) for m, k in enumerate(sizes_M)]

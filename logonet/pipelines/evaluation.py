@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import html
 import io
 import json
@@ -18,14 +17,15 @@ import pandas as pd
 from logonet import reporting
 from logonet.core import config
 from logonet.core.errors import UserError
+from logonet.core.execution import Executor
 from logonet.data import cropping, leakage, manifest, provenance, volume
 from logonet.data.manifest import Manifest, Scan
-from logonet.distributed import bucket_inference, cluster
-from logonet.distributed.cluster import Resources
+from logonet.distributed import bucket_inference
 from logonet.inference import metrics, model, sliding_window, statistics
-from logonet.pipelines.common import SEEN_FILE, catch_up, chain, say, took, tracking_of
-from logonet.pipelines.finetuning import MODEL, LeakRule, fetch_registered
+from logonet.inference.load import LoadedModel, load_model
+from logonet.pipelines.finetuning import LeakRule
 from logonet.pipelines.preparation import import_scans
+from logonet.pipelines.stage import Made, catch_up, chain, run_stage, say, tracking_of
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
 from logonet.training import weight_transfer
@@ -42,62 +42,6 @@ class Evaluation:
 
     infer: sliding_window.Config = field(default_factory=sliding_window.Config)
     leaks: LeakRule = "refuse"
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model to run, wherever it came from.
-
-    Attributes:
-        folder: its files (`model.files`).
-        id: 16 hex digits of their content.
-        seen: the scans it was trained and pretrained on (`seen`), or None when nobody knows.
-        artifact: the finetuning it is of, when that is at hand.
-    """
-
-    folder: dict[str, bytes]
-    id: str
-    lineage: dict[str, str]
-    seen: bytes | None
-    artifact: Artifact | None
-
-
-def choose(uri: str) -> LoadedModel:
-    """The model at ``uri``: a finetuning artifact, models:/NAME@alias, or a model folder.
-
-    Raises:
-        UserError: nothing is there, or it is no segmentation model that runs.
-    """
-    chosen = _find(uri)
-    model.build(*model.parse(chosen.folder, uri))  # else every actor would stumble over it
-    return chosen
-
-
-def _find(uri: str) -> LoadedModel:
-    if uri.startswith("models:/"):
-        blobs, lineage = fetch_registered(uri)
-        if not {model.CONFIG_FILE, model.WEIGHTS_FILE} <= blobs.keys():
-            raise UserError(f"{uri} is no segmentation model; it holds {', '.join(sorted(blobs))}")
-        files = {n: blobs[n] for n in (model.CONFIG_FILE, model.WEIGHTS_FILE)}
-        return LoadedModel(files, _id(files), lineage, blobs.get(SEEN_FILE), None)
-    artifact = artifacts.find(uri)
-    if artifact is None:
-        files = {
-            n: object_store.read(object_store.join(uri, n)) for n in (model.CONFIG_FILE, model.WEIGHTS_FILE)
-        }
-        return LoadedModel(files, _id(files), {"model_folder": uri}, None, None)
-    if artifact.stage != "finetune":
-        raise UserError(
-            f"{uri} is a '{artifact.stage}' artifact; give a finetuning one, <root>/finetune/<id>"
-        )
-    files = {n: artifact.read(f"{MODEL}/{n}") for n in (model.CONFIG_FILE, model.WEIGHTS_FILE)}
-    lineage = {**artifact.parents, "finetune": artifact.fingerprint, "finetune_uri": artifact.uri}
-    return LoadedModel(files, _id(files), lineage, artifact.read(SEEN_FILE), artifact)
-
-
-def _id(files: Mapping[str, bytes]) -> str:
-    digests = {name: hashlib.sha256(blob).hexdigest() for name, blob in files.items()}
-    return config.fingerprint(digests)
 
 
 def test_scans(table: Manifest, chosen: LoadedModel) -> list[Scan]:
@@ -121,97 +65,88 @@ def test_scans(table: Manifest, chosen: LoadedModel) -> list[Scan]:
 
 
 def evaluate_model(
-    cfg: Evaluation, model_uri: str, source: str, root: str, resources: Resources, experiment: str
+    cfg: Evaluation, model_uri: str, source: str, root: str, executor: Executor, experiment: str | None
 ) -> Artifact:
     """Scores of the model at ``model_uri`` on labelled scans at ``source`` ("": those it was finetuned from)."""
-    chosen = choose(model_uri)
+    chosen = load_model(model_uri)
     if not source:
         if chosen.artifact is None:
             raise UserError(f"--data is missing; {model_uri} does not say which scans it was split on")
         source = chosen.artifact.facts["source"]
-    resources.fixed("an evaluation")
-    share = cluster.share(resources)
-    table, _ = import_scans(source, root, share)
+    table, _ = import_scans(source, root, executor)
     scans = test_scans(table, chosen)
     scans, leaking = _without_leaks(scans, chosen, cfg.leaks)
-    spec, _ = model.parse(chosen.folder)
+    spec = chosen.spec
     own = {"infer": config.to_dict(cfg.infer), "leaks": cfg.leaks}
     cases = config.fingerprint([[s.sha256, s.label_sha256] for s in scans])
     lineage = {**chosen.lineage, "test_manifest": table.id}
     parents = {"model": chosen.id, "manifest": table.id, "cases": cases}
-    uri, fingerprint = artifacts.address(root, "evaluation", own, parents)
+    _, fingerprint = artifacts.address(root, "evaluation", own, parents)
     name = f"evaluate-{spec.backbone['name']}-{chosen.id[:8]}-{fingerprint[:8]}"
     tracking = tracking_of("evaluate", name, fingerprint, cfg, lineage, root, experiment)
-    found = artifacts.find(uri)
-    if found is not None:
-        say("evaluate", f"already done: {uri}")
-        catch_up(tracking, uri, found)
-        print(found.read("summary.txt").decode())
-        return found
-    started = time.monotonic()
-    known = sorted({leak.scan_id for leak in leaking})
-    say("evaluate", f"{name} on {len(scans)} cases  {uri}")
-    output = object_store.join(uri, "predictions")
-    rows = bucket_inference.run(
-        [bucket_inference.Item(s.scan_id, scan=s) for s in scans],
-        chosen.folder,
-        output,
-        cfg.infer,
-        share,
-        about={"model": chosen.id, **own},
-        attempt=f"{time.time_ns():x}",
-        score=True,
-    )
-    bad = [row for row in rows if row.status != bucket_inference.DONE]
-    for row in bad:
-        say("", f"quarantined: {row.reason}")
-    scores = pd.DataFrame([line for row in rows for line in row.metrics])
-    if scores.empty:
-        raise UserError(
-            f"none of the {len(rows)} test cases could be segmented; the first says: {bad[0].reason}"
+
+    def make(uri: str) -> Made:
+        known = sorted({leak.scan_id for leak in leaking})
+        say("evaluate", f"{name} on {len(scans)} cases  {uri}")
+        output = object_store.join(uri, "predictions")
+        rows = bucket_inference.run(
+            [bucket_inference.Item(s.scan_id, scan=s) for s in scans],
+            chosen.folder,
+            output,
+            cfg.infer,
+            executor,
+            about={"model": chosen.id, **own},
+            attempt=f"{time.time_ns():x}",
+            score=True,
         )
-    summary = statistics.summary(scores)
-    text = statistics.table(summary)
-    pictures = {
-        "organs.png": reporting.organ_boxes(scores),
-        "cases.png": _cases_picture(scores, scans, rows, spec),
-    }
-    entry = {"epoch": 1, "step": 1, "unix_s": time.time(), **_headline(summary)}
-    page = _page(name, summary, pictures, chosen, lineage, leaking, bad, uri)
-    files = {
-        name: object_store.write(object_store.join(uri, name), blob)
-        for name, blob in {
+        bad = [row for row in rows if row.status != bucket_inference.DONE]
+        for row in bad:
+            say("", f"quarantined: {row.reason}")
+        scores = pd.DataFrame([line for row in rows for line in row.metrics])
+        if scores.empty:
+            raise UserError(
+                f"none of the {len(rows)} test cases could be segmented; the first says: {bad[0].reason}"
+            )
+        summary = statistics.summary(scores)
+        pictures = {
+            "organs.png": reporting.organ_boxes(scores),
+            "cases.png": _cases_picture(scores, scans, rows, spec),
+        }
+        entry = {"epoch": 1, "step": 1, "unix_s": time.time(), **_headline(summary)}
+        bucket_inference.write_table(rows, output)
+        files = {
             "cases.csv": scores.to_csv(index=False).encode(),
             "summary.csv": summary.to_csv(index=False).encode(),
             "summary.json": statistics.to_json(summary),
-            "summary.txt": text.encode(),
+            "summary.txt": statistics.table(summary).encode(),
             "history.json": json.dumps([entry]).encode(),
             "leaks.csv": leakage.to_csv(leaking),
             "config.yaml": config.to_yaml(cfg).encode(),
-            "report.html": page,
+            "report.html": _page(name, summary, pictures, chosen, lineage, leaking, bad, uri),
             **pictures,
-        }.items()
-    }
-    bucket_inference.write_table(rows, output)
-    artifact = artifacts.commit(
-        uri,
-        "evaluation",
-        fingerprint,
-        config=config.to_dict(cfg),
-        parents={**parents, **lineage},
-        files=files,
-        facts={
+        }
+        metadata = {
             **_headline(summary),
             "cases": len(rows) - len(bad),
             "quarantined": len(bad),
             # Known to training or pretraining: judged on all the same, or left out.
             "contaminated": known if cfg.leaks == "allow" else [],
             "excluded": known if cfg.leaks == "exclude" else [],
-        },
+        }
+        return Made(files, metadata)
+
+    artifact = run_stage(
+        root,
+        "evaluation",
+        own,
+        parents,
+        make,
+        lambda a: f"{a.facts['cases']} cases",
+        recorded=config.to_dict(cfg),
+        lineage=lineage,
     )
-    catch_up(tracking, uri, artifact)
-    print(text)
-    say("evaluate", f"{len(rows) - len(bad)} cases  {took(started)}  {uri}/report.html")
+    catch_up(tracking, artifact)
+    print(artifact.read("summary.txt").decode())
     return artifact
 
 

@@ -11,39 +11,39 @@ from __future__ import annotations
 import hashlib
 import html
 import json
-import os
 import sys
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from logonet import methods, networks, reporting, tracking, training
+from logonet import methods, networks, reporting, training
 from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.data import leakage, manifest, prepared_scans, provenance, splits
 from logonet.data.prepared_scans import Crops
-from logonet.distributed import cluster, trainer
-from logonet.distributed.cluster import Resources
 from logonet.inference import model, sliding_window
+from logonet.inference.load import MODEL_FOLDER, SEEN_FILE
 from logonet.methods import DataSpec
-from logonet.pipelines.common import (
-    LINEAGE_FILE,
-    SEEN_FILE,
+from logonet.pipelines.preparation import import_scans, make_cases
+from logonet.pipelines.stage import (
+    Made,
+    StageExecutor,
     Trial,
     catch_up,
     chain,
+    last_loss,
     options,
+    run_stage,
     say,
-    took,
     tracking_of,
 )
-from logonet.pipelines.preparation import import_scans, make_cases
+from logonet.pipelines.weights import InitialWeights, find_weights, preparation_of
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
 from logonet.storage.object_store import Stored
-from logonet.training import dataset, schedule, weight_transfer
+from logonet.training import weight_transfer
+from logonet.training.dataset import LabelledDataset
+from logonet.training.schedule import SampleSchedule
 
 LeakRule = Literal["refuse", "exclude", "allow"]
 
@@ -87,115 +87,10 @@ class Finetuning:
     leaks: LeakRule = "refuse"
 
 
-# --------------------------------------------------------------------------------------------- weights
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Initial weights, at rest where every worker can read them.
-
-    Attributes:
-        backbone: the network they belong to, {"name", **options}; {} when the file does not say.
-        preparation: how its scans were prepared, {"spacing_mm", "window_hu", "mr_percentiles"}; {} when unknown.
-        lineage: ids of what they come from.
-        seen: the scans they were trained on (`seen`), or None when nobody knows.
-    """
-
-    uri: str
-    sha256: str
-    backbone: dict[str, Any] = field(default_factory=dict)
-    preparation: dict[str, Any] = field(default_factory=dict)
-    lineage: dict[str, str] = field(default_factory=dict)
-    seen: bytes | None = None
-
-
-def find_weights(source: str, root: str) -> Weights | None:
-    """What ``source`` names (see `Init.weights`); None for "".
-
-    Raises:
-        UserError: nothing is there, or it holds no weights.
-    """
-    if not source:
-        return None
-    if source.startswith("models:/"):
-        return _registered(source, root)
-    if source.endswith(".safetensors"):
-        return _copied(object_store.read(source), root, {}, {}, {"weights_file": source}, None)
-    artifact = artifacts.find(source)
-    if artifact is None:
-        raise UserError(
-            f"{source} holds no finished artifact; give a pretraining or finetuning artifact, models:/NAME@alias or a "
-            ".safetensors file"
-        )
-    name = next((n for n in ("best.safetensors", "backbone.safetensors") if n in artifact.files), None)
-    if name is None:
-        raise UserError(f"{source} is a '{artifact.stage}' artifact, which has no weights of a network")
-    own = artifact.config
-    return Weights(
-        uri=artifact.uri_of(name),
-        sha256=artifact.files[name].sha256,
-        backbone=own["backbone"],
-        preparation=_preparation(own.get("cases") or own["crops"]),
-        lineage=_descent(artifact.stage, artifact.fingerprint, artifact.uri, artifact.parents),
-        seen=artifact.read(SEEN_FILE) if SEEN_FILE in artifact.files else None,
-    )
-
-
-def _descent(stage: str, fingerprint: str, uri: str, parents: Mapping[str, str]) -> dict[str, str]:
-    """The lineage that weights hand on: where they were made, and under that stage's name what that came from."""
-    return {stage: fingerprint, f"{stage}_uri": uri, **{f"{stage}_{k}": v for k, v in parents.items()}}
-
-
-def _registered(uri: str, root: str) -> Weights:
-    blobs, lineage = fetch_registered(uri)
-    if model.WEIGHTS_FILE not in blobs:
-        raise UserError(f"{uri} has no {model.WEIGHTS_FILE}; give an encoder or a segmentation model")
-    own = json.loads(blobs[model.CONFIG_FILE])
-    stage = next((s for s in ("finetune", "pretrain") if s in lineage), None)
-    known = {"registered": lineage.pop("registered")}
-    if stage is not None:
-        known |= _descent(stage, lineage.pop(stage), lineage.pop(f"{stage}_uri"), lineage)
-    return _copied(
-        blobs[model.WEIGHTS_FILE], root, own["backbone"], _preparation(own), known, blobs.get(SEEN_FILE)
-    )
-
-
-def fetch_registered(uri: str) -> tuple[dict[str, bytes], dict[str, str]]:
-    """The files of a registered model by name, and its lineage, as `registration` put them there.
-
-    "registered" in the lineage is the version that an alias stood for.
-    """
-    version = tracking.lineage(uri)["model"]
-    with tempfile.TemporaryDirectory() as folder:
-        place = tracking.download(version, folder)
-        blobs = {name: object_store.read(os.path.join(place, name)) for name in os.listdir(place)}
-    return blobs, {"registered": version, **json.loads(blobs.get(LINEAGE_FILE, b"{}"))}
-
-
-def _copied(
-    blob: bytes,
-    root: str,
-    backbone: dict[str, Any],
-    preparation: dict[str, Any],
-    lineage: dict[str, str],
-    known: bytes | None,
-) -> Weights:
-    """A copy of the weights under ``root``: workers cannot read a file of the driver's machine."""
-    digest = hashlib.sha256(blob).hexdigest()
-    uri = object_store.join(root, "weights", f"{digest[:16]}.safetensors")
-    if not object_store.exists(uri):
-        object_store.write(uri, blob)
-    return Weights(uri, digest, backbone, preparation, lineage, known)
-
-
-def _preparation(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: values[k] for k in ("spacing_mm", "window_hu", "mr_percentiles")}
-
-
 # ---------------------------------------------------------------------------------------------- config
 
 
-def resolve_finetuning(cfg: Finetuning, weights: Weights | None = None) -> Finetuning:
+def resolve_finetuning(cfg: Finetuning, weights: InitialWeights | None = None) -> Finetuning:
     """``cfg`` with all defaults written out, checked as far as that goes without data.
 
     Raises:
@@ -258,28 +153,24 @@ def make_split(
         say("leaks", f"{len(leaking)} contaminated test cases left out")
     own = {"split": config.to_dict(cfg), "leaks": rule}
     parents = {"manifest": table.id, "seen": hashlib.sha256(known or b"").hexdigest()[:16]}
-    uri, fingerprint = artifacts.address(root, "split", own, parents)
-    found_artifact = artifacts.find(uri)
-    if found_artifact is None:
-        files = {
-            "split.json": object_store.write(object_store.join(uri, "split.json"), split.to_json().encode()),
-            "leaks.csv": object_store.write(object_store.join(uri, "leaks.csv"), leakage.to_csv(found)),
-        }
-        facts = {
-            "id": split.id,
-            "train": len(split.train),
-            "val": len(split.val),
-            "test": len(split.test),
-            "leaking": leaking,
-            "pretraining_known": known is not None,
-        }
-        found_artifact = artifacts.commit(
-            uri, "split", fingerprint, config=own, parents=parents, files=files, facts=facts
-        )
-    say("split", f"{split.describe()}  {uri}")
+    metadata = {
+        "id": split.id,
+        "train": len(split.train),
+        "val": len(split.val),
+        "test": len(split.test),
+        "leaking": leaking,
+        "pretraining_known": known is not None,
+    }
+    files: dict[str, bytes | Stored] = {
+        "split.json": split.to_json().encode(),
+        "leaks.csv": leakage.to_csv(found),
+    }
+    artifact = run_stage(
+        root, "split", own, parents, lambda uri: Made(files, metadata), lambda a: split.describe()
+    )
     if not split.test:
         say("split", "no test cases: evaluation will want other labelled scans, or set split.test_share")
-    return split, found_artifact
+    return split, artifact
 
 
 # -------------------------------------------------------------------------------------------- finetune
@@ -289,8 +180,8 @@ def finetune(
     cfg: Finetuning,
     source: str,
     root: str,
-    resources: Resources,
-    experiment: str,
+    executor: StageExecutor,
+    experiment: str | None,
     *,
     trial: Trial | None = None,
 ) -> Artifact:
@@ -301,11 +192,10 @@ def finetune(
     """
     weights = find_weights(cfg.init.weights, root)
     cfg = resolve_finetuning(cfg, weights)
-    trainer.check_workers(cfg.train, cfg.method, resources)
-    share = trial.share if trial else cluster.share(resources)
-    table, _ = import_scans(source, root, share)
+    executor.check(cfg.train, cfg.method)
+    table, _ = import_scans(source, root, executor)
     split, split_artifact = make_split(table, cfg.split, cfg.leaks, weights.seen if weights else None, root)
-    cases_table, cases_artifact = make_cases(table, split.test + split.excluded, cfg.cases, root, share)
+    cases_table, cases_artifact = make_cases(table, split.test + split.excluded, cfg.cases, root, executor)
     place = cases_table.index_of()
     train_ids, val_ids = (tuple(i for i in ids if i in place) for ids in (split.train, split.val))
     if not train_ids:
@@ -340,91 +230,77 @@ def finetune(
     tracking = tracking_of("finetune", name, fingerprint, cfg, lineage, root, experiment, trial)
     if trial and trial.started:
         trial.started(uri)
-    found = artifacts.find(uri)
-    if found is not None:
-        say("finetune", f"already done: {uri}")
-        catch_up(tracking, uri, found)
-        return found
-    started = time.monotonic()
-    facts = DataSpec(
-        size_vox=cfg.crops.size_vox,
-        in_channels=cases_table.in_channels,
-        num_classes=len(cases_table.classes),
-        batch_size=cfg.train.batch_size * cfg.crops.per_case,
-    )
-    method_cfg = methods.config(cfg.method["name"], options(cfg.method))
-    methods.check(cfg.method["name"], method_cfg, facts)
-    order = schedule.SampleSchedule(
-        len(train_ids), cfg.train.global_batch, cfg.train.seed, cfg.train.steps_per_epoch
-    )
-    feed = dataset.LabelledDataset(
-        table=cases_table,
-        train=tuple(place[i] for i in train_ids),
-        val=tuple(place[i] for i in val_ids),
-        crops=cfg.crops,
-        method=cfg.method["name"],
-        method_config=method_cfg,
-        order=order,
-    )
-    files = {"config.yaml": config.to_yaml(cfg).encode()}
-    init, handover = None, None
-    if weights is not None:
-        init = training.Init(weights.uri, weights.sha256, cfg.init.parts, cfg.init.min_encoder_share)
-        handover = transfer_report(cfg, init, facts)
-        say("transfer", handover.summary())
-        if weights.preparation and weights.preparation != _preparation(config.to_dict(cfg.cases)):
-            say("transfer", f"scans are prepared otherwise than for these weights: {weights.preparation}")
-        if weights.seen is None:
-            say("transfer", "which scans these weights have seen is not known; leaks cannot be ruled out")
-        files["transfer.json"] = json.dumps(handover.to_dict(), indent=1).encode()
-    job = training.Job(
-        uri=uri,
-        fingerprint=fingerprint,
-        backbone=cfg.backbone,
-        method=cfg.method,
-        train=cfg.train,
-        facts=facts,
-        tracking=tracking,
-        progress=sys.stdout.isatty(),
-        files=files,
-        init=init,
-        validation=cfg.validation,
-    )
-    say(
-        "finetune",
-        f"{name} on {len(train_ids)} cases, {order.steps_per_epoch} steps an epoch, {len(val_ids)} to validate  {uri}",
-    )
-    result = trainer.fit(job, feed, resources, share, trial.callbacks if trial else ())
-    history = result["history"]
-    done = {k: Stored(**v) for k, v in result["files"].items()}
-    chosen = "best.safetensors" if "best.safetensors" in done else "backbone.safetensors"
-    by_id = {s.scan_id: s for s in table.scans}
-    spec = model_spec(cfg, cases_table, [by_id[i] for i in train_ids])
-    final = training.load_weights(training.Init(object_store.join(uri, chosen), done[chosen].sha256))
-    trained_on = provenance.to_bytes([by_id[i] for i in train_ids], "training")
-    if val_ids:
-        trained_on = provenance.join(
-            trained_on, provenance.to_bytes([by_id[i] for i in val_ids], "validation")
+
+    def make(uri: str) -> Made:
+        data_spec = DataSpec(
+            size_vox=cfg.crops.size_vox,
+            in_channels=cases_table.in_channels,
+            num_classes=len(cases_table.classes),
+            batch_size=cfg.train.batch_size * cfg.crops.per_case,
         )
-    if weights is not None and weights.seen is not None:
-        trained_on = provenance.join(trained_on, weights.seen)
-    files[SEEN_FILE] = trained_on
-    files |= {f"{MODEL}/{n}": blob for n, blob in model.files(spec, final).items()}
-    files["curves.png"] = reporting.curves(history)
-    files["report.html"] = _page(name, cfg, files, handover, lineage, uri)
-    for file, content in files.items():
-        done[file] = object_store.write(object_store.join(uri, file), content)
-    last = history[-1]
-    artifact = artifacts.commit(
-        uri,
-        "finetune",
-        fingerprint,
-        config=config.to_dict(cfg),
-        parents={**parents, **lineage},
-        files=done,
-        facts={
-            "final": last,
-            "steps": last["step"],
+        method_cfg = methods.config(cfg.method["name"], options(cfg.method))
+        methods.check(cfg.method["name"], method_cfg, data_spec)
+        schedule = SampleSchedule(
+            len(train_ids), cfg.train.global_batch, cfg.train.seed, cfg.train.steps_per_epoch
+        )
+        dataset = LabelledDataset(
+            cfg.method["name"],
+            method_cfg,
+            schedule,
+            cases_table,
+            train=tuple(place[i] for i in train_ids),
+            val=tuple(place[i] for i in val_ids),
+            crops=cfg.crops,
+        )
+        files: dict[str, bytes] = {"config.yaml": config.to_yaml(cfg).encode()}
+        init, handover = None, None
+        if weights is not None:
+            init = training.Init(weights.uri, weights.sha256, cfg.init.parts, cfg.init.min_encoder_share)
+            handover = transfer_report(cfg, init, data_spec)
+            say("transfer", handover.summary())
+            if weights.preparation and weights.preparation != preparation_of(config.to_dict(cfg.cases)):
+                say("transfer", f"scans are prepared otherwise than for these weights: {weights.preparation}")
+            if weights.seen is None:
+                say("transfer", "which scans these weights have seen is not known; leaks cannot be ruled out")
+            files["transfer.json"] = json.dumps(handover.to_dict(), indent=1).encode()
+        job = training.Job(
+            uri=uri,
+            fingerprint=fingerprint,
+            backbone=cfg.backbone,
+            method=cfg.method,
+            train=cfg.train,
+            facts=data_spec,
+            tracking=tracking,
+            progress=sys.stdout.isatty(),
+            files=dict(files),
+            init=init,
+            validation=cfg.validation,
+        )
+        say(
+            "finetune",
+            f"{name} on {len(train_ids)} cases, {schedule.steps_per_epoch} steps an epoch, {len(val_ids)} to validate  "
+            f"{uri}",
+        )
+        result = executor.train(job, dataset)
+        history = result["history"]
+        done = {k: Stored(**v) for k, v in result["files"].items()}
+        chosen = "best.safetensors" if "best.safetensors" in done else "backbone.safetensors"
+        by_id = {s.scan_id: s for s in table.scans}
+        spec = model_spec(cfg, cases_table, [by_id[i] for i in train_ids])
+        final = training.load_weights(training.Init(object_store.join(uri, chosen), done[chosen].sha256))
+        trained_on = provenance.to_bytes([by_id[i] for i in train_ids], "training")
+        if val_ids:
+            validated_on = provenance.to_bytes([by_id[i] for i in val_ids], "validation")
+            trained_on = provenance.join(trained_on, validated_on)
+        if weights is not None and weights.seen is not None:
+            trained_on = provenance.join(trained_on, weights.seen)
+        files[SEEN_FILE] = trained_on
+        files |= {f"{MODEL_FOLDER}/{n}": blob for n, blob in model.files(spec, final).items()}
+        files["curves.png"] = reporting.curves(history)
+        files["report.html"] = _page(name, cfg, files, handover, lineage, uri)
+        metadata = {
+            "final": history[-1],
+            "steps": history[-1]["step"],
             "best_step": training.best_step(history),
             "classes": list(cases_table.classes),
             "test": list(split.test),
@@ -433,14 +309,14 @@ def finetune(
             "contaminated": split_artifact.facts["leaking"] if cfg.leaks == "allow" else [],
             "source": source,
             "tracked": result["tracked"],
-        },
+        }
+        return Made({**done, **files}, metadata)
+
+    artifact = run_stage(
+        root, "finetune", own, parents, make, last_loss, recorded=config.to_dict(cfg), lineage=lineage
     )
-    catch_up(tracking, uri, artifact)
-    say("finetune", f"done, loss {last['loss']:.4f}  {took(started)}  {uri}/report.html")
+    catch_up(tracking, artifact)
     return artifact
-
-
-MODEL = "model"  # the folder of a finetuning artifact that `model.read` opens
 
 
 def transfer_report(cfg: Finetuning, init: training.Init, facts: DataSpec) -> weight_transfer.Report:

@@ -7,12 +7,12 @@ from collections import Counter
 
 from logonet.core import config
 from logonet.core.errors import UserError
+from logonet.core.execution import Executor
 from logonet.data import importers
-from logonet.distributed import bucket_inference, cluster
-from logonet.distributed.cluster import Resources
+from logonet.distributed import bucket_inference
 from logonet.inference import sliding_window
-from logonet.pipelines.common import say, took
-from logonet.pipelines.evaluation import choose
+from logonet.inference.load import load_model
+from logonet.pipelines.stage import say, took
 
 
 def predict_bucket(
@@ -20,7 +20,7 @@ def predict_bucket(
     model_uri: str,
     source: str,
     output: str,
-    resources: Resources,
+    executor: Executor,
     retry: bool = False,
 ) -> list[bucket_inference.Row]:
     """Segment every scan at ``source`` into ``output``; run again, it goes on where it was.
@@ -29,9 +29,7 @@ def predict_bucket(
         retry: try cases again that an earlier run has quarantined.
     """
     started = time.monotonic()
-    chosen = choose(model_uri)
-    resources.fixed("a prediction")
-    share = cluster.share(resources)
+    chosen = load_model(model_uri)
     items = bucket_inference.items_of(importers.sources(source), source)
     bucket_inference.check_apart(items, source, output)
     if retry:
@@ -48,7 +46,7 @@ def predict_bucket(
         chosen.folder,
         output,
         cfg,
-        share,
+        executor,
         about={"model": chosen.id, "infer": config.to_dict(cfg)},
         attempt=f"{time.time_ns():x}",
         note=note,

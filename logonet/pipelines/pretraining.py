@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import sys
-import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,15 +18,27 @@ from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.data import crop_shards, cropping, manifest, prepared_scans, provenance, splits
 from logonet.data.volume import from_uint16
-from logonet.distributed import cluster, trainer
-from logonet.distributed.cluster import ResourceAllocation, Resources
+from logonet.inference.load import SEEN_FILE
 from logonet.methods import DataSpec
-from logonet.pipelines.common import SEEN_FILE, Trial, catch_up, chain, options, say, took, tracking_of
 from logonet.pipelines.preparation import import_scans, make_cases, make_clusterers, make_crops, make_labels
-from logonet.storage import artifacts, object_store
+from logonet.pipelines.stage import (
+    Made,
+    StageExecutor,
+    Trial,
+    catch_up,
+    chain,
+    last_loss,
+    options,
+    run_stage,
+    say,
+    tracking_of,
+)
+from logonet.storage import artifacts
 from logonet.storage.artifacts import Artifact
 from logonet.storage.object_store import Stored
-from logonet.training import dataset, linear_probe, schedule, weight_transfer
+from logonet.training import linear_probe, weight_transfer
+from logonet.training.dataset import TrainingDataset
+from logonet.training.schedule import SampleSchedule
 
 
 @dataclass(frozen=True)
@@ -96,12 +107,12 @@ class Upstream:
 
 
 def upstream(
-    cfg: Pretraining, source: str, root: str, share: ResourceAllocation, labelled: str = ""
+    cfg: Pretraining, source: str, root: str, executor: StageExecutor, labelled: str = ""
 ) -> Upstream:
     """Manifest, crops and, where they are needed, clusterers, pseudo-labels and cases to probe on."""
-    scans, _ = import_scans(source, root, share)
+    scans, _ = import_scans(source, root, executor)
     table = training_part(scans, cfg.split)
-    crop_table, crops_artifact = make_crops(table, cfg.crops, root, share)
+    crop_table, crops_artifact = make_crops(table, cfg.crops, root, executor)
     facts = DataSpec(
         size_vox=cfg.crops.size_vox, in_channels=crop_table.in_channels, batch_size=cfg.train.batch_size
     )
@@ -111,12 +122,12 @@ def upstream(
     task = None
     if cfg.probe is not None:
         if labelled and labelled != source:
-            scans, _ = import_scans(labelled, root, share)
-        task, lineage["probe_cases"] = probe_cases(cfg, cfg.probe, scans, root, share)
+            scans, _ = import_scans(labelled, root, executor)
+        task, lineage["probe_cases"] = probe_cases(cfg, cfg.probe, scans, root, executor)
     if not _pseudo(cfg.method["name"]):
         return Upstream(crop_table, None, facts, crops_artifact, lineage, known, task)
-    fitted = make_clusterers(crop_table, crops_artifact, cfg.clusterers, root, share)
-    labels_PNZ, labels = make_labels(crop_table, crops_artifact, fitted, root, share)
+    fitted = make_clusterers(crop_table, crops_artifact, cfg.clusterers, root, executor)
+    labels_PNZ, labels = make_labels(crop_table, crops_artifact, fitted, root, executor)
     facts = replace(
         facts,
         cluster_sizes=tuple(labels.facts["cluster_sizes"]),
@@ -127,14 +138,14 @@ def upstream(
 
 
 def probe_cases(
-    cfg: Pretraining, own: linear_probe.Config, table: manifest.Manifest, root: str, share: ResourceAllocation
+    cfg: Pretraining, own: linear_probe.Config, table: manifest.Manifest, root: str, executor: StageExecutor
 ) -> tuple[linear_probe.Task, str]:
     """Labelled cases to fit and judge the probe's head on, and the fingerprint of where they lie."""
     split = splits.make(table.scans, cfg.split or splits.Config())
     # As finetuning prepares them, so that both share one artifact.
     same = {k: getattr(cfg.crops, k) for k in ("spacing_mm", "window_hu", "mr_percentiles")}
     cases_table, artifact = make_cases(
-        table, split.test + split.excluded, prepared_scans.Config(**same), root, share
+        table, split.test + split.excluded, prepared_scans.Config(**same), root, executor
     )
     place = cases_table.index_of()
     train_ids, val_ids = (tuple(i for i in ids if i in place) for ids in (split.train, split.val))
@@ -162,8 +173,8 @@ def pretrain(
     cfg: Pretraining,
     source: str,
     root: str,
-    resources: Resources,
-    experiment: str,
+    executor: StageExecutor,
+    experiment: str | None,
     *,
     labelled: str = "",
     trial: Trial | None = None,
@@ -175,9 +186,8 @@ def pretrain(
         trial: of the sweep that the run is a trial of.
     """
     cfg = resolve(cfg)
-    trainer.check_workers(cfg.train, cfg.method, resources)
-    share = trial.share if trial else cluster.share(resources)
-    up = upstream(cfg, source, root, share, labelled)
+    executor.check(cfg.train, cfg.method)
+    up = upstream(cfg, source, root, executor, labelled)
     crop_table, labels_PNZ, lineage = up.crops, up.labels_PNZ, up.lineage
     own = {"backbone": cfg.backbone, "method": cfg.method, "train": config.to_dict(cfg.train)}
     if up.probe is not None:
@@ -186,72 +196,59 @@ def pretrain(
     uri, fingerprint = artifacts.address(root, "pretrain", own, parents)
     name = f"pretrain-{cfg.method['name']}-{cfg.backbone['name']}-{fingerprint[:8]}"
     method_cfg = methods.config(cfg.method["name"], options(cfg.method))
-    order = schedule.SampleSchedule(
+    schedule = SampleSchedule(
         len(crop_table), cfg.train.global_batch, cfg.train.seed, cfg.train.steps_per_epoch
     )
-    feed = dataset.TrainingDataset(crop_table, labels_PNZ, cfg.method["name"], method_cfg, order)
+    dataset = TrainingDataset(cfg.method["name"], method_cfg, schedule, crop_table, labels_PNZ)
     tracking = tracking_of("pretrain", name, fingerprint, cfg, lineage, root, experiment, trial)
     if trial and trial.started:
         trial.started(uri)
-    found = artifacts.find(uri)
-    if found is not None:
-        say("pretrain", f"already done: {uri}")
-        catch_up(tracking, uri, found)
-        return found
-    # Before any hour is spent: what this run will save is what finetuning will be able to load.
-    net = networks.build(cfg.backbone["name"], up.facts.in_channels, 2, **options(cfg.backbone))
-    handover = weight_transfer.prove(cfg.backbone, up.facts.in_channels, 3, net.state_dict())
-    say(
-        "handover",
-        f"{handover.encoder_share:.0%} of the encoder's parameters arrive in a segmentation network",
+
+    def make(uri: str) -> Made:
+        # Before any hour is spent: what this run will save is what finetuning will be able to load.
+        net = networks.build(cfg.backbone["name"], up.facts.in_channels, 2, **options(cfg.backbone))
+        handover = weight_transfer.prove(cfg.backbone, up.facts.in_channels, 3, net.state_dict())
+        say(
+            "handover",
+            f"{handover.encoder_share:.0%} of the encoder's parameters arrive in a segmentation network",
+        )
+        pictures = _pictures(dataset, cfg)
+        files: dict[str, bytes] = {**pictures, "config.yaml": config.to_yaml(cfg).encode()}
+        job = training.Job(
+            uri=uri,
+            fingerprint=fingerprint,
+            backbone=cfg.backbone,
+            method=cfg.method,
+            train=cfg.train,
+            facts=up.facts,
+            tracking=tracking,
+            progress=sys.stdout.isatty(),
+            files=dict(files),
+            probe=up.probe,
+        )
+        say(
+            "pretrain", f"{name} on {len(crop_table)} crops, {schedule.steps_per_epoch} steps an epoch  {uri}"
+        )
+        result = executor.train(job, dataset)
+        history = result["history"]
+        pictures["curves.png"] = reporting.curves(history)
+        files |= {**pictures, SEEN_FILE: up.seen}
+        files["report.html"] = reporting.run_page(name, _sections(cfg, pictures, lineage, uri)).encode()
+        metadata = {"final": history[-1], "steps": history[-1]["step"], "tracked": result["tracked"]}
+        return Made({**{k: Stored(**v) for k, v in result["files"].items()}, **files}, metadata)
+
+    artifact = run_stage(
+        root, "pretrain", own, parents, make, last_loss, recorded=config.to_dict(cfg), lineage=lineage
     )
-    started = time.monotonic()
-    pictures = _pictures(feed, labels_PNZ, cfg, crop_table)
-    job = training.Job(
-        uri=uri,
-        fingerprint=fingerprint,
-        backbone=cfg.backbone,
-        method=cfg.method,
-        train=cfg.train,
-        facts=up.facts,
-        tracking=tracking,
-        progress=sys.stdout.isatty(),
-        files={**pictures, "config.yaml": config.to_yaml(cfg).encode()},
-        probe=up.probe,
-    )
-    say("pretrain", f"{name} on {len(crop_table)} crops, {order.steps_per_epoch} steps an epoch  {uri}")
-    result = trainer.fit(job, feed, resources, share, trial.callbacks if trial else ())
-    history = result["history"]
-    pictures["curves.png"] = reporting.curves(history)
-    page = reporting.run_page(name, _sections(cfg, pictures, lineage, uri)).encode()
-    files = {k: Stored(**v) for k, v in result["files"].items()}
-    for file, content in {**job.files, **pictures, "report.html": page, SEEN_FILE: up.seen}.items():
-        files[file] = object_store.write(object_store.join(uri, file), content)
-    artifact = artifacts.commit(
-        uri,
-        "pretrain",
-        fingerprint,
-        config=config.to_dict(cfg),
-        parents={**parents, **lineage},
-        files=files,
-        facts={"final": history[-1], "steps": history[-1]["step"], "tracked": result["tracked"]},
-    )
-    catch_up(tracking, uri, artifact)
-    last = history[-1]
-    say("pretrain", f"done, loss {last['loss']:.4f}  {took(started)}  {uri}/report.html")
+    catch_up(tracking, artifact)
     return artifact
 
 
-def _pictures(
-    feed: dataset.TrainingDataset,
-    labels_PNZ: np.ndarray | None,
-    cfg: Pretraining,
-    table: crop_shards.CropTable,
-) -> dict[str, bytes]:
+def _pictures(dataset: TrainingDataset, cfg: Pretraining) -> dict[str, bytes]:
     """What the run is asked to learn, before it starts: a masked chain and a sheet of clusters."""
-    if labels_PNZ is None:
+    if dataset.labels_PNZ is None:
         return {}
-    shown = feed.sample(0, 0)
+    shown = dataset.rows([(0, 0)])[0]
     pictures = {}
     if "chain" in shown:
         pictures["masked_chain.png"] = reporting.chain_picture(
@@ -261,7 +258,7 @@ def _pictures(
             shown["patch_size"],
             shown["labels"],
         )
-    pictures["clusters.png"] = cluster_sheet(table, labels_PNZ, which=0, seed=cfg.train.seed)
+    pictures["clusters.png"] = cluster_sheet(dataset.table, dataset.labels_PNZ, which=0, seed=cfg.train.seed)
     return pictures
 
 

@@ -9,9 +9,9 @@ from typing import Literal
 from logonet import tracking
 from logonet.core.errors import UserError
 from logonet.inference import model
-from logonet.pipelines.common import LINEAGE_FILE, SEEN_FILE, say
-from logonet.pipelines.finetuning import MODEL
+from logonet.inference.load import LINEAGE_FILE, SEEN_FILE, model_files
 from logonet.pipelines.preparation import CLUSTERERS_FILE
+from logonet.pipelines.stage import say
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
 
@@ -74,7 +74,7 @@ def _upstream(artifact: Artifact, stage: str) -> Artifact:
 
 def _segmentation(artifact: Artifact, task: str, scores: Mapping[str, str], aliases: Sequence[str]) -> str:
     lineage = {**artifact.parents, "finetune": artifact.fingerprint, "finetune_uri": artifact.uri, **scores}
-    files = {n: artifact.read(f"{MODEL}/{n}") for n in (model.CONFIG_FILE, model.WEIGHTS_FILE)}
+    files = model_files(artifact)
     files |= {n: artifact.read(n) for n in (SEEN_FILE, "transfer.json") if n in artifact.files}
     files[LINEAGE_FILE] = json.dumps(lineage, indent=1, sort_keys=True).encode()
     return _register(f"logonet-seg-{task}", files, lineage, "segmentation", aliases, artifact)

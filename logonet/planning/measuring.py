@@ -25,7 +25,7 @@ from logonet.clustering import kmeans
 from logonet.core import seeding
 from logonet.core.errors import UserError
 from logonet.data import crop_shards, cropping, manifest, phantom
-from logonet.distributed import cluster, data_tasks
+from logonet.distributed import cluster, feed
 from logonet.distributed.cluster import ResourceAllocation, Resources
 from logonet.methods import DataSpec
 from logonet.pipelines import Pretraining
@@ -60,7 +60,7 @@ def measure(
     """
     import ray
 
-    share = cluster.share(resources)
+    share = cluster.allocate(resources)
     place = object_store.join(root, f".logonet-plan-{uuid.uuid4().hex}")
     task = ray.remote(num_cpus=min(1.0, share.cpus_per_task), max_retries=0)
     started = time.monotonic()
@@ -91,7 +91,7 @@ def measure(
         steps=at["steps"],
         peak_bytes=at["peak_bytes"],
         prepare_s=here["prepare_s"]
-        + round_trip_s / max(1, data_tasks.TASK_BYTES // (4 * math.prod(cfg.crops.size_vox))),
+        + round_trip_s / max(1, feed.TASK_BYTES // (4 * math.prod(cfg.crops.size_vox))),
     )
     return Constants(
         machine=f"{platform.node() if not share.use_gpu else at['device']}, {os.cpu_count()} cores",
@@ -216,20 +216,20 @@ def _preparing(cfg: Pretraining, facts: DataSpec, place: str, seconds: float) ->
     rng = seeding.rng(0, "plan", "prepare")
     crops_RCXYZ = rng.integers(0, 65536, (4, facts.in_channels, x, y, z), dtype=np.uint16)
     name = "shards/plan.safetensors"
-    blob = crop_shards._shard_bytes("plan", crops_RCXYZ)
+    blob = crop_shards.shard_bytes("plan", crops_RCXYZ)
     object_store.write(object_store.join(place, name), blob)
-    refs = crop_shards._parse_shard_header(name, blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+    refs = crop_shards.parse_shard_header(name, blob[8 : 8 + int.from_bytes(blob[:8], "little")])
     labels_PNZ = None
     if facts.cluster_sizes:
         labels_PNZ = np.stack([rng.integers(0, k, (4, z)) for k in facts.cluster_sizes], 1).astype(np.int16)
     table = crop_shards.CropTable(place, facts.size_vox, facts.in_channels, tuple(refs))
     name, options = cfg.method["name"], {k: v for k, v in cfg.method.items() if k != "name"}
     feed = dataset.TrainingDataset(
-        table, labels_PNZ, name, methods.config(name, options), schedule.SampleSchedule(4, 4, 0)
+        name, methods.config(name, options), schedule.SampleSchedule(4, 4, 0), table, labels_PNZ
     )
 
     def one(i: int) -> None:
-        sample = feed.sample(i, i % 4)
+        sample = feed.rows([(i, i % 4)])[0]
         ray.put({k: np.stack([v]) for k, v in sample.items()})
 
     return {"prepare_s": median(timed(one, seconds))}

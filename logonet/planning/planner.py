@@ -12,7 +12,7 @@ from logonet import training
 from logonet.clustering import pseudo_labels
 from logonet.core import config, seeding
 from logonet.core.errors import UserError
-from logonet.distributed import data_tasks
+from logonet.distributed import feed
 from logonet.distributed.cluster import Resources
 from logonet.methods import DataSpec
 from logonet.pipelines import Pretraining
@@ -326,7 +326,7 @@ def _shared_memory(
     load = Load(
         cfg.train.global_batch, cfg.train.batch_size, 0.0, 0.0, True, of.crop_bytes, 2 * of.crop_bytes
     )
-    ahead = at.per_node * (data_tasks.TASKS_AHEAD + 1) * speed.rows_per_task(load) * own.sample_bytes
+    ahead = at.per_node * (feed.TASKS_AHEAD + 1) * speed.rows_per_task(load) * own.sample_bytes
     mends = {
         "clusterers": "lower clusterers.max_slices",
         "labels": "lower clusterers.n or clusterers.k_max",
@@ -348,7 +348,7 @@ def _labellers(of: Sizes, cluster: Cluster, each: float) -> list[str]:
     if not each:
         return []
     worst = min((p.machine for p in cluster.pools), key=lambda m: m.memory_gib / max(1.0, m.cpus))
-    actors = max(1, min(int(worst.cpus), -(-of.num_crops // data_tasks.CROPS_PER_ACTOR)))
+    actors = max(1, min(int(worst.cpus), -(-of.num_crops // 64)))
     total = actors * each + of.centroid_bytes
     if total <= RAY_KILLS_AT * worst.memory_bytes:
         return []

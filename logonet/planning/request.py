@@ -14,6 +14,7 @@ from logonet.core.errors import UserError
 from logonet.data import importers, manifest
 from logonet.distributed import cluster
 from logonet.distributed.cluster import Resources
+from logonet.distributed.executor import RayExecutor
 from logonet.pipelines import Pretraining
 from logonet.pipelines.pretraining import training_part
 from logonet.planning import constants, hardware, planner, sizes
@@ -67,7 +68,7 @@ def plan(cfg: Pretraining, asked: Question) -> planner.Plan:
 def _measured(cfg: Pretraining, asked: Question) -> Constants:
     from logonet.planning import measuring
 
-    use_gpu = cluster.share(asked.resources).use_gpu
+    use_gpu = cluster.allocate(asked.resources).use_gpu
     some = _some(importers.sources(asked.data)) if asked.data and not _is_artifact(asked.data) else []
     with _somewhere(asked.root) as root:
         known = measuring.measure(cfg, planner.work(cfg, use_gpu), root, asked.resources, asked.probe_s, some)
@@ -122,7 +123,7 @@ def find_scans(cfg: Pretraining, asked: Question) -> Scans:
     if asked.import_scans:
         if not asked.root:
             raise UserError("--import-scans keeps what it finds under --root, which is missing")
-        table, made = pipelines.import_scans(asked.data, asked.root, cluster.share(asked.resources))
+        table, made = pipelines.import_scans(asked.data, asked.root, RayExecutor(asked.resources))
         return sizes.of_manifest(training_part(table, cfg.split), f"the import at {made.uri}")
     if _is_artifact(asked.data):
         table = pipelines.open_manifest(asked.data)

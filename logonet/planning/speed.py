@@ -17,7 +17,7 @@ from logonet import training
 from logonet.clustering import kmeans
 from logonet.core.errors import UserError
 from logonet.distributed import cluster as sharing
-from logonet.distributed import data_tasks
+from logonet.distributed import feed
 from logonet.pipelines import Pretraining
 from logonet.planning.constants import Constants, StepTimes
 from logonet.planning.hardware import Cluster, Machine
@@ -237,7 +237,7 @@ def node_read_bytes_s(machine: Machine, nodes: int, c: Constants) -> float:
 
 def rows_per_task(load: Load) -> int:
     """Samples of one data task (`data.batches`)."""
-    return load.batch_size * max(1, int(data_tasks.TASK_BYTES // (load.row_bytes * load.batch_size)))
+    return load.batch_size * max(1, int(feed.TASK_BYTES // (load.row_bytes * load.batch_size)))
 
 
 def _slowdown(load: Load, where: Place, c: Constants) -> float:

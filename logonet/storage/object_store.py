@@ -779,7 +779,12 @@ def write_file(path: str, uri: str) -> Stored:
 
 
 def write_json(uri: str, obj: Any) -> Stored:
-    return write(uri, (json.dumps(obj, indent=2) + "\n").encode())
+    return write(uri, json_bytes(obj))
+
+
+def json_bytes(obj: Any) -> bytes:
+    """``obj`` as the text of a JSON file."""
+    return (json.dumps(obj, indent=2) + "\n").encode()
 
 
 def create_bucket(uri: str) -> None:

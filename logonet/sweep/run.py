@@ -18,7 +18,8 @@ from logonet import pipelines, tracking, training
 from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.distributed import cluster
-from logonet.distributed.cluster import ResourceAllocation, Resources
+from logonet.distributed.cluster import Resources
+from logonet.distributed.executor import RayExecutor
 from logonet.pipelines.common import say
 from logonet.storage import artifacts, object_store
 from logonet.sweep import outcome, records
@@ -48,7 +49,7 @@ def run(sweep: Sweep, resources: Resources, budget: Budget, *, at_once: int = 0)
     if wanted is None:
         raise UserError("not all searched keys are grids; say how many trials with --budget.trials")
     training.accumulation(sweep.base.train, resources.fixed("a sweep"))
-    runs, share = cluster.shares(resources, wanted, at_once)
+    runs, share = cluster.allocate_trials(resources, wanted, at_once)
     records.claim(sweep.uri, spec(sweep))
     say("sweep", f"{sweep.uri}\n{spaces.describe(sweep.space)}")
     trials = {key_of(t.settings): t for t in records.read_all(sweep.uri)}
@@ -67,10 +68,10 @@ def run(sweep: Sweep, resources: Resources, budget: Budget, *, at_once: int = 0)
             known = sweep.config.search == "random"
             if known:
                 plan = replace(plan, settings=[t.settings for t in open_trials])
-                _make_shared(sweep, open_trials, cluster.share(resources))
+                _make_shared(sweep, open_trials, RayExecutor(resources))
             else:
                 actor: Any = Upstream
-                plan = replace(plan, upstream=actor.remote(sweep, share))
+                plan = replace(plan, upstream=actor.remote(sweep, RayExecutor(resources, share)))
             say(
                 "sweep",
                 f"{len(open_trials)} of {wanted} trials to do, {runs} at once on {share.workers} workers each",
@@ -142,7 +143,7 @@ def _left_s(sweep: Sweep, budget: Budget) -> float:
     return budget.hours * 3600 - records.state(sweep.uri).get("spent_s", 0.0) if budget.hours else math.inf
 
 
-def _make_shared(sweep: Sweep, trials: Sequence[Trial], share: ResourceAllocation) -> None:
+def _make_shared(sweep: Sweep, trials: Sequence[Trial], executor: RayExecutor) -> None:
     """Crops, clusterers, pseudo-labels and probe cases of all trials, each once, before any trial starts."""
     before = {stage: _artifacts(sweep, stage) for stage in SHARED}
     base = config.to_dict(sweep.base)
@@ -161,7 +162,7 @@ def _make_shared(sweep: Sweep, trials: Sequence[Trial], share: ResourceAllocatio
         )
         if shared not in stands_on:
             try:
-                up = pipelines.upstream(cfg, sweep.source, sweep.root, share, sweep.labelled)
+                up = pipelines.upstream(cfg, sweep.source, sweep.root, executor, sweep.labelled)
             except UserError as err:
                 say("shared", f"cannot be made for trial {trial.index}: {err}")
                 continue

@@ -21,6 +21,7 @@ from logonet.core import config
 from logonet.core.errors import UserError, user_sentence
 from logonet.distributed import trainer
 from logonet.distributed.cluster import ResourceAllocation, Resources
+from logonet.distributed.executor import RayExecutor
 from logonet.pipelines import Pretraining
 from logonet.storage import artifacts
 from logonet.storage.artifacts import Artifact
@@ -110,10 +111,10 @@ def run_trial(point: Mapping[str, Any], plan: Plan) -> None:
             cfg,
             plan.sweep.source,
             plan.sweep.root,
-            plan.resources,
+            RayExecutor(plan.resources, plan.share, [Report(name, counts=not tunes)]),
             plan.sweep.experiment,
             labelled=plan.sweep.labelled,
-            trial=_within(plan, settings, Report(name, counts=not tunes), starts=True),
+            trial=_within(plan, settings, starts=True),
         )
         history = json.loads(artifact.read("history.json"))
         final: dict[str, Any] = {}
@@ -145,13 +146,11 @@ def confirm_trial(point: Mapping[str, Any], plan: Plan, uris: Sequence[str]) -> 
         tune.report({"failed": f"finetuning: {_reason(err)}", "trace": traceback.format_exc()})
 
 
-def _within(plan: Plan, settings: Settings, *callbacks: Any, starts: bool = False) -> pipelines.Trial:
+def _within(plan: Plan, settings: Settings, *, starts: bool = False) -> pipelines.Trial:
     tags = {"logonet.sweep": plan.sweep.uri, "logonet.sweep.settings": json.dumps(settings)}
     if plan.parent is not None and starts:
         tags[tracking.PARENT_TAG] = plan.parent
     return pipelines.Trial(
-        share=plan.share,
-        callbacks=tuple(callbacks),
         started=(lambda uri: tune.report({"pretrain": uri})) if starts else None,
         tags=tags,
     )
@@ -166,9 +165,9 @@ def _finetuned(
         replace(cfg, init=replace(cfg.init, weights=pretrained.uri)),
         plan.sweep.judged_on,
         plan.sweep.root,
-        plan.resources,
+        RayExecutor(plan.resources, plan.share, callbacks),
         plan.sweep.experiment,
-        trial=_within(plan, settings, *callbacks),
+        trial=_within(plan, settings),
     )
     history = json.loads(artifact.read("history.json"))
     step = training.best_step(history)
@@ -188,8 +187,8 @@ def _reason(err: BaseException) -> str:
 class Upstream:
     """Makes what trials share, one after another: two that asked at once would both compute it."""
 
-    def __init__(self, sweep: Sweep, share: ResourceAllocation) -> None:
-        self.sweep, self.share = sweep, share
+    def __init__(self, sweep: Sweep, executor: RayExecutor) -> None:
+        self.sweep, self.executor = sweep, executor
 
     def make(self, cfg: Pretraining) -> None:
-        pipelines.upstream(cfg, self.sweep.source, self.sweep.root, self.share, self.sweep.labelled)
+        pipelines.upstream(cfg, self.sweep.source, self.sweep.root, self.executor, self.sweep.labelled)

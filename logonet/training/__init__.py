@@ -2,7 +2,7 @@
 
 from logonet.training.building import build_method, dry_run, load_weights
 from logonet.training.config import Config, Init, Job, accumulation
-from logonet.training.loop import TIMINGS, Left, Worker, epoch_line, peak_memory_mb, to_tensors
+from logonet.training.loop import TIMINGS, Left, Loop, epoch_line, peak_memory_mb, to_tensors
 from logonet.training.schedule import lr_at
 from logonet.training.step import (
     MAX_EMBEDDINGS,
@@ -22,7 +22,7 @@ __all__ = [
     "Init",
     "Job",
     "Left",
-    "Worker",
+    "Loop",
     "accumulation",
     "autocast_of",
     "average_gradients",

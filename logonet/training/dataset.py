@@ -5,6 +5,7 @@ Shapes: P samples, C channels, X Y Z voxels (RAS), N clusterers, Z slices of a c
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,74 +15,113 @@ from logonet import methods
 from logonet.core import seeding
 from logonet.data import prepared_scans
 from logonet.data.crop_shards import CropTable
-from logonet.training.schedule import SampleSchedule
+from logonet.training.schedule import MicroBatches, SampleSchedule
 
 
 @dataclass(frozen=True)
-class TrainingDataset:
-    """What a data task needs to prepare any sample of a run; stored once in Ray's shared memory."""
+class _Dataset:
+    """What both kinds of samples share. Plain data, so that it travels to data tasks.
 
-    table: CropTable
-    labels_PNZ: np.ndarray | None
+    Attributes:
+        method: prepares the samples with ``method_config``.
+        schedule: of the run; also the seed of all that is drawn.
+    """
+
     method: str
     method_config: Any
-    order: SampleSchedule
+    schedule: SampleSchedule
+
     rows_per_sample = 1
+
+    @property
+    def row_bytes(self) -> int:
+        """About how much memory a prepared row takes."""
+        raise NotImplementedError
+
+    @property
+    def validation(self) -> tuple[prepared_scans.Ref, ...]:
+        """Labelled scans to validate on."""
+        return ()
+
+    def rows(self, samples: Sequence[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
+        """The prepared rows of several (repeat, sample); see `SampleSchedule.at`."""
+        raise NotImplementedError
+
+    def batch(self, positions: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+        """The samples at some (step, slot) of the schedule, stacked."""
+        rows = self.rows([self.schedule.at(step, slot) for step, slot in positions])
+        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+@dataclass(frozen=True)
+class TrainingDataset(_Dataset):
+    """Unlabelled crops, and their pseudo-labels where the method wants them."""
+
+    table: CropTable
+    labels_PNZ: np.ndarray | None = None
 
     @property
     def row_bytes(self) -> int:
         return 4 * int(np.prod(self.table.size_vox)) * self.table.in_channels
 
-    def rows(self, places: list[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
-        """The rows of several (draw, sample), whose crops are read at once."""
-        crops = self.table.read_all(index for _, index in places)
-        return [self._prepared(draw, index, crop) for (draw, index), crop in zip(places, crops)]
+    def rows(self, samples: Sequence[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
+        crops = self.table.read_all(index for _, index in samples)
+        return [self._prepared(repeat, index, crop) for (repeat, index), crop in zip(samples, crops)]
 
-    def sample(self, draw: int, index: int) -> dict[str, np.ndarray]:
-        """Sample ``index`` as the method's ``prepare`` makes it for ``draw`` (see `SampleSchedule.at`)."""
-        return self._prepared(draw, index, self.table.read(index))
-
-    def _prepared(self, draw: int, index: int, crop_CXYZ: np.ndarray) -> dict[str, np.ndarray]:
+    def _prepared(self, repeat: int, index: int, crop_CXYZ: np.ndarray) -> dict[str, np.ndarray]:
         raw: dict[str, Any] = {"image_CXYZ": crop_CXYZ}
         if self.labels_PNZ is not None:
             raw["labels_NZ"] = self.labels_PNZ[index]
-        rng = seeding.rng(self.order.seed, "prepare", draw, self.table.refs[index].crop_id)
+        rng = seeding.rng(self.schedule.seed, "prepare", repeat, self.table.refs[index].crop_id)
         return methods.prepare(self.method)(raw, self.method_config, rng)
 
 
 @dataclass(frozen=True)
-class LabelledDataset:
-    """The same for a labelled method: a sample is a case, and gives ``crops.per_case`` rows.
+class LabelledDataset(_Dataset):
+    """Labelled scans, each of which gives ``crops.per_case`` freshly cut rows.
 
-    ``train`` and ``val`` are positions in the table.
+    Attributes:
+        train, val: positions in the table.
     """
 
     table: prepared_scans.Table
     train: tuple[int, ...]
     val: tuple[int, ...]
     crops: prepared_scans.Crops
-    method: str
-    method_config: Any
-    order: SampleSchedule
 
     @property
-    def rows_per_sample(self) -> int:
+    def rows_per_sample(self) -> int:  # type: ignore[override]
         return self.crops.per_case
-
-    def rows(self, places: list[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
-        return [row for draw, index in places for row in self.samples(draw, index)]
 
     @property
     def row_bytes(self) -> int:
         return 5 * int(np.prod(self.crops.size_vox)) * self.table.in_channels
 
-    def samples(self, draw: int, index: int) -> list[dict[str, np.ndarray]]:
-        """The crops of training case ``index`` as ``prepare`` makes them for ``draw`` (`SampleSchedule.at`)."""
+    @property
+    def validation(self) -> tuple[prepared_scans.Ref, ...]:
+        return tuple(self.table.refs[i] for i in self.val)
+
+    def rows(self, samples: Sequence[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
+        return [row for repeat, index in samples for row in self._crops(repeat, index)]
+
+    def _crops(self, repeat: int, index: int) -> Iterator[dict[str, np.ndarray]]:
         ref = self.table.refs[self.train[index]]
-        rng = seeding.rng(self.order.seed, "crops", draw, ref.scan_id)
-        rows = []
+        rng = seeding.rng(self.schedule.seed, "crops", repeat, ref.scan_id)
         for start in prepared_scans.starts(ref, self.crops, rng):
             image_CXYZ, labels_XYZ = prepared_scans.read_crop(ref, start, self.crops.size_vox)
             raw = {"image_CXYZ": image_CXYZ, "labels_XYZ": labels_XYZ}
-            rows.append(methods.prepare(self.method)(raw, self.method_config, rng))
-        return rows
+            yield methods.prepare(self.method)(raw, self.method_config, rng)
+
+
+@dataclass(frozen=True)
+class PreparedBatches:
+    """A rank's batches by number, as torch's DataLoader wants a dataset."""
+
+    dataset: TrainingDataset | LabelledDataset
+    positions: MicroBatches
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return self.dataset.batch(self.positions[i])

@@ -1,85 +1,131 @@
-"""The one loop: a step, a worker, a fit. Any method with any backbone, on 1 to N Ray Train workers.
+"""The training loop: any method on any network, over any source of batches.
 
-A run is a sequence of optimizer steps. What step ``s`` does is a pure function of the run's config, the
-data and the state after step ``s - 1``: samples, masks, learning rate and dropout seeds are all computed
-from ``s``. So a checkpoint is the state after a step and nothing else, and a run that was killed equals
-one that was not, bit for bit on CPU at the same number of workers; at another number, or where workers came and
-went in between, to rounding.
+A run is a sequence of optimizer steps. What step ``s`` does is a pure function of the run's config, the data and the
+state after step ``s - 1``: samples, masks, learning rate and dropout seeds are all computed from ``s``. So a checkpoint
+is the state after a step and nothing else, and a run that was killed equals one that was not, bit for bit on CPU at the
+same number of workers and threads; at another number, or where workers came and went in between, to rounding.
 
-Shapes: B batch, P samples of the run, F features.
+The loop needs three things from outside: batches, in the order of the schedule; the schedule; and a communicator, which
+connects the ranks of a run. `logonet.distributed.trainer` gets them from Ray,
+`logonet.training.local` from this process.
+
+Shapes: B batch, P samples of the run, F features, V validation scans, K classes.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from logonet import methods
 from logonet.core import seeding
 from logonet.core.errors import BadScan
 from logonet.data import prepared_scans, volume
-from logonet.distributed import data_tasks, preemption
-from logonet.distributed.cluster import ResourceAllocation
 from logonet.inference import sliding_window
-from logonet.training import checkpoints, linear_probe, schedule, weight_transfer
+from logonet.training import checkpoints, linear_probe, weight_transfer
 from logonet.training.building import build_method, load_weights
-from logonet.training.config import Init, Job, accumulation, micro_batches
-from logonet.training.schedule import lr_at
-from logonet.training.step import Diverged, add_metrics, autocast_of, average_gradients, reduce_metrics, step
+from logonet.training.communicator import Communicator
+from logonet.training.config import Job, accumulation, micro_batches
+from logonet.training.schedule import SampleSchedule, lr_at, shard_micro_batches
+from logonet.training.step import Diverged, add_metrics, autocast_of, reduce_metrics, step
 from logonet.training.validation import best_step, case_dice, out_of_patience
 
-log = logging.getLogger(__name__)
-
-# What of an epoch's entry is about the machine, not about what was computed.
+# History keys that depend on the machine; ignored when runs are compared.
 TIMINGS = ("unix_s", "samples_per_s", "data_wait_share", "peak_memory_mb")
+GO_ON, SAVE, LEAVE = range(3)  # what is due at a step's end; LEAVE saves too
 
 
 class Left(Exception):
-    """The ranks were asked to go: the state after ``step`` is stored; every rank raises it at the same step."""
+    """The ranks were asked to leave: the state after ``step`` is stored; every rank raises it at the same step."""
 
     def __init__(self, step: int):
         super().__init__(step)
         self.step = step
 
 
-# ---------------------------------------------------------------------------------------------- worker
+class Interruptions(Protocol):
+    """How a run learns that it should save or leave, such as `logonet.distributed.preemption.Notices`."""
+
+    def due(self, step_s: float, save_s: float) -> tuple[int, bool]:
+        """What this rank thinks is due at the end of a step, and whether all ranks should call `ask` now."""
+
+    def ask(self) -> None:
+        """Look for news; all ranks call it together."""
+
+    def left(self) -> None:
+        """The ranks have saved and leave."""
 
 
-class Worker:
-    """One rank's state. Ray Train runs ``run`` on every worker."""
+class Tracker(Protocol):
+    """What the loop needs of `logonet.tracking.Tracker`."""
+
+    def sync(self, history: Sequence[dict[str, Any]]) -> None:
+        """Bring the tracking server up to date."""
+
+
+class Bar(Protocol):
+    """A progress bar, as tqdm's."""
+
+    def update(self, n: int) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class NoBar:
+    """Shows nothing."""
+
+    def update(self, n: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Loop:
+    """One rank of a run: create it, `restore` it, then `run` it on the batches from ``step`` on.
+
+    Args:
+        schedule: which samples each step takes.
+        validation: labelled scans to measure Dice on, when ``job.train.validate_every_epochs`` says so.
+    """
 
     def __init__(
-        self, job: Job, feed: Any, share: ResourceAllocation, *, rank: int, world: int, device: torch.device
+        self,
+        job: Job,
+        schedule: SampleSchedule,
+        communicator: Communicator | None = None,
+        device: torch.device | str = "cpu",
+        validation: Sequence[prepared_scans.Ref] = (),
     ):
-        self.job, self.cfg, self.feed, self.share = job, job.train, feed, share
-        self.rank, self.world, self.device = rank, world, device
-        self.order = data_tasks.opened(feed[0]).order
-        accumulation(self.cfg, world)
+        self.job, self.cfg, self.schedule, self.validation = job, job.train, schedule, validation
+        self.communicator = communicator or Communicator()
+        self.rank, self.world = self.communicator.rank, self.communicator.world
+        self.device = torch.device(device)
+        accumulation(self.cfg, self.world)
         self.micro_batches = micro_batches(self.cfg)
-        self.own = schedule.shard_micro_batches(self.micro_batches, rank, world)
-        self.total_steps = self.cfg.epochs * self.order.steps_per_epoch
+        self.own = shard_micro_batches(self.micro_batches, self.rank, self.world)
+        self.total_steps = self.cfg.epochs * schedule.steps_per_epoch
         # Every rank builds from the same seed, so all start alike without a broadcast.
         torch.manual_seed(seeding.integer(self.cfg.seed, "init"))
-        self.method: Any = build_method(job.backbone, job.method, job.facts).to(device).train()
+        self.method: Any = build_method(job.backbone, job.method, job.facts).to(self.device).train()
         self.params = [p for p in self.method.parameters() if p.requires_grad]
         self.names = [n for n, p in self.method.named_parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.params, lr=self.cfg.lr, betas=self.cfg.betas, weight_decay=self.cfg.weight_decay
         )
         self.writer = checkpoints.Writer(job.uri, job.fingerprint, keep=self.cfg.keep_checkpoints)
-        self.probe = linear_probe.Probe(job.probe, device) if job.probe is not None and rank == 0 else None
+        self.probe = (
+            linear_probe.Probe(job.probe, self.device) if job.probe is not None and self.rank == 0 else None
+        )
         self.probe_floor = math.nan
         self.step = 0
         self.history: list[dict[str, Any]] = []
-        self.partial: dict[str, torch.Tensor] = {}
+        self.partial: dict[str, Tensor] = {}
         self.timing = {"wall_s": 0.0, "wait_s": 0.0, "samples": 0}
 
     # -- state
@@ -94,17 +140,23 @@ class Worker:
             step=self.step,
             model=dict(self.method.state_dict()),
             optimizer=optimizer,
-            partial=self._gather(self.partial),
+            partial=self.communicator.gather(self.partial),
             history=self.history,
             world=self.world,
         )
 
     def restore(self) -> None:
-        """Go on from the newest sound checkpoint, if there is one. Rank 0 reads, the others receive."""
+        """Continue from the newest sound checkpoint, or start from the job's initial weights.
+
+        Rank 0 reads the checkpoint and the others receive it. The probe measures the random initial weights first, so
+        that a resumed run has the same number.
+        """
+        if self.probe is not None:
+            self.probe_floor = self.probe.measure(self.method.backbone)["probe_dice"]
         found = checkpoints.newest(self.job.uri, self.job.fingerprint) if self.rank == 0 else None
-        state = self._broadcast_state(found)
+        state = self.communicator.broadcast_state(found)
         if state is None:
-            self._start_from(self.job.init)
+            self._load_initial_weights()
             return
         self.method.load_state_dict(state.model, strict=True)
         params = dict(zip(self.names, self.params))
@@ -117,92 +169,68 @@ class Worker:
         self.partial = _own_partial(state, self.rank, self.world)
         if self.rank == 0:
             tensors = len(state.model) + len(state.optimizer)
-            lr = lr_at(min(self.step, self.total_steps - 1), self.cfg, self.order.steps_per_epoch)
+            lr = lr_at(min(self.step, self.total_steps - 1), self.cfg, self.schedule.steps_per_epoch)
             print(
                 f"resumed after step {self.step:,} of {self.total_steps:,} "
-                f"(epoch {self.step // self.order.steps_per_epoch + 1}), lr {lr:.3g}, {tensors:,} tensors, "
+                f"(epoch {self.step // self.schedule.steps_per_epoch + 1}), lr {lr:.3g}, {tensors:,} tensors, "
                 f"{self.world} workers",
                 flush=True,
             )
 
-    def _start_from(self, init: Init | None) -> None:
-        """Load initial weights into the backbone; every rank reads them itself."""
-        if init is None:
-            return
-        weights = load_weights(init)
-        weight_transfer.transfer(
-            self.method.backbone,
-            weights,
-            source=init.uri,
-            parts=init.parts,
-            min_encoder_share=init.min_encoder_share,
-        )
-
-    def _broadcast_state(self, state: checkpoints.State | None) -> checkpoints.State | None:
-        if self.world == 1:
-            return state
-        import torch.distributed as dist
-
-        # Pickle stays between ranks of one job; nothing unpickled ever came from a store.
-        head: list[Any] = [None if state is None else state.describe()]
-        dist.broadcast_object_list(head, src=0, device=self.device if self.device.type == "cuda" else None)
-        if head[0] is None:
-            return None
-        state = state or checkpoints.State.blank(head[0])
-        for tensor in state.tensors():
-            moved = tensor.to(self.device)
-            dist.broadcast(moved, src=0)
-            tensor.copy_(moved)
-        return state
-
-    def _gather(self, own: Any) -> list[Any]:
-        """Every rank's ``own``, in the order of the ranks."""
-        if self.world == 1:
-            return [own]
-        import torch.distributed as dist
-
-        gathered: list[Any] = [None] * self.world
-        dist.all_gather_object(gathered, own)
-        return gathered
+    def _load_initial_weights(self) -> None:
+        """Every rank reads them itself."""
+        init = self.job.init
+        if init is not None:
+            weight_transfer.transfer(
+                self.method.backbone,
+                load_weights(init),
+                source=init.uri,
+                parts=init.parts,
+                min_encoder_share=init.min_encoder_share,
+            )
 
     # -- the loop
 
     def run(
         self,
-        report: Callable[[dict[str, Any]], None],
-        tracker: Any = None,
-        heard: preemption.Notices | None = None,
+        batches: Iterable[dict[str, Tensor]],
+        report: Callable[[dict[str, Any]], None] = lambda metrics: None,
+        tracker: Tracker | None = None,
+        interruptions: Interruptions | None = None,
+        bar: Bar | None = None,
     ) -> list[dict[str, Any]]:
-        """Train from the newest checkpoint to the end; returns the history (one mapping per epoch).
+        """Train to the end; returns the history (one mapping per epoch).
+
+        Args:
+            batches: this rank's micro-batches from step ``self.step`` on, on ``device``.
+            report: called with the scalars of each epoch.
 
         Raises:
-            Left: ``heard`` says that it is time to go; the state after the last step is stored.
+            Diverged: a gradient or a validation's logits are not finite.
+            Left: ``interruptions`` says that it is time to leave; the state after the last step is stored.
         """
-        if self.probe is not None:  # before anything is restored, so that a resumed run has the same number
-            self.probe_floor = self.probe.measure(self.method.backbone)["probe_dice"]
-        self.restore()
         if tracker is not None and self.history:
             tracker.sync(self.history)
-        if self._finished():
+        if self.finished():
             return self.history
-        wrapped, sync = self._parallel()
-        steps_per_epoch = self.order.steps_per_epoch
-        batches = _Timed(self._batches())
-        bar = _progress_bar(self.job.progress and self.rank == 0, self.total_steps, self.step)
+        module, sync = self.communicator.parallel(self._compiled(), self.cfg.gradient_sync)
+        steps_per_epoch = self.schedule.steps_per_epoch
+        timed = _Timed(iter(batches))
+        bar = bar or NoBar()
         started = time.monotonic()
         save_s = 0.0
-        while not self._finished():
+        while not self.finished():
             step_started = time.monotonic()
             totals = step(
-                wrapped,
+                module,
                 self.optimizer,
-                batches,
+                timed,
                 count=len(self.own),
                 mean_count=self.micro_batches / self.world,
                 progress=self.step / self.total_steps,
                 lr=lr_at(self.step, self.cfg, steps_per_epoch),
                 cfg=self.cfg,
-                # By place in the step, not by rank: another number of workers draws the same.
+                # By position in the step, not by rank: another number of workers draws the same.
                 seeds=[seeding.integer(self.cfg.seed, "torch", self.step, place) for place in self.own],
                 autocast=autocast_of(self.cfg, self.device),
                 sync=sync,
@@ -215,14 +243,10 @@ class Worker:
             every = self.cfg.checkpoint_every_steps
             if epoch_done:
                 self.timing["wall_s"], started = time.monotonic() - started, time.monotonic()
-                self.timing["wait_s"] = batches.reset()
+                self.timing["wait_s"] = timed.reset()
                 self._end_epoch()
                 started = time.monotonic()  # validating and probing are not training
-            due = (
-                preemption.GO_ON
-                if heard is None
-                else self._due(heard, time.monotonic() - step_started, save_s)
-            )
+            due = self._due(interruptions, time.monotonic() - step_started, save_s)
             if due or epoch_done or (every is not None and self.step % every == 0):
                 state = self.state()
                 if self.rank == 0:
@@ -233,77 +257,48 @@ class Worker:
                 save_s = time.monotonic() - save_started
             if epoch_done and tracker is not None:
                 tracker.sync(self.history)
-            if heard is not None and due == preemption.LEAVE and not self._finished():
+            if interruptions is not None and due == LEAVE and not self.finished():
                 # Before the report, in which all ranks wait for a controller that may be waiting for us.
                 bar.close()
-                heard.left()
+                interruptions.left()
                 raise Left(self.step)
             if epoch_done:
-                report(_scalars(self.history[-1]))
+                report({k: v for k, v in self.history[-1].items() if not isinstance(v, list)})
         bar.close()
         self.writer.wait()
         return self.history
 
-    def _finished(self) -> bool:
-        at_epochs_end = self.step % self.order.steps_per_epoch == 0
+    def finished(self) -> bool:
+        """Whether the last epoch is done, or patience is out at the end of one."""
+        at_epochs_end = self.step % self.schedule.steps_per_epoch == 0
         return self.step >= self.total_steps or (at_epochs_end and out_of_patience(self.history, self.cfg))
 
-    def _due(self, heard: preemption.Notices, step_s: float, save_s: float) -> int:
+    def _due(self, interruptions: Interruptions | None, step_s: float, save_s: float) -> int:
         """The most urgent of what the ranks think is due, the same on every rank."""
-        due, ask = heard.due(step_s, save_s)
-        if self.world > 1:
-            import torch.distributed as dist
-
-            agreed = torch.tensor([due, int(ask)], device=self.device)
-            dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-            due, ask = agreed.tolist()
+        if interruptions is None:
+            return GO_ON
+        own, own_ask = interruptions.due(step_s, save_s)
+        due, ask = self.communicator.maximum([own, int(own_ask)])
         if ask:
-            heard.ask()
+            interruptions.ask()
         return due
 
-    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        arrays = data_tasks.batches(
-            self.feed,
-            start_step=self.step,
-            stop_step=self.total_steps,
-            rank=self.rank,
-            world=self.world,
-            batch_size=self.cfg.batch_size,
-            share=self.share,
-        )
-        return to_tensors(arrays, self.device)
-
-    def _parallel(self) -> tuple[nn.Module, Callable[[list[nn.Parameter]], None]]:
-        """The module to call and how gradients are averaged."""
-        module: nn.Module = self.method
+    def _compiled(self) -> nn.Module:
         if self.cfg.compile:
             # The network alone: the number of masked slices differs from step to step, and would recompile the rest.
             net = self.method.backbone
             net.encode, net.decode_features = torch.compile(net.encode), torch.compile(net.decode_features)
-        if self.world == 1:
-            return module, lambda params: None
-        mode = self.cfg.gradient_sync
-        if mode == "ddp" or (mode == "auto" and self.device.type == "cuda"):
-            from ray.train.torch import prepare_model
-
-            kwargs = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-            wrapped = prepare_model(module, move_to_device=False, parallel_strategy_kwargs=kwargs)
-            return wrapped, lambda params: None
-        # DDP rebuilds its buckets after the first step, and gloo's ring adds in an order that depends on the
-        # place in the bucket: with 3 or more workers a resumed run would differ in the last bit. One flat
-        # all-reduce has one layout, and on CPU there is nothing for DDP to overlap with.
-        return module, average_gradients
+        return self.method
 
     def _end_epoch(self) -> None:
         """Turn the epoch's sums, over all ranks, into one entry of the history."""
-        gathered = self._gather(self.partial)
-        values = reduce_metrics(gathered)
-        epoch = self.step // self.order.steps_per_epoch
+        values = reduce_metrics(self.communicator.gather(self.partial))
+        epoch = self.step // self.schedule.steps_per_epoch
         entry: dict[str, Any] = {
             "epoch": epoch,
             "step": self.step,
             "unix_s": time.time(),
-            "lr": lr_at(self.step - 1, self.cfg, self.order.steps_per_epoch),
+            "lr": lr_at(self.step - 1, self.cfg, self.schedule.steps_per_epoch),
             **values,
             **self._validate(epoch),
             **self._measure_probe(epoch),
@@ -319,49 +314,40 @@ class Worker:
         self.timing = {"wall_s": 0.0, "wait_s": 0.0, "samples": 0}
         if self.rank == 0:
             print(epoch_line(entry, self.cfg.epochs), flush=True)
-            samples = self.order.steps_per_epoch * self.cfg.global_batch
+            samples = self.schedule.steps_per_epoch * self.cfg.global_batch
             if (advice := methods.warning(self.job.method["name"], entry, samples)) is not None:
                 print(f"warning: {advice}", flush=True)
 
-    def _share_buffers(self) -> None:
-        """Give every rank the running statistics of rank 0, which are those that are saved."""
-        if self.world == 1:
-            return
-        import torch.distributed as dist
-
-        for buffer in self.method.backbone.buffers():
-            dist.broadcast(buffer, src=0)
-
     def _validate(self, epoch: int) -> dict[str, Any]:
-        """Dice on the validation cases, each on the rank that its place gives it; {} when none is due."""
+        """Dice on the validation scans, which the ranks share out; {} when none is due."""
         every = self.cfg.validate_every_epochs
-        feed: Any = data_tasks.opened(self.feed[0])
         if not every or (epoch % every and epoch < self.cfg.epochs):
             return {}
-        net, facts = self.method.backbone, self.job.facts
+        net, data_spec = self.method.backbone, self.job.facts
         dice: dict[int, list[float]] = {}
         broken = ""
-        self._share_buffers()
+        self.communicator.broadcast_buffers(net)
         self.method.eval()
-        for place in range(self.rank, len(feed.val), self.world):
-            image_CXYZ, truth_XYZ = prepared_scans.read_case(feed.table.refs[feed.val[place]])
+        for position in range(self.rank, len(self.validation), self.world):
+            image_CXYZ, truth_XYZ = prepared_scans.read_case(self.validation[position])
+            unit_CXYZ = volume.from_uint16(image_CXYZ)
             try:
                 with autocast_of(self.cfg, self.device):
                     found_XYZ = sliding_window.labels(
-                        net, volume.from_uint16(image_CXYZ), facts.size_vox, self.job.validation, self.device
+                        net, unit_CXYZ, data_spec.size_vox, self.job.validation, self.device
                     )
             except BadScan as err:  # its logits are not finite
                 broken = f"validation failed ({err}); lower train.lr or set train.grad_clip=1.0"
                 break
-            dice[place] = case_dice(found_XYZ, truth_XYZ, facts.num_classes)
+            dice[position] = case_dice(found_XYZ, truth_XYZ, data_spec.num_classes)
         self.method.train()
-        for part, sentence in self._gather((dice, broken)):
+        for part, sentence in self.communicator.gather((dice, broken)):
             dice.update(part)
             broken = broken or sentence
         if broken:  # on every rank alike: one that stopped alone would leave the others waiting
             raise Diverged(broken)
-        # In the cases' order, so that the mean's last bit does not depend on the number of ranks.
-        dice_VK = torch.tensor([dice[place] for place in range(len(feed.val))], dtype=torch.float64)
+        # In the scans' order, so that the mean's last bit does not depend on the number of ranks.
+        dice_VK = torch.tensor([dice[i] for i in range(len(self.validation))], dtype=torch.float64)
         per_class = torch.nanmean(dice_VK, 0)
         return {"val_dice": torch.nanmean(per_class).item(), "val_dice_per_class": per_class.tolist()}
 
@@ -373,14 +359,12 @@ class Worker:
         values: dict[str, Any] = {}
         if self.probe is not None:
             values = {**self.probe.measure(self.method.backbone), "probe_dice_floor": self.probe_floor}
-        return self._gather(values)[0]
+        return self.communicator.gather(values)[0]
 
 
-def to_tensors(
-    arrays: Iterator[dict[str, np.ndarray]], device: torch.device
-) -> Iterator[dict[str, torch.Tensor]]:
+def to_tensors(batches: Iterable[dict[str, np.ndarray]], device: torch.device) -> Iterator[dict[str, Tensor]]:
     """NumPy batches as tensors on ``device``; pinned and copied asynchronously for CUDA."""
-    for batch in arrays:
+    for batch in batches:
         # Ray's arrays are read-only views of shared memory: copied here, because torch has no read-only tensors.
         tensors = {k: torch.from_numpy(np.array(v)) for k, v in batch.items()}
         if device.type == "cuda":
@@ -421,16 +405,13 @@ def _own_partial(state: checkpoints.State, rank: int, world: int) -> dict[str, t
 
 
 def peak_memory_mb(device: torch.device) -> float:
+    """The most memory this process has held so far: of the GPU where it trains on one, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     import resource
 
     scale = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
-
-
-def _scalars(entry: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in entry.items() if not isinstance(v, list)}
 
 
 def epoch_line(entry: dict[str, Any], epochs: int) -> str:
@@ -453,20 +434,3 @@ def epoch_line(entry: dict[str, Any], epochs: int) -> str:
     parts.append(f"{entry['samples_per_s']:.2f} {unit}/s, {entry['data_wait_share']:.0%} waiting for data")
     parts.append(f"peak {entry['peak_memory_mb']:,.0f} MB")
     return "  ".join(parts)
-
-
-def _progress_bar(wanted: bool, total: int, done: int) -> Any:
-    """A bar with an ETA at the driver's terminal, drawn through Ray; silent otherwise."""
-    if not wanted:
-        return _NoBar()
-    from ray.experimental.tqdm_ray import tqdm
-
-    bar = tqdm(desc="training", total=total, unit="step")
-    bar.update(done)
-    return bar
-
-
-class _NoBar:
-    def update(self, n: int) -> None: ...
-
-    def close(self) -> None: ...

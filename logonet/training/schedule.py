@@ -5,23 +5,29 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from logonet.core import seeding
-from logonet.training.config import Config
+
+if TYPE_CHECKING:  # that file imports torch, which data tasks do without
+    from logonet.training.config import Config
 
 
 @dataclass(frozen=True)
 class SampleSchedule:
-    """Which sample stands where: the whole run as one sequence of references.
+    """The samples of every step of a run, as one sequence of positions.
 
-    Step ``s`` uses positions ``s * global_batch`` up to the next step's; a pass is a seeded permutation
-    of all samples, filled up from its own start to whole steps. A rank takes a contiguous part of each
-    step (see `dealt`), so another number of workers sees the same samples at the same steps.
+    Step ``s`` takes ``global_batch`` positions. A pass is a seeded permutation of all samples, filled up from its own
+    start to whole steps. A rank takes a contiguous part of each step (see `shard_micro_batches`), so another number of
+    workers sees the same samples at the same steps.
 
-    ``epoch_steps`` is what counts as an epoch in steps; None is one pass. With it, runs on few and on many
-    samples are equally long (as nnU-Net's 250 iterations).
+    Attributes:
+        num_samples: P.
+        global_batch: samples of one step, over all workers.
+        epoch_steps: steps that count as an epoch; None is one pass. With it, runs on few and on many samples are
+            equally long (as nnU-Net's 250 iterations).
     """
 
     num_samples: int
@@ -38,21 +44,46 @@ class SampleSchedule:
         return self.epoch_steps or self.steps_per_pass
 
     def at(self, step: int, slot: int) -> tuple[int, int]:
-        """(draw, sample) of position ``slot`` (0 .. global_batch - 1) of step ``step``.
+        """(repeat, sample) of position ``slot`` (0 .. global_batch - 1) of step ``step``.
 
-        ``draw`` is the pass where passes are whole steps. Where they are filled up it still is another number each
-        time a sample comes: 16 copies of the same crops of one case would teach no more than one.
+        ``repeat`` is another number each time a sample comes, so that samples repeated to fill a pass get new crops and
+        new augmentation: 16 copies of the same crops of one scan would teach no more than one.
         """
         number, within = divmod(step, self.steps_per_pass)
         order = _epoch_order(self.seed, number, self.num_samples)
-        place = within * self.global_batch + slot
-        draws_per_pass = -(-self.steps_per_pass * self.global_batch // self.num_samples)
-        return number * draws_per_pass + place // self.num_samples, int(order[place % self.num_samples])
+        position = within * self.global_batch + slot
+        repeats_per_pass = -(-self.steps_per_pass * self.global_batch // self.num_samples)
+        return number * repeats_per_pass + position // self.num_samples, int(
+            order[position % self.num_samples]
+        )
 
 
 def shard_micro_batches(count: int, rank: int, world: int) -> range:
     """Which of a step's ``count`` micro-batches a rank takes: a contiguous part, evenly but for one."""
     return range(rank * count // world, (rank + 1) * count // world)
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """One rank's micro-batches from ``start_step`` to before ``stop_step``, as (step, slot) positions."""
+
+    schedule: SampleSchedule
+    batch_size: int
+    start_step: int
+    stop_step: int
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def own(self) -> range:
+        return shard_micro_batches(self.schedule.global_batch // self.batch_size, self.rank, self.world)
+
+    def __len__(self) -> int:
+        return (self.stop_step - self.start_step) * len(self.own)
+
+    def __getitem__(self, i: int) -> list[tuple[int, int]]:
+        step, place = self.start_step + i // len(self.own), self.own[i % len(self.own)]
+        return [(step, place * self.batch_size + k) for k in range(self.batch_size)]
 
 
 @functools.lru_cache(maxsize=4)

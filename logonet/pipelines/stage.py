@@ -1,4 +1,4 @@
-"""What every stage shares: lines of a job's log, and the MLflow run that goes with an artifact."""
+"""What every stage shares: find or make and commit, lines of a job's log, and the MLflow run of an artifact."""
 
 from __future__ import annotations
 
@@ -8,31 +8,90 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import logonet
-from logonet import tracking
+from logonet import tracking, training
 from logonet.core import config, redaction
-from logonet.distributed.cluster import ResourceAllocation
-from logonet.storage import object_store
+from logonet.core.execution import Executor
+from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
+from logonet.storage.object_store import Stored
+from logonet.training.dataset import LabelledDataset, TrainingDataset
+
+
+class StageExecutor(Executor, Protocol):
+    """What stages run on: `logonet.distributed.executor.RayExecutor` or `logonet.training.local.LocalExecutor`."""
+
+    def check(self, cfg: training.Config, method: dict[str, Any]) -> None:
+        """UserError when the workers cannot share the steps of ``cfg``."""
+
+    def train(self, job: training.Job, dataset: TrainingDataset | LabelledDataset) -> dict[str, Any]:
+        """Train ``job``; returns {"history", "files", "tracked"}. Run again, it resumes."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a sweep decides for a run that is one of its trials. The run itself is one like any other.
+    """What a sweep adds to a run that is one of its trials. The run itself is one like any other.
 
     Attributes:
-        share: the part of the cluster it gets.
-        callbacks: Ray Train callbacks.
         started: told the artifact's URI before training begins.
         tags: of its MLflow run, such as its parent.
     """
 
-    share: ResourceAllocation
-    callbacks: tuple[Any, ...] = ()
     started: Callable[[str], None] | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a stage has computed: files by name, still to be stored or stored already, and facts about them."""
+
+    files: Mapping[str, bytes | Stored]
+    metadata: Mapping[str, Any]
+
+
+def run_stage(
+    root: str,
+    stage: str,
+    cfg: Any,
+    parents: Mapping[str, str],
+    make: Callable[[str], Made],
+    describe: Callable[[Artifact], str],
+    *,
+    recorded: Any = None,
+    lineage: Mapping[str, str] | None = None,
+) -> Artifact:
+    """The finished artifact of a stage: found where it was made before, otherwise made and committed.
+
+    Args:
+        cfg, parents: what the artifact is made of; they decide its address.
+        make: computes it; told the URI, below which it may keep what an interrupted run can go on with.
+        describe: what the log says of it.
+        recorded: the config to record, where that is more than ``cfg``.
+        lineage: more ancestors to record, which do not decide the address.
+    """
+    uri, fingerprint = artifacts.address(root, stage, cfg, parents)
+    if (found := artifacts.find(uri)) is not None:
+        say(stage, f"{describe(found)}  (already there: {uri})")
+        return found
+    started = time.monotonic()
+    made = make(uri)
+    stored = {
+        name: object_store.write(object_store.join(uri, name), file) if isinstance(file, bytes) else file
+        for name, file in made.files.items()
+    }
+    artifact = artifacts.commit(
+        uri,
+        stage,
+        fingerprint,
+        config=cfg if recorded is None else recorded,
+        parents={**parents, **(lineage or {})},
+        files=stored,
+        facts=made.metadata,
+    )
+    say(stage, f"{describe(artifact)}  {took(started)}  {uri}")
+    return artifact
 
 
 def say(stage: str, text: str) -> None:
@@ -44,14 +103,18 @@ def took(started: float) -> str:
     return f"{time.monotonic() - started:.1f} s"
 
 
+def last_loss(artifact: Artifact) -> str:
+    """What the log says of a finished training."""
+    final = artifact.facts["final"]
+    return f"{final['epoch']} epochs, loss {final['loss']:.4f}"
+
+
 def options(part: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in part.items() if k != "name"}
 
 
 # What MLflow shows of a run: nothing that names a scan, since file names can be patients'.
 TRACKED = (".png", ".yaml", ".html", "summary.csv", "summary.json", "transfer.json")
-SEEN_FILE = "seen.parquet"
-LINEAGE_FILE = "lineage.json"  # of a registered model
 
 
 def tracking_of(
@@ -61,10 +124,12 @@ def tracking_of(
     cfg: Any,
     lineage: dict[str, str],
     root: str,
-    experiment: str,
+    experiment: str | None,
     trial: Trial | None = None,
-) -> dict[str, Any]:
-    """What `registry.Tracker` is to know of a run."""
+) -> dict[str, Any] | None:
+    """What `logonet.tracking.Tracker` is to know of a run; None where nothing is tracked."""
+    if experiment is None:
+        return None
     return {
         "fingerprint": fingerprint,
         "experiment": experiment,
@@ -81,9 +146,11 @@ def tracking_of(
     }
 
 
-def catch_up(run: dict[str, Any], uri: str, artifact: Artifact) -> None:
+def catch_up(run: dict[str, Any] | None, artifact: Artifact) -> None:
     """Bring MLflow up to date from the run's own records, once; until the server was there, at every call."""
-    delivered = object_store.join(uri, "tracked.json")
+    if run is None:
+        return
+    delivered = object_store.join(artifact.uri, "tracked.json")
     if object_store.exists(delivered):
         return
     history = json.loads(artifact.read("history.json"))

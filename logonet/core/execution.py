@@ -1,0 +1,62 @@
+"""Where work on many items runs: in this process here, on a Ray cluster in `logonet.distributed.executor`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+Workers = Literal["tasks", "data actors", "model actors"]
+
+
+class Executor(Protocol):
+    """Runs a function over items. What an item's answer is depends on the item alone, never on who computes it when."""
+
+    def stream(
+        self,
+        fn: Callable[..., Any],
+        items: Sequence[Any],
+        *,
+        shared: Sequence[Any] = (),
+        workers: Workers = "tasks",
+    ) -> Iterator[tuple[int, Any]]:
+        """(position, answer) of every item, as the answers come.
+
+        Args:
+            fn: called as ``fn(item, *shared)``; it and the items are pickled where work leaves this process.
+            shared: large values that all calls read, held once on each machine.
+            workers: "tasks" keep nothing between calls. Actors keep ``fn``, which may hold on to what it has built:
+                "data actors" on the CPUs of the data tasks, "model actors" with a training worker's CPUs and GPU.
+        """
+
+
+class InProcess:
+    """Runs everything in this process, one item after the other; a debugger can follow."""
+
+    def stream(
+        self,
+        fn: Callable[..., Any],
+        items: Sequence[Any],
+        *,
+        shared: Sequence[Any] = (),
+        workers: Workers = "tasks",
+    ) -> Iterator[tuple[int, Any]]:
+        for i, item in enumerate(items):
+            yield i, fn(item, *shared)
+
+
+def run_all(
+    executor: Executor,
+    fn: Callable[..., Any],
+    items: Iterable[Any],
+    *,
+    shared: Sequence[Any] = (),
+    workers: Workers = "tasks",
+    note: Callable[[Any], None] = lambda answer: None,
+) -> list[Any]:
+    """The answers in the order of ``items``; ``note`` is called with each as it comes."""
+    items = list(items)
+    answers: dict[int, Any] = {}
+    for i, answer in executor.stream(fn, items, shared=shared, workers=workers):
+        answers[i] = answer
+        note(answer)
+    return [answers[i] for i in range(len(items))]

@@ -1,0 +1,92 @@
+"""Work on one scan that data tasks do: cutting crops, preparing labelled scans. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from logonet.core.errors import BadScan
+from logonet.core.execution import Executor, run_all
+from logonet.data import crop_shards, cropping, manifest, prepared_scans
+from logonet.data.crop_shards import CropRef
+from logonet.data.manifest import Quarantined, Scan
+from logonet.storage import object_store
+
+
+@dataclass(frozen=True)
+class CutScan:
+    """Cuts one scan into crops and stores them as one shard.
+
+    ``stored`` has the sizes of the shards that exist, by file name: one listing of a thousand is less work for the
+    store than a thousand questions.
+    """
+
+    cfg: cropping.Config
+    uri: str
+    stored: Mapping[str, int]
+
+    def __call__(self, scan: Scan) -> list[CropRef] | Quarantined:
+        name = f"shards/{scan.scan_id}.safetensors"
+        uri = object_store.join(self.uri, name)
+        size_bytes = self.stored.get(uri.rsplit("/", 1)[1], 0)
+        if refs := crop_shards.shard_index(uri, name, size_bytes):
+            return refs
+        try:
+            crops_RCXYZ = cropping.crops_of(
+                manifest.load(scan), modality=scan.modality, cfg=self.cfg, scan_id=scan.scan_id
+            )
+        except BadScan as err:
+            return Quarantined(scan.uri, str(err))
+        blob = crop_shards.shard_bytes(scan.scan_id, crops_RCXYZ)
+        object_store.write(uri, blob)
+        return crop_shards.parse_shard_header(name, blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+
+
+@dataclass(frozen=True)
+class PrepareScan:
+    """Prepares one labelled scan and stores it as one file of chunks."""
+
+    label_values: tuple[int, ...]
+    cfg: prepared_scans.Config
+    uri: str
+
+    def __call__(self, scan: Scan) -> prepared_scans.Ref | Quarantined:
+        uri = object_store.join(self.uri, "cases", f"{scan.scan_id}.safetensors")
+        entry = object_store.stat(uri)
+        if entry is not None and (ref := prepared_scans.stored(uri, entry.size_bytes)) is not None:
+            return ref
+        try:
+            image = manifest.load(scan)
+            labels_XYZ = manifest.load_label(scan, image)
+            prepared = prepared_scans.prepare(
+                image, labels_XYZ, scan.modality, self.label_values, self.cfg, scan.scan_id
+            )
+        except BadScan as err:
+            return Quarantined(scan.uri, str(err))
+        blob = prepared_scans.to_bytes(scan.scan_id, *prepared, self.cfg.seed)
+        object_store.write(uri, blob)
+        return prepared_scans.ref_of(uri, blob)
+
+
+def cut_scans(
+    scans: Sequence[Scan], cfg: cropping.Config, uri: str, executor: Executor
+) -> tuple[list[CropRef], list[Quarantined]]:
+    """Cut every scan; shards already stored by an interrupted run are kept (they were written atomically)."""
+    shards = object_store.listing(object_store.join(uri, "shards"))
+    stored = {entry.uri.rsplit("/", 1)[1]: entry.size_bytes for entry in shards}
+    answers = run_all(executor, CutScan(cfg, uri, stored), scans)
+    bad = [a for a in answers if isinstance(a, Quarantined)]
+    return [ref for a in answers if not isinstance(a, Quarantined) for ref in a], bad
+
+
+def prepare_scans(
+    scans: Sequence[Scan],
+    label_values: tuple[int, ...],
+    cfg: prepared_scans.Config,
+    uri: str,
+    executor: Executor,
+) -> tuple[list[prepared_scans.Ref], list[Quarantined]]:
+    """Prepare every labelled scan; files already stored by an interrupted run are kept."""
+    answers = run_all(executor, PrepareScan(label_values, cfg, uri), scans)
+    bad = [a for a in answers if isinstance(a, Quarantined)]
+    return [a for a in answers if not isinstance(a, Quarantined)], bad

@@ -1,0 +1,121 @@
+"""Work on many items, and training, on a Ray cluster.
+
+References travel, not voxels: a task that is handed a scan's row reads, cuts and stores by itself and returns a few
+numbers for each crop. Only the crops that a training step is about to use go through Ray's object store.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from logonet.core.execution import Workers
+from logonet.distributed import cluster
+from logonet.distributed.cluster import ResourceAllocation, Resources
+
+if TYPE_CHECKING:  # these import torch, which data tasks do without
+    from logonet.training.config import Config, Job
+    from logonet.training.dataset import LabelledDataset, TrainingDataset
+
+MAX_TASKS = 2000  # blocks of a graph over items: enough to balance, few enough to schedule
+ITEMS_PER_ACTOR = 16  # a data actor with fewer would take longer to start than to work
+
+
+class RayExecutor:
+    """Runs on the connected cluster.
+
+    Args:
+        resources: what the run may use.
+        allocation: the part of the cluster it gets; None divides the cluster when work begins.
+        callbacks: Ray Train callbacks, such as Tune's TuneReportCallback.
+    """
+
+    def __init__(
+        self,
+        resources: Resources,
+        allocation: ResourceAllocation | None = None,
+        callbacks: Sequence[Any] = (),
+    ):
+        self.resources, self.callbacks = resources, callbacks
+        self._given = allocation
+
+    @functools.cached_property
+    def allocation(self) -> ResourceAllocation:
+        return self._given or cluster.allocate(self.resources)
+
+    def stream(
+        self,
+        fn: Callable[..., Any],
+        items: Sequence[Any],
+        *,
+        shared: Sequence[Any] = (),
+        workers: Workers = "tasks",
+    ) -> Iterator[tuple[int, Any]]:
+        """As `logonet.core.execution.Executor.stream`, on Ray Data."""
+        import ray
+
+        cluster.quiet()
+        if not items:
+            return
+        given = self.allocation
+        # In a list, so that Ray hands references on and does not copy the values into every call.
+        constructor = (fn, list(items), [ray.put(value) for value in shared])
+        rows = ray.data.range(len(items), override_num_blocks=min(len(items), MAX_TASKS))
+        if workers == "tasks":
+            answers = rows.map_batches(
+                lambda batch: _Call(*constructor)(batch), batch_size=None, num_cpus=given.cpus_per_task
+            )
+        else:
+            on_models = workers == "model actors"
+            # While crops are labelled no training runs yet: all CPUs but one may work. Actors on every CPU would starve
+            # the tasks that feed them.
+            room = int((given.cpus - 1) / given.cpus_per_task)
+            size = given.workers if on_models else min(-(-len(items) // ITEMS_PER_ACTOR), room)
+            answers = rows.map_batches(
+                _Call,
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=max(1, min(size, len(items)))),
+                num_cpus=given.cpus_per_worker if on_models else given.cpus_per_task,
+                num_gpus=1 if on_models and given.use_gpu else None,
+                fn_constructor_args=(*constructor, given.threads_per_worker if on_models else None),
+            )
+        for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
+            for i, blob in zip(batch["id"], batch["answer"]):
+                yield int(i), pickle.loads(blob)
+
+    def check(self, cfg: Config, method: dict[str, Any]) -> None:
+        """UserError when the workers cannot share the steps of ``cfg``."""
+        from logonet.distributed import trainer
+
+        trainer.check_workers(cfg, method, self.resources)
+
+    def train(self, job: Job, dataset: TrainingDataset | LabelledDataset) -> dict[str, Any]:
+        """As `logonet.distributed.trainer.fit`."""
+        from logonet.distributed import trainer
+
+        return trainer.fit(job, dataset, self.resources, self.allocation, self.callbacks)
+
+
+class _Call:
+    """Calls a function on the items whose numbers are in a batch of rows."""
+
+    def __init__(
+        self, fn: Callable[..., Any], items: list[Any], refs: list[Any], threads: int | None = None
+    ) -> None:
+        import ray
+
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        self.fn, self.items = fn, items
+        self.shared = [ray.get(ref) for ref in refs]
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        # Answers are small mixed objects; pickled by us they need no Arrow schema. They never leave Ray.
+        answers = [pickle.dumps(self.fn(self.items[int(i)], *self.shared)) for i in batch["id"]]
+        return {"id": batch["id"], "answer": answers}

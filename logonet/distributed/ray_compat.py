@@ -1,0 +1,154 @@
+"""Every use of Ray's private or experimental APIs, tried with the Ray version of constraints.txt.
+
+When Ray is upgraded, this is the file to check.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+RESIZE_WAIT_S = 60.0  # for the workers to save and leave before their group is made anew
+TOLD, LEFT = b"leave", b"left"
+
+
+# ------------------------------------------------------------------------------------ words between processes
+
+
+def _kv() -> Any:
+    # A few bytes in Ray's own table: an actor for them would be one more process on every machine that runs a sweep.
+    from ray.experimental import internal_kv
+
+    return internal_kv
+
+
+def tell(run: str) -> None:
+    """Ask the ranks of ``run`` to save and leave after the step that they are in."""
+    _kv()._internal_kv_put(f"logonet/{run}", TOLD, overwrite=True)
+
+
+def told(run: str) -> bool:
+    """Whether `tell` was called for ``run``."""
+    return _kv()._internal_kv_get(f"logonet/{run}") == TOLD
+
+
+def say_left(run: str) -> None:
+    """Answer `tell`: the ranks have saved and leave."""
+    _kv()._internal_kv_put(f"logonet/{run}", LEFT, overwrite=True)
+
+
+def forget(run: str) -> None:
+    """Take back what was told."""
+    _kv()._internal_kv_del(f"logonet/{run}")
+
+
+def leave_before_resizing(run: str) -> Any:
+    """A callback for Ray Train's controller, which would otherwise stop its workers within a step and lose the steps
+    since their last checkpoint."""
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+    from ray.train.v2._internal.execution.controller.state import ResizingState
+
+    class LeaveFirst(ControllerCallback):
+        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+            if not isinstance(current_state, ResizingState):
+                return
+            tell(run)
+            until = time.monotonic() + RESIZE_WAIT_S
+            while time.monotonic() < until and _kv()._internal_kv_get(f"logonet/{run}") != LEFT:
+                time.sleep(0.05)
+            forget(run)
+
+    return LeaveFirst()
+
+
+# ---------------------------------------------------------------------------------------------- one machine
+
+
+@contextlib.contextmanager
+def on_loopback() -> Iterator[None]:
+    """A Ray that starts within this block listens on 127.0.0.1 and nowhere else.
+
+    Its processes believe whoever reaches them. ``ray.init`` takes no loopback address; the one way to ask for it is the
+    setting by which Ray serves Windows and macOS, where its clusters have one node, as ours does. It is read when
+    Ray is imported, hence the second half; and must not stay, as it forbids 'ray start' to join a cluster.
+    """
+    from ray._private import ray_constants
+
+    name, kept = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    was = os.environ.get(name)
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = kept
+        del os.environ[name]
+        if was is not None:
+            os.environ[name] = was
+
+
+def without_dashboard() -> None:
+    """Run in every worker process of a Ray that has no dashboard: Ray Train's watcher over its controller asks the
+    dashboard, and would complain every second."""
+    import logging
+
+    name = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def local_torch_config() -> Any:
+    """A ``TorchConfig`` for workers that are all on one machine: they meet through a file, on the loopback interface.
+
+    Ray Train lets workers meet at a TCP store of torch's, which listens on every interface of the machine and believes
+    whoever connects. Between machines there is no other way. On one there is a file that only its owner can open.
+    """
+    import ray
+    from ray.train.torch import TorchConfig
+    from ray.train.torch import config as ray_torch
+
+    class Backend(ray_torch._TorchBackend):
+        folder = ""
+
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            gpus = worker_group.get_resources_per_worker().get("GPU", 0)
+            worker_group.execute(ray_torch._set_torch_distributed_env_vars)
+            self.folder = tempfile.mkdtemp(
+                prefix="logonet-meet-"
+            )  # for each start: the file must be a new one
+            started = [
+                worker_group.execute_single_async(
+                    rank,
+                    ray_torch._setup_torch_process_group,
+                    backend=backend_config.backend or ("nccl" if gpus else "gloo"),
+                    world_rank=rank,
+                    world_size=len(worker_group),
+                    init_method=f"file://{self.folder}/workers",
+                    timeout_s=backend_config.timeout_s,
+                )
+                for rank in range(len(worker_group))
+            ]
+            ray.get(started)
+
+        def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+            super().on_shutdown(worker_group, backend_config)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    class LocalTorchConfig(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return Backend
+
+    return LocalTorchConfig()
+
+
+def progress_bar(total: int, done: int) -> Any:
+    """A bar of training steps with an ETA at the driver's terminal, drawn through Ray."""
+    from ray.experimental.tqdm_ray import tqdm
+
+    bar = tqdm(desc="training", total=total, unit="step")
+    bar.update(done)
+    return bar

@@ -1,0 +1,104 @@
+"""What the ranks of a run tell each other. The loop knows this interface, and neither Ray nor process groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from logonet.training import checkpoints
+from logonet.training.step import average_gradients
+
+T = TypeVar("T")
+Sync = Callable[[list[nn.Parameter]], None]
+
+
+class Communicator:
+    """A run of one process, which has nobody to talk to."""
+
+    rank = 0
+    world = 1
+
+    def gather(self, own: T) -> list[T]:
+        """Every rank's ``own``, in the order of the ranks."""
+        return [own]
+
+    def maximum(self, values: list[int]) -> list[int]:
+        """The largest of all ranks' values, place by place."""
+        return values
+
+    def broadcast_state(self, state: checkpoints.State | None) -> checkpoints.State | None:
+        """Rank 0's state on every rank."""
+        return state
+
+    def broadcast_buffers(self, module: nn.Module) -> None:
+        """Give every rank the buffers of rank 0 (running statistics), which are those that are saved."""
+
+    def parallel(self, module: nn.Module, gradient_sync: str) -> tuple[nn.Module, Sync]:
+        """The module to call, and how its gradients are averaged over the ranks after the backward pass.
+
+        Args:
+            gradient_sync: ``train.gradient_sync``.
+        """
+        return module, _nothing_to_do
+
+
+class ProcessGroup(Communicator):
+    """The ranks of torch's default process group, which must have been set up.
+
+    Args:
+        device: where this rank trains; collectives of NCCL want their tensors there.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def gather(self, own: T) -> list[T]:
+        gathered: list[Any] = [None] * self.world
+        dist.all_gather_object(gathered, own)
+        return gathered
+
+    def maximum(self, values: list[int]) -> list[int]:
+        agreed = torch.tensor(values, device=self.device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        return agreed.tolist()
+
+    def broadcast_state(self, state: checkpoints.State | None) -> checkpoints.State | None:
+        # Pickle stays between the ranks of one job; nothing unpickled ever came from a store.
+        head: list[Any] = [None if state is None else state.describe()]
+        dist.broadcast_object_list(head, src=0, device=self.device if self.device.type == "cuda" else None)
+        if head[0] is None:
+            return None
+        state = state or checkpoints.State.blank(head[0])
+        for tensor in state.tensors():
+            moved = tensor.to(self.device)
+            dist.broadcast(moved, src=0)
+            tensor.copy_(moved)
+        return state
+
+    def broadcast_buffers(self, module: nn.Module) -> None:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+    def parallel(self, module: nn.Module, gradient_sync: str) -> tuple[nn.Module, Sync]:
+        cuda = self.device.type == "cuda"
+        if gradient_sync == "ddp" or (gradient_sync == "auto" and cuda):
+            wrapped = nn.parallel.DistributedDataParallel(
+                module,
+                device_ids=[self.device] if cuda else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+            return wrapped, _nothing_to_do
+        # DDP rebuilds its buckets after the first step, and gloo's ring adds in an order that depends on the place in
+        # the bucket: with 3 or more workers a resumed run would differ in the last bit. One flat all-reduce has one
+        # layout, and on CPU there is nothing for DDP to overlap with.
+        return module, average_gradients
+
+
+def _nothing_to_do(params: list[nn.Parameter]) -> None:
+    """Gradients are averaged already, or there is nobody to average with."""

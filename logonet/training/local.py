@@ -1,0 +1,66 @@
+"""Training in this process: no cluster, no other processes unless asked for. A debugger can follow every line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from logonet.core.execution import InProcess
+from logonet.training import checkpoints
+from logonet.training.config import Config, Job, accumulation
+from logonet.training.dataset import LabelledDataset, PreparedBatches, TrainingDataset
+from logonet.training.loop import Loop, to_tensors
+from logonet.training.schedule import MicroBatches
+from logonet.training.validation import best_step
+
+
+class LocalExecutor(InProcess):
+    """Runs stages and training in this process, with the results of a cluster of one worker.
+
+    Args:
+        num_workers: processes that prepare batches; 0 prepares them here.
+        device: where to train; None takes a GPU where there is one.
+    """
+
+    def __init__(self, num_workers: int = 0, device: str | None = None):
+        self.num_workers = num_workers
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def check(self, cfg: Config, method: dict[str, Any]) -> None:
+        """UserError when the batch sizes do not fit together."""
+        accumulation(cfg, 1)
+
+    def train(self, job: Job, dataset: TrainingDataset | LabelledDataset) -> dict[str, Any]:
+        """Train ``job``; returns {"history", "files", "tracked"}. Run again, it resumes.
+
+        Raises:
+            Diverged: a gradient or a validation's logits are not finite.
+        """
+        loop = Loop(job, dataset.schedule, device=self.device, validation=dataset.validation)
+        loop.restore()
+        positions = MicroBatches(dataset.schedule, job.train.batch_size, loop.step, loop.total_steps)
+        batches = to_tensors(local_batches(dataset, positions, self.num_workers), self.device)
+        return finish(job, loop, loop.run(batches))
+
+
+def local_batches(
+    dataset: TrainingDataset | LabelledDataset, positions: MicroBatches, num_workers: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+    """The prepared batches at ``positions``, in order, from a plain loader of ``num_workers`` processes."""
+    prepared: Any = PreparedBatches(dataset, positions)
+    yield from DataLoader(prepared, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def finish(job: Job, loop: Loop, history: list[dict[str, Any]], tracked: bool = False) -> dict[str, Any]:
+    """Store the trained weights; what `train` returns."""
+    files = checkpoints.save_final(job.uri, loop.method, history, best_step(history))
+    return {"history": history, "files": {k: asdict(v) for k, v in files.items()}, "tracked": tracked}
