@@ -328,7 +328,7 @@ def export(
         out: a local folder for the bundle, or a file for ONNX.
         format: which.
     """
-    from logonet import pipelines
+
     from logonet.inference import export as exporting
     from logonet.inference.load import load_model
 
