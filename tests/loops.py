@@ -1,0 +1,157 @@
+"""Small runs that tests of the training loop share; nothing here knows Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import timeless, tiny_backbone
+
+from logonet import methods, networks, training
+from logonet.data import crop_shards, phantom, prepared_scans
+from logonet.methods import DataSpec
+from logonet.storage import object_store
+from logonet.training import checkpoints, linear_probe
+from logonet.training.dataset import LabelledDataset, TrainingDataset
+from logonet.training.local import local_batches
+from logonet.training.loop import Interruptions, Loop, to_tensors
+from logonet.training.schedule import MicroBatches, SampleSchedule
+
+SIZE = (32, 32, 32)
+SIZES = (5, 7)
+FACTS = DataSpec(size_vox=SIZE, cluster_sizes=SIZES, majority_labels=(0, 0))
+LABELLED_SIZE = (16, 16, 16)
+CLASSES = ("background", "liver", "spleen")
+LABELLED_FACTS = DataSpec(size_vox=LABELLED_SIZE, num_classes=len(CLASSES))
+SUPERVISED = {"augment": {"flip_prob": 0.5}}
+
+
+class Killed(Exception):
+    pass
+
+
+class LocalLoop(Loop):
+    """A loop and what feeds it, in this process."""
+
+    def __init__(self, dataset: TrainingDataset | LabelledDataset, job: training.Job):
+        super().__init__(job, dataset.schedule, validation=dataset.validation)
+        self.dataset = dataset
+
+    def train(
+        self,
+        report: Callable[[dict[str, Any]], None] = lambda metrics: None,
+        interruptions: Interruptions | None = None,
+    ) -> list[dict[str, Any]]:
+        self.restore()
+        positions = MicroBatches(self.schedule, self.cfg.batch_size, self.step, self.total_steps)
+        return self.run(
+            to_tensors(local_batches(self.dataset, positions), self.device),
+            report,
+            interruptions=interruptions,
+        )
+
+
+def crops_dataset(folder: Path) -> TrainingDataset:
+    """Six crops with made-up labels."""
+    rng = np.random.default_rng(0)
+    ramp = np.linspace(0, 1, SIZE[2])
+    refs: list[crop_shards.CropRef] = []
+    labels = []
+    for n in range(3):
+        crops_RCXYZ = []
+        for _ in range(2):
+            noise = rng.random((1, *SIZE)) * 0.2
+            crops_RCXYZ.append(((ramp * rng.uniform(0.4, 0.8) + noise) * 65535).astype(np.uint16))
+            labels.append([np.floor(ramp * (k - 1)).astype(np.int16) for k in SIZES])
+        blob = crop_shards.shard_bytes(f"scan{n}", np.stack(crops_RCXYZ))
+        name = f"shards/scan{n}.safetensors"
+        object_store.write(f"{folder}/{name}", blob)
+        refs += crop_shards.shard_index(f"{folder}/{name}", name, len(blob))
+    table = crop_shards.CropTable(str(folder), SIZE, 1, tuple(refs))
+    cfg = methods.config("masked_clusters", {"phi1": 0.2})
+    schedule = SampleSchedule(len(table), 4, seed=0)
+    return TrainingDataset("masked_clusters", cfg, schedule, table, np.array(labels))
+
+
+def labelled_dataset(folder: Path) -> LabelledDataset:
+    """Seven phantoms, four to train on and three to validate on."""
+    refs = []
+    for i in range(7):
+        scan, labels_XYZ = phantom.phantom(i, (20, 18, 16), (4.0, 4.0, 6.0), classes=len(CLASSES))
+        image_CXYZ, indices_XYZ = prepared_scans.prepare(
+            scan, labels_XYZ, "CT", (0, 1, 2), prepared_scans.Config(), f"case{i}"
+        )
+        uri = f"{folder}/cases/case{i}.safetensors"
+        blob = prepared_scans.to_bytes(f"case{i}", image_CXYZ, indices_XYZ, seed=0)
+        object_store.write(uri, blob)
+        refs.append(prepared_scans.ref_of(uri, blob))
+    return LabelledDataset(
+        "supervised",
+        methods.config("supervised", SUPERVISED),
+        SampleSchedule(4, 2, seed=0),
+        prepared_scans.Table(tuple(refs), CLASSES, (0, 1, 2)),
+        train=(0, 1, 3, 4),
+        val=(2, 5, 6),
+        crops=prepared_scans.Crops(LABELLED_SIZE),
+    )
+
+
+def a_job(uri: str, **settings: Any) -> training.Job:
+    values = {"epochs": 4, "global_batch": 4, "batch_size": 2, "lr": 1e-3, "warmup_epochs": 1}
+    cfg = training.Config(**{**values, **settings})
+    return training.Job(uri, "a" * 16, tiny_backbone(), {"name": "masked_clusters", "phi1": 0.2}, cfg, FACTS)
+
+
+def dynunet() -> dict[str, Any]:
+    return {"name": "dynunet", **networks.tiny("dynunet")}
+
+
+def labelled_job(uri: str, init: training.Init | None = None, **settings: Any) -> training.Job:
+    values = {"epochs": 4, "global_batch": 2, "lr": 3e-3, "warmup_epochs": 1, "validate_every_epochs": 1}
+    cfg = training.Config(**{**values, **settings})
+    method = {"name": "supervised", **SUPERVISED}
+    return training.Job(uri, "a" * 16, dynunet(), method, cfg, LABELLED_FACTS, init=init)
+
+
+def assert_same_run(loop: Loop, expected: Loop) -> None:
+    assert timeless(loop.history) == timeless(expected.history)
+    for (name, a), b in zip(expected.method.state_dict().items(), loop.method.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, loop: LocalLoop, at_step: int) -> None:
+    """Run ``loop`` until it dies before the step after ``at_step``; its last checkpoint is written."""
+    real_step = training.step
+
+    def dying_step(*args: Any, **kwargs: Any) -> Any:
+        if loop.step == at_step:
+            raise Killed
+        return real_step(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("logonet.training.loop.step", dying_step)
+        with pytest.raises(Killed):
+            loop.train()
+    loop.writer.wait()
+
+
+def other_weights(folder: str) -> training.Init:
+    """Weights that no fresh network has, as a file."""
+    torch.manual_seed(99)
+    spec = dataclasses.replace(LABELLED_FACTS, num_classes=5)
+    net: Any = training.build_method(dynunet(), {"name": "supervised"}, spec)
+    uri = f"{folder}/backbone.safetensors"
+    return training.Init(uri, checkpoints._write_tensors(uri, net.backbone.state_dict()).sha256)
+
+
+def a_probe(labelled: LabelledDataset) -> linear_probe.Task:
+    cfg = linear_probe.Config(
+        every_epochs=2, train_cases=2, val_cases=1, crops_per_case=1, voxels_per_crop=300
+    )
+    ids = [ref.scan_id for ref in labelled.table.refs]
+    return linear_probe.task(cfg, labelled.table, ids[:4], ids[4:], SIZE)

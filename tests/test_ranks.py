@@ -1,0 +1,262 @@
+"""Several ranks: gradients, validation and probe over real collectives; batches from Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_backbone
+from loops import (
+    CLASSES,
+    FACTS,
+    SIZE,
+    a_job,
+    a_probe,
+    crops_dataset,
+    labelled_dataset,
+    labelled_job,
+)
+
+from logonet import training
+from logonet.core.errors import UserError
+from logonet.data import prepared_scans
+from logonet.distributed import feed, trainer
+from logonet.distributed.cluster import ResourceAllocation, Resources
+from logonet.methods import DataSpec
+from logonet.training import linear_probe
+from logonet.training.communicator import Communicator, ProcessGroup
+from logonet.training.dataset import LabelledDataset, TrainingDataset
+from logonet.training.local import local_batches
+from logonet.training.loop import GO_ON, LEAVE, Loop
+from logonet.training.schedule import MicroBatches, shard_micro_batches
+
+ALLOCATION = ResourceAllocation(
+    workers=1,
+    use_gpu=False,
+    cpus_per_worker=1,
+    threads_per_worker=1,
+    cpus_per_data_task=1,
+    cpus_per_task=1,
+    cpus=3,
+)
+PROBED = ("probe_dice", "probe_dice_per_class", "probe_dice_floor")
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory: pytest.TempPathFactory) -> TrainingDataset:
+    return crops_dataset(tmp_path_factory.mktemp("crops"))
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> LabelledDataset:
+    return labelled_dataset(tmp_path_factory.mktemp("cases"))
+
+
+@pytest.fixture(scope="module")
+def probe_task(labelled: LabelledDataset) -> linear_probe.Task:
+    return a_probe(labelled)
+
+
+@pytest.mark.parametrize("mode", ["flat", "ddp"])
+def test_three_ranks_average_the_gradients_of_four_batches(
+    mode: str, ray_local: None, tmp_path: Path
+) -> None:
+    """Through real collectives: one rank has two of them. And what one rank hears, all do."""
+    import ray
+
+    @ray.remote(num_cpus=1)
+    def take(rank: int, world: int) -> tuple[list[np.ndarray], int]:
+        from datetime import timedelta
+        from types import SimpleNamespace
+
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        if world > 1:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{tmp_path}/meet-{mode}",
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=120),
+            )
+        try:
+            torch.manual_seed(0)
+            net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+            module: Any = torch.nn.Module()
+            module.net = net
+            module.forward = lambda batch, progress: (net(batch["x"]).square().mean(), {})
+            x_MBF = torch.randn(4, 2, 6, generator=torch.Generator().manual_seed(1))
+            group = ProcessGroup(torch.device("cpu")) if world > 1 else Communicator()
+            module, sync = group.parallel(module, mode)
+            own = shard_micro_batches(4, rank, world)
+            for _ in range(2):  # DDP lays its buckets out anew after the first
+                training.step(
+                    module,
+                    torch.optim.SGD(net.parameters(), lr=0.1),
+                    ({"x": x_MBF[i]} for i in own),
+                    count=len(own),
+                    mean_count=4 / world,
+                    progress=0.0,
+                    lr=0.1,
+                    cfg=training.Config(),
+                    seeds=list(own),
+                    autocast=torch.autocast("cpu", enabled=False),
+                    sync=sync,
+                )
+            me: Any = SimpleNamespace(communicator=group)
+            heard: Any = SimpleNamespace(due=lambda *_: (LEAVE if rank == 1 else GO_ON, False))
+            due = Loop._due(me, heard, 0.0, 0.0)
+            return [p.detach().numpy() for p in net.parameters()], due
+        finally:
+            if world > 1:
+                dist.destroy_process_group()
+
+    alone, _ = ray.get(take.remote(0, 1))
+    ranks = ray.get([take.remote(rank, 3) for rank in range(3)])
+    for weights, due in ranks:
+        assert due == LEAVE
+        for a, b in zip(weights, alone):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_one_rank_probes_and_all_are_told(
+    labelled: LabelledDataset, tmp_path: Path, probe_task: linear_probe.Task
+) -> None:
+    import ray
+
+    job = dataclasses.replace(labelled_job(str(tmp_path)), backbone=tiny_backbone(), probe=probe_task)
+
+    @ray.remote(num_cpus=1)
+    def measure(rank: int) -> tuple[bool, dict[str, Any], dict[str, Any]]:
+        from datetime import timedelta
+
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{job.uri}-meet",
+            rank=rank,
+            world_size=2,
+            timeout=timedelta(seconds=120),
+        )
+        try:
+            worker = Loop(
+                job, labelled.schedule, ProcessGroup(torch.device("cpu")), "cpu", labelled.validation
+            )
+            return worker.probe is not None, worker._measure_probe(1), worker._measure_probe(2)
+        finally:
+            dist.destroy_process_group()
+
+    first, second = ray.get([measure.remote(rank) for rank in range(2)])
+    assert (first[0], second[0]) == (True, False)
+    assert first[1] == second[1] == {}
+    assert first[2]["probe_dice"] > 0
+    assert first[2].keys() == second[2].keys() == set(PROBED)
+    assert first[2]["probe_dice"] == second[2]["probe_dice"]
+    assert first[2]["probe_dice_per_class"] == second[2]["probe_dice_per_class"]
+
+
+def test_two_ranks_share_the_validation_cases_and_measure_what_one_does(
+    labelled: LabelledDataset, tmp_path: Path
+) -> None:
+    """With batch norm, whose running statistics differ between ranks: those of rank 0 are the ones that are saved."""
+    import ray
+
+    big = DataSpec(size_vox=SIZE, num_classes=len(CLASSES))
+    job = dataclasses.replace(labelled_job(str(tmp_path)), backbone=tiny_backbone(), facts=big)
+
+    @ray.remote(num_cpus=1)
+    def validate(rank: int, world: int) -> tuple[list[str], dict[str, Any], list[torch.Tensor]]:
+        from datetime import timedelta
+
+        import torch.distributed as dist
+
+        read: list[str] = []
+        real_read = prepared_scans.read_case
+        torch.set_num_threads(1)
+        if world > 1:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{job.uri}-meet",
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=120),
+            )
+        try:
+            prepared_scans.read_case = lambda ref: read.append(ref.scan_id) or real_read(ref)  # type: ignore[assignment,func-returns-value]
+            group = ProcessGroup(torch.device("cpu")) if world > 1 else None
+            worker = Loop(job, labelled.schedule, group, "cpu", labelled.validation)
+            draw = torch.Generator().manual_seed(rank)
+            for buffer in worker.method.backbone.buffers():
+                if buffer.is_floating_point():
+                    buffer.add_(torch.rand(buffer.shape, generator=draw))
+            return read, worker._validate(1), [b.clone() for b in worker.method.backbone.buffers()]
+        finally:
+            prepared_scans.read_case = real_read
+            if world > 1:
+                dist.destroy_process_group()
+
+    alone = ray.get(validate.remote(0, 1))
+    both = ray.get([validate.remote(rank, 2) for rank in range(2)])
+    assert alone[0] == ["case2", "case5", "case6"]
+    assert [b[0] for b in both] == [["case2", "case6"], ["case5"]]
+    assert both[0][1] == both[1][1] == alone[1]
+    assert alone[1]["val_dice"] > 0
+    for a, b, c in zip(alone[2], both[0][2], both[1][2]):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_validation_without_labelled_scans_is_refused_before_any_worker_starts(
+    crops: TrainingDataset, labelled: LabelledDataset, tmp_path: Path
+) -> None:
+    unlabelled = a_job(str(tmp_path), validate_every_epochs=1)
+    for job, dataset in (
+        (unlabelled, crops),
+        (labelled_job(str(tmp_path)), dataclasses.replace(labelled, val=())),
+    ):
+        with pytest.raises(UserError, match=r"train\.validate_every_epochs=0"):
+            trainer.fit(job, dataset, Resources(workers=1), ALLOCATION)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_batches_from_ray_are_those_of_a_plain_loader(
+    crops: TrainingDataset, ray_local: None, world: int
+) -> None:
+    import ray
+
+    ref = [ray.put(crops)]
+    for rank in range(world):
+        positions = MicroBatches(crops.schedule, 1, 1, 4, rank, world)
+        from_ray = list(feed.batches(ref, positions, ALLOCATION))
+        here = list(local_batches(crops, positions))
+        assert len(from_ray) == len(here) > 0
+        for a, b in zip(from_ray, here):
+            assert a.keys() == b.keys()
+            for key in a:
+                assert np.array_equal(a[key], b[key]), key
+
+
+def test_the_death_of_the_process_that_leads_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    import ray.train.torch
+    from ray.exceptions import ActorDiedError
+
+    class Dies:
+        def __init__(self, *_: Any, **settings: Any) -> None: ...
+
+        def fit(self) -> None:
+            raise ActorDiedError
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", Dies)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    job = training.Job("/nowhere", "0" * 16, {}, {"name": "masked_clusters"}, training.Config(), FACTS)
+    with pytest.raises(trainer.LeaderLost, match="the same command goes on from the newest checkpoint"):
+        trainer.fit(job, SimpleNamespace(validation=()), Resources(workers=1), ALLOCATION)  # type: ignore[arg-type]
