@@ -111,7 +111,7 @@ def main() -> None:
             assert len(scans) == args.scans, answers
             resources = cluster.Resources(workers=1, object_store_mb=300)
             with cluster.connected(resources, logs=False):
-                share = cluster.share(resources)
+                share = cluster.allocate(resources)
                 turn(scans[:2], cfg, f"{BUCKET}/warm", 1, share)  # starts Ray's workers
                 for n in range(args.turns):
                     for kind in ("sound", "faulty")[:: 1 if n % 2 == 0 else -1]:

@@ -69,7 +69,7 @@ def main(args: Args) -> None:
 
 
 def measure(args: Args, table: crop_shards.CropTable) -> dict[str, Any]:
-    share = cluster.share(cluster.Resources(workers=1))
+    share = cluster.allocate(cluster.Resources(workers=1))
     cfg = kmeans.Config(
         n=args.clusterers,
         k_min=args.k_min,

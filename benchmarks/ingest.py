@@ -148,7 +148,7 @@ def feed_of(table: crop_shards.CropTable, batch: int) -> dataset.TrainingDataset
 class Ours:
     def __init__(self, args: Args, cfg: cropping.Config) -> None:
         self.args, self.cfg = args, cfg
-        share = cluster.share(cluster.Resources(workers=1))
+        share = cluster.allocate(cluster.Resources(workers=1))
         # No step runs here, so all processors may feed.
         self.share = dataclasses.replace(share, cpus_per_data_task=share.cpus_per_task)
         self.table: crop_shards.CropTable | None = None

@@ -74,7 +74,7 @@ def main(args: Args) -> None:
                 with open(args.constants, "wb") as file:
                     file.write(known.to_json())
             up = pipelines.upstream(
-                cfg, os.path.join(root, "scans"), root, cluster.share(Resources(workers=2))
+                cfg, os.path.join(root, "scans"), root, cluster.allocate(Resources(workers=2))
             )
             rows = [run(cfg, work, known, up, root, n) for n in args.workers]
     report(rows)
@@ -90,7 +90,7 @@ def run(
     n: int,
 ) -> dict[str, Any]:
     """One run, and what was predicted of it."""
-    share = cluster.share(Resources(workers=n))
+    share = cluster.allocate(Resources(workers=n))
     order = schedule.SampleSchedule(len(up.crops), cfg.train.global_batch, 0, cfg.train.steps_per_epoch)
     method_cfg = methods.config(cfg.method["name"], options(cfg.method))
     feed = dataset.TrainingDataset(up.crops, up.labels_PNZ, cfg.method["name"], method_cfg, order)

@@ -210,7 +210,7 @@ def run(args: Args, job: training.Job, feed: dataset.TrainingDataset, workers: i
     job = dataclasses.replace(job, uri=f"{job.uri}/{workers}")
     resources = cluster.Resources(workers=workers, object_store_mb=300)
     with cluster.connected(resources, logs=False):
-        share = cluster.share(resources)
+        share = cluster.allocate(resources)
         if args.threads:
             share = dataclasses.replace(share, threads_per_worker=args.threads)
         started = time.perf_counter()

@@ -32,8 +32,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "ray" if path in with_ray else path
 
     tests = Path(__file__).parent
-    # What asks for one of the two fixtures that start Ray.
-    asks = re.compile(r"\b(ray_local|place): ")
+    asks = re.compile(r"\bray_local: ")  # the fixture that starts Ray
     with_ray = {f"tests/{file.name}" for file in tests.glob("test_*.py") if asks.search(file.read_text())}
     return ByFile(config, log)
 
@@ -117,11 +116,19 @@ def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def place(ray_local: None) -> Iterator[str]:
-    """One bucket for a whole file that works with Ray, so that what one test has made serves the next."""
+def place(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One bucket for a whole file, so that what one test has made serves the next; MLflow's files lie apart."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_CONFIG_FILE", os.devnull)
-        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        home = tmp_path_factory.mktemp("home")
+        settings = {
+            **s3_server.env(),
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "NO_PROXY": "127.0.0.1",
+            "LOGONET_HOME": os.environ.get("LOGONET_HOME", str(home)),
+        }
+        for name, value in settings.items():
+            patch.setenv(name, value)
         uri = f"s3://place-{uuid.uuid4().hex}"
         object_store.create_bucket(uri)
         yield uri

@@ -1250,12 +1250,11 @@ def _make_fits(folder: Path) -> None:
 
 
 def _reach_fits(folder: Path) -> Iterator[str]:
-    from logonet.clustering import kmeans
+    from logonet.clustering import fitting, kmeans
     from logonet.clustering.pseudo_labels import Labeller
-    from logonet.distributed import data_tasks
     from logonet.storage import object_store
 
-    data_tasks._stored_fit(f"{folder}/fit.safetensors")
+    fitting._stored_fit(f"{folder}/fit.safetensors")
     uri = f"{folder}/set.safetensors"
     fitted = kmeans.ClustererSet.from_bytes(object_store.read(uri), uri)
     Labeller(fitted)(seeding.rng(0, "slices").random((4, 16), np.float32))

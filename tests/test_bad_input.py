@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import HERE
 
 from logonet import cli, pipelines, recipes
+from logonet.clustering import fitting
 from logonet.core import errors
 from logonet.core.errors import UserError
 from logonet.data import phantom
-from logonet.distributed import cluster, data_tasks
-from logonet.distributed.cluster import Resources
 from logonet.storage import object_store
 
 REPO = Path(__file__).parents[1]
@@ -127,8 +127,8 @@ def test_a_shard_that_changed_is_noticed_and_named(tmp_path: Path, ray_local: No
         cli.JobArgs(recipe="demo", set=("clusterers.n=2", "train.epochs=1", "split=null")),
         recipes.PRETRAINING,
     )
-    root, share = f"{tmp_path}/runs", cluster.share(Resources(workers=2))
-    up = pipelines.upstream(pipelines.resolve(cfg), f"{tmp_path}/scans", root, share)
+    root = f"{tmp_path}/runs"
+    up = pipelines.upstream(pipelines.resolve(cfg), f"{tmp_path}/scans", root, HERE)
     victim = sorted(Path(up.crops.uri, "shards").glob("*"))[0]
     raw = bytearray(victim.read_bytes())
     raw[-1] ^= 1
@@ -137,7 +137,7 @@ def test_a_shard_that_changed_is_noticed_and_named(tmp_path: Path, ray_local: No
     with pytest.raises(UserError, match=victim.name):
         up.crops.read(damaged)
     with pytest.raises(Exception, match=victim.name) as err:
-        data_tasks.sample_slices(up.crops, max_slices=10**6, seed=0, share=share)
+        fitting.sample_slices(up.crops, max_slices=10**6, seed=0, executor=HERE)
     told = errors.user_sentence(err.value)
     assert told is not None
     assert victim.name in told
@@ -165,8 +165,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
         cfg = cli.job_config(
             cli.JobArgs(recipe="demo", set=("clusterers.n=2", "split=null")), recipes.PRETRAINING
         )
-        share = cluster.share(Resources(workers=2))
-        up = pipelines.upstream(pipelines.resolve(cfg), f"{tmp_path}/scans", f"{disk}/runs", share)
+        up = pipelines.upstream(pipelines.resolve(cfg), f"{tmp_path}/scans", f"{disk}/runs", HERE)
         assert [up.crops.read(i).shape for i in range(len(up.crops))] == [(1, 32, 32, 32)] * len(up.crops)
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -17,10 +17,9 @@ import pytest
 
 from logonet.core import config, seeding
 from logonet.core.errors import BadScan, UserError
-from logonet.data import cropping, manifest, phantom, prepared_scans, volume
+from logonet.data import cropping, manifest, phantom, prepared_scans, preparing, volume
 from logonet.data.manifest import Scan, Source
 from logonet.data.volume import Volume
-from logonet.distributed import data_tasks
 from logonet.storage import object_store
 
 BRICK = 4
@@ -482,7 +481,7 @@ def scan(tmp_path: Path) -> Scan:
 def test_a_scan_is_prepared_once_and_again_only_when_its_file_is_torn(
     tmp_path: Path, scan: Scan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = data_tasks._PrepareCase((0, 1, 2), CFG, f"{tmp_path}/cases/f")
+    prepare = preparing.PrepareScan((0, 1, 2), CFG, f"{tmp_path}/cases/f")
     ref = prepare(scan)
     assert isinstance(ref, prepared_scans.Ref)
     assert ref.uri == f"{tmp_path}/cases/f/cases/{scan.scan_id}.safetensors"
@@ -502,7 +501,7 @@ def test_a_scan_is_prepared_once_and_again_only_when_its_file_is_torn(
 
 
 def test_a_scan_that_cannot_be_used_is_set_aside_and_nothing_is_written(tmp_path: Path, scan: Scan) -> None:
-    answer = data_tasks._PrepareCase((0, 1), CFG, f"{tmp_path}/cases/f")(scan)
+    answer = preparing.PrepareScan((0, 1), CFG, f"{tmp_path}/cases/f")(scan)
     assert isinstance(answer, manifest.Quarantined)
     assert answer.uri == scan.uri
     assert "holds the value 2, which is no class" in answer.reason

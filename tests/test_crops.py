@@ -11,9 +11,9 @@ import pytest
 
 from logonet.core import config
 from logonet.core.errors import BadScan, UserError
-from logonet.data import crop_shards, cropping, manifest, volume
+from logonet.core.execution import InProcess
+from logonet.data import crop_shards, cropping, manifest, preparing, volume
 from logonet.data.volume import Volume
-from logonet.distributed import data_tasks
 
 CFG = cropping.Config(size_vox=(6, 5, 4), per_scan=3, min_image_share=0.0)
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
@@ -163,12 +163,10 @@ def test_a_scan_is_cut_once_and_again_only_when_its_shard_is_torn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cut_scans() -> list[crop_shards.CropRef]:
-        share: Any = None
-        refs, bad = data_tasks.cut_scans([row], CFG, f"{tmp_path}/crops", share)
+        refs, bad = preparing.cut_scans([row], CFG, f"{tmp_path}/crops", InProcess())
         assert not bad
         return refs
 
-    monkeypatch.setattr(data_tasks, "_map_in_order", lambda items, fn, share: [fn(item) for item in items])
     (tmp_path / "a.nii").write_bytes(volume.encode_nifti(ct(12, 11, 10).array_CXYZ[0], AFFINE))
     row: Any = manifest.inspect(manifest.Source(f"{tmp_path}/a.nii"))
     refs = cut_scans()

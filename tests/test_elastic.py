@@ -46,7 +46,7 @@ def test_what_is_neither_is_one_sentence(text: str) -> None:
         parsed(f"--workers={text}")
 
 
-@pytest.mark.parametrize("what", [lambda r: cluster.room(r), lambda r: cluster.shares(r, most=3)])
+@pytest.mark.parametrize("what", [lambda r: cluster.room(r), lambda r: cluster.allocate_trials(r, most=3)])
 def test_a_sweep_takes_no_range(what: Callable[[Resources], Any]) -> None:
     with pytest.raises(UserError, match=r"--workers 2:4 is a range, .* a sweep does not; give one number"):
         what(Resources(workers=Workers(2, 4)))

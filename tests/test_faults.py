@@ -16,9 +16,10 @@ from helpers import timeless
 
 from logonet import pipelines, tracking
 from logonet.core.errors import UserError
+from logonet.core.execution import InProcess
 from logonet.data import manifest, phantom
 from logonet.data.volume import encode_nifti
-from logonet.distributed import bucket_inference, cluster, data_tasks
+from logonet.distributed import bucket_inference, cluster
 from logonet.storage import artifacts, object_store
 from tools.s3server import S3Server
 
@@ -254,60 +255,42 @@ def withheld(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return uris
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> cluster.ResourceAllocation:
-    """Ray Data's mapping without Ray."""
-
-    def mapped(items: Any, fn: Any, share: Any, note: Any = lambda answer: None) -> list[Any]:
-        answers = []
-        for item in items:
-            answers.append(fn(item))
-            note(answers[-1])
-        return answers
-
-    monkeypatch.setattr(data_tasks, "_map_in_order", mapped)
-    return None  # type: ignore[return-value]
-
-
-def test_a_scan_that_is_refused_is_listed_and_asked_for_again(
-    tmp_path: Path, withheld: set[str], in_process: cluster.ResourceAllocation
-) -> None:
+def test_a_scan_that_is_refused_is_listed_and_asked_for_again(tmp_path: Path, withheld: set[str]) -> None:
     uri, root = phantom.write_dataset(str(tmp_path / "scans"), 3, size_vox=SMALL), str(tmp_path / "root")
     refused = str(tmp_path / "scans/imagesTr/phantom_001.nii.gz")
     withheld.add(refused)
-    table, artifact = pipelines.import_scans(uri, root, in_process)
+    table, artifact = pipelines.import_scans(uri, root, InProcess())
     assert [q.uri for q in table.quarantined] == [refused]
     assert "access is refused" in table.quarantined[0].reason
     assert len(table.scans) == 2
-    assert pipelines.import_scans(uri, root, in_process)[1].uri == artifact.uri
+    assert pipelines.import_scans(uri, root, InProcess())[1].uri == artifact.uri
     withheld.clear()
     read = withheld_count = []  # which scans are read once the rights are there
     with pytest.MonkeyPatch.context() as patch:
         inspect = manifest.inspect
         patch.setattr(manifest, "inspect", lambda source: (read.append(source.uri), inspect(source))[1])
-        whole, final = pipelines.import_scans(uri, root, in_process)
+        whole, final = pipelines.import_scans(uri, root, InProcess())
     assert withheld_count == [refused]
     assert len(whole.scans) == 3
     assert whole.quarantined == ()
     assert final.uri != artifact.uri
     assert artifacts.find(artifact.uri) is not None, "what runs were made from stays"
-    assert pipelines.import_scans(uri, root, in_process)[1].uri == final.uri
-    assert whole.id == pipelines.import_scans(uri, str(tmp_path / "other"), in_process)[0].id
+    assert pipelines.import_scans(uri, root, InProcess())[1].uri == final.uri
+    assert whole.id == pipelines.import_scans(uri, str(tmp_path / "other"), InProcess())[0].id
 
 
 def test_a_store_that_refuses_everything_stops_an_import(
     tmp_path: Path,
     withheld: set[str],
-    in_process: cluster.ResourceAllocation,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(data_tasks, "MAX_UNREAD", 2)
+    monkeypatch.setattr("logonet.pipelines.preparation.MAX_UNREAD", 2)
     uri = phantom.write_dataset(str(tmp_path / "scans"), 4, size_vox=SMALL)
     withheld |= {str(p) for p in (tmp_path / "scans/imagesTr").iterdir()}
     with pytest.raises(
         UserError, match=r"none of the first 2 scans can be read; the last: .*access is refused"
     ):
-        pipelines.import_scans(uri, str(tmp_path / "root"), in_process)
+        pipelines.import_scans(uri, str(tmp_path / "root"), InProcess())
     assert not list((tmp_path / "root").rglob("manifest.json"))
 
 

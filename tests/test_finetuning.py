@@ -14,22 +14,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import assert_same_gradients, fit_here, timeless, tiny_backbone
+from helpers import HERE, assert_same_gradients, on_ray, timeless, tiny_backbone
 from safetensors.torch import load, save
 
 from logonet import cli, networks, pipelines, tracking, training
 from logonet.clustering import kmeans
 from logonet.core.errors import UserError
 from logonet.data import cropping, phantom, prepared_scans, provenance, splits, volume
-from logonet.distributed import cluster
-from logonet.distributed.cluster import Resources
 from logonet.inference import sliding_window
+from logonet.inference.load import load_model
 from logonet.pipelines.finetuning import Init, make_split
 from logonet.pipelines.preparation import make_cases
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
 
-RESOURCES = Resources(workers=2)
 SIZE = (32, 32, 32)
 # Of 8 phantoms 2 test, 2 validate, 4 train. Among fewer the leak check takes some, alike as they are, for copies.
 SPLIT = splits.Config(test_share=0.25, folds=3)
@@ -92,19 +90,15 @@ def finetuning(weights: str = "", training: Any = None, **changes: Any) -> pipel
 
 def finetune(cfg: pipelines.Finetuning, source: str, root: str) -> Artifact:
     """Trained in this process; one test looks at what Ray Train's workers make of the same."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("logonet.distributed.trainer.fit", fit_here)
-        return pipelines.finetune(cfg, source, root, Resources(workers=1), "finetuning")
+    return pipelines.finetune(cfg, source, root, HERE, "finetuning")
 
 
 def pretrain(split: splits.Config, source: str, root: str) -> Artifact:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("logonet.distributed.trainer.fit", fit_here)
-        return pipelines.pretrain(pretraining(split), source, root, Resources(workers=1), "pretraining")
+    return pipelines.pretrain(pretraining(split), source, root, HERE, "pretraining")
 
 
 def evaluate(cfg: pipelines.Evaluation, model: str, source: str, root: str) -> Artifact:
-    return pipelines.evaluate_model(cfg, model, source, root, Resources(workers=1), "finetuning")
+    return pipelines.evaluate_model(cfg, model, source, root, HERE, "finetuning")
 
 
 def versions(root: str) -> dict[str, str]:
@@ -247,13 +241,13 @@ def test_registered_models_carry_the_lineage_and_are_the_same_models(
     assert tags["run_id"] == tracked(finetuned).info.run_id
     assert tracking.lineage(encoder)["logonet.pretrain"] == pretrained.fingerprint
     assert tracking.lineage(encoder)["run_id"] == tracked(pretrained).info.run_id
-    assert tracking.lineage(codes)["logonet.clustering.kmeans"] == pretrained.parents["clusterers"]
+    assert tracking.lineage(codes)["logonet.clusterers"] == pretrained.parents["clusterers"]
 
     again = pipelines.register(evaluated.uri, "phantoms", ("champion",))
     assert again == registered
-    by_alias = pipelines.choose("models:/logonet-seg-phantoms@champion")
-    assert by_alias == replace(pipelines.choose("models:/logonet-seg-phantoms@candidate"))
-    direct = pipelines.choose(finetuned.uri)
+    by_alias = load_model("models:/logonet-seg-phantoms@champion")
+    assert by_alias == replace(load_model("models:/logonet-seg-phantoms@candidate"))
+    direct = load_model(finetuned.uri)
     assert (by_alias.folder, by_alias.id, by_alias.seen) == (direct.folder, direct.id, direct.seen)
     assert direct.lineage.items() <= by_alias.lineage.items()
     assert by_alias.lineage["registered"] == segmentation
@@ -288,8 +282,8 @@ def test_a_registered_model_is_not_judged_on_what_it_has_seen(
     assert again.read("cases.csv") == evaluated.read("cases.csv")
     # It leads back to the finetuning, so it can be registered too.
     made = pipelines.register(again.uri, "phantoms-again", ("candidate",))
-    chosen = pipelines.choose(made[0])
-    assert chosen.id == pipelines.choose(finetuned.uri).id
+    chosen = load_model(made[0])
+    assert chosen.id == load_model(finetuned.uri).id
     assert chosen.lineage["excluded"] == f"6, listed in {again.uri}/leaks.csv"
     told = json.dumps([tracking.lineage(made[0]), chosen.lineage]) + str(chosen.seen)
     assert not [name for name in again.facts["excluded"] if name in told], "patients' names may be file names"
@@ -347,9 +341,9 @@ def test_an_interrupted_finetuning_resumes_exactly(
 
 
 def test_two_workers_of_ray_train_take_the_same_steps(
-    every_step: pipelines.Finetuning, finetuned: Artifact, scans: str, place: str
+    every_step: pipelines.Finetuning, finetuned: Artifact, scans: str, place: str, ray_local: None
 ) -> None:
-    two = pipelines.finetune(every_step, scans, f"{place}/runs", RESOURCES, "workers")
+    two = pipelines.finetune(every_step, scans, f"{place}/runs", on_ray(), "workers")
     assert artifacts.verify(two, full=True) == []
     assert two.fingerprint == finetuned.fingerprint
     assert two.files.keys() == finetuned.files.keys()
@@ -380,13 +374,15 @@ def test_a_frozen_encoder_stays_what_it_was(frozen: Artifact, pretrained: Artifa
 
 
 def test_label_fractions_are_nested_and_share_the_prepared_cases(scans: str, root: str) -> None:
-    share = cluster.share(RESOURCES)
-    table, _ = pipelines.import_scans(scans, root, share)
+    executor = HERE
+    table, _ = pipelines.import_scans(scans, root, executor)
     used, prepared = [], set()
     for fraction in (0.25, 0.5, 1.0):
         cfg = replace(SPLIT, fraction=fraction)
         split, _ = make_split(table, cfg, "refuse", None, root)
-        found, artifact = make_cases(table, split.test + split.excluded, prepared_scans.Config(), root, share)
+        found, artifact = make_cases(
+            table, split.test + split.excluded, prepared_scans.Config(), root, executor
+        )
         used.append((set(split.train), split.val, split.test))
         prepared.add(artifact.uri)
         assert len(found) == 6
@@ -402,7 +398,7 @@ def test_label_fractions_are_nested_and_share_the_prepared_cases(scans: str, roo
 @pytest.fixture(scope="module")
 def contaminated(pretrained: Artifact, finetuned: Artifact, scans: str, root: str) -> Artifact:
     """As if pretrained on all scans but one, of the two that are tested."""
-    table, _ = pipelines.import_scans(scans, root, cluster.share(RESOURCES))
+    table, _ = pipelines.import_scans(scans, root, HERE)
     used = [scan for scan in table.scans if scan.scan_id != finetuned.facts["test"][0]]
     uri = f"{root}/pretrain/{'c' * 16}"
     blobs = {"backbone.safetensors": pretrained.read("backbone.safetensors")}
@@ -426,7 +422,7 @@ def test_test_cases_that_pretraining_has_seen(
         finetune(cfg, scans, root)
     assert "\n" not in str(err.value)
 
-    table, _ = pipelines.import_scans(scans, root, cluster.share(RESOURCES))
+    table, _ = pipelines.import_scans(scans, root, HERE)
     known = contaminated.read("seen.parquet")
     smaller, artifact = make_split(table, SPLIT, "exclude", known, root)
     assert len(smaller.test) == len(smaller.excluded) == 1
@@ -449,7 +445,7 @@ def test_test_cases_that_pretraining_has_seen(
 def test_pretraining_on_the_training_part_is_no_leak(
     pretrained: Artifact, finetuned: Artifact, scans: str, root: str
 ) -> None:
-    table, _ = pipelines.import_scans(scans, root, cluster.share(RESOURCES))
+    table, _ = pipelines.import_scans(scans, root, HERE)
     split, artifact = make_split(table, SPLIT, "refuse", pretrained.read("seen.parquet"), root)
     assert artifact.facts["leaking"] == []
     assert artifact.facts["pretraining_known"]
@@ -472,7 +468,7 @@ def refused(cfg: pipelines.Finetuning, source: str, root: str) -> str:
     """The one sentence that a finetuning ends in; no run is left behind."""
     before = {e.uri for e in object_store.listing(f"{root}/finetune")}
     with pytest.raises(UserError) as err:
-        pipelines.finetune(cfg, source, root, RESOURCES, "finetuning")
+        pipelines.finetune(cfg, source, root, HERE, "finetuning")
     assert "\n" not in str(err.value)
     assert {e.uri for e in object_store.listing(f"{root}/finetune")} == before
     return str(err.value)
@@ -548,11 +544,11 @@ def test_scans_without_labels(scans: str, root: str, home: str, no_training: Non
 
 def test_a_label_value_that_is_not_declared(root: str, home: str, capfd: Any) -> None:
     """Its case is left out, with the reason; where all are, nothing is trained."""
-    share = cluster.share(RESOURCES)
+    executor = HERE
     phantom.write_dataset(f"{home}/strange", 2, size_vox=(16, 16, 16))
     spoil(f"{home}/strange/labelsTr/phantom_001.nii.gz")
-    table, _ = pipelines.import_scans(f"{home}/strange/", root, share)
-    found, artifact = make_cases(table, (), prepared_scans.Config(), root, share)
+    table, _ = pipelines.import_scans(f"{home}/strange/", root, executor)
+    found, artifact = make_cases(table, (), prepared_scans.Config(), root, executor)
     assert [ref.scan_id.rpartition("-")[0] for ref in found.refs] == ["phantom_000"]
     assert found.label_values == (0, 1, 2, 3)
     (left_out,) = json.loads(artifact.read("quarantine.json"))
@@ -562,11 +558,11 @@ def test_a_label_value_that_is_not_declared(root: str, home: str, capfd: Any) ->
     )
     assert left_out["reason"] in capfd.readouterr().out
     spoil(f"{home}/strange/labelsTr/phantom_000.nii.gz")
-    table, _ = pipelines.import_scans(f"{home}/strange/", root, share)
+    table, _ = pipelines.import_scans(f"{home}/strange/", root, executor)
     with pytest.raises(
         UserError, match=r"none of the 2 labelled scans can be used; the first says: .*value 200"
     ):
-        make_cases(table, (), prepared_scans.Config(), root, share)
+        make_cases(table, (), prepared_scans.Config(), root, executor)
 
 
 def spoil(uri: str) -> None:

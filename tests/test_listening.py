@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import ray
 
-from logonet.distributed import cluster, rendezvous
+from logonet.distributed import cluster, ray_compat
 from tools.s3server import S3Server
 
 
@@ -48,7 +48,7 @@ class Group:
 
     def execute(self, fn: Callable[..., Any]) -> None:
         """Ranks in environment variables, which only a real group can tell and nothing here reads."""
-        assert fn is rendezvous.ray_torch._set_torch_distributed_env_vars
+        assert fn.__name__ == "_set_torch_distributed_env_vars"
 
     def execute_single_async(self, rank: int, fn: Callable[..., Any], **given: Any) -> Any:
         return self.workers[rank].run.remote(fn, **given)
@@ -80,7 +80,7 @@ def test_ray_the_s3_server_and_training_workers_listen_on_loopback(
 
     assert cluster.on_loopback()
     group = Group(2)
-    config = rendezvous.LocalTorchConfig()
+    config = ray_compat.local_torch_config()
     config.backend_cls().on_start(group, config)
     assert ray.get([w.run.remote(sum_of_ranks) for w in group.workers]) == [3.0, 3.0]  # type: ignore[attr-defined]
     below = psutil.Process().children(recursive=True)

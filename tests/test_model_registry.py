@@ -19,7 +19,7 @@ from logonet.core.errors import UserError
 from logonet.tracking import Tracker, download, lineage, register, set_alias
 
 FILES = {"config.json": b'{"k": 3}', "weights.safetensors": b"\x00" * 1000, "more/notes.json": b"[]"}
-TAGS = {"logonet.data.manifest": "m1", "logonet.pretrain": "p1"}
+TAGS = {"logonet.manifest": "m1", "logonet.pretrain": "p1"}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_version_carries_its_lineage_without_secrets(client: Any) -> None:
     uri = register("lineage", FILES, tags, kind="clusterers")
     found = lineage("models:/lineage@candidate")
     assert found["model"] == uri
-    assert found["logonet.data.manifest"] == "m1"
+    assert found["logonet.manifest"] == "m1"
     assert found["logonet.kind"] == "clusterers"
     assert found["logonet.size_bytes"] == str(sum(map(len, FILES.values())))
     assert client.get_run(found["run_id"]).info.status == "FINISHED"
@@ -199,7 +199,7 @@ def test_only_a_segmentation_can_be_loaded_by_pyfunc(client: Any) -> None:
         folder = stored(client, f"kind-{kind}").parent
         model = (folder / "MLmodel").read_text()
         assert ("python_function" in model) == (kind == "segmentation")
-        assert ("logonet.inference.serving" in model) == (kind == "segmentation")
+        assert ("logonet.serving" in model) == (kind == "segmentation")
         assert not [p for p in folder.rglob("*") if p.suffix in (".pkl", ".pickle", ".pt", ".pth")]
     requirements = (folder / "requirements.txt").read_text()
     assert "logonet==" in requirements

@@ -17,13 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import fit_here
+from helpers import HERE
 
-from jobs import finetune, pretrain
-from logonet import cli, networks, pipelines, training
+from logonet import networks, pipelines, training
 from logonet.clustering import kmeans
 from logonet.data import cropping, phantom, prepared_scans, splits
-from logonet.distributed.cluster import Resources
 from logonet.inference import model, sliding_window
 from logonet.pipelines.finetuning import Init
 from logonet.storage import artifacts
@@ -109,35 +107,27 @@ def dropped_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
     sys.modules.pop("logonet.networks.one_level", None)
 
 
-def two_steps_of_each(name: str, scans: str, root: str, fit: Fit = fit_here) -> tuple[Artifact, Artifact]:
+def two_steps_of_each(name: str, scans: str, root: str) -> tuple[Artifact, Artifact]:
     """The network's pretraining and its finetuning from that, two steps each."""
-    args: dict[str, Any] = {
-        "data": scans,
-        "root": root,
-        "resources": Resources(workers=1),
-        "experiment": "networks",
-    }
     two = training.Config(epochs=1, steps_per_epoch=2, global_batch=2, batch_size=2, lr=1e-3, warmup_epochs=0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("logonet.distributed.trainer.fit", fit)
-        cfg = pipelines.Pretraining(
-            split=splits.Config(test_share=0.25, folds=3),
-            crops=cropping.Config(size_vox=SIZE, per_scan=2),
-            clusterers=kmeans.Config(n=2, k_min=3, k_max=5, iterations=5),
-            backbone={"name": name, **networks.tiny(name)},
-            method={"name": "masked_clusters", "phi1": 0.2, "final_relu": False},
-            train=two,
-        )
-        pretrain.run(cfg, cli.JobArgs(**args))
-        (pretrained,) = of_network(root, "pretrain", name)
-        labelled = pipelines.Finetuning(
-            split=cfg.split or splits.Config(),
-            crops=prepared_scans.Crops(size_vox=SIZE),
-            train=two,
-            init=Init(pretrained.uri),
-            validation=sliding_window.Config(overlap=0),
-        )
-        finetune.run(labelled, finetune.Args(**args))
+    cfg = pipelines.Pretraining(
+        split=splits.Config(test_share=0.25, folds=3),
+        crops=cropping.Config(size_vox=SIZE, per_scan=2),
+        clusterers=kmeans.Config(n=2, k_min=3, k_max=5, iterations=5),
+        backbone={"name": name, **networks.tiny(name)},
+        method={"name": "masked_clusters", "phi1": 0.2, "final_relu": False},
+        train=two,
+    )
+    pipelines.pretrain(cfg, scans, root, HERE, None)
+    (pretrained,) = of_network(root, "pretrain", name)
+    labelled = pipelines.Finetuning(
+        split=cfg.split or splits.Config(),
+        crops=prepared_scans.Crops(size_vox=SIZE),
+        train=two,
+        init=Init(pretrained.uri),
+        validation=sliding_window.Config(overlap=0),
+    )
+    pipelines.finetune(labelled, scans, root, HERE, None)
     (finetuned,) = of_network(root, "finetune", name)
     return pretrained, finetuned
 
@@ -198,7 +188,7 @@ def test_by_name_through_the_job_scripts(name: str, scans: str, tmp_path: Path) 
         home = tmp_path / "checkout"
         for part in ("logonet", "jobs"):
             shutil.copytree(REPO / part, home / part)
-        (home / "logonet" / "backbones" / f"{name}.py").write_text(DROPPED_IN)
+        (home / "logonet" / "networks" / f"{name}.py").write_text(DROPPED_IN)
     root = f"{tmp_path}/runs"
     tiny = {"width": 4} if name not in networks.names() else networks.tiny(name)
     backbone = f"backbone={json.dumps({'name': name, **tiny})}"

@@ -10,23 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import assert_same_gradients, fit_here, timeless, tiny_backbone
+from helpers import HERE, assert_same_gradients, on_ray, timeless, tiny_backbone
 
 from logonet import pipelines, training
-from logonet.clustering import kmeans
+from logonet.clustering import fitting, kmeans
 from logonet.core.errors import UserError
 from logonet.data import crop_shards, cropping, phantom, provenance
-from logonet.distributed import cluster, data_tasks
-from logonet.distributed.cluster import Resources
 from logonet.pipelines import clusterer_report
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
 from logonet.training import checkpoints
 
-RESOURCES = Resources(workers=2)
 
-
-def tiny(**training: Any) -> pipelines.Pretraining:
+def tiny(**changes: Any) -> pipelines.Pretraining:
     settings: dict[str, Any] = {
         "epochs": 2,
         "global_batch": 4,
@@ -40,12 +36,12 @@ def tiny(**training: Any) -> pipelines.Pretraining:
         clusterers=kmeans.Config(n=3, k_min=3, k_max=6, iterations=5),
         backbone=tiny_backbone(),
         method={"name": "masked_clusters", "phi1": 0.2, "final_relu": False},
-        train=training.Config(**(settings | training)),
+        train=training.Config(**(settings | changes)),
     )
 
 
 def pretrain(cfg: pipelines.Pretraining, scans: str, root: str) -> Artifact:
-    return pipelines.pretrain(cfg, scans, root, RESOURCES, "pipeline")
+    return pipelines.pretrain(cfg, scans, root, on_ray(), "pipeline")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +58,7 @@ def root(place: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(scans: str, root: str) -> tuple[Artifact, str]:
+def made(scans: str, root: str, ray_local: None) -> tuple[Artifact, str]:
     """The run that the tests look at, on two workers, and what it said."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
@@ -77,9 +73,8 @@ def done(made: tuple[Artifact, str]) -> Artifact:
 @pytest.fixture
 def prepared(done: Artifact, scans: str, root: str) -> tuple[crop_shards.CropTable, Artifact]:
     """The crops that the run was made of."""
-    share = cluster.share(RESOURCES)
-    table, _ = pipelines.import_scans(scans, root, share)
-    return pipelines.make_crops(table, tiny().crops, root, share)
+    table, _ = pipelines.import_scans(scans, root, HERE)
+    return pipelines.make_crops(table, tiny().crops, root, HERE)
 
 
 def history_of(artifact: Artifact) -> list[dict[str, Any]]:
@@ -105,7 +100,7 @@ def test_from_a_bucket_of_scans_to_a_tracked_pretrained_network(
     ):
         assert done.read(name)
     assert {"manifest", "crops", "clusterers", "labels"} <= done.parents.keys()
-    table, _ = pipelines.import_scans(scans, root, cluster.share(RESOURCES))
+    table, _ = pipelines.import_scans(scans, root, HERE)
     assert {scan.sha256 for scan in provenance.from_bytes(done.read("seen.parquet"))} == {
         scan.sha256 for scan in table.scans
     }
@@ -117,7 +112,7 @@ def test_from_a_bucket_of_scans_to_a_tracked_pretrained_network(
     runs = client.search_runs([experiment.experiment_id])
     assert len(runs) == 1
     assert runs[0].info.status == "FINISHED"
-    assert runs[0].data.tags["logonet.clustering.kmeans"] == done.parents["clusterers"]
+    assert runs[0].data.tags["logonet.clusterers"] == done.parents["clusterers"]
     points = client.get_metric_history(runs[0].info.run_id, "loss")
     assert [p.value for p in points] == [e["loss"] for e in history]
     assert "masked_chain.png" in {f.path for f in client.list_artifacts(runs[0].info.run_id)}
@@ -130,12 +125,9 @@ def test_from_a_bucket_of_scans_to_a_tracked_pretrained_network(
     assert len(client.search_runs([experiment.experiment_id])) == 1
 
 
-def test_another_number_of_workers_takes_the_same_steps(
-    done: Artifact, scans: str, root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_number_of_workers_takes_the_same_steps(done: Artifact, scans: str, root: str) -> None:
     """1 worker accumulating, 2 workers side by side: the same samples, and the same gradients to rounding."""
-    monkeypatch.setattr("logonet.distributed.trainer.fit", fit_here)
-    one = pipelines.pretrain(tiny(keep_checkpoints=5), scans, root, Resources(workers=1), "alone")
+    one = pipelines.pretrain(tiny(keep_checkpoints=5), scans, root, HERE, "alone")
     # A run that varies only in training shares everything upstream.
     assert one.fingerprint != done.fingerprint
     for stage in ("manifest", "crops", "clusterers", "labels"):
@@ -161,41 +153,41 @@ def test_an_interrupted_run_on_two_workers_resumes_exactly(scans: str, root: str
     assert again.files["method.safetensors"].sha256 == whole.files["method.safetensors"].sha256
 
 
-def test_all_scans_too_small_is_one_sentence(bucket: str, ray_local: None) -> None:
+def test_all_scans_too_small_is_one_sentence(bucket: str) -> None:
     phantom.write_dataset(f"{bucket}/small", 2, size_vox=(8, 8, 8))
     cfg = tiny()
     with pytest.raises(UserError, match="no scan gave a crop of 32x32x32"):
-        pipelines.pretrain(cfg, f"{bucket}/small/", f"{bucket}/runs", RESOURCES, "small")
+        pipelines.pretrain(cfg, f"{bucket}/small/", f"{bucket}/runs", HERE, "small")
     assert not [e for e in object_store.listing(f"{bucket}/runs/crops") if e.uri.endswith("manifest.json")]
 
 
-def test_no_scans_at_all_is_one_sentence(bucket: str, ray_local: None) -> None:
+def test_no_scans_at_all_is_one_sentence(bucket: str) -> None:
     with pytest.raises(UserError, match="nowhere"):
-        pipelines.pretrain(tiny(), f"{bucket}/nowhere/", f"{bucket}/runs", RESOURCES, "none")
+        pipelines.pretrain(tiny(), f"{bucket}/nowhere/", f"{bucket}/runs", HERE, "none")
 
 
 def test_clusterers_fitted_before_a_kill_are_kept(
     prepared: tuple[crop_shards.CropTable, Artifact], done: Artifact, root: str
 ) -> None:
     """A fit that died after one clusterer: the rest are fitted, the set is the same."""
-    cfg, share = tiny(), cluster.share(RESOURCES)
-    slices_ST = data_tasks.sample_slices(prepared[0], cfg.clusterers.max_slices, cfg.clusterers.seed, share)
+    cfg = tiny()
+    slices_ST = fitting.sample_slices(prepared[0], cfg.clusterers.max_slices, cfg.clusterers.seed, HERE)
     uri = done.parents["clusterers_uri"]
     object_store.delete_prefix(uri)
     counts = kmeans.cluster_counts(cfg.clusterers)
     kept = kmeans.fit_one(slices_ST, counts[1], 1, cfg.clusterers)
     object_store.write(f"{uri}/fits/00001.safetensors", kept.to_bytes())
     object_store.write(f"{uri}/fits/00002.safetensors", b"torn")
-    again = pipelines.make_clusterers(*prepared, cfg.clusterers, root, share)
+    again = pipelines.make_clusterers(*prepared, cfg.clusterers, root, HERE)
     assert (again.uri, again.facts["id"]) == (uri, done.parents["clusterers"])
 
 
 def test_the_clusters_report_judges_and_shows(
     prepared: tuple[crop_shards.CropTable, Artifact], root: str, tmp_path: Path
 ) -> None:
-    cfg, share = tiny(), cluster.share(RESOURCES)
-    artifact = pipelines.make_clusterers(*prepared, cfg.clusterers, root, share)
-    quality = clusterer_report.write(artifact.uri, str(tmp_path), max_slices=96, stability=2, share=share)
+    cfg = tiny()
+    artifact = pipelines.make_clusterers(*prepared, cfg.clusterers, root, HERE)
+    quality = clusterer_report.write(artifact.uri, str(tmp_path), max_slices=96, stability=2, executor=HERE)
     assert quality["k"].tolist() == kmeans.cluster_counts(cfg.clusterers)
     assert ((quality["perplexity"] >= 1) & (quality["perplexity"] <= quality["k"])).all()
     assert quality["nmi_two_seeds"].notna().sum() == 2
@@ -203,7 +195,7 @@ def test_the_clusters_report_judges_and_shows(
     assert "stability over two seeds" in page
     assert page.count("<img") == 1 + len(list(tmp_path.glob("sheet_*.png")))
     with pytest.raises(UserError, match="no finished clusterers artifact"):
-        clusterer_report.write(prepared[1].uri, str(tmp_path), max_slices=96, stability=0, share=share)
+        clusterer_report.write(prepared[1].uri, str(tmp_path), max_slices=96, stability=0, executor=HERE)
 
 
 def test_the_plan_had_said_what_the_run_would_write(done: Artifact, scans: str, root: str) -> None:
@@ -215,7 +207,7 @@ def test_the_plan_had_said_what_the_run_would_write(done: Artifact, scans: str, 
     cfg = pipelines.resolve(tiny())
     with torch.device("meta"):
         net = sizes.network(training.build_method(cfg.backbone, cfg.method, sizes.facts_of(cfg)))
-    table, _ = pipelines.import_scans(scans, root, cluster.share(RESOURCES))
+    table, _ = pipelines.import_scans(scans, root, HERE)
     planned = sizes.sizes(cfg, sizes.of_manifest(table, "the import"), net)
 
     def size_of(uri: str) -> int:

@@ -17,18 +17,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import tiny_backbone
+from helpers import HERE, on_ray, tiny_backbone
 
 from logonet import networks, pipelines
 from logonet.core.errors import UserError
 from logonet.data import phantom, volume
 from logonet.data.manifest import Source
-from logonet.distributed import bucket_inference, cluster
-from logonet.distributed.cluster import Resources
+from logonet.distributed import bucket_inference
 from logonet.inference import model, sliding_window
 from logonet.storage import object_store
 
-RESOURCES = Resources(workers=1)
 CFG = sliding_window.Config(overlap=0)
 LABEL_VALUES = (0, 3, 7)
 
@@ -107,18 +105,18 @@ def scans(place: str) -> str:
 def made(
     scans: str, model_uri: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, list[bucket_inference.Row], str]:
-    """A run of two workers that several tests look at: its output, its rows, and what it said.
+    """A run that several tests look at: its output, its rows, and what it said.
 
     Into a folder, whose versions are times: what is written again is noticed even if it is the same.
     """
     said, output = io.StringIO(), f"{tmp_path_factory.mktemp('predictions')}/out"
     with contextlib.redirect_stdout(said):
-        rows = pipelines.predict_bucket(CFG, model_uri, scans, output, Resources(workers=2))
+        rows = pipelines.predict_bucket(CFG, model_uri, scans, output, HERE)
     return output, rows, said.getvalue()
 
 
 def run(model_uri: str, scans: str, output: str, **options: Any) -> list[bucket_inference.Row]:
-    return pipelines.predict_bucket(CFG, model_uri, scans, output, RESOURCES, **options)
+    return pipelines.predict_bucket(CFG, model_uri, scans, output, HERE, **options)
 
 
 def versions(uri: str) -> dict[str, str]:
@@ -241,12 +239,12 @@ def test_another_model_or_setting_does_not_mix_into_an_output(
         (sliding_window.Config(overlap=0.25), model_uri, "infer="),
     ):
         with pytest.raises(UserError, match=f"holds predictions made otherwise \\({named}") as err:
-            pipelines.predict_bucket(cfg, uri, scans, output, RESOURCES)
+            pipelines.predict_bucket(cfg, uri, scans, output, HERE)
         assert "\n" not in str(err.value)
     assert versions(output) == before
 
 
-def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str) -> None:
+def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str, ray_local: None) -> None:
     """The others are done all the same, also those that were on their way in the killed process."""
 
     class TooLarge:  # in here, because Ray's workers know the test's classes by value only
@@ -273,7 +271,7 @@ def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str) -> N
             model_files(),
             output,
             CFG,
-            cluster.share(Resources(workers=2)),
+            on_ray(),
             about={"model": "x"},
             attempt=attempt,
         )
@@ -295,16 +293,13 @@ def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str) -> N
 
 def test_a_case_whose_answer_got_lost_is_not_done_again(scans: str, place: str) -> None:
     """Ray gives a finished case again when the node that held its answer goes; it must not count as a death."""
-    import ray
-
-    items, output = [bucket_inference.Item("a", source=Source(f"{scans}a.nii.gz"))], f"{place}/lost-out"
-    actor = bucket_inference._Segment(items, [ray.put(model_files())], output, CFG, 1, "attempt", False)
-    batch = {"id": np.array([0])}
-    first = actor(batch)
+    item, output = bucket_inference.Item("a", source=Source(f"{scans}a.nii.gz")), f"{place}/lost-out"
+    segment = bucket_inference._Segment(output, CFG, "attempt", False)
+    first = segment(item, model_files())
     before = versions(output)
     for _ in range(bucket_inference.MAX_ATTEMPTS):
-        assert actor(batch) == first
-    assert json.loads(first["row"][0])["status"] == bucket_inference.DONE
+        assert segment(item, model_files()) == first
+    assert first.status == bucket_inference.DONE
     assert versions(output) == before
 
 

@@ -12,14 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import fit_here
+from helpers import HERE
 
-from jobs import finetune, pretrain
-from logonet import cli, methods, networks, pipelines, training
+from logonet import methods, networks, pipelines, training
 from logonet.clustering import kmeans
 from logonet.core.errors import UserError
 from logonet.data import cropping, phantom, prepared_scans, splits
-from logonet.distributed.cluster import Resources
 from logonet.inference import sliding_window
 from logonet.pipelines.finetuning import Init
 from logonet.storage import artifacts
@@ -93,20 +91,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("pretexts"))
 
 
-@pytest.fixture(autouse=True)
-def trained_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logonet.distributed.trainer.fit", fit_here)
-
-
 def backbone_for(method: str, **options: Any) -> dict[str, Any]:
     """LoGoNet, or the first network that has what the method wants of one."""
     wanted = set(getattr(methods._file(method), "WANTS", ()))
     name = next(n for n in ("logonet", *networks.names()) if not wanted - networks.abilities(n))
     return {"name": name, **networks.tiny(name), **options}
-
-
-def arguments(scans: str, root: str) -> dict[str, Any]:
-    return {"data": scans, "root": root, "resources": Resources(workers=1), "experiment": "pretexts"}
 
 
 def pretraining(method: dict[str, Any], backbone: dict[str, Any]) -> pipelines.Pretraining:
@@ -128,7 +117,7 @@ def of_method(root: str, stage: str, name: str) -> Artifact:
 
 @pytest.mark.parametrize("name", PRETEXTS)
 def test_a_pretext_by_name_hands_its_encoder_on(name: str, scans: str, root: str) -> None:
-    pretrain.run(pretraining({"name": name}, backbone_for(name)), cli.JobArgs(**arguments(scans, root)))
+    pipelines.pretrain(pretraining({"name": name}, backbone_for(name)), scans, root, HERE, None)
     pretrained = of_method(root, "pretrain", name)
     assert pretrained.facts["steps"] == 2
     from safetensors.torch import load
@@ -154,7 +143,7 @@ def test_an_objective_by_name_finetunes(name: str, scans: str, root: str) -> Non
         init=Init(),
         validation=sliding_window.Config(overlap=0),
     )
-    finetune.run(cfg, finetune.Args(**arguments(scans, root)))
+    pipelines.finetune(cfg, scans, root, HERE, None)
     finetuned = of_method(root, "finetune", name)
     assert finetuned.facts["steps"] == 2
     chosen = pipelines.choose(finetuned.uri)  # the student alone: a teacher would not fit the network

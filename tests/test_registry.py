@@ -97,7 +97,7 @@ def test_tracking_uri_is_absolute_and_the_environment_wins(variables, uri, monke
 
 
 def test_a_run_holds_params_tags_metrics_and_files(client, tmp_path):
-    t = tracker("whole", tags={"logonet.data.manifest": "m1", "logonet.git_commit": None})
+    t = tracker("whole", tags={"logonet.manifest": "m1", "logonet.git_commit": None})
     t.sync(history(3))
     t.log_files({"report.html": b"<p>", "pictures/loss.png": b"\x89PNG"})
     assert t.close(timeout_s=60)
@@ -113,7 +113,7 @@ def test_a_run_holds_params_tags_metrics_and_files(client, tmp_path):
         "method.sizes": "[1, 2]",
     }
     assert run.data.tags["logonet.fingerprint"] == "f00d"
-    assert run.data.tags["logonet.data.manifest"] == "m1"
+    assert run.data.tags["logonet.manifest"] == "m1"
     assert "logonet.git_commit" not in run.data.tags
     assert points(client, "whole") == [(0, 5.0), (10, 4.0), (20, 3.0)]
     assert points(client, "whole", "accuracy_clusterer/001") == [(0, 0.0), (10, 0.2), (20, 0.4)]

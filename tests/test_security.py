@@ -77,7 +77,7 @@ ALLOWED = {
     ): "a name out of names(), a listing of the folder",
     ("logonet/methods/__init__.py", "importlib.import_module"): "the same",
     (
-        "logonet/distributed/data_tasks.py",
+        "logonet/distributed/executor.py",
         "pickle.loads",
     ): "answers of our own Ray tasks, which never leave Ray",
     (
@@ -418,14 +418,13 @@ def test_a_label_map_stays_in_the_output_whatever_a_buckets_keys_are(tmp_path: P
 
 def test_a_scan_id_from_a_store_cannot_lead_out(tmp_path: Path) -> None:
     """Crops and cases are named after the scans of a manifest, which may have come from anyone."""
-    from logonet.data import cropping, prepared_scans
-    from logonet.distributed import data_tasks
+    from logonet.data import cropping, prepared_scans, preparing
 
     values = {f.name: () if "tuple" in str(f.type) else "" for f in dataclasses.fields(Scan)}
     scan = Scan(**{**values, "scan_id": "../../outside"})  # type: ignore[arg-type]
     for cut in (
-        data_tasks._CutScan(cropping.Config(), str(tmp_path / "crops"), {}),
-        data_tasks._PrepareCase((0, 1), prepared_scans.Config(), str(tmp_path / "cases")),
+        preparing.CutScan(cropping.Config(), str(tmp_path / "crops"), {}),
+        preparing.PrepareScan((0, 1), prepared_scans.Config(), str(tmp_path / "cases")),
     ):
         with pytest.raises(UserError, match=r"leads out of"):
             cut(scan)

@@ -417,12 +417,12 @@ def test_a_machines_failure_is_not_the_trials(
 
 def test_as_many_trials_as_fit(ray_local: None) -> None:
     """The session's Ray has 4 logical CPUs on a machine of fewer or as many cores."""
-    runs, share = cluster.shares(ONE, most=9)
+    runs, share = cluster.allocate_trials(ONE, most=9)
     assert runs == min(os.cpu_count() or 1, 3)
     busy = runs * (share.workers * share.cpus_per_worker + cluster.DRIVER_CPUS)
     assert 0 < share.cpus_per_data_task <= 4 - busy, "data tasks would wait for ever"
-    assert cluster.shares(ONE, most=1)[0] == 1
-    assert cluster.shares(Resources(workers=2), most=9)[0] == 1
+    assert cluster.allocate_trials(ONE, most=1)[0] == 1
+    assert cluster.allocate_trials(Resources(workers=2), most=9)[0] == 1
 
 
 def test_what_workers_of_a_ray_of_our_own_are_given(ray_local: None) -> None:

@@ -54,7 +54,7 @@ def register(
     Args:
         name: such as ``logonet-encoder``, ``logonet-seg-spleen`` or ``logonet-clusterers``.
         files: by relative path: safetensors and JSON, never pickles.
-        tags: lineage (``logonet.data.manifest``, ``logonet.clustering.kmeans``, ``logonet.pretrain``, ...), redacted.
+        tags: lineage (``logonet.manifest``, ``logonet.clusterers``, ``logonet.pretrain``, ...), redacted.
         run_fingerprint: links the version to the run of the job that made it, in whatever experiment;
             without such a run the version has a small one of its own.
         artifact_root: as in :class:`Tracker`, for that small run.

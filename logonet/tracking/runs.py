@@ -82,7 +82,7 @@ class Tracker:
         run_name: the run's display name.
         params: config mapping, flattened to ``train.lr``. MLflow's params cannot change, so a resumed
             job only adds those its run lacks.
-        tags: such as ``logonet.git_commit``, ``logonet.data.manifest``, ``logonet.clustering.kmeans`` and
+        tags: such as ``logonet.git_commit``, ``logonet.manifest``, ``logonet.clusterers`` and
             ``logonet.command`` (from `redaction.command_line`); rewritten by each resume.
         artifact_root: where a new experiment keeps artifacts when tracking is SQLite, such as
             ``s3://bucket/run/mlflow-artifacts``; None is a folder under :func:`home`. A tracking server
