@@ -18,9 +18,10 @@ from torch import nn
 
 from logonet import cli, methods, training
 from logonet.core.errors import Stopped, UserError
-from logonet.distributed import cluster, preemption, trainer
+from logonet.distributed import cluster, preemption, ray_compat, trainer
 from logonet.distributed.cluster import Resources, Workers
 from logonet.training import schedule
+from logonet.training.loop import GO_ON, LEAVE, SAVE
 
 # ------------------------------------------------------------------------------------------ how it is written
 
@@ -224,56 +225,56 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [1000.0]
     monkeypatch.setattr(preemption, "time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
     table = Table()
-    monkeypatch.setattr(preemption, "_kv", lambda: table)
+    monkeypatch.setattr(ray_compat, "_kv", lambda: table)
     return now
 
 
 def test_a_notice_saves_at_once_and_leaves_before_the_end(clock: list[float]) -> None:
     info: list[Any] = [None]
     heard = preemption.Notices("run", 0, lambda: info[0])
-    assert heard.due(1.0, 0.0) == (preemption.GO_ON, True)
+    assert heard.due(1.0, 0.0) == (GO_ON, True)
     heard.ask()
-    assert heard.due(1.0, 0.0) == (preemption.GO_ON, False), "asked again within a second"
+    assert heard.due(1.0, 0.0) == (GO_ON, False), "asked again within a second"
     clock[0] += 1
     info[0] = SimpleNamespace(deadline_ms=1120_000)
-    assert heard.due(1.0, 0.0) == (preemption.GO_ON, True)
+    assert heard.due(1.0, 0.0) == (GO_ON, True)
     heard.ask()
-    assert heard.due(1.0, 0.0)[0] == preemption.SAVE
+    assert heard.due(1.0, 0.0)[0] == SAVE
     for clock[0] in range(1002, 1109):
-        assert heard.due(1.0, 2.0)[0] == preemption.GO_ON, clock[0]
+        assert heard.due(1.0, 2.0)[0] == GO_ON, clock[0]
     clock[0] = 1110  # 5 s, and twice the step and the save, are 11
-    assert heard.due(1.0, 2.0)[0] == preemption.LEAVE
+    assert heard.due(1.0, 2.0)[0] == LEAVE
 
 
 @pytest.mark.parametrize("deadline_ms", [None, 1003_000])
 def test_a_notice_without_time_leaves_at_once(clock: list[float], deadline_ms: int | None) -> None:
     heard = preemption.Notices("run", 0, lambda: SimpleNamespace(deadline_ms=deadline_ms))
     heard.ask()
-    assert heard.due(0.1, 0.0)[0] == preemption.LEAVE
+    assert heard.due(0.1, 0.0)[0] == LEAVE
 
 
 def test_a_notice_that_comes_earlier_than_the_one_before_is_saved_for_again(clock: list[float]) -> None:
     deadline = [1300_000]
     heard = preemption.Notices("run", 0, lambda: SimpleNamespace(deadline_ms=deadline[0]))
     heard.ask()
-    assert [heard.due(1, 1)[0] for _ in range(2)] == [preemption.SAVE, preemption.GO_ON]
+    assert [heard.due(1, 1)[0] for _ in range(2)] == [SAVE, GO_ON]
     deadline[0] = 1100_000
     heard.ask()
-    assert [heard.due(1, 1)[0] for _ in range(2)] == [preemption.SAVE, preemption.GO_ON]
+    assert [heard.due(1, 1)[0] for _ in range(2)] == [SAVE, GO_ON]
 
 
 def test_word_is_left_for_rank_0_of_this_run_alone(clock: list[float]) -> None:
     first, other, second = (
         preemption.Notices(run, rank, lambda: None) for run, rank in (("a", 0), ("b", 0), ("a", 1))
     )
-    preemption.tell("a")
-    assert first.due(1, 1) == (preemption.LEAVE, False)
-    assert other.due(1, 1) == (preemption.GO_ON, True)
-    assert second.due(1, 1) == (preemption.GO_ON, False)
+    ray_compat.tell("a")
+    assert first.due(1, 1) == (LEAVE, False)
+    assert other.due(1, 1) == (GO_ON, True)
+    assert second.due(1, 1) == (GO_ON, False)
     first.left()
-    assert preemption._kv() == {"logonet/a": preemption.LEFT}
-    preemption.forget("a")
-    assert preemption.Notices("a", 0, lambda: None).due(1, 1) == (preemption.GO_ON, True)
+    assert ray_compat._kv() == {"logonet/a": ray_compat.LEFT}
+    ray_compat.forget("a")
+    assert preemption.Notices("a", 0, lambda: None).due(1, 1) == (GO_ON, True)
 
 
 def test_every_rank_hears_its_own_sigterm_once_and_the_second_as_before(clock: list[float]) -> None:
@@ -282,9 +283,9 @@ def test_every_rank_hears_its_own_sigterm_once_and_the_second_as_before(clock: l
     try:
         heard = preemption.Notices("run", 3, lambda: None)
         with heard.listening():
-            assert heard.due(1, 1) == (preemption.GO_ON, False)
+            assert heard.due(1, 1) == (GO_ON, False)
             os.kill(os.getpid(), signal.SIGTERM)
-            assert heard.due(1, 1) == (preemption.LEAVE, False)
+            assert heard.due(1, 1) == (LEAVE, False)
             assert others == []
             os.kill(os.getpid(), signal.SIGTERM)
             assert others == [signal.SIGTERM]
@@ -297,24 +298,24 @@ def test_every_rank_hears_its_own_sigterm_once_and_the_second_as_before(clock: l
 def test_the_controllers_callback_waits_until_the_ranks_have_left(clock: list[float]) -> None:
     from ray.train.v2._internal.execution.controller.state import ResizingState, RunningState
 
-    callback = preemption.leave_before_resizing("run")
+    callback = ray_compat.leave_before_resizing("run")
     steps: list[float] = []
 
     def sleep(seconds: float) -> None:
         clock[0] += seconds
         steps.append(seconds)
         if len(steps) == 4:
-            preemption._kv()["logonet/run"] = preemption.LEFT
+            ray_compat._kv()["logonet/run"] = ray_compat.LEFT
 
     preemption.time.sleep = sleep  # type: ignore[attr-defined]
     callback.after_controller_state_update(None, RunningState())
-    assert preemption._kv() == {}
+    assert ray_compat._kv() == {}
     callback.after_controller_state_update(None, ResizingState(scaling_decision=None))
     assert len(steps) == 4
-    assert preemption._kv() == {}
+    assert ray_compat._kv() == {}
     steps[:] = [0.0] * 4  # nobody answers: it gives up
     callback.after_controller_state_update(None, ResizingState(scaling_decision=None))
-    assert clock[0] >= 1000 + preemption.RESIZE_WAIT_S
+    assert clock[0] >= 1000 + ray_compat.RESIZE_WAIT_S
 
 
 def test_a_command_that_was_asked_to_stop_says_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:

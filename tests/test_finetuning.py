@@ -67,7 +67,7 @@ def pretraining(split: splits.Config) -> pipelines.Pretraining:
     )
 
 
-def finetuning(weights: str = "", training: Any = None, **changes: Any) -> pipelines.Finetuning:
+def finetuning(weights: str = "", train: Any = None, **changes: Any) -> pipelines.Finetuning:
     """Two epochs of two steps, validated after each."""
     settings: dict[str, Any] = {
         "epochs": 2,
@@ -76,7 +76,7 @@ def finetuning(weights: str = "", training: Any = None, **changes: Any) -> pipel
         "lr": 3e-3,
         "warmup_epochs": 0.5,
     }
-    settings |= {"validate_every_epochs": 1, **(training or {})}
+    settings |= {"validate_every_epochs": 1, **(train or {})}
     cfg = pipelines.Finetuning(
         split=SPLIT,
         crops=prepared_scans.Crops(size_vox=SIZE),
@@ -354,7 +354,7 @@ def test_two_workers_of_ray_train_take_the_same_steps(
 
 
 def test_random_weights(scans: str, root: str) -> None:
-    done = finetune(finetuning(training={"epochs": 1}), scans, root)
+    done = finetune(finetuning(train={"epochs": 1}), scans, root)
     assert done.parents["weights"] == "random"
     assert "transfer.json" not in done.files
 

@@ -23,6 +23,7 @@ from logonet import networks, pipelines, training
 from logonet.clustering import kmeans
 from logonet.data import cropping, phantom, prepared_scans, splits
 from logonet.inference import model, sliding_window
+from logonet.inference.load import load_model
 from logonet.pipelines.finetuning import Init
 from logonet.storage import artifacts
 from logonet.storage.artifacts import Artifact
@@ -156,7 +157,7 @@ def assert_comes_back(finetuned: Artifact) -> None:
     """From the registry the very same network, which gives the very same logits."""
     name = finetuned.config["backbone"]["name"]
     (segmentation, *_) = pipelines.register(finetuned.uri, f"by-{name}", ("candidate",))
-    chosen = [pipelines.choose(uri) for uri in (segmentation, finetuned.uri)]
+    chosen = [load_model(uri) for uri in (segmentation, finetuned.uri)]
     nets = [model.build(*model.parse(c.folder)) for c in chosen]
     ours, theirs = (net.state_dict() for net in nets)
     assert ours.keys() == theirs.keys()

@@ -19,6 +19,7 @@ from logonet.clustering import kmeans
 from logonet.core.errors import UserError
 from logonet.data import cropping, phantom, prepared_scans, splits
 from logonet.inference import sliding_window
+from logonet.inference.load import load_model
 from logonet.pipelines.finetuning import Init
 from logonet.storage import artifacts
 from logonet.storage.artifacts import Artifact
@@ -146,7 +147,7 @@ def test_an_objective_by_name_finetunes(name: str, scans: str, root: str) -> Non
     pipelines.finetune(cfg, scans, root, HERE, None)
     finetuned = of_method(root, "finetune", name)
     assert finetuned.facts["steps"] == 2
-    chosen = pipelines.choose(finetuned.uri)  # the student alone: a teacher would not fit the network
+    chosen = load_model(finetuned.uri)  # the student alone: a teacher would not fit the network
     assert set(chosen.folder) == {"config.json", "weights.safetensors"}
 
 

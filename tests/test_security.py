@@ -31,6 +31,7 @@ from logonet.data import importers, manifest
 from logonet.data.manifest import Scan
 from logonet.distributed import bucket_inference, cluster
 from logonet.inference import export, model
+from logonet.inference.load import load_model
 from logonet.pipelines import finetuning
 from logonet.storage import artifacts, object_store, parquet
 from logonet.storage.object_store import Stored
@@ -223,7 +224,7 @@ def test_a_pickle_for_weights_is_refused_in_a_sentence(kind: str, trace: Path, t
     folder = Path(make(tmp_path / "model"))
     (folder / model.WEIGHTS_FILE).write_bytes(bomb)
     with pytest.raises(UserError, match="is not a whole safetensors file"):
-        pipelines.choose(str(folder))
+        load_model(str(folder))
 
     run = str(tmp_path / "run")
     files = {
@@ -244,7 +245,7 @@ def test_a_pickle_in_the_registry_is_refused(trace: Path, tmp_path: Path, mlflow
     blobs = {model.CONFIG_FILE: config, model.WEIGHTS_FILE: bomb}
     uri = tracking.register("logonet-seg-bomb", blobs, {}, kind="segmentation")
     with pytest.raises(UserError, match="is not a whole safetensors file"):
-        pipelines.choose(uri)
+        load_model(uri)
     # Beside the files that were registered, where MLflow itself would look for code to load.
     version = tracking.models._registry_client().get_model_version("logonet-seg-bomb", "1")
     (Path(version.source) / "python_model.pkl").write_bytes(bomb)
@@ -252,7 +253,7 @@ def test_a_pickle_in_the_registry_is_refused(trace: Path, tmp_path: Path, mlflow
         "flavors: {python_function: {loader_module: mlflow.pyfunc.model, python_model: python_model.pkl}}"
     )
     with pytest.raises(UserError, match="is not a whole safetensors file"):
-        pipelines.choose(uri)
+        load_model(uri)
 
 
 def test_a_parquet_table_with_pickled_objects_is_refused(trace: Path, tmp_path: Path) -> None:
@@ -436,7 +437,7 @@ def test_a_backbone_or_method_is_one_of_ours(tmp_path: Path) -> None:
     values["backbone"] = {"name": "..stages"}
     (folder / model.CONFIG_FILE).write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"unknown backbone '\.\.stages'"):
-        pipelines.choose(str(folder))
+        load_model(str(folder))
 
 
 # ------------------------------------------------------------------------------------------- secrets

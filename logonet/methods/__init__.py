@@ -157,9 +157,14 @@ def check(name: str, cfg: Any, facts: DataSpec) -> None:
     _file(name).check(cfg, facts)
 
 
+def wants(name: str) -> frozenset[str]:
+    """What the method needs of its network beyond the contract."""
+    return getattr(_file(name), "WANTS", frozenset())
+
+
 def lacking(name: str, backbone: nn.Module) -> set[str]:
     """What the method needs of its backbone and this one does not have."""
-    return {part for part in getattr(_file(name), "WANTS", ()) if not hasattr(backbone, part)}
+    return {part for part in wants(name) if not hasattr(backbone, part)}
 
 
 def warning(name: str, entry: Mapping[str, Any], num_samples: int = ENOUGH_TO_RANK) -> str | None:
