@@ -1,7 +1,7 @@
 """Configs: frozen dataclasses beside their owners, merged strictly from mappings, YAML and ``a.b=c``.
 
-A config is a dataclass tree. Where a part is chosen by name (a backbone, a method) the tree holds a
-plain mapping ``{"name": ..., **options}`` that its package resolves to the chosen file's ``Config``.
+A config is a dataclass tree. A part that is chosen by name (a network, a method) is a `Component`: in YAML and in
+JSON the mapping ``{"name": ..., **options}``, whose options are those of the chosen file's ``Config``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 import dacite
@@ -23,9 +23,59 @@ MAX_YAML_NODES = 100_000
 MAX_DEPTH = 100  # of a JSON document
 
 
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """A part that is chosen by name, such as a network or a method, and its settings.
+
+    Attributes:
+        name: of a file in the part's package; "" while nothing is chosen.
+        config: the options that differ from the defaults, as a mapping; once resolved, the file's whole ``Config``.
+    """
+
+    name: str
+    config: Any = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any] | Component, where: str) -> Component:
+        """The component that ``{"name": ..., **options}`` describes; ``where`` names its section in errors.
+
+        Raises:
+            UserError: ``values`` is no such mapping.
+        """
+        if isinstance(values, Component):
+            return values
+        if not isinstance(values, Mapping):
+            raise UserError(f"config section '{where}' must be a mapping of keys to values, not {values!r}")
+        name = values.get("name", "")
+        if not isinstance(name, str):
+            raise UserError(f"config key '{where}.name' is {name!r}; it must be a name")
+        return cls(name, {key: value for key, value in values.items() if key != "name"})
+
+    def resolve(self, make: Callable[[str, Mapping[str, Any]], Any], where: str) -> Component:
+        """The same component with its whole config, which ``make(name, options)`` gives. Resolving twice is harmless.
+
+        Raises:
+            UserError: it has no name, or ``make`` refuses its name or options.
+        """
+        if not self.name:
+            raise UserError(f"config section '{where}' has no name; set {where}.name")
+        if dataclasses.is_dataclass(self.config):
+            return self
+        return Component(self.name, make(self.name, self.config))
+
+
 def to_dict(cfg: Any) -> dict[str, Any]:
-    """A plain, JSON-able mapping of a config (tuples become lists)."""
-    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+    """A plain, JSON-able mapping of a config (tuples become lists, components ``{"name": ..., **options}``)."""
+    return json.loads(json.dumps(cfg, default=_fields))
+
+
+def _fields(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, Component):
+        options = value.config if isinstance(value.config, Mapping) else _fields(value.config)
+        return {"name": value.name, **options} if value.name else options
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    raise TypeError(f"{type(value).__name__} is no part of a config")
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -37,7 +87,9 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     check_keys(cls, values, where)
     try:
         return dacite.from_dict(
-            cls, _numbers(cls, values), config=dacite.Config(strict=True, cast=[tuple], check_types=True)
+            cls,
+            _components(cls, _numbers(cls, values), where),
+            config=dacite.Config(strict=True, cast=[tuple], check_types=True),
         )
     except dacite.WrongTypeError as err:
         key = f"{where}.{err.field_path}".lstrip(".")
@@ -62,7 +114,9 @@ def check_keys(cls: type, values: Mapping[str, Any], where: str = "") -> None:
         path = f"{where}.{key}".lstrip(".")
         if key not in names:
             raise UserError(unknown("config key", path, [f"{where}.{n}".lstrip(".") for n in names]))
-        if dataclasses.is_dataclass(hints[key]):
+        if hints[key] is Component:
+            Component.of(value, path)  # its options are checked once it is resolved
+        elif dataclasses.is_dataclass(hints[key]):
             check_keys(hints[key], value, path)
         elif get_origin(hints[key]) is dict and not isinstance(value, Mapping):
             raise UserError(f"config section '{path}' must be a mapping of keys to values, not {value!r}")
@@ -81,13 +135,23 @@ def _numbers(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Ints where a float is asked for, as YAML users write ``lr: 1``."""
     hints, out = get_type_hints(cls), dict(values)
     for key, value in values.items():
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+        if hints[key] is Component:
+            out[key] = value
+        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
             out[key] = _numbers(hints[key], value)
         elif hints[key] in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
             out[key] = float(value)
         elif isinstance(value, list | tuple) and "float" in str(hints[key]):
             out[key] = [float(v) if isinstance(v, int) else v for v in value]
     return out
+
+
+def _components(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {
+        key: Component.of(value, f"{where}.{key}".lstrip(".")) if hints[key] is Component else value
+        for key, value in values.items()
+    }
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,5 +285,5 @@ def to_yaml(cfg: Any) -> str:
 def fingerprint(*parts: Any) -> str:
     """16 hex digits that name ``parts`` (configs, mappings, parents' fingerprints) by content."""
     plain = [to_dict(p) if dataclasses.is_dataclass(p) else p for p in parts]
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=_fields)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
