@@ -8,15 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
+import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
-import dacite
 import yaml
+from annotated_types import Ge, Gt, Le
 
 from logonet.core.errors import UserError
+
+if TYPE_CHECKING:  # it takes a quarter of a second, and most data tasks make no config
+    from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
 MAX_YAML_NODES = 100_000
@@ -51,6 +66,12 @@ class Component:
             raise UserError(f"config key '{where}.name' is {name!r}; it must be a name")
         return cls(name, {key: value for key, value in values.items() if key != "name"})
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_plain_validator_function(lambda values: cls.of(values, ""))
+
     def resolve(self, make: Callable[[str, Mapping[str, Any]], Any], where: str) -> Component:
         """The same component with its whole config, which ``make(name, options)`` gives. Resolving twice is harmless.
 
@@ -79,28 +100,23 @@ def _fields(value: Any) -> Mapping[str, Any]:
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Build the dataclass ``cls`` from a mapping, refusing unknown keys and wrong types.
+    """Build the dataclass ``cls`` from a mapping, refusing unknown keys, wrong types and values out of bounds.
+
+    Args:
+        where: the section that ``values`` is, such as "train"; it leads the keys in errors.
 
     Raises:
         UserError: naming the key, and for an unknown one the nearest that exists.
     """
+    from pydantic import ValidationError
+
     check_keys(cls, values, where)
     try:
-        return dacite.from_dict(
-            cls,
-            _components(cls, _numbers(cls, values), where),
-            config=dacite.Config(strict=True, cast=[tuple], check_types=True),
-        )
-    except dacite.WrongTypeError as err:
-        key = f"{where}.{err.field_path}".lstrip(".")
-        raise UserError(
-            f"config key '{key}' is {err.value!r} ({type(err.value).__name__}); it must be {err.field_type}"
-        ) from None
-    except dacite.MissingValueError as err:
-        raise UserError(
-            f"config key '{f'{where}.{err.field_path}'.lstrip('.')}' is missing; set it"
-        ) from None
-    except (ValueError, TypeError, OverflowError, dacite.UnexpectedDataError) as err:
+        # As JSON: strict validation takes its arrays for tuples and its whole numbers for floats, and nothing else.
+        return _adapter(cls).validate_json(json.dumps(values, default=str), strict=True)  # type: ignore[arg-type]
+    except ValidationError as err:
+        raise UserError(_sentence(err, where)) from None
+    except (ValueError, TypeError, RecursionError) as err:
         raise UserError(f"config section '{where or cls.__name__}': {err}") from None
 
 
@@ -111,15 +127,104 @@ def check_keys(cls: type, values: Mapping[str, Any], where: str = "") -> None:
     hints = get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for key, value in values.items():
-        path = f"{where}.{key}".lstrip(".")
+        path = _path(where, key)
         if key not in names:
-            raise UserError(unknown("config key", path, [f"{where}.{n}".lstrip(".") for n in names]))
+            raise UserError(unknown("config key", path, [_path(where, n) for n in names]))
+        section = section_of(hints[key])
         if hints[key] is Component:
             Component.of(value, path)  # its options are checked once it is resolved
-        elif dataclasses.is_dataclass(hints[key]):
-            check_keys(hints[key], value, path)
+        elif section is not None and not (value is None and type(None) in get_args(hints[key])):
+            check_keys(section, value, path)
         elif get_origin(hints[key]) is dict and not isinstance(value, Mapping):
             raise UserError(f"config section '{path}' must be a mapping of keys to values, not {value!r}")
+
+
+def section_of(hint: Any) -> type | None:
+    """The dataclass of a field that is a section, also of one that may be null."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return next((part for part in parts if isinstance(part, type) and dataclasses.is_dataclass(part)), None)
+
+
+def _path(*parts: str | int) -> str:
+    """("crops", "size_vox", 2) as people write it: crops.size_vox[2]."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
+
+
+@functools.cache
+def _field_checker(cls: type) -> TypeAdapter[Any]:
+    """Checks a mapping of the fields' values."""
+    from pydantic import TypeAdapter
+    from typing_extensions import TypedDict
+
+    hints = get_type_hints(cls, include_extras=True)
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    return TypeAdapter(TypedDict(cls.__name__, fields))  # type: ignore[operator]
+
+
+def _sentence(err: ValidationError, where: str) -> str:
+    """What is wrong with the first of the values that pydantic refuses."""
+    wrong = err.errors(include_url=False)[0]
+    loc, value, said = wrong["loc"], wrong["input"], wrong["msg"]
+    if wrong["type"] in ("value_error", "json_invalid"):
+        return f"config section '{_path(where, *loc)}': {wrong.get('ctx', {}).get('error', said)}"
+    if wrong["type"] == "missing" and isinstance(loc[-1], str):
+        return f"{_path(where, *loc)} is missing; set it"
+    if wrong["type"] == "missing":
+        loc, said = loc[:-1], f"Input should have more than {len(value)} entries"
+    for theirs, ours in WORDS.items():
+        said = said.replace(theirs, ours)
+    return f"{_path(where, *loc)} is {value!r}; {said}"
+
+
+WORDS = {  # of pydantic's messages
+    "Input should": "it must",
+    "Tuple should": "it must",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "above",
+    "less than": "below",
+    " after validation": "",
+}
+
+
+class Section:
+    """Base of config dataclasses: an instance checks the types and bounds of its fields when it is made.
+
+    Bounds stand in the annotations (``Annotated[int, Ge(1)]``; `Count`, `Share` and the others below are short for
+    the usual ones). A rule about several keys is code in the class's own ``__post_init__``, after ``super()``'s.
+
+    ``class Config(Section, key="train")`` names the keys in errors.
+    """
+
+    _key: ClassVar[str] = ""
+
+    def __init_subclass__(cls, key: str = "") -> None:
+        cls._key = key or cls._key
+
+    def __post_init__(self) -> None:
+        from pydantic import ValidationError
+
+        try:
+            _field_checker(type(self)).validate_python(vars(self))  # type: ignore[arg-type]
+        except ValidationError as err:
+            raise UserError(_sentence(err, self._key)) from None
+
+
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+Fraction = Annotated[float, Gt(0), Le(1)]
+Percentile = Annotated[float, Ge(0), Le(100)]
+SizeVox = tuple[Count, Count, Count]
 
 
 def unknown(kind: str, name: Any, known: Iterable[str]) -> str:
@@ -129,29 +234,6 @@ def unknown(kind: str, name: Any, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name)[:100], known, n=1, cutoff=0.0)
     hint = f"; did you mean '{near[0]}'?" if near else ""
     return f"unknown {kind} '{name}'{hint} (known: {', '.join(known) or 'none'})"
-
-
-def _numbers(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Ints where a float is asked for, as YAML users write ``lr: 1``."""
-    hints, out = get_type_hints(cls), dict(values)
-    for key, value in values.items():
-        if hints[key] is Component:
-            out[key] = value
-        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
-            out[key] = _numbers(hints[key], value)
-        elif hints[key] in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
-            out[key] = float(value)
-        elif isinstance(value, list | tuple) and "float" in str(hints[key]):
-            out[key] = [float(v) if isinstance(v, int) else v for v in value]
-    return out
-
-
-def _components(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    hints = get_type_hints(cls)
-    return {
-        key: Component.of(value, f"{where}.{key}".lstrip(".")) if hints[key] is Component else value
-        for key, value in values.items()
-    }
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,5 +70,5 @@ def user_sentence(err: BaseException | None) -> str | None:
 
 
 _TOLD = re.compile(
-    r"^(?:.*\s)?logonet\.\w+\.(?:UserError|BadScan|IntegrityError|Refused): (.+)$", re.MULTILINE
+    r"^(?:.*\s)?logonet\.[\w.]+\.(?:UserError|BadScan|IntegrityError|Refused): (.+)$", re.MULTILINE
 )

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from logonet.core import config, seeding
+from logonet.core.config import Count, Section, Share, SizeVox
 from logonet.core.errors import BadScan, UserError
 from logonet.data import cropping, volume
 from logonet.data.volume import Volume
@@ -66,7 +67,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Crops:
+class Crops(Section, key="crops"):
     """What one iteration takes of a case.
 
     Attributes:
@@ -76,15 +77,9 @@ class Crops:
             as likely as another; the rest lie anywhere. 0.5 is MONAI's pos:neg 1:1.
     """
 
-    size_vox: tuple[int, int, int] = (96, 96, 96)
-    per_case: int = 2
-    foreground_share: float = 0.5
-
-    def __post_init__(self) -> None:
-        if min(self.size_vox) < 1 or self.per_case < 1:
-            raise UserError("crops.size_vox and crops.per_case must be at least 1")
-        if not 0 <= self.foreground_share <= 1:
-            raise UserError("crops.foreground_share is a share from 0 to 1")
+    size_vox: SizeVox = (96, 96, 96)
+    per_case: Count = 2
+    foreground_share: Share = 0.5
 
 
 # ------------------------------------------------------------------------------------------ preparing

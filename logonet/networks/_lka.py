@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
 from logonet.networks._conv import Conv3d, Upsample, conv, dense
 
@@ -26,14 +27,14 @@ _VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 @dataclass(frozen=True)
-class UlkaConfig:
+class UlkaConfig(Section, key="backbone"):
     """Options that ULKANet and LoGoNet share."""
 
     variant: Literal["normal", "large"] = "normal"  # presets of the three lists below, paper Table 12
-    dims: tuple[int, ...] | None = None  # width of each encoder block
-    depths: tuple[int, ...] | None = None  # LKA modules in each encoder block
-    mlp_ratios: tuple[int, ...] | None = None  # hidden width of each MLP over its block's width
-    full_width: int = 32  # decoder width at full resolution
+    dims: tuple[Count, ...] | None = None  # width of each encoder block
+    depths: tuple[Count, ...] | None = None  # LKA modules in each encoder block
+    mlp_ratios: tuple[Count, ...] | None = None  # hidden width of each MLP over its block's width
+    full_width: Count = 32  # decoder width at full resolution
     # residual from the block's input (usual), not the normalised tensor (paper)
     prenorm_residual: bool = False
     channels_last: bool = True  # memory layout only; about twice as fast on CPU
