@@ -250,13 +250,16 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def override(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
-    """Apply ``a.b=c`` settings, left to right; the value is read as YAML."""
+    """Apply ``a.b=c`` settings, left to right; the value is read as YAML. ``method=simclr`` sets the method's name."""
     out = dict(values)
     for setting in settings:
         path, eq, text = setting.partition("=")
         if not eq or not path:
-            raise UserError(f"--set {setting!r} is not of the form section.key=value")
-        value: Any = parse_yaml(text, f"--set {setting}")
+            raise UserError(f"{setting!r} is not of the form section.key=value")
+        value: Any = parse_yaml(text, setting)
+        old = out.get(path)
+        if isinstance(value, str) and isinstance(old, Mapping) and ("name" in old or not old):
+            value = {"name": value}
         for part in reversed(path.split(".")):
             value = {part: value}
         out = merge(out, value)

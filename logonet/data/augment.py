@@ -47,6 +47,8 @@ class Config(Section, key="augment"):
         rotate_deg: largest angle about X, Y and Z, either way. Angles are those of the voxel grid, so keep them
             small where voxels are far from cubes.
         zoom: lowest and highest magnification.
+        rotate90_axes: the plane of the quarter turns.
+        gamma: lowest and highest power.
         gamma_prob: the image's own range is mapped to [0, 1], raised to a power out of ``gamma``, mapped back.
         scale_intensity_prob, shift_intensity_prob, noise_prob: of what the three keys below say.
         scale_intensity: times a factor from 1 - this to 1 + this.

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from logonet.core import config, seeding
-from logonet.core.config import Count, Section, Share, SizeVox
+from logonet.core.config import Count, Percentile, Positive, Section, Share, SizeVox
 from logonet.core.errors import BadScan, UserError
 from logonet.data import cropping, volume
 from logonet.data.volume import Volume
@@ -38,7 +38,7 @@ TYPES: dict[str, np.dtype[Any]] = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="cases"):
     """How a case is prepared; the same as for pretraining's crops (``crops.Config``).
 
     Attributes:
@@ -48,12 +48,13 @@ class Config:
         seed: of the places kept of each class.
     """
 
-    spacing_mm: tuple[float, float, float] | None = None
+    spacing_mm: tuple[Positive, Positive, Positive] | None = None
     window_hu: tuple[float, float] = (-1000.0, 1000.0)
-    mr_percentiles: tuple[float, float] = (0.5, 99.5)
+    mr_percentiles: tuple[Percentile, Percentile] = (0.5, 99.5)
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             self.preparation()
         except UserError as err:

@@ -28,18 +28,28 @@ _VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class UlkaConfig(Section, key="backbone"):
-    """Options that ULKANet and LoGoNet share."""
+    """Options that ULKANet and LoGoNet share.
 
-    variant: Literal["normal", "large"] = "normal"  # presets of the three lists below, paper Table 12
-    dims: tuple[Count, ...] | None = None  # width of each encoder block
-    depths: tuple[Count, ...] | None = None  # LKA modules in each encoder block
-    mlp_ratios: tuple[Count, ...] | None = None  # hidden width of each MLP over its block's width
-    full_width: Count = 32  # decoder width at full resolution
-    # residual from the block's input (usual), not the normalised tensor (paper)
+    Attributes:
+        variant: presets of the three lists below (paper Table 12).
+        dims: width of each encoder block.
+        depths: LKA modules in each encoder block.
+        mlp_ratios: hidden width of each MLP over its block's width.
+        full_width: decoder width at full resolution.
+        prenorm_residual: take the residual from the block's input, as is usual; the paper takes the normalised tensor.
+        channels_last: memory layout only; about twice as fast on CPU.
+        checkpointing: recompute LKA modules and Decs in backward: less memory, more time.
+        lka: convolutions on fast routes ("polyphase"), or torch's own ("plain"): the same numbers.
+    """
+
+    variant: Literal["normal", "large"] = "normal"
+    dims: tuple[Count, ...] | None = None
+    depths: tuple[Count, ...] | None = None
+    mlp_ratios: tuple[Count, ...] | None = None
+    full_width: Count = 32
     prenorm_residual: bool = False
-    channels_last: bool = True  # memory layout only; about twice as fast on CPU
-    checkpointing: bool = False  # recompute LKA modules and Decs in backward: less memory, more time
-    # convolutions on fast routes, or torch's own: the same numbers
+    channels_last: bool = True
+    checkpointing: bool = False
     lka: Literal["polyphase", "plain"] = "polyphase"
 
     @property

@@ -28,8 +28,14 @@ TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Config(UlkaConfig):
-    global_blocks: Count = 4  # encoder blocks of the net that sees the whole crop
-    local_blocks: Count = 2  # encoder blocks of each of the eight nets that see an octant
+    """
+    Attributes:
+        global_blocks: encoder blocks of the net that sees the whole crop.
+        local_blocks: encoder blocks of each of the eight nets that see an octant.
+    """
+
+    global_blocks: Count = 4
+    local_blocks: Count = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Lt
 
 from logonet.core.config import Count, Natural, NonNegative, Positive, Section
 from logonet.core.errors import UserError
 from logonet.inference import sliding_window
 from logonet.methods import DataSpec
 from logonet.training import linear_probe
+
+Beta = Annotated[float, Ge(0), Lt(1)]
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Config(Section, key="train"):
         batch_size: samples a worker puts through the network at once; what batch norm sees. The global_batch /
             batch_size of them that make a step are dealt to the workers, which accumulate gradients over theirs.
         lr: peak learning rate; linear warm-up over ``warmup_epochs``, then cosine to ``min_lr``.
+        min_lr: learning rate at the end.
+        warmup_epochs: epochs of the warm-up.
         weight_decay, betas: of AdamW.
         grad_clip: largest gradient norm; None does not clip.
         precision: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on CPU, so that a run that moves from
@@ -45,7 +51,7 @@ class Config(Section, key="train"):
     min_lr: NonNegative = 0.0
     warmup_epochs: NonNegative = 10.0
     weight_decay: NonNegative = 1e-5
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     grad_clip: Positive | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False
