@@ -16,13 +16,12 @@ from logonet.distributed.cluster import Resources
 from logonet.distributed.executor import RayExecutor
 from logonet.storage import object_store
 
+Source = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+Root = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROOT")]
+Manifests = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MANIFEST...")]
 
-def data_import(
-    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
-    /,
-    root: str,
-    workers: int = 1,
-) -> None:
+
+def data_import(source: Source, /, root: str, workers: int = 1) -> None:
     """Read and check every scan at SOURCE and store one table of them under ROOT/manifest.
 
     Args:
@@ -34,17 +33,13 @@ def data_import(
 
     resources = Resources(workers=workers)
     with cluster.connected(resources):
-        executor = RayExecutor(resources)
-        table, artifact = pipelines.import_scans(
-            absolute(source, "SOURCE"), absolute(root, "--root"), executor
-        )
+        where = absolute(source, "SOURCE"), absolute(root, "--root")
+        table, artifact = pipelines.import_scans(*where, RayExecutor(resources))
     print(shown(table.describe()))
     print(f"id {table.id}\n{artifact.uri}")
 
 
-def data_check(
-    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")], /, workers: int = 1
-) -> None:
+def data_check(source: Source, /, workers: int = 1) -> None:
     """Verify every case at SOURCE and print every offender; exit status 1 when there is one.
 
     Args:
@@ -63,11 +58,7 @@ def data_check(
         sys.exit(1)
 
 
-def data_leakcheck(
-    manifests: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MANIFEST...")],
-    /,
-    out: str = "",
-) -> None:
+def data_leakcheck(manifests: Manifests, /, out: str = "") -> None:
     """Look for scans of the first manifest in the others; exit status 1 when there is one.
 
     Args:
@@ -90,13 +81,7 @@ def data_leakcheck(
         sys.exit(1)
 
 
-def phantoms(
-    root: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROOT")],
-    /,
-    n: int = 8,
-    size: int = 64,
-    seed: int = 0,
-) -> None:
+def phantoms(root: Root, /, n: int = 8, size: int = 64, seed: int = 0) -> None:
     """Write N synthetic CT scans with labels to ROOT, in the MSD layout.
 
     Args:

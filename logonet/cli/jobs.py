@@ -20,8 +20,6 @@ from logonet.distributed.cluster import Resources
 from logonet.storage import object_store
 
 A = TypeVar("A", bound="ConfigArgs")
-HELP = ("-h", "--help")
-SETTING = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 @dataclass(frozen=True)
@@ -82,10 +80,12 @@ def job(
         logs: show what workers print.
     """
     with sentences():
-        argv = sys.argv[1:]
-        args = parse(args_type, name, description, [arg for arg in argv if arg not in HELP])
-        if len(argv) > len([arg for arg in argv if arg not in HELP]):
-            print_help(args, name, description, recipes)
+        argv = [word for word in sys.argv[1:] if word not in ("-h", "--help")]
+        args = parse(args_type, name, description, argv)
+        if len(argv) < len(sys.argv) - 1:
+            with contextlib.suppress(SystemExit):  # tyro leaves --help this way
+                parse(args_type, name, description, ["--help"])
+            print(describe(args, recipes), end="")
             return
         if args.list_recipes:
             for recipe, make in recipes.items():
@@ -105,40 +105,24 @@ def job(
 
 def parse(args_type: type[A], name: str, description: str, argv: list[str]) -> A:
     """A job's flags, and its settings wherever they stand among them."""
-
-    def read(argv: list[str]) -> tuple[A, list[str]]:
-        return tyro.cli(  # type: ignore[return-value]
-            args_type,
-            prog=name,
-            description=description,
-            args=argv,
-            config=(tyro.conf.AvoidSubcommands,),
-            return_unknown_args=True,
-        )
-
-    args, rest = read(argv)
-    settings = [arg for arg in rest if SETTING.match(arg)]
-    if unknown := [arg for arg in rest if arg not in settings]:
-        raise UserError(f"unknown option '{unknown[0]}'; {name} --help lists those that exist")
-    return replace(args, settings=(*args.settings, *settings))
+    told: dict[str, Any] = {"prog": name, "description": description, "return_unknown_args": True}
+    args, rest = tyro.cli(args_type, args=argv, config=(tyro.conf.AvoidSubcommands,), **told)
+    for word in rest:
+        if not re.match(r"[A-Za-z_][\w.]*=", word):
+            raise UserError(f"unknown option '{word}'; {name} --help lists those that exist")
+    return replace(args, settings=(*args.settings, *rest))
 
 
-def print_help(
-    args: ConfigArgs, name: str, description: str, recipes: Mapping[str, Callable[[], Any]]
-) -> None:
-    """The flags, and every config key with its value under the recipe and the settings that are given."""
+def describe(args: ConfigArgs, recipes: Mapping[str, Callable[[], Any]]) -> str:
+    """Every config key, with its value under the recipe and the settings that are given."""
     from logonet.cli import keys
 
-    with contextlib.suppress(SystemExit):
-        parse(type(args), name, description, ["--help"])
-    if args.recipe:
-        title = f"with --recipe {args.recipe}"
-    else:
-        title = "without a recipe; those of one: --recipe NAME --help"
-        default = type(next(iter(recipes.values()))())
-        recipes = {"": default}
-    print(f"settings (KEY=VALUE), and their values {title}\n")
-    print(keys.describe(job_config(args, recipes)), end="")
+    if not args.recipe:
+        recipes = {"": type(next(iter(recipes.values()))())}
+    of = (
+        f"with --recipe {args.recipe}" if args.recipe else "by default; --recipe NAME --help shows a recipe's"
+    )
+    return f"Settings (KEY=VALUE), and their values {of}\n\n{keys.describe(job_config(args, recipes))}"
 
 
 def absolute(uri: str, flag: str) -> str:
@@ -159,12 +143,11 @@ def absolute_model(uri: str, flag: str = "--model") -> str:
 
 def job_config(args: ConfigArgs, recipes: Mapping[str, Callable[[], Any]]) -> Any:
     """Recipe, then file, then settings: each laid on what came before, strictly."""
-    if args.recipe not in recipes and not args.recipe:
-        raise UserError(
+    if args.recipe not in recipes:
+        missing = (
             f"--recipe is missing; choose one of {', '.join(recipes)} (--list-recipes says what each is for)"
         )
-    if args.recipe not in recipes:
-        raise UserError(config.unknown("recipe", args.recipe, recipes))
+        raise UserError(config.unknown("recipe", args.recipe, recipes) if args.recipe else missing)
     base = recipes[args.recipe]()
     values = config.to_dict(base)
     if args.config is not None:

@@ -8,7 +8,7 @@ import re
 import shutil
 import textwrap
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -57,8 +57,6 @@ def _noun(hint: Any) -> str:
     if origin is tuple:
         each = {_noun(arg) for arg in args}
         return f"{len(args)} {each.pop()}s" if len(each) == 1 else " and ".join(map(_noun, args))
-    if origin in (dict, Mapping):
-        return "mapping"
     name = getattr(hint, "__name__", str(hint))
     return {"int": "integer", "float": "number", "bool": "true or false", "str": "text"}.get(name, name)
 

@@ -137,10 +137,7 @@ def plan(args: tyro.conf.OmitArgPrefixes[PlanArgs]) -> None:
                 probe_s=args.probe,
             ),
         )
-    print(
-        json.dumps(found.to_dict(), indent=1) if args.json else table.text(found),
-        end="\n" if args.json else "",
-    )
+    print(json.dumps(found.to_dict(), indent=1) if args.json else table.text(found).rstrip("\n"))
     if found.refusals:
         sys.exit(1)
 

@@ -14,14 +14,16 @@ from logonet.distributed.cluster import Resources
 from logonet.distributed.executor import RayExecutor
 from logonet.storage import object_store
 
+RunA = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_A")]
+RunB = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_B")]
+Artifact = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ARTIFACT")]
+Model = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+Alias = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ALIAS")]
+SweepUri = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SWEEP")]
+Clusterers = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CLUSTERERS")]
 
-def compare(
-    run_a: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_A")],
-    run_b: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_B")],
-    /,
-    out: str = "",
-    common: bool = False,
-) -> None:
+
+def compare(run_a: RunA, run_b: RunB, /, out: str = "", common: bool = False) -> None:
     """Is B better than A? Paired Wilcoxon test and bootstrap interval on the same cases.
 
     Args:
@@ -43,12 +45,7 @@ def compare(
         print(f"{where}/compare.csv")
 
 
-def register(
-    artifact: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ARTIFACT")],
-    /,
-    task: str = "",
-    alias: tuple[str, ...] = ("candidate",),
-) -> None:
+def register(artifact: Artifact, /, task: str = "", alias: tuple[str, ...] = ("candidate",)) -> None:
     """Put what a run has made, and what it was made from, into the MLflow model registry.
 
     Args:
@@ -62,11 +59,7 @@ def register(
         print(uri)
 
 
-def alias(
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ALIAS")],
-    /,
-) -> None:
+def alias(model: Model, name: Alias, /) -> None:
     """Point an alias, such as champion, at a registered model.
 
     Args:
@@ -78,12 +71,7 @@ def alias(
     print(f"{tracking.set_alias(model, name)} is now @{name}")
 
 
-def export(
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
-    /,
-    out: str,
-    format: Literal["bundle", "onnx"] = "bundle",
-) -> None:
+def export(model: Model, /, out: str, format: Literal["bundle", "onnx"] = "bundle") -> None:
     """Write a model for others to run: a MONAI bundle, or ONNX of the network with a parity check.
 
     Args:
@@ -101,9 +89,7 @@ def export(
         print(exporting.write(folder, absolute(out, "--out"), format))
 
 
-def sweep_report(
-    sweep: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SWEEP")], /, out: str = ""
-) -> None:
+def sweep_report(sweep: SweepUri, /, out: str = "") -> None:
     """Say what a sweep has found, also while it runs: heat map, all trials, what each key decides, CSV.
 
     Args:
@@ -119,13 +105,7 @@ def sweep_report(
     print(f"{where}/report.html")
 
 
-def clusters_report(
-    clusterers: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CLUSTERERS")],
-    /,
-    out: str,
-    slices: int = 4096,
-    stability: int = 4,
-) -> None:
+def clusters_report(clusterers: Clusterers, /, out: str, slices: int = 4096, stability: int = 4) -> None:
     """Say how good a clusterer set is, before any GPU hour is spent on it.
 
     Args:

@@ -11,19 +11,10 @@ import difflib
 import functools
 import hashlib
 import json
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from annotated_types import Ge, Gt, Le
@@ -203,7 +194,7 @@ class Section:
     ``class Config(Section, key="train")`` names the keys in errors.
     """
 
-    _key: ClassVar[str] = ""
+    _key = ""
 
     def __init_subclass__(cls, key: str = "") -> None:
         cls._key = key or cls._key
@@ -277,20 +268,15 @@ def read_yaml(text: str, source: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
         _refuse_bomb(node, source)
-        value = loader.construct_document(node) if node is not None else None
+        return loader.construct_document(node) if node is not None else None
     except yaml.YAMLError as err:
         raise UserError(f"{source} is not valid YAML: {' '.join(str(err).split())}") from None
     except RecursionError:
         raise UserError(f"{source} is nested too deeply; mend it") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
-    return _yaml_number(value)
 
 
 class _Loader(yaml.SafeLoader):
@@ -304,6 +290,12 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(
                 problem=f"this is no {sort}", problem_mark=node.start_mark
             ) from None
+
+
+# YAML 1.1 reads 1e-4 as text; people mean the number.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _refuse_bomb(root: yaml.Node | None, source: str) -> None:
@@ -325,20 +317,6 @@ def _refuse_bomb(root: yaml.Node | None, source: str) -> None:
         raise UserError(
             f"{source} has {nodes} values once its aliases are written out, more than {MAX_YAML_NODES}; remove some"
         )
-
-
-def _yaml_number(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-4`` as text; people mean the number."""
-    if isinstance(value, dict):
-        return {k: _yaml_number(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_yaml_number(v) for v in value]
-    if isinstance(value, str) and "e" in value.lower() and value[:1] in "+-.0123456789":
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def parse_json(data: str | bytes) -> Any:
