@@ -8,58 +8,26 @@ commands from what ``--help`` prints. mkdocs.yml names this file as a hook: `on_
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import html
 import importlib
 import inspect
 import io
 import os
 import re
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
+from logonet.cli.keys import fields, leaves, value, walk
+
 ROOT = Path(__file__).parents[1]
-CHOSEN_BY_NAME = {"backbone": "backbones.md", "method": "methods.md"}  # mappings {"name": ..., **options}
+CHOSEN_BY_NAME = {"backbone": "networks.md", "method": "methods.md"}  # mappings {"name": ..., **options}
 SHELL_WIDTH = 80
 
 
 # ------------------------------------------------------------------------------------------ one dataclass
-
-
-def attributes(cls: type) -> dict[str, str]:
-    """What is said of each field: under "Attributes:", in its comment, or where the class or another's text names it.
-
-    Of a field of which nothing of the kind is said there is nothing.
-    """
-    out: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        source = inspect.getsource(base)
-        above = re.findall(r"^((?:    # .+\n)+)    (\w+): ", source, re.MULTILINE)
-        out |= {name: " ".join(re.findall(r"# (.+)", text)) for text, name in above}
-        out |= dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.+)$", source, re.MULTILINE))
-        _, _, listed = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")
-        names: list[str] = []
-        for line in listed.splitlines():
-            if entry := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
-                names = entry[1].split(", ")
-                out |= dict.fromkeys(names, entry[2])
-            elif line.startswith("     ") and names:
-                out |= {name: f"{out[name]} {line.strip()}" for name in names}
-            elif line.strip():
-                break
-    sentences = re.split(r"(?<=\.)\s+", inspect.cleandoc(cls.__doc__ or "").partition("Attributes:")[0])
-    for name in [name for name in fields(cls) if name not in out]:
-        told = [" ".join(sentence.split()) for sentence in sentences if f"``{name}``" in sentence]
-        told += [f"see `{other}`" for other, text in out.items() if f"``{name}``" in text]
-        if told:
-            out[name] = told[0]
-    return out
 
 
 def prose(doc: str | None) -> str:
@@ -82,80 +50,22 @@ def _outside_code(text: str) -> str:
     return "`".join(re.sub(r"<(?=\w)", "&lt;", p) if i % 2 == 0 else p for i, p in enumerate(parts))
 
 
-def kind(hint: Any) -> str:
-    """A type as people say it who write YAML."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return " or ".join(f"`{value}`" for value in args)
-    if origin in (Union, types.UnionType):
-        return " or ".join("`null`" if arg is type(None) else kind(arg) for arg in args)
-    if origin is tuple and args[-1] is Ellipsis:
-        inner = kind(args[0])
-        plural = inner.replace("list of", "lists of") if inner.startswith("list of") else f"{inner}s"
-        return f"list of {inner if inner[0].isdigit() else plural}"
-    if origin is tuple:
-        each = {kind(arg) for arg in args}
-        return f"{len(args)} {each.pop()}s" if len(each) == 1 else " and ".join(map(kind, args))
-    if origin in (dict, Mapping):
-        return "mapping"
-    if dataclasses.is_dataclass(hint):
-        return "section"
-    name = getattr(hint, "__name__", str(hint))
-    return {"int": "integer", "float": "number", "bool": "true or false", "str": "text"}.get(name, name)
-
-
-def value(default: Any) -> str:
-    """A default as it would stand in YAML."""
-    plain = yaml.safe_dump(_plain(default), default_flow_style=True, width=10_000).removesuffix("\n")
-    return f"`{plain.removesuffix('...').strip()}`"
-
-
 def _yaml_words(text: str) -> str:
     return re.sub(r"\bNone\b", "`null`", text)
 
 
-def _plain(default: Any) -> Any:
-    if isinstance(default, tuple):
-        return [_plain(item) for item in default]
-    return dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
-
-
-def section_of(hint: Any) -> type | None:
-    """The dataclass of a field that is a section, also of one that may be null."""
-    return next((arg for arg in (hint, *get_args(hint)) if dataclasses.is_dataclass(arg)), None)
-
-
-def fields(cls: type) -> dict[str, Any]:
-    """Type hints of a dataclass's fields, in their order."""
-    hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
 def table(cfg: Any, path: str) -> str:
     """One line a key, of the keys that are no sections."""
-    said = attributes(type(cfg))
     rows = []
-    for name, hint in fields(type(cfg)).items():
-        if section_of(hint) is not None or name in CHOSEN_BY_NAME:
-            continue
-        what = _yaml_words(markdown(said.get(name, "")).replace("|", r"\|"))
+    for name, (kind, said) in leaves(type(cfg)).items():
+        what = _yaml_words(markdown(said).replace("|", r"\|"))
         if re.match(r"[a-z]{2,}[ ,:;]", what):
             what = what[0].upper() + what[1:]
         key = f"{path}.{name}".lstrip(".")
-        rows.append(f"| `{key}` | {kind(hint)} | {value(getattr(cfg, name))} | {what} |".replace("  ", " "))
+        rows.append(f"| `{key}` | {kind} | `{value(getattr(cfg, name))}` | {what} |".replace("  ", " "))
     if not rows:
         return ""
     return "\n".join(["| key | type | default | what it is |", "|---|---|---|---|", *rows]) + "\n"
-
-
-def walk(cfg: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, config) of a config and all sections below it; one that is null stands there with its own defaults."""
-    yield path, cfg
-    for name, hint in fields(type(cfg)).items():
-        cls = section_of(hint)
-        if cls is not None:
-            below = getattr(cfg, name)
-            yield from walk(cls() if below is None else below, f"{path}.{name}".lstrip("."))
 
 
 def tree(cfg: Any, path: str = "", level: int = 2) -> str:
@@ -166,14 +76,12 @@ def tree(cfg: Any, path: str = "", level: int = 2) -> str:
             parent = _find(cfg, where.removeprefix(path).lstrip("."))
             out.append(f"{'#' * level} {where}\n" if where != path else "")
             if parent is None:
-                out.append(
-                    f"Off (`{where}: null`) by default; `--set {where}={{}}` turns it on with these:\n"
-                )
+                out.append(f"Off (`{where}: null`) by default; `{where}={{}}` turns it on with these:\n")
         out += [_yaml_words(prose(type(part).__doc__)) + "\n", table(part, where)]
         for name, page in CHOSEN_BY_NAME.items():
             if name in fields(type(part)):
                 chosen = getattr(part, name)
-                text = f"`{name}` is chosen by name; the default is {value(chosen)}."
+                text = f"`{name}` is chosen by name; the default is `{value(chosen)}`."
                 if not chosen:
                     text = f"`{name}` is chosen by name; by default it is the one of `init.weights`."
                 out.append(f"{text} [All of them, with their options]({page})\n")
@@ -195,7 +103,7 @@ def pretraining_page() -> str:
     return (
         "# Pretraining settings\n\n"
         "Every key of `jobs/pretrain.py`, `jobs/crop.py`, `jobs/cluster.py` and of what `jobs/sweep.py` may search. "
-        "Set one with `--set train.lr=3e-4`, many with `--config mine.yaml`; both are laid on a [recipe](recipes.md), "
+        "Set one with `train.lr=3e-4`, many with `--config mine.yaml`; both are laid on a [recipe](recipes.md), "
         "strictly: an unknown key is refused with the nearest that exists. `--show-config` prints what came out.\n\n"
         f"{tree(Pretraining())}"
     )
@@ -208,10 +116,10 @@ def finetuning_page() -> str:
 
 
 def named_page(package: str, title: str, section: str, guide: str) -> str:
-    """Every file of ``logonet/backbones`` or ``logonet/methods`` with its options."""
+    """Every file of ``logonet/networks`` or ``logonet/methods`` with its options."""
     registry = importlib.import_module(f"logonet.{package}")
     out = [
-        f"# {title}\n\nChosen by `--set '{section}={{name: ..., option: value}}'`. [Which to choose](../{guide})\n"
+        f"# {title}\n\nChosen by `{section}=NAME`; options are `{section}.KEY=VALUE`. [Which to choose](../{guide})\n"
     ]
     for name in registry.names():
         doc = prose(importlib.import_module(f"logonet.{package}.{name}").__doc__)
@@ -260,8 +168,8 @@ def commands_page() -> str:
     out = [
         "# Commands\n\nWhat `--help` prints. A job script takes `ray job submit --working-dir . --` before it.\n"
     ]
-    for name in cli.app._subcommands:
-        shown = _help(lambda name=name: cli.app.cli(prog="logonet", args=[name, "--help"]))
+    for name in cli.COMMANDS:
+        shown = _help(lambda name=name: cli.main([*name.split(), "--help"]))
         out.append(f"## logonet {name}\n\n```text\n{shown}```\n")
     jobs: dict[str, Any] = {
         "pretrain": cli.JobArgs,
@@ -302,7 +210,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/pretraining.md": pretraining_page,
     "reference/finetuning.md": finetuning_page,
     "reference/methods.md": lambda: named_page("methods", "Method options", "method", "methods.md"),
-    "reference/backbones.md": lambda: named_page("backbones", "Network options", "backbone", "networks.md"),
+    "reference/networks.md": lambda: named_page("networks", "Network options", "backbone", "networks.md"),
     "reference/recipes.md": recipes_page,
     "reference/commands.md": commands_page,
     "contributing.md": lambda: root_page("CONTRIBUTING.md"),

@@ -51,7 +51,7 @@ def pretrain(monkeypatch: pytest.MonkeyPatch, capsys: Any, *argv: str) -> str:
         (["method.chain_length=33"], "33"),
         (["train.batch_size=1", "train.global_batch=1"], "cannot train on batches of 1 crops of 32x32x32"),
         (["train.global_batch=3"], "use --set train.global_batch=2 or 4"),
-        (["train.lr=fast"], "config key 'train.lr' is 'fast'"),
+        (["train.lr=fast"], "train.lr is 'fast'"),
         (["method.phi1=1.5"], "phi1"),
         (["clusterers.k_min=50"], "k_m"),
     ],

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,18 @@ import pandas as pd
 import pytest
 import yaml
 
-from jobs import finetune
-from logonet import cli, pipelines, recipes
+from jobs import finetune, pretrain
+from logonet import cli, methods, networks, pipelines, recipes
+from logonet.cli import machines
 from logonet.core import config
-from logonet.data import phantom, volume
+from logonet.data import phantom, splits, volume
 from logonet.inference import metrics
+from logonet.training import linear_probe
 
 
 def logonet(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["logonet", *argv])
     try:
-        cli.main()
+        cli.main(list(argv))
     except SystemExit as end:
         return int(end.code or 0)
     return 0
@@ -35,30 +37,27 @@ def plain(said: str) -> str:
     return " ".join(re.sub("[\u2500-\u257f]", " ", said).split())
 
 
-ONE_WORD = ("compare", "register", "alias", "chaos", "export", "sweep-report", "plan", "doctor", "phantoms")
-
-
-@pytest.mark.parametrize("command", [*cli.TWO_WORDS, *ONE_WORD])
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_help(command: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert logonet(monkeypatch, *command.split(), "--help") == 0
     said = capsys.readouterr().out
-    assert command in said
+    assert f"logonet {command}" in said
     assert not re.search(r"\] STR|\{STR", said), "an argument without a name"
 
 
-def test_help_lists_every_command_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert logonet(monkeypatch, "--help") == 0
+@pytest.mark.parametrize("group", ["", "data", "clusters", "s3"])
+def test_help_lists_the_commands_of_a_group_with_one_line(
+    group: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert logonet(monkeypatch, *group.split(), "--help") == 0
     said = plain(capsys.readouterr().out)
-    listed = re.search(r"\{(.*?)\}", said)
-    assert listed is not None
-    assert sorted(listed[1].split(",")) == sorted([*cli.TWO_WORDS, *ONE_WORD])
-    for command in (*cli.TWO_WORDS, *ONE_WORD):
-        function = getattr(cli, re.sub("[ -]", "_", command))
+    for words, function in cli.COMMANDS.items():
+        above, _, name = words.rpartition(" ")
         first, *rest = (function.__doc__ or "").split("\n\n")
-        assert "\n" not in first, command
-        assert len(first) <= 120, command
-        assert f"{command} {first}" in said, command
-        assert all(part.strip().startswith("Args:") for part in rest), command
+        assert "\n" not in first, words
+        assert len(first) <= 120, words
+        assert (f"{name} {first}" in said) == (above == group), words
+        assert all(part.strip().startswith("Args:") for part in rest), words
 
 
 @pytest.mark.parametrize("argv", [[], ["data"], ["data", "chekc"], ["compare", "a.csv"], ["nothing"]])
@@ -249,7 +248,83 @@ def test_an_artifact_that_is_not_there_is_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
+# ---------------------------------------------------------------------------------------- settings of jobs
+
+
+def test_settings_may_stand_anywhere_and_a_bare_name_chooses_a_part(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    argv = ["train.epochs=3", "--recipe", "demo", "method=simclr", "--set", "train.seed=1", "--show-config"]
+    assert pretrain_job(monkeypatch, *argv, "backbone=unet", "train.seed=2") == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["method"]["name"] == "simclr"
+    assert shown["method"]["temperature"] == 0.5
+    assert shown["backbone"]["name"] == "unet"
+    assert (shown["train"]["epochs"], shown["train"]["seed"]) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], f"--recipe is missing; choose one of {', '.join(recipes.PRETRAINING)}"),
+        (["--recipe", "demo", "simclr"], "'simclr' is not of the form section.key=value"),
+        (["--recipe", "demo", "--dta", "x"], "unknown option '--dta'"),
+        (["--recipe", "demo", "train=fast"], "'train' must be a mapping"),
+        (["--recipe", "demo", "method=simcrl"], "unknown method 'simcrl'; did you mean 'simclr'?"),
+    ],
+)
+def test_what_a_job_cannot_read_is_one_sentence(
+    argv: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert pretrain_job(monkeypatch, *argv, "--show-config") == 2
+    assert said in one_error(capsys)
+
+
+def shown_keys(text: str) -> dict[str, str]:
+    """key -> value of what --help lists."""
+    return dict(re.findall(r"^  ([\w.]+)=(.*?)  \(", text, re.MULTILINE))
+
+
+def flat(values: Any, path: str = "") -> set[str]:
+    if not isinstance(values, dict) or not values:
+        return {path}
+    return {key for name, value in values.items() for key in flat(value, f"{path}.{name}".lstrip("."))}
+
+
+def test_help_lists_every_key_with_its_value_type_and_meaning(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert pretrain_job(monkeypatch, "--help", "--recipe", "demo", "method=mae3d", "train.lr=0.5") == 0
+    said = capsys.readouterr().out
+    listed = shown_keys(said)
+    assert listed["train.lr"] == "0.5"
+    assert listed["crops.size_vox"] == "[32, 32, 32]"
+    assert "--workers" in said
+    assert re.search(r"^  train.lr=0.5  \(number, above 0\)\n      peak learning rate", said, re.MULTILINE)
+    cfg = recipes.demo()
+    whole = config.to_dict(replace(cfg, probe=linear_probe.Config(), split=splits.Config()))
+    whole["method"] = config.to_dict(methods.config("mae3d"))
+    whole["backbone"] = config.to_dict(networks.config("logonet"))
+    assert listed.keys() == flat(whole)
+
+
+def test_help_without_a_recipe_shows_the_defaults(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    assert finetune_job(monkeypatch, "-h") == 0
+    said = capsys.readouterr().out
+    assert shown_keys(said)["train.epochs"] == "5000"
+    assert "that of init.weights" in said
+
+
 # -------------------------------------------------------------------------------------- jobs/finetune.py
+
+
+def pretrain_job(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["jobs/pretrain.py", *argv])
+    try:
+        cli.job("jobs/pretrain.py", "x", recipes.PRETRAINING, pretrain.run, pipelines.resolve)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
 def finetune_job(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
@@ -301,7 +376,8 @@ def test_a_shown_config_is_whole_and_can_be_given_back(
     assert yaml.safe_load(shown) == want
     assert want["backbone"]["name"] == "logonet"
     (tmp_path / "own.yaml").write_text(shown)
-    assert finetune_job(monkeypatch, "--config", f"{tmp_path}/own.yaml", "--show-config") == 0
+    again = ["--recipe", name, "--config", f"{tmp_path}/own.yaml"]
+    assert finetune_job(monkeypatch, *again, "--show-config") == 0
     assert capsys.readouterr().out == shown
 
 
@@ -355,6 +431,14 @@ def test_doctor_prints_a_table_and_fails_on_a_store_that_fails(
 def test_a_user_error_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert logonet(monkeypatch, "phantoms", "ftp://x/y") == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_tools_that_are_not_in_the_wheel_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr(machines, "__file__", f"{tmp_path}/logonet/cli/machines.py")
+    assert logonet(monkeypatch, "s3", "serve", "--dir", str(tmp_path)) == 2
+    assert "tools/s3server.py" in one_error(capsys)
 
 
 def test_the_demo_prefix_is_what_phantoms_write(tmp_path: Path) -> None:

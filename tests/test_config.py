@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -78,6 +80,50 @@ def test_mistakes_are_one_sentence(setting: str, said: str) -> None:
         build(setting)
     assert said in str(err.value)
     assert "\n" not in str(err.value)
+
+
+# ------------------------------------------------------------------------------------------- components
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    network: config.Component = dataclasses.field(default_factory=lambda: config.Component("small"))
+    train: Inner = dataclasses.field(default_factory=Inner)
+
+
+def make(name: str, options: Mapping[str, Any]) -> Inner:
+    assert name == "small"
+    return config.from_dict(Inner, options, "network")
+
+
+def test_a_component_is_the_mapping_of_its_name_and_options() -> None:
+    chosen = config.Component("small", {"lr": 1})
+    whole = chosen.resolve(make, "network")
+    assert whole == config.Component("small", Inner(lr=1.0))
+    assert whole.resolve(make, "network") is whole
+    assert pickle.loads(pickle.dumps(whole)) == whole
+    assert config.to_dict(Parts(chosen))["network"] == {"name": "small", "lr": 1}
+    assert config.to_dict(Parts(whole))["network"] == {"name": "small", **config.to_dict(Inner(lr=1.0))}
+    as_mapping = {
+        "network": {"name": "small", **config.to_dict(Inner(lr=1.0))},
+        "train": config.to_dict(Inner()),
+    }
+    assert config.fingerprint(Parts(whole)) == config.fingerprint(as_mapping)
+    read = config.from_dict(Parts, config.override(config.to_dict(Parts(chosen)), ["network.lr=2"]))
+    assert read.network == config.Component("small", {"lr": 2})
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (3, "'network' must be a mapping"),
+        ({"name": 3}, "'network.name' is 3"),
+        ({"lr": 3}, "set network.name"),
+    ],
+)
+def test_what_is_no_component_is_one_sentence(values: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        config.from_dict(Parts, {"network": values}).network.resolve(make, "network")
 
 
 def test_fingerprints_see_every_value_and_no_order() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import re
+import typing
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ import pytest
 import yaml
 
 from logonet import cli, methods, networks, recipes
+from logonet.cli import keys as cli_keys
+from logonet.core import config
 from logonet.pipelines import Finetuning, Pretraining
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -34,11 +37,11 @@ def rows(page: str) -> dict[str, tuple[str, str]]:
 
 
 def keys(reference: Any, cfg: Any, path: str = "") -> set[str]:
-    """What --set could name, found without the generator's own walk."""
+    """What a setting could name, found without the generator's own walk."""
     out = set()
     for field in dataclasses.fields(cfg):
         value, where = getattr(cfg, field.name), f"{path}.{field.name}".lstrip(".")
-        section = reference.section_of(reference.fields(type(cfg))[field.name])
+        section = config.section_of(typing.get_type_hints(type(cfg))[field.name])
         if section is not None:
             out |= keys(reference, section() if value is None else value, where)
         elif field.name not in ("backbone", "method"):
@@ -78,7 +81,7 @@ def test_recipes_and_commands_are_all_there(reference):
     )
     assert shown["train"] == {"epochs": 50, "global_batch": 8, "warmup_epochs": 5}
     page = reference.PAGES["reference/commands.md"]()
-    for command in cli.app._subcommands:
+    for command in cli.COMMANDS:
         assert f"## logonet {command}\n" in page
         assert f"usage: logonet {command} " in page
     for job in ("pretrain", "finetune", "evaluate", "predict", "sweep"):
@@ -86,35 +89,44 @@ def test_recipes_and_commands_are_all_there(reference):
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
-    """``last`` is named here alone. Nothing else is.
+class Base:
+    """
+    Attributes:
+        zeroth: of the base.
+        first: of the base.
+    """
+
+    zeroth: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Said(Base):
+    """Some settings.
 
     Attributes:
         first, second: of two
-            lines, beside ``fourth``.
+            lines, such as a: b.
+        third: of one.
     """
 
     first: int = 1
     second: tuple[float, float] = (1.0, 2.0)
-    third: int = 3  # beside it
-    # above
-    # it
-    above: bool = True
-    fourth: str | None = None
+    third: int = 3
     last: str = ""
 
 
-def test_what_is_said_of_a_field_is_found_wherever_it_stands(reference):
-    said = reference.attributes(Said)
-    assert said["first"] == said["second"] == "of two lines, beside ``fourth``."
-    assert said["third"] == "beside it" and said["above"] == "above it"
-    assert said["fourth"] == "see `first`"
-    assert said["last"] == "``last`` is named here alone."
+def test_what_is_said_of_a_field_is_found_in_the_docstrings_of_the_class_and_its_bases():
+    said = cli_keys.attributes(Said)
+    assert said["first"] == said["second"] == "of two lines, such as a: b."
+    assert said["zeroth"] == "of the base." and said["third"] == "of one."
+    assert "last" not in said
 
 
 def test_types_are_said_as_people_say_them_who_write_yaml(reference):
     said = {
         int | None: "integer or `null`",
+        config.Count | None: "integer or `null`, at least 1",
+        tuple[config.Share, config.Share]: "2 numbers, at least 0, at most 1",
         tuple[float, float]: "2 numbers",
         tuple[int, ...]: "list of integers",
         tuple[tuple[int, int, int], ...]: "list of 3 integers",
@@ -122,15 +134,15 @@ def test_types_are_said_as_people_say_them_who_write_yaml(reference):
         Literal["a", "b"]: "`a` or `b`",
         bool: "true or false",
     }
-    assert {hint: reference.kind(hint) for hint in said} == said
+    assert {hint: cli_keys.kind(hint) for hint in said} == said
 
 
 def test_links_out_of_the_site_become_names(reference):
     page = SimpleNamespace(file=SimpleNamespace(src_path="methods.md"))
     mended = reference.on_page_markdown(
-        "[the loop](../logonet/training.py) [d](data.md) [no](../logonet/no.py)", page
+        "[the loop](../logonet/training/loop.py) [d](data.md) [no](../logonet/no.py)", page
     )
-    assert mended == "the loop (`logonet/training.py`) [d](data.md) [no](../logonet/no.py)"
+    assert mended == "the loop (`logonet/training/loop.py`) [d](data.md) [no](../logonet/no.py)"
 
 
 def nav_pages(part: Any) -> list[str]:
@@ -158,7 +170,7 @@ def test_pages_name_commands_that_exist(file):
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for line in code:
         if named := re.match(r"(?:.* -- )?logonet ([a-z0-9-]+)(?: ([a-z0-9-]+))?", line):
-            assert {named[1], f"{named[1]} {named[2]}"} & set(cli.app._subcommands), line
+            assert {named[1], f"{named[1]} {named[2]}"} & set(cli.COMMANDS), line
         if named := re.match(r"make ([a-z-]+)", line):
             assert named[1] in targets, line
         for script in re.findall(r"\b((?:jobs|benchmarks|deploy|tests)/[\w/-]+\.(?:py|yaml))\b", line):

@@ -247,8 +247,8 @@ def test_it_needs_a_network_of_tokens() -> None:
         ({"ratio": 0.1}, r"0\.1 of the 8 patches"),
         ({"patch_vox": (16, 16, 12)}, r"\(16, 16, 12\) voxels, which do not divide crops"),
         ({"patch_vox": (8, 16, 16)}, r"set method\.patch_vox to \(16, 16, 16\)"),
-        ({"decoder_heads": 5}, "multiple of the last"),
-        ({"decoder_depth": 0}, "above 0"),
+        ({"decoder_heads": 5}, "multiple of method.decoder_heads"),
+        ({"decoder_depth": 0}, "decoder_depth is 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(options: dict[str, Any], words: str) -> None:

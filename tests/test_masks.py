@@ -11,7 +11,7 @@ from scipy.stats import binom
 
 from logonet.core.errors import UserError
 from logonet.core.seeding import rng
-from logonet.methods import _chain_masks
+from logonet.methods import _chain_masks, masked_clusters
 
 ALPHA = 1e-9  # chance that a correct draw fails one bound
 
@@ -106,14 +106,18 @@ def test_draws_depend_on_the_generator_alone():
     [
         (lambda: _chain_masks.draw_chains(4, 0.1, 5, rng(0)), "chain_length is 5.*4 slices"),
         (lambda: _chain_masks.draw_chains(4, 0.1, 0, rng(0)), "chain_length is 0"),
-        (lambda: _chain_masks.draw_chains(4, 0.0, 2, rng(0)), "phi1 is 0.0"),
-        (lambda: _chain_masks.draw_chains(4, 1.1, 2, rng(0)), "phi1 is 1.1"),
         (lambda: _chain_masks.draw_patches((8, 4), np.ones(3, bool), (5, 8), 0.5, rng(0)), "8x4.*at most 4"),
         (lambda: _chain_masks.draw_patches((8, 4), np.ones(3, bool), (), 0.5, rng(0)), "patch_sizes"),
-        (lambda: _chain_masks.draw_patches((8, 4), np.ones(3, bool), (0, 2), 0.5, rng(0)), "at least 1"),
-        (lambda: _chain_masks.draw_patches((8, 4), np.ones(3, bool), (2,), 0.0, rng(0)), "phi2 is 0.0"),
     ],
 )
 def test_impossible_settings_are_refused(call, words: str):
     with pytest.raises(UserError, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    "options", [{"phi1": 0.0}, {"phi1": 1.1}, {"phi2": 0.0}, {"chain_length": 0}, {"patch_sizes": (0, 2)}]
+)
+def test_settings_out_of_bounds_are_refused(options: dict):
+    with pytest.raises(UserError, match=f"method.{next(iter(options))}.*must be"):
+        masked_clusters.Config(**options)

@@ -516,7 +516,7 @@ def test_a_constant_teacher_is_warned_of() -> None:
         ({"unit_vox": 0}, "unit_vox is 0"),
         ({"unit_vox": 8, "mask_ratio": 0.4}, "mask_ratio 0.4 hides 0 of the 2 units"),
         ({"unit_vox": 4, "mask_ratio": 1.0}, "mask_ratio 1.0 hides 8 of the 8"),
-        ({"unit_vox": 4, "mask_ratio": 0.0}, "mask_ratio 0.0"),
+        ({"unit_vox": 4, "mask_ratio": 0.0}, "mask_ratio is 0.0"),
         ({"w_dice": 0.0, "w_ce": 0.0}, "w_dice"),
         ({"beta": -1.0}, "beta"),
         ({"momentum_start": 1.5}, "momentum_start"),

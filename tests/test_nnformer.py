@@ -398,7 +398,7 @@ def test_one_size_alone() -> None:
         ({"img_size": [126, 128, 64]}, r"multiples of backbone\.patch .*use \(128, 128, 64\)"),
         ({"img_size": [96, 96, 8]}, r"use \(96, 96, 16\)"),
         ({"patch": [4, 4, 3]}, "1, 2 or 4"),
-        ({"embed_dim": 5}, "even"),
+        ({"embed_dim": 5}, "embed_dim is 5.*multiple of 2"),
         ({"depths": [2, 2, 2]}, "depths"),
         ({"windows": [[4, 4, 4]] * 3 + [[0, 4, 4]]}, "windows"),
         ({"strides": [[2, 2, 2]] * 2}, "strides"),

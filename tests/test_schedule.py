@@ -58,13 +58,13 @@ def test_a_worker_without_anything_to_do_is_refused() -> None:
     ],
 )
 def test_settings_that_cannot_work_are_refused(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=field):
+    with pytest.raises(UserError, match=field):
         training.Config(**{field: value})
 
 
 @pytest.mark.parametrize("patience", [3, 0])
 def test_patience_without_validation_is_refused(patience: int) -> None:
-    with pytest.raises(ValueError, match=r"patience"):
+    with pytest.raises(UserError, match=r"patience"):
         training.Config(patience=patience)
 
 

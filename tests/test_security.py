@@ -24,6 +24,7 @@ from test_export import make
 from test_volume import dicom_series
 
 from logonet import cli, pipelines, tracking, training
+from logonet.cli import endings
 from logonet.clustering import kmeans
 from logonet.core import redaction
 from logonet.core.errors import UserError
@@ -484,11 +485,11 @@ def test_known_secrets_are_told_by_their_value(monkeypatch: pytest.MonkeyPatch, 
             assert PLANTED not in str(UserError(told))
             assert PLANTED not in redaction.redact(told)
             record = logging.LogRecord("x", logging.WARNING, "x", 1, "%s", (told,), None)
-            assert PLANTED not in cli._Formatter("%(message)s").format(record)
+            assert PLANTED not in endings._Formatter("%(message)s").format(record)
             try:
                 raise RuntimeError(told) from ValueError(told)
             except RuntimeError as err:
-                cli._traceback(type(err), err, err.__traceback__)
+                endings._traceback(type(err), err, err.__traceback__)
             said = capsys.readouterr().err
             assert "RuntimeError: the server says" in said
             assert PLANTED not in said
@@ -620,7 +621,7 @@ def test_names_of_files_are_hidden_where_that_is_asked(
         for item in bucket_inference.items_of(sources, str(tmp_path / "scans")):
             pipelines.common.say("1/2", f"{item.name}  1.0 s")
         pipelines.common.say("", "1/2 subject Smith_Joe-0123456789: a scan id")
-        print(cli._shown(manifest.Manifest.of(answers).describe()))
+        print(endings.shown(manifest.Manifest.of(answers).describe()))
         return capsys.readouterr().out
 
     assert "Miller" in said()

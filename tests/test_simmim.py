@@ -290,7 +290,7 @@ def test_overfits_two_crops() -> None:
             r"units of \(16, 16, 16\) voxels, which do not divide crops of \(32, 32, 24\)",
         ),
         ("unet", SIZE, {"unit_vox": (12, 16, 16)}, "do not divide"),
-        ("unet", SIZE, {"unit_vox": (0, 16, 16)}, "do not divide"),
+        ("unet", SIZE, {"unit_vox": (0, 16, 16)}, "unit_vox"),
         ("unet", SIZE, {"unit_vox": (2, 4, 4)}, "64 voxels or more"),
         ("unet", SIZE, {"unit_vox": (32, 32, 32)}, "less than one; use larger crops"),
         ("swinunetr", SIZE, {}, r"1 units of \(32, 32, 32\) voxels, which is less than one"),

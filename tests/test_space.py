@@ -216,12 +216,15 @@ def test_what_the_papers_space_leaves_commented_out_works_too() -> None:
         ),
         (
             {"method.chain_length": {"grid": [3, 33]}},
-            "'method.chain_length' with value 33: chain_length is 33; set",
+            "'method.chain_length' with value 33: method.chain_length is 33; set",
         ),
         # An integer key in a range of floats would fail in every trial but those on the ends.
-        ({"method.chain_length": {"uniform": [3, 7]}}, "'method.chain_length' with value 3.0: config key"),
-        ({"method.phi1": {"uniform": [0.5, 1.5]}}, "search key 'method.phi1' with value 1.5: phi1 is 1.5"),
-        ({"train.lr.peak": {"grid": [1]}}, "search key 'train.lr.peak' with value 1: config key 'train.lr'"),
+        ({"method.chain_length": {"uniform": [3, 7]}}, "method.chain_length is 3.0"),
+        (
+            {"method.phi1": {"uniform": [0.5, 1.5]}},
+            "search key 'method.phi1' with value 1.5: method.phi1 is 1.5",
+        ),
+        ({"train.lr.peak": {"grid": [1]}}, "search key 'train.lr.peak' with value 1: train.lr is"),
         (
             {"crops.size_vox": {"choice": [[32, 32, 32], [33, 32, 32]]}},
             "'crops.size_vox' with value [33, 32, 32]: ",
@@ -250,7 +253,7 @@ def test_a_value_that_needs_another_is_let_through(demo: dict[str, Any]) -> None
 
 def test_first_settings_are_checked(demo: dict[str, Any]) -> None:
     got = parse({"method.chain_length": {"grid": [3, 5]}}, [{}, {"method.chain_length": 50}])
-    with pytest.raises(UserError, match="entry 2 of 'first': chain_length is 50"):
+    with pytest.raises(UserError, match=r"entry 2 of 'first': method.chain_length is 50"):
         space.check(got, demo, resolve)
 
 

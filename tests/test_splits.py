@@ -205,18 +205,18 @@ def test_subjects_of_two_datasets_are_two_and_nameless_ones_are_each_their_own()
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"test_share": 1.0}, "test_share is 1;"),
+        ({"test_share": 1.0}, "test_share is 1"),
         ({"test_share": -0.1}, "test_share is -0.1"),
         ({"test_share": 0.95}, "leaves none to train on"),
-        ({"fold": 5}, "fold 5 of 5"),
-        ({"fold": -1}, "fold -1 of 5"),
-        ({"folds": 1}, "fold 0 of 1"),
+        ({"fold": 5}, "fold is 5"),
+        ({"fold": -1}, "fold is -1"),
+        ({"folds": 1}, "folds is 1"),
         ({"folds": 11}, "11 folds need as many subjects, but there are 10"),
-        ({"fraction": 0.0}, "fraction is 0;"),
+        ({"fraction": 0.0}, "fraction is 0"),
         ({"fraction": 1.5}, "fraction is 1.5"),
         ({"shots": 0}, "shots is 0"),
         ({"shots": 9}, "shots is 9, but there are 8"),
-        ({"shots": 2, "fraction": 0.5}, "exclude each other"),
+        ({"shots": 2, "fraction": 0.5}, "set one of them only"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(values: dict[str, Any], message: str) -> None:

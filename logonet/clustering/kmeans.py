@@ -26,11 +26,13 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Le
 
 from logonet.core import seeding
+from logonet.core.config import Count, Fraction, Section
 from logonet.core.errors import UserError
 from logonet.data.volume import from_uint16
 from logonet.storage import safetensors_io
@@ -42,7 +44,7 @@ FITTED_FORMAT = "logonet-clusterer-1"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="clusterers"):
     """The pretraining settings of section 4.1.
 
     Attributes:
@@ -61,31 +63,26 @@ class Config:
             so many, it sees at least 10 for each of its clusters.
     """
 
-    n: int = 80
-    k_min: int = 80
-    k_max: int = 500
-    iterations: int = 350
-    fraction: float = 0.1
-    max_slices: int = 100_000
+    n: Count = 80
+    k_min: Count = 80
+    k_max: Annotated[int, Ge(1), Le(2**15 - 1)] = 500  # labels are int16
+    iterations: Count = 350
+    fraction: Fraction = 0.1
+    max_slices: Count = 100_000
     seed: int = 0
     algorithm: Literal["kmeans", "gaussian_mixture", "spectral", "hierarchical"] = "kmeans"
     max_fit_slices: int = 5000
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"n is {self.n}; at least 1 clusterer is needed")
-        if not 1 <= self.k_min <= self.k_max <= np.iinfo(np.int16).max:
-            raise ValueError(f"1 <= k_min <= k_max <= 32767 must hold, not {self.k_min} and {self.k_max}")
-        if self.iterations < 1 or self.max_slices < 1:
-            raise ValueError(
-                f"iterations ({self.iterations}) and max_slices ({self.max_slices}) must be positive"
+        super().__post_init__()
+        if self.k_min > self.k_max:
+            raise UserError(
+                f"clusterers.k_min is {self.k_min}; it must be at most clusterers.k_max ({self.k_max})"
             )
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction is {self.fraction}; it must be in (0, 1]")
         if self.algorithm != "kmeans" and self.max_fit_slices < 2 * self.k_max:
-            raise ValueError(
-                f"max_fit_slices is {self.max_fit_slices}; {self.algorithm} clustering needs at least two slices for "
-                f"each of up to {self.k_max} clusters"
+            raise UserError(
+                f"clusterers.max_fit_slices is {self.max_fit_slices}; {self.algorithm} clustering needs at "
+                f"least two slices for each of up to {self.k_max} clusters"
             )
 
 

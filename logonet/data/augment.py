@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy import ndimage
 
 from logonet.core import seeding
+from logonet.core.config import NonNegative, Positive, Section, Share
 from logonet.core.errors import UserError
 
+Axis = Literal[0, 1, 2]
 PROBABILITIES = (
     "flip_prob",
     "rotate90_prob",
@@ -29,7 +31,7 @@ PROBABILITIES = (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="augment"):
     """The defaults are MONAI's recipe for BTCV: flips, quarter turns, intensity scale and shift.
 
     Every distortion has a probability of its own, and 0 switches it off.
@@ -45,6 +47,8 @@ class Config:
         rotate_deg: largest angle about X, Y and Z, either way. Angles are those of the voxel grid, so keep them
             small where voxels are far from cubes.
         zoom: lowest and highest magnification.
+        rotate90_axes: the plane of the quarter turns.
+        gamma: lowest and highest power.
         gamma_prob: the image's own range is mapped to [0, 1], raised to a power out of ``gamma``, mapped back.
         scale_intensity_prob, shift_intensity_prob, noise_prob: of what the three keys below say.
         scale_intensity: times a factor from 1 - this to 1 + this.
@@ -52,39 +56,32 @@ class Config:
         noise_std: plus Gaussian noise whose standard deviation is drawn from 0 to this.
     """
 
-    flip_prob: float = 0.1
-    flip_axes: tuple[int, ...] = (0, 1, 2)
-    rotate90_prob: float = 0.1
-    rotate90_axes: tuple[int, int] = (0, 1)
-    affine_prob: float = 0.0
-    rotate_deg: tuple[float, float, float] = (15.0, 15.0, 15.0)
-    zoom: tuple[float, float] = (0.85, 1.15)
-    gamma_prob: float = 0.0
-    gamma: tuple[float, float] = (0.7, 1.5)
-    scale_intensity_prob: float = 0.1
-    scale_intensity: float = 0.1
-    shift_intensity_prob: float = 0.5
-    shift_intensity: float = 0.1
-    noise_prob: float = 0.0
-    noise_std: float = 0.05
+    flip_prob: Share = 0.1
+    flip_axes: tuple[Axis, ...] = (0, 1, 2)
+    rotate90_prob: Share = 0.1
+    rotate90_axes: tuple[Axis, Axis] = (0, 1)
+    affine_prob: Share = 0.0
+    rotate_deg: tuple[NonNegative, NonNegative, NonNegative] = (15.0, 15.0, 15.0)
+    zoom: tuple[Positive, Positive] = (0.85, 1.15)
+    gamma_prob: Share = 0.0
+    gamma: tuple[Positive, Positive] = (0.7, 1.5)
+    scale_intensity_prob: Share = 0.1
+    scale_intensity: NonNegative = 0.1
+    shift_intensity_prob: Share = 0.5
+    shift_intensity: NonNegative = 0.1
+    noise_prob: Share = 0.0
+    noise_std: NonNegative = 0.05
 
     def __post_init__(self) -> None:
-        for name in PROBABILITIES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"augment.{name} is {getattr(self, name)}; a probability lies from 0 to 1")
+        super().__post_init__()
         for name in ("flip_axes", "rotate90_axes"):
             axes = getattr(self, name)
-            if len(set(axes)) < len(axes) or not set(axes) <= {0, 1, 2}:
-                raise UserError(f"augment.{name} is {axes}; name different axes out of 0, 1 and 2")
+            if len(set(axes)) < len(axes):
+                raise UserError(f"augment.{name} is {axes}; name different axes")
         for name in ("zoom", "gamma"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise UserError(f"augment.{name} is ({low}, {high}); set (low, high) with 0 < low <= high")
-        for name in ("scale_intensity", "shift_intensity", "noise_std"):
-            if getattr(self, name) < 0:
-                raise UserError(f"augment.{name} is {getattr(self, name)}; set it to 0 or above")
-        if min(self.rotate_deg) < 0:
-            raise UserError(f"augment.rotate_deg is {self.rotate_deg}; set angles of 0 degrees or above")
+            if low > high:
+                raise UserError(f"augment.{name} is ({low}, {high}); set (low, high) with low <= high")
 
 
 def none() -> Config:
@@ -113,7 +110,7 @@ class Drawn:
     gamma: float = 1.0
     intensity_factor: float = 1.0
     intensity_offset: float = 0.0
-    noise_std: float = 0.0
+    noise_std: NonNegative = 0.0
     noise_seed: int = 0
 
 

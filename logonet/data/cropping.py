@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from logonet.core import seeding
+from logonet.core.config import Count, Percentile, Positive, Section, Share, SizeVox
 from logonet.core.errors import BadScan, UserError
 from logonet.data import volume
 from logonet.data.volume import Volume
@@ -20,7 +21,7 @@ CANDIDATES = 4
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="crops"):
     """How crops are cut.
 
     Attributes:
@@ -35,26 +36,21 @@ class Config:
         seed: of the places.
     """
 
-    size_vox: tuple[int, int, int] = (96, 96, 96)
-    per_scan: int = 4
-    spacing_mm: tuple[float, float, float] | None = None
+    size_vox: SizeVox = (96, 96, 96)
+    per_scan: Count = 4
+    spacing_mm: tuple[Positive, Positive, Positive] | None = None
     window_hu: tuple[float, float] = (-1000.0, 1000.0)
-    mr_percentiles: tuple[float, float] = (0.5, 99.5)
-    min_image_share: float = 0.25
-    min_foreground: float = 0.1
+    mr_percentiles: tuple[Percentile, Percentile] = (0.5, 99.5)
+    min_image_share: Share = 0.25
+    min_foreground: Share = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.size_vox) < 1 or self.per_scan < 1:
-            raise UserError("crops.size_vox and crops.per_scan must be at least 1")
-        if self.spacing_mm is not None and min(self.spacing_mm) <= 0:
-            raise UserError("crops.spacing_mm must be positive, in mm, or null to keep each scan's own")
-        if not self.window_hu[0] < self.window_hu[1]:
-            raise UserError("crops.window_hu must be [low, high] with low < high")
-        if not 0 <= self.mr_percentiles[0] < self.mr_percentiles[1] <= 100:
-            raise UserError("crops.mr_percentiles must be [low, high] with 0 <= low < high <= 100")
-        if not (0 <= self.min_image_share <= 1 and 0 <= self.min_foreground <= 1):
-            raise UserError("crops.min_image_share and crops.min_foreground are shares from 0 to 1")
+        super().__post_init__()
+        for name in ("window_hu", "mr_percentiles"):
+            low, high = getattr(self, name)
+            if not low < high:
+                raise UserError(f"crops.{name} is ({low}, {high}); set (low, high) with low < high")
 
 
 def crops_of(scan: Volume, modality: str, cfg: Config, scan_id: str) -> np.ndarray:

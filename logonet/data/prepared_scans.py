@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from logonet.core import config, seeding
+from logonet.core.config import Count, Percentile, Positive, Section, Share, SizeVox
 from logonet.core.errors import BadScan, UserError
 from logonet.data import cropping, volume
 from logonet.data.volume import Volume
@@ -37,7 +38,7 @@ TYPES: dict[str, np.dtype[Any]] = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="cases"):
     """How a case is prepared; the same as for pretraining's crops (``crops.Config``).
 
     Attributes:
@@ -47,12 +48,13 @@ class Config:
         seed: of the places kept of each class.
     """
 
-    spacing_mm: tuple[float, float, float] | None = None
+    spacing_mm: tuple[Positive, Positive, Positive] | None = None
     window_hu: tuple[float, float] = (-1000.0, 1000.0)
-    mr_percentiles: tuple[float, float] = (0.5, 99.5)
+    mr_percentiles: tuple[Percentile, Percentile] = (0.5, 99.5)
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             self.preparation()
         except UserError as err:
@@ -66,7 +68,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Crops:
+class Crops(Section, key="crops"):
     """What one iteration takes of a case.
 
     Attributes:
@@ -76,15 +78,9 @@ class Crops:
             as likely as another; the rest lie anywhere. 0.5 is MONAI's pos:neg 1:1.
     """
 
-    size_vox: tuple[int, int, int] = (96, 96, 96)
-    per_case: int = 2
-    foreground_share: float = 0.5
-
-    def __post_init__(self) -> None:
-        if min(self.size_vox) < 1 or self.per_case < 1:
-            raise UserError("crops.size_vox and crops.per_case must be at least 1")
-        if not 0 <= self.foreground_share <= 1:
-            raise UserError("crops.foreground_share is a share from 0 to 1")
+    size_vox: SizeVox = (96, 96, 96)
+    per_case: Count = 2
+    foreground_share: Share = 0.5
 
 
 # ------------------------------------------------------------------------------------------ preparing

@@ -6,8 +6,12 @@ import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated
+
+from annotated_types import Ge, Lt
 
 from logonet.core import config, seeding
+from logonet.core.config import Count, Fraction, Natural, Section
 from logonet.core.errors import UserError
 from logonet.data.manifest import Scan
 
@@ -15,7 +19,7 @@ SETS = ("test", "val", "train", "excluded")  # the earlier wins where a manifest
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="split"):
     """How to split.
 
     Attributes:
@@ -27,12 +31,19 @@ class Config:
         seed: of the subjects' order.
     """
 
-    test_share: float = 0.0
-    folds: int = 5
-    fold: int | None = 0
-    fraction: float = 1.0
-    shots: int | None = None
+    test_share: Annotated[float, Ge(0), Lt(1)] = 0.0
+    folds: Annotated[int, Ge(2)] = 5
+    fold: Natural | None = 0
+    fraction: Fraction = 1.0
+    shots: Count | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shots is not None and self.fraction != 1:
+            raise UserError(
+                f"split.shots is {self.shots} and split.fraction {self.fraction:g}; set one of them only"
+            )
 
 
 @dataclass(frozen=True)
@@ -119,7 +130,6 @@ def make(scans: Sequence[Scan], cfg: Config) -> Split:
     Raises:
         UserError: for settings that are out of range or do not fit the scans.
     """
-    _check(cfg)
     scans_of: dict[str, list[Scan]] = defaultdict(list)
     for scan in scans:
         if scan.label_uri:
@@ -174,17 +184,6 @@ def without(split: Split, test_ids: Collection[str]) -> Split:
     return replace(split, test=kept, excluded=tuple(sorted({*split.excluded, *test_ids})))
 
 
-def _check(cfg: Config) -> None:
-    if not 0 <= cfg.test_share < 1:
-        raise UserError(f"test_share is {cfg.test_share:g}; it must be at least 0 and below 1")
-    if not 0 < cfg.fraction <= 1:
-        raise UserError(f"fraction is {cfg.fraction:g}; it must be above 0 and at most 1")
-    if cfg.shots is not None and cfg.shots < 1:
-        raise UserError(f"shots is {cfg.shots}; it must be at least 1")
-    if cfg.shots is not None and cfg.fraction != 1:
-        raise UserError(f"fraction {cfg.fraction:g} and shots {cfg.shots} exclude each other; set only one")
-
-
 def _ordered(subjects: Collection[str], cfg: Config) -> list[str]:
     return sorted(subjects, key=lambda s: (seeding.integer(cfg.seed, "split", s), s))
 
@@ -212,10 +211,8 @@ def _val(
         if not chosen:
             raise UserError(f"every subject of the manifest's fold {fold} is tested; choose another fold")
         return chosen
-    if cfg.folds < 2 or not 0 <= fold < cfg.folds:
-        raise UserError(
-            f"fold {fold} of {cfg.folds}: there must be 2 folds or more, and fold must lie in 0..folds-1"
-        )
+    if fold >= cfg.folds:
+        raise UserError(f"split.fold is {fold}; it must be below split.folds ({cfg.folds})")
     n = len(subjects)
     if cfg.folds > n:
         raise UserError(f"{cfg.folds} folds need as many subjects, but there are {n}; lower folds")

@@ -17,13 +17,15 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from logonet.core.errors import BadScan, UserError
+from logonet.core.config import Count, Section
+from logonet.core.errors import BadScan
 from logonet.data import cropping, volume
 from logonet.data.volume import Volume
 from logonet.inference import model
@@ -33,7 +35,7 @@ MIN_WEIGHT = 1e-3  # MONAI's floor, so that a voxel seen only by a window's corn
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="infer"):
     """How scans are segmented.
 
     Attributes:
@@ -42,15 +44,9 @@ class Config:
         windows_per_batch: windows that the network sees at once.
     """
 
-    overlap: float = 0.5
+    overlap: Annotated[float, Ge(0), Lt(1)] = 0.5
     mirror: bool = False
-    windows_per_batch: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < 1:
-            raise UserError(f"infer.overlap is {self.overlap}; it must be at least 0 and below 1")
-        if self.windows_per_batch < 1:
-            raise UserError(f"infer.windows_per_batch is {self.windows_per_batch}; it must be at least 1")
+    windows_per_batch: Count = 1
 
 
 def ceiling_bytes(

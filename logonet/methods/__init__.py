@@ -74,7 +74,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from logonet.core.config import from_dict, unknown
+from logonet.core.config import Component, from_dict, unknown
 from logonet.core.errors import UserError
 
 if TYPE_CHECKING:  # torch takes longer to import than a scan to cut, and tasks that cut import this file
@@ -117,6 +117,15 @@ def config(name: str, options: Mapping[str, Any] | None = None) -> Any:
         UserError: unknown method, unknown option or wrong type.
     """
     return from_dict(_file(name).Config, options or {}, "method")
+
+
+def parse(values: Mapping[str, Any] | Component) -> Component:
+    """The method that ``{"name": ..., **options}`` describes, with its whole ``Config``.
+
+    Raises:
+        UserError: there is no name, no such method, an unknown option or a value of the wrong type.
+    """
+    return Component.of(values, "method").resolve(config, "method")
 
 
 def needs(name: str) -> frozenset[str]:

@@ -12,25 +12,19 @@ import numpy as np
 from logonet.core.errors import UserError
 
 
-def check_chains(num_slices: int, phi1: float, chain_length: int) -> None:
-    """Raise UserError unless chains of ``chain_length`` (M) fit in ``num_slices`` (Z) and 0 < phi1 <= 1."""
-    if not 0 < phi1 <= 1:
-        raise UserError(f"phi1 is {phi1}; it is the probability to choose a slice, set it in (0, 1]")
+def check_chains(num_slices: int, chain_length: int) -> None:
+    """Raise UserError unless chains of ``chain_length`` (M) fit in ``num_slices`` (Z)."""
     if not 1 <= chain_length <= num_slices:
         raise UserError(
-            f"chain_length is {chain_length}; set it between 1 and the crop's {num_slices} slices along Z"
+            f"method.chain_length is {chain_length}; set it between 1 and the crop's {num_slices} slices along Z"
         )
 
 
-def check_patches(size_xy: tuple[int, int], patch_sizes: Sequence[int], phi2: float) -> None:
-    """Raise UserError unless some patch fits in (X, Y), all have a positive side and 0 < phi2 <= 1."""
-    if not 0 < phi2 <= 1:
-        raise UserError(f"phi2 is {phi2}; it is the probability to hide a patch, set it in (0, 1]")
-    if any(p < 1 for p in patch_sizes):
-        raise UserError(f"patch_sizes are {tuple(patch_sizes)}; every side must be at least 1 voxel")
+def check_patches(size_xy: tuple[int, int], patch_sizes: Sequence[int]) -> None:
+    """Raise UserError unless some patch fits in (X, Y)."""
     if not any(p <= min(size_xy) for p in patch_sizes):
         raise UserError(
-            f"patch_sizes {tuple(patch_sizes)} hold none that fits a slice of {size_xy[0]}x{size_xy[1]} "
+            f"method.patch_sizes {tuple(patch_sizes)} hold none that fits a slice of {size_xy[0]}x{size_xy[1]} "
             f"voxels; add one of at most {min(size_xy)}"
         )
 
@@ -44,7 +38,7 @@ def draw_chains(num_slices: int, phi1: float, chain_length: int, rng: np.random.
     Raises:
         UserError: ``chain_length`` exceeds ``num_slices``, or ``phi1`` is outside (0, 1].
     """
-    check_chains(num_slices, phi1, chain_length)
+    check_chains(num_slices, chain_length)
     chosen_Z = rng.random(num_slices) < phi1
     if not chosen_Z.any():
         # The loss runs over masked slices only: a sample without one has no loss. At 96 slices and
@@ -72,7 +66,7 @@ def draw_patches(
     Raises:
         UserError: no patch size fits, one is below 1, or ``phi2`` is outside (0, 1].
     """
-    check_patches(size_xy, patch_sizes, phi2)
+    check_patches(size_xy, patch_sizes)
     num_x, num_y = size_xy
     fitting = [p for p in patch_sizes if p <= min(size_xy)]
     hidden_XYZ = np.zeros((num_x, num_y, len(chain_Z)), dtype=bool)

@@ -74,17 +74,11 @@ def check_patch(patch_vox: Triple, backbone: Any) -> None:
         )
 
 
-def check_decoder(width: int, depth: int, num_heads: int) -> None:
-    if min(width, depth, num_heads) < 1 or width % num_heads:
+def check_decoder(width: int, num_heads: int) -> None:
+    if width % num_heads:
         raise UserError(
-            f"method.decoder_width, decoder_depth and decoder_heads are {width}, {depth} and {num_heads}; set all "
-            "above 0 and the first to a multiple of the last"
+            f"method.decoder_width is {width}; it must be a multiple of method.decoder_heads ({num_heads})"
         )
-
-
-def check_ratio(ratio: float) -> None:
-    if not 0 < ratio <= 1:
-        raise UserError(f"method.ratio is {ratio}; it is the share of a crop to hide, set it in (0, 1]")
 
 
 def spread(guess: Tensor, truth: Tensor, hidden: Tensor) -> Tensor:

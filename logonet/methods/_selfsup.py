@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from logonet.core.errors import UserError
+
 COLLAPSED_SPREAD = (
     0.01  # of projections; 1 is healthy, and networks fresh from their initialisation begin at 0.02 or above
 )
@@ -87,6 +89,14 @@ def pooled(map_BFxyz: Tensor) -> Tensor:
 def momentum(progress: float, start: float = 0.996, end: float = 1.0) -> float:
     """A teacher's share of itself: from ``start`` to ``end`` along half a cosine (BYOL, 2020, section 3.3)."""
     return end - (end - start) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def check_momentum(cfg: Any) -> None:
+    if cfg.momentum_start > cfg.momentum_end:
+        raise UserError(
+            f"method.momentum_start is {cfg.momentum_start}; it must be at most method.momentum_end, "
+            f"{cfg.momentum_end}"
+        )
 
 
 def teacher_of(student: nn.Module) -> nn.Module:

@@ -177,7 +177,7 @@ def pair(
 
 def check(view_vox: Size | None, size_vox: Size) -> None:
     """Raise UserError unless views of ``view_vox`` fit into crops of ``size_vox``."""
-    if view_vox is not None and any(not 1 <= v <= side for v, side in zip(view_vox, size_vox)):
+    if view_vox is not None and any(v > side for v, side in zip(view_vox, size_vox)):
         raise UserError(
             f"method.view_vox is {view_vox} and the crops have {size_vox} voxels; a view cannot be larger than its crop"
         )

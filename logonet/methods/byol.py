@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logonet.core.errors import UserError
+from logonet.core.config import Count, Section, Share, SizeVox
 from logonet.methods import DataSpec, _views
 from logonet.methods._parts import ratio
 from logonet.methods._selfsup import (
     byol_loss,
+    check_momentum,
     collapse,
     follow,
     joined,
@@ -41,7 +42,7 @@ warning = collapse
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="method"):
     """Defaults are SimTROT's BYOL with nnssl's views and BYOL's schedule of the momentum.
 
     Attributes:
@@ -53,25 +54,17 @@ class Config:
     """
 
     views: _views.Views = "nnssl"
-    view_vox: tuple[int, int, int] | None = None
-    hidden: int | None = None
-    projection: int = 256
-    momentum_start: float = 0.99
-    momentum_end: float = 1.0
+    view_vox: SizeVox | None = None
+    hidden: Count | None = None
+    projection: Count = 256
+    momentum_start: Share = 0.99
+    momentum_end: Share = 1.0
 
 
 def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
     _views.check(cfg.view_vox, facts.size_vox)
-    if cfg.projection < 1 or (cfg.hidden is not None and cfg.hidden < 1):
-        raise UserError(
-            f"method.hidden is {cfg.hidden} and method.projection {cfg.projection}; set both above 0"
-        )
-    if not 0 <= cfg.momentum_start <= cfg.momentum_end <= 1:
-        raise UserError(
-            f"method.momentum_start is {cfg.momentum_start} and method.momentum_end {cfg.momentum_end}; they lie from "
-            "0 to 1, and the first is not above the second"
-        )
+    check_momentum(cfg)
 
 
 def sizes(cfg: Config, size_vox: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:

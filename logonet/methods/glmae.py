@@ -22,13 +22,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Lt
 from scipy import ndimage
 from torch import Tensor, nn
 
+from logonet.core.config import Count, Fraction, NonNegative, Positive, Section, Share, SizeVox
 from logonet.core.errors import UserError
 from logonet.data import augment
 from logonet.methods import DataSpec
@@ -46,7 +48,7 @@ from logonet.methods._masked import (
     unseen,
 )
 from logonet.methods._parts import freeze_unreached, intensity, ratio
-from logonet.methods._selfsup import cosine, follow, gathered, mlp, momentum, teacher_of
+from logonet.methods._selfsup import check_momentum, cosine, follow, gathered, mlp, momentum, teacher_of
 
 NEEDS = frozenset({"crops"})
 WANTS = frozenset({"encode_visible"})
@@ -57,11 +59,11 @@ ALIKE = 0.9999  # cosine of the teacher's projections to their mean; fresh from 
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="method"):
     """Defaults are the paper's where it gives them.
 
     Attributes:
-        num_global, num_local: p and q, views of a crop.
+        num_global, num_local: p and q, views of a crop; to do without local ones set w_local and w_gl to 0.
         global_vox, local_vox: their sizes (X, Y, Z in voxels). None is the paper's 160 and 96 voxels a side for crops
             of 96 or more; for smaller ones the crop's size, rounded to patches, and half of it, but two patches a
             side.
@@ -80,30 +82,30 @@ class Config:
         momentum_start, momentum_end: the teacher's share of itself, along half a cosine; 1 - mu of Eq. 5. BYOL's.
     """
 
-    num_global: int = 2
-    num_local: int = 8
-    global_vox: tuple[int, int, int] | None = None
-    local_vox: tuple[int, int, int] | None = None
-    global_scale: tuple[float, float] = (0.5, 1.0)
-    local_scale: tuple[float, float] = (0.25, 0.5)
+    num_global: Count = 2
+    num_local: Count = 8
+    global_vox: SizeVox | None = None
+    local_vox: SizeVox | None = None
+    global_scale: tuple[Fraction, Fraction] = (0.5, 1.0)
+    local_scale: tuple[Fraction, Fraction] = (0.25, 0.5)
     augment: augment.Config = field(default_factory=augment.none)
-    ratio: float = 0.6
-    patch_vox: tuple[int, int, int] = (16, 16, 16)
-    decoder_width: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
+    ratio: Annotated[float, Ge(0), Lt(1)] = 0.6
+    patch_vox: SizeVox = (16, 16, 16)
+    decoder_width: Count = 512
+    decoder_depth: Count = 8
+    decoder_heads: Count = 16
     all_voxels: bool = False
-    projection_hidden: int = 2048
-    projection: int = 512
-    w_local: float = 1.0
-    w_global: float = 1.0
-    w_gg: float = 1.0
-    w_gl: float = 1.0
-    student_temperature: float = 0.1
-    teacher_temperature: float = 0.04
+    projection_hidden: Count = 2048
+    projection: Count = 512
+    w_local: NonNegative = 1.0
+    w_global: NonNegative = 1.0
+    w_gg: NonNegative = 1.0
+    w_gl: NonNegative = 1.0
+    student_temperature: Positive = 0.1
+    teacher_temperature: Positive = 0.04
     centre: bool = False
-    momentum_start: float = 0.996
-    momentum_end: float = 1.0
+    momentum_start: Share = 0.996
+    momentum_end: Share = 1.0
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -129,36 +131,17 @@ def _half(tokens: int) -> int:
 
 def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
-    weights = (cfg.w_local, cfg.w_global, cfg.w_gg, cfg.w_gl)
-    if min(weights) < 0 or max(weights) == 0:
-        raise UserError(
-            f"method.w_local, w_global, w_gg and w_gl are {weights}; set all to 0 or above, one of them above 0"
-        )
-    if min(cfg.num_global, cfg.num_local) < 1:
-        raise UserError(
-            f"method.num_global is {cfg.num_global} and method.num_local {cfg.num_local}; set both above 0 (to do "
-            "without local views set w_local and w_gl to 0)"
-        )
+    if not max(cfg.w_local, cfg.w_global, cfg.w_gg, cfg.w_gl):
+        raise UserError("method.w_local, w_global, w_gg and w_gl are all 0; set one of them above 0")
     for key in ("global_scale", "local_scale"):
         low, high = getattr(cfg, key)
-        if not 0 < low <= high <= 1:
-            raise UserError(f"method.{key} is ({low}, {high}); set (low, high) with 0 < low <= high <= 1")
-    if not 0 <= cfg.ratio < 1:
-        raise UserError(f"method.ratio is {cfg.ratio}; it is the share of patches to mask, set it in [0, 1)")
-    check_decoder(cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
-    for key in ("projection_hidden", "projection", "student_temperature", "teacher_temperature"):
-        if not getattr(cfg, key) > 0:
-            raise UserError(f"method.{key} is {getattr(cfg, key)}; set it above 0")
-    if not 0 <= cfg.momentum_start <= cfg.momentum_end <= 1:
-        raise UserError(
-            f"method.momentum_start is {cfg.momentum_start} and method.momentum_end {cfg.momentum_end}; they lie from "
-            "0 to 1, and the first is not above the second"
-        )
-    if min(cfg.patch_vox) < 1:
-        raise UserError(f"method.patch_vox is {cfg.patch_vox}; its sides must be above 0")
+        if low > high:
+            raise UserError(f"method.{key} is ({low}, {high}); set (low, high) with low <= high")
+    check_decoder(cfg.decoder_width, cfg.decoder_heads)
+    check_momentum(cfg)
     rebuilt = {"global": cfg.w_global, "local": cfg.w_local}
     for kind, size_vox in cfg.sizes(facts.size_vox).items():
-        if min(size_vox) < 1 or any(side % patch for side, patch in zip(size_vox, cfg.patch_vox)):
+        if any(side % patch for side, patch in zip(size_vox, cfg.patch_vox)):
             raise UserError(
                 f"method.{kind}_vox is {size_vox}; its sides must be multiples of a patch's {cfg.patch_vox}"
             )

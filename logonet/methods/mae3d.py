@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from logonet.core.config import Count, Fraction, Section, SizeVox
 from logonet.core.errors import UserError
 from logonet.methods import DataSpec
 from logonet.methods._masked import (
     Decoder,
     check_decoder,
     check_patch,
-    check_ratio,
     draw_visible,
     grid_of,
     over_patches,
@@ -46,7 +46,7 @@ warning = still
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="method"):
     """Defaults are MAE3D's.
 
     Attributes:
@@ -56,19 +56,18 @@ class Config:
         normalise_patches: rebuild each patch less its mean, over its standard deviation (He et al.'s variant).
     """
 
-    ratio: float = 0.75
-    patch_vox: tuple[int, int, int] = (16, 16, 16)
-    decoder_width: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 8
+    ratio: Fraction = 0.75
+    patch_vox: SizeVox = (16, 16, 16)
+    decoder_width: Count = 512
+    decoder_depth: Count = 8
+    decoder_heads: Count = 8
     normalise_patches: bool = False
 
 
 def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
-    check_ratio(cfg.ratio)
-    check_decoder(cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
-    if min(cfg.patch_vox) < 1 or any(side % patch for side, patch in zip(facts.size_vox, cfg.patch_vox)):
+    check_decoder(cfg.decoder_width, cfg.decoder_heads)
+    if any(side % patch for side, patch in zip(facts.size_vox, cfg.patch_vox)):
         raise UserError(
             f"mae3d masks patches of {cfg.patch_vox} voxels, which do not divide crops of {facts.size_vox}; change "
             "crops.size_vox"

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from logonet.core.config import Count, Fraction, Positive, Section
 from logonet.core.errors import UserError
 from logonet.methods import DataSpec, _chain_masks
 from logonet.methods._parts import freeze, intensity, ratio
@@ -27,7 +28,7 @@ NEEDS = frozenset({"crops", "pseudo_labels"})
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="method"):
     """Defaults are the paper's Table 2.
 
     Attributes:
@@ -48,24 +49,20 @@ class Config:
     """
 
     masking: Literal["chains", "none", "mixed"] = "chains"
-    phi1: float = 0.1
-    chain_length: int = 5
-    phi2: float = 0.7
-    patch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 96)
-    temperature: float = 0.1
+    phi1: Fraction = 0.1
+    chain_length: Count = 5
+    phi2: Fraction = 0.7
+    patch_sizes: tuple[Count, ...] = (1, 2, 4, 8, 16, 32, 96)
+    temperature: Positive = 0.1
     reduction: Literal["sum", "mean"] = "sum"
     final_relu: bool = True
-    head_chunk_mib: float = 128.0
+    head_chunk_mib: Positive = 128.0
 
 
 def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops and clusterers like these."""
-    _chain_masks.check_chains(facts.size_vox[2], cfg.phi1, cfg.chain_length)
-    _chain_masks.check_patches(facts.size_vox[:2], cfg.patch_sizes, cfg.phi2)
-    if not cfg.temperature > 0:
-        raise UserError(f"temperature is {cfg.temperature}; set it above 0")
-    if not cfg.head_chunk_mib > 0:
-        raise UserError(f"head_chunk_mib is {cfg.head_chunk_mib}; set it above 0")
+    _chain_masks.check_chains(facts.size_vox[2], cfg.chain_length)
+    _chain_masks.check_patches(facts.size_vox[:2], cfg.patch_sizes)
     if not facts.cluster_sizes:
         raise UserError("masked_clusters predicts pseudo-labels and there are no clusterers; fit them first")
     if facts.majority_labels and len(facts.majority_labels) != len(facts.cluster_sizes):

@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from logonet.core.config import Count, Fraction, NonNegative, Section, Share
 from logonet.core.errors import UserError
 from logonet.data import augment
 from logonet.methods import DataSpec, supervised
 from logonet.methods._parts import ratio
-from logonet.methods._selfsup import follow, momentum, pooled, teacher_of
-from logonet.methods.supervised import deep_weights, dice_and_ce, nearest, per_class
+from logonet.methods._selfsup import check_momentum, follow, momentum, pooled, teacher_of
+from logonet.methods.supervised import check_losses, deep_weights, dice_and_ce, nearest, per_class
 
 NEEDS = frozenset({"labels"})
 SMALLEST = 1e-8  # of a mean square of logits that one may divide by
@@ -36,7 +37,7 @@ CONSTANT = 1e-3  # of a teacher's variation; a net that learns has tenths
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="method"):
     """Defaults are the paper's where it gives them.
 
     Attributes:
@@ -50,30 +51,22 @@ class Config:
         momentum_start, momentum_end: share that the teacher keeps of itself at each step, along half a cosine.
     """
 
-    w_dice: float = 1.0
-    w_ce: float = 1.0
-    mask_ratio: float = 0.4
-    unit_vox: int = 16
-    beta: float = 0.5
+    w_dice: NonNegative = 1.0
+    w_ce: NonNegative = 1.0
+    mask_ratio: Fraction = 0.4
+    unit_vox: Count = 16
+    beta: NonNegative = 0.5
     consistency: Literal["paper", "released"] = "paper"
-    momentum_start: float = 0.996
-    momentum_end: float = 1.0
+    momentum_start: Share = 0.996
+    momentum_end: Share = 1.0
     augment: augment.Config = field(default_factory=augment.Config)
 
 
 def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on labelled crops like these."""
-    if min(cfg.w_dice, cfg.w_ce, cfg.beta) < 0 or cfg.w_dice + cfg.w_ce == 0:
-        raise UserError(
-            f"w_dice is {cfg.w_dice}, w_ce {cfg.w_ce} and beta {cfg.beta}; set all to 0 or above and w_dice or w_ce "
-            "above 0"
-        )
-    if not 0 <= cfg.momentum_start <= cfg.momentum_end <= 1:
-        raise UserError(
-            f"momentum_start is {cfg.momentum_start} and momentum_end {cfg.momentum_end}; they lie from 0 to 1, and "
-            "the first is not above the second"
-        )
-    if cfg.unit_vox < 1 or any(side % cfg.unit_vox for side in facts.size_vox[:2]):
+    check_losses(cfg)
+    check_momentum(cfg)
+    if any(side % cfg.unit_vox for side in facts.size_vox[:2]):
         num_x, num_y, _ = facts.size_vox
         raise UserError(
             f"unit_vox is {cfg.unit_vox}, which does not divide the crop's slices of {num_x}x{num_y} voxels; set it "

@@ -20,13 +20,15 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
+from logonet.core.config import Count, NonNegative, Positive, Section
 from logonet.core.errors import UserError
 from logonet.methods import DataSpec
 from logonet.methods._parts import intensity, ratio
@@ -40,7 +42,7 @@ warning = collapse
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="method"):
     """Defaults are the released code's.
 
     Attributes:
@@ -54,13 +56,13 @@ class Config:
         gather: negatives are the crops of all workers' batches, rather than of one's own.
     """
 
-    max_cut: float = 0.3
+    max_cut: Annotated[float, Ge(0), Lt(1)] = 0.3
     pool: Literal["token", "mean"] = "token"
-    contrast: int = 512
-    temperature: float = 0.5
-    w_rotation: float = 1.0
-    w_contrast: float = 1.0
-    w_reconstruction: float = 1.0
+    contrast: Count = 512
+    temperature: Positive = 0.5
+    w_rotation: NonNegative = 1.0
+    w_contrast: NonNegative = 1.0
+    w_reconstruction: NonNegative = 1.0
     gather: bool = False
 
 
@@ -76,16 +78,9 @@ def check(cfg: Config, facts: DataSpec) -> None:
             f"rcr turns crops by 90 degrees in the plane of X and Y, and they have {facts.size_vox} voxels; set "
             "crops.size_vox to one length for both"
         )
-    if not 0 <= cfg.max_cut < 1:
-        raise UserError(f"method.max_cut is {cfg.max_cut}; set it from 0 to below 1")
-    if not cfg.temperature > 0:
-        raise UserError(f"method.temperature is {cfg.temperature}; set it above 0")
-    if cfg.contrast < 1:
-        raise UserError(f"method.contrast is {cfg.contrast}; set it above 0")
-    weights = (cfg.w_rotation, cfg.w_contrast, cfg.w_reconstruction)
-    if min(weights) < 0 or sum(weights) == 0:
+    if not cfg.w_rotation + cfg.w_contrast + cfg.w_reconstruction:
         raise UserError(
-            f"method.w_rotation, w_contrast and w_reconstruction are {weights}; set all to 0 or above and one above 0"
+            "method.w_rotation, w_contrast and w_reconstruction are all 0; set one of them above 0"
         )
 
 

@@ -21,14 +21,16 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from logonet.core import seeding
+from logonet.core.config import Count, Positive, Section
 from logonet.core.errors import UserError
 from logonet.methods import DataSpec
 from logonet.methods._parts import freeze, intensity, ratio
@@ -45,7 +47,7 @@ SETTLING_EPOCHS = 5  # in which nothing need have been learnt
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="method"):
     """LoGoNet gives no setting of its rival; these numbers are recollected of the two papers and not verified.
 
     Attributes:
@@ -62,45 +64,33 @@ class Config:
     """
 
     form: Literal["restore", "classify"] = "restore"
-    cubie_vox: int = 16
-    moves: tuple[int, int] = (3, 10)
-    w_restore: float = 10.0
-    cell_multiple_vox: int = 16
-    orders: int = 100
+    cubie_vox: Count = 16
+    moves: tuple[Count, Count] = (3, 10)
+    w_restore: Positive = 10.0
+    cell_multiple_vox: Count = 16
+    orders: Annotated[int, Ge(2), Le(math.factorial(CELLS))] = 100
     turn: bool = True
     mask: bool = True
-    hidden: int = 512
+    hidden: Count = 512
 
 
 def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
     text = "x".join(map(str, facts.size_vox))
     if cfg.form == "restore":
-        if cfg.cubie_vox < 1 or any(side % cfg.cubie_vox or side == cfg.cubie_vox for side in facts.size_vox):
+        if any(side % cfg.cubie_vox or side == cfg.cubie_vox for side in facts.size_vox):
             raise UserError(
-                f"cubie_vox is {cfg.cubie_vox} and crops have {text} voxels; set it so that 2 cubies or more fill "
-                "every side"
+                f"method.cubie_vox is {cfg.cubie_vox} and crops have {text} voxels; set it so that 2 cubies or "
+                "more fill every side"
             )
-        if not 1 <= cfg.moves[0] <= cfg.moves[1]:
-            raise UserError(
-                f"moves are {cfg.moves}; set (fewest, most) with at least 1 and the first not above the second"
-            )
-        if not cfg.w_restore > 0:
-            raise UserError(f"w_restore is {cfg.w_restore}; set it above 0")
+        if cfg.moves[0] > cfg.moves[1]:
+            raise UserError(f"method.moves is {cfg.moves}; set (fewest, most) with fewest <= most")
         return
-    if (
-        cfg.cell_multiple_vox < 1
-        or min(cut_size(cfg, facts.size_vox)) < 1
-        or any(s % 2 for s in facts.size_vox)
-    ):
+    if min(cut_size(cfg, facts.size_vox)) < 1 or any(s % 2 for s in facts.size_vox):
         raise UserError(
-            f"cell_multiple_vox is {cfg.cell_multiple_vox} and crops have {text} voxels; sides must be even, and "
-            "cells, half as wide, wider than this: lower it or use larger crops"
+            f"method.cell_multiple_vox is {cfg.cell_multiple_vox} and crops have {text} voxels; sides must be even, "
+            "and cells, half as wide, wider than this: lower it or use larger crops"
         )
-    if not 2 <= cfg.orders <= math.factorial(CELLS):
-        raise UserError(f"orders is {cfg.orders}; set it between 2 and {math.factorial(CELLS)}")
-    if cfg.hidden < 1:
-        raise UserError(f"hidden is {cfg.hidden}; set it above 0")
 
 
 def sizes(cfg: Config, size_vox: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import MinLen
 from torch import Tensor, nn
 
-from logonet.core.errors import UserError
+from logonet.core.config import Count, Positive, Section, SizeVox
 from logonet.methods import DataSpec, _views
 from logonet.methods._parts import ratio
 from logonet.methods._selfsup import collapse, cosine, joined, mlp, nt_xent, pooled, spread, train_encoder
@@ -31,7 +32,7 @@ warning = collapse
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="method"):
     """Defaults are SimCLR's head with nnssl's views of whole crops.
 
     Attributes:
@@ -46,9 +47,9 @@ class Config:
     """
 
     views: _views.Views = "nnssl"
-    view_vox: tuple[int, int, int] | None = None
-    temperature: float = 0.5
-    projector: tuple[int, ...] | None = None
+    view_vox: SizeVox | None = None
+    temperature: Positive = 0.5
+    projector: Annotated[tuple[Count, ...], MinLen(1)] | None = None
     gather: bool = False
 
 
@@ -60,10 +61,6 @@ def gathers(cfg: Config) -> bool:
 def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
     _views.check(cfg.view_vox, facts.size_vox)
-    if not cfg.temperature > 0:
-        raise UserError(f"method.temperature is {cfg.temperature}; set it above 0")
-    if cfg.projector is not None and (not cfg.projector or min(cfg.projector) < 1):
-        raise UserError(f"method.projector is {cfg.projector}; give one width or more, all above 0")
 
 
 def sizes(cfg: Config, size_vox: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from logonet.core.config import Fraction, Section, SizeVox
 from logonet.core.errors import UserError
 from logonet.methods import DataSpec
-from logonet.methods._masked import Triple, check_ratio, depth_to_space, spread, still
+from logonet.methods._masked import Triple, depth_to_space, spread, still
 from logonet.methods._parts import freeze_unreached, intensity, ratio
 
 NEEDS = frozenset({"crops"})
@@ -37,7 +38,7 @@ warning = still
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="method"):
     """
     Attributes:
         ratio: share of the units to hide, rounded down. MIM-Med3D's; 0.6 in 2D.
@@ -48,19 +49,18 @@ class Config:
             "auto" is the encoder's where the backbone has tokens.
     """
 
-    ratio: float = 0.75
-    unit_vox: tuple[int, int, int] | None = None
+    ratio: Fraction = 0.75
+    unit_vox: SizeVox | None = None
     head: Literal["auto", "encoder", "decoder"] = "auto"
 
 
 def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
-    check_ratio(cfg.ratio)
     _check_unit(cfg, cfg.unit_vox or (UNIT,) * 3, facts.size_vox)
 
 
 def _check_unit(cfg: Config, unit_vox: Triple, size_vox: Triple) -> None:
-    if min(unit_vox) < 1 or any(side % unit for side, unit in zip(size_vox, unit_vox)):
+    if any(side % unit for side, unit in zip(size_vox, unit_vox)):
         raise UserError(
             f"simmim hides units of {unit_vox} voxels, which do not divide crops of {size_vox}; set method.unit_vox "
             "to sides that do, or change crops.size_vox"

@@ -26,18 +26,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Gt, Lt
 from torch import Tensor, nn
 
+from logonet.core.config import Count, Positive, Section, Share, SizeVox
 from logonet.core.errors import UserError
 from logonet.methods import DataSpec, _views
 from logonet.methods._parts import ratio
 from logonet.methods._selfsup import (
     byol_loss,
+    check_momentum,
     collapse,
     follow,
     joined,
@@ -57,7 +60,7 @@ NOISE_STD = 0.1  # of what fills masked boxes, about 0; the crop's window is [0,
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="method"):
     """Defaults are SimPROT-W's.
 
     Attributes:
@@ -77,36 +80,22 @@ class Config:
 
     framework: Literal["simclr", "byol"] = "simclr"
     mask: bool = True
-    mask_unit_vox: tuple[int, int, int] = (8, 8, 4)
-    mask_ratio: float = 0.75
+    mask_unit_vox: SizeVox = (8, 8, 4)
+    mask_ratio: Annotated[float, Gt(0), Lt(1)] = 0.75
     rotate: bool = True
     flips: Literal["plane", "all"] = "plane"
-    w: float = 5.0
-    temperature: float = 0.5
-    hidden: int | None = None
-    projection: int | None = None
-    momentum_start: float = 0.99
-    momentum_end: float = 1.0
+    w: Positive = 5.0
+    temperature: Positive = 0.5
+    hidden: Count | None = None
+    projection: Count | None = None
+    momentum_start: Share = 0.99
+    momentum_end: Share = 1.0
 
 
 def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
-    if not (cfg.temperature > 0 and cfg.w > 0):
-        raise UserError(f"method.temperature is {cfg.temperature} and method.w {cfg.w}; set both above 0")
-    if cfg.framework == "byol" and not 0 <= cfg.momentum_start <= cfg.momentum_end <= 1:
-        raise UserError(
-            f"method.momentum_start is {cfg.momentum_start} and method.momentum_end {cfg.momentum_end}; they lie from "
-            "0 to 1, and the first is not above the second"
-        )
-    if any(width is not None and width < 1 for width in (cfg.hidden, cfg.projection)):
-        raise UserError(
-            f"method.hidden is {cfg.hidden} and method.projection {cfg.projection}; set both above 0"
-        )
-    if not cfg.mask:
-        return
-    if not 0 < cfg.mask_ratio < 1:
-        raise UserError(f"method.mask_ratio is {cfg.mask_ratio}; set it above 0 and below 1")
-    if any(unit < 1 or side % unit for side, unit in zip(facts.size_vox, cfg.mask_unit_vox)):
+    check_momentum(cfg)
+    if cfg.mask and any(side % unit for side, unit in zip(facts.size_vox, cfg.mask_unit_vox)):
         raise UserError(
             f"method.mask_unit_vox {cfg.mask_unit_vox} does not divide crops of {facts.size_vox} voxels; choose sides "
             "that do, or set method.mask to false"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from logonet.core.config import NonNegative, Section
 from logonet.core.errors import UserError
 from logonet.data import augment
 from logonet.methods import DataSpec
@@ -27,7 +28,7 @@ SMOOTH = 1e-5  # the epsilon of Eq. 7
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="method"):
     """Defaults are the best row of the paper's Table 10.
 
     Attributes:
@@ -38,23 +39,25 @@ class Config:
         augment: how crops are distorted.
     """
 
-    w_dice: float = 1.0
-    w_ce: float = 1.0
+    w_dice: NonNegative = 1.0
+    w_ce: NonNegative = 1.0
     encoder: Literal["train", "frozen"] = "train"
     augment: augment.Config = field(default_factory=augment.Config)
 
 
 def check(cfg: Config, facts: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on labels like these."""
-    if min(cfg.w_dice, cfg.w_ce) < 0 or cfg.w_dice + cfg.w_ce == 0:
-        raise UserError(
-            f"w_dice is {cfg.w_dice} and w_ce is {cfg.w_ce}; set both to 0 or above and one of them above 0"
-        )
+    check_losses(cfg)
     if facts.num_classes < 2:
         raise UserError(
             f"supervised learns from labels and the data declares {facts.num_classes} classes, background "
             "included; import labelled scans that declare at least 2"
         )
+
+
+def check_losses(cfg: Any) -> None:
+    if not cfg.w_dice + cfg.w_ce:
+        raise UserError("method.w_dice and method.w_ce are both 0; set one of them above 0")
 
 
 def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -50,7 +50,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from logonet.core.config import from_dict, unknown
+from logonet.core.config import Component, from_dict, unknown
 from logonet.core.errors import UserError
 
 OPTIONAL = ("encode_hidden", "encode_visible")
@@ -76,6 +76,15 @@ def config(name: str, options: Mapping[str, Any] | None = None) -> Any:
         UserError: for an unknown backbone, an unknown option or a value of the wrong type.
     """
     return from_dict(_load(name).Config, options or {}, where="backbone")
+
+
+def parse(values: Mapping[str, Any] | Component) -> Component:
+    """The network that ``{"name": ..., **options}`` describes, with its whole ``Config``.
+
+    Raises:
+        UserError: there is no name, no such network, an unknown option or a value of the wrong type.
+    """
+    return Component.of(values, "backbone").resolve(config, "backbone")
 
 
 def build(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
 from logonet.networks._conv import Conv3d, Upsample, conv, dense
 
@@ -26,19 +27,29 @@ _VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 @dataclass(frozen=True)
-class UlkaConfig:
-    """Options that ULKANet and LoGoNet share."""
+class UlkaConfig(Section, key="backbone"):
+    """Options that ULKANet and LoGoNet share.
 
-    variant: Literal["normal", "large"] = "normal"  # presets of the three lists below, paper Table 12
-    dims: tuple[int, ...] | None = None  # width of each encoder block
-    depths: tuple[int, ...] | None = None  # LKA modules in each encoder block
-    mlp_ratios: tuple[int, ...] | None = None  # hidden width of each MLP over its block's width
-    full_width: int = 32  # decoder width at full resolution
-    # residual from the block's input (usual), not the normalised tensor (paper)
+    Attributes:
+        variant: presets of the three lists below (paper Table 12).
+        dims: width of each encoder block.
+        depths: LKA modules in each encoder block.
+        mlp_ratios: hidden width of each MLP over its block's width.
+        full_width: decoder width at full resolution.
+        prenorm_residual: take the residual from the block's input, as is usual; the paper takes the normalised tensor.
+        channels_last: memory layout only; about twice as fast on CPU.
+        checkpointing: recompute LKA modules and Decs in backward: less memory, more time.
+        lka: convolutions on fast routes ("polyphase"), or torch's own ("plain"): the same numbers.
+    """
+
+    variant: Literal["normal", "large"] = "normal"
+    dims: tuple[Count, ...] | None = None
+    depths: tuple[Count, ...] | None = None
+    mlp_ratios: tuple[Count, ...] | None = None
+    full_width: Count = 32
     prenorm_residual: bool = False
-    channels_last: bool = True  # memory layout only; about twice as fast on CPU
-    checkpointing: bool = False  # recompute LKA modules and Decs in backward: less memory, more time
-    # convolutions on fast routes, or torch's own: the same numbers
+    channels_last: bool = True
+    checkpointing: bool = False
     lka: Literal["polyphase", "plain"] = "polyphase"
 
     @property

@@ -24,7 +24,19 @@ def norm_name(norm: Norm | Literal["batch"]) -> Any:
     return names[norm]
 
 
-def check_levels(channels: Sequence[int], strides: Sequence[int], least_width: int = 1) -> None:
+def check_groups(key: str, widths: Sequence[int], norm: Norm) -> None:
+    """Refuse widths that group normalisation cannot divide.
+
+    Raises:
+        UserError: naming the option ``key``.
+    """
+    if norm == "group" and any(width % GROUPS for width in widths):
+        raise UserError(
+            f"backbone.{key} has {list(widths)}; with backbone.norm group each must be a multiple of {GROUPS}"
+        )
+
+
+def check_levels(channels: Sequence[int], strides: Sequence[int]) -> None:
     """Refuse widths and strides of the levels that MONAI would choke on.
 
     Raises:
@@ -35,10 +47,6 @@ def check_levels(channels: Sequence[int], strides: Sequence[int], least_width: i
             f"backbone.channels has {len(channels)} entries and backbone.strides {len(strides)}; give at least 2 "
             "channels and one stride fewer"
         )
-    if min(channels) < least_width:
-        raise UserError(f"backbone.channels is {tuple(channels)}; each must be {least_width} or more")
-    if min(strides) < 1:
-        raise UserError(f"backbone.strides is {tuple(strides)}; each must be 1 or more")
 
 
 def check_img_size(name: str, why: str, img_size: tuple[int, int, int], size_vox: Sequence[int]) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
+from logonet.core.config import Count, Section
 from logonet.networks import SegOut
 from logonet.networks._monai import check_levels
 
@@ -20,19 +22,20 @@ TINY: dict[str, Any] = {"channels": (4, 8, 12), "strides": (2, 2)}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="backbone"):
     """The defaults are the Attention U-Net of LoGoNet's Table 1.
 
     Attributes:
-        channels: width of each level, fine to coarse.
+        channels: width of each level, fine to coarse; the gates are half as wide.
         strides: from each level to the next.
     """
 
-    channels: tuple[int, ...] = (256, 256, 512, 512)
-    strides: tuple[int, ...] = (2, 2, 2)
+    channels: tuple[Annotated[int, Ge(2)], ...] = (256, 256, 512, 512)
+    strides: tuple[Count, ...] = (2, 2, 2)
 
     def __post_init__(self) -> None:
-        check_levels(self.channels, self.strides, least_width=2)  # the gates are half as wide
+        super().__post_init__()
+        check_levels(self.channels, self.strides)
 
 
 def size_multiple(cfg: Config) -> tuple[int, int, int]:

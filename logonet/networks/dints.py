@@ -10,12 +10,14 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
+from logonet.core.config import Count, Positive, Section
 from logonet.core.errors import UserError
 from logonet.networks import SegOut
 from logonet.networks._monai import GROUPS, Norm, check_coarsest, norm_name
@@ -27,7 +29,7 @@ TINY: dict[str, Any] = {"num_blocks": 2, "num_depths": 2, "channel_mul": 0.125, 
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="backbone"):
     """The defaults are the DiNTS instance of LoGoNet's Table 1, which is the whole space: no path is left out.
 
     A block has 3 * num_depths - 2 paths, in this order: into the finest level from itself and from the one
@@ -45,16 +47,15 @@ class Config:
     """
 
     search: bool = False
-    num_blocks: int = 6
-    num_depths: int = 3
-    channel_mul: float = 1.0
-    paths: tuple[tuple[int, ...], ...] | None = None
-    ops: tuple[tuple[int, ...], ...] | None = None
+    num_blocks: Count = 6
+    num_depths: Count = 3
+    channel_mul: Positive = 1.0
+    paths: tuple[tuple[Literal[0, 1], ...], ...] | None = None
+    ops: tuple[tuple[Annotated[int, Ge(0), Lt(OPS)], ...], ...] | None = None
     norm: Norm = "instance_affine"
 
     def __post_init__(self) -> None:
-        if min(self.num_blocks, self.num_depths) < 1:
-            raise UserError("backbone.num_blocks and backbone.num_depths must be above 0")
+        super().__post_init__()
         least = GROUPS if self.norm == "group" else 1
         width = WIDTH * self.channel_mul
         if width < least or width != int(width) or int(width) % least:
@@ -70,11 +71,9 @@ class Config:
         if self.search:
             raise UserError("backbone.search looks for paths and ops; leave both out")
         shape = (self.num_blocks, 3 * self.num_depths - 2)
-        for key, rows, most in (("paths", self.paths, 1), ("ops", self.ops, OPS - 1)):
+        for key, rows in (("paths", self.paths), ("ops", self.ops)):
             if len(rows) != shape[0] or any(len(row) != shape[1] for row in rows):
                 raise UserError(f"backbone.{key} must have {shape[0]} rows of {shape[1]}, one for each path")
-            if not all(0 <= value <= most for row in rows for value in row):
-                raise UserError(f"backbone.{key} must hold whole numbers from 0 to {most}")
         self._check_joints()
 
     def _check_joints(self) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from logonet.core.config import Count, Section, SizeVox
 from logonet.core.errors import UserError
 from logonet.networks import SegOut
-from logonet.networks._monai import GROUPS, Norm, check_coarsest, norm_name
+from logonet.networks._monai import Norm, check_coarsest, check_groups, norm_name
 
 TINY: dict[str, Any] = {
     "kernel_size": ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
@@ -25,7 +26,7 @@ TINY: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="backbone"):
     """The defaults are the nnU-Net of LoGoNet's Table 1.
 
     Attributes:
@@ -39,14 +40,15 @@ class Config:
         deep_supr_num: of how many levels below the first.
     """
 
-    kernel_size: tuple[tuple[int, int, int], ...] = ((1, 3, 3), *((3, 3, 3),) * 5)
-    strides: tuple[tuple[int, int, int], ...] = ((1, 1, 1), (1, 2, 2), *((2, 2, 2),) * 3, (1, 2, 2))
-    filters: tuple[int, ...] | None = None
+    kernel_size: tuple[SizeVox, ...] = ((1, 3, 3), *((3, 3, 3),) * 5)
+    strides: tuple[SizeVox, ...] = ((1, 1, 1), (1, 2, 2), *((2, 2, 2),) * 3, (1, 2, 2))
+    filters: tuple[Count, ...] | None = None
     norm: Norm = "instance"
     deep_supervision: bool = False
-    deep_supr_num: int = 1
+    deep_supr_num: Count = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         levels = len(self.strides)
         if levels < 3 or len(self.kernel_size) != levels:
             raise UserError(
@@ -56,21 +58,17 @@ class Config:
         if self.strides[0] != (1, 1, 1):
             raise UserError(f"backbone.strides begins with {self.strides[0]}; it must begin with (1, 1, 1)")
         for kernel, stride in zip(self.kernel_size, self.strides):
-            if any(k < 1 or k % 2 == 0 or not 1 <= s <= k + 1 for k, s in zip(kernel, stride)):
+            if any(k % 2 == 0 or s > k + 1 for k, s in zip(kernel, stride)):
                 raise UserError(
                     f"backbone.kernel_size {kernel} cannot go with backbone.strides {stride}; kernels must be "
                     "odd and at least as long as their stride less one"
                 )
         if len(self.widths) != levels:
             raise UserError(f"backbone.filters has {len(self.widths)} entries; give {levels}, one per stride")
-        if any(width < 1 or (self.norm == "group" and width % GROUPS) for width in self.widths):
+        check_groups("filters", self.widths, self.norm)
+        if self.deep_supervision and self.deep_supr_num > levels - 2:
             raise UserError(
-                f"backbone.filters is {self.widths}; with backbone.norm {self.norm} each must be a positive "
-                f"multiple of {GROUPS if self.norm == 'group' else 1}"
-            )
-        if self.deep_supervision and not 1 <= self.deep_supr_num <= levels - 2:
-            raise UserError(
-                f"backbone.deep_supr_num is {self.deep_supr_num}; it must lie between 1 and {levels - 2}"
+                f"backbone.deep_supr_num is {self.deep_supr_num}; it must be at most {levels - 2}"
             )
 
     @property

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from logonet.core.config import Count
 from logonet.core.errors import UserError
 from logonet.networks import SegOut
 from logonet.networks._lka import SegHead, Ulka, UlkaConfig, to_layout
@@ -27,14 +28,21 @@ TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Config(UlkaConfig):
-    global_blocks: int = 4  # encoder blocks of the net that sees the whole crop
-    local_blocks: int = 2  # encoder blocks of each of the eight nets that see an octant
+    """
+    Attributes:
+        global_blocks: encoder blocks of the net that sees the whole crop.
+        local_blocks: encoder blocks of each of the eight nets that see an octant.
+    """
+
+    global_blocks: Count = 4
+    local_blocks: Count = 2
 
     def __post_init__(self) -> None:
-        if not 1 <= self.local_blocks <= self.global_blocks:
+        super().__post_init__()
+        if self.local_blocks > self.global_blocks:
             raise UserError(
-                f"backbone.local_blocks is {self.local_blocks}; it must lie between 1 and "
-                f"backbone.global_blocks ({self.global_blocks})"
+                f"backbone.local_blocks is {self.local_blocks}; it must be at most backbone.global_blocks "
+                f"({self.global_blocks})"
             )
 
 

@@ -9,16 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Lt, MultipleOf
 from torch import Tensor, nn
 
+from logonet.core.config import Count, Section, SizeVox
 from logonet.core.errors import UserError
 from logonet.networks import SegOut
 
 Triple = tuple[int, int, int]
+PatchSide = Literal[1, 2, 4]
+Stride = tuple[Literal[1, 2], Literal[1, 2], Literal[1, 2]]
 
 # The last stride keeps the coarsest map at four tokens a side: fewer make windows in which little can happen.
 TINY: dict[str, Any] = {
@@ -34,7 +38,7 @@ TINY: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="backbone"):
     """The defaults are the published net for abdominal CT (Synapse), its axes in this project's order.
 
     Attributes:
@@ -53,38 +57,21 @@ class Config:
     """
 
     img_size: Triple = (128, 128, 64)
-    patch: Triple = (4, 4, 2)
-    embed_dim: int = 192
-    depths: tuple[int, ...] = (2, 2, 2, 2)
-    num_heads: tuple[int, ...] = (6, 12, 24, 48)
-    decoder_heads: tuple[int, ...] | None = None
-    windows: tuple[Triple, ...] = ((4, 4, 4), (4, 4, 4), (8, 8, 8), (4, 4, 4))
-    strides: tuple[Triple, ...] = ((2, 2, 2), (2, 2, 2), (2, 2, 2))
-    drop_path: float = 0.2
+    patch: tuple[PatchSide, PatchSide, PatchSide] = (4, 4, 2)
+    embed_dim: Annotated[int, Ge(2), MultipleOf(2)] = 192
+    depths: tuple[Count, Count, Count, Count] = (2, 2, 2, 2)
+    num_heads: tuple[Count, Count, Count, Count] = (6, 12, 24, 48)
+    decoder_heads: tuple[Count, Count, Count] | None = None
+    windows: tuple[SizeVox, SizeVox, SizeVox, SizeVox] = ((4, 4, 4), (4, 4, 4), (8, 8, 8), (4, 4, 4))
+    strides: tuple[Stride, Stride, Stride] = ((2, 2, 2), (2, 2, 2), (2, 2, 2))
+    drop_path: Annotated[float, Ge(0), Lt(1)] = 0.2
     deep_supervision: bool = True
 
     def __post_init__(self) -> None:
-        if any(p not in (1, 2, 4) for p in self.patch):
-            raise UserError(f"backbone.patch is {self.patch}; its entries must be 1, 2 or 4")
-        lists: dict[str, tuple[Sequence[Any], int]] = {
-            "depths": (self.depths, 4),
-            "num_heads": (self.num_heads, 4),
-            "decoder_heads": (self.heads_up, 3),
-            "windows": (self.windows, 4),
-            "strides": (self.strides, 3),
-        }
-        for key, (values, length) in lists.items():
-            if len(values) != length or any(n < 1 for n in _flat(values)):
-                raise UserError(f"backbone.{key} is {values}; give {length} entries, all above 0")
-        if any(s > 2 for stride in self.strides for s in stride):
-            raise UserError(f"backbone.strides is {self.strides}; its entries must be 1 or 2")
-        if self.embed_dim < 2 or self.embed_dim % 2:
-            raise UserError(f"backbone.embed_dim is {self.embed_dim}; it must be even and above 0")
+        super().__post_init__()
         for key, all_heads in (("num_heads", self.num_heads), ("decoder_heads", self.heads_up)):
             if any(dim % heads for dim, heads in zip(self.dims, all_heads)):
                 raise UserError(f"backbone.{key} is {all_heads}; they must divide the widths {self.dims}")
-        if not 0 <= self.drop_path < 1:
-            raise UserError(f"backbone.drop_path is {self.drop_path}; it must be at least 0 and below 1")
         least = self.total_strides[-1]
         if any(side < low or side % p for side, low, p in zip(self.img_size, least, self.patch)):
             near = tuple(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logonet.core.errors import UserError
+from logonet.core.config import Count, Section
 from logonet.networks import SegOut
 from logonet.networks._conv import conv
 from logonet.networks._lka import conv_norm, to_layout
@@ -23,7 +23,7 @@ TINY: dict[str, Any] = {"width": 4}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="backbone"):
     """The defaults are the network that PCRLv2 pretrains.
 
     Attributes:
@@ -34,13 +34,9 @@ class Config:
         channels_last: memory layout and convolutions that are fast on a CPU, or torch's own: the same numbers.
     """
 
-    width: int = 32
+    width: Count = 32
     skips: bool = False
     channels_last: bool = True
-
-    def __post_init__(self) -> None:
-        if self.width < 1:
-            raise UserError(f"backbone.width is {self.width}; it must be above 0")
 
 
 def size_multiple(cfg: Config) -> tuple[int, int, int]:

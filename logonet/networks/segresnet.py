@@ -6,10 +6,12 @@ Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, MultipleOf
 from torch import Tensor, nn
 
+from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
 from logonet.networks import SegOut
 
@@ -19,7 +21,7 @@ TINY: dict[str, Any] = {"init_filters": 8, "blocks_down": (1, 1, 1), "blocks_up"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="backbone"):
     """The defaults are Myronenko's network.
 
     Attributes:
@@ -28,20 +30,13 @@ class Config:
         blocks_up: of each level of the decoder, coarse to fine; one level fewer.
     """
 
-    init_filters: int = 32
-    blocks_down: tuple[int, ...] = (1, 2, 2, 4)
-    blocks_up: tuple[int, ...] = (1, 1, 1)
+    init_filters: Annotated[int, Ge(GROUPS), MultipleOf(GROUPS)] = 32
+    blocks_down: tuple[Count, ...] = (1, 2, 2, 4)
+    blocks_up: tuple[Count, ...] = (1, 1, 1)
 
     def __post_init__(self) -> None:
-        if self.init_filters < GROUPS or self.init_filters % GROUPS:
-            raise UserError(
-                f"backbone.init_filters is {self.init_filters}; it must be a multiple of {GROUPS}, the groups "
-                "of its normalisation"
-            )
-        for key in ("blocks_down", "blocks_up"):
-            if min(getattr(self, key), default=0) < 1:
-                raise UserError(f"backbone.{key} is {getattr(self, key)}; give numbers above 0")
-        if len(self.blocks_up) != len(self.blocks_down) - 1:
+        super().__post_init__()
+        if not self.blocks_up or len(self.blocks_up) != len(self.blocks_down) - 1:
             raise UserError(
                 f"backbone.blocks_up has {len(self.blocks_up)} entries and backbone.blocks_down "
                 f"{len(self.blocks_down)}; give blocks_up one fewer than blocks_down"

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, MultipleOf
 from torch import Tensor, nn
 
+from logonet.core.config import Count, Positive
 from logonet.core.errors import UserError
 from logonet.networks import SegOut, segresnet
 from logonet.networks._monai import check_img_size
@@ -31,11 +33,11 @@ class Config(segresnet.Config):
             divergence from a normal distribution) beside the segmentation's; Myronenko's is 0.1.
     """
 
-    init_filters: int = 8
+    init_filters: Annotated[int, Ge(segresnet.GROUPS), MultipleOf(segresnet.GROUPS)] = 8
     img_size: tuple[int, int, int] = (96, 96, 96)
-    vae_nz: int = 256
+    vae_nz: Count = 256
     vae_estimate_std: bool = True
-    vae_weight: float = 0.1
+    vae_weight: Positive = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,13 +45,6 @@ class Config(segresnet.Config):
         if any(side < multiple or side % multiple for side in self.img_size):
             raise UserError(
                 f"backbone.img_size is {self.img_size}; its sides must be multiples of {multiple}"
-            )
-        if self.vae_nz < 1:
-            raise UserError(f"backbone.vae_nz is {self.vae_nz}; it must be above 0")
-        if self.vae_weight <= 0:
-            raise UserError(
-                f"backbone.vae_weight is {self.vae_weight}; it must be above 0 (backbone 'segresnet' has no "
-                "autoencoder)"
             )
 
 

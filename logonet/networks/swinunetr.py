@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, MultipleOf
 from torch import Tensor, nn
 
+from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
 from logonet.networks import SegOut
 from logonet.networks._monai import Norm, check_coarsest, norm_name
@@ -27,7 +29,7 @@ TINY: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="backbone"):
     """The defaults are the SwinUNETR of LoGoNet's Table 1.
 
     Attributes:
@@ -40,25 +42,19 @@ class Config:
         checkpointing: recompute the Swin blocks in backward: less memory, more time.
     """
 
-    feature_size: int = 48
-    depths: tuple[int, ...] = (2, 2, 2, 2)
-    num_heads: tuple[int, ...] = (3, 6, 12, 24)
-    window_size: int = 7
+    feature_size: Annotated[int, Ge(12), MultipleOf(12)] = 48
+    depths: tuple[Count, Count, Count, Count] = (2, 2, 2, 2)
+    num_heads: tuple[Count, Count, Count, Count] = (3, 6, 12, 24)
+    window_size: Annotated[int, Ge(2)] = 7
     use_v2: bool = False
     norm: Norm = "instance"
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if self.feature_size < 12 or self.feature_size % 12:
-            raise UserError(f"backbone.feature_size is {self.feature_size}; it must be a multiple of 12")
-        for key in ("depths", "num_heads"):
-            if len(getattr(self, key)) != 4 or min(getattr(self, key)) < 1:
-                raise UserError(f"backbone.{key} is {getattr(self, key)}; give 4 numbers above 0")
+        super().__post_init__()
         widths = [self.feature_size * 2**stage for stage in range(4)]
         if any(width % heads for width, heads in zip(widths, self.num_heads)):
             raise UserError(f"backbone.num_heads is {self.num_heads}; they must divide the widths {widths}")
-        if self.window_size < 2:
-            raise UserError(f"backbone.window_size is {self.window_size}; set it to 2 or more")
 
 
 def size_multiple(cfg: Config) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from logonet.core.config import Count
 from logonet.networks import SegOut
 from logonet.networks._lka import Ulka, UlkaConfig, to_layout
 
@@ -23,7 +24,12 @@ TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Config(UlkaConfig):
-    blocks: int = 4  # encoder blocks
+    """
+    Attributes:
+        blocks: encoder blocks.
+    """
+
+    blocks: Count = 4
 
 
 def size_multiple(cfg: Config) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logonet.core.errors import UserError
+from logonet.core.config import Count, Natural, Section
 from logonet.networks import SegOut
 from logonet.networks._monai import check_coarsest, check_levels, norm_name
 
@@ -22,7 +22,7 @@ TINY: dict[str, Any] = {"channels": (4, 8, 12), "strides": (2, 2), "num_res_unit
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="backbone"):
     """The defaults are the network of MONAI's tutorials.
 
     Attributes:
@@ -32,15 +32,14 @@ class Config:
         norm: the last one normalises the logits, so there is none over groups of channels.
     """
 
-    channels: tuple[int, ...] = (16, 32, 64, 128, 256)
-    strides: tuple[int, ...] = (2, 2, 2, 2)
-    num_res_units: int = 2
+    channels: tuple[Count, ...] = (16, 32, 64, 128, 256)
+    strides: tuple[Count, ...] = (2, 2, 2, 2)
+    num_res_units: Natural = 2
     norm: Literal["instance", "instance_affine", "batch"] = "batch"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_levels(self.channels, self.strides)
-        if self.num_res_units < 0:
-            raise UserError(f"backbone.num_res_units is {self.num_res_units}; it must be 0 or more")
 
 
 def size_multiple(cfg: Config) -> tuple[int, int, int]:

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
-from logonet.core.errors import UserError
+from logonet.core.config import Count, Section
 from logonet.networks import SegOut
-from logonet.networks._monai import GROUPS, Norm, check_coarsest, norm_name
+from logonet.networks._monai import Norm, check_coarsest, check_groups, norm_name
 
 LEVELS = 5  # fixed by MONAI
+Width = Annotated[int, Ge(2)]  # the inner nodes halve it
 
 TINY: dict[str, Any] = {"features": (4, 4, 8, 8, 12, 4), "norm": "group"}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="backbone"):
     """The defaults are MONAI's; no widths are known that give the UNet++ of LoGoNet's Table 1.
 
     Attributes:
@@ -31,21 +33,13 @@ class Config:
         deep_supervision: give the logits of the inner nodes at full resolution in training.
     """
 
-    features: tuple[int, ...] = (32, 32, 64, 128, 256, 32)
+    features: tuple[Count, Count, Width, Width, Width, Count] = (32, 32, 64, 128, 256, 32)
     norm: Norm = "instance_affine"
     deep_supervision: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.features) != LEVELS + 1:
-            raise UserError(f"backbone.features has {len(self.features)} entries; give {LEVELS + 1}")
-        multiple = GROUPS if self.norm == "group" else 1
-        if any(width < 1 or width % multiple for width in self.features):
-            raise UserError(
-                f"backbone.features is {self.features}; with backbone.norm {self.norm} each must be a positive "
-                f"multiple of {multiple}"
-            )
-        if any(width < 2 for width in self.features[2:LEVELS]):
-            raise UserError(f"backbone.features is {self.features}; the third to fifth must be 2 or more")
+        super().__post_init__()
+        check_groups("features", self.features, self.norm)
 
 
 def size_multiple(cfg: Config) -> tuple[int, int, int]:

@@ -9,17 +9,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, MultipleOf
 from torch import Tensor, nn
 
+from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
 from logonet.networks import SegOut
 from logonet.networks._monai import check_img_size
 
 PATCH = 16  # side in voxels of what becomes one token; fixed by the four doublings of the decoder
+Patches = Annotated[int, Ge(PATCH), MultipleOf(PATCH)]
 
 # Of the transformer's 12 layers: Dosovitskiy et al. 2021, Table 1, and Touvron et al. 2021, Table 1.
 _VARIANTS: dict[str, dict[str, int]] = {
@@ -37,7 +40,7 @@ TINY: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="backbone"):
     """The defaults are the UNETR of LoGoNet's Table 1, on ViT-B.
 
     Attributes:
@@ -49,21 +52,18 @@ class Config:
         qkv_bias: a bias in attention's projections, which GL-MAE's transformer has and UNETR's lacks.
     """
 
-    img_size: tuple[int, int, int] = (96, 96, 96)
-    feature_size: int = 32
+    img_size: tuple[Patches, Patches, Patches] = (96, 96, 96)
+    feature_size: Count = 32
     variant: Literal["vit_b", "vit_t"] = "vit_b"
-    hidden_size: int | None = None
-    mlp_dim: int | None = None
-    num_heads: int | None = None
+    hidden_size: Count | None = None
+    mlp_dim: Count | None = None
+    num_heads: Count | None = None
     positions: Literal["learned", "sincos"] = "learned"
     qkv_bias: bool = False
 
     def __post_init__(self) -> None:
-        if any(side < PATCH or side % PATCH for side in self.img_size):
-            raise UserError(f"backbone.img_size is {self.img_size}; its sides must be multiples of {PATCH}")
-        hidden, mlp, heads = (self.vit[key] for key in ("hidden_size", "mlp_dim", "num_heads"))
-        if min(self.feature_size, hidden, mlp, heads) < 1:
-            raise UserError("backbone.feature_size, hidden_size, mlp_dim and num_heads must be above 0")
+        super().__post_init__()
+        hidden, heads = self.vit["hidden_size"], self.vit["num_heads"]
         if hidden % heads:
             raise UserError(
                 f"backbone.hidden_size {hidden} is not a multiple of backbone.num_heads {heads}; change either"

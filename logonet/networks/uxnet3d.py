@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
 from logonet.networks import SegOut
 from logonet.networks._conv import Conv3d, DepthwiseConv3d, PointConv3d
 from logonet.networks._lka import to_layout
-from logonet.networks._monai import GROUPS, Norm, check_coarsest
+from logonet.networks._monai import GROUPS, Norm, check_coarsest, check_groups
 
 EXPANSION = 4  # hidden over outer width of a block
 EPS = 1e-6  # of the encoder's layer normalisations
@@ -30,7 +31,7 @@ TINY: dict[str, Any] = {"feature_size": 8, "depths": (1, 1, 1, 1), "kernel_size"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="backbone"):
     """The defaults are the released network.
 
     Attributes:
@@ -47,24 +48,18 @@ class Config:
     """
 
     variant: Literal["normal", "optimised"] = "normal"
-    feature_size: int = 48
-    depths: tuple[int, ...] | None = None
-    kernel_size: int = 7
+    feature_size: Count = 48
+    depths: tuple[Count, Count, Count, Count] | None = None
+    kernel_size: Count = 7
     scaling: Literal["depthwise", "mlp"] = "depthwise"
     block: Literal["released", "paper"] = "released"
     norm: Norm = "instance"
     channels_last: bool = True
 
     def __post_init__(self) -> None:
-        if self.feature_size < 1 or (self.norm == "group" and self.feature_size % GROUPS):
-            multiple = GROUPS if self.norm == "group" else 1
-            raise UserError(
-                f"backbone.feature_size is {self.feature_size}; with backbone.norm {self.norm} it must be a "
-                f"positive multiple of {multiple}"
-            )
-        if len(self.stage_depths) != 4 or min(self.stage_depths) < 1:
-            raise UserError(f"backbone.depths is {self.depths}; give 4 numbers above 0")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+        super().__post_init__()
+        check_groups("feature_size", (self.feature_size,), self.norm)
+        if self.kernel_size % 2 == 0:
             raise UserError(f"backbone.kernel_size is {self.kernel_size}; it must be odd")
 
     @property

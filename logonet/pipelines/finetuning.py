@@ -68,8 +68,10 @@ class Init:
 class Finetuning:
     """Everything that decides what a finetuning run computes; the defaults are the paper's Table 3.
 
-    An empty ``backbone`` is the one that ``init.weights`` was trained with. ``leaks`` says what to do with test
-    cases that training or pretraining has seen.
+    An empty ``backbone`` is the one that ``init.weights`` was trained with.
+
+    Attributes:
+        leaks: what to do with test cases that training or pretraining has seen.
     """
 
     split: splits.Config = field(default_factory=splits.Config)

@@ -19,17 +19,12 @@ from logonet.pipelines import Finetuning, Pretraining
 TINY_LOGONET = {
     "name": "logonet",
     "dims": [8, 16, 24, 32],
-    "depths": [1, 1, 1, 1],
-    "mlp_ratios": [2, 2, 2, 2],
+    "depths": [1] * 4,
+    "mlp_ratios": [2] * 4,
     "full_width": 8,
 }
-SMALL_LOGONET = {
-    "name": "logonet",
-    "dims": [16, 32, 64, 128],
-    "depths": [1, 1, 1, 1],
-    "mlp_ratios": [2, 2, 2, 2],
-    "full_width": 16,
-}
+SMALL_LOGONET = TINY_LOGONET | {"dims": [16, 32, 64, 128], "full_width": 16}
+MASKED_CLUSTERS = {"name": "masked_clusters", "final_relu": False}
 
 
 def paper() -> Pretraining:
@@ -50,7 +45,7 @@ def small() -> Pretraining:
         crops=cropping.Config(size_vox=(64, 64, 64)),
         clusterers=kmeans.Config(n=24, k_min=20, k_max=100, iterations=150),
         backbone={"name": "logonet", "dims": [16, 32, 64, 128], "depths": [2, 2, 2, 2], "full_width": 16},
-        method={"name": "masked_clusters", "final_relu": False},
+        method=MASKED_CLUSTERS,
         train=training.Config(epochs=50, global_batch=8, warmup_epochs=5),
     )
 
@@ -68,7 +63,7 @@ def hippocampus() -> Pretraining:
         crops=cropping.Config(size_vox=HIPPOCAMPUS_CROP, per_scan=2),
         clusterers=kmeans.Config(n=16, k_min=8, k_max=40, iterations=100),
         backbone=SMALL_LOGONET,
-        method={"name": "masked_clusters", "final_relu": False},
+        method=MASKED_CLUSTERS,
         train=training.Config(epochs=10, global_batch=16, batch_size=4, lr=2e-3, warmup_epochs=1),
     )
 
@@ -81,7 +76,7 @@ def real_ct() -> Pretraining:
         crops=cropping.Config(size_vox=(32, 32, 32), per_scan=16),
         clusterers=kmeans.Config(n=16, k_min=8, k_max=40, iterations=100),
         backbone=TINY_LOGONET,
-        method={"name": "masked_clusters", "final_relu": False},
+        method=MASKED_CLUSTERS,
         train=training.Config(epochs=4, global_batch=32, batch_size=2, lr=3e-3, warmup_epochs=1),
     )
 
@@ -99,7 +94,7 @@ def demo() -> Pretraining:
         crops=cropping.Config(size_vox=(32, 32, 32), per_scan=4),
         clusterers=kmeans.Config(n=8, k_min=4, k_max=12, iterations=50),
         backbone=TINY_LOGONET,
-        method={"name": "masked_clusters", "final_relu": False, "phi1": 0.2},
+        method={**MASKED_CLUSTERS, "phi1": 0.2},
         train=training.Config(epochs=20, global_batch=4, batch_size=2, lr=3e-3, warmup_epochs=1),
     )
 
@@ -151,12 +146,7 @@ def hippocampus_finetune() -> Finetuning:
         # Left and right hippocampus are one class here, and each scan shows one of them.
         method={"name": "supervised", "augment": config.to_dict(augment.Config(flip_prob=0.5))},
         train=training.Config(
-            epochs=10,
-            steps_per_epoch=50,
-            global_batch=2,
-            lr=1e-3,
-            warmup_epochs=1,
-            grad_clip=1.0,
+            epochs=10, steps_per_epoch=50, global_batch=2, lr=1e-3, warmup_epochs=1, grad_clip=1.0
         ),
     )
 

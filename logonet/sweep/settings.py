@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt
 
 from logonet import pipelines
 from logonet.core import config
+from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
 from logonet.data import splits
 from logonet.pipelines import Finetuning, Pretraining
@@ -21,7 +24,7 @@ from logonet.training import linear_probe
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="search"):
     """How to search and whom to believe.
 
     Attributes:
@@ -39,13 +42,9 @@ class Config:
     objective: Objective = "probe"
     search: Literal["random", "optuna"] = "random"
     stop_early: bool = True
-    grace_epochs: int = 1
-    reduction: float = 3.0
+    grace_epochs: Count = 1
+    reduction: Annotated[float, Gt(1)] = 3.0
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.grace_epochs < 1 or self.reduction <= 1:
-            raise UserError("grace_epochs must be at least 1, and reduction above 1")
 
 
 @dataclass(frozen=True)

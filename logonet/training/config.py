@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from logonet.core.config import unknown
+from annotated_types import Ge, Lt
+
+from logonet.core.config import Count, Natural, NonNegative, Positive, Section
 from logonet.core.errors import UserError
 from logonet.inference import sliding_window
 from logonet.methods import DataSpec
 from logonet.training import linear_probe
 
+Beta = Annotated[float, Ge(0), Lt(1)]
+
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="train"):
     """Training settings; the defaults are the paper's Table 2.
 
     Attributes:
@@ -23,6 +27,8 @@ class Config:
         batch_size: samples a worker puts through the network at once; what batch norm sees. The global_batch /
             batch_size of them that make a step are dealt to the workers, which accumulate gradients over theirs.
         lr: peak learning rate; linear warm-up over ``warmup_epochs``, then cosine to ``min_lr``.
+        min_lr: learning rate at the end.
+        warmup_epochs: epochs of the warm-up.
         weight_decay, betas: of AdamW.
         grad_clip: largest gradient norm; None does not clip.
         precision: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on CPU, so that a run that moves from
@@ -37,48 +43,34 @@ class Config:
         seed: of everything drawn.
     """
 
-    epochs: int = 100
-    steps_per_epoch: int | None = None
-    global_batch: int = 16
-    batch_size: int = 1
-    lr: float = 1e-4
-    min_lr: float = 0.0
-    warmup_epochs: float = 10.0
-    weight_decay: float = 1e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    grad_clip: float | None = None
-    precision: str = "auto"
+    epochs: Count = 100
+    steps_per_epoch: Count | None = None
+    global_batch: Count = 16
+    batch_size: Count = 1
+    lr: Positive = 1e-4
+    min_lr: NonNegative = 0.0
+    warmup_epochs: NonNegative = 10.0
+    weight_decay: NonNegative = 1e-5
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    grad_clip: Positive | None = None
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False
-    gradient_sync: str = "auto"
-    checkpoint_every_steps: int | None = None
-    keep_checkpoints: int = 2
-    validate_every_epochs: int = 0
-    patience: int | None = None
+    gradient_sync: Literal["auto", "ddp", "flat"] = "auto"
+    checkpoint_every_steps: Count | None = None
+    keep_checkpoints: Count = 2
+    validate_every_epochs: Natural = 0
+    patience: Count | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "global_batch", "batch_size", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("checkpoint_every_steps", "steps_per_epoch", "patience"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1, or null")
-        if self.validate_every_epochs < 0 or (self.patience is not None and not self.validate_every_epochs):
-            raise ValueError("validate_every_epochs must be at least 0, and above 0 for patience")
-        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
-            raise ValueError(
-                f"lr is {self.lr} and min_lr {self.min_lr}; they must be 0 <= min_lr <= lr and lr > 0"
-            )
-        if self.weight_decay < 0 or (self.grad_clip is not None and self.grad_clip <= 0):
-            raise ValueError("weight_decay must be at least 0, and grad_clip above 0 or null")
-        if self.precision not in (known := ("auto", "bf16", "fp32")):
-            raise ValueError(unknown("precision", self.precision, known))
-        if self.gradient_sync not in (known := ("auto", "ddp", "flat")):
-            raise ValueError(unknown("gradient_sync", self.gradient_sync, known))
-        if not 0 <= self.warmup_epochs <= self.epochs:
-            raise ValueError(
-                f"warmup_epochs is {self.warmup_epochs}; it must lie in 0..epochs ({self.epochs})"
-            )
+        super().__post_init__()
+        if self.patience is not None and not self.validate_every_epochs:
+            raise UserError("train.patience counts validations; set train.validate_every_epochs above 0 too")
+        for name, limit in (("min_lr", "lr"), ("warmup_epochs", "epochs")):
+            if getattr(self, name) > getattr(self, limit):
+                raise UserError(
+                    f"train.{name} is {getattr(self, name)}; it must be at most train.{limit} ({getattr(self, limit)})"
+                )
 
 
 @dataclass(frozen=True)

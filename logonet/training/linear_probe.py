@@ -18,14 +18,16 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from logonet.core import seeding
+from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
 from logonet.data import prepared_scans, volume
 
@@ -33,7 +35,7 @@ FLAT = 1e-6  # a feature that varies by less than this share of its size is cons
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section, key="probe"):
     """What is measured, how often and on how much.
 
     Attributes:
@@ -47,22 +49,14 @@ class Config:
         seed: of the cases, crops and voxels drawn.
     """
 
-    every_epochs: int = 1
-    train_cases: int = 16
-    val_cases: int = 16
-    crops_per_case: int = 2
-    voxels_per_crop: int = 2048
-    iterations: int = 50
-    weight_decay: float = 1e-2
+    every_epochs: Count = 1
+    train_cases: Count = 16
+    val_cases: Count = 16
+    crops_per_case: Count = 2
+    voxels_per_crop: Count = 2048
+    iterations: Count = 50
+    weight_decay: Annotated[float, Ge(0), Lt(math.inf)] = 1e-2
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        counts = ("train_cases", "val_cases", "crops_per_case", "voxels_per_crop", "iterations")
-        for name in ("every_epochs", *counts):
-            if getattr(self, name) < 1:
-                raise UserError(f"probe.{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"probe.weight_decay is {self.weight_decay}; it must be at least 0")
 
 
 @dataclass(frozen=True)
