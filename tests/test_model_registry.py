@@ -152,9 +152,9 @@ def test_damaged_files_are_not_handed_out(client: Any, tmp_path: pathlib.Path) -
     uri = put("torn")
     weights = stored(client, "torn") / "weights.safetensors"
     good = weights.read_bytes()
-    for bad, sentence in ((good[:-1], "bytes instead of"), (b"\x01" + good[1:], "not what was registered")):
+    for bad in (good[:-1], b"\x01" + good[1:]):
         weights.write_bytes(bad)
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(UserError, match="not what was registered"):
             download(uri, str(tmp_path))
     weights.unlink()
     with pytest.raises(UserError, match="register the model again"):
@@ -189,7 +189,7 @@ def test_many_processes_may_download_at_once(client: Any, tmp_path: pathlib.Path
 def test_a_model_that_logonet_did_not_register_is_refused(client: Any, tmp_path: pathlib.Path) -> None:
     client.create_registered_model("foreign")
     client.create_model_version("foreign", str(tmp_path))
-    with pytest.raises(UserError, match="nothing vouches for its files"):
+    with pytest.raises(UserError, match="its files cannot be verified"):
         download("models:/foreign/1", str(tmp_path))
 
 
@@ -241,7 +241,7 @@ def test_models_of_a_sqlite_registry_go_to_the_bucket(
     from logonet.storage import object_store
 
     object_store.delete(f"{location}/data/config.json")
-    with pytest.raises(UserError, match="bytes instead of"):
+    with pytest.raises(UserError, match="not what was registered"):
         download(uri, str(tmp_path / "other"))
     assert object_store.delete_prefix(location)
     with pytest.raises(UserError, match="register the model again"):

@@ -246,7 +246,7 @@ def test_a_pickle_in_the_registry_is_refused(trace: Path, tmp_path: Path, mlflow
     with pytest.raises(UserError, match="is not a whole safetensors file"):
         pipelines.choose(uri)
     # Beside the files that were registered, where MLflow itself would look for code to load.
-    version = tracking.models._registry_client().get_model_version("logonet-seg-bomb", "1")
+    version = tracking.runs.connect(tracking.tracking_uri()).get_model_version("logonet-seg-bomb", "1")
     (Path(version.source) / "python_model.pkl").write_bytes(bomb)
     (Path(version.source) / "MLmodel").write_text(
         "flavors: {python_function: {loader_module: mlflow.pyfunc.model, python_model: python_model.pkl}}"
