@@ -289,7 +289,7 @@ def test_a_bundle_holds_no_text_that_monai_would_run(tmp_path: Path) -> None:
         values["classes"][1] = text
         (folder / model.CONFIG_FILE).write_text(json.dumps(values))
         with pytest.raises(UserError, match="which a MONAI config would not take as text"):
-            export.bundle(str(folder), str(tmp_path / "bundle"))
+            export.write_bundle(str(folder), str(tmp_path / "bundle"))
         assert not (tmp_path / "bundle").exists()
 
 
