@@ -148,18 +148,12 @@ def commit(
             f"{uri} cannot be finished: {missing[0]} is missing or cut short; run the stage again"
         )
     manifest_uri = object_store.join(uri, MANIFEST)
-    _keep_torn(manifest_uri)
+    if object_store.exists(manifest_uri):
+        raw = object_store.read(manifest_uri)
+        if _parse(raw)[1]:  # damaged: keep a copy, named by its digest, so that equal copies are one
+            object_store.write(f"{manifest_uri}.torn-{hashlib.sha256(raw).hexdigest()[:8]}", raw)
     object_store.write_json(manifest_uri, content | {"checksum": _checksum(content)})
     return artifact
-
-
-def _keep_torn(manifest_uri: str) -> None:
-    """Keep a copy of a damaged manifest, named by its digest, so that equal copies are one."""
-    if not object_store.exists(manifest_uri):
-        return
-    raw = object_store.read(manifest_uri)
-    if _parse(raw)[1]:
-        object_store.write(f"{manifest_uri}.torn-{hashlib.sha256(raw).hexdigest()[:8]}", raw)
 
 
 def _parse(raw: bytes) -> tuple[dict[str, Any], str]:

@@ -37,7 +37,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from stat import S_ISREG
+from stat import S_ISDIR, S_ISREG
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
@@ -314,6 +314,10 @@ class _Retry(Exception):
         self.final = final
 
 
+def _fault(uri: str, what: str) -> _Retry:
+    return _Retry(IntegrityError(f"{uri}: {what}"))
+
+
 def _until_good(attempt: Callable[[], T]) -> T:
     """The result of ``attempt``, repeated while it raises _Retry: for replies whose fault shows after their headers."""
     stop = tenacity.stop_after_attempt(BODY_ATTEMPTS)
@@ -484,11 +488,6 @@ _NOT_OURS = "the object store's reply is not this object; check it"
 _WRONG_SHA256 = "its SHA-256 is not the recorded one; write it again"
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Open a named pipe, too, without waiting for its writer, possibly for ever."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 @dataclass
 class _Read:
     """One verified copy of the bytes ``[start, start + length)`` of ``uri`` into ``sink``.
@@ -540,22 +539,21 @@ class _Read:
             return stop
         raise IntegrityError(f"{self.uri} holds {total} bytes, {wrong}; write it again")
 
-    def fault(self, what: str) -> _Retry:
-        return _Retry(IntegrityError(f"{self.uri}: {what}"))
-
     def copy_local(self) -> None:
-        with _user_errors(self.uri), open(local_path(self.uri), "rb", opener=_open_at_once) as file:
-            info = os.fstat(file.fileno())
-            if not S_ISREG(info.st_mode):
+        path = local_path(self.uri)
+        with _user_errors(self.uri):
+            mode = os.stat(path).st_mode
+            if not S_ISREG(mode) and not S_ISDIR(mode):  # opening a named pipe may wait for ever
                 raise UserError(f"{self.uri} is a pipe or a device; name a file")
-            stop = self.stop(info.st_size)
-            file.seek(self.start)
-            while piece := file.read(min(stop - file.tell(), PIECE_BYTES)):
-                self.sink.write(piece)
-                if self.sha256:
-                    self.digest.update(piece)
-            if file.tell() != stop:
-                raise IntegrityError(f"{self.uri} shrank while it was read; write it again")
+            with open(path, "rb") as file:
+                stop = self.stop(os.fstat(file.fileno()).st_size)
+                file.seek(self.start)
+                while piece := file.read(min(stop - file.tell(), PIECE_BYTES)):
+                    self.sink.write(piece)
+                    if self.sha256:
+                        self.digest.update(piece)
+                if file.tell() != stop:
+                    raise IntegrityError(f"{self.uri} shrank while it was read; write it again")
         if self.sha256 and self.digest.hexdigest() != self.sha256:
             raise IntegrityError(f"{self.uri}: {_WRONG_SHA256}")
 
@@ -565,18 +563,18 @@ class _Read:
         if self.sha256:
             if found != self.sha256:
                 self.restart()
-                raise self.replaced or self.fault(_WRONG_SHA256)
+                raise self.replaced or _fault(self.uri, _WRONG_SHA256)
         elif not verified:
             if not self.partial and self.size_bytes is None:
                 # Only HEAD can confirm the Content-Length of a whole object of unknown size.
                 entry = stat(self.uri)
                 if entry is None or entry.size_bytes != self.sink.tell():
                     self.unpin()
-                    raise self.fault(_NOT_OURS)
+                    raise _fault(self.uri, _NOT_OURS)
             self.restart()
             if not self.fetch() and self.digest.hexdigest() != found:
                 self.restart()
-                raise self.fault("the object store gives it differently each time; check it")
+                raise _fault(self.uri, "the object store gives it differently each time; check it")
 
     def fetch(self) -> bool:
         """Read all missing bytes; whether the store's checksum or ETag confirms the whole object."""
@@ -597,7 +595,7 @@ class _Read:
         if reached != stop:
             if reached > stop:
                 self.restart()
-            raise self.fault(f"the object store sent {reached} of {stop} bytes; check it")
+            raise _fault(self.uri, f"the object store sent {reached} of {stop} bytes; check it")
         if self.sha256 or self.partial:
             return False
         return (not first and "ChecksumAlgorithm" in reply["ResponseMetadata"]) or self.matches_etag()
@@ -627,7 +625,7 @@ class _Read:
             ours = ours and span and int(span[1]) == first
             total = int(span[2]) if span else None
         if not ours or self.total not in (None, total):
-            raise self.fault(_NOT_OURS)
+            raise _fault(self.uri, _NOT_OURS)
         try:
             stop = self.stop(total)
         except IntegrityError as err:
@@ -642,12 +640,11 @@ class _Read:
         etag = (self.etag or "").strip('"')
         if etag == self.digest.hexdigest():
             return True
-        num_parts = int(etag.partition("-")[2]) if re.fullmatch(r"[0-9a-f]{32}-[0-9]+", etag) else 0
-        total = self.sink.tell()
+        num_parts, total = etag.partition("-")[2], self.sink.tell()
         for part_bytes in _PART_SIZES:
-            if num_parts and -(-total // part_bytes) == num_parts:
+            if num_parts == str(-(-total // part_bytes)):
                 self.sink.seek(0)
-                digests = (_md5(self.sink.read(part_bytes)).digest() for _ in range(num_parts))
+                digests = (_md5(self.sink.read(part_bytes)).digest() for _ in range(int(num_parts)))
                 if f"{_md5(b''.join(digests)).hexdigest()}-{num_parts}" == etag:
                     return True
         return False
@@ -781,7 +778,10 @@ def exists(uri: str) -> bool:
 def listing(prefix_uri: str) -> Iterator[Entry]:
     """Every object below the folder ``prefix_uri``, at any depth, in the byte order of the keys."""
     if not is_s3(prefix_uri):
-        for name in sorted(_walk(prefix_uri), key=os.fsencode):
+        root = local_path(prefix_uri)
+        with _user_errors(prefix_uri):
+            names = [os.path.relpath(path, root) for path in _walk(root)]
+        for name in sorted(names, key=os.fsencode):
             entry = stat(join(prefix_uri, name))
             if entry is not None:  # another process may have deleted it meanwhile
                 yield entry
@@ -807,8 +807,9 @@ def _pages(prefix_uri: str) -> Iterator[list[dict[str, Any]]]:
         counted = page.get("KeyCount", len(items)) == len(items) == len(keys)
         ends = page.get("IsTruncated") is False or "NextContinuationToken" in page
         if not (counted and ends) or keys & before:
-            what = "a page of the object store's listing is torn or comes twice; check the store"
-            raise _Retry(IntegrityError(f"{prefix_uri}: {what}"))
+            raise _fault(
+                prefix_uri, "a page of the object store's listing is torn or comes twice; check the store"
+            )
         return page
 
     while True:
@@ -822,25 +823,18 @@ def _pages(prefix_uri: str) -> Iterator[list[dict[str, Any]]]:
         args["ContinuationToken"] = page["NextContinuationToken"]
 
 
-def _walk(prefix_uri: str) -> Iterator[str]:
-    """Paths of all finished files below a local folder, relative to it."""
-    root = local_path(prefix_uri)
-
-    def refuse(err: OSError) -> None:
-        if not isinstance(err, FileNotFoundError):  # as on S3, a folder that does not exist is empty
-            raise err
-
-    way_to = {root: {os.path.realpath(root)}}
-    with _user_errors(prefix_uri):
-        for folder, below, files in os.walk(root, onerror=refuse, followlinks=True):
-            # Do not follow a link back to a folder on the way here: that would never end.
-            here = way_to.pop(folder)
-            real = {name: os.path.realpath(os.path.join(folder, name)) for name in below}
-            below[:] = [name for name in below if real[name] not in here]
-            way_to |= {os.path.join(folder, name): here | {real[name]} for name in below}
-            for name in files:
-                if not name.startswith(TEMP_MARK):
-                    yield os.path.relpath(os.path.join(folder, name), root)
+def _walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Paths of all finished files below a local folder."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link back to a folder on the way here: following it would never end
+        return
+    # As on S3, a folder that does not exist is empty.
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(entry.path, above | {real})
+            elif not entry.name.startswith(TEMP_MARK):
+                yield entry.path
 
 
 def delete(uri: str) -> None:
@@ -861,29 +855,21 @@ def delete_prefix(uri: str) -> int:
         with _user_errors(uri), contextlib.suppress(FileNotFoundError):
             shutil.rmtree(local_path(uri))
         return count
-    bucket, _ = _bucket_key(uri)
     count = 0
     with _user_errors(uri):
         for page in _pages(uri):
-            if page:
-                _delete_all(bucket, {item["Key"] for item in page})
-            count += len(page)
+            left = {item["Key"] for item in page}
+            count += len(left)
+            if left:
+                _until_good(functools.partial(_delete_keys, _bucket_key(uri)[0], left))
     return count
 
 
-def _delete_all(bucket: str, keys: set[str]) -> None:
-    left = set(keys)
-
-    def delete_left() -> None:
-        objects = {"Objects": [{"Key": key} for key in sorted(left)]}
-        reply = _call("delete_objects", Bucket=bucket, Delete=objects)
-        left.difference_update(item["Key"] for item in reply.get("Deleted", []))
-        if left:  # the store refused each by itself, or the reply was torn
-            key = min(left)
-            codes = {item.get("Key"): item.get("Code", "unknown") for item in reply.get("Errors", [])}
-            why = codes.get(key, "no answer")
-            raise _Retry(
-                UserError(f"{S3}{bucket}/{key} could not be deleted ({why}); check your rights on it")
-            )
-
-    _until_good(delete_left)
+def _delete_keys(bucket: str, left: set[str]) -> None:
+    objects = {"Objects": [{"Key": key} for key in sorted(left)]}
+    reply = _call("delete_objects", Bucket=bucket, Delete=objects)
+    left.difference_update(item["Key"] for item in reply.get("Deleted", []))
+    if left:  # the store refused each by itself, or the reply was torn
+        key = min(left)
+        why = {item.get("Key"): item.get("Code") for item in reply.get("Errors", [])}.get(key, "no answer")
+        raise _Retry(UserError(f"{S3}{bucket}/{key} could not be deleted ({why}); check your rights on it"))

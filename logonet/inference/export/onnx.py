@@ -9,7 +9,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,21 +112,17 @@ def _export(net: nn.Module, x_BCXYZ: Tensor, dynamic: Mapping[int, Any] | None) 
         )
 
 
-def _reason(err: BaseException) -> str:
-    """The operator that failed, if the exporter's long texts name it, else their first sentence."""
-    texts = [str(e) for e in _chain(err)]
+def _reason(err: BaseException | None) -> str:
+    """The operator that failed, if the exporter's long texts name it, else the first sentence of the cause."""
+    texts: list[str] = []
+    while err is not None:
+        texts.insert(0, str(err))
+        err = err.__cause__
     for text in texts:
         for pattern in (r"No ONNX function found for <OpOverload\(op='([\w:.]+)'", r"\b(aten[.:]+\w+[\w.]*)"):
             if found := re.search(pattern, text):
                 return f"ONNX has no operator for {found.group(1)}"
     return " ".join(texts[-1].split())[:300]
-
-
-def _chain(err: BaseException | None) -> Iterator[BaseException]:
-    """Causes first."""
-    if err is not None:
-        yield from _chain(err.__cause__)
-        yield err
 
 
 def _compare(net: nn.Module, path: str, spec: model.Spec, batches: Sequence[int]) -> tuple[float, float]:
