@@ -281,7 +281,7 @@ def test_an_operator_that_onnx_lacks_is_named(tmp_path: pathlib.Path) -> None:
 
     out = tmp_path / "network.onnx"
     with pytest.raises(
-        UserError, match="'airynet' cannot be written as ONNX: ONNX has no operator for .*airy"
+        UserError, match=r"'airynet' cannot be written as ONNX: ONNX has no operator for .*airy"
     ):
         onnx._trace(Airy(), "airynet", (1, 4, 4, 4), str(out))
     assert not out.exists()

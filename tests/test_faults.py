@@ -5,9 +5,9 @@ from __future__ import annotations
 import collections
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from logonet.core.execution import InProcess
 from logonet.data import manifest, phantom
 from logonet.data.volume import encode_nifti
 from logonet.distributed import bucket_inference, cluster
+from logonet.inference import sliding_window
 from logonet.storage import artifacts, object_store
 from tools.s3server import S3Server
 
@@ -33,13 +34,12 @@ def unfinished_uploads(bucket: str) -> list[str]:
 
 
 @pytest.fixture
-def proxy(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    """Without a rate at first: what is to be there is written, then ``proxy.rate`` is set."""
+def proxy(proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
+    """Without a rate at first: a test writes what it needs, then sets ``proxy.rate``."""
     monkeypatch.setattr(object_store, "READ_TIMEOUTS_S", (30.0,))  # on a busy machine any reply may be late
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0)
     object_store._latencies_s.clear()
-    with FaultProxy(s3_server.endpoint, stall_s=1.0) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
-        yield proxy
+    return proxy
 
 
 # ----------------------------------------------------------------------------------- the proxy's rates
@@ -99,11 +99,11 @@ def test_every_call_does_what_it_says_while_a_quarter_of_all_requests_fail(
     proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr(object_store, "PAGE_KEYS", 4)
-    monkeypatch.setattr(object_store, "MULTIPART_BYTES", 20 << 20)
+    monkeypatch.setattr(object_store, "MULTIPART_BYTES", 10 << 20)
     monkeypatch.setattr(object_store, "READ_TIMEOUTS_S", (0.3, 0.3, 2.0, 30.0))
     proxy.rate, proxy.seed = 0.25, seed
     blobs = {f"{object_store.join(bucket, 'x')}/{n:03d}": os.urandom(40_000 + n) for n in range(12)}
-    big = os.urandom(21 << 20)
+    big = os.urandom(11 << 20)
     large = object_store.write(object_store.join(bucket, "large"), big)
     written = dict(zip(blobs, object_store.at_once(lambda uri: object_store.write(uri, blobs[uri]), blobs)))
     assert [e.uri for e in object_store.listing(object_store.join(bucket, "x"))] == sorted(blobs)
@@ -230,8 +230,8 @@ def test_a_store_that_is_always_slow_is_not_asked_twice() -> None:
 def test_an_upload_whose_end_was_not_heard_is_whole(
     proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(object_store, "MULTIPART_BYTES", 20 << 20)
-    uri, blob = object_store.join(bucket, "x"), os.urandom(21 << 20)
+    monkeypatch.setattr(object_store, "MULTIPART_BYTES", 10 << 20)
+    uri, blob = object_store.join(bucket, "x"), os.urandom(11 << 20)
     proxy.add("lost_reply", method="POST", key="uploadId=")
     stored = object_store.write(uri, blob)
     assert object_store.read(uri, sha256=stored.sha256) == blob
@@ -319,11 +319,10 @@ def test_damage_on_the_way_quarantines_no_scan(proxy: FaultProxy, bucket: str) -
 
 def test_a_case_that_is_refused_is_no_bad_case(tmp_path: Path, withheld: set[str]) -> None:
     uri, output = str(tmp_path / "a.nii.gz"), str(tmp_path / "out")
-    segment = object.__new__(bucket_inference._Segment)
-    segment.items, segment.output, segment.attempt, segment.score = (), output, "1", False
-    segment.predictor = type("", (), {"spec": type("", (), {"modality": "CT"})})()
+    predictor: Any = SimpleNamespace(spec=SimpleNamespace(modality="CT"))
+    segment = bucket_inference._Segment(output, sliding_window.Config(), "1", False, predictor)
     withheld.add(uri)
-    row = segment._one(bucket_inference.Item("a", source=manifest.Source(uri)))
+    row = segment._one(bucket_inference.Item("a", source=manifest.Source(uri)), predictor)
     assert (row.status, "access is refused" in row.reason) == (bucket_inference.UNREAD, True)
     assert bucket_inference.finished(output) == {}
 
@@ -333,7 +332,7 @@ def test_mlflow_files_reach_the_bucket_and_come_back(proxy: FaultProxy, bucket: 
     files = {"a.bin": os.urandom(5000), "model/b.json": b"{}"}
     for name, blob in files.items():
         (tmp_path / "in" / name).write_bytes(blob)
-    proxy.rate = 0.3
+    proxy.rate = 0.2
     assert tracking.runs.upload_folder(str(tmp_path / "in"), object_store.join(bucket, "run"))
     fetched = Path(
         tracking.models._fetch("models:/m/1", object_store.join(bucket, "run"), str(tmp_path / "out"), "")
@@ -353,7 +352,6 @@ def pipeline(bucket: str, name: str) -> str:
     """Scans to label maps on the Ray that is there; the root below which everything lies."""
     from logonet import recipes
     from logonet.data import splits
-    from logonet.inference import sliding_window
 
     root, source, resources = f"{bucket}/{name}", f"{bucket}/scans/dataset.json", cluster.Resources(workers=2)
     before = recipes.demo()

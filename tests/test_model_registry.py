@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,8 +24,8 @@ TAGS = {"logonet.manifest": "m1", "logonet.pretrain": "p1"}
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+def database(mlflow_template: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return shutil.copy(mlflow_template, tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture
@@ -206,10 +207,12 @@ def test_only_a_segmentation_can_be_loaded_by_pyfunc(client: Any) -> None:
     assert "\ntorch>=" in requirements
 
 
-def test_a_registry_of_its_own(client: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_registry_of_its_own(
+    client: Any, mlflow_template: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlflow import MlflowClient
 
-    other = f"sqlite:///{tmp_path}/registry.db"
+    other = f"sqlite:///{shutil.copy(mlflow_template, tmp_path / 'registry.db')}"
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", other)
     uri = put("apart")
     assert contents(download(uri, str(tmp_path / "cache"))) == FILES
@@ -228,10 +231,14 @@ def test_a_registry_that_is_away_is_one_sentence(monkeypatch: pytest.MonkeyPatch
 
 
 def test_models_of_a_sqlite_registry_go_to_the_bucket(
-    client: Any, bucket: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    client: Any,
+    bucket: str,
+    mlflow_template: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # The experiment of the small runs keeps the place it was made with, so this needs a database of its own.
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    # The experiment of the small runs keeps the location it was made with, so this needs a database of its own.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shutil.copy(mlflow_template, tmp_path)}")
     uri = put("bucketed", artifact_root=f"{bucket}/mlflow-artifacts")
     own = tracking.runs.connect(tracking.tracking_uri())
     location = own.get_model_version_download_uri("bucketed", "1")

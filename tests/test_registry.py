@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,9 +24,9 @@ PARAMS = {"train": {"lr": 1e-4, "epochs": 4, "amp": True}, "method": {"name": "m
 
 
 @pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    """One for the file, since creating its tables takes seconds; each test has its own experiment."""
-    return tmp_path_factory.mktemp("mlflow") / "deeper" / "mlflow.db"
+def database(mlflow_template, tmp_path_factory):
+    """One for the file; each test has its own experiment."""
+    return shutil.copy(mlflow_template, tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture
@@ -316,7 +317,7 @@ def test_secrets_and_patients_names_stay_out(client, database, tmp_path, monkeyp
         "scans": '["[scan]"]',
     }
     assert run.data.tags["logonet.command"] == line
-    written = b"".join(path.read_bytes() for path in database.parent.iterdir())
+    written = b"".join(path.read_bytes() for path in pathlib.Path(database).parent.iterdir())
     for secret in ("wJalrXUtn", "argv-", "param-one", "param-two", "Miller", "AKIAIOSFODNN7EXAMPLE"):
         assert secret.encode() not in written, secret
 
@@ -401,10 +402,10 @@ def test_a_run_catches_up_with_a_server_that_comes_late(tmp_path, monkeypatch, c
 
 
 def test_check_names_the_server_or_says_it_is_away(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    mlflow_template: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    assert tracking.check() == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{mlflow_template}")
+    assert tracking.check() == f"sqlite:///{mlflow_template}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2@127.0.0.1:1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(UserError, match="could not answer") as err:
