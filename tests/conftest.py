@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tenacity
+from faultproxy import FaultProxy
 
 from logonet.core.errors import UserError
 from logonet.storage import object_store
@@ -48,6 +49,31 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         pytest.skip(str(err))
     with S3Server(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def shared_proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
+    """One proxy before the S3 server: each new address costs clients of its own."""
+    with FaultProxy(s3_server.endpoint, stall_s=0.6) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy(shared_proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
+    """The way to the bucket leads through a proxy that can inject faults, and at first injects none."""
+    shared_proxy.reset()
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", shared_proxy.endpoint)
+    return shared_proxy
+
+
+@pytest.fixture(scope="session")
+def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with MLflow's tables, to be copied: creating the tables takes seconds."""
+    from logonet import tracking
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    tracking.runs.connect(f"sqlite:///{path}").search_experiments(max_results=1)
+    return path
 
 
 @pytest.fixture(autouse=True)

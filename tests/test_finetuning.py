@@ -149,7 +149,9 @@ def tracked(artifact: Artifact) -> Any:
     """The one MLflow run of an artifact."""
     client = tracking.runs.connect(tracking.tracking_uri())
     experiments = [e.experiment_id for e in client.search_experiments()]
-    (run,) = client.search_runs(experiments, f"tags.`{tracking.FINGERPRINT_TAG}` = '{artifact.fingerprint}'")
+    (run,) = client.search_runs(
+        experiments, f"tags.`{tracking.runs.FINGERPRINT_TAG}` = '{artifact.fingerprint}'"
+    )
     assert run.info.status == "FINISHED"
     return run
 

@@ -29,6 +29,7 @@ def use(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+@pytest.mark.slow
 def test_it_survives_kill_9_with_all_it_acknowledged(
     own_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,6 +50,7 @@ def test_it_survives_kill_9_with_all_it_acknowledged(
             )
 
 
+@pytest.mark.slow
 def test_a_directory_may_move_to_other_ports(own_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     with own_server as server:
         use(server, monkeypatch)
@@ -90,7 +92,7 @@ def test_stopping_ends_every_process(own_server: S3Server) -> None:
 def _serve(directory: Path) -> tuple[subprocess.Popen[str], dict[str, str], list[psutil.Process]]:
     # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C.
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    code += "from logonet import s3server; s3server.serve(sys.argv[1])"
+    code += "from tools import s3server; s3server.serve(sys.argv[1])"
     parent = subprocess.Popen([sys.executable, "-c", code, str(directory)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     printed = {}
@@ -100,7 +102,10 @@ def _serve(directory: Path) -> tuple[subprocess.Popen[str], dict[str, str], list
     return parent, printed, psutil.Process(parent.pid).children(recursive=True)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGKILL, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGTERM, signal.SIGINT))],
+)
 def test_no_process_outlives_the_one_that_serves(
     own_server: S3Server, monkeypatch: pytest.MonkeyPatch, how: signal.Signals
 ) -> None:
@@ -125,14 +130,13 @@ def test_no_process_outlives_the_one_that_serves(
     assert alive == []
 
 
-def test_secrets_are_random_kept_and_private(own_server: S3Server) -> None:
-    with own_server as server:
-        secret = server.env()["AWS_SECRET_ACCESS_KEY"]
-        etc = server.directory / "etc"
-        assert etc.stat().st_mode & 0o077 == 0
-        assert (etc / "secret").stat().st_mode & 0o077 == 0
-        shown = [" ".join(psutil.Process(pid).cmdline()) for pid in server.pids.values()]
-        assert not any(secret in line for line in shown)
+def test_secrets_are_random_kept_and_private(s3_server: S3Server) -> None:
+    secret = s3_server.env()["AWS_SECRET_ACCESS_KEY"]
+    etc = s3_server.directory / "etc"
+    assert etc.stat().st_mode & 0o077 == 0
+    assert (etc / "secret").stat().st_mode & 0o077 == 0
+    shown = [" ".join(psutil.Process(pid).cmdline()) for pid in s3_server.pids.values()]
+    assert not any(secret in line for line in shown)
     assert len(secret) >= 24
 
 

@@ -248,7 +248,7 @@ def test_a_pickle_in_the_registry_is_refused(trace: Path, tmp_path: Path, mlflow
     with pytest.raises(UserError, match="is not a whole safetensors file"):
         load_model(uri)
     # Beside the files that were registered, where MLflow itself would look for code to load.
-    version = tracking.models._registry_client().get_model_version("logonet-seg-bomb", "1")
+    version = tracking.runs.connect(tracking.tracking_uri()).get_model_version("logonet-seg-bomb", "1")
     (Path(version.source) / "python_model.pkl").write_bytes(bomb)
     (Path(version.source) / "MLmodel").write_text(
         "flavors: {python_function: {loader_module: mlflow.pyfunc.model, python_model: python_model.pkl}}"
@@ -291,7 +291,7 @@ def test_a_bundle_holds_no_text_that_monai_would_run(tmp_path: Path) -> None:
         values["classes"][1] = text
         (folder / model.CONFIG_FILE).write_text(json.dumps(values))
         with pytest.raises(UserError, match="which a MONAI config would not take as text"):
-            export.bundle(str(folder), str(tmp_path / "bundle"))
+            export.write_bundle(str(folder), str(tmp_path / "bundle"))
         assert not (tmp_path / "bundle").exists()
 
 

@@ -1,4 +1,4 @@
-"""Preflight: does every node reach the store with every client, have the room, and run the same software?
+"""Preflight: does every node reach the store, have the room, and run the same software?
 
 Most runs that die hours later with no reason given would have been stopped here: a node without the
 endpoint variable, a 64 MiB /dev/shm, a full spill disk, two versions of torch.
@@ -89,7 +89,7 @@ def node_checks(root_uri: str, token: str) -> list[Check]:
     node = socket.gethostname()
     found = list(_machine()) + list(_versions())
     if token:
-        found += [_shared(root_uri, token), *_clients(root_uri)]
+        found += [_shared(root_uri, token), *_round_trip_check(root_uri)]
     return [replace(check, node=node) for check in found]
 
 
@@ -205,27 +205,25 @@ def _shared(root_uri: str, token: str) -> Check:
     return Check("", "store shared", root_uri)
 
 
-def _clients(root_uri: str) -> Iterator[Check]:
-    """One object written, read, listed and deleted with each client in use."""
+def _round_trip_check(root_uri: str) -> Iterator[Check]:
+    """One object written, read, listed and deleted."""
     folder = object_store.join(root_uri, f".logonet-doctor-{uuid.uuid4().hex}")
-    data = os.urandom(PROBE_BYTES)
-    ours = "boto3" if object_store.is_s3(root_uri) else "logonet"
-    for client, round_trip in ((ours, _own_round_trip), ("pyarrow", _pyarrow_round_trip)):
-        begin = time.perf_counter()
-        try:
-            round_trip(object_store.join(folder, client), data)
-        except UserError as err:
-            yield Check("", f"store by {client}", root_uri, "fail", str(err))
-        else:
-            wall_ms = 1e3 * (time.perf_counter() - begin)
-            yield Check("", f"store by {client}", f"wrote, read, listed, deleted 1 MiB in {wall_ms:.0f} ms")
+    what = f"store by {'boto3' if object_store.is_s3(root_uri) else 'logonet'}"
+    begin = time.perf_counter()
     try:
-        object_store.delete_prefix(folder)  # what a failed round trip left, and the folder itself
+        _round_trip(object_store.join(folder, "probe"), os.urandom(PROBE_BYTES))
+    except UserError as err:
+        yield Check("", what, root_uri, "fail", str(err))
+    else:
+        wall_ms = 1e3 * (time.perf_counter() - begin)
+        yield Check("", what, f"wrote, read, listed, deleted 1 MiB in {wall_ms:.0f} ms")
+    try:
+        object_store.delete_prefix(folder)  # what a failed round trip left, and a local folder itself
     except UserError as err:
         yield Check("", "store clean-up", folder, "warn", str(err))
 
 
-def _own_round_trip(uri: str, data: bytes) -> None:
+def _round_trip(uri: str, data: bytes) -> None:
     stored = object_store.write(uri, data)
     object_store.read(uri, size_bytes=stored.size_bytes, sha256=stored.sha256)
     if uri not in [entry.uri for entry in object_store.listing(os.path.dirname(uri))]:
@@ -235,28 +233,6 @@ def _own_round_trip(uri: str, data: bytes) -> None:
     object_store.delete(uri)
     if object_store.exists(uri):
         raise UserError(f"{uri} was deleted but is still there; check the bucket's versioning and locks")
-
-
-def _pyarrow_round_trip(uri: str, data: bytes) -> None:
-    import pyarrow.fs
-
-    filesystem, path = object_store.arrow_filesystem(uri)
-    try:
-        filesystem.create_dir(os.path.dirname(path))  # S3 needs none, a disk does
-        with filesystem.open_output_stream(path) as out:
-            out.write(data)
-        with filesystem.open_input_file(path) as file:
-            same = file.read() == data
-        listed = filesystem.get_file_info(pyarrow.fs.FileSelector(os.path.dirname(path)))
-        filesystem.delete_file(path)
-    # Not its message: pyarrow repeats what the store said, which may name the access key.
-    except OSError as err:
-        raise UserError(
-            f"{uri}: pyarrow failed ({type(err).__name__}) where boto3's result is above; if that is ok, export "
-            "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, since pyarrow knows fewer login methods"
-        ) from None
-    if not same or path not in [info.path for info in listed]:
-        raise UserError(f"{uri}: pyarrow did not read and list what it wrote; check the store's health")
 
 
 def _tracking(contact: Callable[[], str]) -> Check:

@@ -1,9 +1,11 @@
 """Stage artifacts: ``<root>/<stage>/<fingerprint>/`` with a ``manifest.json`` that is written last.
 
-The fingerprint covers the stage's config and its parents' fingerprints, so another config never finds old
-data, and a manifest is the promise that everything it lists is there. A manifest that cannot be trusted
-(torn, edited) counts as absent: ``find`` logs it and the stage runs again; ``commit`` keeps the bad file
-as ``manifest.json.torn-<digest>`` before it writes the good one, so nothing is lost silently.
+The fingerprint covers the stage's config and its parents' fingerprints, so a different config never finds old
+data. A manifest guarantees that everything it lists is there. A damaged manifest (torn, edited) counts as
+absent: ``find`` logs it and the stage runs again; ``commit`` keeps the damaged file as
+``manifest.json.torn-<digest>`` before it writes the good one, so nothing is lost silently.
+
+``checksum`` in the manifest is the SHA-256 of the rest of it, as sorted compact JSON.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a stage has left at ``uri``.
+    """The result of a stage at ``uri``.
 
     ``parents`` maps a role ("crops", "clusterers") to that artifact's fingerprint, ``files`` a name below
-    ``uri`` to its size and digest, and ``facts`` holds whatever JSON the stage wants its readers to know.
+    ``uri`` to its size and digest, and ``facts`` holds the stage's own metadata, any JSON.
     """
 
     uri: str
@@ -68,24 +70,8 @@ class Artifact:
             ) from None
 
 
-@dataclass(frozen=True)
-class _Manifest:
-    """``manifest.json``. ``checksum`` is the SHA-256 of all the rest, as sorted compact JSON."""
-
-    schema: int
-    stage: str
-    fingerprint: str
-    config: dict[str, Any]
-    parents: dict[str, str]
-    files: dict[str, Stored]
-    facts: dict[str, Any]
-    logonet_version: str
-    created_at: str
-    checksum: str
-
-
 def address(root: str, stage: str, cfg: Any, parents: Mapping[str, str]) -> tuple[str, str]:
-    """URI and fingerprint of what ``stage`` makes of ``cfg`` (a dataclass or mapping) and ``parents``."""
+    """URI and fingerprint of the result of ``stage`` for ``cfg`` (a dataclass or mapping) and ``parents``."""
     parts = {"stage": stage, "schema": SCHEMA, "config": _plain(cfg), "parents": dict(parents)}
     fingerprint = config.fingerprint(parts)
     return object_store.join(root, stage, fingerprint), fingerprint
@@ -95,7 +81,7 @@ def find(uri: str) -> Artifact | None:
     """The finished artifact at ``uri``, or None when it is absent, unfinished or its manifest is damaged.
 
     Raises:
-        UserError: when the store itself cannot be read; that is not absence.
+        UserError: when the store itself cannot be read, which does not mean absence.
     """
     manifest_uri = object_store.join(uri, MANIFEST)
     if not object_store.exists(manifest_uri):
@@ -105,13 +91,13 @@ def find(uri: str) -> Artifact | None:
         log.warning("%s %s; the stage will run again and keep it as %s.torn-*", manifest_uri, why, MANIFEST)
         return None
     try:
-        return _artifact(uri, config.from_dict(_Manifest, values, MANIFEST))
+        return _artifact(uri, values)
     except UserError as err:
         raise UserError(f"{manifest_uri} is of another version of logonet: {err}") from None
 
 
 def verify(artifact: Artifact, *, full: bool = False) -> list[str]:
-    """Names of its files that are missing or damaged: by size, or with ``full`` by reading them all."""
+    """Names of its files that are missing or damaged, judged by size, or with ``full`` by reading all bytes."""
 
     def damaged(name: str) -> bool:
         entry = object_store.stat(artifact.uri_of(name))
@@ -125,7 +111,7 @@ def verify(artifact: Artifact, *, full: bool = False) -> list[str]:
                 return True
         return False
 
-    # Whole files are held while they are digested: one at a time.
+    # With ``full``, whole files are in memory while they are digested: one at a time.
     with ThreadPoolExecutor(1 if full else STAT_THREADS) as pool:
         return [name for name, bad in zip(artifact.files, pool.map(damaged, artifact.files)) if bad]
 
@@ -140,10 +126,10 @@ def commit(
     files: Mapping[str, Stored],
     facts: Mapping[str, Any],
 ) -> Artifact:
-    """Write the manifest, and thereby declare the artifact finished. ``config`` is the resolved one.
+    """Write the manifest, which declares the artifact finished. ``config`` is the resolved one.
 
     Raises:
-        IntegrityError: when one of ``files`` is not there in its full size; no manifest is written then.
+        IntegrityError: when one of ``files`` is missing or not of its full size; then no manifest is written.
     """
     content: dict[str, Any] = {
         "schema": SCHEMA,
@@ -156,29 +142,22 @@ def commit(
         "logonet_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    manifest = _manifest(content | {"checksum": _checksum(content)})
-    artifact = _artifact(uri, manifest)
+    artifact = _artifact(uri, content)
     if missing := verify(artifact):
         raise object_store.IntegrityError(
             f"{uri} cannot be finished: {missing[0]} is missing or cut short; run the stage again"
         )
     manifest_uri = object_store.join(uri, MANIFEST)
-    _keep_torn(manifest_uri)
-    object_store.write_json(manifest_uri, content | {"checksum": manifest.checksum})
+    if object_store.exists(manifest_uri):
+        raw = object_store.read(manifest_uri)
+        if _parse(raw)[1]:  # damaged: keep a copy, named by its digest, so that equal copies are one
+            object_store.write(f"{manifest_uri}.torn-{hashlib.sha256(raw).hexdigest()[:8]}", raw)
+    object_store.write_json(manifest_uri, content | {"checksum": _checksum(content)})
     return artifact
 
 
-def _keep_torn(manifest_uri: str) -> None:
-    """Copy a manifest that cannot be trusted aside. The copy's name is its digest: twice is once."""
-    if not object_store.exists(manifest_uri):
-        return
-    raw = object_store.read(manifest_uri)
-    if _parse(raw)[1]:
-        object_store.write(f"{manifest_uri}.torn-{hashlib.sha256(raw).hexdigest()[:8]}", raw)
-
-
 def _parse(raw: bytes) -> tuple[dict[str, Any], str]:
-    """A manifest's values and what is wrong with it, empty when it may be trusted."""
+    """A manifest's values and what is wrong with it; empty when it is sound."""
     try:
         values = config.parse_json(raw)
     except ValueError:  # UnicodeDecodeError too
@@ -199,24 +178,11 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _manifest(values: Mapping[str, Any]) -> _Manifest:
-    return config.from_dict(_Manifest, values, MANIFEST)
-
-
-def _artifact(uri: str, manifest: _Manifest) -> Artifact:
-    return Artifact(
-        uri,
-        manifest.stage,
-        manifest.fingerprint,
-        manifest.config,
-        manifest.parents,
-        manifest.files,
-        manifest.facts,
-        manifest.logonet_version,
-        manifest.created_at,
-    )
+def _artifact(uri: str, manifest: Mapping[str, Any]) -> Artifact:
+    values = {key: value for key, value in manifest.items() if key not in ("schema", "checksum")}
+    return config.from_dict(Artifact, {"uri": uri, **values}, MANIFEST)
 
 
 def _plain(value: Any) -> Any:
-    """JSON-able: dataclasses and tuples become mappings and lists, as a reader will get them."""
+    """As JSON: dataclasses and tuples become mappings and lists, as readers get them."""
     return config.to_dict(value) if is_dataclass(value) else json.loads(json.dumps(value))

@@ -1,7 +1,7 @@
-"""Rows of a dataclass as Parquet, and back: a table is believed only if its columns are that dataclass's.
+"""Rows of a dataclass as Parquet, and back: a table must have exactly that dataclass's columns.
 
-Wherever ray.data is imported, Arrow knows a column type of Ray's whose values are pickles, loaded as soon as one
-is looked at. None of our own tables has a column of any extension type, so all of these are refused.
+Where ray.data is imported, Arrow knows a column type of Ray's whose values are pickles, which load as soon as a
+value is read. Our own tables have no column of an extension type, so all extension types are refused.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def from_parquet(data: bytes, row_type: type[T], where: str) -> list[T]:
     """The rows of such a table, lists as tuples.
 
     Raises:
-        UserError: naming ``where``, for what is no Parquet file or has other columns, types or empty cells, and
-            for columns of an extension type.
+        UserError: naming ``where``, for a file that is not Parquet or has other columns, types or empty cells,
+            and for columns of an extension type.
     """
     import pyarrow as pa
 
@@ -46,8 +46,8 @@ def from_parquet(data: bytes, row_type: type[T], where: str) -> list[T]:
         table = None
     if table is None or any(column.null_count for column in table.columns):
         raise UserError(
-            f"{where} has the columns {', '.join(names)}; it must have {', '.join(wanted.names)}, every cell of their "
-            "types: it is of another version of logonet"
+            f"{where} has the columns {', '.join(names)}; it must have {', '.join(wanted.names)}, with values of "
+            "their types: it is of another version of logonet"
         )
     return [
         row_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
@@ -56,7 +56,7 @@ def from_parquet(data: bytes, row_type: type[T], where: str) -> list[T]:
 
 
 def read_parquet(data: bytes, where: str) -> pa.Table:
-    """The table in ``data``, of plain columns only, so that nothing in it can run."""
+    """The table in ``data``, with plain columns only, so that reading it runs no code."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -65,15 +65,11 @@ def read_parquet(data: bytes, where: str) -> pa.Table:
         for field in table.schema:
             if _extends(field):
                 raise UserError(
-                    f"{where}: its column '{field.name}' has an extension type, which could hold code; logonet writes "
-                    "no such column, so it was not made by logonet: do not trust it"
+                    f"{where}: its column '{field.name}' has an extension type, which could hold code; logonet never "
+                    "writes such a column: do not trust this file"
                 )
-        table.validate(full=True)  # lengths and UTF-8: what it is read into takes them as said
-    except (
-        pa.ArrowException,
-        OSError,
-        ValueError,
-    ) as err:  # ValueError: Ray's own, of a type it cannot make out
+        table.validate(full=True)  # lengths and UTF-8, which later steps rely on
+    except (pa.ArrowException, OSError, ValueError) as err:  # ValueError: Ray's, for a type it cannot parse
         raise UserError(
             f"{where} is not a Parquet table that can be read ({' '.join(str(err).split())}); make it again"
         ) from None
@@ -83,10 +79,10 @@ def read_parquet(data: bytes, where: str) -> pa.Table:
 def _extends(field: pa.Field) -> bool:
     import pyarrow as pa
 
-    # Where Ray is not imported, its types are known by the field's metadata alone.
+    # Without Ray, only the field's metadata shows its types.
     if isinstance(field.type, pa.BaseExtensionType) or b"ARROW:extension:name" in (field.metadata or {}):
         return True
-    if pa.types.is_dictionary(field.type):  # counts no fields, yet has values of some type
+    if pa.types.is_dictionary(field.type):  # has no fields, but values of some type
         return _extends(pa.field("", field.type.value_type))
     return any(_extends(field.type.field(i)) for i in range(field.type.num_fields))
 

@@ -1,4 +1,4 @@
-"""Named arrays and what is said about them as one safetensors file; equal content makes equal bytes."""
+"""Named arrays and their metadata as one safetensors file; equal content gives equal bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def to_bytes(arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> bytes:
     """The file of contiguous ``arrays`` with ``about`` as its metadata, sorted.
 
-    safetensors itself writes metadata in the order of a hash table, which another process has in another order.
+    safetensors itself writes metadata in the order of a hash table, which differs between processes.
     """
     from safetensors.numpy import save
 

@@ -2,7 +2,6 @@
 
 from logonet.tracking.models import download, lineage, register, set_alias
 from logonet.tracking.runs import (
-    FINGERPRINT_TAG,
     MLFLOW_DEFAULTS,
     PARENT_TAG,
     Tracker,
@@ -12,17 +11,5 @@ from logonet.tracking.runs import (
     tracking_uri,
 )
 
-__all__ = [
-    "FINGERPRINT_TAG",
-    "MLFLOW_DEFAULTS",
-    "PARENT_TAG",
-    "Tracker",
-    "catch_up",
-    "check",
-    "download",
-    "git_commit",
-    "lineage",
-    "register",
-    "set_alias",
-    "tracking_uri",
-]
+__all__ = ["MLFLOW_DEFAULTS", "PARENT_TAG", "Tracker", "catch_up", "check", "download", "git_commit"]
+__all__ += ["lineage", "register", "set_alias", "tracking_uri"]

@@ -1,11 +1,11 @@
-"""A trained segmentation network for others to run: a MONAI bundle, or ONNX.
+"""A trained segmentation network for other programs: as a MONAI bundle, or as ONNX.
 
-The bundle repeats in MONAI's transforms what `logonet.inference.sliding_window` does, with the same labels but for two
-things: interpolation is not summed in the same order, so voxels where two classes are equally likely may go the
-other way; and MONAI's Spacing may begin its grid up to half a voxel off on an oblique scan.
+The bundle repeats `logonet.inference.sliding_window` with MONAI's transforms and gives the same labels, except for
+two things: interpolation sums in another order, so voxels where two classes are equally likely may differ; and
+MONAI's Spacing may begin its grid up to half a voxel off on an oblique scan.
 
-ONNX is the network alone, one window of intensities in [0, 1] to logits: cutting windows and blending them
-is left to whoever runs it.
+ONNX is the network alone, from one window of intensities in [0, 1] to logits; the program that runs it has to cut
+and blend the windows.
 
 Letters: B windows, C input channels, K classes, XYZ axes of a window.
 """
@@ -14,26 +14,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from logonet.inference.export.bundle import bundle, inference, metadata, unit_range
-from logonet.inference.export.onnx import Parity, onnx
-from logonet.inference.export.shared import logits_only, network
+from logonet.inference.export.bundle import unit_range, write_bundle
+from logonet.inference.export.onnx import write_onnx
+from logonet.inference.export.shared import network
 
-__all__ = [
-    "Parity",
-    "bundle",
-    "inference",
-    "logits_only",
-    "metadata",
-    "network",
-    "onnx",
-    "unit_range",
-    "write",
-]
+__all__ = ["network", "unit_range", "write", "write_bundle", "write_onnx"]  # bundles name the first two
 
 
 def write(folder_uri: str, out: str, format: Literal["bundle", "onnx"]) -> str:
-    """`bundle` or `onnx`, and what to tell the user of it."""
+    """Export the model, and return what to tell the user."""
     if format == "onnx":
-        return f"{out}: {onnx(folder_uri, out)}"
-    bundle(folder_uri, out)
+        return f"{out}: {write_onnx(folder_uri, out)}"
+    write_bundle(folder_uri, out)
     return f"{out}: run it there with 'python -m monai.bundle run --config_file configs/inference.json'"

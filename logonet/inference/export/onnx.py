@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from logonet import networks
 from logonet.core.errors import UserError
 from logonet.inference import model
-from logonet.inference.export.shared import PLAIN, logits_only, need
+from logonet.inference.export.shared import PLAIN, logits_only
 from logonet.storage import object_store
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -28,7 +29,7 @@ TOLERANCE = 1e-3  # of the largest logit, between PyTorch and ONNX Runtime
 
 @dataclass(frozen=True)
 class Parity:
-    """How close ONNX Runtime comes to PyTorch on one random window for each batch size tried."""
+    """The agreement of ONNX Runtime with PyTorch on one random window per batch size."""
 
     max_abs_difference: float
     max_abs_logit: float
@@ -44,10 +45,10 @@ class Parity:
         )
 
 
-def onnx(folder_uri: str, out_file: str, tolerance: float = TOLERANCE) -> Parity:
-    """Write the network as ONNX, ``image`` (B, C, X, Y, Z) to ``logits`` (B, K, X, Y, Z), once it is proven.
+def write_onnx(folder_uri: str, out_file: str, tolerance: float = TOLERANCE) -> Parity:
+    """Write the network as ONNX, ``image`` (B, C, X, Y, Z) to ``logits`` (B, K, X, Y, Z), once it is verified.
 
-    Only the batch is free: the window is ``size_vox``. Where a network does not trace with a free batch, it
+    Only the batch is free: the window is ``size_vox``. If a network does not trace with a free batch, the batch
     is 1. ONNX Runtime's logits on random windows are compared with PyTorch's before anything is written.
 
     Args:
@@ -56,9 +57,13 @@ def onnx(folder_uri: str, out_file: str, tolerance: float = TOLERANCE) -> Parity
         tolerance: largest difference allowed, as a share of the largest logit.
 
     Raises:
-        UserError: naming the operator that ONNX lacks, a package that is missing, or the difference found.
+        UserError: naming the operator that ONNX lacks, a missing package, or the difference found.
     """
-    need(ONNX_PACKAGES)
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"ONNX export needs {', '.join(missing)}; install them with pip install 'logonet[export]'"
+        )
     spec, weights = model.read(folder_uri)
     name = spec.backbone["name"]
     known = {f.name for f in dataclasses.fields(networks.config(name))}
@@ -67,13 +72,13 @@ def onnx(folder_uri: str, out_file: str, tolerance: float = TOLERANCE) -> Parity
     with tempfile.TemporaryDirectory(prefix="logonet-onnx-") as folder:
         path = os.path.join(folder, "network.onnx")
         any_batch, opset = _trace(traced, name, (spec.in_channels, *spec.size_vox), path)
-        # Compared with the network as it runs here, so that the plain routes are proven with it.
+        # Compare with the network as it runs here, so that the check covers the plain options too.
         own = logits_only(model.build(spec, weights))
         difference, largest = _compare(own, path, spec, (1, 2) if any_batch else (1,))
         if not difference <= tolerance * largest:  # NaN too
             raise UserError(
                 f"{folder_uri}: logits of the ONNX graph differ from PyTorch's by up to {difference:.2g}, more "
-                f"than {tolerance:g} of the largest ({largest:.2g}); nothing is written, please report backbone "
+                f"than {tolerance:g} of the largest ({largest:.2g}); nothing is written, please report network "
                 f"'{name}'"
             )
         object_store.write_file(path, out_file)
@@ -82,22 +87,20 @@ def onnx(folder_uri: str, out_file: str, tolerance: float = TOLERANCE) -> Parity
 
 def _trace(net: nn.Module, name: str, shape_CXYZ: Sequence[int], path: str) -> tuple[bool, int]:
     """Write ``net`` to ``path``; whether the batch is free, and the opset."""
-    try:
-        program = _export(net, torch.zeros(2, *shape_CXYZ), {0: torch.export.Dim("batch")})
-        any_batch = True
-    except (torch.onnx.OnnxExporterError, RuntimeError):
-        any_batch = False
-    if not any_batch:
+    for any_batch in (True, False):
+        dynamic = {0: torch.export.Dim("batch")} if any_batch else None
         try:
-            program = _export(net, torch.zeros(1, *shape_CXYZ), None)
+            program = _export(net, torch.zeros(1 + any_batch, *shape_CXYZ), dynamic)
         except (torch.onnx.OnnxExporterError, RuntimeError) as err:
-            raise UserError(f"backbone '{name}' cannot be written as ONNX: {_reason(err)}") from None
-    program.save(path, external_data=False)
-    return any_batch, program.model.opset_imports[""]
+            fault = err
+        else:
+            program.save(path, external_data=False)
+            return any_batch, program.model.opset_imports[""]
+    raise UserError(f"network '{name}' cannot be written as ONNX: {_reason(fault)}")
 
 
 def _export(net: nn.Module, x_BCXYZ: Tensor, dynamic: Mapping[int, Any] | None) -> Any:
-    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # it reports its progress there
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # the exporter prints its progress
         return torch.onnx.export(
             net,
             (x_BCXYZ,),
@@ -109,21 +112,17 @@ def _export(net: nn.Module, x_BCXYZ: Tensor, dynamic: Mapping[int, Any] | None) 
         )
 
 
-def _reason(err: BaseException) -> str:
-    """The operator at fault, as far as the exporter's pages of text tell, else their first sentence."""
-    texts = [str(e) for e in _chain(err)]
+def _reason(err: BaseException | None) -> str:
+    """The operator that failed, if the exporter's long texts name it, else the first sentence of the cause."""
+    texts: list[str] = []
+    while err is not None:
+        texts.insert(0, str(err))
+        err = err.__cause__
     for text in texts:
         for pattern in (r"No ONNX function found for <OpOverload\(op='([\w:.]+)'", r"\b(aten[.:]+\w+[\w.]*)"):
             if found := re.search(pattern, text):
                 return f"ONNX has no operator for {found.group(1)}"
     return " ".join(texts[-1].split())[:300]
-
-
-def _chain(err: BaseException | None) -> Iterator[BaseException]:
-    """Causes first."""
-    if err is not None:
-        yield from _chain(err.__cause__)
-        yield err
 
 
 def _compare(net: nn.Module, path: str, spec: model.Spec, batches: Sequence[int]) -> tuple[float, float]:
