@@ -8,13 +8,13 @@ Windows and their blending are those of ``monai.inferers.sliding_window_inferenc
 ``mode="gaussian"``; a test holds the logits equal. What differs is what is kept. Windows go layer by layer
 along S, and only the sums of the layer under way are held, (K, window depth, A, B). Planes that no later
 window touches are finished: two neighbours at a time are interpolated to native planes, whose classes are
-written as uint8 at once. No (K, X, Y, Z) array exists, on either grid. `ceiling_bytes` says what does.
+written as uint8 at once. No (K, X, Y, Z) array exists, on either grid.
+``benchmarks/inference.py`` has the formula of the memory that is held, and measures it.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,50 +51,6 @@ class Config:
             raise UserError(f"infer.overlap is {self.overlap}; it must be at least 0 and below 1")
         if self.windows_per_batch < 1:
             raise UserError(f"infer.windows_per_batch is {self.windows_per_batch}; it must be at least 1")
-
-
-def ceiling_bytes(
-    native_xyz: Sequence[int],
-    prepared_xyz: Sequence[int],
-    num_classes: int,
-    size_vox: Sequence[int],
-    network_bytes: int,
-    cfg: Config = Config(),
-    in_channels: int = 1,
-) -> int:
-    """An upper bound of what `Predictor.segment` holds at any time, the scan that it is given included.
-
-    The sum of::
-
-        image      4 C (native + prepared)                 float32
-        labels     native                                  uint8
-        sums       4 (K + 1) depth A' B'  +  4 K A B       the layer under way, its weights, one finished plane
-        windows    4 (2 K + 3 C) size B                    a batch of windows and its logits; 4 K to mirror
-        planes     24 max(A, A_native) max(B, B_native)    classes are compared one by one
-        network    ``network_bytes``                       weights, and activations of one batch: measure them
-
-    where A' B' is the prepared cross-section, at least as large as the window's. Before the sums exist, the
-    percentiles of an MR scan take 9 C prepared in their stead. Only sums and windows grow with K, and
-    neither grows with the scan's length along S. On CUDA image and labels are host memory, the rest the
-    device's.
-
-    Args:
-        native_xyz, prepared_xyz: shapes of the two grids in RAS axes.
-        size_vox: the window.
-    """
-    axis = _stream_axis(prepared_xyz, size_vox)
-    a, b = _others(axis)
-    padded = [max(n, size) for n, size in zip(prepared_xyz, size_vox)]
-    wider = [max(n, m) for n, m in zip(prepared_xyz, native_xyz)]
-    native, prepared, window = (math.prod(shape) for shape in (native_xyz, prepared_xyz, size_vox))
-    image = 4 * in_channels * (native + prepared)
-    sums = 4 * (num_classes + 1) * size_vox[axis] * padded[a] * padded[b]
-    sums += 4 * num_classes * prepared_xyz[a] * prepared_xyz[b]
-    copies = 4 if cfg.mirror else 2  # of the logits: as the network gives them, in float32; the mean, flipped
-    windows = 4 * (copies * num_classes + 3 * in_channels) * window * cfg.windows_per_batch
-    planes = 24 * wider[a] * wider[b]
-    percentiles = 9 * in_channels * prepared
-    return image + native + max(sums + windows + planes, percentiles) + network_bytes
 
 
 class Predictor:
@@ -147,15 +103,14 @@ class Predictor:
                 f"{scan_id}: has {len(scan.array_CXYZ)} channel, but the model wants {spec.in_channels}; "
                 "use another model"
             )
-        preparation = spec.preparation()
-        prepared = cropping.prepare(scan, preparation)
-        low_high = cropping.intensity_range(prepared.array_CXYZ, modality, preparation, scan_id)
+        prepared = spec.to_grid(scan)
+        low_high = spec.intensity_range(prepared.array_CXYZ, modality, scan_id)
         labels_XYZ = np.empty(scan.shape_xyz, np.uint8)
         # a view: what is written there in RAS axes lands in the scan's own
         native = volume.to_ras(Volume(labels_XYZ[None], scan.affine))
         assert np.may_share_memory(native.array_CXYZ, labels_XYZ)
         step = [new / old for new, old in zip(prepared.spacing_mm, native.spacing_mm)]
-        axis = _stream_axis(prepared.shape_xyz, spec.size_vox)
+        axis = stream_axis(prepared.shape_xyz, spec.size_vox)
         places = _places(native.shape_xyz, prepared.shape_xyz, step, self.device)
         values = np.array(spec.label_values, np.uint8)
         with torch.inference_mode():
@@ -185,7 +140,7 @@ def labels(
     image_CXYZ, device = np.asarray(image_CXYZ), torch.device(device)
     shape = image_CXYZ.shape[1:]
     labels_XYZ = np.empty(shape, np.uint8)
-    axis = _stream_axis(shape, size_vox)
+    axis = stream_axis(shape, size_vox)
     places = _places(shape, shape, (1.0, 1.0, 1.0), device)
     with torch.inference_mode():
         finished = planes(net, image_CXYZ, (0.0, 1.0), size_vox, cfg, device, axis)
@@ -372,7 +327,7 @@ def _importance(size: Sequence[int]) -> Tensor:
     return weight.clamp_(min=max(float(weight.min()), MIN_WEIGHT))
 
 
-def _stream_axis(shape: Sequence[int], size: Sequence[int]) -> int:
+def stream_axis(shape: Sequence[int], size: Sequence[int]) -> int:
     """The axis along which the least has to be held: window depth x cross-section."""
     return max(range(3), key=lambda d: max(shape[d] / size[d], 1.0))
 
