@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from logonet.data import cropping
 from logonet.data.phantom import phantom
 from logonet.data.volume import Volume
 from logonet.inference import sliding_window
@@ -57,6 +58,50 @@ class Levels(nn.Module):
 
     def forward(self, x_BCXYZ: Tensor) -> SegOut:
         return SegOut(self.levels(self.mean(x_BCXYZ)), [], None)
+
+
+def ceiling_bytes(
+    native_xyz: Sequence[int],
+    prepared_xyz: Sequence[int],
+    num_classes: int,
+    size_vox: Sequence[int],
+    network_bytes: int,
+    cfg: sliding_window.Config,
+    in_channels: int = 1,
+) -> int:
+    """An upper bound of the memory of `sliding_window.Predictor.segment` at any time, its scan included.
+
+    The sum of::
+
+        image      4 C (native + prepared)                 float32
+        labels     native                                  uint8
+        sums       4 (K + 1) depth A' B'  +  4 K A B       the layer under way, its weights, one finished plane
+        windows    4 (2 K + 3 C) size B                    a batch of windows and its logits; 4 K to mirror
+        planes     24 max(A, A_native) max(B, B_native)    classes are compared one by one
+        network    ``network_bytes``                       weights, and activations of one batch: measure them
+
+    where A' B' is the prepared cross-section, at least as large as the window's. Before the sums exist, the
+    percentiles of an MR scan take 9 C prepared in their stead. Only sums and windows grow with K, and
+    neither grows with the scan's length along S. On CUDA image and labels are host memory, the rest the
+    device's.
+
+    Args:
+        native_xyz, prepared_xyz: shapes of the two grids in RAS axes.
+        size_vox: the window.
+    """
+    axis = sliding_window.stream_axis(prepared_xyz, size_vox)
+    a, b = (d for d in range(3) if d != axis)
+    padded = [max(n, size) for n, size in zip(prepared_xyz, size_vox)]
+    wider = [max(n, m) for n, m in zip(prepared_xyz, native_xyz)]
+    native, prepared, window = (math.prod(shape) for shape in (native_xyz, prepared_xyz, size_vox))
+    image = 4 * in_channels * (native + prepared)
+    sums = 4 * (num_classes + 1) * size_vox[axis] * padded[a] * padded[b]
+    sums += 4 * num_classes * prepared_xyz[a] * prepared_xyz[b]
+    copies = 4 if cfg.mirror else 2  # of the logits: as the network gives them, in float32; the mean, flipped
+    windows = 4 * (copies * num_classes + 3 * in_channels) * window * cfg.windows_per_batch
+    planes = 24 * wider[a] * wider[b]
+    percentiles = 9 * in_channels * prepared
+    return image + native + max(sums + windows + planes, percentiles) + network_bytes
 
 
 def spec(num_classes: int) -> Spec:
@@ -239,10 +284,10 @@ def compare(folder: str, args: argparse.Namespace) -> None:
 
     def ceiling_mb(size: tuple[int, ...], num_classes: int) -> float:
         meta = Volume(np.broadcast_to(np.float32(0), (1, *size)), affine())
-        prepared = cropping.prepare(meta, spec(num_classes).preparation()).shape_xyz
+        prepared = spec(num_classes).to_grid(meta).shape_xyz
         cfg = sliding_window.Config(overlap=OVERLAP)
         network_bytes = int(network_mb[num_classes] * 1e6)
-        return sliding_window.ceiling_bytes(size, prepared, num_classes, SIZE_VOX, network_bytes, cfg) / 1e6
+        return ceiling_bytes(size, prepared, num_classes, SIZE_VOX, network_bytes, cfg) / 1e6
 
     def show(r: dict[str, Any]) -> None:
         size = "x".join(map(str, r["shape"]))

@@ -201,7 +201,7 @@ def bare_scan(task: Task) -> np.ndarray:
     if modality == "MR":
         low, high = np.percentile(scan_XYZ[scan_XYZ != 0], cfg.mr_percentiles)
     # Where to cut is ours in both, or there would be nothing to compare.
-    corners = cropping.starts(scan_XYZ[None], (low, high), cfg, scan_id)
+    corners = cropping.choose_corners(scan_XYZ[None], (low, high), cfg, scan_id)
     out_RXYZ = np.empty((len(corners), *cfg.size_vox), np.uint16)
     for r, corner in enumerate(corners):
         crop_XYZ = cropping.cut(scan_XYZ[None], corner, cfg.size_vox, pad=low)[0]

@@ -130,7 +130,7 @@ def finetuned(args: Args, run: Run, root: str, init: Artifact | None) -> Artifac
     cfg = replace(
         base,
         split=split(0.1),
-        crops=prepared_scans.Crops(size_vox=SIZE_VOX),
+        crops=prepared_scans.CropSampling(size_vox=SIZE_VOX),
         backbone=BACKBONES[run.backbone],
         method=method,
         train=training.Config(

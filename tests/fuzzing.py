@@ -1223,7 +1223,7 @@ def _reach_case(folder: Path) -> Iterator[str]:
     path = folder / "cases" / "scan-1.safetensors"
     prepared_scans._header.cache_clear()
     prepared_scans._tensor.cache_clear()
-    cfg = prepared_scans.Crops(size_vox=(8, 8, 8))
+    cfg = prepared_scans.CropSampling(size_vox=(8, 8, 8))
     refs = []
     if (stored := prepared_scans.stored(str(path), path.stat().st_size)) is not None:
         refs.append(stored)
@@ -1232,7 +1232,7 @@ def _reach_case(folder: Path) -> Iterator[str]:
         refs += [replace(ref, uri=str(path)) for ref in table.refs]
     for ref in refs:
         try:
-            for start in prepared_scans.starts(ref, cfg, seeding.rng(0, "starts")):
+            for start in prepared_scans.draw_corners(ref, cfg, seeding.rng(0, "starts")):
                 prepared_scans.read_crop(ref, start, cfg.size_vox)
             prepared_scans.read_case(ref)
         except UserError as err:

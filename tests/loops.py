@@ -97,7 +97,7 @@ def labelled_dataset(folder: Path) -> LabelledDataset:
         prepared_scans.Table(tuple(refs), CLASSES, (0, 1, 2)),
         train=(0, 1, 3, 4),
         val=(2, 5, 6),
-        crops=prepared_scans.Crops(LABELLED_SIZE),
+        crops=prepared_scans.CropSampling(LABELLED_SIZE),
     )
 
 

@@ -233,7 +233,6 @@ def test_quality_without_intensities_or_meta():
 
 def test_majority_by_hand():
     labels_PNZ = np.stack([LABELS_SN[:3].T, LABELS_SN[3:].T])
-    np.testing.assert_array_equal(quality.by_slice(labels_PNZ), LABELS_SN)
     label_N, share_N = quality.majority(labels_PNZ, np.array([4, 2]))
     assert label_N.tolist() == [0, 0]
     assert share_N.tolist() == [0.5, 0.5]

@@ -79,7 +79,7 @@ def finetuning(weights: str = "", train: Any = None, **changes: Any) -> pipeline
     settings |= {"validate_every_epochs": 1, **(train or {})}
     cfg = pipelines.Finetuning(
         split=SPLIT,
-        crops=prepared_scans.Crops(size_vox=SIZE),
+        crops=prepared_scans.CropSampling(size_vox=SIZE),
         backbone={} if weights else tiny_backbone(),
         train=training.Config(**settings),
         init=Init(weights),
@@ -526,7 +526,7 @@ def test_weights_that_are_not_there(
             "does not learn from labels; finetuning takes medcontext, supervised",
         ),
         ({"split": replace(SPLIT, fold=None)}, "no validation cases; set train.validate_every_epochs=0"),
-        ({"crops": prepared_scans.Crops(size_vox=(40, 32, 32))}, "multiple"),
+        ({"crops": prepared_scans.CropSampling(size_vox=(40, 32, 32))}, "multiple"),
         ({"split": replace(SPLIT, test_share=0.95)}, "leaves none to train on"),
     ],
 )

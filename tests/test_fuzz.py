@@ -72,13 +72,13 @@ def test_a_gzip_bomb_is_refused_by_its_size_alone(monkeypatch: pytest.MonkeyPatc
     """2 GiB of zeros in 2 MiB, as the header says: 4 GiB of float32."""
     bomb = gzip.compress(header(1024, 1024, 1024), 1) + gzip.compress(bytes(1 << 20)) * 2048
     monkeypatch.setattr("logonet.data.volume.nifti._fill", None)  # nothing is read
-    monkeypatch.setattr(volume.np, "empty", None)
+    monkeypatch.setattr("logonet.data.volume.nifti.np.empty", None)
     with pytest.raises(BadScan, match=r"^bomb.nii.gz: .*4.0 GiB.*more than 200 times .*save it without"):
         volume.decode_nifti(bomb, "bomb.nii.gz")
 
 
 def test_a_header_that_claims_ten_to_the_twelve_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(volume.np, "empty", None)
+    monkeypatch.setattr("logonet.data.volume.nifti.np.empty", None)
     for data in (header(10_000, 10_000, 10_000), gzip.compress(header(10_000, 10_000, 10_000))):
         with pytest.raises(BadScan, match="claims"):
             volume.decode_nifti(data, "x.nii")

@@ -569,7 +569,7 @@ def test_a_scan_that_is_not_the_one_in_the_csv(tmp_path: Path) -> None:
         ),
         ("label\nb.nii.gz\n", ", line 2: names no image; fill in the column 'image'"),
         ("image,label\na.nii.gz,\n,b.nii.gz\n", ", line 3: names no image; fill in the column 'image'"),
-        ("image,label\na.nii.gz\n", ", line 2: has 1 cells, its header 2; mend the line"),
+        ("image,label\na.nii.gz\n", ", line 2: has 1 cells, its header 2; correct the line"),
         (
             "image,split\na.nii.gz,tset\n",
             ", line 2: unknown split 'tset'; did you mean 'test'? (known: test, train, val)",

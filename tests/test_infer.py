@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from logonet import networks
 from logonet.core.errors import BadScan, UserError
-from logonet.data import cropping, volume
+from logonet.data import volume
 from logonet.data.volume import Volume
 from logonet.inference import model, sliding_window
 from logonet.inference.model import Spec
@@ -170,10 +170,9 @@ def test_logits_and_labels_of_a_backbone(backbone: str) -> None:
 
 def reference(net: nn.Module, scan: Volume, modality: str, given: Spec, cfg: Config) -> np.ndarray:
     """logits_KXYZ on the scan's own voxels, everything held whole."""
-    preparation = given.preparation()
     ras = volume.to_ras(scan)
-    prepared = cropping.prepare(scan, preparation)
-    low_high = cropping.intensity_range(prepared.array_CXYZ, modality, preparation, "scan")
+    prepared = given.to_grid(scan)
+    low_high = given.intensity_range(prepared.array_CXYZ, modality, "scan")
     logits_KXYZ = monai_logits(net, volume.window(prepared.array_CXYZ, low_high), given.size_vox, cfg)
     step = np.array(prepared.spacing_mm) / np.array(ras.spacing_mm)
     logits_KXYZ = resampled(logits_KXYZ, ras.shape_xyz, step)
@@ -317,7 +316,7 @@ def test_no_array_has_all_classes_of_all_voxels(length: int) -> None:
     classes, size = 5, 8
     scan = Volume(smooth((20, 22, length)), np.eye(4))
     predictor = Predictor(Net(classes), spec(classes, spacing_mm=(1.1, 1.1, 1.1)), device="cpu")
-    prepared = cropping.prepare(scan, predictor.spec.preparation()).shape_xyz
+    prepared = predictor.spec.to_grid(scan).shape_xyz
     with Largest():  # what is imported and cached on first use is not counted
         predictor.segment(scan, "CT")
     tracemalloc.start()
@@ -329,18 +328,6 @@ def test_no_array_has_all_classes_of_all_voxels(length: int) -> None:
     voxels = math.prod(scan.shape_xyz)
     # NumPy's side: the resampled image, uint8 labels, and windows and planes that do not grow with length
     assert numpy_bytes < 4 * math.prod(prepared) + voxels + 400_000
-
-
-def test_the_ceiling_grows_with_classes_by_the_cross_section_only() -> None:
-    size = (96, 96, 96)
-
-    def per_class(length: int) -> int:
-        native, prepared = (512, 512, length), (273, 273, length)
-        few, many = (sliding_window.ceiling_bytes(native, prepared, k, size, 0) for k in (14, 15))
-        return many - few
-
-    assert per_class(400) == 4 * (96 + 1) * 273 * 273 + 8 * math.prod(size)
-    assert per_class(600) == per_class(400)
 
 
 @pytest.mark.cuda

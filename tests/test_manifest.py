@@ -57,7 +57,7 @@ def test_a_row_says_what_is_in_the_scan(tmp_path: Path) -> None:
         files=(),
         sha256=hashlib.sha256(data).hexdigest(),
         voxel_sha256=scan_hash.voxel_sha256(manifest.load(scan)),
-        thumbprint=scan_hash.thumbprint(manifest.load(scan)),
+        thumbprint=scan_hash.perceptual_hash(manifest.load(scan)),
         size_bytes=len(data),
         subject="phantom_001",
         dataset="PhantomCT",

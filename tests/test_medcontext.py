@@ -536,11 +536,11 @@ def test_a_unit_is_whole_tokens() -> None:
 
 
 def test_finetuning_takes_it_by_name() -> None:
-    from logonet.data.prepared_scans import Crops
+    from logonet.data.prepared_scans import CropSampling
     from logonet.pipelines import finetuning
 
     cfg = finetuning.Finetuning(
-        crops=Crops(size_vox=(32, 32, 32)),
+        crops=CropSampling(size_vox=(32, 32, 32)),
         backbone={"name": "logonet", **networks.tiny("logonet")},
         method={"name": "medcontext", "beta": 0.4},
     )

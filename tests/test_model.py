@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -93,6 +92,7 @@ def test_a_spec_that_contradicts_itself_is_refused(changes: dict[str, Any], sent
     [
         (lambda v: v | {"colour": "red"}, "unknown config key 'colour'"),
         (lambda v: {k: x for k, x in v.items() if k != "classes"}, "'classes' is missing"),
+        (lambda v: {k: x for k, x in v.items() if k != "window_hu"}, "'window_hu' is missing"),
         (lambda v: v | {"size_vox": "big"}, "'size_vox'"),
         (lambda v: v | {"modality": "PET"}, "'PET'"),
         (lambda v: [v], "must be a mapping"),
@@ -145,10 +145,3 @@ def test_a_window_that_the_backbone_cannot_take_is_refused() -> None:
         model.build(spec(size_vox=(32, 33, 32)), network().state_dict())
     with pytest.raises(UserError, match="unknown backbone 'unett'"):
         model.build(spec(backbone={"name": "unett"}), {})
-
-
-def test_the_preparation_is_the_one_of_training() -> None:
-    prepared = spec().preparation()
-    for field in ("size_vox", "spacing_mm", "window_hu", "mr_percentiles"):
-        assert getattr(prepared, field) == getattr(spec(), field)
-    assert dataclasses.replace(spec(), spacing_mm=None).preparation().spacing_mm is None

@@ -123,7 +123,7 @@ def two_steps_of_each(name: str, scans: str, root: str) -> tuple[Artifact, Artif
     (pretrained,) = of_network(root, "pretrain", name)
     labelled = pipelines.Finetuning(
         split=cfg.split or splits.Config(),
-        crops=prepared_scans.Crops(size_vox=SIZE),
+        crops=prepared_scans.CropSampling(size_vox=SIZE),
         train=two,
         init=Init(pretrained.uri),
         validation=sliding_window.Config(overlap=0),

@@ -137,7 +137,7 @@ def test_a_pretext_by_name_hands_its_encoder_on(name: str, scans: str, root: str
 def test_an_objective_by_name_finetunes(name: str, scans: str, root: str) -> None:
     cfg = pipelines.Finetuning(
         split=SPLIT,
-        crops=prepared_scans.Crops(size_vox=SIZE),
+        crops=prepared_scans.CropSampling(size_vox=SIZE),
         backbone=backbone_for(name),
         method={"name": name},
         train=TWO_STEPS,

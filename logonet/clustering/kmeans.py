@@ -1,17 +1,16 @@
-"""Many clusterers over slices: fitting one, keeping them as a set, and how good their labels are.
+"""Clusterers of slices: fitting one, and keeping many as a set.
 
 The pseudo-labels of Masked LoGoNet (KDD 2024, sections 3.3.2 and 4.1): N scikit-learn MiniBatchKMeans,
 each with its own K, each updated 350 times on random tenths of the unlabelled slices.
 
 The paper says that other clusterings, "such as hierarchical or spectral methods, can be utilized". Here these
-(`Config.algorithm`) cluster one bounded random sample, and a clusterer is kept as the means of its clusters
-whatever made them: every slice is labelled by the nearest mean. So a clusterer is one matrix, the labeller and
-what is stored know nothing of algorithms, and a slice's label never depends on where it was when the
-clusterer was fitted. The price is that labels are not always the algorithm's own: a spectral cluster that bends
-around another is cut straight, and a mixture's posterior also weighs how wide and how likely its components are.
-Spectral and hierarchical clusterings have no rule for slices they have not seen at all; the alternative, the label
-of the nearest slice of the sample, would need every clusterer's whole sample (184 MB each at the defaults) and be
-out of the fused labeller's reach.
+(`Config.algorithm`) cluster one bounded random sample, and every clusterer is kept as the means of its clusters: each
+slice gets the label of the nearest mean. So a clusterer is one matrix, the labeller and the stored file do not depend
+on the algorithm, and a slice's label does not depend on whether the clusterer was fitted on it. The price: labels are
+not always the algorithm's own. A spectral cluster that bends around another is cut straight, and a mixture's posterior
+also weighs how wide and how likely its components are. Spectral and hierarchical clusterings have no rule for
+unseen slices at all; the alternative, the label of the nearest slice of the sample, would need every clusterer's whole
+sample (184 MB each at the defaults) and be out of the fused labeller's reach.
 
 Shape legend: P crops, S slices, T voxels of a slice (C*X*Y), N clusterers, K codes of one clusterer, V codes of
 all clusterers together, Z slices of a crop. Slices are uint16, 65535 x intensity, as crops are stored.
@@ -60,7 +59,7 @@ class Config(Section, key="clusterers"):
             nearest neighbours) or "hierarchical" (Ward's linkage). The last two take time and memory that grow
             with the square of the slices they see.
         max_fit_slices: cap of the slices that one clusterer other than K-means sees. Below it and where there are
-            so many, it sees at least 10 for each of its clusters.
+            that many, it sees at least 10 for each of its clusters.
     """
 
     n: Count = 80
@@ -96,7 +95,7 @@ def cluster_counts(cfg: Config) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """One clusterer: its place in the set, centroids float32 (K, T), and mean squared distance per slice
+    """One clusterer: its number in the set, centroids float32 (K, T), and mean squared distance per slice
     to the nearest centroid over the last update's slices."""
 
     index: int
@@ -155,12 +154,15 @@ def fit_one(slices_ST: np.ndarray, k: int, index: int, cfg: Config) -> Fitted:
 
 def _at_most_distinct(slices_ST: np.ndarray, k: int, index: int) -> int:
     """``k``, or the number of different rows, with a warning, where that is lower."""
-    distinct = _count_distinct(slices_ST, k)
-    if distinct < k:
-        log.warning(
-            "clusterer %d: only %d distinct slices for %d clusters; K is %d", index, distinct, k, distinct
-        )
-    return distinct
+    seen: set[bytes] = set()
+    for x_T in slices_ST:
+        seen.add(x_T.tobytes())
+        if len(seen) == k:
+            return k
+    log.warning(
+        "clusterer %d: only %d distinct slices for %d clusters; K is %d", index, len(seen), k, len(seen)
+    )
+    return len(seen)
 
 
 def _kmeans(slices_ST: np.ndarray, k: int, index: int, cfg: Config) -> tuple[np.ndarray, float]:
@@ -230,16 +232,6 @@ def _cluster(x_ST: np.ndarray, k: int, index: int, cfg: Config) -> np.ndarray:
         # Air is many equal slices, which only know one another. Parts without a way between them are clusters.
         warnings.filterwarnings("ignore", message="Graph is not fully connected")
         return spectral.fit_predict(x_ST)
-
-
-def _count_distinct(slices_ST: np.ndarray, enough: int) -> int:
-    """Number of different rows, counting no further than ``enough``."""
-    seen: set[bytes] = set()
-    for x_T in slices_ST:
-        seen.add(x_T.tobytes())
-        if len(seen) == enough:
-            break
-    return len(seen)
 
 
 # ---------------------------------------------------------------------------------------------- the set
@@ -324,8 +316,7 @@ def _unpack(file_format: str, data: bytes, source: str) -> tuple[dict[str, np.nd
             f"{source} is not a whole safetensors file ({err}); fit the clusterers again"
         ) from None
     # safetensors reads metadata from files only. load() has just checked this header.
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    header = json.loads(safetensors_io.header_of(data)).get("__metadata__") or {}
     about = json.loads(header.get("logonet", "{}"))
     if about.get("format") != file_format:
         raise UserError(

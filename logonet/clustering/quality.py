@@ -1,4 +1,4 @@
-"""How good pseudo-labels are, and which slices show a cluster.
+"""The quality of pseudo-labels, and the slices that show a cluster.
 
 Shapes: P crops, S slices, N clusterers, K codes of one clusterer, Z slices of a crop.
 """
@@ -12,11 +12,6 @@ from logonet.clustering.kmeans import ClustererSet
 from logonet.core import seeding
 
 AGREEMENT_LIMIT = 20
-
-
-def by_slice(labels_PNZ: np.ndarray) -> np.ndarray:
-    """Labels of crops (P, N, Z) as labels of slices (P*Z, N)."""
-    return np.moveaxis(labels_PNZ, 1, 2).reshape(-1, labels_PNZ.shape[1])
 
 
 def majority(labels_PNZ: np.ndarray, sizes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ LONGEST = 600  # characters of a sentence; names and values that a file holds ha
 
 
 class UserError(Exception):
-    """Something only the user can mend.
+    """Something only the user can correct.
 
     Its message is one sentence that names the file, key or setting and says what to do. The command
     line prints it without a traceback and exits with status 2. Credentials in it are taken out: a sentence may

@@ -1,12 +1,10 @@
-"""Crops at rest: one safetensors shard a scan, and the table that says where each crop lies.
+"""Stored crops: one safetensors shard per scan, and the table of where each crop lies.
 
 Shapes: R crops of a scan, C channels, X Y Z voxels (RAS).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import operator
 from collections.abc import Iterable
@@ -36,28 +34,26 @@ class CropRef:
 
 
 def shard_bytes(scan_id: str, crops_RCXYZ: np.ndarray) -> bytes:
-    """A safetensors file of crops whose header also says each crop's checksum."""
+    """A safetensors file of a scan's crops whose header also has each crop's checksum."""
     arrays = {f"{i:05d}": np.ascontiguousarray(crop_CXYZ) for i, crop_CXYZ in enumerate(crops_RCXYZ)}
-    sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
-    return safetensors_io.to_bytes(arrays, {"scan_id": scan_id, "sha256": json.dumps(sums)})
+    return safetensors_io.to_bytes_with_checksums(arrays, {"scan_id": scan_id})
 
 
 def shard_index(uri: str, name: str, size_bytes: int) -> list[CropRef]:
     """The crops of a stored shard, from its header alone; empty when it is not a whole shard."""
-    if size_bytes < 8:
-        return []
-    header_bytes = int.from_bytes(object_store.read(uri, start=0, length=8), "little")
-    if not 0 < header_bytes <= size_bytes - 8:
-        return []
     try:
-        refs = parse_shard_header(name, object_store.read(uri, start=8, length=header_bytes))
+        refs = parse_shard_header(name, safetensors_io.stored_header(uri, size_bytes))
     except (ValueError, LookupError, TypeError, AttributeError):  # the header's own bytes are damaged
         return []
     return refs if refs and refs[-1].offset + refs[-1].num_bytes == size_bytes else []
 
 
 def parse_shard_header(name: str, header: bytes) -> list[CropRef]:
-    """Raises ValueError, TypeError, LookupError or AttributeError where this is no shard's header."""
+    """The crops of the shard ``name``.
+
+    Raises:
+        ValueError, TypeError, LookupError, AttributeError: where this is not a shard's header.
+    """
     fields: dict[str, Any] = config.parse_json(header)
     meta = fields.pop("__metadata__")
     sums, scan_id = config.parse_json(meta["sha256"]), meta["scan_id"]

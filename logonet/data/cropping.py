@@ -1,4 +1,4 @@
-"""Where a scan is cut into training crops, and how: deterministic in (seed, scan id), pure.
+"""Where a scan is cut into training crops, and how: pure, and the same for the same seed and scan id.
 
 Shape suffixes: R crops of one scan, K candidate boxes per crop, C channels, X Y Z voxel axes.
 """
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from logonet.core import seeding
-from logonet.core.config import Count, Percentile, Positive, Section, Share, SizeVox
-from logonet.core.errors import BadScan, UserError
+from logonet.core.config import Count, Share, SizeVox
+from logonet.core.errors import BadScan
 from logonet.data import volume
+from logonet.data.preprocessing import Preprocessing
 from logonet.data.volume import Volume
 
 FOREGROUND = 0.05  # of the intensity range: -900 HU in the default window, so lung counts and air does not
@@ -21,36 +22,23 @@ CANDIDATES = 4
 
 
 @dataclass(frozen=True)
-class Config(Section, key="crops"):
-    """How crops are cut.
+class Config(Preprocessing, key="crops"):
+    """How crops are cut, and how scans are prepared before (see `Preprocessing`).
 
     Attributes:
         size_vox: crop side along X, Y, Z (paper section 4.1: 96 x 96 x 96).
         per_scan: crops of a scan.
-        spacing_mm: resample to this voxel size first; None keeps each scan's own.
-        window_hu: CT intensities mapped to [0, 1] (paper Table 2).
-        mr_percentiles: of the nonzero voxels, mapped to [0, 1], for scans without an absolute scale.
         min_image_share: a scan that fills less of a crop than this is refused.
         min_foreground: the first of a few candidate boxes with this share of non-air voxels is taken, else the
             best of them.
-        seed: of the places.
+        seed: of the crops' positions.
     """
 
     size_vox: SizeVox = (96, 96, 96)
     per_scan: Count = 4
-    spacing_mm: tuple[Positive, Positive, Positive] | None = None
-    window_hu: tuple[float, float] = (-1000.0, 1000.0)
-    mr_percentiles: tuple[Percentile, Percentile] = (0.5, 99.5)
     min_image_share: Share = 0.25
     min_foreground: Share = 0.1
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("window_hu", "mr_percentiles"):
-            low, high = getattr(self, name)
-            if not low < high:
-                raise UserError(f"crops.{name} is ({low}, {high}); set (low, high) with low < high")
 
 
 def crops_of(scan: Volume, modality: str, cfg: Config, scan_id: str) -> np.ndarray:
@@ -59,35 +47,21 @@ def crops_of(scan: Volume, modality: str, cfg: Config, scan_id: str) -> np.ndarr
     Raises:
         BadScan: for a scan too small for a crop or without contrast.
     """
-    scan = prepare(scan, cfg)
-    low_high = intensity_range(scan.array_CXYZ, modality, cfg, scan_id)
-    starts_R3 = starts(scan.array_CXYZ, low_high, cfg, scan_id)
+    scan = cfg.to_grid(scan)
+    low_high = cfg.intensity_range(scan.array_CXYZ, modality, scan_id)
+    corners_R3 = choose_corners(scan.array_CXYZ, low_high, cfg, scan_id)
     crops_RCXYZ = np.empty((cfg.per_scan, scan.array_CXYZ.shape[0], *cfg.size_vox), np.uint16)
-    for r, start in enumerate(starts_R3):
+    for crop_CXYZ, corner in zip(crops_RCXYZ, corners_R3):
         # cut, then window: the same numbers as windowing the whole scan first, without a copy of it
-        crop_CXYZ = cut(scan.array_CXYZ, start, cfg.size_vox, pad=low_high[0])
-        crops_RCXYZ[r] = volume.to_uint16(volume.window(crop_CXYZ, low_high))
+        cut_CXYZ = cut(scan.array_CXYZ, corner, cfg.size_vox, pad=low_high[0])
+        crop_CXYZ[:] = volume.to_uint16(volume.window(cut_CXYZ, low_high))
     return crops_RCXYZ
 
 
-def prepare(scan: Volume, cfg: Config) -> Volume:
-    """``scan`` on the grid that crops are cut from: RAS axes, at ``cfg.spacing_mm`` when that is set."""
-    if cfg.spacing_mm is None:
-        return volume.to_ras(scan)
-    return volume.resample(scan, cfg.spacing_mm)
-
-
-def intensity_range(array_CXYZ: np.ndarray, modality: str, cfg: Config, scan_id: str) -> tuple[float, float]:
-    """The intensities that become 0 and 1: the HU window for "CT", the scan's own percentiles for "MR"."""
-    if modality == "CT":
-        return cfg.window_hu
-    return volume.percentile_range(array_CXYZ, *cfg.mr_percentiles, scan_id)
-
-
 def candidates(shape_xyz: Sequence[int], cfg: Config, scan_id: str) -> np.ndarray:
-    """Lower corners of candidate boxes, int64 (R, K, 3), uniform over the places where the box fits.
+    """Lower corners of candidate boxes, int64 (R, K, 3), uniform over the positions where the box fits.
 
-    Along an axis where the scan is shorter than the crop there is one place: the scan in the middle, so the
+    Along an axis where the scan is shorter than the crop there is one position: the scan in the middle, so the
     corner is negative.
 
     Raises:
@@ -107,7 +81,9 @@ def candidates(shape_xyz: Sequence[int], cfg: Config, scan_id: str) -> np.ndarra
     return np.where(room < 0, room // 2, corners_RK3)
 
 
-def starts(array_CXYZ: np.ndarray, low_high: tuple[float, float], cfg: Config, scan_id: str) -> np.ndarray:
+def choose_corners(
+    array_CXYZ: np.ndarray, low_high: tuple[float, float], cfg: Config, scan_id: str
+) -> np.ndarray:
     """The lower corners of the crops to cut, int64 (R, 3).
 
     Of each crop's candidates the first whose foreground share reaches ``cfg.min_foreground`` is taken, else
@@ -128,17 +104,17 @@ def starts(array_CXYZ: np.ndarray, low_high: tuple[float, float], cfg: Config, s
 
 
 def cut(
-    array_CXYZ: np.ndarray, start: Sequence[int], size_vox: Sequence[int], pad: float = 0.0
+    array_CXYZ: np.ndarray, corner: Sequence[int], size_vox: Sequence[int], pad: float = 0.0
 ) -> np.ndarray:
-    """The box of ``size_vox`` voxels from its lower corner ``start``, (C, *size_vox); ``pad`` outside."""
+    """The box of ``size_vox`` voxels from its lower ``corner``, (C, *size_vox); ``pad`` outside."""
     shape_xyz = array_CXYZ.shape[1:]
     crop_CXYZ = np.full((array_CXYZ.shape[0], *size_vox), pad, array_CXYZ.dtype)
-    source = _inside(shape_xyz, start, size_vox)
-    target = tuple(slice(s.start - int(a), s.stop - int(a)) for s, a in zip(source, start))
+    source = _inside(shape_xyz, corner, size_vox)
+    target = tuple(slice(s.start - int(a), s.stop - int(a)) for s, a in zip(source, corner))
     crop_CXYZ[(slice(None), *target)] = array_CXYZ[(slice(None), *source)]
     return crop_CXYZ
 
 
-def _inside(shape_xyz: Sequence[int], start: Sequence[int], size_vox: Sequence[int]) -> tuple[slice, ...]:
+def _inside(shape_xyz: Sequence[int], corner: Sequence[int], size_vox: Sequence[int]) -> tuple[slice, ...]:
     """The part of a box that lies within the scan."""
-    return tuple(slice(max(int(a), 0), min(int(a) + m, n)) for a, m, n in zip(start, size_vox, shape_xyz))
+    return tuple(slice(max(int(a), 0), min(int(a) + m, n)) for a, m, n in zip(corner, size_vox, shape_xyz))

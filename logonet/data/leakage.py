@@ -1,28 +1,44 @@
-"""Test scans that a network may have seen: between any manifests, by bytes, voxels, likeness and subject.
+"""Test scans that a network may have been trained on: between any manifests, by bytes, voxels, likeness and subject.
 
-Shape suffixes: N scans, M others, P cells of a print.
+Shape suffixes: N scans, M others, P cells of a perceptual hash.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
+from typing import ClassVar
 
 import numpy as np
 
+from logonet.core import tables
 from logonet.data import scan_hash
 from logonet.data.manifest import Scan
 
 KINDS = ("file", "voxels", "fingerprint", "subject")  # strongest first
 BLOCK = 128  # test scans per matrix product
-CROWD = 3  # this many scans like a test scan: being alike is the rule here, so more is asked for
-COPY = 0.985  # so alike that it is a copy, and says nothing about how alike different scans are
+CROWD = 3  # where so many scans are similar to a test scan, similarity is the rule, so more is asked for
+COPY = 0.985  # so similar that it is a copy, and says nothing about how similar different scans are
 # DICOM UIDs, UUIDs and digests name one patient in the world; "case_001" and "sub-01" only one in their dataset
 UNIQUE_SUBJECT = re.compile(r"(?=.{20})[0-9]+(\.[0-9]+){4,}|(?=.{16})[0-9a-fA-F]+(-[0-9a-fA-F]+)*")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What leaks are found by, of a scan that must not be named; ``subject`` is a digest (see `provenance`)."""
+
+    dataset: ClassVar[str] = ""
+
+    scan_id: str
+    sha256: str
+    voxel_sha256: str
+    thumbprint: str
+    subject: str
+
+
+AnyScan = Scan | Trace
 
 
 @dataclass(frozen=True)
@@ -35,17 +51,17 @@ class Leak:
     detail: str
 
 
-def find(test: Sequence[Scan], others: Sequence[Scan]) -> list[Leak]:
+def find(test: Sequence[AnyScan], others: Sequence[AnyScan]) -> list[Leak]:
     """Every pair of a test scan and another scan that are one scan or one subject, strongest kind first.
 
     - "file": equal bytes. The same row in ``test`` and in ``others`` is such a pair.
-    - "voxels": equal voxels in RAS axes, in another file (``fingerprints.voxel_sha256``).
-    - "fingerprint": prints more alike than ``fingerprints.SAME``. Where at least ``CROWD`` scans are that much
-      like the test scan (phantoms, brains registered to one atlas) a print mostly shows what they share, so
-      what is left after taking their mean away must be more alike than ``SAME`` too. Of 100 phantoms of one
-      modality (64^3 voxels; pairs alike by 0.64 to 0.99), 1 test scan in 2000 then has a false alarm; what is
-      left of a copy at 1.5 times the spacing is alike by 0.88 or more, of one with noise of 0.05 standard
-      deviations by 0.95. Scans of few voxels (32^3) in a crowd are recognised with noise, not resampled.
+    - "voxels": equal voxels in RAS axes, in another file (``scan_hash.voxel_sha256``).
+    - "fingerprint": perceptual hashes more similar than ``scan_hash.SAME``. Where at least ``CROWD`` scans are that
+      similar to the test scan (phantoms, brains registered to one atlas) a hash mostly shows what they share, so
+      what is left after taking their mean away must be more similar than ``SAME`` too. Of 100 phantoms of one
+      modality (64^3 voxels; similarities of pairs from 0.64 to 0.99), 1 test scan in 2000 then has a false alarm; what
+      is left of a copy at 1.5 times the spacing has a similarity of 0.88 or more, of one with noise of 0.05 standard
+      deviations of 0.95. Scans of few voxels (32^3) in a crowd are recognised with noise, not resampled.
     - "subject": equal dataset and subject. Between datasets a subject's name counts only if it is unique by its
       form (a DICOM UID, a UUID, a digest): two datasets with a "case_001" are no leak.
 
@@ -53,13 +69,13 @@ def find(test: Sequence[Scan], others: Sequence[Scan]) -> list[Leak]:
     manifest are looked for: a scan is not compared with itself, and (a, b) is not reported again as (b, a).
 
     Raises:
-        UserError: for prints of different versions.
+        UserError: for perceptual hashes of different versions.
     """
     within = sorted(s.scan_id for s in test) == sorted(s.scan_id for s in others)
     found: dict[tuple[str, str], Leak] = {}
-    searches = (_equal(_file), _equal(_voxels), _alike, _equal(_subject))
-    for kind, search in zip(KINDS, searches):
-        for scan, other, detail in search(test, others):
+    for kind in KINDS:
+        pairs = _alike(test, others) if kind == "fingerprint" else _equal(KEYS[kind], test, others)
+        for scan, other, detail in pairs:
             pair = (scan.scan_id, other.scan_id)
             if within and (pair[0] == pair[1] or pair[::-1] in found):
                 continue
@@ -69,59 +85,29 @@ def find(test: Sequence[Scan], others: Sequence[Scan]) -> list[Leak]:
 
 def table(leaks: Sequence[Leak]) -> str:
     """A table for people, one row per leak; one sentence when there is none."""
-    from rich.console import Console
-    from rich.table import Table
-
-    if not leaks:
-        return "no leaks found\n"
-    rows = Table()
-    for head in ("kind", "test scan", "other scan", "why"):
-        rows.add_column(head, overflow="fold")
-    for leak in leaks:
-        rows.add_row(leak.kind, leak.scan_id, leak.other_id, leak.detail)
-    text = io.StringIO()
-    # wide: a pipe has no width, and a cut table hides what it was printed for
-    Console(file=text, width=160, highlight=False, markup=False).print(rows)
-    return text.getvalue()
+    rows = [(leak.kind, leak.scan_id, leak.other_id, leak.detail) for leak in leaks]
+    return tables.to_text(("kind", "test scan", "other scan", "why"), rows) if rows else "no leaks found\n"
 
 
 def to_csv(leaks: Sequence[Leak]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([f.name for f in fields(Leak)])
-    writer.writerows(astuple(leak) for leak in leaks)
-    return text.getvalue().encode()
+    return tables.to_csv([f.name for f in fields(Leak)], map(astuple, leaks))
 
 
 # --------------------------------------------------------------------------------------------- searches
 
-Found = Iterator[tuple[Scan, Scan, str]]
+Pairs = Iterator[tuple[AnyScan, AnyScan, str]]  # a test scan, another one, what they have in common
+Key = Callable[[AnyScan], tuple[str, str]]  # the key ("" for a scan without one) and how to show it
 
 
-def _equal(key: Callable[[Scan], tuple[str, str]]) -> Callable[[Sequence[Scan], Sequence[Scan]], Found]:
-    """A search for pairs with the same key; ``key`` gives it with the detail, and "" for a scan without one."""
-
-    def search(test: Sequence[Scan], others: Sequence[Scan]) -> Found:
-        by_key: dict[str, list[Scan]] = defaultdict(list)
-        for other in others:
-            by_key[key(other)[0]].append(other)
-        for scan in test:
-            value, detail = key(scan)
-            for other in by_key.get(value, []) if value else []:
-                yield scan, other, detail
-
-    return search
-
-
-def _file(scan: Scan) -> tuple[str, str]:
+def file_key(scan: AnyScan) -> tuple[str, str]:
     return scan.sha256, f"same bytes, SHA-256 {scan.sha256[:10]}"
 
 
-def _voxels(scan: Scan) -> tuple[str, str]:
+def voxels_key(scan: AnyScan) -> tuple[str, str]:
     return scan.voxel_sha256, f"same voxels, SHA-256 {scan.voxel_sha256[:10]}"
 
 
-def _subject(scan: Scan) -> tuple[str, str]:
+def subject_key(scan: AnyScan) -> tuple[str, str]:
     if UNIQUE_SUBJECT.fullmatch(scan.subject):
         return scan.subject.lower(), f"subject {scan.subject}"
     if not scan.subject:
@@ -129,7 +115,21 @@ def _subject(scan: Scan) -> tuple[str, str]:
     return f"{scan.dataset}\x1f{scan.subject}", f"subject {scan.subject} of dataset {scan.dataset}"
 
 
-def _alike(test: Sequence[Scan], others: Sequence[Scan]) -> Found:
+KEYS: dict[str, Key] = {"file": file_key, "voxels": voxels_key, "subject": subject_key}
+
+
+def _equal(key: Key, test: Sequence[AnyScan], others: Sequence[AnyScan]) -> Pairs:
+    by_key: dict[str, list[AnyScan]] = defaultdict(list)
+    for other in others:
+        by_key[key(other)[0]].append(other)
+    for scan in test:
+        value, detail = key(scan)
+        for other in by_key[value] if value else []:
+            yield scan, other, detail
+
+
+def _alike(test: Sequence[AnyScan], others: Sequence[AnyScan]) -> Pairs:
+    """Pairs of scans whose perceptual hashes are similar."""
     pool = {s.scan_id: s for s in (*others, *test) if s.thumbprint}
     position = {scan_id: i for i, scan_id in enumerate(pool)}
     scans = list(pool.values())
@@ -138,7 +138,7 @@ def _alike(test: Sequence[Scan], others: Sequence[Scan]) -> Found:
     wanted = [position[s.scan_id] for s in test if s.thumbprint]
     if not wanted or not is_other_M.any():
         return
-    rows_MP = scan_hash.rows([s.thumbprint for s in scans])
+    rows_MP = scan_hash.unit_rows([s.thumbprint for s in scans])
     for start in range(0, len(wanted), BLOCK):
         block = wanted[start : start + BLOCK]
         alike_NM = rows_MP[block] @ rows_MP.T

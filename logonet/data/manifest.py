@@ -1,15 +1,13 @@
-"""One table of scans: what there is, whether it can be used, and what is in it.
+"""The table of scans: where each lies, whether it can be used, its voxels' properties and its label.
 
-``importers.sources`` looks at a URI and says what is to be inspected; ``inspect`` reads one of them and
-answers with a row or with the reason why there is none, so it can be mapped by many workers; ``Manifest.of``
-gathers the answers. ``load`` and ``load_label`` read a row's voxels back, verified against the row.
+``importers.sources`` lists the scans at a URI; ``inspect`` reads one of them and gives a row or the reason why there is
+none, so many workers can map it; ``Manifest.of`` gathers the answers. ``load`` and ``load_label`` read a row's voxels
+back, verified against the row.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import re
 import statistics
 from collections import Counter
@@ -19,7 +17,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from logonet.core import config
+from logonet.core import config, tables
 from logonet.core.errors import BadScan, UserError, plain
 from logonet.data import scan_hash, volume
 from logonet.data.volume import Volume
@@ -28,6 +26,7 @@ from logonet.storage import object_store, parquet
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 MAX_LABEL = 255
 GRID_TOLERANCE_VOX = 0.1  # between the corners of an image and of its label: rounding, not misplacement
+ID_KEYS = ("scan_id", "sha256", "dataset", "subject", "modality", "split", "fold", "label_sha256", "classes")
 Grid = tuple[tuple[int, int, int], np.ndarray]  # shape and affine
 
 
@@ -64,8 +63,8 @@ class Scan:
     ``modality`` is "CT" for Hounsfield units, "MR" for intensities without an absolute scale (see
     ``volume.modality``). ``shape``, ``spacing_mm`` and ``orientation`` are those of the file, not yet RAS.
     ``sha256`` is that of the file, or of the sorted SHA-256s of a DICOM series' slices; ``voxel_sha256`` and
-    ``thumbprint`` are those of ``fingerprints``. ``fold`` and ``classes`` are the source's; ``label_values``
-    are the values in the label, background 0 included.
+    ``thumbprint`` (its perceptual hash) are those of ``scan_hash``. ``fold`` and ``classes`` are the source's;
+    ``label_values`` are the values in the label, background 0 included.
     """
 
     scan_id: str
@@ -142,12 +141,13 @@ def _inspect(source: Source) -> Scan:
         label_sha256 = _sha256([label])
         label_values = label_values_of(_decode_label(label, source.label_uri, scan))
     return Scan(
-        scan_id=f"{_plain_name(stem(source.uri))}-{sha256[:10]}",
+        # only characters that may stand in file names and object keys everywhere
+        scan_id=f"{re.sub(r'[^A-Za-z0-9._-]+', '_', stem(source.uri))}-{sha256[:10]}",
         uri=source.uri,
         files=source.files,
         sha256=sha256,
         voxel_sha256=scan_hash.voxel_sha256(scan),
-        thumbprint=scan_hash.thumbprint(scan),
+        thumbprint=scan_hash.perceptual_hash(scan),
         size_bytes=sum(map(len, blobs)),
         subject=source.subject,
         dataset=source.dataset,
@@ -175,14 +175,8 @@ def read_scan(source: Source) -> tuple[list[bytes], str]:
         BadScan: for a file that is too large or missing, or whose description no table can hold.
         NotGiven: where the store withholds it.
     """
-    for value in (
-        source.uri,
-        source.label_uri,
-        source.subject,
-        source.dataset,
-        *source.files,
-        *source.classes,
-    ):
+    names = (source.uri, source.label_uri, source.subject, source.dataset, *source.files, *source.classes)
+    for value in names:
         # half a UTF-8 letter: file systems allow it in names, JSON as "\\ud800"
         if value != value.encode(errors="ignore").decode():
             raise BadScan(f"{source.uri}: '{value}' is not UTF-8 text; rename it")
@@ -236,11 +230,6 @@ def stem(uri: str) -> str:
     return name[: len(name) - len(suffix)]
 
 
-def _plain_name(text: str) -> str:
-    """``text`` as it may stand in file names and object keys everywhere."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text)
-
-
 def _decode_label(data: bytes, uri: str, image: Volume) -> np.ndarray:
     """labels_XYZ uint8 on the image's own grid.
 
@@ -288,7 +277,7 @@ def to_labels(label: Volume, uri: str) -> tuple[np.ndarray, str]:
     some = ", ".join(f"{v:g}" for v in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
     return (
         labels_XYZ,
-        f"{uri}: a label map holds integers from 0 to {MAX_LABEL}, this one also {some}; mend it",
+        f"{uri}: a label map holds integers from 0 to {MAX_LABEL}, this one also {some}; correct it",
     )
 
 
@@ -331,39 +320,23 @@ class Manifest:
     @classmethod
     def of(cls, answers: Iterable[Scan | Quarantined]) -> Manifest:
         """Gather what ``inspect`` gave; of scans with equal bytes one is kept, if possible a labelled one."""
+        answers, bad = list(answers), []
         kept: dict[str, Scan] = {}
-        bad = []
-        answers = list(answers)
-        for scan in sorted(
+        labelled_first = sorted(
             (a for a in answers if isinstance(a, Scan)), key=lambda s: (not s.label_uri, s.uri)
-        ):
+        )
+        for scan in labelled_first:
             first = kept.setdefault(scan.sha256, scan)
             if first is not scan:
                 bad.append(Quarantined(scan.uri, f"{scan.uri}: duplicate of {first.uri} (same bytes)"))
         bad += [a for a in answers if isinstance(a, Quarantined)]
-        return cls(
-            tuple(sorted(kept.values(), key=lambda s: s.scan_id)), tuple(sorted(bad, key=lambda q: q.uri))
-        )
+        scans = sorted(kept.values(), key=lambda s: s.scan_id)
+        return cls(tuple(scans), tuple(sorted(bad, key=lambda q: q.uri)))
 
     @property
     def id(self) -> str:
         """16 hex digits of the content: equal for the same scans and labels in another bucket or folder."""
-        return config.fingerprint(
-            [
-                [
-                    s.scan_id,
-                    s.sha256,
-                    s.dataset,
-                    s.subject,
-                    s.modality,
-                    s.split,
-                    s.fold,
-                    s.label_sha256,
-                    s.classes,
-                ]
-                for s in self.scans
-            ]
-        )
+        return config.fingerprint([[getattr(scan, key) for key in ID_KEYS] for scan in self.scans])
 
     def scans_parquet(self) -> bytes:
         return parquet.to_parquet([asdict(s) for s in self.scans], Scan)
@@ -384,11 +357,7 @@ class Manifest:
         )
 
     def quarantine_csv(self) -> bytes:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["uri", "reason"])
-        writer.writerows([q.uri, q.reason] for q in self.quarantined)
-        return text.getvalue().encode()
+        return tables.to_csv(("uri", "reason"), [(q.uri, q.reason) for q in self.quarantined])
 
     def summary(self) -> str:
         """One line for a log."""
@@ -401,40 +370,16 @@ class Manifest:
 
     def describe(self) -> str:
         """A table for people: what is in each dataset, and why scans were left out."""
-        from rich.console import Console
-        from rich.table import Table
-
         groups: dict[tuple[str, str, str], list[Scan]] = {}
         for scan in self.scans:
             groups.setdefault((scan.dataset, scan.modality, scan.split), []).append(scan)
-        table = Table()
-        heads = (
-            "dataset",
-            "modality",
-            "split",
-            "scans",
-            "labelled",
-            "subjects",
-            "median shape",
-            "median mm",
-            "MiB",
-        )
-        for head in heads:
-            table.add_column(head, justify="left" if head in heads[:3] else "right", no_wrap=True)
+        numbers = (">scans", ">labelled", ">subjects", ">median shape", ">median mm", ">MiB")
+        rows = []
         for key, scans in sorted(groups.items()):
-            table.add_row(
-                *key,
-                str(len(scans)),
-                str(sum(bool(s.label_uri) for s in scans)),
-                str(len({s.subject for s in scans})),
-                "x".join(f"{statistics.median(s.shape[i] for s in scans):g}" for i in range(3)),
-                "x".join(f"{statistics.median(s.spacing_mm[i] for s in scans):.3g}" for i in range(3)),
-                f"{sum(s.size_bytes for s in scans) / 2**20:.1f}",
-            )
-        text = io.StringIO()
-        # wide and soft: a pipe has no width, and a cut table hides what it was printed for
-        console = Console(file=text, width=160, highlight=False)
-        console.print(table)
-        for bad in self.quarantined:
-            console.print(f"quarantined: {bad.reason}", soft_wrap=True, markup=False)
-        return text.getvalue()
+            shape = "x".join(f"{statistics.median(s.shape[i] for s in scans):g}" for i in range(3))
+            spacing = "x".join(f"{statistics.median(s.spacing_mm[i] for s in scans):.3g}" for i in range(3))
+            labelled, subjects = sum(bool(s.label_uri) for s in scans), len({s.subject for s in scans})
+            size = f"{sum(s.size_bytes for s in scans) / 2**20:.1f}"
+            rows.append((*key, len(scans), labelled, subjects, shape, spacing, size))
+        reasons = [f"quarantined: {bad.reason}\n" for bad in self.quarantined]
+        return "".join([tables.to_text(("dataset", "modality", "split", *numbers), rows), *reasons])

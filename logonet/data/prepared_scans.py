@@ -1,9 +1,10 @@
-"""Labelled cases as training reads them: prepared once, stored in bricks, cut anew at every step.
+"""Labelled scans as training reads them: prepared once, stored in chunks, cut anew at every step.
 
-Finetuning draws fresh random crops of every case at every iteration (paper section 4.2), so a case is
-stored whole; in bricks, so that a crop of a large scan reads a few byte ranges and not the scan.
+Finetuning draws fresh random crops of every scan at every iteration (paper section 4.2), so a scan is stored whole;
+in chunks, so that a crop of a large scan reads a few byte ranges and not the scan. A prepared scan with its labels is a
+*case*.
 
-Shapes: C channels, X Y Z voxels of the prepared grid (RAS), R crops, n places of a class.
+Shapes: C channels, X Y Z voxels of the prepared grid (RAS), R crops, n positions of a class.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from typing import Any
 import numpy as np
 
 from logonet.core import config, seeding
-from logonet.core.config import Count, Percentile, Positive, Section, Share, SizeVox
-from logonet.core.errors import BadScan, UserError
-from logonet.data import cropping, volume
+from logonet.core.config import Count, Section, Share, SizeVox
+from logonet.core.errors import BadScan
+from logonet.data import volume
+from logonet.data.preprocessing import Preprocessing
 from logonet.data.volume import Volume
 from logonet.storage import object_store, safetensors_io
 
-BRICK_VOX = 64  # side of a brick: 512 KiB of image, so a request's latency is worth its bytes
-PLACES = 1000  # voxels kept of each class to centre crops on
-BRICKS_CACHED = 128  # by a process, at most 96 MiB
+CHUNK_VOX = 64  # side of a chunk: 512 KiB of image, so a request's latency is worth its bytes
+POSITIONS = 1000  # voxels kept of each class to centre crops on
+CHUNKS_CACHED = 128  # by a process, at most 96 MiB
 TYPES: dict[str, np.dtype[Any]] = {
     "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
@@ -38,44 +40,25 @@ TYPES: dict[str, np.dtype[Any]] = {
 
 
 @dataclass(frozen=True)
-class Config(Section, key="cases"):
-    """How a case is prepared; the same as for pretraining's crops (``crops.Config``).
+class Config(Preprocessing, key="cases"):
+    """How a labelled scan is prepared: see `Preprocessing`.
 
     Attributes:
-        spacing_mm: resample to this voxel size; None keeps each scan's own.
-        window_hu: CT intensities mapped to [0, 1] (paper Table 2).
-        mr_percentiles: of the nonzero voxels, for scans without an absolute scale.
-        seed: of the places kept of each class.
+        seed: of the positions kept of each class.
     """
 
-    spacing_mm: tuple[Positive, Positive, Positive] | None = None
-    window_hu: tuple[float, float] = (-1000.0, 1000.0)
-    mr_percentiles: tuple[Percentile, Percentile] = (0.5, 99.5)
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        try:
-            self.preparation()
-        except UserError as err:
-            raise UserError(str(err).replace("crops.", "cases.")) from None
-
-    def preparation(self) -> cropping.Config:
-        """The same settings for the functions of ``crops``."""
-        return cropping.Config(
-            spacing_mm=self.spacing_mm, window_hu=self.window_hu, mr_percentiles=self.mr_percentiles
-        )
 
 
 @dataclass(frozen=True)
-class Crops(Section, key="crops"):
-    """What one iteration takes of a case.
+class CropSampling(Section, key="crops"):
+    """The crops that one iteration takes of a case.
 
     Attributes:
         size_vox: crop side along X, Y, Z (paper Table 3: 96 x 96 x 96).
         per_case: crops of one case and iteration (paper section 4.2: two).
-        foreground_share: of the crops, how many are centred on a voxel of some class, each class of the case
-            as likely as another; the rest lie anywhere. 0.5 is MONAI's pos:neg 1:1.
+        foreground_share: share of the crops that are centred on a voxel of a class, each class of the case with the
+            same probability; the others lie anywhere. 0.5 is MONAI's pos:neg 1:1.
     """
 
     size_vox: SizeVox = (96, 96, 96)
@@ -86,8 +69,8 @@ class Crops(Section, key="crops"):
 # ------------------------------------------------------------------------------------------ preparing
 
 
-def lookup(label_values: Sequence[int]) -> np.ndarray:
-    """uint8 (256,): label value -> class index; 255 for what is no class."""
+def class_indices(label_values: Sequence[int]) -> np.ndarray:
+    """uint8 (256,): label value -> class index; 255 for a value that is no class."""
     assert label_values[0] == 0, label_values
     table = np.full(256, 255, np.uint8)
     table[np.asarray(label_values)] = np.arange(len(label_values))
@@ -107,54 +90,51 @@ def prepare(
     Raises:
         BadScan: for a label value that is no class, or a scan without contrast.
     """
-    indices_XYZ = lookup(label_values)[labels_XYZ]
+    indices_XYZ = class_indices(label_values)[labels_XYZ]
     if (indices_XYZ == 255).any():
         value = int(labels_XYZ[indices_XYZ == 255][0])
         raise BadScan(
             f"{scan_id}: its label map holds the value {value}, which is no class of the dataset "
             f"(those are {', '.join(map(str, label_values))}); correct the label or the dataset's class list"
         )
-    prepared = cropping.prepare(scan, cfg.preparation())
-    low_high = cropping.intensity_range(prepared.array_CXYZ, modality, cfg.preparation(), scan_id)
+    prepared = cfg.to_grid(scan)
+    low_high = cfg.intensity_range(prepared.array_CXYZ, modality, scan_id)
     image_CXYZ = volume.to_uint16(volume.window(prepared.array_CXYZ, low_high))
-    label = Volume(indices_XYZ[None].astype(np.float32), scan.affine)
-    nearest = (
-        volume.to_ras(label) if cfg.spacing_mm is None else volume.resample(label, cfg.spacing_mm, order=0)
-    )
-    return np.ascontiguousarray(image_CXYZ), np.ascontiguousarray(nearest.array_CXYZ[0].astype(np.uint8))
+    label = cfg.to_grid(Volume(indices_XYZ[None].astype(np.float32), scan.affine), order=0)
+    return np.ascontiguousarray(image_CXYZ), np.ascontiguousarray(label.array_CXYZ[0].astype(np.uint8))
 
 
-def places(labels_XYZ: np.ndarray, seed: int, scan_id: str) -> dict[int, np.ndarray]:
-    """Voxels of each class but background that the case has: class index -> int16 (n, 3), n <= PLACES."""
+def class_positions(labels_XYZ: np.ndarray, seed: int, scan_id: str) -> dict[int, np.ndarray]:
+    """At most POSITIONS voxels of each class of the case but background: class index -> int16 (n, 3)."""
     found = {}
     for index in np.flatnonzero(np.bincount(labels_XYZ.ravel())):
         if index == 0:
             continue
         voxels_V = np.flatnonzero(labels_XYZ.ravel() == index)
-        if len(voxels_V) > PLACES:
+        if len(voxels_V) > POSITIONS:
             rng = seeding.rng(seed, "places", scan_id, int(index))
-            voxels_V = np.sort(rng.choice(voxels_V, PLACES, replace=False))
+            voxels_V = np.sort(rng.choice(voxels_V, POSITIONS, replace=False))
         found[int(index)] = np.stack(np.unravel_index(voxels_V, labels_XYZ.shape), 1).astype(np.int16)
     return found
 
 
 def to_bytes(scan_id: str, image_CXYZ: np.ndarray, labels_XYZ: np.ndarray, seed: int) -> bytes:
-    """One case as a safetensors file: bricks of image and labels, places of each class, all with checksums."""
+    """One case as a safetensors file: chunks of image and labels, positions of each class, all with checksums."""
     arrays: dict[str, np.ndarray] = {}
-    for name, box in _bricks(labels_XYZ.shape):
+    for name, box in _chunks(labels_XYZ.shape):
         arrays[f"image/{name}"] = np.ascontiguousarray(image_CXYZ[(slice(None), *box)])
         arrays[f"labels/{name}"] = np.ascontiguousarray(labels_XYZ[box])
-    for index, voxels_n3 in places(labels_XYZ, seed, scan_id).items():
+    for index, voxels_n3 in class_positions(labels_XYZ, seed, scan_id).items():
         arrays[f"places/{index}"] = voxels_n3
-    sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
-    meta = {"scan_id": scan_id, "shape": json.dumps(image_CXYZ.shape), "sha256": json.dumps(sums)}
-    return safetensors_io.to_bytes(arrays, meta)
+    return safetensors_io.to_bytes_with_checksums(
+        arrays, {"scan_id": scan_id, "shape": json.dumps(image_CXYZ.shape)}
+    )
 
 
-def _bricks(shape_xyz: Sequence[int]) -> Iterator[tuple[str, tuple[slice, slice, slice]]]:
-    for corner in itertools.product(*(range(0, n, BRICK_VOX) for n in shape_xyz)):
-        box = tuple(slice(a, min(a + BRICK_VOX, n)) for a, n in zip(corner, shape_xyz))
-        yield "_".join(str(a // BRICK_VOX) for a in corner), box  # type: ignore[misc]
+def _chunks(shape_xyz: Sequence[int]) -> Iterator[tuple[str, tuple[slice, slice, slice]]]:
+    for corner in itertools.product(*(range(0, n, CHUNK_VOX) for n in shape_xyz)):
+        box = tuple(slice(a, min(a + CHUNK_VOX, n)) for a, n in zip(corner, shape_xyz))
+        yield "_".join(str(a // CHUNK_VOX) for a in corner), box  # type: ignore[misc]
 
 
 # -------------------------------------------------------------------------------------------- reading
@@ -173,101 +153,93 @@ class Ref:
 
 @dataclass(frozen=True)
 class _Header:
-    entries: Mapping[str, Any]
+    scan_id: str
+    shape_cxyz: tuple[int, int, int, int]
+    entries: Mapping[str, Any]  # dtype, shape and data_offsets of each tensor
     sums: Mapping[str, str]
-    offset: int
-
-
-def ref_of(uri: str, blob: bytes) -> Ref:
-    """The reference to a case just written as ``blob``, or to the first bytes of one that is stored.
-
-    Raises:
-        NotACase: the blob's header is not one that `to_bytes` writes.
-    """
-    return _described(uri, blob)[0]
-
-
-def _described(uri: str, blob: bytes) -> tuple[Ref, _Header]:
-    size = int.from_bytes(blob[:8], "little")
-    header = blob[8 : 8 + size]
-    scan_id, shape_cxyz, fields = _parsed(header)
-    return Ref(scan_id, uri, size, shape_cxyz, hashlib.sha256(header).hexdigest()), fields
-
-
-def stored(uri: str, size_bytes: int) -> Ref | None:
-    """The reference to a stored case, from its header alone; None when it is not whole."""
-    if size_bytes < 8:
-        return None
-    header_bytes = int.from_bytes(object_store.read(uri, start=0, length=8), "little")
-    if not 0 < header_bytes <= size_bytes - 8:
-        return None
-    blob = object_store.read(uri, start=0, length=8 + header_bytes)
-    try:
-        ref, header = _described(uri, blob)
-    except NotACase:
-        return None
-    end = max(entry["data_offsets"][1] for entry in header.entries.values())
-    return ref if 8 + header_bytes + end == size_bytes else None
+    offset: int  # of the first tensor in the file
 
 
 class NotACase(ValueError):
     """A header that `to_bytes` does not write."""
 
 
-def _parsed(header: bytes) -> tuple[str, tuple[int, int, int, int], _Header]:
-    """Scan id, shape (C, X, Y, Z) and the rest of a case's header, all of it checked.
+def ref_of(uri: str, blob: bytes) -> Ref:
+    """The reference to a case that was just written as ``blob``.
+
+    Raises:
+        NotACase: the blob's header is not one that `to_bytes` writes.
+    """
+    header = safetensors_io.header_of(blob)
+    return _ref(uri, header, _parsed(header))
+
+
+def _ref(uri: str, header: bytes, parsed: _Header) -> Ref:
+    return Ref(parsed.scan_id, uri, len(header), parsed.shape_cxyz, hashlib.sha256(header).hexdigest())
+
+
+def stored(uri: str, size_bytes: int) -> Ref | None:
+    """The reference to a stored case, from its header alone; None when it is not whole."""
+    header = safetensors_io.stored_header(uri, size_bytes)
+    try:
+        parsed = _parsed(header)
+    except NotACase:
+        return None
+    end = max(entry["data_offsets"][1] for entry in parsed.entries.values())
+    return _ref(uri, header, parsed) if parsed.offset + end == size_bytes else None
+
+
+def _parsed(header: bytes) -> _Header:
+    """A case's header, all of it checked.
 
     Raises:
         NotACase: anything in it is missing or other than `to_bytes` writes it.
     """
     try:
-        fields = config.parse_json(header)
-        meta = fields.pop("__metadata__")
+        entries = config.parse_json(header)
+        meta = entries.pop("__metadata__")
         c, x, y, z = map(operator.index, config.parse_json(meta["shape"]))
         sums, scan_id = config.parse_json(meta["sha256"]), meta["scan_id"]
-        wanted: dict[str, tuple[str, list[int]]] = {}
         # counted first: a shape of any size would be walked through
-        if min(c, x, y, z) < 1 or 2 * math.prod(-(-n // BRICK_VOX) for n in (x, y, z)) > len(fields):
+        if min(c, x, y, z) < 1 or 2 * math.prod(-(-n // CHUNK_VOX) for n in (x, y, z)) > len(entries):
             raise NotACase(f"shape {(c, x, y, z)}")
-        for name, box in _bricks((x, y, z)):
+        wanted: dict[str, tuple[str, list[int]]] = {}
+        for name, box in _chunks((x, y, z)):
             shape = [b.stop - b.start for b in box]
             wanted |= {f"image/{name}": ("U16", [c, *shape]), f"labels/{name}": ("U8", shape)}
-        for name, entry in fields.items():
-            place = ("I16", [operator.index(entry["shape"][0]), 3]) if name.startswith("places/") else None
-            dtype, shape = wanted.pop(name, place) or (None, [])
-            begin, end = map(operator.index, entry["data_offsets"])
-            whole = (
-                dtype is not None and begin >= 0 and end - begin == math.prod(shape) * TYPES[dtype].itemsize
-            )
-            if (
-                (entry["dtype"], entry["shape"]) != (dtype, shape)
-                or not whole
-                or (place and not shape[0] > 0)
-            ):
+        for name in entries.keys() - wanted.keys():
+            count = operator.index(entries[name]["shape"][0])
+            if not (name.startswith("places/") and name.removeprefix("places/").isdecimal() and count > 0):
                 raise NotACase(name)
-            if not isinstance(sums[name], str) or (place and not name.removeprefix("places/").isdecimal()):
+            wanted[name] = ("I16", [count, 3])
+        for name, (dtype, shape) in wanted.items():
+            begin, end = map(operator.index, entries[name]["data_offsets"])
+            whole = begin >= 0 and end - begin == math.prod(shape) * TYPES[dtype].itemsize
+            as_written = (entries[name]["dtype"], entries[name]["shape"]) == (dtype, shape)
+            if not (whole and as_written and isinstance(sums[name], str)):
                 raise NotACase(name)
+        if not isinstance(scan_id, str):
+            raise NotACase("scan_id")
     except (ValueError, LookupError, TypeError, AttributeError) as err:
         raise NotACase(f"not the header of a case ({err})") from None
-    if wanted or not isinstance(scan_id, str):
-        raise NotACase("not the header of a case")
-    return scan_id, (c, x, y, z), _Header(fields, sums, 8 + len(header))
+    return _Header(scan_id, (c, x, y, z), entries, sums, 8 + len(header))
 
 
 @functools.lru_cache(maxsize=1024)
 def _header(ref: Ref) -> _Header:
     try:
-        _, shape_cxyz, header = _parsed(_read(ref, 8, ref.header_bytes, ref.header_sha256))
+        header = _parsed(_read(ref, 8, ref.header_bytes, ref.header_sha256))
     except NotACase as err:
         raise object_store.IntegrityError(f"{ref.uri} is {err}; delete it and run the same command") from None
-    if shape_cxyz != ref.shape_cxyz:
+    if header.shape_cxyz != ref.shape_cxyz:
         raise object_store.IntegrityError(
-            f"{ref.uri} holds a case of shape {shape_cxyz}, not {ref.shape_cxyz}; delete it and run the same command"
+            f"{ref.uri} holds a case of shape {header.shape_cxyz}, not {ref.shape_cxyz}; delete it and run the same "
+            "command"
         )
     return header
 
 
-@functools.lru_cache(maxsize=BRICKS_CACHED)
+@functools.lru_cache(maxsize=CHUNKS_CACHED)
 def _tensor(ref: Ref, name: str) -> np.ndarray:
     """One tensor of a case, checked against its sha256."""
     header = _header(ref)
@@ -287,28 +259,28 @@ def _read(ref: Ref, start: int, length: int, sha256: str | None) -> bytes:
         ) from None
 
 
-def read_crop(ref: Ref, start: Sequence[int], size_vox: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The box of ``size_vox`` voxels from its lower corner ``start``: image_CXYZ uint16 and labels_XYZ uint8.
+def read_crop(ref: Ref, corner: Sequence[int], size_vox: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The box of ``size_vox`` voxels from its lower ``corner``: image_CXYZ uint16 and labels_XYZ uint8.
 
     Outside the case both are 0: the darkest value of the window, and background.
     """
     image_CXYZ = np.zeros((ref.shape_cxyz[0], *size_vox), np.uint16)
     labels_XYZ = np.zeros(tuple(size_vox), np.uint8)
     met = []
-    for name, box in _bricks(ref.shape_cxyz[1:]):
-        lows = [max(b.start, int(s)) for b, s in zip(box, start)]
-        highs = [min(b.stop, int(s) + n) for b, s, n in zip(box, start, size_vox)]
+    for name, box in _chunks(ref.shape_cxyz[1:]):
+        lows = [max(b.start, int(s)) for b, s in zip(box, corner)]
+        highs = [min(b.stop, int(s) + n) for b, s, n in zip(box, corner, size_vox)]
         if any(low >= high for low, high in zip(lows, highs)):
             continue
         source = tuple(slice(lo - b.start, hi - b.start) for lo, hi, b in zip(lows, highs, box))
-        target = tuple(slice(lo - int(s), hi - int(s)) for lo, hi, s in zip(lows, highs, start))
+        target = tuple(slice(lo - int(s), hi - int(s)) for lo, hi, s in zip(lows, highs, corner))
         met.append((name, source, target))
-    _header(ref)  # once, before the bricks ask for it all at once
+    _header(ref)  # once, before the chunks ask for it all at once
     names = [f"{kind}/{name}" for name, *_ in met for kind in ("image", "labels")]
-    bricks = dict(zip(names, object_store.at_once(functools.partial(_tensor, ref), names)))
+    chunks = dict(zip(names, object_store.at_once(functools.partial(_tensor, ref), names)))
     for name, source, target in met:
-        image_CXYZ[(slice(None), *target)] = bricks[f"image/{name}"][(slice(None), *source)]
-        labels_XYZ[target] = bricks[f"labels/{name}"][source]
+        image_CXYZ[(slice(None), *target)] = chunks[f"image/{name}"][(slice(None), *source)]
+        labels_XYZ[target] = chunks[f"labels/{name}"][source]
     return image_CXYZ, labels_XYZ
 
 
@@ -317,7 +289,7 @@ def read_case(ref: Ref) -> tuple[np.ndarray, np.ndarray]:
     return read_crop(ref, (0, 0, 0), ref.shape_cxyz[1:])
 
 
-def starts(ref: Ref, cfg: Crops, rng: np.random.Generator) -> np.ndarray:
+def draw_corners(ref: Ref, cfg: CropSampling, rng: np.random.Generator) -> np.ndarray:
     """Lower corners of the crops of one iteration, int64 (R, 3).
 
     As MONAI's RandCropByPosNegLabel: a chosen voxel is the centre, moved inwards where the crop would leave
@@ -343,7 +315,7 @@ def starts(ref: Ref, cfg: Crops, rng: np.random.Generator) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Table:
-    """Every case of a cases artifact, in the order of their ids, and what their labels mean."""
+    """Every case of a cases artifact, in the order of scan ids, and the names and values of their classes."""
 
     refs: tuple[Ref, ...]
     classes: tuple[str, ...]

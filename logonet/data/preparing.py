@@ -10,7 +10,7 @@ from logonet.core.execution import Executor, run_all
 from logonet.data import crop_shards, cropping, manifest, prepared_scans
 from logonet.data.crop_shards import CropRef
 from logonet.data.manifest import Quarantined, Scan
-from logonet.storage import object_store
+from logonet.storage import object_store, safetensors_io
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CutScan:
             return Quarantined(scan.uri, str(err))
         blob = crop_shards.shard_bytes(scan.scan_id, crops_RCXYZ)
         object_store.write(uri, blob)
-        return crop_shards.parse_shard_header(name, blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+        return crop_shards.parse_shard_header(name, safetensors_io.header_of(blob))
 
 
 @dataclass(frozen=True)

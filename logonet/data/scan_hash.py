@@ -1,13 +1,13 @@
-"""What tells a scan by its voxels: an exact digest, and a coarse print that survives a change of format.
+"""Two hashes of a scan's voxels: an exact digest, and a perceptual hash that survives a change of format.
 
 ``SAME`` is chosen from 205 real scans (200 hippocampus MRs of the Medical Segmentation Decathlon, which look
 alike, three CTs and two MRs of other parts; all 20,910 pairs). The largest similarity of two different scans is
 0.73. The smallest of a scan and its copy is 0.96 after resampling to 1.5 times the spacing, with or without
 permuted and flipped axes, 0.90 at twice the spacing, 0.97 after clipping to percentiles 1..99 in 8 bits or a
 square root of the intensities, 0.99 with noise of 0.2 standard deviations. A CT cut to a narrow window falls to
-0.75: such a copy is not recognised, nor is a cropped one. ``tests/test_fingerprints.py`` repeats the measurement.
+0.75: such a copy is not recognised, nor is a cropped one. ``tests/test_scan_hash.py`` repeats the measurement.
 
-Shape suffixes: X Y Z voxel axes in RAS order; I J K cells of the print's grid; N scans, P cells of one print.
+Shape suffixes: X Y Z voxel axes in RAS order; I J K cells of the hash's grid; N scans, P cells of one hash.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from logonet.data import volume
 from logonet.data.volume import Volume
 
 GRID = 12  # cells along each axis
-SMOOTH_CELLS = 1.0  # sigma of what is taken away: the body plan that scans of one protocol share
+SMOOTH_CELLS = (
+    1.0  # sigma of the smooth part that is taken away: the body plan that scans of one protocol share
+)
 LEVELS = 16  # one hex digit per cell
 CLIP_SD = 2.0  # first and last level, in standard deviations
 SAME = 0.85  # see above
@@ -43,8 +45,8 @@ def voxel_sha256(scan: Volume) -> str:
     return digest.hexdigest()
 
 
-def thumbprint(scan: Volume) -> str:
-    """A coarse 3D print of the scan: GRID^3 hex digits, x slowest, in RAS axes.
+def perceptual_hash(scan: Volume) -> str:
+    """A coarse 3D picture of the scan: GRID^3 hex digits, x slowest, in RAS axes.
 
     The box between the outermost voxel centres is averaged into GRID^3 cells, a smooth version is taken
     away, and what is left is divided by its standard deviation and rounded to 16 levels. So it survives
@@ -76,24 +78,18 @@ def _weights(n: int) -> np.ndarray:
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
-def rows(prints: Sequence[str]) -> np.ndarray:
+def unit_rows(hashes: Sequence[str]) -> np.ndarray:
     """rows_NP float32, centred and of unit length, so that a product of two rows is their similarity.
 
     Raises:
-        UserError: for prints of another grid than ours.
+        UserError: for hashes of another grid than ours.
     """
-    if any(len(p) != GRID**3 or not p.isascii() for p in prints):
+    if any(len(h) != GRID**3 or not h.isascii() for h in hashes):
         raise UserError(
             "the manifest's fingerprints are of another version of logonet; import its scans again"
         )
-    digits = np.frombuffer("".join(prints).encode(), np.uint8).reshape(len(prints), -1)
+    digits = np.frombuffer("".join(hashes).encode(), np.uint8).reshape(len(hashes), -1)
     levels = np.where(digits >= ord("a"), digits - np.uint8(ord("a") - 10), digits - np.uint8(ord("0")))
     rows_NP = levels.astype(np.float32)
     rows_NP -= rows_NP.mean(1, keepdims=True)
     return rows_NP / np.maximum(np.linalg.norm(rows_NP, axis=1, keepdims=True), 1e-6)
-
-
-def similarity(a: str, b: str) -> float:
-    """The correlation of two prints, in [-1, 1]; above ``SAME`` they are of one scan."""
-    row_P, other_P = rows([a, b])
-    return float(row_P @ other_P)

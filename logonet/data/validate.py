@@ -1,21 +1,19 @@
-"""Everything that is wrong with a data set, before it is used: each case by itself, then the cases together.
+"""All problems of a data set before it is used: of each case by itself, then of the cases together.
 
-``check`` reads one case and collects all its problems, so it can be mapped by many workers; ``problems`` adds
-what only shows across cases; ``table`` prints every offender. A case without errors here is one that
-``manifest.inspect`` accepts. Peak memory is that of one decoded scan and one label map.
+``check`` reads one case and collects its problems, so many workers can map it; ``problems`` adds those that only show
+across cases; ``table`` prints them all. ``manifest.inspect`` accepts a case without errors. Peak memory is that of one
+decoded scan and one label map.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
 import numpy as np
 
+from logonet.core import tables
 from logonet.core.errors import BadScan, plain
 from logonet.data import manifest, scan_hash, volume
 from logonet.data.manifest import Grid, Source
@@ -24,7 +22,7 @@ from logonet.storage import object_store
 ERROR, WARNING = "error", "warning"
 MAX_ANISOTROPY = 3.0  # longest over shortest voxel edge
 MIN_VOXELS = 8  # along each axis
-# what decoding refuses although the file opens: a phrase of its sentence -> the check
+# faults of files that open: a phrase of decoding's sentence -> the check
 _CONTENT = {"voxels that are not finite": "finite", "every voxel is": "constant"}
 
 
@@ -80,7 +78,7 @@ def _check_image(source: Source, found: list[Problem]) -> tuple[Grid | None, str
         volume.modality(scan, source.modality, uri)
     except BadScan as err:
         found.append(Problem(uri, "modality" if grid else _why(err), ERROR, str(err)))
-        grid = grid or (None if source.files else _header_grid(blobs[0]))
+        grid = grid or (None if source.files else volume.header_grid(blobs[0], uri))
     if grid:
         found += _check_grid(uri, *grid)
     return grid, voxel_sha256
@@ -88,21 +86,15 @@ def _check_image(source: Source, found: list[Problem]) -> tuple[Grid | None, str
 
 def _check_grid(uri: str, shape: tuple[int, int, int], affine: np.ndarray) -> Iterator[Problem]:
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    ratio = spacing_mm.max() / spacing_mm.min()
     if spacing_mm.max() > MAX_ANISOTROPY * spacing_mm.min():
-        yield Problem(
-            uri,
-            "anisotropy",
-            WARNING,
-            f"{uri}: its voxels are {' x '.join(f'{s:.3g}' for s in spacing_mm)} mm, "
-            f"{spacing_mm.max() / spacing_mm.min():.1f} times longer than wide; set a spacing to resample to",
-        )
+        size = " x ".join(f"{s:.3g}" for s in spacing_mm)
+        said = f"{uri}: its voxels are {size} mm, {ratio:.1f} times longer than wide; set a spacing to resample to"
+        yield Problem(uri, "anisotropy", WARNING, said)
     if min(shape) < MIN_VOXELS:
-        yield Problem(
-            uri,
-            "tiny",
-            WARNING,
-            f"{uri}: has only {' x '.join(map(str, shape))} voxels; a crop of it is mostly padding, so leave it out",
-        )
+        size = " x ".join(map(str, shape))
+        said = f"{uri}: has only {size} voxels; a crop of it is mostly padding, so leave it out"
+        yield Problem(uri, "tiny", WARNING, said)
 
 
 def _check_label(source: Source, image: Grid | None, found: list[Problem]) -> None:
@@ -113,59 +105,36 @@ def _check_label(source: Source, image: Grid | None, found: list[Problem]) -> No
     try:
         data = manifest.read_one(uri)
     except (BadScan, object_store.NotGiven) as err:
-        return add("label opens", str(err))
-    grid: Grid | None
+        add("label opens", str(err))
+        return
     try:
         label = volume.decode_nifti(data, uri, allow_constant=True)
-        grid = label.shape_xyz, label.affine
     except BadScan as err:
         label = None
-        grid = _header_grid(data)
         add(f"label {_why(err)}", str(err))
+    grid = volume.header_grid(data, uri) if label is None else (label.shape_xyz, label.affine)
     if grid and image:
         for name, sentence in manifest.grid_faults(uri, grid, image).items():
             add(f"label {name}", sentence)
     if label is None:
-        return None
+        return
     labels_XYZ, wrong_values = manifest.to_labels(label, uri)
     if wrong_values:
         add("label values", wrong_values)
     values = manifest.label_values_of(labels_XYZ)
     declared = {v: name for v, name in enumerate(source.classes) if name}
     if declared and (undeclared := [v for v in values if v and v not in declared]):
-        names = ", ".join(f"{v} {name}" for v, name in declared.items())
-        add(
-            "label set",
-            f"{uri}: holds {', '.join(map(str, undeclared))}, but the dataset declares {names}; correct one of them",
+        held, names = (
+            ", ".join(map(str, undeclared)),
+            ", ".join(f"{v} {name}" for v, name in declared.items()),
         )
+        add("label set", f"{uri}: holds {held}, but the dataset declares {names}; correct one of them")
     if values == (0,) and not wrong_values:
         add("label empty", f"{uri}: holds nothing but background; segment the case or leave its label out")
-    return None
 
 
 def _why(err: BadScan) -> str:
     return next((check for phrase, check in _CONTENT.items() if phrase in str(err)), "opens")
-
-
-def _header_grid(data: bytes) -> Grid | None:
-    """The grid that a NIfTI header gives to voxels that could not be decoded; None without a usable one."""
-    import nibabel as nib
-
-    try:
-        # the header alone: a damaged or hostile file is not inflated any further
-        head = gzip.GzipFile(fileobj=io.BytesIO(data)).read(348) if data[:2] == b"\x1f\x8b" else data[:348]
-        if head[344:] != b"n+1\0":
-            return None
-        header = nib.Nifti1Header(head, check=False)
-        with np.errstate(all="ignore"):
-            affine = np.array(header.get_best_affine(), np.float64)
-    except (OSError, EOFError, zlib.error, ValueError, nib.spatialimages.HeaderDataError):
-        return None
-    affine[:3] *= {1: 1e3, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres, micrometres
-    x, y, z = (int(n) for n in header["dim"][1:4])
-    spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
-    usable = min(x, y, z) > 0 and np.isfinite(affine).all() and spacing_mm.min() > 0
-    return ((x, y, z), affine) if usable else None
 
 
 # -------------------------------------------------------------------------------------------- together
@@ -197,27 +166,17 @@ def _subjects(checked: Sequence[Checked]) -> Iterator[Problem]:
     first: dict[tuple[str, str], Source] = {}
     first_trained: dict[tuple[str, str], Source] = {}
     for source in (c.source for c in checked):
-        person = source.dataset, source.subject
+        person, who = (source.dataset, source.subject), f"{source.uri}: subject {source.subject} is in"
         other = first.setdefault(person, source)
         if other.split != source.split:
-            yield Problem(
-                source.uri,
-                "subject",
-                ERROR,
-                f"{source.uri}: subject {source.subject} is in the split '{source.split}' here and in '{other.split}' "
-                f"with {other.uri}; give a subject one split",
-            )
+            said = f"{who} the split '{source.split}' here and in '{other.split}' with {other.uri}"
+            yield Problem(source.uri, "subject", ERROR, f"{said}; give a subject one split")
         if source.split != "train":
             continue
         other = first_trained.setdefault(person, source)
         if other.fold != source.fold:
-            yield Problem(
-                source.uri,
-                "subject",
-                ERROR,
-                f"{source.uri}: subject {source.subject} is in fold {source.fold} here and in fold {other.fold} with "
-                f"{other.uri}; give a subject one fold",
-            )
+            said = f"{who} fold {source.fold} here and in fold {other.fold} with {other.uri}"
+            yield Problem(source.uri, "subject", ERROR, f"{said}; give a subject one fold")
 
 
 def _unlabelled(checked: Sequence[Checked]) -> Iterator[Problem]:
@@ -226,12 +185,10 @@ def _unlabelled(checked: Sequence[Checked]) -> Iterator[Problem]:
     for source in (c.source for c in checked):
         if source.label_uri or source.split == "test" or source.dataset not in labelled:
             continue
+        said = f"{source.uri}: has no label, though others of the dataset '{source.dataset}' have"
+        severity = ERROR if source.classes else WARNING
         yield Problem(
-            source.uri,
-            "label missing",
-            ERROR if source.classes else WARNING,
-            f"{source.uri}: has no label, though others of the dataset '{source.dataset}' have; add it or move "
-            "the scan to the test split",
+            source.uri, "label missing", severity, f"{said}; add it or move the scan to the test split"
         )
 
 
@@ -242,32 +199,20 @@ def failed(found: Iterable[Problem]) -> bool:
 
 def table(found: Sequence[Problem], cases: int) -> str:
     """Every offender in a table for people, and a line that says how many of the ``cases`` are fine."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    text = io.StringIO()
-    console = Console(file=text, width=160, highlight=False)
-    if found:
-        root = _common_folder([p.uri for p in found])
-        grid = Table(title=Text(f"below {root}") if root else None, title_justify="left")
-        grid.add_column("scan", overflow="fold", max_width=60)
-        for head in ("check", "severity"):
-            grid.add_column(head, no_wrap=True)
-        grid.add_column("what is wrong", overflow="fold")
-        for p in found:
-            sentence = p.sentence.removeprefix(f"{p.uri}: ")
-            sentence = sentence.replace(root, "") if root else sentence
-            # as Text: brackets in file names are no markup
-            grid.add_row(Text(plain(p.uri.removeprefix(root))), p.check, p.severity, Text(sentence))
-        console.print(grid)
+    root = _common_folder([p.uri for p in found])
+    rows = []
+    for p in found:
+        sentence = p.sentence.removeprefix(f"{p.uri}: ")
+        shown = plain(p.uri.removeprefix(root))
+        rows.append((shown, p.check, p.severity, sentence.replace(root, "") if root else sentence))
     wrong = {p.uri for p in found if p.severity == ERROR}
     warned = {p.uri for p in found} - wrong
-    parts = [f"{cases - len(wrong) - len(warned)} of {cases} cases are fine"]
-    if found:
-        parts += [f"{len(wrong)} with errors", f"{len(warned)} with warnings only"]
-    console.print(", ".join(parts), soft_wrap=True)
-    return text.getvalue()
+    summary = f"{cases - len(wrong) - len(warned)} of {cases} cases are fine"
+    if not found:
+        return f"{summary}\n"
+    columns = ("scan", "check", "severity", "what is wrong")
+    text = tables.to_text(columns, rows, title=f"below {root}" if root else "")
+    return f"{text}{summary}, {len(wrong)} with errors, {len(warned)} with warnings only\n"
 
 
 def _common_folder(uris: Sequence[str]) -> str:

@@ -56,6 +56,21 @@ EMPTY_DICE = {
 }
 
 
+def overlap(found: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
+    """Voxel counts (2, K) of each class index: those that both maps give it, and those of either map, added up."""
+    both_K, found_K, truth_K = (
+        np.bincount(indices.ravel(), minlength=num_classes)
+        for indices in (truth[found == truth], found, truth)
+    )
+    return np.stack([both_K, found_K + truth_K])
+
+
+def dice(overlap_2K: np.ndarray) -> np.ndarray:
+    """Dice of each class (K,) from the counts of `overlap`; NaN where neither map has it."""
+    both_K, sizes_K = overlap_2K
+    return np.where(sizes_K > 0, 2 * both_K / np.maximum(sizes_K, 1), np.nan)
+
+
 def surface(mask_XYZ: np.ndarray) -> np.ndarray:
     """The mask without its 6-connected erosion: bool, same shape."""
     padded = np.pad(mask_XYZ, 1)

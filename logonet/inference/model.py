@@ -1,14 +1,14 @@
 """A trained segmentation network as a folder: ``config.json`` and ``weights.safetensors``, nothing pickled.
 
-The folder is all that is needed to run the network on a scan: what it is built of, how scans are prepared
-for it and what its output channels mean.
+The folder is all that is needed to run the network on a scan: its layers, how scans are prepared for it and what its
+output channels mean.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from logonet import networks
 from logonet.core import config
 from logonet.core.errors import UserError
-from logonet.data import cropping
+from logonet.data.preprocessing import Preprocessing
 from logonet.storage import object_store
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
@@ -26,16 +26,15 @@ MAX_VALUE = 255  # label maps are uint8
 
 
 @dataclass(frozen=True)
-class Spec:
-    """What ``config.json`` holds.
+class Spec(Preprocessing):
+    """The content of ``config.json``.
 
     backbone: ``{"name": ..., **options}``.
     in_channels: C of the scans.
     classes: name of each output channel; the first is "background".
     label_values: the value that each output channel is written as, 0 to 255.
     size_vox: the window that the network was trained on, along R, A, S.
-    spacing_mm: voxel size that scans are resampled to; None keeps each scan's own.
-    window_hu, mr_percentiles: the intensities that become 0 and 1, as in `crops.Config`.
+    spacing_mm, window_hu, mr_percentiles: see `Preprocessing`.
     modality: what it was trained on: "CT", "MR" or "mixed".
 
     Raises:
@@ -47,12 +46,14 @@ class Spec:
     classes: tuple[str, ...]
     label_values: tuple[int, ...]
     size_vox: tuple[int, int, int]
-    spacing_mm: tuple[float, float, float] | None
-    window_hu: tuple[float, float]
-    mr_percentiles: tuple[float, float]
     modality: str
+    # said by every model, not left to a default
+    spacing_mm: tuple[float, float, float] | None = field(kw_only=True)
+    window_hu: tuple[float, float] = field(kw_only=True)
+    mr_percentiles: tuple[float, float] = field(kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if "name" not in self.backbone:
             raise UserError(f"backbone has no name; it must be one of {', '.join(networks.names())}")
         if self.in_channels < 1:
@@ -72,16 +73,6 @@ class Spec:
             )
         if self.modality not in MODALITIES:
             raise UserError(f"modality is '{self.modality}'; it must be one of {', '.join(MODALITIES)}")
-        self.preparation()
-
-    def preparation(self) -> cropping.Config:
-        """How training has cut its crops, so that scans are prepared the same way."""
-        return cropping.Config(
-            size_vox=self.size_vox,
-            spacing_mm=self.spacing_mm,
-            window_hu=self.window_hu,
-            mr_percentiles=self.mr_percentiles,
-        )
 
 
 def files(spec: Spec, weights: Mapping[str, torch.Tensor]) -> dict[str, bytes]:

@@ -5,16 +5,15 @@ is the axis they are streamed along and A, B the other two, in order. *Prepared*
 network sees (RAS, the model's spacing), *native* the scan's own voxels.
 
 Windows and their blending are those of ``monai.inferers.sliding_window_inference`` with
-``mode="gaussian"``; a test holds the logits equal. What differs is what is kept. Windows go layer by layer
-along S, and only the sums of the layer under way are held, (K, window depth, A, B). Planes that no later
-window touches are finished: two neighbours at a time are interpolated to native planes, whose classes are
-written as uint8 at once. No (K, X, Y, Z) array exists, on either grid. `ceiling_bytes` says what does.
+``mode="gaussian"``; a test holds the logits equal. The memory differs: windows go layer by layer along S, and only the
+sums of the current layer are held, (K, window depth, A, B). Planes that no later window touches are finished: two
+neighbours at a time are interpolated to native planes, whose classes are written as uint8 at once. No (K, X, Y, Z)
+array exists, on either grid. ``benchmarks/inference.py`` has the formula of the memory that is held, and measures it.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -47,50 +46,6 @@ class Config(Section, key="infer"):
     overlap: Annotated[float, Ge(0), Lt(1)] = 0.5
     mirror: bool = False
     windows_per_batch: Count = 1
-
-
-def ceiling_bytes(
-    native_xyz: Sequence[int],
-    prepared_xyz: Sequence[int],
-    num_classes: int,
-    size_vox: Sequence[int],
-    network_bytes: int,
-    cfg: Config = Config(),
-    in_channels: int = 1,
-) -> int:
-    """An upper bound of what `Predictor.segment` holds at any time, the scan that it is given included.
-
-    The sum of::
-
-        image      4 C (native + prepared)                 float32
-        labels     native                                  uint8
-        sums       4 (K + 1) depth A' B'  +  4 K A B       the layer under way, its weights, one finished plane
-        windows    4 (2 K + 3 C) size B                    a batch of windows and its logits; 4 K to mirror
-        planes     24 max(A, A_native) max(B, B_native)    classes are compared one by one
-        network    ``network_bytes``                       weights, and activations of one batch: measure them
-
-    where A' B' is the prepared cross-section, at least as large as the window's. Before the sums exist, the
-    percentiles of an MR scan take 9 C prepared in their stead. Only sums and windows grow with K, and
-    neither grows with the scan's length along S. On CUDA image and labels are host memory, the rest the
-    device's.
-
-    Args:
-        native_xyz, prepared_xyz: shapes of the two grids in RAS axes.
-        size_vox: the window.
-    """
-    axis = _stream_axis(prepared_xyz, size_vox)
-    a, b = _others(axis)
-    padded = [max(n, size) for n, size in zip(prepared_xyz, size_vox)]
-    wider = [max(n, m) for n, m in zip(prepared_xyz, native_xyz)]
-    native, prepared, window = (math.prod(shape) for shape in (native_xyz, prepared_xyz, size_vox))
-    image = 4 * in_channels * (native + prepared)
-    sums = 4 * (num_classes + 1) * size_vox[axis] * padded[a] * padded[b]
-    sums += 4 * num_classes * prepared_xyz[a] * prepared_xyz[b]
-    copies = 4 if cfg.mirror else 2  # of the logits: as the network gives them, in float32; the mean, flipped
-    windows = 4 * (copies * num_classes + 3 * in_channels) * window * cfg.windows_per_batch
-    planes = 24 * wider[a] * wider[b]
-    percentiles = 9 * in_channels * prepared
-    return image + native + max(sums + windows + planes, percentiles) + network_bytes
 
 
 class Predictor:
@@ -143,22 +98,18 @@ class Predictor:
                 f"{scan_id}: has {len(scan.array_CXYZ)} channel, but the model wants {spec.in_channels}; "
                 "use another model"
             )
-        preparation = spec.preparation()
-        prepared = cropping.prepare(scan, preparation)
-        low_high = cropping.intensity_range(prepared.array_CXYZ, modality, preparation, scan_id)
+        prepared = spec.to_grid(scan)
+        low_high = spec.intensity_range(prepared.array_CXYZ, modality, scan_id)
         labels_XYZ = np.empty(scan.shape_xyz, np.uint8)
         # a view: what is written there in RAS axes lands in the scan's own
         native = volume.to_ras(Volume(labels_XYZ[None], scan.affine))
         assert np.may_share_memory(native.array_CXYZ, labels_XYZ)
         step = [new / old for new, old in zip(prepared.spacing_mm, native.spacing_mm)]
-        axis = _stream_axis(prepared.shape_xyz, spec.size_vox)
-        places = _places(native.shape_xyz, prepared.shape_xyz, step, self.device)
         values = np.array(spec.label_values, np.uint8)
-        with torch.inference_mode():
-            finished = planes(
-                self.net, prepared.array_CXYZ, low_high, spec.size_vox, self.cfg, self.device, axis
-            )
-            _write(finished, axis, places, native.array_CXYZ[0], values, scan_id)
+        axis = stream_axis(prepared.shape_xyz, spec.size_vox)
+        finished = planes(self.net, prepared.array_CXYZ, low_high, spec.size_vox, self.cfg, self.device, axis)
+        positions = _positions(native.shape_xyz, prepared.shape_xyz, step, self.device)
+        _write(finished, axis, positions, native.array_CXYZ[0], values, scan_id)
         return labels_XYZ
 
 
@@ -181,24 +132,24 @@ def labels(
     image_CXYZ, device = np.asarray(image_CXYZ), torch.device(device)
     shape = image_CXYZ.shape[1:]
     labels_XYZ = np.empty(shape, np.uint8)
-    axis = _stream_axis(shape, size_vox)
-    places = _places(shape, shape, (1.0, 1.0, 1.0), device)
-    with torch.inference_mode():
-        finished = planes(net, image_CXYZ, (0.0, 1.0), size_vox, cfg, device, axis)
-        _write(finished, axis, places, labels_XYZ, np.arange(256, dtype=np.uint8), "the image")
+    axis = stream_axis(shape, size_vox)
+    finished = planes(net, image_CXYZ, (0.0, 1.0), size_vox, cfg, device, axis)
+    positions = _positions(shape, shape, (1.0, 1.0, 1.0), device)
+    _write(finished, axis, positions, labels_XYZ, np.arange(256, dtype=np.uint8), "the image")
     return labels_XYZ
 
 
+@torch.inference_mode()
 def _write(
     planes: Iterator[Tensor],
     axis: int,
-    places: Sequence[_Places],
+    positions: Sequence[_Positions],
     out_XYZ: np.ndarray,
     values: np.ndarray,
     name: str,
 ) -> None:
     """Fill ``out_XYZ`` with the ``values`` of its most likely classes from prepared ``planes`` along ``axis``."""
-    along, rows, columns = (places[d] for d in (axis, *_others(axis)))
+    along, rows, columns = (positions[d] for d in (axis, *_others(axis)))
     low, high, share = along.low.tolist(), along.high.tolist(), along.share.tolist()
     out_SAB = np.moveaxis(out_XYZ, axis, 0)
     n, before_KAB = 0, None
@@ -215,8 +166,8 @@ def _write(
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Where the N native voxels of one axis lie between those of the prepared grid: at low + share."""
+class _Positions:
+    """The positions of the N native voxels of one axis between those of the prepared grid: at low + share."""
 
     low: Tensor  # (N,) int64
     high: Tensor  # (N,) int64; low, or low + 1
@@ -231,28 +182,23 @@ class _Places:
         return low.lerp_(high, share)
 
 
-def _places(
+def _positions(
     native: Sequence[int], prepared: Sequence[int], step: Sequence[float], device: torch.device
-) -> list[_Places]:
+) -> list[_Positions]:
     """Of each axis: the inverse of `volume.resample`'s grid; beyond its last voxel the edge is repeated."""
-    places = []
+    positions = []
     for length, last, ratio in zip(native, np.array(prepared) - 1, step):
         at = np.minimum(np.arange(length) / ratio, last)
-        low, high = np.floor(at), np.ceil(at)
+        floor, ceil = np.floor(at), np.ceil(at)
+        typed = (floor.astype(np.int64), ceil.astype(np.int64), (at - floor).astype(np.float32))
+        low, high, share = (torch.from_numpy(a).to(device) for a in typed)
         same = length == last + 1 and np.array_equal(at, np.arange(length))
-        places.append(
-            _Places(
-                torch.from_numpy(low.astype(np.int64)).to(device),
-                torch.from_numpy(high.astype(np.int64)).to(device),
-                torch.from_numpy((at - low).astype(np.float32)).to(device),
-                bool(same),
-            )
-        )
-    return places
+        positions.append(_Positions(low, high, share, bool(same)))
+    return positions
 
 
 def _best(
-    low_KAB: Tensor, high_KAB: Tensor, share: float, rows: _Places, columns: _Places, name: str
+    low_KAB: Tensor, high_KAB: Tensor, share: float, rows: _Positions, columns: _Positions, name: str
 ) -> Tensor:
     """The most likely class of each voxel of a native plane, uint8; the lowest one in a tie, as in argmax.
 
@@ -295,18 +241,19 @@ def planes(
     sum_SKAB: Tensor | None = None
     inside = (slice(before[a], before[a] + shape[a]), slice(before[b], before[b] + shape[b]))
     for start, following in itertools.pairwise((*starts[axis], padded[axis])):
-        corners = [(start, i, j) for i, j in itertools.product(starts[a], starts[b])]
-        for batch in _batches(corners, cfg.windows_per_batch):
-            x_BCXYZ = _windows(image_CXYZ, batch, axis, before, size, low_high)
+        corners = list(itertools.product(*([start] if d == axis else starts[d] for d in range(3))))
+        for k in range(0, len(corners), cfg.windows_per_batch):
+            batch = corners[k : k + cfg.windows_per_batch]
+            x_BCXYZ = _windows(image_CXYZ, np.subtract(batch, before), size, low_high)
             logits_BKXYZ = _logits(net, torch.from_numpy(x_BCXYZ).to(device), cfg.mirror)
             if sum_SKAB is None:
                 K = logits_BKXYZ.shape[1]
                 sum_SKAB = torch.zeros(size[axis], K, padded[a], padded[b], device=device)
-            for (_, i, j), logits_KXYZ in zip(batch, logits_BKXYZ):
-                place = (slice(i, i + size[a]), slice(j, j + size[b]))
+            for corner, logits_KXYZ in zip(batch, logits_BKXYZ):
+                box = tuple(slice(corner[d], corner[d] + size[d]) for d in (a, b))
                 logits_SKAB = logits_KXYZ.permute(1 + axis, 0, 1 + a, 1 + b)
-                sum_SKAB[:, :, *place].addcmul_(logits_SKAB, weight_SAB[:, None])
-                total_SAB[:, *place].add_(weight_SAB)
+                sum_SKAB[:, :, *box].addcmul_(logits_SKAB, weight_SAB[:, None])
+                total_SAB[:, *box].add_(weight_SAB)
         assert sum_SKAB is not None
         finished = following - start
         for s in range(finished):
@@ -319,21 +266,12 @@ def planes(
 
 
 def _windows(
-    image_CXYZ: np.ndarray,
-    corners: Sequence[tuple[int, int, int]],
-    axis: int,
-    before: Sequence[int],
-    size: tuple[int, ...],
-    low_high: tuple[float, float],
+    image_CXYZ: np.ndarray, corners_B3: np.ndarray, size: tuple[int, ...], low_high: tuple[float, float]
 ) -> np.ndarray:
-    """x_BCXYZ float32 in [0, 1], with 0 outside the image; ``corners`` are along S, A, B."""
-    x_BCXYZ = np.empty((len(corners), len(image_CXYZ), *size), np.float32)
-    order = (axis, *_others(axis))
-    for x_CXYZ, corner in zip(x_BCXYZ, corners):
-        start = [0, 0, 0]
-        for d, place in zip(order, corner):
-            start[d] = place - before[d]
-        x_CXYZ[:] = volume.window(cropping.cut(image_CXYZ, start, size, pad=low_high[0]), low_high)
+    """The windows from their lower corners, x_BCXYZ float32 in [0, 1], with 0 outside the image."""
+    x_BCXYZ = np.empty((len(corners_B3), len(image_CXYZ), *size), np.float32)
+    for x_CXYZ, corner in zip(x_BCXYZ, corners_B3):
+        x_CXYZ[:] = volume.window(cropping.cut(image_CXYZ, corner, size, pad=low_high[0]), low_high)
     return x_BCXYZ
 
 
@@ -368,7 +306,7 @@ def _importance(size: Sequence[int]) -> Tensor:
     return weight.clamp_(min=max(float(weight.min()), MIN_WEIGHT))
 
 
-def _stream_axis(shape: Sequence[int], size: Sequence[int]) -> int:
+def stream_axis(shape: Sequence[int], size: Sequence[int]) -> int:
     """The axis along which the least has to be held: window depth x cross-section."""
     return max(range(3), key=lambda d: max(shape[d] / size[d], 1.0))
 
@@ -376,7 +314,3 @@ def _stream_axis(shape: Sequence[int], size: Sequence[int]) -> int:
 def _others(axis: int) -> tuple[int, int]:
     a, b = (d for d in range(3) if d != axis)
     return a, b
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[k : k + size] for k in range(0, len(items), size))

@@ -5,27 +5,20 @@ Shapes: N cases, C classes, R bootstrap resamples.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from scipy import stats
 
-from logonet.core import seeding
+from logonet.core import seeding, tables
 from logonet.core.errors import UserError
 from logonet.inference.metrics import EMPTY_DICE, HD95, METRICS
 
 COMPARED = ("dice", "hd95_mm", "nsd_1mm", "nsd_2mm")
-MEAN = "mean"
-
-
+MEAN = "mean"  # the class in the rows of the mean over classes
 RESAMPLES = 9999
 CONFIDENCE = 0.95
 
@@ -193,8 +186,10 @@ def _by_case(
 
 def _class_by_class(frame: pd.DataFrame, order: Sequence[tuple[int, str]]) -> pd.DataFrame:
     """Lines of one class together, in their order, the mean last."""
-    places = {name: place for place, (_, name) in enumerate([*order, (0, MEAN)])}
-    return frame.sort_values("class", key=lambda names: names.map(places), kind="stable", ignore_index=True)
+    positions = {name: position for position, (_, name) in enumerate([*order, (0, MEAN)])}
+    return frame.sort_values(
+        "class", key=lambda names: names.map(positions), kind="stable", ignore_index=True
+    )
 
 
 def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -276,38 +271,27 @@ def _some(names: set[str]) -> str:
 
 def table(summarised: pd.DataFrame) -> str:
     """``summary`` for the terminal: a line per class, "mean (95 % interval)" per metric."""
-    columns = {"dice": "Dice", "hd95_mm": "HD95 mm", "nsd_1mm": "NSD 1 mm", "nsd_2mm": "NSD 2 mm"}
-    out = Table("class", box=box.SIMPLE, title="mean over cases (95 % bootstrap interval)")
-    for title in (*columns.values(), "cases", "no HD95"):
-        out.add_column(title, justify="right")
+    shown = {"dice": "Dice", "hd95_mm": "HD95 mm", "nsd_1mm": "NSD 1 mm", "nsd_2mm": "NSD 2 mm"}
+    rows = []
     for name, lines in summarised.groupby("class", sort=False):
         by_metric = lines.set_index("metric")
-        cells = [_cell(by_metric.loc[m], "mean", 2 if m == "hd95_mm" else 3) for m in columns]
-        counts = [str(by_metric.loc["dice", "n"]), str(by_metric.loc["hd95_mm", "skipped"])]
-        out.add_row(escape(str(name)), *cells, *counts, style="bold" if name == MEAN else "")
-    return _rendered(out)
+        cells = [_cell(by_metric.loc[m], "mean", 2 if m == "hd95_mm" else 3) for m in shown]
+        rows.append((name, *cells, by_metric.loc["dice", "n"], by_metric.loc["hd95_mm", "skipped"]))
+    columns = ("class", *(f">{title}" for title in shown.values()), ">cases", ">no HD95")
+    return tables.to_text(columns, rows, title="mean over cases (95 % bootstrap interval)")
 
 
 def compare_table(compared: pd.DataFrame) -> str:
     """``compare`` for the terminal: a line per class and metric."""
-    out = Table("class", "metric", box=box.SIMPLE, title="paired over cases; B - A (95 % bootstrap interval)")
-    for title in ("A", "B", "B - A", "p Wilcoxon", "p Holm", "pairs", "dropped"):
-        out.add_column(title, justify="right")
+    rows = []
     for line in compared.to_dict("records"):
         digits = 2 if line["metric"] == "hd95_mm" else 4
-        means = [f"{line[side]:.{digits}f}" for side in ("a", "b")]
-        tests = [f"{line[p]:.2g}" for p in ("p", "p_holm")]
-        counts = [str(line["n"]), str(line["dropped"])]
-        cells = [
-            escape(line["class"]),
-            line["metric"],
-            *means,
-            _cell(line, "difference", digits),
-            *tests,
-            *counts,
-        ]
-        out.add_row(*cells, style="bold" if line["class"] == MEAN else "")
-    return _rendered(out)
+        means = (f"{line[side]:.{digits}f}" for side in ("a", "b"))
+        difference, tests = _cell(line, "difference", digits), (f"{line[p]:.2g}" for p in ("p", "p_holm"))
+        rows.append((line["class"], line["metric"], *means, difference, *tests, line["n"], line["dropped"]))
+    numbers = (">A", ">B", ">B - A", ">p Wilcoxon", ">p Holm", ">pairs", ">dropped")
+    title = "paired over cases; B - A (95 % bootstrap interval)"
+    return tables.to_text(("class", "metric", *numbers), rows, title)
 
 
 def to_json(frame: pd.DataFrame) -> bytes:
@@ -319,9 +303,3 @@ def _cell(line: Mapping[str, Any], key: str, digits: int) -> str:
     if math.isnan(line[key]):
         return "-"
     return f"{line[key]:.{digits}f} ({line['ci_low']:.{digits}f} to {line['ci_high']:.{digits}f})"
-
-
-def _rendered(out: Table) -> str:
-    text = io.StringIO()
-    Console(file=text, width=140).print(out)
-    return text.getvalue().rstrip() + "\n"

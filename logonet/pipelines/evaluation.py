@@ -18,7 +18,7 @@ from logonet import reporting
 from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.core.execution import Executor
-from logonet.data import cropping, leakage, manifest, provenance, volume
+from logonet.data import leakage, manifest, provenance, volume
 from logonet.data.manifest import Manifest, Scan
 from logonet.distributed import bucket_inference
 from logonet.inference import metrics, model, sliding_window, statistics
@@ -208,7 +208,7 @@ def _cases_picture(
             for a in (image.array_CXYZ, truth_XYZ[None], found.array_CXYZ)
         ]
         spacing_mm = volume.to_ras(image).spacing_mm
-        low_high = cropping.intensity_range(ras[0], by_id[scan_id].modality, spec.preparation(), scan_id)
+        low_high = spec.intensity_range(ras[0], by_id[scan_id].modality, scan_id)
         picture_XYZ = volume.window(ras[0], low_high)
         shown.append(
             (f"{label}: {scan_id[-10:]}", picture_XYZ, ras[1].astype(int), ras[2].astype(int), spacing_mm)

@@ -20,7 +20,8 @@ from logonet import methods, networks, reporting, training
 from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.data import leakage, manifest, prepared_scans, provenance, splits
-from logonet.data.prepared_scans import Crops
+from logonet.data.prepared_scans import CropSampling
+from logonet.data.preprocessing import Preprocessing
 from logonet.inference import model, sliding_window
 from logonet.inference.load import MODEL_FOLDER, SEEN_FILE
 from logonet.methods import DataSpec
@@ -37,7 +38,7 @@ from logonet.pipelines.stage import (
     say,
     tracking_of,
 )
-from logonet.pipelines.weights import InitialWeights, find_weights, preparation_of
+from logonet.pipelines.weights import InitialWeights, find_weights
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
 from logonet.storage.object_store import Stored
@@ -76,7 +77,7 @@ class Finetuning:
 
     split: splits.Config = field(default_factory=splits.Config)
     cases: prepared_scans.Config = field(default_factory=prepared_scans.Config)
-    crops: Crops = field(default_factory=Crops)
+    crops: CropSampling = field(default_factory=CropSampling)
     backbone: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=lambda: {"name": "supervised"})
     train: training.Config = field(
@@ -260,7 +261,7 @@ def finetune(
             init = training.Init(weights.uri, weights.sha256, cfg.init.parts, cfg.init.min_encoder_share)
             handover = transfer_report(cfg, init, data_spec)
             say("transfer", handover.summary())
-            if weights.preparation and weights.preparation != preparation_of(config.to_dict(cfg.cases)):
+            if weights.preparation and weights.preparation != Preprocessing.of(cfg.cases):
                 say("transfer", f"scans are prepared otherwise than for these weights: {weights.preparation}")
             if weights.seen is None:
                 say("transfer", "which scans these weights have seen is not known; leaks cannot be ruled out")
@@ -346,10 +347,8 @@ def model_spec(cfg: Finetuning, table: prepared_scans.Table, scans: list[manifes
         classes=table.classes,
         label_values=table.label_values,
         size_vox=cfg.crops.size_vox,
-        spacing_mm=cfg.cases.spacing_mm,
-        window_hu=cfg.cases.window_hu,
-        mr_percentiles=cfg.cases.mr_percentiles,
         modality=modalities[0] if len(modalities) == 1 else "mixed",
+        **vars(Preprocessing.of(cfg.cases)),
     )
 
 

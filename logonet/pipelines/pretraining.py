@@ -143,10 +143,8 @@ def probe_cases(
     """Labelled cases to fit and judge the probe's head on, and the fingerprint of where they lie."""
     split = splits.make(table.scans, cfg.split or splits.Config())
     # As finetuning prepares them, so that both share one artifact.
-    same = {k: getattr(cfg.crops, k) for k in ("spacing_mm", "window_hu", "mr_percentiles")}
-    cases_table, artifact = make_cases(
-        table, split.test + split.excluded, prepared_scans.Config(**same), root, executor
-    )
+    same = prepared_scans.Config.of(cfg.crops)
+    cases_table, artifact = make_cases(table, split.test + split.excluded, same, root, executor)
     place = cases_table.index_of()
     train_ids, val_ids = (tuple(i for i in ids if i in place) for ids in (split.train, split.val))
     task = linear_probe.task(own, cases_table, train_ids, val_ids, cfg.crops.size_vox)

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from logonet import tracking
+from logonet.core import config
 from logonet.core.errors import UserError
+from logonet.data.preprocessing import Preprocessing
 from logonet.inference import model
 from logonet.inference.load import LINEAGE_FILE, SEEN_FILE, model_files
 from logonet.pipelines.preparation import CLUSTERERS_FILE
@@ -85,7 +87,8 @@ def _pretrained(artifact: Artifact, more: Mapping[str, str], aliases: Sequence[s
     own = artifact.config
     settings = {
         "backbone": own["backbone"],
-        **{k: own["crops"][k] for k in ("size_vox", "spacing_mm", "window_hu", "mr_percentiles")},
+        "size_vox": own["crops"]["size_vox"],
+        **config.to_dict(Preprocessing.of(own["crops"])),
     }
     files = {
         model.CONFIG_FILE: json.dumps(settings, indent=2, sort_keys=True).encode(),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from logonet.core.errors import UserError
+from logonet.data.preprocessing import Preprocessing
 from logonet.inference import model
 from logonet.inference.load import SEEN_FILE, fetch_registered
 from logonet.storage import artifacts, object_store
@@ -20,7 +21,7 @@ class InitialWeights:
 
     Attributes:
         backbone: the network they belong to, {"name", **options}; {} when the file does not say.
-        preparation: how its scans were prepared, {"spacing_mm", "window_hu", "mr_percentiles"}; {} when unknown.
+        preparation: how its scans were prepared, or None when unknown.
         lineage: ids of what they come from.
         seen: the scans they were trained on (`seen`), or None when nobody knows.
     """
@@ -28,7 +29,7 @@ class InitialWeights:
     uri: str
     sha256: str
     backbone: dict[str, Any] = field(default_factory=dict)
-    preparation: dict[str, Any] = field(default_factory=dict)
+    preparation: Preprocessing | None = None
     lineage: dict[str, str] = field(default_factory=dict)
     seen: bytes | None = None
 
@@ -44,7 +45,7 @@ def find_weights(source: str, root: str) -> InitialWeights | None:
     if source.startswith("models:/"):
         return _registered(source, root)
     if source.endswith(".safetensors"):
-        return _copied(object_store.read(source), root, {}, {}, {"weights_file": source}, None)
+        return _copied(object_store.read(source), root, {}, None, {"weights_file": source}, None)
     artifact = artifacts.find(source)
     if artifact is None:
         raise UserError(
@@ -59,7 +60,7 @@ def find_weights(source: str, root: str) -> InitialWeights | None:
         uri=artifact.uri_of(name),
         sha256=artifact.files[name].sha256,
         backbone=own["backbone"],
-        preparation=preparation_of(own.get("cases") or own["crops"]),
+        preparation=Preprocessing.of(own.get("cases") or own["crops"]),
         lineage=_descent(artifact.stage, artifact.fingerprint, artifact.uri, artifact.parents),
         seen=artifact.read(SEEN_FILE) if SEEN_FILE in artifact.files else None,
     )
@@ -80,7 +81,12 @@ def _registered(uri: str, root: str) -> InitialWeights:
     if stage is not None:
         known |= _descent(stage, lineage.pop(stage), lineage.pop(f"{stage}_uri"), lineage)
     return _copied(
-        blobs[model.WEIGHTS_FILE], root, own["backbone"], preparation_of(own), known, blobs.get(SEEN_FILE)
+        blobs[model.WEIGHTS_FILE],
+        root,
+        own["backbone"],
+        Preprocessing.of(own),
+        known,
+        blobs.get(SEEN_FILE),
     )
 
 
@@ -88,7 +94,7 @@ def _copied(
     blob: bytes,
     root: str,
     backbone: dict[str, Any],
-    preparation: dict[str, Any],
+    preparation: Preprocessing | None,
     lineage: dict[str, str],
     known: bytes | None,
 ) -> InitialWeights:
@@ -98,7 +104,3 @@ def _copied(
     if not object_store.exists(uri):
         object_store.write(uri, blob)
     return InitialWeights(uri, digest, backbone, preparation, lineage, known)
-
-
-def preparation_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: values[k] for k in ("spacing_mm", "window_hu", "mr_percentiles")}

@@ -32,7 +32,7 @@ from logonet.pipelines import Pretraining
 from logonet.planning import memory
 from logonet.planning.constants import Constants, StepTimes, step_fingerprint
 from logonet.planning.planner import Work
-from logonet.storage import object_store
+from logonet.storage import object_store, safetensors_io
 from logonet.training import dataset, schedule
 
 MIB = 1 << 20
@@ -218,7 +218,7 @@ def _preparing(cfg: Pretraining, facts: DataSpec, place: str, seconds: float) ->
     name = "shards/plan.safetensors"
     blob = crop_shards.shard_bytes("plan", crops_RCXYZ)
     object_store.write(object_store.join(place, name), blob)
-    refs = crop_shards.parse_shard_header(name, blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+    refs = crop_shards.parse_shard_header(name, safetensors_io.header_of(blob))
     labels_PNZ = None
     if facts.cluster_sizes:
         labels_PNZ = np.stack([rng.integers(0, k, (4, z)) for k in facts.cluster_sizes], 1).astype(np.int16)

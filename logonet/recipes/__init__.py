@@ -121,7 +121,7 @@ def small_finetune() -> Finetuning:
     """
     return Finetuning(
         split=splits.Config(test_share=0.2),
-        crops=prepared_scans.Crops(size_vox=(64, 64, 64)),
+        crops=prepared_scans.CropSampling(size_vox=(64, 64, 64)),
         backbone=small().backbone,
         train=training.Config(
             epochs=200,
@@ -141,7 +141,7 @@ def hippocampus_finetune() -> Finetuning:
     """
     return Finetuning(
         split=HIPPOCAMPUS_SPLIT,
-        crops=prepared_scans.Crops(size_vox=HIPPOCAMPUS_CROP),
+        crops=prepared_scans.CropSampling(size_vox=HIPPOCAMPUS_CROP),
         backbone=SMALL_LOGONET,
         # Left and right hippocampus are one class here, and each scan shows one of them.
         method={"name": "supervised", "augment": config.to_dict(augment.Config(flip_prob=0.5))},
@@ -157,7 +157,7 @@ def demo_finetune() -> Finetuning:
     """
     return Finetuning(
         split=DEMO_SPLIT,
-        crops=prepared_scans.Crops(size_vox=(32, 32, 32)),
+        crops=prepared_scans.CropSampling(size_vox=(32, 32, 32)),
         backbone=TINY_LOGONET,
         method={"name": "supervised", "augment": {"flip_prob": 0.0, "rotate90_prob": 0.0}},
         train=training.Config(

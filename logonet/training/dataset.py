@@ -87,7 +87,7 @@ class LabelledDataset(_Dataset):
     table: prepared_scans.Table
     train: tuple[int, ...]
     val: tuple[int, ...]
-    crops: prepared_scans.Crops
+    crops: prepared_scans.CropSampling
 
     @property
     def rows_per_sample(self) -> int:  # type: ignore[override]
@@ -107,7 +107,7 @@ class LabelledDataset(_Dataset):
     def _crops(self, repeat: int, index: int) -> Iterator[dict[str, np.ndarray]]:
         ref = self.table.refs[self.train[index]]
         rng = seeding.rng(self.schedule.seed, "crops", repeat, ref.scan_id)
-        for start in prepared_scans.starts(ref, self.crops, rng):
+        for start in prepared_scans.draw_corners(ref, self.crops, rng):
             image_CXYZ, labels_XYZ = prepared_scans.read_crop(ref, start, self.crops.size_vox)
             raw = {"image_CXYZ": image_CXYZ, "labels_XYZ": labels_XYZ}
             yield methods.prepare(self.method)(raw, self.method_config, rng)

@@ -30,6 +30,7 @@ from logonet.core import seeding
 from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
 from logonet.data import prepared_scans, volume
+from logonet.inference import metrics
 
 FLAT = 1e-6  # a feature that varies by less than this share of its size is constant, but for rounding
 
@@ -140,7 +141,7 @@ class Probe:
         over few crops would hang on those that show a sliver of the class. It is NaN where the class is neither
         found nor there, and then left out of the mean.
         """
-        both_K, sizes_K = torch.zeros(2, self.num_classes, dtype=torch.float64)
+        overlap_2K = np.zeros((2, self.num_classes), np.int64)
         with _evaluating(net), torch.no_grad():
             head = self._fit(net)
             for image_CXYZ, labels_XYZ in self._val_crops:
@@ -148,10 +149,9 @@ class Probe:
                 if not torch.isfinite(logits_KXYZ).all():
                     nothing = [math.nan] * (self.num_classes - 1)
                     return {"probe_dice": math.nan, "probe_dice_per_class": nothing}
-                found_XYZ, truth_XYZ = logits_KXYZ.argmax(0).cpu(), torch.from_numpy(labels_XYZ).long()
-                both_K += truth_XYZ[found_XYZ == truth_XYZ].bincount(minlength=self.num_classes)
-                sizes_K += torch.cat([found_XYZ, truth_XYZ]).flatten().bincount(minlength=self.num_classes)
-        dice = (2 * both_K / sizes_K)[1:]  # 0 / 0 is NaN
+                found_XYZ = logits_KXYZ.argmax(0).cpu().numpy()
+                overlap_2K += metrics.overlap(found_XYZ, labels_XYZ, self.num_classes)
+        dice = torch.from_numpy(metrics.dice(overlap_2K)[1:])
         return {"probe_dice": dice.nanmean().item(), "probe_dice_per_class": dice.tolist()}
 
     @functools.cached_property
@@ -171,8 +171,8 @@ class Probe:
 
     def _crops(self, place: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         cfg, size_vox, ref = self.task.cfg, self.task.size_vox, self.task.table.refs[place]
-        centred = prepared_scans.Crops(size_vox, cfg.crops_per_case, foreground_share=1.0)
-        for start in prepared_scans.starts(ref, centred, self._rng("crops", place)):
+        centred = prepared_scans.CropSampling(size_vox, cfg.crops_per_case, foreground_share=1.0)
+        for start in prepared_scans.draw_corners(ref, centred, self._rng("crops", place)):
             yield prepared_scans.read_crop(ref, start, size_vox)
 
     def _rng(self, use: str, place: int) -> np.random.Generator:

@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from logonet.inference import metrics
 from logonet.training.config import Config
 
 
 def case_dice(found_XYZ: np.ndarray, truth_XYZ: np.ndarray, num_classes: int) -> list[float]:
     """Dice of each class but background; NaN where neither has it, so that it is left out of means."""
-    both = np.bincount(truth_XYZ[found_XYZ == truth_XYZ].ravel(), minlength=num_classes)[1:]
-    sizes = (np.bincount(a.ravel(), minlength=num_classes)[1:] for a in (found_XYZ, truth_XYZ))
-    total = np.add(*sizes)
-    return np.where(total > 0, 2 * both / np.maximum(total, 1), np.nan).tolist()
+    return metrics.dice(metrics.overlap(found_XYZ, truth_XYZ, num_classes))[1:].tolist()
 
 
 def best_step(history: Sequence[dict[str, Any]]) -> int | None:

@@ -1,11 +1,11 @@
-"""What is to be inspected at a URI: every way in which people lay out scans, labels and splits.
+"""The scans at a URI, whatever the layout of scans, labels and splits.
 
-``sources`` is the one entrance. The layouts: Medical Segmentation Decathlon and MONAI lists (JSON), nnU-Net v2
-raw folders, BIDS with derivatives, CSV tables, DICOM series, and plain folders of NIfTI files. Files are
-told by their names; no scan is opened here. Everything may lie in a local folder or in a bucket.
+``sources`` is the entrance. The layouts: Medical Segmentation Decathlon and MONAI lists (JSON), nnU-Net v2
+raw folders, BIDS with derivatives, CSV tables, DICOM series, and plain folders of NIfTI files. Importers go by the
+names of files and open no scan. Everything may lie in a local folder or in a bucket.
 
-Lists travel with the data they describe, so a JSON list may name what lies below the folder it was found in, and
-whatever the user allows in ``LOGONET_DATA_ROOTS``. A CSV is the user's own and may name any place; from a bucket it
+Lists travel with the data they describe, so a JSON list may name files below the folder it was found in, and below
+those that the user allows in ``LOGONET_DATA_ROOTS``. A CSV is the user's own and may name any place; from a bucket it
 may not name this machine's files.
 """
 
@@ -16,10 +16,10 @@ import re
 from logonet.core import redaction
 from logonet.core.errors import UserError
 from logonet.data.importers.bids import bids_roots, bids_sources
+from logonet.data.importers.common import DATA_ROOTS, Entries, folder_of, list_files, name_of, versioned
 from logonet.data.importers.csv import csv_sources
 from logonet.data.importers.folder import folder_sources
 from logonet.data.importers.msd import DATASET_FILE, msd_sources, read_description
-from logonet.data.importers.names import DATA_ROOTS, Entries, folder_of, list_files, name_of, versioned
 from logonet.data.importers.nnunet import is_nnunet, nnunet_sources
 from logonet.data.manifest import NIFTI_SUFFIXES, Source
 from logonet.storage import object_store
@@ -29,12 +29,12 @@ __all__ = ["DATA_ROOTS", "sources"]
 
 
 def sources(uri: str) -> list[Source]:
-    """What is to be inspected at ``uri``: a scan, a list (JSON or CSV), or everything below a folder or prefix.
+    """The scans at ``uri``: one scan, those of a list (JSON or CSV), or all below a folder or prefix.
 
     Below a folder: each Decathlon or nnU-Net dataset.json, each BIDS tree and each folder of .dcm slices is
     read by its own rules, and every other .nii and .nii.gz is a scan. Hidden files (macOS leaves
     ``._x.nii.gz``) and label maps (in labelsTr/, or named like an image with "_labels", "_seg", ... behind)
-    are no scans; the latter become their image's ``label_uri``.
+    are not scans; the latter become their image's ``label_uri``.
 
     Raises:
         UserError: when nothing is found, or a list, table or dataset.json cannot be understood.
@@ -71,7 +71,7 @@ def sources(uri: str) -> list[Source]:
 
 
 def sources_below(root: str, entries: Entries) -> list[Source]:
-    """Everything in a folder: the datasets that describe themselves, then BIDS, then what is left."""
+    """All scans in a folder: datasets with a dataset.json, then BIDS, then the remaining files."""
     found, described = [], []
     for uri in entries:
         if name_of(uri) != DATASET_FILE:

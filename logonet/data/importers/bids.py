@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
 from logonet.core.errors import UserError
+from logonet.data.importers.common import Entries, class_names, folder_of, name_of, parse_fold, parse_split
 from logonet.data.importers.csv import read_rows
 from logonet.data.importers.msd import read_description
-from logonet.data.importers.names import Entries, class_names, folder_of, name_of, parse_fold, parse_split
 from logonet.data.manifest import Source, stem
 from logonet.storage import object_store
 
@@ -19,11 +21,12 @@ _BIDS_IMAGE = re.compile(
 )
 BIDS_MAP = re.compile(r"sub-[^/]*_(dseg|seg|mask|probseg|defacemask)\.nii(\.gz)?")
 _BIDS_LABEL = re.compile(r"sub-[^/]*_(?:d?seg|label-[A-Za-z0-9]+(?:_[^/]*)?_mask)\.nii(?:\.gz)?")
-# what a label map's name may have beyond its image's name and still lie on the image's grid
+# entities that a label map's name may have beyond its image's and still lie on the image's grid
 _BIDS_EXTRA = {"desc", "label", "seg", "atlas", "space"}
 
 
 def bids_roots(root: str, entries: Entries) -> list[str]:
+    """The folders below ``root`` that hold BIDS subjects."""
     roots = {}
     for uri in entries:
         match = _BIDS_IMAGE.fullmatch(uri[len(root.rstrip("/")) + 1 :])
@@ -44,21 +47,20 @@ def bids_sources(root: str, entries: Entries) -> list[Source]:
     rows = read_rows(people, "\t", {"split", "fold"}) if people in entries else iter(())
     participants = {row.get("participant_id", ""): (row, where) for where, row in rows}
     below = {u for u in entries if u.startswith(root + "/")}
-    labels: dict[str, list[str]] = {}
+    labels: dict[str, list[str]] = defaultdict(list)  # by subject
+    tables: dict[str, list[str]] = defaultdict(list)  # by folder
     for uri in below:
         if _BIDS_LABEL.fullmatch(name_of(uri)):
-            labels.setdefault(name_of(uri).split("_")[0], []).append(uri)
-    tables: dict[str, list[str]] = {}
-    for uri in below:
-        if uri.endswith("dseg.tsv"):
-            tables.setdefault(folder_of(uri), []).append(uri)
-    classes: dict[str, tuple[str, ...]] = {}
+            labels[name_of(uri).split("_")[0]].append(uri)
+        elif uri.endswith("dseg.tsv"):
+            tables[folder_of(uri)].append(uri)
+    read_classes = functools.cache(_class_table)
     found = []
     for uri in sorted(below):
         image = _BIDS_IMAGE.fullmatch(uri[len(root) + 1 :])
         if not image or image["root"] or BIDS_MAP.fullmatch(name_of(uri)):
             continue
-        label = _bids_label(uri, labels.get(image["subject"], []))
+        label = _bids_label(uri, labels[image["subject"]])
         row, where = participants.get(image["subject"], ({}, ""))
         source = Source(
             uri=uri,
@@ -69,7 +71,7 @@ def bids_sources(root: str, entries: Entries) -> list[Source]:
             split=parse_split(row.get("split", ""), where),
             fold=parse_fold(row.get("fold", ""), where),
             label_uri=label,
-            classes=_bids_classes(label, tables, classes, root) if label else (),
+            classes=_bids_classes(label, tables, read_classes, root) if label else (),
         )
         found.append(source)
     return found
@@ -82,6 +84,7 @@ def _bids_name(uri: str) -> tuple[set[str], list[str]]:
 
 
 def _bids_label(image: str, labels: Sequence[str]) -> str:
+    """The label map of ``image`` among those of its subject; "" when none is on its grid."""
     entities, (*_, suffix) = _bids_name(image)
     ranked: list[tuple[tuple[bool, int, bool], str]] = []
     for label in labels:
@@ -105,7 +108,7 @@ def _bids_label(image: str, labels: Sequence[str]) -> str:
 
 
 def _bids_classes(
-    label: str, tables: Mapping[str, list[str]], read: dict[str, tuple[str, ...]], root: str
+    label: str, tables: Mapping[str, list[str]], read: Callable[[str], tuple[str, ...]], root: str
 ) -> tuple[str, ...]:
     """Class names of a label map: from the nearest dseg.tsv that applies, or from its name."""
     entities, words = _bids_name(label)
@@ -118,10 +121,7 @@ def _bids_classes(
         # BIDS' inheritance principle: a table applies to files below it that have all of its entities
         here = [t for t in tables.get(folder, []) if _bids_name(t)[0] <= entities]
         if here:
-            nearest = max(here, key=lambda t: (len(_bids_name(t)[0]), t))
-            if nearest not in read:
-                read[nearest] = _class_table(nearest)
-            return read[nearest]
+            return read(max(here, key=lambda t: (len(_bids_name(t)[0]), t)))
     return ()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from logonet.core import config
 from logonet.core.errors import UserError
-from logonet.data.importers.names import (
+from logonet.data.importers.common import (
     dicom_series,
     folder_of,
     inside,
@@ -22,17 +22,7 @@ from logonet.data.importers.names import (
 from logonet.data.manifest import Source
 from logonet.storage import object_store
 
-CSV_COLUMNS = (
-    "image",
-    "label",
-    "subject",
-    "dataset",
-    "licence",
-    "modality",
-    "split",
-    "fold",
-    "sha256",
-)
+CSV_COLUMNS = ("image", "label", "subject", "dataset", "licence", "modality", "split", "fold", "sha256")
 
 
 def csv_sources(uri: str) -> list[Source]:
@@ -45,9 +35,10 @@ def csv_sources(uri: str) -> list[Source]:
         if not row.get("image"):
             raise UserError(f"{where}: names no image; fill in the column 'image'")
         image, label = (resolve(folder_of(uri), row[c]) if row.get(c) else "" for c in ("image", "label"))
-        for place in filter(None, (image, label)):
-            if object_store.is_s3(uri) and not object_store.is_s3(place):
-                inside(uri, place, where)
+        if object_store.is_s3(uri):
+            for named in (image, label):
+                if named and not object_store.is_s3(named):
+                    inside(uri, named, where)
         if image in found:
             raise UserError(f"{where}: lists {image} a second time; keep one of the rows")
         found[image] = dicom_series(
@@ -71,23 +62,20 @@ def read_rows(uri: str, delimiter: str, wanted: set[str]) -> Iterator[tuple[str,
 
     ``where`` names file and line in errors.
     """
-    lines = _lines(uri, delimiter)
-    _, first = next(lines, ("", []))
-    header = [cell.strip() for cell in first]
-    if not wanted & set(header):
-        return
-    for where, cells in lines:
-        if not any(cells):
-            continue
-        if len(cells) != len(header):
-            raise UserError(f"{where}: has {len(cells)} cells, its header {len(header)}; mend the line")
-        yield where, {name: cell.strip() for name, cell in zip(header, cells)}
-
-
-def _lines(uri: str, delimiter: str) -> Iterator[tuple[str, list[str]]]:
     lines = csv.reader(io.StringIO(object_store.read_text(uri), newline=""), delimiter=delimiter)
+    header: list[str] = []
     try:
         for cells in lines:
-            yield f"{uri}, line {lines.line_num}", cells
+            where = f"{uri}, line {lines.line_num}"
+            if not header:
+                header = [cell.strip() for cell in cells]
+                if not wanted & set(header):
+                    return
+            elif any(cells):
+                if len(cells) != len(header):
+                    raise UserError(
+                        f"{where}: has {len(cells)} cells, its header {len(header)}; correct the line"
+                    )
+                yield where, {name: cell.strip() for name, cell in zip(header, cells)}
     except csv.Error as err:
-        raise UserError(f"{uri}, line {lines.line_num}: is no line of a table ({err}); mend it") from None
+        raise UserError(f"{uri}, line {lines.line_num}: is no line of a table ({err}); correct it") from None

@@ -1,11 +1,12 @@
-"""Folders of scans without any list."""
+"""Folders of scans without any list: NIfTI files and DICOM series."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import PurePosixPath
 
 from logonet.data.importers.bids import BIDS_MAP
-from logonet.data.importers.names import (
+from logonet.data.importers.common import (
     DICOM_SUFFIX,
     LABEL_FOLDERS,
     Entries,
@@ -18,7 +19,7 @@ from logonet.data.manifest import NIFTI_SUFFIXES, Source
 
 
 def folder_sources(entries: Entries, root: str) -> list[Source]:
-    """Scans told from labels by folder and name."""
+    """The scans of a folder; label maps are known by their folder and name."""
     scans = [u for u in entries if u.lower().endswith(NIFTI_SUFFIXES) and not BIDS_MAP.fullmatch(name_of(u))]
     label_of = {image: label for image in scans if (label := label_beside(image, entries))}
     labels = set(label_of.values())
@@ -28,20 +29,12 @@ def folder_sources(entries: Entries, root: str) -> list[Source]:
         folders = {p.lower() for p in PurePosixPath(below).parts[:-1]} | {name_of(root).lower()}
         if uri in labels or folders & LABEL_FOLDERS:
             continue
-        source = Source(
-            uri=uri,
-            subject=subject_of(below),
-            dataset=name_of(root),
-            split="test" if "imagests" in folders else "train",
-            label_uri=label_of.get(uri, ""),
-        )
-        found.append(source)
-    series: dict[str, list[str]] = {}
+        split = "test" if "imagests" in folders else "train"
+        label = label_of.get(uri, "")
+        found.append(Source(uri, (), subject_of(below), name_of(root), split=split, label_uri=label))
+    series: dict[str, list[str]] = defaultdict(list)
     for uri in entries:
         if uri.lower().endswith(DICOM_SUFFIX):
-            series.setdefault(folder_of(uri), []).append(uri)
-    for folder, files in series.items():
-        found.append(
-            Source(uri=folder, files=tuple(files), subject=subject_of(folder), dataset=name_of(root))
-        )
+            series[folder_of(uri)].append(uri)
+    found += [Source(uri, tuple(files), subject_of(uri), name_of(root)) for uri, files in series.items()]
     return found

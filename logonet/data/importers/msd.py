@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from logonet.core.errors import UserError
-from logonet.data.importers.names import (
+from logonet.data.importers.common import (
     MAX_FOLD,
     class_names,
     dicom_series,

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from logonet.core.errors import UserError
+from logonet.data.importers.common import Entries, folder_of, name_of, read_json
 from logonet.data.importers.msd import NO_MODALITY, common_fields
-from logonet.data.importers.names import Entries, folder_of, name_of, read_json
 from logonet.data.manifest import NIFTI_SUFFIXES, Source
 
 SPLITS_FILE = "splits_final.json"

@@ -15,7 +15,7 @@ from logonet.data.volume.intensity import (
     to_uint16,
     window,
 )
-from logonet.data.volume.nifti import MAX_BYTES, decode_nifti, encode_labels, encode_nifti
+from logonet.data.volume.nifti import MAX_BYTES, decode_nifti, encode_labels, encode_nifti, header_grid
 from logonet.data.volume.resampling import resample, resampled_shape, to_ras
 from logonet.data.volume.volume import Volume
 
@@ -28,6 +28,7 @@ __all__ = [
     "encode_labels",
     "encode_nifti",
     "from_uint16",
+    "header_grid",
     "modality",
     "percentile_range",
     "resample",

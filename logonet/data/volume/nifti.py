@@ -217,7 +217,7 @@ def encode_labels(labels_XYZ: np.ndarray, like: bytes | None, affine: np.ndarray
         affine: used when ``like`` is None or something else (DICOM).
     """
     assert labels_XYZ.dtype == np.uint8, labels_XYZ.dtype
-    header = _header_of(like) if like else None
+    header = _header_of(like, "scan") if like else None
     if header is None:
         return encode_nifti(labels_XYZ, affine)
     stored = tuple(int(n) for n in header["dim"][1:4])
@@ -233,8 +233,22 @@ def encode_labels(labels_XYZ: np.ndarray, like: bytes | None, affine: np.ndarray
     )
 
 
-def _header_of(data: bytes) -> Any | None:
-    """The header of NIfTI-1 bytes that `decode_nifti` has accepted; None for anything else."""
-    stream, _ = _open(data, "scan")
-    head = _read(stream, 352, "scan")
-    return nib.Nifti1Header(head[:348], check=False) if head[344:348] == b"n+1\0" else None
+def _header_of(data: bytes, name: str) -> Any | None:
+    """The header at the start of NIfTI-1 bytes, gzipped or not; None for anything else."""
+    try:
+        stream, _ = _open(data, name)
+        return _header(_read(stream, 352, name), name)
+    except BadScan:
+        return None
+
+
+def header_grid(data: bytes, name: str) -> tuple[tuple[int, int, int], np.ndarray] | None:
+    """Shape and affine that a header gives to voxels that cannot be decoded; None without a usable header."""
+    header = _header_of(data, name)
+    if header is None or min(header["dim"][1:4]) < 1:
+        return None
+    x, y, z = (int(n) for n in header["dim"][1:4])
+    try:
+        return (x, y, z), _nifti_affine(header, name)
+    except BadScan:
+        return None

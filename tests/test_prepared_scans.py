@@ -1,4 +1,4 @@
-"""Labelled cases: bricks against slices of the whole, where crops fall, and damage that is named.
+"""Labelled cases: chunks against slices of the whole, where crops fall, and damage that is named.
 
 Shapes: C channels, X Y Z voxels of the prepared grid, R crops.
 """
@@ -22,15 +22,15 @@ from logonet.data.manifest import Scan, Source
 from logonet.data.volume import Volume
 from logonet.storage import object_store
 
-BRICK = 4
+CHUNK = 4
 CFG = prepared_scans.Config()
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
 SIZE = (6, 5, 4)
 
 
 @pytest.fixture(autouse=True)
-def small_bricks_and_empty_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(prepared_scans, "BRICK_VOX", BRICK)
+def small_chunks_and_empty_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(prepared_scans, "CHUNK_VOX", CHUNK)
     prepared_scans._header.cache_clear()
     prepared_scans._tensor.cache_clear()
     yield
@@ -64,12 +64,12 @@ def labelled(
     return kept(folder, np.zeros((1, *shape), np.uint16), labels_XYZ)
 
 
-# ------------------------------------------------------------------------------------------- the bricks
+# ------------------------------------------------------------------------------------------- the chunks
 
 
 @pytest.mark.parametrize("shape", [(9, 7, 5), (8, 4, 4), (3, 2, 1), (4, 13, 6)])
 @pytest.mark.parametrize("channels", [1, 2])
-def test_a_case_comes_back_from_its_bricks(tmp_path: Path, shape: tuple[int, ...], channels: int) -> None:
+def test_a_case_comes_back_from_its_chunks(tmp_path: Path, shape: tuple[int, ...], channels: int) -> None:
     image_CXYZ, labels_XYZ = a_case(shape, channels)
     ref = kept(tmp_path, image_CXYZ, labels_XYZ)
     assert ref.shape_cxyz == (channels, *shape)
@@ -77,8 +77,8 @@ def test_a_case_comes_back_from_its_bricks(tmp_path: Path, shape: tuple[int, ...
     assert (got_CXYZ.dtype, got_XYZ.dtype) == (np.uint16, np.uint8)
     np.testing.assert_array_equal(got_CXYZ, image_CXYZ)
     np.testing.assert_array_equal(got_XYZ, labels_XYZ)
-    bricks = [name for name in prepared_scans._header(ref).entries if name.startswith("image/")]
-    assert len(bricks) == np.prod([-(-n // BRICK) for n in shape])
+    chunks = [name for name in prepared_scans._header(ref).entries if name.startswith("image/")]
+    assert len(chunks) == np.prod([-(-n // CHUNK) for n in shape])
 
 
 def padded_slice(array_XYZ: np.ndarray, start: Sequence[int], size: Sequence[int]) -> np.ndarray:
@@ -133,23 +133,23 @@ class Reads:
             self.ranges.append((asked["start"], asked["length"]))
             return real(uri, **asked)
 
-        monkeypatch.setattr(prepared_scans.store, "read", read)
+        monkeypatch.setattr(object_store, "read", read)
 
 
-def test_only_the_bricks_under_a_crop_are_read_and_each_once(
+def test_only_the_chunks_under_a_crop_are_read_and_each_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ref = kept(tmp_path, *a_case((16, 16, 16)))
     reads = Reads(monkeypatch)
-    prepared_scans.read_crop(ref, (4, 8, 5), (4, 4, 3))  # within one brick
+    prepared_scans.read_crop(ref, (4, 8, 5), (4, 4, 3))  # within one chunk
     header = (8, ref.header_bytes)
     assert reads.ranges[0] == header
-    assert sorted(length for _, length in reads.ranges[1:]) == [BRICK**3, 2 * BRICK**3]
+    assert sorted(length for _, length in reads.ranges[1:]) == [CHUNK**3, 2 * CHUNK**3]
     prepared_scans.read_crop(ref, (4, 8, 5), (4, 4, 3))
     prepared_scans.read_crop(ref, (5, 9, 4), (2, 2, 2))
     assert len(reads.ranges) == 3  # all of it is in memory now
     prepared_scans.read_crop(ref, (7, 8, 4), (2, 2, 2))  # and its neighbour along X
-    assert sorted(length for _, length in reads.ranges[3:]) == [BRICK**3, 2 * BRICK**3]
+    assert sorted(length for _, length in reads.ranges[3:]) == [CHUNK**3, 2 * CHUNK**3]
     assert header not in reads.ranges[1:]
 
 
@@ -158,7 +158,7 @@ def test_a_case_is_known_from_its_header_alone(tmp_path: Path, monkeypatch: pyte
     size_bytes = Path(ref.uri).stat().st_size
     reads = Reads(monkeypatch)
     assert prepared_scans.stored(ref.uri, size_bytes) == ref
-    assert reads.ranges == [(0, 8), (0, 8 + ref.header_bytes)]
+    assert reads.ranges == [(0, 8), (8, ref.header_bytes)]
     assert 8 + ref.header_bytes < size_bytes
 
 
@@ -173,8 +173,8 @@ def test_what_is_in_memory_is_known_by_the_reference(tmp_path: Path, monkeypatch
     np.testing.assert_array_equal(prepared_scans.read_case(other)[0], second[0])
     assert len(reads.ranges) == 3
     assert prepared_scans._header.cache_info().maxsize
-    brick_bytes = 3 * 64**3  # of image and labels
-    assert (prepared_scans._tensor.cache_info().maxsize or 0) // 2 * brick_bytes <= 96 << 20
+    chunk_bytes = 3 * 64**3  # of image and labels
+    assert (prepared_scans._tensor.cache_info().maxsize or 0) // 2 * chunk_bytes <= 96 << 20
 
 
 # --------------------------------------------------------------------------------------------- damage
@@ -187,7 +187,7 @@ def flip(uri: str, place: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["image", "labels"])
-def test_a_flipped_byte_is_named_with_its_mend_and_spoils_its_brick_alone(tmp_path: Path, kind: str) -> None:
+def test_a_flipped_byte_is_named_with_its_mend_and_spoils_its_chunk_alone(tmp_path: Path, kind: str) -> None:
     image_CXYZ, labels_XYZ = a_case((8, 4, 4))
     ref = kept(tmp_path / "run", image_CXYZ, labels_XYZ)
     header = prepared_scans._header(ref)
@@ -208,7 +208,9 @@ def test_a_flipped_byte_of_places_is_noticed(tmp_path: Path) -> None:
     header = prepared_scans._header(ref)
     flip(ref.uri, header.offset + header.entries["places/1"]["data_offsets"][0])
     with pytest.raises(object_store.IntegrityError, match=r"manifest\.json"):
-        prepared_scans.starts(ref, prepared_scans.Crops((8, 8, 8), foreground_share=1.0), seeding.rng(0))
+        prepared_scans.draw_corners(
+            ref, prepared_scans.CropSampling((8, 8, 8), foreground_share=1.0), seeding.rng(0)
+        )
 
 
 def test_every_flipped_byte_of_the_header_is_noticed(tmp_path: Path) -> None:
@@ -242,9 +244,11 @@ def test_a_torn_file_is_not_taken(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- where crops fall
 
 
-def drawn(ref: prepared_scans.Ref, cfg: prepared_scans.Crops, times: int) -> np.ndarray:
+def drawn(ref: prepared_scans.Ref, cfg: prepared_scans.CropSampling, times: int) -> np.ndarray:
     """The corners of many iterations, (times * R, 3)."""
-    return np.concatenate([prepared_scans.starts(ref, cfg, seeding.rng(0, "crops", i)) for i in range(times)])
+    return np.concatenate(
+        [prepared_scans.draw_corners(ref, cfg, seeding.rng(0, "crops", i)) for i in range(times)]
+    )
 
 
 def centres(ref: prepared_scans.Ref, corners_R3: np.ndarray, size: Sequence[int]) -> np.ndarray:
@@ -255,7 +259,7 @@ def centres(ref: prepared_scans.Ref, corners_R3: np.ndarray, size: Sequence[int]
 
 def test_crops_lie_inside_and_reach_every_corner(tmp_path: Path) -> None:
     ref = labelled(tmp_path, (1, 3), shape=(20, 30, 18))
-    corners_R3 = drawn(ref, prepared_scans.Crops((16, 29, 18), foreground_share=0.0), 300)
+    corners_R3 = drawn(ref, prepared_scans.CropSampling((16, 29, 18), foreground_share=0.0), 300)
     np.testing.assert_array_equal(corners_R3.min(0), [0, 0, 0])
     np.testing.assert_array_equal(corners_R3.max(0), [4, 1, 0])
 
@@ -265,7 +269,7 @@ def test_a_foreground_crop_is_centred_on_a_voxel_of_a_class(
     tmp_path: Path, size: tuple[int, int, int]
 ) -> None:
     ref = labelled(tmp_path, (1, 3), (3, 1))
-    corners_R3 = drawn(ref, prepared_scans.Crops(size, foreground_share=1.0), 200)
+    corners_R3 = drawn(ref, prepared_scans.CropSampling(size, foreground_share=1.0), 200)
     assert set(centres(ref, corners_R3, size)) == {1, 3}
 
 
@@ -273,7 +277,7 @@ def test_a_foreground_crop_at_the_border_is_moved_inwards(tmp_path: Path) -> Non
     labels_XYZ = np.zeros((12, 12, 12), np.uint8)
     labels_XYZ[0, 11, 6] = 1
     ref = kept(tmp_path, np.zeros((1, 12, 12, 12), np.uint16), labels_XYZ)
-    corners_R3 = drawn(ref, prepared_scans.Crops((4, 4, 4), foreground_share=1.0), 3)
+    corners_R3 = drawn(ref, prepared_scans.CropSampling((4, 4, 4), foreground_share=1.0), 3)
     np.testing.assert_array_equal(corners_R3, np.tile([0, 8, 4], (6, 1)))
 
 
@@ -283,7 +287,7 @@ def test_the_share_of_foreground_crops(tmp_path: Path, share: float) -> None:
     ref = labelled(tmp_path, (1, 4), (2, 2))
     size, times = (8, 8, 8), 1500
     found = np.count_nonzero(
-        centres(ref, drawn(ref, prepared_scans.Crops(size, foreground_share=share), times), size)
+        centres(ref, drawn(ref, prepared_scans.CropSampling(size, foreground_share=share), times), size)
     )
     by_chance = (4**3 + 2**3) / (40 - 8 + 1) ** 3  # both cubes lie where a crop's centre can
     p = share + (1 - share) * by_chance
@@ -293,9 +297,9 @@ def test_the_share_of_foreground_crops(tmp_path: Path, share: float) -> None:
 def test_rare_classes_are_centred_on_as_often_as_common_ones(tmp_path: Path) -> None:
     """One voxel, 8 and 1331, of which not every one is kept."""
     ref = labelled(tmp_path, (1, 11), (2, 1), (7, 2))
-    assert prepared_scans.PLACES < 11**3
+    assert prepared_scans.POSITIONS < 11**3
     size, times = (8, 8, 8), 1500
-    found = centres(ref, drawn(ref, prepared_scans.Crops(size, foreground_share=1.0), times), size)
+    found = centres(ref, drawn(ref, prepared_scans.CropSampling(size, foreground_share=1.0), times), size)
     counts = np.bincount(found, minlength=8)
     assert counts[[1, 2, 7]].sum() == 2 * times
     assert np.abs(counts[[1, 2, 7]] - 2 * times / 3).max() <= 5 * np.sqrt(2 * times * (1 / 3) * (2 / 3))
@@ -303,22 +307,24 @@ def test_rare_classes_are_centred_on_as_often_as_common_ones(tmp_path: Path) -> 
 
 def test_every_voxel_of_a_class_is_reached(tmp_path: Path) -> None:
     ref = labelled(tmp_path, (1, 2))
-    corners_R3 = drawn(ref, prepared_scans.Crops((8, 8, 8), foreground_share=1.0), 200)
+    corners_R3 = drawn(ref, prepared_scans.CropSampling((8, 8, 8), foreground_share=1.0), 200)
     voxels = {tuple(int(v) for v in c + 4) for c in corners_R3}
     assert voxels == set(itertools.product((5, 6), (12, 13), (12, 13)))
 
 
 def test_starts_depend_on_the_generator_alone_and_one_crop_not_on_another(tmp_path: Path) -> None:
     ref = labelled(tmp_path, (1, 4), (2, 2))
-    cfg = prepared_scans.Crops((8, 8, 8), per_case=6, foreground_share=0.5)
-    first = prepared_scans.starts(ref, cfg, seeding.rng(7))
+    cfg = prepared_scans.CropSampling((8, 8, 8), per_case=6, foreground_share=0.5)
+    first = prepared_scans.draw_corners(ref, cfg, seeding.rng(7))
     assert first.shape == (6, 3)
-    np.testing.assert_array_equal(first, prepared_scans.starts(ref, cfg, seeding.rng(7)))
-    assert not np.array_equal(first, prepared_scans.starts(ref, cfg, seeding.rng(8)))
-    fewer = prepared_scans.starts(ref, dataclasses.replace(cfg, per_case=2), seeding.rng(7))
+    np.testing.assert_array_equal(first, prepared_scans.draw_corners(ref, cfg, seeding.rng(7)))
+    assert not np.array_equal(first, prepared_scans.draw_corners(ref, cfg, seeding.rng(8)))
+    fewer = prepared_scans.draw_corners(ref, dataclasses.replace(cfg, per_case=2), seeding.rng(7))
     np.testing.assert_array_equal(fewer, first[:2])
-    anywhere = prepared_scans.starts(ref, dataclasses.replace(cfg, foreground_share=0.0), seeding.rng(7))
-    centred = prepared_scans.starts(ref, dataclasses.replace(cfg, foreground_share=1.0), seeding.rng(7))
+    anywhere = prepared_scans.draw_corners(
+        ref, dataclasses.replace(cfg, foreground_share=0.0), seeding.rng(7)
+    )
+    centred = prepared_scans.draw_corners(ref, dataclasses.replace(cfg, foreground_share=1.0), seeding.rng(7))
     is_anywhere, is_centred = (first == anywhere).all(1), (first == centred).all(1)
     assert (is_anywhere ^ is_centred).all()
     assert 0 < is_centred.sum() < 6
@@ -328,7 +334,7 @@ def test_starts_depend_on_the_generator_alone_and_one_crop_not_on_another(tmp_pa
 def test_a_case_smaller_than_the_crop_lies_in_its_middle(tmp_path: Path, share: float) -> None:
     labels_XYZ = np.ones((5, 20, 4), np.uint8)
     ref = kept(tmp_path, np.zeros((1, 5, 20, 4), np.uint16), labels_XYZ)
-    corners_R3 = drawn(ref, prepared_scans.Crops((8, 8, 8), foreground_share=share), 50)
+    corners_R3 = drawn(ref, prepared_scans.CropSampling((8, 8, 8), foreground_share=share), 50)
     assert set(corners_R3[:, 0]) == {-2}  # 3 voxels to spare: one more before it, as in `crops`
     assert set(corners_R3[:, 2]) == {-2}
     assert corners_R3[:, 1].min() >= 0
@@ -343,7 +349,7 @@ def test_a_case_smaller_than_the_crop_lies_in_its_middle(tmp_path: Path, share: 
 def test_a_case_without_foreground_is_cropped_anywhere(tmp_path: Path) -> None:
     image_CXYZ, _ = a_case((12, 12, 12))
     ref = kept(tmp_path, image_CXYZ, np.zeros((12, 12, 12), np.uint8))
-    corners_R3 = drawn(ref, prepared_scans.Crops((8, 8, 8), foreground_share=1.0), 50)
+    corners_R3 = drawn(ref, prepared_scans.CropSampling((8, 8, 8), foreground_share=1.0), 50)
     assert len(np.unique(corners_R3, axis=0)) > 25
 
 
@@ -351,17 +357,17 @@ def test_places_are_voxels_of_their_class_and_all_of_a_small_one() -> None:
     labels_XYZ = np.zeros((30, 30, 30), np.uint8)
     labels_XYZ[10:25, 3:20, 5:15] = 4  # 2550 voxels
     labels_XYZ[1:4, 1:3, 1:3] = 2  # 12
-    found = prepared_scans.places(labels_XYZ, seed=0, scan_id="a")
+    found = prepared_scans.class_positions(labels_XYZ, seed=0, scan_id="a")
     assert sorted(found) == [2, 4]
     assert {tuple(v) for v in found[2].tolist()} == set(itertools.product((1, 2, 3), (1, 2), (1, 2)))
-    assert len(np.unique(found[4], axis=0)) == len(found[4]) == prepared_scans.PLACES
+    assert len(np.unique(found[4], axis=0)) == len(found[4]) == prepared_scans.POSITIONS
     assert (labels_XYZ[tuple(found[4].T)] == 4).all()
     # From all over the organ: the mean of 1000 of them lies near its middle, 5 standard deviations of it at most.
-    spread = 5 * np.array([15, 17, 10]) / np.sqrt(12) / np.sqrt(prepared_scans.PLACES)
+    spread = 5 * np.array([15, 17, 10]) / np.sqrt(12) / np.sqrt(prepared_scans.POSITIONS)
     assert (np.abs(found[4].mean(0) - [17, 11, 9.5]) <= spread).all()
-    np.testing.assert_array_equal(found[4], prepared_scans.places(labels_XYZ, 0, "a")[4])
-    assert not np.array_equal(found[4], prepared_scans.places(labels_XYZ, 1, "a")[4])
-    assert not np.array_equal(found[4], prepared_scans.places(labels_XYZ, 0, "b")[4])
+    np.testing.assert_array_equal(found[4], prepared_scans.class_positions(labels_XYZ, 0, "a")[4])
+    assert not np.array_equal(found[4], prepared_scans.class_positions(labels_XYZ, 1, "a")[4])
+    assert not np.array_equal(found[4], prepared_scans.class_positions(labels_XYZ, 0, "b")[4])
 
 
 @pytest.mark.parametrize(
@@ -370,7 +376,7 @@ def test_places_are_voxels_of_their_class_and_all_of_a_small_one() -> None:
 )
 def test_impossible_crops_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(values))):
-        config.from_dict(prepared_scans.Crops, values, "crops")
+        config.from_dict(prepared_scans.CropSampling, values, "crops")
 
 
 @pytest.mark.parametrize(
@@ -398,9 +404,11 @@ def test_a_case_holds_the_numbers_that_pretraining_sees(
     ref = kept(tmp_path, image_CXYZ, np.zeros(image_CXYZ.shape[1:], np.uint8))
     as_crops = cropping.Config(size_vox=(10, 16, 8), spacing_mm=spacing_mm, min_image_share=0.0)
     want_RCXYZ = cropping.crops_of(scan, modality, as_crops, "a")
-    prepared = cropping.prepare(scan, as_crops)
-    low_high = cropping.intensity_range(prepared.array_CXYZ, modality, as_crops, "a")
-    for want_CXYZ, start in zip(want_RCXYZ, cropping.starts(prepared.array_CXYZ, low_high, as_crops, "a")):
+    prepared = as_crops.to_grid(scan)
+    low_high = as_crops.intensity_range(prepared.array_CXYZ, modality, "a")
+    for want_CXYZ, start in zip(
+        want_RCXYZ, cropping.choose_corners(prepared.array_CXYZ, low_high, as_crops, "a")
+    ):
         np.testing.assert_array_equal(prepared_scans.read_crop(ref, start, as_crops.size_vox)[0], want_CXYZ)
 
 

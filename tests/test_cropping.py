@@ -41,7 +41,7 @@ def test_crops_equal_the_slow_loop(shape: tuple[int, int, int]) -> None:
     got = cropping.crops_of(scan, "CT", CFG, "scan")
     assert got.shape == (3, 1, 6, 5, 4)
     assert got.dtype == np.uint16
-    starts_R3 = cropping.starts(scan.array_CXYZ, CFG.window_hu, CFG, "scan")
+    starts_R3 = cropping.choose_corners(scan.array_CXYZ, CFG.window_hu, CFG, "scan")
     for crop_CXYZ, start in zip(got, starts_R3):
         want = slow_crop(scan.array_CXYZ, start, CFG.size_vox)
         assert np.abs(crop_CXYZ.astype(int) - want.astype(int)).max() <= 1  # float32 against float64
@@ -99,7 +99,7 @@ def test_a_candidate_with_foreground_is_preferred_to_air() -> None:
     array[:, 30:] = 40  # a quarter of the field is body
     cfg = cropping.Config(size_vox=(6, 5, 4), per_scan=40, min_foreground=0.5)
     candidates_RK3 = cropping.candidates((40, 6, 5), cfg, "scan")
-    starts_R3 = cropping.starts(array, cfg.window_hu, cfg, "scan")
+    starts_R3 = cropping.choose_corners(array, cfg.window_hu, cfg, "scan")
     share_RK = np.clip(candidates_RK3[..., 0] + 6 - 30, 0, 6) / 6
     first_good = (share_RK >= 0.5).argmax(axis=1)
     chosen_R = np.where((share_RK >= 0.5).any(axis=1), first_good, share_RK.argmax(axis=1))
@@ -107,7 +107,7 @@ def test_a_candidate_with_foreground_is_preferred_to_air() -> None:
     assert (chosen_R > 0).any()
     anywhere = dataclasses.replace(cfg, min_foreground=0.0)
     np.testing.assert_array_equal(
-        cropping.starts(array, cfg.window_hu, anywhere, "scan"), candidates_RK3[:, 0]
+        cropping.choose_corners(array, cfg.window_hu, anywhere, "scan"), candidates_RK3[:, 0]
     )
 
 
@@ -120,7 +120,7 @@ def test_mr_is_scaled_by_its_own_percentiles() -> None:
     )
     low, high = np.percentile(scan.array_CXYZ, CFG.mr_percentiles)
     crop = cropping.cut(
-        scan.array_CXYZ, cropping.starts(scan.array_CXYZ, (low, high), CFG, "scan")[0], CFG.size_vox
+        scan.array_CXYZ, cropping.choose_corners(scan.array_CXYZ, (low, high), CFG, "scan")[0], CFG.size_vox
     )
     want = np.clip((crop - low) / (high - low), 0, 1)
     np.testing.assert_allclose(volume.from_uint16(got[0]), want, atol=2e-5)

@@ -32,7 +32,7 @@ def row(scan: Volume, name: str, **values: Any) -> Scan:
         "files": (),
         "sha256": sha256,
         "voxel_sha256": scan_hash.voxel_sha256(scan),
-        "thumbprint": scan_hash.thumbprint(scan),
+        "thumbprint": scan_hash.perceptual_hash(scan),
         "size_bytes": 1,
         "subject": name,
         "dataset": "set",
@@ -105,7 +105,7 @@ def test_a_copy_is_found_alone_and_among_scans_like_it(
 
 
 def test_phantoms_would_be_taken_for_each_other_by_likeness_alone(rows: list[Scan]) -> None:
-    prints_NP = scan_hash.rows([s.thumbprint for s in rows])
+    prints_NP = scan_hash.unit_rows([s.thumbprint for s in rows])
     similar = (prints_NP @ prints_NP.T)[np.triu_indices(len(rows), 1)]
     assert (similar > scan_hash.SAME).mean() > 0.5
     assert find(rows[:4], rows[4:]) == []
@@ -170,7 +170,7 @@ def test_subjects_count_within_a_dataset_or_if_unique_by_form(
 def test_crowds_are_judged_as_by_the_definition(scans: list[Volume], rows: list[Scan]) -> None:
     """A slow loop over pairs, with the differences written out."""
     rows = [*rows, row(noisy(scans[3]), "copy")]
-    rows_MP = scan_hash.rows([s.thumbprint for s in rows]).astype(np.float64)
+    rows_MP = scan_hash.unit_rows([s.thumbprint for s in rows]).astype(np.float64)
     block = [3, 0, 11]
     alike_NM = rows_MP[block] @ rows_MP.T
     alike_NM[np.arange(3), block] = 0

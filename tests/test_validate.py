@@ -145,7 +145,7 @@ BROKEN: dict[str, tuple[bytes | None, bytes | None, dict[str, Any], dict[str, st
             "finite": f"a.nii.gz: {NAN}",
             "label affine": "l.nii.gz: the label lies 3.0 mm away from its image; give both one affine",
             "label values": "l.nii.gz: a label map holds integers from 0 to 255, this one also -1, 0.5, 1.5, ...; "
-            "mend it",
+            "correct it",
             "label set": "l.nii.gz: holds 7, but the dataset declares 0 background, 1 liver, 2 spleen; correct one of "
             "them",
         },
