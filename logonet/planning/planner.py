@@ -1,8 +1,9 @@
-"""The plan itself: sizes, memory, hours and money of a pretraining, and what of it will not fit."""
+"""The plan: sizes, memory, hours and money of a pretraining run, and what of it will not fit."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from logonet import training
 from logonet.clustering import pseudo_labels
 from logonet.core import config, seeding
 from logonet.core.errors import UserError
-from logonet.distributed import feed
+from logonet.distributed import data_tasks
 from logonet.distributed.cluster import Resources
 from logonet.methods import DataSpec
 from logonet.pipelines import Pretraining
@@ -21,21 +22,16 @@ from logonet.planning.constants import Constants, step_fingerprint
 from logonet.planning.hardware import GIB, Cluster
 from logonet.planning.memory import MicroBatch, WorkerMemory
 from logonet.planning.sizes import Network, Scans, Sizes
-from logonet.planning.speed import Duration, Load, Place, Scaling, Step
+from logonet.planning.speed import Load, Placement, Step
 
-WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-RAY_KILLS_AT = 0.95  # of a node's memory: Ray's own threshold
-LABELLER_SCRATCH = (
-    1e9 / 23_000
-)  # bytes for each code, when no slice is like another: what labeller.SLICES was set by
+WORKERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+RAY_KILLS_AT = 0.95  # share of a node's memory at which Ray begins to kill processes
+LABELLER_SCRATCH = 1e9 / 23_000  # bytes per code when no two slices are alike
 
 
 @dataclass(frozen=True)
 class Work:
-    """What the recipe alone says, whatever it runs on.
-
-    ``sample_bytes`` are of one prepared sample.
-    """
+    """What the recipe says, whatever it runs on; ``sample_bytes`` is one prepared sample."""
 
     facts: DataSpec
     network: Network
@@ -48,8 +44,11 @@ class Work:
 class Plan:
     """Everything that is foreseen.
 
-    ``refusals`` are sentences about what will not fit; ``notes`` about what the plan rests on. ``place`` and ``step``
-    are None where the workers cannot be placed.
+    Attributes:
+        placement, step: None where the workers cannot be placed.
+        hours, money: None where a stage's time is not known.
+        refusals: a sentence for each thing that will not fit.
+        notes: what the plan rests on.
     """
 
     cfg: Pretraining
@@ -59,14 +58,13 @@ class Plan:
     work: Work
     worker: WorkerMemory
     labeller_bytes: float
-    place: Place | None
-    step: Step | None
-    durations: tuple[Duration, ...]
-    scaling: tuple[Scaling, ...]
-    hours: float | None
-    money: float | None
-    refusals: tuple[str, ...]
-    notes: tuple[str, ...]
+    placement: Placement | None = None
+    step: Step | None = None
+    scaling: tuple[Step, ...] = ()
+    hours: float | None = None
+    money: float | None = None
+    refusals: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -77,7 +75,7 @@ class Plan:
             "notes": list(self.notes),
             "config": config.to_dict(self.cfg),
             "cluster": config.to_dict(self.cluster),
-            "constants": {k: v for k, v in asdict(self.constants).items() if k != "step"},
+            "constants": asdict(self.constants),
             "scans": {
                 "count": len(of.scans.scans),
                 "stored_bytes": of.scans.stored_bytes,
@@ -98,29 +96,21 @@ class Plan:
                 "gradients": net.gradient_bytes,
                 "prepared_sample": self.work.sample_bytes,
             },
-            "stages": [
-                {**asdict(stage), "seconds": took.seconds, "waits_for": took.bound}
-                for stage, took in zip(of.stages, self.durations or [Duration("", None, "")] * len(of.stages))
-            ],
+            "stages": [asdict(stage) for stage in of.stages],
             "worker_bytes": asdict(self.worker),
             "labeller_bytes": self.labeller_bytes,
             "micro_batch": asdict(self.work.micro),
             "steps": of.steps,
-            "step": None if self.step is None else {**asdict(self.step), "total_s": self.step.total_s,
-                                                    "samples_per_s": self.step.samples_per_s},
-            "scaling": [
-                {**asdict(row.step), "total_s": row.step.total_s, "samples_per_s": row.step.samples_per_s,
-                 "efficiency": row.efficiency}
-                for row in self.scaling
-            ],
+            "step": asdict(self.step) if self.step else None,
+            "scaling": [asdict(row) for row in self.scaling],
             "hours": self.hours,
             "money": self.money,
             "currency": self.cluster.currency,
-        }  # fmt: skip
+        }
 
 
 def work(cfg: Pretraining, gpu: bool) -> Work:
-    """Count what the recipe's network and method take. Seconds to a minute: the module runs once on shapes alone."""
+    """Count what the recipe's network and method need. Takes seconds to a minute."""
     facts = sizes.facts_of(cfg)
     with torch.device("meta"):
         net = sizes.network(training.build_method(cfg.backbone, cfg.method, facts))
@@ -139,18 +129,14 @@ def make(
     *,
     local_root: bool = False,
 ) -> Plan:
-    """Plan pretraining with ``cfg`` (resolved) on scans like ``scans``.
-
-    Args:
-        local_root: the artifacts go to the planned node's own disk.
-    """
+    """Plan pretraining with ``cfg`` (resolved) on ``scans``; ``local_root``: artifacts go to the node's own disk."""
     refusals: list[str] = []
-    place: Place | None = None
+    at: Placement | None = None
     try:
-        place = speed.place(cluster, resources.most, resources.gpu, resources.cpus_per_worker)
+        at = speed.place(cluster, resources)
     except UserError as err:
         refusals.append(str(err))
-    gpu = place.gpu if place else bool(cluster.gpus) and resources.gpu is not False
+    gpu = at.gpu if at else bool(cluster.gpus) and resources.gpu is not False
     own = work(cfg, gpu)
     of = sizes.sizes(cfg, scans, own.network)
     if not of.num_crops:
@@ -159,102 +145,53 @@ def make(
             f"{'x'.join(map(str, cfg.crops.size_vox))} voxels; use a smaller crops.size_vox or lower "
             "crops.min_image_share"
         )
-    load = load_of(cfg, of, own, gpu, constants)
-    notes = _what_it_rests_on(of, cluster, constants, load, gpu)
-    step: Step | None = None
-    rows: list[Scaling] = []
-    took: list[Duration] = []
-    if place is not None and of.num_crops:
+    plan = Plan(
+        cfg,
+        cluster,
+        constants,
+        of,
+        own,
+        worker_memory(cfg, own, at.workers if at else 1, gpu, constants),
+        labeller_bytes(of, constants),
+        placement=at,
+        notes=tuple(_rests_on(cfg, own, of, cluster, constants, gpu)),
+    )
+    if at and of.num_crops:
         try:
-            step = speed.step(load, place, constants)
-            rows = speed.scaling(load, place, constants, list(WORKERS))
-            took = speed.durations(cfg, of, cluster, step, constants)
+            plan = _timed(plan, at)
         except UserError as err:
             refusals.append(str(err))
-    worker = worker_memory(cfg, of, own, place, load, constants, gpu)
-    labels = labeller_bytes(of, constants)
-    if place is not None:
-        refusals += _memory(cfg, of, place, worker, resources)
-        refusals += _shared_memory(cfg, of, own, place, cluster, resources)
-    refusals += _labellers(of, cluster, labels)
-    refusals += _driver(of, cluster, constants)
-    if local_root and of.kept_bytes + of.network.checkpoint_bytes > cluster.pools[0].machine.disk_gib * GIB:
-        refusals.append(
-            f"the artifacts take {of.kept_bytes / GIB:.1f} GiB and the disk has "
-            f"{cluster.pools[0].machine.disk_gib:g} GiB free; give an s3:// --root, or lower crops.per_scan"
-        )
-    if step is not None:
-        notes += _slow(cfg, of, step, constants)
-    hours, money = _cost(took, cluster)
-    return Plan(
-        cfg=cfg,
-        cluster=cluster,
-        constants=constants,
-        sizes=of,
-        work=own,
-        worker=worker,
-        labeller_bytes=labels,
-        place=place,
-        step=step,
-        durations=tuple(took),
-        scaling=tuple(rows),
-        hours=hours,
-        money=money,
-        refusals=tuple(refusals),
-        notes=tuple(notes),
-    )
+    for what, need, have, hint in _limits(plan, resources, local_root):
+        if need > have:
+            refusals.append(f"{what}: {gib(need)} needed, {gib(have)} available; {hint}")
+    return replace(plan, refusals=tuple(refusals))
 
 
-def load_of(cfg: Pretraining, of: Sizes, own: Work, gpu: bool, c: Constants) -> Load:
-    """The work of a step, with measured times where ``c`` has them for this very work."""
-    of_this = step_fingerprint(
-        cfg.backbone, cfg.method, cfg.crops.size_vox, cfg.train.batch_size, own.precision
-    )
-    known = c.step if c.step is not None and c.step.of == of_this and gpu == (c.device != "cpu") else None
-    return Load(
-        global_batch=cfg.train.global_batch,
-        batch_size=cfg.train.batch_size,
-        flop=own.micro.flop,
-        gradient_bytes=own.network.gradient_bytes,
-        flat=cfg.train.gradient_sync == "flat" or (cfg.train.gradient_sync == "auto" and not gpu),
-        crop_bytes=of.crop_bytes,
-        row_bytes=2 * of.crop_bytes,
-        times=known,
-    )
+def load_of(cfg: Pretraining, own: Work) -> Load:
+    """The work of one step."""
+    crop_bytes = 2 * math.prod(cfg.crops.size_vox)
+    return Load(cfg.train, own.micro.flop, own.network.gradient_bytes, crop_bytes)
 
 
-def worker_memory(
-    cfg: Pretraining, of: Sizes, own: Work, place: Place | None, load: Load, c: Constants, gpu: bool
-) -> WorkerMemory:
-    """The peak of one training worker."""
-    workers = place.workers if place else 1
-    micro = own.micro
-    if load.times is not None:
-        beside = own.network.weight_bytes + own.network.moment_bytes + micro.batch_bytes
-        measured = load.times.peak_bytes - beside - (0.0 if gpu else c.worker_bytes)
-        micro = replace(
-            micro,
-            peak_bytes=int(max(measured, own.network.gradient_bytes)),
-            known_from=f"activations measured in {load.times.steps} real steps",
-        )
-    per_pass = workers * cfg.train.batch_size
-    rows = speed.rows_per_task(load)
+def worker_memory(cfg: Pretraining, own: Work, workers: int, gpu: bool, c: Constants) -> WorkerMemory:
+    """Peak memory of one of ``workers`` training workers; measured, where ``c`` was measured on the same work."""
+    micro, net = own.micro, own.network
+    if _measured(cfg, own, c, gpu):
+        rest = net.weight_bytes + net.moment_bytes + micro.batch_bytes + (0 if gpu else c.worker_bytes)
+        peak = max(int(c.worker_peak_bytes - rest), net.gradient_bytes)
+        micro = replace(micro, peak_bytes=peak, known_from="activations measured in real steps")
     return memory.worker(
-        weights=own.network.weight_bytes,
-        gradients=own.network.gradient_bytes,
-        state_bytes=of.network.checkpoint_bytes,
-        largest_file=max(of.network.optimizer_file, of.network.model_file),
-        pass_=micro,
-        accumulate=max(1, cfg.train.global_batch // per_pass),
-        workers=workers,
-        flat_sync=load.flat,
+        net,
+        micro,
+        accumulate=max(1, cfg.train.global_batch // (workers * cfg.train.batch_size)),
+        flat_sync=workers > 1 and speed.flat_sync(cfg.train, gpu),
         process=c.worker_bytes,
-        prefetched=0.0 if gpu else rows * own.sample_bytes,
+        prefetched=0 if gpu else _task_bytes(cfg, own),
     )
 
 
 def labeller_bytes(of: Sizes, c: Constants) -> float:
-    """The peak of one labelling actor, beside the centroids, which all share; 0 without clusterers."""
+    """Peak memory of one labelling actor, without the shared centroids; 0 without clusterers."""
     codes, length = sum(of.cluster_sizes), of.slice_voxels
     if not codes:
         return 0.0
@@ -262,6 +199,66 @@ def labeller_bytes(of: Sizes, c: Constants) -> float:
     screen = 4 * (pseudo_labels.RANK + 4) * codes + 4 * length * rank
     building = 8 * (2 * min(pseudo_labels.BASIS_SAMPLE, codes) * length + 3 * length * rank)
     return c.task_bytes + screen + max(building, LABELLER_SCRATCH * codes)
+
+
+def _measured(cfg: Pretraining, own: Work, c: Constants, gpu: bool) -> bool:
+    """Whether the constants were measured with steps of this very work, on the same kind of device."""
+    return c.step_fingerprint == step_fingerprint(cfg, own.precision) and gpu == (c.device != "cpu")
+
+
+def _task_bytes(cfg: Pretraining, own: Work) -> int:
+    """Prepared samples of one data task, which Ray counts as float32 crops."""
+    batch_bytes = 4 * math.prod(cfg.crops.size_vox) * cfg.train.batch_size
+    return cfg.train.batch_size * max(1, data_tasks.TASK_BYTES // batch_bytes) * own.sample_bytes
+
+
+def _timed(plan: Plan, at: Placement) -> Plan:
+    """The plan with its step, stages, hours and money."""
+    cfg, cluster, c, of = plan.cfg, plan.cluster, plan.constants, plan.sizes
+    load = load_of(cfg, plan.work)
+    step, scaling = speed.step(load, at, c), speed.scaling(load, at, c, WORKERS)
+    stages = speed.timed(cfg, of, cluster, step, c)
+    hours = money = None
+    if all(s.seconds is not None for s in stages):
+        hours = sum(s.seconds or 0.0 for s in stages) / 3600
+        money = cluster.money(hours, training_hours=(stages[-1].seconds or 0.0) / 3600)
+    notes = list(plan.notes)
+    if step.waits_for != ("GPU" if at.gpu else "CPU"):
+        notes.append(f"training waits for the {step.waits_for}: computing takes {step.compute_s:.3g} s of a step of "
+                     f"{step.total_s:.3g} s")  # fmt: skip
+    every, saving_s = cfg.train.checkpoint_every_steps or of.steps_per_epoch, speed.checkpoint_seconds(of, c)
+    if saving_s > every * step.total_s:
+        notes.append(
+            f"a checkpoint takes {saving_s:.0f} s to write and comes every {every * step.total_s:.0f} s; set "
+            f"train.checkpoint_every_steps={math.ceil(saving_s / step.total_s)} or more"
+        )
+    return replace(
+        plan,
+        sizes=replace(of, stages=stages),
+        step=step,
+        scaling=scaling,
+        hours=hours,
+        money=money,
+        notes=tuple(notes),
+    )
+
+
+def _rests_on(
+    cfg: Pretraining, own: Work, of: Sizes, cluster: Cluster, c: Constants, gpu: bool
+) -> Iterator[str]:
+    known_from = cluster.known_from or "flags"
+    yield f"scans: {of.scans.known_from}; cluster: {known_from}; constants: {c.machine}, {c.date}"
+    if _measured(cfg, own, c, gpu):
+        yield "step time: real steps of this backbone and method"
+    elif gpu and c.device == "cpu":
+        yield (
+            f"step time: counted operations at {speed.GPU_UTILISATION:.0%} of the GPU's data sheet, an assumption; "
+            "--probe on the cluster measures it"
+        )
+    else:
+        yield "step time: counted operations at the rate of other steps; --probe on the cluster measures it"
+    if of.too_small:
+        yield f"{of.too_small} scans are too small for a crop and are left out"
 
 
 # ------------------------------------------------------------------------------------- what will not fit
@@ -275,147 +272,72 @@ def gib(n: float) -> str:
     return f"{n / 1024:.1f} KiB" if n else "0"
 
 
-def _memory(cfg: Pretraining, of: Sizes, at: Place, worker: WorkerMemory, resources: Resources) -> list[str]:
-    """A worker on its GPU, and all workers of a node in its memory."""
-    out = []
-    machine = at.machine
-    ways = (
-        "lower train.batch_size"
-        if cfg.train.batch_size > 1
-        else "set backbone.checkpointing=true where the network has it"
-    )
-    have = machine.gpu_memory_gib * GIB
-    if at.gpu and worker.device_bytes > have:
-        out.append(
-            f"a worker needs {gib(worker.device_bytes)} of its GPU ({gib(worker.activations)} of it activations) and "
-            f"{machine.gpu or 'the GPU'} has {gib(have)}; {ways}, use smaller crops.size_vox, or larger GPUs"
+def _limits(plan: Plan, resources: Resources, local_root: bool) -> Iterator[tuple[str, float, float, str]]:
+    """Everything that may not fit: what it is, bytes needed, bytes available, and what helps."""
+    cfg, of, own, worker, at = plan.cfg, plan.sizes, plan.work, plan.worker, plan.placement
+    machines = [p.machine for p in plan.cluster.pools]
+    asked_mb = resources.object_store_mb
+    smaller = "set backbone.checkpointing=true where the network has it"
+    if cfg.train.batch_size > 1:
+        smaller = "lower train.batch_size"
+    if at and at.gpu:
+        yield (
+            f"GPU memory of a training worker ({gib(worker.activations)} of it activations)",
+            worker.device_bytes,
+            at.machine.gpu_memory_gib * GIB,
+            f"{smaller}, use smaller crops.size_vox, or larger GPUs",
         )
-    each = worker.process if at.gpu else worker.cpu_bytes - worker.checkpoint
-    total = at.per_node * each + worker.checkpoint + machine.store_bytes(resources.object_store_mb)
-    if total > RAY_KILLS_AT * machine.memory_bytes:
-        most = (
-            RAY_KILLS_AT * machine.memory_bytes
-            - worker.checkpoint
-            - machine.store_bytes(resources.object_store_mb)
-        ) / each
-        mend = (
-            f"put {int(most)} on a node"
-            if most >= 1
-            else f"{ways} or take nodes with {gib(total / RAY_KILLS_AT)}"
+    if at:
+        each = worker.process + (0 if at.gpu else worker.device_bytes)
+        rest = worker.checkpoint + at.machine.store_bytes(asked_mb)
+        have = RAY_KILLS_AT * at.machine.memory_bytes
+        most = int((have - rest) / each)
+        yield (
+            f"memory of a node with {at.per_node} training workers, copies for a checkpoint and Ray's object store",
+            at.per_node * each + rest,
+            have,
+            f"put {most} on a node" if most > 0 else f"{smaller}, or take nodes with more memory",
         )
-        out.append(
-            f"{at.per_node} workers of {gib(each)}, a checkpoint's copies of {gib(worker.checkpoint)} and Ray's object "
-            f"store want {gib(total)} of a node, which has {machine.memory_gib:g} GiB and is cleared by Ray at "
-            f"{RAY_KILLS_AT:.0%} of it; {mend}"
-        )
-    return out
-
-
-def _shared_memory(
-    cfg: Pretraining, of: Sizes, own: Work, at: Place, cluster: Cluster, resources: Resources
-) -> list[str]:
-    """What stages put into Ray's object store, against its size and that of /dev/shm, on the smallest node."""
-    out = []
-    smallest = min((p.machine for p in cluster.pools), key=lambda m: m.store_bytes(resources.object_store_mb))
-    have = smallest.store_bytes(resources.object_store_mb)
-    if resources.object_store_mb and have > smallest.shm_bytes:
-        out.append(
-            f"--object-store-mb {resources.object_store_mb} is more than /dev/shm has, {gib(smallest.shm_bytes)}; "
-            f"start the container with --shm-size={math.ceil(have / GIB)}g, or ask for less"
-        )
-    load = Load(
-        cfg.train.global_batch, cfg.train.batch_size, 0.0, 0.0, True, of.crop_bytes, 2 * of.crop_bytes
-    )
-    ahead = at.per_node * (feed.TASKS_AHEAD + 1) * speed.rows_per_task(load) * own.sample_bytes
-    mends = {
+    smallest = min(machines, key=lambda m: m.store_bytes(asked_mb))
+    if asked_mb:
+        size = math.ceil(asked_mb / 1024)
+        hint = f"start the container with --shm-size={size}g, or ask for less"
+        yield f"/dev/shm for --object-store-mb {asked_mb}", asked_mb << 20, smallest.shm_bytes, hint
+    hints = {
         "clusterers": "lower clusterers.max_slices",
         "labels": "lower clusterers.n or clusterers.k_max",
         "pretrain": "put fewer workers on a node",
     }
     for stage in of.stages:
-        need = stage.node_shared + (ahead if stage.name == "pretrain" else 0.0)
-        if need > have:
-            out.append(
-                f"'{stage.name}' puts {gib(need)} into Ray's object store on each node and the smallest has "
-                f"{gib(have)}; {mends[stage.name]}, or give nodes a larger object store: --object-store-mb "
-                f"{math.ceil(need / (1 << 20))}, within their /dev/shm"
-            )
-    return out
-
-
-def _labellers(of: Sizes, cluster: Cluster, each: float) -> list[str]:
-    """As many labelling actors on a node as it has cores, beside the centroids."""
-    if not each:
-        return []
-    worst = min((p.machine for p in cluster.pools), key=lambda m: m.memory_gib / max(1.0, m.cpus))
-    actors = max(1, min(int(worst.cpus), -(-of.num_crops // 64)))
-    total = actors * each + of.centroid_bytes
-    if total <= RAY_KILLS_AT * worst.memory_bytes:
-        return []
-    return [
-        f"{actors} labelling actors of up to {gib(each)} and {gib(of.centroid_bytes)} of centroids want "
-        f"{gib(total)} of a node with {worst.memory_gib:g} GiB; use nodes with more memory for each core, or "
-        "lower clusterers.n"
-    ]
-
-
-def _driver(of: Sizes, cluster: Cluster, c: Constants) -> list[str]:
-    """What the driver holds at the worst stage."""
+        need = stage.node_shared
+        if at and stage.name == "pretrain":
+            need += at.per_node * (data_tasks.TASKS_AHEAD + 1) * _task_bytes(cfg, own)
+        yield (
+            f"Ray's object store of a node for '{stage.name}'",
+            need,
+            smallest.store_bytes(asked_mb),
+            f"{hints.get(stage.name)}, or give --object-store-mb {math.ceil(need / (1 << 20))} within /dev/shm",
+        )
+    if plan.labeller_bytes:
+        machine = min(machines, key=lambda m: m.memory_gib / max(1.0, m.cpus))
+        actors = max(1, min(int(machine.cpus), -(-of.num_crops // data_tasks.CROPS_PER_ACTOR)))
+        yield (
+            f"memory of a node with {actors} labelling actors",
+            actors * plan.labeller_bytes + of.centroid_bytes,
+            RAY_KILLS_AT * machine.memory_bytes,
+            "use nodes with more memory for each core, or lower clusterers.n",
+        )
     worst = max(of.stages, key=lambda s: s.driver)
-    total, machine = worst.driver + c.worker_bytes, cluster.head_machine
-    if total <= RAY_KILLS_AT * machine.memory_bytes:
-        return []
-    return [
-        f"the driver holds {gib(total)} while it makes '{worst.name}' and its node has {machine.memory_gib:g} GiB; "
-        "take a larger head, or lower clusterers.max_slices and clusterers.n"
-    ]
-
-
-def _what_it_rests_on(of: Sizes, cluster: Cluster, c: Constants, load: Load, gpu: bool) -> list[str]:
-    out = [
-        f"scans: {of.scans.known_from}; cluster: {cluster.known_from or 'flags'}; constants: {c.machine}, {c.date}"
-    ]
-    if load.times is not None:
-        out.append(f"step time: {load.times.steps} real steps of this backbone and method")
-    elif gpu and c.device == "cpu":
-        out.append(
-            f"step time: counted operations at {speed.GPU_UTILISATION:.0%} of the GPU's data sheet, an assumption; "
-            "--probe on the cluster measures it"
-        )
-    else:
-        out.append(
-            "step time: counted operations at the rate of other steps; --probe on the cluster measures it"
-        )
-    if of.too_small:
-        out.append(f"{of.too_small} scans are too small for a crop and are left out")
-    return out
-
-
-def _slow(cfg: Pretraining, of: Sizes, step: Step, c: Constants) -> list[str]:
-    out = []
-    if step.data_s > step.busy_s:
-        out.append(
-            f"training waits for data: a step takes {step.busy_s:.3g} s and its samples {step.data_s:.3g} s; add CPU "
-            f"nodes (about {step.data_s / step.busy_s:.1f} times the cores)"
-        )
-    every = cfg.train.checkpoint_every_steps or of.steps_per_epoch
-    saving = of.network.checkpoint_bytes / c.store_write_bytes_s
-    if saving > every * step.total_s:
-        out.append(
-            f"a checkpoint takes {saving:.0f} s to write and comes every {every * step.total_s:.0f} s; set "
-            f"train.checkpoint_every_steps={math.ceil(saving / step.total_s)} or more"
-        )
-    return out
-
-
-def _cost(took: list[Duration], cluster: Cluster) -> tuple[float | None, float | None]:
-    """Hours of all stages, and money: GPU pools are paid for while they train, all others all the time."""
-    if not took or any(d.seconds is None for d in took):
-        return None, None
-    hours = {d.name: (d.seconds or 0.0) / 3600 for d in took}
-    total = sum(hours.values())
-    money = sum(
-        p.price_per_h * (hours["pretrain"] if p.machine.gpus else total)
-        for p in (*cluster.pools, *([cluster.head] if cluster.head else []))
+    yield (
+        f"memory of the driver's node for '{worst.name}'",
+        worst.driver + plan.constants.worker_bytes,
+        RAY_KILLS_AT * (plan.cluster.head or plan.cluster.pools[0]).machine.memory_bytes,
+        "take a larger head, or lower clusterers.max_slices and clusterers.n",
     )
-    return total, money
+    if local_root:
+        yield (
+            "local disk for the artifacts",
+            of.kept_bytes + of.network.checkpoint_bytes,
+            machines[0].disk_gib * GIB,
+            "give an s3:// --root, or lower crops.per_scan",
+        )
