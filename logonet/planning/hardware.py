@@ -56,7 +56,7 @@ class Machine:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         if min(self.cpus, self.gpus, self.gpu_memory_gib, self.price_per_h, self.latency_s) < 0:
-            raise ValueError("cpus, gpus, gpu_memory_gib, latency_s and price_per_h must be at least 0")
+            raise ValueError("a machine's numbers must not be negative")
 
     @property
     def memory_bytes(self) -> float:
@@ -86,6 +86,10 @@ class Pool:
     nodes: int = 1
     spot: bool = False
 
+    def __post_init__(self) -> None:
+        if self.nodes < 1:
+            raise ValueError(f"nodes is {self.nodes}; give a whole number of at least 1")
+
     @property
     def price_per_h(self) -> float:
         each = self.machine.spot_price_per_h if self.spot else self.machine.price_per_h
@@ -110,6 +114,10 @@ class Cluster:
     currency: str = "USD"
     preemptions_per_node_h: float = 0.0
     known_from: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.pools or self.preemptions_per_node_h < 0:
+            raise ValueError("give at least one pool, and preemptions_per_node_h of at least 0")
 
     @property
     def cpus(self) -> float:
@@ -139,7 +147,7 @@ class Prices:
 
     currency: str
     dated: str
-    note: str
+    note: str = ""
     machines: Mapping[str, Machine] = field(default_factory=dict)
 
 
@@ -154,11 +162,7 @@ def prices(uri: str = "") -> Prices:
     machines = values.pop("machines", None)
     if not isinstance(machines, dict) or not machines:
         raise UserError(f"{source} has no mapping 'machines' of names to what a node has and costs")
-    for key in ("currency", "dated"):
-        values[key] = str(values.get(key, ""))
-        if not values[key]:
-            raise UserError(f"{source} does not say its '{key}'; prices without one mean nothing")
-    table = config.from_dict(Prices, {"note": "", **values, "machines": {}}, source)
+    table = config.from_dict(Prices, {key: str(value) for key, value in values.items()}, source)
     read = {str(n): config.from_dict(Machine, m or {}, f"{source}: {n}") for n, m in machines.items()}
     return replace(table, machines=read)
 
@@ -166,19 +170,13 @@ def prices(uri: str = "") -> Prices:
 def read_cluster(uri: str, table: Prices) -> Cluster:
     """A cluster's YAML file: ``pools``, ``head`` and ``preemptions_per_node_h`` (see docs/planning.md)."""
     values = config.read_yaml(object_store.read(uri).decode(), uri)
-    known = ("pools", "head", "preemptions_per_node_h")
-    for key in values:
-        if key not in known:
-            raise UserError(f"{uri}: {config.unknown('cluster key', key, known)}")
-    entries = values.get("pools")
-    if not isinstance(entries, list) or not entries:
+    entries = values.get("pools", [])
+    if not isinstance(entries, list):
         raise UserError(f"{uri} has no list 'pools' of {{machine: NAME, nodes: N}}")
-    rate = values.get("preemptions_per_node_h", 0.0)
-    if not isinstance(rate, int | float) or rate < 0:
-        raise UserError(f"{uri}: preemptions_per_node_h is {rate!r}; give a number of at least 0")
-    pools = tuple(pool_of(entry, table, f"{uri}: pools[{i}]") for i, entry in enumerate(entries))
-    head = pool_of(values["head"], table, f"{uri}: head") if values.get("head") else None
-    return Cluster(pools, head, table.currency, float(rate), uri)
+    values["pools"] = tuple(pool_of(entry, table, f"{uri}: pools[{i}]") for i, entry in enumerate(entries))
+    if values.get("head"):
+        values["head"] = pool_of(values["head"], table, f"{uri}: head")
+    return replace(config.from_dict(Cluster, values, uri), currency=table.currency, known_from=uri)
 
 
 def pool_of(entry: Any, table: Prices, where: str) -> Pool:
@@ -186,17 +184,14 @@ def pool_of(entry: Any, table: Prices, where: str) -> Pool:
     if not isinstance(entry, dict):
         raise UserError(f"{where} must be a mapping such as {{machine: NAME, nodes: 4}}, not {entry!r}")
     own = dict(entry)
-    name, nodes, spot = own.pop("machine", ""), own.pop("nodes", 1), own.pop("spot", False)
-    if not isinstance(nodes, int) or nodes < 1:
-        raise UserError(f"{where}: nodes is {nodes!r}; give a whole number of at least 1")
-    if not isinstance(spot, bool):
-        raise UserError(f"{where}: spot is {spot!r}; give true or false")
+    name = str(own.pop("machine", ""))
+    pool = {"name": name or "own machine"} | {k: own.pop(k) for k in ("nodes", "spot") if k in own}
     if name and name not in table.machines:
         raise UserError(
-            f"{where}: {config.unknown('machine', str(name), table.machines)}; --prices FILE can have others"
+            f"{where}: {config.unknown('machine', name, table.machines)}; --prices FILE can have others"
         )
     base = config.to_dict(table.machines[name]) if name else {}
-    return Pool(name or "own machine", config.from_dict(Machine, {**base, **own}, where), nodes, spot)
+    return config.from_dict(Pool, {**pool, "machine": {**base, **own}}, where)
 
 
 def this_machine(currency: str = "USD") -> Cluster:
@@ -222,11 +217,16 @@ def connected_cluster(currency: str = "USD") -> Cluster:
     for node in ray_cluster.node_resources():
         if not node.get("CPU"):
             continue  # a head without CPUs runs no tasks
-        shared = node.get("object_store_memory", 0.0)
-        # Ray's "memory" is what it may give to tasks, without its object store.
-        memory = node.get("memory", 0.0) + shared
-        shm_gib = round(shared / GIB / SHM_OF_STORE, 2)
-        gpus = int(node.get("GPU", 0))
-        machines[Machine(node["CPU"], round(memory / GIB, 1), gpus=gpus, shm_gib=shm_gib)] += 1
+        shared_gib = node.get("object_store_memory", 0.0) / GIB
+        machine = Machine(
+            # A Ray of our own has more logical CPUs than the machine has cores.
+            cpus=node["CPU"] if ray_cluster.address() else min(node["CPU"], os.cpu_count() or 1),
+            # Ray's "memory" is what tasks may use, without its object store.
+            memory_gib=round(node.get("memory", 0.0) / GIB + shared_gib, 1),
+            gpus=int(node.get("GPU", 0)),
+            gpu=next((key.partition(":")[2] for key in node if key.startswith("accelerator_type:")), ""),
+            shm_gib=round(shared_gib / SHM_OF_STORE, 2),
+        )
+        machines[machine] += 1
     pools = tuple(Pool(f"node with {m.cpus:g} CPUs", m, count) for m, count in machines.items())
     return Cluster(pools, currency=currency, known_from="the connected Ray cluster")

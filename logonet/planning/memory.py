@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -52,8 +52,19 @@ class MicroBatch:
     known_from: str
 
 
-def prepared(spec: DataSpec, method: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """One sample from the method's own ``prepare``, of a smooth random crop with random labels."""
+@dataclass(frozen=True)
+class Work:
+    """What a recipe needs, whatever it runs on; ``sample_bytes`` is one prepared sample."""
+
+    facts: DataSpec
+    network: Network
+    micro: MicroBatch
+    sample_bytes: int
+    precision: str
+
+
+def raw_sample(spec: DataSpec, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A smooth random crop with random labels, as a method's ``prepare`` takes it."""
     x, y, z = spec.size_vox
     crop_CXYZ = rng.random((spec.in_channels, *(-(-n // 8) for n in spec.size_vox)), dtype=np.float32)
     for axis in (1, 2, 3):
@@ -61,9 +72,13 @@ def prepared(spec: DataSpec, method: Mapping[str, Any], rng: np.random.Generator
     raw: dict[str, np.ndarray] = {"image_CXYZ": (crop_CXYZ[:, :x, :y, :z] * 65535).astype(np.uint16)}
     if spec.cluster_sizes:
         raw["labels_NZ"] = np.stack([rng.integers(0, k, z) for k in spec.cluster_sizes]).astype(np.int16)
-    name = method["name"]
-    options = {k: v for k, v in method.items() if k != "name"}
-    return methods.prepare(name)(raw, methods.config(name, options), rng)
+    return raw
+
+
+def prepared(spec: DataSpec, method: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """One sample from the method's own ``prepare``."""
+    name, options = method["name"], {k: v for k, v in method.items() if k != "name"}
+    return methods.prepare(name)(raw_sample(spec, rng), methods.config(name, options), rng)
 
 
 def micro_batch(
@@ -73,35 +88,27 @@ def micro_batch(
 
     Where the method's shapes depend on data, only the network is counted, and ``known_from`` says so.
     """
+
+    def count(network_only: bool) -> MicroBatch:
+        with torch.device("meta"):
+            module = training.build_method(dict(backbone), dict(method), spec).train()
+        return _count(module, spec.batch_size or 1, sample, bf16, network_only)
+
+    needs_data = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
     try:
-        return _count(backbone, method, spec, sample, bf16, network_only=False)
+        return count(network_only=False)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as err:
-        needs_data = (
-            DataDependentOutputException,
-            DynamicOutputShapeException,
-            UnsupportedFakeTensorException,
-        )
         if not (isinstance(err, needs_data) or "no data" in str(err) or "meta" in str(err)):
             raise
-    return _count(backbone, method, spec, sample, bf16, network_only=True)
+    return count(network_only=True)
 
 
-def _count(
-    backbone: Mapping[str, Any],
-    method: Mapping[str, Any],
-    spec: DataSpec,
-    sample: Arrays,
-    bf16: bool,
-    network_only: bool,
-) -> MicroBatch:
-    assert spec.batch_size is not None
-    with torch.device("meta"):
-        module: Any = training.build_method(dict(backbone), dict(method), spec).train()
+def _count(module: Any, batch_size: int, sample: Arrays, bf16: bool, network_only: bool) -> MicroBatch:
     live, flops = _Live(), FlopCounterMode(display=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _to_fake(module)
+        module.to_empty(device="cpu")
         batch = {
-            k: torch.empty((spec.batch_size, *v.shape), dtype=torch.from_numpy(np.array(v)).dtype)
+            k: torch.empty((batch_size, *v.shape), dtype=torch.from_numpy(np.array(v)).dtype)
             for k, v in sample.items()
         }
         with live, flops, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
@@ -122,22 +129,6 @@ def _count(
         flop=float(flops.get_total_flops()),
         known_from=f"{how}, the network without its method" if network_only else how,
     )
-
-
-def _to_fake(module: nn.Module) -> None:
-    """Replace the module's meta tensors by fake CPU tensors, in place; shared ones stay shared."""
-    made: dict[int, tuple[Any, Tensor]] = {}  # the originals too, so that no id is used twice
-    for part in module.modules():
-        for own in (part._parameters, part._buffers):
-            for name, tensor in own.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    fake: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    if isinstance(tensor, nn.Parameter):
-                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = (fake, tensor)
-                own[name] = made[id(tensor)][0]  # type: ignore[index]
 
 
 class _Live(TorchDispatchMode):
@@ -209,25 +200,3 @@ class WorkerMemory:
     def device_bytes(self) -> float:
         """Memory where the network is."""
         return self.weights + self.gradients + self.moments + self.activations + self.batches
-
-
-def worker(
-    net: Network, one: MicroBatch, *, accumulate: int, flat_sync: bool, process: float, prefetched: float
-) -> WorkerMemory:
-    """Peak memory of a worker that makes ``accumulate`` passes like ``one`` in a step.
-
-    The pass's peak includes its gradients. From the second pass on, the gradients of those before are held too. A flat
-    all-reduce needs a copy of all gradients when the activations are gone, so the larger of the two counts.
-    """
-    activations = one.peak_bytes - (net.gradient_bytes if accumulate == 1 else 0)
-    return WorkerMemory(
-        process=process,
-        weights=net.weight_bytes,
-        gradients=net.gradient_bytes,
-        moments=net.moment_bytes,
-        activations=max(activations, net.gradient_bytes if flat_sync else 0),
-        batches=one.batch_bytes + prefetched,
-        # A copy, so that training goes on; safetensors makes a file's tensors and then the file of them.
-        checkpoint=net.checkpoint_bytes + 2 * max(net.optimizer_file, net.model_file),
-        known_from=one.known_from,
-    )

@@ -14,15 +14,14 @@ from logonet.core.errors import UserError
 from logonet.data import importers, manifest
 from logonet.distributed import cluster
 from logonet.distributed.cluster import Resources
+from logonet.distributed.executor import RayExecutor
 from logonet.pipelines import Pretraining
 from logonet.pipelines.pretraining import training_part
-from logonet.planning import constants, hardware, planner, sizes
-from logonet.planning.constants import Constants
+from logonet.planning import hardware, planner, sizes, speed
 from logonet.planning.hardware import Cluster
 from logonet.planning.sizes import Scan, Scans
+from logonet.planning.speed import Constants
 from logonet.storage import artifacts, object_store
-
-LABELS_LOOKED_AT = 32
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def plan(cfg: Pretraining, asked: Question) -> planner.Plan:
         if asked.probe_s:
             known = _probe(cfg, asked)
         else:
-            known = constants.read(asked.constants) if asked.constants else constants.defaults()
+            known = speed.read_constants(asked.constants) if asked.constants else speed.defaults()
     local = bool(asked.root) and not object_store.is_s3(asked.root) and found.nodes == 1
     return planner.make(cfg, scans, found, asked.resources, known, local_root=local)
 
@@ -65,12 +64,11 @@ def _probe(cfg: Pretraining, asked: Question) -> Constants:
     """Measure the constants of the connected cluster and store them."""
     from logonet.planning import measuring
 
-    gpu = cluster.share(asked.resources).use_gpu
+    work = planner.work(cfg, gpu=cluster.allocate(asked.resources).use_gpu)
     some = _some(importers.sources(asked.data)) if asked.data and not _is_import(asked.data) else []
     with tempfile.TemporaryDirectory(prefix="logonet-plan-") as folder:
-        known = measuring.measure(
-            cfg, planner.work(cfg, gpu), asked.root or folder, asked.resources, asked.probe_s, some
-        )
+        root = asked.root or folder
+        known = measuring.measure(cfg, work, root, asked.resources, asked.probe_s, some)
     default = "plan-constants.json"
     where = asked.constants or (object_store.join(asked.root, default) if asked.root else default)
     object_store.write(where, known.to_json())
@@ -113,7 +111,7 @@ def find_scans(cfg: Pretraining, asked: Question) -> Scans:
         if asked.import_scans and not asked.root:
             raise UserError("--import-scans keeps what it finds under --root, which is missing")
         if asked.import_scans:
-            table, made = pipelines.import_scans(asked.data, asked.root, cluster.share(asked.resources))
+            table, made = pipelines.import_scans(asked.data, asked.root, RayExecutor(asked.resources))
             uri = made.uri
         else:
             table = pipelines.open_manifest(asked.data)
@@ -151,21 +149,13 @@ def _listed(asked: Question) -> Scans:
     scans = tuple(
         Scan(f"{manifest.stem(s.uri)}-{'0' * 10}", shape, spacing, s.size_bytes or usual) for s in found
     )
-    return Scans(scans, f"{len(found):,} listed at {asked.data}, {how}", _label_bytes(found))
+    return Scans(scans, f"{len(found):,} listed at {asked.data}, {how}")
 
 
 def _some(found: list[manifest.Source]) -> list[manifest.Source]:
     """The smallest, the middle and the largest file, to read their shapes."""
     by_size = sorted(found, key=lambda s: s.size_bytes)
     return [by_size[i] for i in sorted({0, len(by_size) // 2, len(by_size) - 1})]
-
-
-def _label_bytes(found: list[manifest.Source]) -> float:
-    """Size of all labels, from some of them."""
-    labels = [s.label_uri for s in found if s.label_uri]
-    some = map(object_store.stat, labels[:: max(1, len(labels) // LABELS_LOOKED_AT)])
-    known = [entry.size_bytes for entry in some if entry is not None]
-    return statistics.mean(known) * len(labels) if known else 0.0
 
 
 # -------------------------------------------------------------------------------------------- cluster

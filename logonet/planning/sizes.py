@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +22,9 @@ from logonet.methods import DataSpec
 from logonet.pipelines import Pretraining
 
 # safetensors' dtypes in its own order: it stores the tensors of the last of these first.
-DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "F64": 8, "I64": 8}  # fmt: skip
-DTYPE_NAMES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
 }  # fmt: skip
 SHA256 = "0" * 64
 INERTIA = 0.1234567890123456  # as long in JSON as most inertias
@@ -53,13 +52,11 @@ class Scans:
 
     Attributes:
         known_from: a phrase that says how they are known.
-        label_bytes: read by the import only.
         imported: the import is done.
     """
 
     scans: tuple[Scan, ...]
     known_from: str
-    label_bytes: float = 0.0
     imported: bool = False
 
     @property
@@ -101,10 +98,10 @@ def safetensors_bytes(tensors: Tensors, metadata: Mapping[str, str] | None = Non
     """Size of a safetensors file: 8 bytes, a JSON header padded to a multiple of 8, the tensors."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
-    rank = list(DTYPE_BYTES).index
+    rank = list(DTYPES).index
     # The header holds offsets, so the order of the tensors changes the number of its digits.
     for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-rank(item[1][0]), item[0])):
-        begin, end = end, end + DTYPE_BYTES[dtype] * math.prod(shape)
+        begin, end = end, end + DTYPES[dtype].itemsize * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + -(-len(text) // 8) * 8 + end
@@ -186,11 +183,11 @@ class Network:
 
 def network(method: torch.nn.Module) -> Network:
     """Describe a method module, which may be on the meta device."""
-    parameters, buffers = [*method.parameters()], [*method.buffers()]
+    names = {dtype: name for name, dtype in DTYPES.items()}
     return Network(
-        state={n: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in method.state_dict().items()},
+        state={n: (names[t.dtype], tuple(t.shape)) for n, t in method.state_dict().items()},
         trainable={n: tuple(p.shape) for n, p in method.named_parameters() if p.requires_grad},
-        weight_bytes=4 * sum(t.numel() for t in [*parameters, *buffers]),
+        weight_bytes=4 * sum(t.numel() for t in [*method.parameters(), *method.buffers()]),
     )
 
 
@@ -235,30 +232,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Everything that is counted, not timed."""
+    """Everything that is counted, not timed; ``files`` are the sizes of all that is stored."""
 
     scans: Scans
-    num_crops: int
-    crop_bytes: int
     too_small: int
-    cache_bytes: int
-    sample_bytes: int
-    slice_voxels: int
+    num_crops: int
     cluster_sizes: tuple[int, ...]
-    clusterers_bytes: int
-    labels_bytes: int
-    network: Network
+    slice_voxels: int
+    sample_bytes: int
+    centroid_bytes: int
     steps: int
     steps_per_epoch: int
-    stages: tuple[Stage, ...] = ()
-
-    @property
-    def centroid_bytes(self) -> int:
-        return 4 * sum(self.cluster_sizes) * self.slice_voxels
-
-    @property
-    def kept_bytes(self) -> float:
-        return sum(s.kept for s in self.stages)
+    network: Network
+    files: dict[str, int]
+    stages: tuple[Stage, ...]
 
 
 def yields_crops(scan: Scan, cfg: cropping.Config) -> bool:
@@ -280,69 +267,67 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
     enough.
     """
     x, y, depth = cfg.crops.size_vox
-    crop_bytes = 2 * x * y * depth
+    crop, counts = 2 * x * y * depth, facts_of(cfg).cluster_sizes
     good = [s for s in scans.scans if yields_crops(s, cfg.crops)]
     num_crops = len(good) * cfg.crops.per_scan
     # A shard's size depends on the scan only through the length of its id.
     ids = {len(s.scan_id): s.scan_id for s in good}
     shards = {n: shard_bytes(i, cfg.crops.per_scan, (1, x, y, depth)) for n, i in ids.items()}
-    counts = facts_of(cfg).cluster_sizes
-    sampled_crops = min(num_crops, max(1, cfg.clusterers.max_slices // depth)) if counts else 0
+    cache = sum(shards[len(s.scan_id)] for s in good)
+    sample = crop * min(num_crops, max(1, cfg.clusterers.max_slices // depth)) if counts else 0
     meta = {"config": config.to_dict(cfg.clusterers), "crops": "0" * 16}
+    fitted = clusterers_bytes(counts, x * y, meta) if counts else 0
+    centroids = 4 * sum(counts) * x * y
+    labels = labels_bytes(num_crops, len(counts), depth) if counts else 0
     per_epoch = cfg.train.steps_per_epoch or -(-num_crops // cfg.train.global_batch)
-    of = Sizes(
-        scans=scans,
-        num_crops=num_crops,
-        crop_bytes=crop_bytes,
-        too_small=len(scans.scans) - len(good),
-        cache_bytes=sum(shards[len(s.scan_id)] for s in good),
-        sample_bytes=sampled_crops * crop_bytes,
-        slice_voxels=x * y,
-        cluster_sizes=counts,
-        clusterers_bytes=clusterers_bytes(counts, x * y, meta) if counts else 0,
-        labels_bytes=labels_bytes(num_crops, len(counts), depth) if counts else 0,
-        network=net,
-        steps=per_epoch * cfg.train.epochs,
-        steps_per_epoch=per_epoch,
-    )
-    return replace(of, stages=_stages(cfg, of))
-
-
-def _stages(cfg: Pretraining, of: Sizes) -> tuple[Stage, ...]:
-    net, stored = of.network, of.scans.stored_bytes
-    out = [] if of.scans.imported else [Stage("import", read=stored + of.scans.label_bytes)]
-    out.append(Stage("crops", read=stored, written=of.cache_bytes, kept=of.cache_bytes))
-    if of.cluster_sizes:
-        fits, sample = of.centroid_bytes, of.sample_bytes
-        clusterers = Stage(
-            "clusterers",
-            read=sample + fits,  # every fit is stored, read again and stored once more in the set
-            written=fits + of.clusterers_bytes,
-            kept=of.clusterers_bytes,
-            node_shared=sample,
-            driver=sample + 2 * fits + of.clusterers_bytes,
-        )
-        labels = Stage(
-            "labels",
-            read=of.clusterers_bytes + of.num_crops * of.crop_bytes,
-            written=of.labels_bytes,
-            kept=of.labels_bytes,
-            node_shared=fits,
-            driver=2 * of.clusterers_bytes + 2 * of.labels_bytes,
-        )
-        out += [clusterers, labels]
+    steps = per_epoch * cfg.train.epochs
     # A checkpoint at the end of every epoch, and at every so many steps in between.
-    epochs, every = cfg.train.epochs, cfg.train.checkpoint_every_steps
-    ends = {e * of.steps_per_epoch for e in range(1, epochs + 1)}
-    saves = len(ends | set(range(every, of.steps + 1, every))) if every else epochs
-    final = net.backbone_file + net.model_file
-    label_array = 2 * of.num_crops * len(of.cluster_sizes) * cfg.crops.size_vox[2]
-    pretrain = Stage(
-        "pretrain",
-        read=of.steps * cfg.train.global_batch * of.crop_bytes,
-        written=saves * net.checkpoint_bytes + final,
-        kept=min(saves, cfg.train.keep_checkpoints) * net.checkpoint_bytes + final,
-        node_shared=label_array + 400 * of.num_crops,
-        driver=3 * of.labels_bytes,
+    ends, every = {per_epoch * (e + 1) for e in range(cfg.train.epochs)}, cfg.train.checkpoint_every_steps
+    saves = len(ends | set(range(every, steps + 1, every) if every else ()))
+    checkpoint, final = net.checkpoint_bytes, net.backbone_file + net.model_file
+    kept = min(saves, cfg.train.keep_checkpoints) * checkpoint + final
+    batches, table = steps * cfg.train.global_batch * crop, num_crops * (2 * len(counts) * depth + 400)
+    moved = [
+        # name, read, written, kept, in Ray's object store of a node, in the driver's memory
+        Stage("crops", scans.stored_bytes, cache, cache),
+        # Every fit is stored, read again and stored once more in the set.
+        Stage(
+            "clusterers",
+            sample + centroids,
+            centroids + fitted,
+            fitted,
+            sample,
+            sample + 2 * centroids + fitted,
+        ),
+        Stage("labels", fitted + num_crops * crop, labels, labels, centroids, 2 * fitted + 2 * labels),
+        Stage("pretrain", batches, saves * checkpoint + final, kept, table, 3 * labels),
+    ]
+    stages = [s for s in moved if counts or s.name in ("crops", "pretrain")]
+    if not scans.imported:
+        stages.insert(0, Stage("import", scans.stored_bytes))
+    files = {
+        "crop": crop,
+        "crops_cache": cache,
+        "clusterers": fitted,
+        "labels": labels,
+        "checkpoint": checkpoint,
+        "checkpoint_model": net.model_file,
+        "checkpoint_optimizer": net.optimizer_file,
+        "final_backbone": net.backbone_file,
+        "final_method": net.model_file,
+        "gradients": net.gradient_bytes,
+    }
+    return Sizes(
+        scans=scans,
+        too_small=len(scans.scans) - len(good),
+        num_crops=num_crops,
+        cluster_sizes=counts,
+        slice_voxels=x * y,
+        sample_bytes=sample,
+        centroid_bytes=centroids,
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        network=net,
+        files=files,
+        stages=tuple(stages),
     )
-    return (*out, pretrain)

@@ -6,26 +6,106 @@ throughput, all of them work at once, and the slowest one sets the pace.
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
 
 from logonet import training
+from logonet.core import config
 from logonet.core.errors import UserError
-from logonet.distributed.cluster import Resources, cpus_of_worker
+from logonet.distributed.cluster import Resources, divide
 from logonet.pipelines import Pretraining
-from logonet.planning.constants import Constants
 from logonet.planning.hardware import Cluster, Machine
+from logonet.planning.memory import Work
 from logonet.planning.sizes import Sizes, Stage
+from logonet.storage import object_store
 
-# Assumed where a plan for GPUs has constants of a CPU only: a share of the data sheet's peak, half of an A10G's memory
-# rate (AdamW moves seven numbers for each parameter), and a ring over PCIe.
+# Assumed of GPUs where the constants are a CPU's: a share of the data sheet's peak, and a ring over PCIe.
 GPU_UTILISATION = 0.25
-GPU_GUESSES = {
-    "optimizer_bytes_s": 3e11 / 7,
-    "copy_bytes_s": 1.5e11,
-    "allreduce_bytes_s": 1e10,
-    "allreduce_latency_s": 1e-5,
-}
+GPU_ALLREDUCE_BYTES_S = 1e10
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Rates are bytes, voxels or floating point operations per second.
+
+    Attributes:
+        machine, date: where and when they were measured.
+        device: "cpu" or the GPU's name.
+        flop_s: of training steps on one core, or on one GPU.
+        serial_share: share of a step's time on one core that more threads do not shorten.
+        allreduce_bytes_s: a worker's link to the next one in a ring.
+        store_node_bytes_s: reading with all cores of a node.
+        store_write_bytes_s: writing in one stream.
+        import_voxels_s: one core decompresses, checks and hashes a scan.
+        cut_voxels_s: one core decompresses a scan and cuts its crops.
+        prepare_bytes_s: one core reads crops, checks them and prepares samples.
+        kmeans_flop_s: one core fits K-means.
+        label_flop_s: one core labels; counted in operations of a brute-force search.
+        worker_bytes: memory of a training worker's process before it has a network.
+        task_bytes: memory of an idle data task's process.
+        start_s: seconds from starting the training workers to their first step.
+        step_fingerprint: the network, method and batch that ``flop_s`` was measured with.
+        worker_peak_bytes: the largest memory of a worker in those steps; on a GPU, of the GPU.
+    """
+
+    machine: str
+    date: str
+    device: str
+    flop_s: float
+    serial_share: float
+    allreduce_bytes_s: float
+    store_node_bytes_s: float
+    store_write_bytes_s: float
+    import_voxels_s: float
+    cut_voxels_s: float
+    prepare_bytes_s: float
+    kmeans_flop_s: float
+    label_flop_s: float
+    worker_bytes: float
+    task_bytes: float
+    start_s: float
+    step_fingerprint: str = ""
+    worker_peak_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            may_be_0 = name in ("serial_share", "start_s", "worker_peak_bytes")
+            if isinstance(value, float) and not (value > 0 or (value == 0 and may_be_0)):
+                raise ValueError(f"{name} is {value}; it must be above 0")
+
+    def measured(self, cfg: Pretraining, precision: str, gpu: bool) -> bool:
+        """Whether these were measured with steps of this very work, on the same kind of device."""
+        same_device = gpu == (self.device != "cpu")
+        return same_device and self.step_fingerprint == step_fingerprint(cfg, precision)
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
+
+def step_fingerprint(cfg: Pretraining, precision: str) -> str:
+    """Identifies everything that a step's time depends on, except the machine."""
+    size_vox = list(cfg.crops.size_vox)
+    return config.fingerprint(cfg.backbone, cfg.method, size_vox, cfg.train.batch_size, precision)
+
+
+def defaults() -> Constants:
+    """Constants of the machine that the project is developed on."""
+    text = resources.files("logonet.planning").joinpath("constants.json").read_text()
+    return config.from_dict(Constants, json.loads(text), "constants.json")
+
+
+def read_constants(uri: str) -> Constants:
+    """The constants that ``--probe`` stored at ``uri``."""
+    try:
+        return config.from_dict(Constants, object_store.read_json(uri), uri)
+    except UserError as err:
+        raise UserError(f"{err}; 'logonet plan --probe 60 --constants {uri}' measures them again") from None
+
+
+# ------------------------------------------------------------------------------------------------ step
 
 
 def slowest(seconds: dict[str, float]) -> tuple[float, str]:
@@ -41,7 +121,7 @@ class Placement:
     Attributes:
         machine: of the workers, the smallest one.
         nodes: that have workers, ``per_node`` on the fullest, with ``threads`` each.
-        cpus: of the cluster that work for training: all, or without a core for each GPU worker.
+        cpus: cores that work for training; with GPUs, those that the workers leave to the data tasks.
     """
 
     machine: Machine
@@ -54,52 +134,20 @@ class Placement:
 
 
 def place(cluster: Cluster, resources: Resources) -> Placement:
-    """Put the workers on the cluster as a job would.
-
-    Raises:
-        UserError: they do not fit; the sentence says what would.
-    """
-    workers, gpus, cpus = resources.most, cluster.gpus, cluster.cpus
-    use_gpu = gpus > 0 if resources.gpu is None else resources.gpu
-    if use_gpu and gpus < workers:
-        ways = [f"plan --workers {gpus or 1}", "add GPU nodes"]
-        ways += ["train on CPUs with --gpu False"] if resources.gpu is None else []
-        raise UserError(f"the cluster has {gpus} GPUs for {workers} workers; {', or '.join(ways)}")
-    homes = [p for p in cluster.pools if p.machine.gpus or not use_gpu]
+    """Put the workers on the cluster as a job would. UserError: they do not fit, and what would."""
+    workers = resources.most
+    nodes = [{"CPU": p.machine.cpus, "GPU": p.machine.gpus} for p in cluster.pools for _ in range(p.nodes)]
+    cores = None
+    if len(nodes) == 1 and cluster.head is None:  # the job starts Ray itself, with CPUs for all workers
+        cores, nodes[0]["CPU"] = int(cluster.cpus), max(cluster.cpus, workers + 2)
+    share = divide(nodes, replace(resources, workers=workers), cores)
+    homes = [p for p in cluster.pools if p.machine.gpus or not share.use_gpu]
     machine = min((p.machine for p in homes), key=lambda m: (m.gpus, m.cpus))
-    slots = sum(p.nodes for p in homes)
-    # A Ray that the job starts itself has a logical CPU for every worker and two more, however few the cores.
-    local = cluster.nodes == 1 and cluster.head is None
-    logical = max(cpus, workers + 2) if local else cpus
-    node_cpus = [logical] if local else [p.machine.cpus for p in homes for _ in range(p.nodes)]
-    per_worker = cpus_of_worker(logical, node_cpus, workers, resources.cpus_per_worker)
-    if use_gpu:
-        # Several nodes with one GPU each, or nodes that are filled one after the other.
-        per_node = min(
-            max(p.machine.gpus for p in homes), -(-workers // slots) if machine.gpus == 1 else machine.gpus
-        )
+    per_node = machine.gpus if share.use_gpu else -(-workers // sum(p.nodes for p in homes))
+    node_count, threads, cpus = -(-workers // per_node), share.threads_per_worker, cluster.cpus
+    if share.use_gpu:
         threads, cpus = 1, max(cpus - workers, 0.25 * cpus)
-    else:
-        per_node = -(-workers // min(slots, workers))
-        threads = max(1, int(cpus) // workers if logical > cpus else int(per_worker))
-    return Placement(machine, workers, -(-workers // per_node), per_node, threads, use_gpu, cpus)
-
-
-@dataclass(frozen=True)
-class Load:
-    """The work of one optimizer step.
-
-    Attributes:
-        train: with the global batch, the micro-batch and how gradients are averaged.
-        flop: of one micro-batch.
-        gradient_bytes: averaged over the workers.
-        crop_bytes: read for one sample.
-    """
-
-    train: training.Config
-    flop: float
-    gradient_bytes: float
-    crop_bytes: float
+    return Placement(machine, workers, node_count, min(workers, per_node), threads, share.use_gpu, cpus)
 
 
 def flat_sync(train: training.Config, gpu: bool) -> bool:
@@ -116,8 +164,8 @@ class Step:
         compute_s: on the workers.
         allreduce_s: averaging gradients.
         data_s: reading and preparing the samples of a step.
-        total_s: the time that a step takes, set by ``waits_for``.
-        efficiency: samples per second over those of as many workers without each other.
+        total_s: what a step takes, set by ``waits_for``.
+        efficiency: samples per second over those of as many workers that each have their nodes to themselves.
     """
 
     workers: int
@@ -132,54 +180,44 @@ class Step:
     efficiency: float = 1.0
 
 
-def step(load: Load, at: Placement, c: Constants) -> Step:
+def step(train: training.Config, work: Work, at: Placement, c: Constants) -> Step:
     """Time one optimizer step. UserError when the global batch does not divide, or no rate is known."""
     if at.gpu and c.device == "cpu":
         if not at.machine.gpu_tflop_s:
             raise UserError(
                 f"nothing says how fast GPU '{at.machine.gpu}' is; give gpu_tflop_s, or measure with --probe"
             )
-        c = replace(c, flop_s=at.machine.gpu_tflop_s * 1e12 * GPU_UTILISATION, **GPU_GUESSES)
+        flop_s = at.machine.gpu_tflop_s * 1e12 * GPU_UTILISATION
+        c = replace(c, flop_s=flop_s, allreduce_bytes_s=GPU_ALLREDUCE_BYTES_S)
     elif not at.gpu and c.device != "cpu":
-        raise UserError(
-            f"the constants were measured on GPU '{c.device}'; measure those of CPUs with --gpu False"
-        )
-    n, samples = at.workers, load.train.global_batch
-    accumulate = training.accumulation(load.train, n)
+        raise UserError(f"the constants were measured on GPU '{c.device}'; measure with --gpu False for CPUs")
+    samples, accumulate = train.global_batch, training.accumulation(train, at.workers)
     # Amdahl's law: threads shorten all but a share of the work.
     speedup = 1.0 if at.gpu else 1 / (c.serial_share + (1 - c.serial_share) / at.threads)
-    compute_s = accumulate * load.flop / (c.flop_s * speedup) + load.gradient_bytes / c.optimizer_bytes_s
-    prepare_s = samples * load.crop_bytes / (c.prepare_bytes_s * at.cpus)
-    read_s = samples * load.crop_bytes / (at.nodes * node_read_bytes_s(at.machine, at.nodes, c))
+    compute_s = accumulate * work.micro.flop / (c.flop_s * speedup)
+    crops_bytes = samples * 2 * math.prod(work.facts.size_vox)
+    prepare_s = crops_bytes / (c.prepare_bytes_s * at.cpus)
+    read_s = crops_bytes / (at.nodes * node_read_bytes_s(at.machine, at.nodes, c))
     if not at.gpu:
         # Workers share the cores with each other and with the data tasks.
-        compute_s = max(compute_s, n * at.threads * compute_s / at.cpus + prepare_s)
-    allreduce_s = _allreduce_s(load.gradient_bytes, at, c)
+        compute_s = max(compute_s, at.workers * at.threads * compute_s / at.cpus + prepare_s)
+    allreduce_s = _allreduce_s(work.network.gradient_bytes, at, c)
     # A flat all-reduce follows the computation; DDP's goes on beside it.
-    busy_s = compute_s + (allreduce_s if flat_sync(load.train, at.gpu) else 0.0)
+    busy_s = compute_s + (allreduce_s if flat_sync(train, at.gpu) else 0.0)
     needs = {"CPU": prepare_s, "network": allreduce_s, "store": read_s}
     total_s, waits_for = slowest(needs | {"GPU" if at.gpu else "CPU": busy_s})
-    return Step(
-        workers=n,
-        global_batch=samples,
-        accumulate=accumulate,
-        compute_s=compute_s,
-        allreduce_s=allreduce_s,
-        data_s=max(prepare_s, read_s),
-        total_s=total_s,
-        waits_for=waits_for,
-        samples_per_s=samples / total_s,
-    )
+    data_s, rate = max(prepare_s, read_s), samples / total_s
+    return Step(at.workers, samples, accumulate, compute_s, allreduce_s, data_s, total_s, waits_for, rate)
 
 
 def _allreduce_s(gradient_bytes: float, at: Placement, c: Constants) -> float:
-    """A ring over all workers; on CPUs, workers take turns where they are more than the cores."""
-    n, latency_s, rate = at.workers, c.allreduce_latency_s, c.allreduce_bytes_s
+    """A ring: 2 (n - 1) hops, each with an n-th of the bytes; workers take turns where they outnumber the cores."""
+    n, rate = at.workers, c.allreduce_bytes_s
     if at.nodes > 1:
         # A node's link carries one hop of the ring in and one out, however many workers the node has.
-        latency_s, rate = max(latency_s, at.machine.latency_s), min(rate, at.machine.network_bytes_s)
+        rate = min(rate, at.machine.network_bytes_s)
     turns = 1.0 if at.gpu else max(1.0, n / at.cpus)
-    return turns * 2 * (n - 1) * (latency_s + gradient_bytes / (n * rate))
+    return turns * 2 * (n - 1) * (at.machine.latency_s + gradient_bytes / (n * rate))
 
 
 def node_read_bytes_s(machine: Machine, nodes: int, c: Constants) -> float:
@@ -187,15 +225,17 @@ def node_read_bytes_s(machine: Machine, nodes: int, c: Constants) -> float:
     return c.store_node_bytes_s if nodes == 1 else min(c.store_node_bytes_s, machine.network_bytes_s)
 
 
-def scaling(load: Load, at: Placement, c: Constants, workers: list[int]) -> tuple[Step, ...]:
+def scaling(
+    train: training.Config, work: Work, at: Placement, c: Constants, workers: Iterable[int]
+) -> tuple[Step, ...]:
     """Steps of more and more workers with the same work for each; nodes and cores grow with the workers."""
-    each = load.train.batch_size * training.accumulation(load.train, at.workers)
+    each = train.batch_size * training.accumulation(train, at.workers)
 
     def of(n: int) -> Step:
         nodes = -(-n // at.per_node)
         cpus = at.cpus / at.workers * n if at.gpu else at.machine.cpus * nodes
         there = replace(at, workers=n, nodes=nodes, per_node=min(n, at.per_node), cpus=cpus)
-        return step(replace(load, train=replace(load.train, global_batch=each * n)), there, c)
+        return step(replace(train, global_batch=each * n), work, there, c)
 
     single = of(1).samples_per_s
     return tuple(replace(s, efficiency=s.samples_per_s / (s.workers * single)) for s in map(of, workers))
@@ -205,45 +245,32 @@ def timed(
     cfg: Pretraining, of: Sizes, cluster: Cluster, training_step: Step, c: Constants
 ) -> tuple[Stage, ...]:
     """All stages with their seconds."""
-    cores = max(1.0, cluster.cpus)
+    cores, length, fits = max(1.0, cluster.cpus), of.slice_voxels, cfg.clusterers
     slowest_node = min((p.machine for p in cluster.pools), key=lambda m: m.network_bytes_s)
     node_rate = node_read_bytes_s(slowest_node, cluster.nodes, c)
-    read_rate = cluster.nodes * node_rate
-    write_rate = cluster.nodes * min(node_rate, c.store_write_bytes_s * cores)
-    label_flop = 2.0 * of.num_crops * cfg.crops.size_vox[2] * sum(of.cluster_sizes) * of.slice_voxels
-    fits_s = _fit_seconds(cfg, of, c)
+    write_rate = min(node_rate, c.store_write_bytes_s * cores)
+    # A fit's distances, for each update and 2 + ln k times for k-means++. It runs on one core.
+    distances = 2.0 * max(1, round(fits.fraction * of.sample_bytes / (2 * length))) * length
+    fits_s = [distances * k * (fits.iterations + 2 + math.log(k)) / c.kmeans_flop_s for k in of.cluster_sizes]
+    label_flop = 2.0 * of.num_crops * cfg.crops.size_vox[2] * sum(of.cluster_sizes) * length
     cpu_s = {
         "import": of.scans.voxels / c.import_voxels_s / cores,
         "crops": of.scans.voxels / c.cut_voxels_s / cores,
-        # A single fit runs on one core.
         "clusterers": max(sum(fits_s) / cores, *fits_s, 0.0),
         "labels": label_flop / c.label_flop_s / cores,
     }
     out = []
     for stage in of.stages:
+        seconds: float | None
         if stage.name == "pretrain":
             seconds, waits_for = _training(cfg, of, cluster, training_step, c)
-        elif stage.name == "clusterers" and cfg.clusterers.algorithm != "kmeans":
-            out.append(replace(stage, waits_for=f"{cfg.clusterers.algorithm} is not modelled"))
-            continue
+        elif stage.name == "clusterers" and fits.algorithm != "kmeans":
+            seconds, waits_for = None, f"{fits.algorithm} is not modelled"
         else:
-            store_s = stage.read / read_rate + stage.written / write_rate
+            store_s = (stage.read / node_rate + stage.written / write_rate) / cluster.nodes
             seconds, waits_for = slowest({"CPU": cpu_s[stage.name], "store": store_s})
         out.append(replace(stage, seconds=seconds, waits_for=waits_for))
     return tuple(out)
-
-
-def _fit_seconds(cfg: Pretraining, of: Sizes, c: Constants) -> list[float]:
-    """Core seconds of every K-means: each update is one pass over its rows, k-means++ is 2 + ln k passes."""
-    own = cfg.clusterers
-    rows = max(1, round(own.fraction * of.sample_bytes / (2 * of.slice_voxels)))
-    pass_flop = 2.0 * rows * of.slice_voxels
-    return [(own.iterations + 2 + math.log(k)) * pass_flop * k / c.kmeans_flop_s for k in of.cluster_sizes]
-
-
-def checkpoint_seconds(of: Sizes, c: Constants) -> float:
-    """Writing one checkpoint to the store, which goes on beside the training."""
-    return of.network.checkpoint_bytes / c.store_write_bytes_s
 
 
 def _training(
@@ -251,11 +278,10 @@ def _training(
 ) -> tuple[float, str]:
     """A start, the steps, the checkpoints, and what lost spot nodes cost."""
     steps = cfg.train.checkpoint_every_steps or of.steps_per_epoch
-    # Training waits while a checkpoint is copied, and where the one before is not yet written.
-    interval_s, waits_for = slowest(
-        {training_step.waits_for: steps * training_step.total_s, "checkpoints": checkpoint_seconds(of, c)}
-    )
-    interval_s += of.network.checkpoint_bytes / c.copy_bytes_s
+    # A checkpoint is written while training goes on; the next one waits until it is written.
+    writing_s = of.network.checkpoint_bytes / c.store_write_bytes_s
+    needs = {training_step.waits_for: steps * training_step.total_s, "checkpoints": writing_s}
+    interval_s, waits_for = slowest(needs)
     training_s = of.steps / steps * interval_s
     # A lost node costs a start and, on average, half of what lies between two checkpoints.
     losses = cluster.spot_nodes * cluster.preemptions_per_node_h * training_s / 3600
