@@ -24,12 +24,11 @@ from logonet.core import seeding
 from logonet.core.errors import UserError
 from logonet.core.execution import run_all
 from logonet.data import crop_shards, cropping, importers, manifest, phantom
-from logonet.distributed.cluster import Resources
-from logonet.distributed.executor import RayExecutor
 from logonet.pipelines import Pretraining
-from logonet.planning import hardware, memory, speed
+from logonet.pipelines.stage import StageExecutor
+from logonet.planning import memory, speed
 from logonet.planning.memory import Work
-from logonet.planning.speed import Constants
+from logonet.planning.speed import Constants, Placement
 from logonet.storage import object_store
 from logonet.training import Job
 from logonet.training.dataset import TrainingDataset
@@ -45,20 +44,21 @@ def measure(
     cfg: Pretraining,
     work: Work,
     root: str,
-    resources: Resources,
+    executor: StageExecutor,
+    at: Placement,
     seconds: float,
     scans: Sequence[manifest.Source] = (),
 ) -> Constants:
-    """Measure the constants of the connected cluster for plans with ``cfg``.
+    """Measure the constants of the cluster behind ``executor`` for plans with ``cfg``.
 
     Args:
         work: the recipe's work (`planner.work`).
         root: where artifacts would go; what is written there is deleted again.
+        at: where the executor trains.
         seconds: to spend, about; starting workers and the first steps take the time they take.
         scans: decoded to time it; without them a phantom is.
     """
     folder = object_store.join(root, f".logonet-plan-{uuid.uuid4().hex}")
-    executor = RayExecutor(replace(resources, workers=resources.most))
     known = speed.defaults()
     try:
         dataset = _synthetic_crops(cfg, work, folder)
@@ -68,7 +68,7 @@ def measure(
         faster = rates["cut_voxels_s"] / known.cut_voxels_s
         for name in ("kmeans_flop_s", "label_flop_s"):
             rates[name] = faster * getattr(known, name)
-        return _train(cfg, work, dataset, executor, seconds / 4, replace(known, **rates))
+        return _train(cfg, work, dataset, executor, at, seconds / 4, replace(known, **rates))
     finally:
         object_store.delete_prefix(folder)
 
@@ -91,12 +91,12 @@ def _train(
     cfg: Pretraining,
     work: Work,
     dataset: TrainingDataset,
-    executor: RayExecutor,
+    executor: StageExecutor,
+    at: Placement,
     seconds: float,
     known: Constants,
 ) -> Constants:
     """Train two short epochs, and choose the rate of steps that makes `speed.step` predict the second one's time."""
-    at = speed.place(hardware.connected_cluster(), executor.resources)
     if at.gpu:
         known = replace(known, device=at.machine.gpu or "GPU", allreduce_bytes_s=speed.GPU_ALLREDUCE_BYTES_S)
     batch = at.workers * cfg.train.batch_size

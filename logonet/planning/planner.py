@@ -23,7 +23,8 @@ from logonet.planning.speed import Constants, Placement, Step
 
 WORKERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 RAY_KILLS_AT = 0.95  # share of a node's memory at which Ray begins to kill processes
-LABELLER_BYTES_PER_CODE = 46_000  # of a labelling actor, at most: when no two slices are alike
+# Of a labelling actor, at most: for each code, when no two slices are alike, or for each voxel of a slice.
+LABELLER_BYTES_PER_CODE, LABELLER_BYTES_PER_VOXEL = 46_000, 29_000
 CROPS_PER_LABELLER = 64  # a labelling actor has at least as many
 HINTS = {
     "clusterers": "lower clusterers.max_slices",
@@ -100,6 +101,9 @@ def make(
     own = work(cfg, gpu)
     of = sizes.sizes(cfg, scans, own.network)
     counts = {"count": len(scans.scans), "stored_bytes": scans.stored_bytes, "too_small": of.too_small}
+    labeller = max(
+        LABELLER_BYTES_PER_CODE * sum(of.cluster_sizes), LABELLER_BYTES_PER_VOXEL * of.slice_voxels
+    )
     plan = Plan(
         config=cfg,
         cluster=cluster,
@@ -107,7 +111,7 @@ def make(
         scans={**counts, "known_from": scans.known_from},
         bytes={"crops": of.num_crops, **of.files, "prepared_sample": own.sample_bytes},
         worker_bytes=worker_memory(cfg, own, at.workers if at else 1, gpu, c),
-        labeller_bytes=c.task_bytes + LABELLER_BYTES_PER_CODE * sum(of.cluster_sizes),
+        labeller_bytes=c.task_bytes + labeller,
         micro_batch=own.micro,
         steps=of.steps,
         stages=of.stages,

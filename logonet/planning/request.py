@@ -64,11 +64,12 @@ def _probe(cfg: Pretraining, asked: Question) -> Constants:
     """Measure the constants of the connected cluster and store them."""
     from logonet.planning import measuring
 
-    work = planner.work(cfg, gpu=cluster.allocate(asked.resources).use_gpu)
+    executor = RayExecutor(replace(asked.resources, workers=asked.resources.most))
+    at = speed.place(hardware.connected_cluster(), executor.resources)
     some = _some(importers.sources(asked.data)) if asked.data and not _is_import(asked.data) else []
     with tempfile.TemporaryDirectory(prefix="logonet-plan-") as folder:
-        root = asked.root or folder
-        known = measuring.measure(cfg, work, root, asked.resources, asked.probe_s, some)
+        work, root = planner.work(cfg, at.gpu), asked.root or folder
+        known = measuring.measure(cfg, work, root, executor, at, asked.probe_s, some)
     default = "plan-constants.json"
     where = asked.constants or (object_store.join(asked.root, default) if asked.root else default)
     object_store.write(where, known.to_json())

@@ -202,10 +202,11 @@ def step(train: training.Config, work: Work, at: Placement, c: Constants) -> Ste
         # Workers share the cores with each other and with the data tasks.
         compute_s = max(compute_s, at.workers * at.threads * compute_s / at.cpus + prepare_s)
     allreduce_s = _allreduce_s(work.network.gradient_bytes, at, c)
-    # A flat all-reduce follows the computation; DDP's goes on beside it.
-    busy_s = compute_s + (allreduce_s if flat_sync(train, at.gpu) else 0.0)
+    # A flat all-reduce follows the computation; DDP's goes on during the backward pass, two thirds of it.
+    hidden_s = 0.0 if flat_sync(train, at.gpu) else 2 / 3 * compute_s
+    total_s = max(compute_s + max(0.0, allreduce_s - hidden_s), prepare_s, read_s)
     needs = {"CPU": prepare_s, "network": allreduce_s, "store": read_s}
-    total_s, waits_for = slowest(needs | {"GPU" if at.gpu else "CPU": busy_s})
+    _, waits_for = slowest(needs | {"GPU" if at.gpu else "CPU": compute_s})
     data_s, rate = max(prepare_s, read_s), samples / total_s
     return Step(at.workers, samples, accumulate, compute_s, allreduce_s, data_s, total_s, waits_for, rate)
 
