@@ -61,7 +61,7 @@ def measure(
     folder = object_store.join(root, f".logonet-plan-{uuid.uuid4().hex}")
     known = speed.defaults()
     try:
-        dataset = _synthetic_crops(cfg, work, folder)
+        dataset = synthetic_crops(cfg, work, folder)
         task = _Task(cfg, folder, seconds / 6, scans)
         rates = run_all(executor, task, [dataset])[0]
         # Fits and labels are not measured: as much faster than the defaults as cutting is.
@@ -73,7 +73,7 @@ def measure(
         object_store.delete_prefix(folder)
 
 
-def _synthetic_crops(cfg: Pretraining, work: Work, folder: str) -> TrainingDataset:
+def synthetic_crops(cfg: Pretraining, work: Work, folder: str) -> TrainingDataset:
     """Stored crops of noise with random labels."""
     spec, rng, name = work.facts, seeding.rng(0, "plan", "crops"), "shards/plan.safetensors"
     raw = [memory.raw_sample(spec, rng) for _ in range(CROPS)]
