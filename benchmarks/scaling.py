@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,16 +61,19 @@ def main(args: Args) -> None:
         )
     )
     here = hardware.this_machine()
-    with tempfile.TemporaryDirectory(prefix="logonet-scaling-") as root:
-        with cluster.connected(Resources(workers=max(args.workers), object_store_mb=300), logs=False):
-            work = planner.work(cfg, gpu=False)
-            two = Resources(workers=2)
-            known = measuring.measure(cfg, work, root, RayExecutor(two), speed.place(here, two), args.probe_s)
-            print(f"constants   {known}", flush=True)
-            if args.constants:
-                with open(args.constants, "wb") as file:
-                    file.write(known.to_json())
-            rows = [run(cfg, work, known, here, root, n) for n in args.workers]
+    enough = Resources(workers=max(args.workers), object_store_mb=300)
+    with (
+        tempfile.TemporaryDirectory(prefix="logonet-scaling-") as root,
+        cluster.connected(enough, logs=False),
+    ):
+        work, two = planner.work(cfg, gpu=False), Resources(workers=2)
+        place = speed.place(here, two)
+        known = measuring.measure(cfg, work, root, RayExecutor(two), place, args.probe_s)
+        print(f"constants   {known}", flush=True)
+        if args.constants:
+            with open(args.constants, "wb") as file:
+                file.write(known.to_json())
+        rows = [run(cfg, work, known, here, root, n) for n in args.workers]
     report(rows)
     print(json.dumps({"about": about, "date": datetime.date.today().isoformat(), "rows": rows}))
 
