@@ -60,17 +60,39 @@ def measure(
     """
     folder = object_store.join(root, f".logonet-plan-{uuid.uuid4().hex}")
     known = speed.defaults()
+    if at.gpu:
+        known = replace(known, device=at.machine.gpu or "GPU", allreduce_bytes_s=speed.GPU_ALLREDUCE_BYTES_S)
+    batch = at.workers * cfg.train.batch_size
+    short: dict[str, Any] = {"epochs": 2, "warmup_epochs": 0.0, "lr": 1e-6, "min_lr": 0.0, "patience": None}
+    train = replace(cfg.train, global_batch=batch, validate_every_epochs=0, **short)
     try:
         dataset = synthetic_crops(cfg, work, folder)
-        task = _Task(cfg, folder, seconds / 6, scans)
-        rates = run_all(executor, task, [dataset])[0]
+        rates = run_all(executor, _Task(cfg, folder, seconds / 6, scans), [dataset])[0]
         # Fits and labels are not measured: as much faster than the defaults as cutting is.
         faster = rates["cut_voxels_s"] / known.cut_voxels_s
-        for name in ("kmeans_flop_s", "label_flop_s"):
-            rates[name] = faster * getattr(known, name)
-        return _train(cfg, work, dataset, executor, at, seconds / 4, replace(known, **rates))
+        rates |= {name: faster * getattr(known, name) for name in ("kmeans_flop_s", "label_flop_s")}
+        known = replace(known, **rates)
+        expected = speed.step(train, work, at, known)
+        steps = min(MAX_STEPS, max(1, int(seconds / 4 / expected.total_s)))
+        dataset = replace(dataset, schedule=SampleSchedule(CROPS, batch, 0, steps))
+        train, begun_unix_s = replace(train, steps_per_epoch=steps), time.time()
+        job = Job(f"{folder}/run", "0" * 16, cfg.backbone, cfg.method, train, work.facts)
+        first, last = executor.train(job, dataset)["history"]
     finally:
         object_store.delete_prefix(folder)
+    step_s = (1 - last["data_wait_share"]) * batch / last["samples_per_s"]
+    if speed.flat_sync(train, at.gpu):
+        step_s = max(step_s - expected.allreduce_s, step_s / 2)
+    return replace(
+        known,
+        machine=f"{known.device if at.gpu else platform.node()}, {os.cpu_count()} cores",
+        date=datetime.date.today().isoformat(),
+        # The rate with which the model predicts the second epoch's time.
+        flop_s=known.flop_s * expected.compute_s / step_s,
+        start_s=max(0.0, first["unix_s"] - begun_unix_s - steps * batch / first["samples_per_s"]),
+        step_fingerprint=speed.step_fingerprint(cfg, work.precision),
+        worker_peak_bytes=last["peak_memory_mb"] * MIB,
+    )
 
 
 def synthetic_crops(cfg: Pretraining, work: Work, folder: str) -> TrainingDataset:
@@ -85,47 +107,6 @@ def synthetic_crops(cfg: Pretraining, work: Work, folder: str) -> TrainingDatase
     method, options = cfg.method["name"], {k: v for k, v in cfg.method.items() if k != "name"}
     schedule = SampleSchedule(CROPS, 1, 0)
     return TrainingDataset(method, methods.config(method, options), schedule, table, labels_PNZ)
-
-
-def _train(
-    cfg: Pretraining,
-    work: Work,
-    dataset: TrainingDataset,
-    executor: StageExecutor,
-    at: Placement,
-    seconds: float,
-    known: Constants,
-) -> Constants:
-    """Train two short epochs, and choose the rate of steps that makes `speed.step` predict the second one's time."""
-    if at.gpu:
-        known = replace(known, device=at.machine.gpu or "GPU", allreduce_bytes_s=speed.GPU_ALLREDUCE_BYTES_S)
-    batch = at.workers * cfg.train.batch_size
-    short: dict[str, Any] = {
-        "epochs": 2,
-        "warmup_epochs": 0.0,
-        "lr": 1e-6,
-        "min_lr": 0.0,
-        "validate_every_epochs": 0,
-    }
-    train = replace(cfg.train, global_batch=batch, patience=None, checkpoint_every_steps=None, **short)
-    expected = speed.step(train, work, at, known)
-    steps = min(MAX_STEPS, max(1, int(seconds / expected.total_s)))
-    dataset = replace(dataset, schedule=SampleSchedule(CROPS, batch, 0, steps))
-    train, begun_unix_s = replace(train, steps_per_epoch=steps), time.time()
-    job = Job(f"{dataset.table.uri}/run", "0" * 16, cfg.backbone, cfg.method, train, work.facts)
-    first, last = executor.train(job, dataset)["history"]
-    step_s = (1 - last["data_wait_share"]) * batch / last["samples_per_s"]
-    if speed.flat_sync(train, at.gpu):
-        step_s = max(step_s - expected.allreduce_s, step_s / 2)
-    return replace(
-        known,
-        machine=f"{known.device if at.gpu else platform.node()}, {os.cpu_count()} cores",
-        date=datetime.date.today().isoformat(),
-        flop_s=known.flop_s * expected.compute_s / step_s,
-        start_s=max(0.0, first["unix_s"] - begun_unix_s - steps * batch / first["samples_per_s"]),
-        step_fingerprint=speed.step_fingerprint(cfg, work.precision),
-        worker_peak_bytes=last["peak_memory_mb"] * MIB,
-    )
 
 
 def timed(fn: Callable[[int], Any], budget_s: float, least: int = 3) -> float:

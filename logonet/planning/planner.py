@@ -155,7 +155,7 @@ def worker_memory(cfg: Pretraining, own: Work, workers: int, gpu: bool, c: Const
     once = cfg.train.global_batch <= workers * cfg.train.batch_size
     activations, known_from = micro.peak_bytes - once * net.gradient_bytes, micro.known_from
     if c.measured(cfg, own.precision, gpu):
-        rest = net.weight_bytes + net.gradient_bytes + net.moment_bytes + micro.batch_bytes
+        rest = net.weight_bytes + 3 * net.gradient_bytes + micro.batch_bytes
         activations = max(0, int(c.worker_peak_bytes - rest - (0 if gpu else c.worker_bytes)))
         known_from = "activations measured in real steps"
     if workers > 1 and speed.flat_sync(cfg.train, gpu):
@@ -165,7 +165,7 @@ def worker_memory(cfg: Pretraining, own: Work, workers: int, gpu: bool, c: Const
         process=c.worker_bytes,
         weights=net.weight_bytes,
         gradients=net.gradient_bytes,
-        moments=net.moment_bytes,
+        moments=2 * net.gradient_bytes,
         activations=activations,
         batches=micro.batch_bytes + (0 if gpu else _task_bytes(cfg, own)),
         # A copy, so that training goes on; safetensors makes a file's tensors and then the file of them.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -99,24 +98,20 @@ def find_scans(cfg: Pretraining, asked: Question) -> Scans:
     Raises:
         UserError: the flags say nothing about scans, or there are none.
     """
-    if asked.scans:
-        if asked.shape_vox is None:
-            raise UserError(
-                f"--scans {asked.scans} says nothing of how large they are; give --shape, such as 512x512x400"
-            )
-        found = sizes.equal_scans(asked.scans, asked.shape_vox, asked.spacing_mm)
-    elif not asked.data:
+    if not asked.scans and not asked.data:
         raise UserError("there are no scans to plan for; give --data, or --scans with --shape")
-    elif asked.import_scans or _is_import(asked.data):
+    if asked.scans and asked.shape_vox is None:
+        raise UserError(f"--scans {asked.scans} gives no size; add --shape, such as 512x512x400")
+    if asked.import_scans and not asked.root:
+        raise UserError("--import-scans keeps what it finds under --root, which is missing")
+    if not asked.scans and (asked.import_scans or _is_import(asked.data)):
         uri = asked.data
-        if asked.import_scans and not asked.root:
-            raise UserError("--import-scans keeps what it finds under --root, which is missing")
         if asked.import_scans:
-            table, made = pipelines.import_scans(asked.data, asked.root, RayExecutor(asked.resources))
-            uri = made.uri
-        else:
-            table = pipelines.open_manifest(asked.data)
+            uri = pipelines.import_scans(uri, asked.root, RayExecutor(asked.resources))[1].uri
+        table = pipelines.open_manifest(uri)
         return sizes.of_manifest(training_part(table, cfg.split), f"the import at {uri}")
+    if asked.shape_vox is not None and asked.scans:
+        found = sizes.equal_scans(asked.scans, asked.shape_vox, asked.spacing_mm)
     else:
         found = _listed(asked)
     if cfg.split is None:
@@ -144,8 +139,7 @@ def _listed(asked: Question) -> Scans:
         middle = sorted(map(sizes.of_row, rows), key=lambda s: s.voxels)[len(rows) // 2]
         shape, spacing, stored = middle.shape_vox, middle.spacing_mm, middle.stored_bytes
         how = f"with the shape of the middle one of {len(rows)} that were read"
-    known = [s.size_bytes for s in found if s.size_bytes]
-    usual = statistics.mean(known) if known else stored or sizes.equal_scans(1, shape).stored_bytes
+    usual = stored or sizes.equal_scans(1, shape).stored_bytes
     # As long as an import's ids, which end in 10 digits of a hash.
     scans = tuple(
         Scan(f"{manifest.stem(s.uri)}-{'0' * 10}", shape, spacing, s.size_bytes or usual) for s in found

@@ -152,11 +152,6 @@ class Network:
         return 4 * sum(map(math.prod, self.trainable.values()))
 
     @property
-    def moment_bytes(self) -> int:
-        """AdamW's two moments."""
-        return 2 * self.gradient_bytes
-
-    @property
     def model_file(self) -> int:
         """A checkpoint's model.safetensors and the final method.safetensors."""
         return safetensors_bytes(self.state)
@@ -286,19 +281,13 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
     saves = len(ends | set(range(every, steps + 1, every) if every else ()))
     checkpoint, final = net.checkpoint_bytes, net.backbone_file + net.model_file
     kept = min(saves, cfg.train.keep_checkpoints) * checkpoint + final
+    in_driver = sample + 2 * centroids + fitted
     batches, table = steps * cfg.train.global_batch * crop, num_crops * (2 * len(counts) * depth + 400)
     moved = [
         # name, read, written, kept, in Ray's object store of a node, in the driver's memory
         Stage("crops", scans.stored_bytes, cache, cache),
         # Every fit is stored, read again and stored once more in the set.
-        Stage(
-            "clusterers",
-            sample + centroids,
-            centroids + fitted,
-            fitted,
-            sample,
-            sample + 2 * centroids + fitted,
-        ),
+        Stage("clusterers", sample + centroids, centroids + fitted, fitted, sample, in_driver),
         Stage("labels", fitted + num_crops * crop, labels, labels, centroids, 2 * fitted + 2 * labels),
         Stage("pretrain", batches, saves * checkpoint + final, kept, table, 3 * labels),
     ]
@@ -317,17 +306,18 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
         "final_method": net.model_file,
         "gradients": net.gradient_bytes,
     }
+    too_small, length = len(scans.scans) - len(good), x * y
     return Sizes(
-        scans=scans,
-        too_small=len(scans.scans) - len(good),
-        num_crops=num_crops,
-        cluster_sizes=counts,
-        slice_voxels=x * y,
-        sample_bytes=sample,
-        centroid_bytes=centroids,
-        steps=steps,
-        steps_per_epoch=per_epoch,
-        network=net,
-        files=files,
-        stages=tuple(stages),
+        scans,
+        too_small,
+        num_crops,
+        counts,
+        length,
+        sample,
+        centroids,
+        steps,
+        per_epoch,
+        net,
+        files,
+        tuple(stages),
     )
