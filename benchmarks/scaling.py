@@ -1,33 +1,30 @@
-"""Is the model of steps true? Measures constants, trains on 1, 2, 4, 8 and 16 workers of this machine, and prints
-predicted beside measured samples a second and memory.
+"""Compare the plan's model with real runs: measure the constants, train on 1, 2, 4, 8 and 16 workers of this machine,
+and print predicted beside measured samples per second and memory.
 
     python benchmarks/scaling.py
 
-All workers share the machine's cores. What else runs there takes some of them away, so the cores that a run's own
-processes got are measured while it trains, and stand in the model for ``cores``; the steps' own times are in core
-seconds of their process, which others do not lengthen.
+All workers share the machine's cores with whatever else runs there. So the cores that a run's own processes got are
+measured while it trains, and replace the number of cores in the model.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-import os
 import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
 
 import tyro
 from _measure import Cores, machine, markdown, sentence
-from logonet.pipelines.common import options
 
-from logonet import methods, networks, pipelines, recipes, training
-from logonet.data import phantom
-from logonet.distributed import cluster, trainer
+from logonet import networks, pipelines, recipes, training
+from logonet.distributed import cluster
 from logonet.distributed.cluster import Resources
-from logonet.methods import DataSpec
-from logonet.planning import hardware, measuring, planner, sizes, speed
-from logonet.training import dataset, schedule
+from logonet.distributed.executor import RayExecutor
+from logonet.planning import hardware, measuring, planner, speed
+from logonet.planning.memory import Work
+from logonet.training.schedule import SampleSchedule
 
 GIB = 1 << 30
 
@@ -63,51 +60,46 @@ def main(args: Args) -> None:
             ),
         )
     )
-    most = max(args.workers)
-    with tempfile.TemporaryDirectory(prefix="logonet-scaling-") as root:
-        phantom.write_dataset(os.path.join(root, "scans"), 4, size_vox=(48, 48, 48))
-        with cluster.connected(Resources(workers=most, object_store_mb=300), logs=False):
-            work = planner.work(cfg, gpu=False)
-            known = measuring.measure(cfg, work, root, Resources(workers=2), args.probe_s)
-            print(f"constants   {known}", flush=True)
-            if args.constants:
-                with open(args.constants, "wb") as file:
-                    file.write(known.to_json())
-            up = pipelines.upstream(
-                cfg, os.path.join(root, "scans"), root, cluster.allocate(Resources(workers=2))
-            )
-            rows = [run(cfg, work, known, up, root, n) for n in args.workers]
+    here = hardware.this_machine()
+    enough = Resources(workers=max(args.workers), object_store_mb=300)
+    with (
+        tempfile.TemporaryDirectory(prefix="logonet-scaling-") as root,
+        cluster.connected(enough, logs=False),
+    ):
+        work, two = planner.work(cfg, gpu=False), Resources(workers=2)
+        place = speed.place(here, two)
+        known = measuring.measure(cfg, work, root, RayExecutor(two), place, args.probe_s)
+        print(f"constants   {known}", flush=True)
+        if args.constants:
+            with open(args.constants, "wb") as file:
+                file.write(known.to_json())
+        rows = [run(cfg, work, known, here, root, n) for n in args.workers]
     report(rows)
     print(json.dumps({"about": about, "date": datetime.date.today().isoformat(), "rows": rows}))
 
 
 def run(
     cfg: pipelines.Pretraining,
-    work: planner.Work,
-    known: Any,
-    up: pipelines.pretraining.Upstream,
+    work: Work,
+    known: speed.Constants,
+    here: hardware.Cluster,
     root: str,
     n: int,
 ) -> dict[str, Any]:
     """One run, and what was predicted of it."""
-    share = cluster.allocate(Resources(workers=n))
-    order = schedule.SampleSchedule(len(up.crops), cfg.train.global_batch, 0, cfg.train.steps_per_epoch)
-    method_cfg = methods.config(cfg.method["name"], options(cfg.method))
-    feed = dataset.TrainingDataset(up.crops, up.labels_PNZ, cfg.method["name"], method_cfg, order)
-    facts: DataSpec = up.facts
-    job = training.Job(os.path.join(root, f"run-{n}"), "0" * 16, cfg.backbone, cfg.method, cfg.train, facts)
+    train, resources = cfg.train, Resources(workers=n)
+    schedule = SampleSchedule(measuring.CROPS, train.global_batch, 0, train.steps_per_epoch)
+    dataset = replace(measuring.synthetic_crops(cfg, work, f"{root}/{n}"), schedule=schedule)
+    job = training.Job(f"{root}/{n}/run", "0" * 16, cfg.backbone, cfg.method, train, work.facts)
     with Cores() as cores:
-        history = trainer.fit(job, feed, Resources(workers=n), share)["history"]
-    first, last = history
-    got = min(cores.between(first["unix_s"], last["unix_s"]), os.cpu_count() or 1)
-    here = hardware.this_machine()
-    of = sizes.sizes(cfg, sizes.equal_scans(4, (48, 48, 48)), work.network)
-    load = planner.load_of(cfg, of, work, False, known)
-    place = speed.place(here, n)
-    seen = replace(place, machine=replace(place.machine, cpus=got))
-    predicted, quiet = (epoch_rate(cfg, load, at, known) for at in (seen, place))
+        first, last = RayExecutor(resources).train(job, dataset)["history"]
+    place = speed.place(here, resources)
+    got = min(cores.between(first["unix_s"], last["unix_s"]), place.cpus)
+    predicted, quiet = (
+        speed.step(train, work, at, known).samples_per_s for at in (replace(place, cpus=got), place)
+    )
     # As counted on shapes: a plan with measured steps would know the answer.
-    memory = planner.worker_memory(cfg, of, work, place, replace(load, times=None), known, False)
+    memory = planner.worker_memory(cfg, work, n, False, replace(known, step_fingerprint=""))
     row = {
         "workers": n,
         "threads": place.threads,
@@ -117,18 +109,11 @@ def run(
         "predicted_quiet": quiet,
         "error": predicted / last["samples_per_s"] - 1,
         "peak_gib": last["peak_memory_mb"] / 1024,
-        "predicted_gib": memory.cpu_bytes / GIB,
+        "predicted_gib": (memory.process + memory.device_bytes + memory.checkpoint) / GIB,
         "data_wait_share": last["data_wait_share"],
     }
     print(json.dumps(row), flush=True)
     return row
-
-
-def epoch_rate(cfg: pipelines.Pretraining, load: speed.Load, at: speed.Place, known: Any) -> float:
-    """Samples a second over an epoch, in which the report and the copy of the one before fall."""
-    assert cfg.train.steps_per_epoch is not None
-    steps = cfg.train.steps_per_epoch
-    return steps * cfg.train.global_batch / (steps * speed.step(load, at, known).total_s + known.epoch_s)
 
 
 def report(rows: list[dict[str, Any]]) -> None:

@@ -216,11 +216,11 @@ def test_the_plan_had_said_what_the_run_would_write(done: Artifact, scans: str, 
         return entry.size_bytes
 
     shards = object_store.listing(f"{root}/crops/{done.parents['crops']}/shards")
-    assert planned.cache_bytes == sum(e.size_bytes for e in shards)
-    assert planned.labels_bytes == size_of(f"{root}/labels/{done.parents['labels']}/labels.safetensors")
+    assert planned.files["crops_cache"] == sum(e.size_bytes for e in shards)
+    assert planned.files["labels"] == size_of(f"{root}/labels/{done.parents['labels']}/labels.safetensors")
     fitted_bytes = size_of(f"{done.parents['clusterers_uri']}/clusterers.safetensors")
     # The inertias in its header have as many digits as they have.
-    assert abs(planned.clusterers_bytes - fitted_bytes) <= 3 * len(planned.cluster_sizes) + 8
+    assert abs(planned.files["clusterers"] - fitted_bytes) <= 3 * len(planned.cluster_sizes) + 8
     assert net.backbone_file == done.files["backbone.safetensors"].size_bytes
     assert net.model_file == done.files["method.safetensors"].size_bytes
     saved = {

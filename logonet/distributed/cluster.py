@@ -240,22 +240,38 @@ def quiet() -> None:
     context.print_on_execution_start = False
 
 
-def allocate(resources: Resources) -> ResourceAllocation:
-    """Divide the connected cluster. UserError when the workers, of a range the least of them, can never be placed."""
+def node_resources() -> list[dict[str, float]]:
+    """Ray's resources of every live node of the connected cluster."""
     import ray
 
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def allocate(resources: Resources) -> ResourceAllocation:
+    """Divide the connected cluster. UserError when the workers, of a range the least of them, can never be placed."""
+    _wait_for_nodes(resources)
+    # A Ray of our own has more logical CPUs than the machine has cores, so that every worker finds a place.
+    return divide(node_resources(), resources, (os.cpu_count() or 1) if address() is None else None)
+
+
+def divide(
+    nodes: list[dict[str, float]], resources: Resources, cores: int | None = None
+) -> ResourceAllocation:
+    """Divide a cluster of ``nodes``, each with its resources as Ray names them.
+
+    Args:
+        cores: of the machine, where ``nodes`` is a Ray of our own.
+    """
     workers = resources.least
     if workers < 1:
         raise UserError(f"workers is {workers}; it must be at least 1")
-    total = _wait_for_nodes(resources)
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-    if resources.gpu is None and 0 < gpus < workers:
+    cpus, gpus = (sum(n.get(kind, 0.0) for n in nodes) for kind in ("CPU", "GPU"))
+    if gpus < workers and (resources.gpu or (resources.gpu is None and gpus)):
         raise UserError(
-            f"the cluster has {gpus:g} GPUs for {workers} workers; use --workers {int(gpus)}, --gpu True to wait for "
-            "more, or --gpu False to train on CPUs"
+            f"the cluster has {gpus:g} GPUs for {workers} workers; use --workers {int(gpus) or 1}, --gpu True to wait "
+            "for more, or --gpu False to train on CPUs"
         )
     use_gpu = gpus >= workers if resources.gpu is None else resources.gpu
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
     homes = [n.get("CPU", 0.0) for n in nodes if n.get("GPU", 0.0) > 0 or not use_gpu]
     spare_cpus = math.inf
     if isinstance(resources.workers, Workers):
@@ -266,15 +282,14 @@ def allocate(resources: Resources) -> ResourceAllocation:
     else:
         per_worker = cpus_of_worker(cpus, homes, workers, resources.cpus_per_worker)
     data_cpus = cpus - per_worker * workers
-    # A Ray of our own has more logical CPUs than the machine has cores, so that every worker finds a place; other
-    # tasks count as that much more, or as many would run at once as there are workers.
-    cores = os.cpu_count() or 1
-    oversold = max(1.0, cpus / cores) if address() is None else 1.0
+    # Where there are more logical CPUs than cores, other tasks count as that much more, or as many would run at once
+    # as there are workers.
+    oversold = max(1.0, cpus / cores) if cores else 1.0
     return ResourceAllocation(
         workers=workers,
         use_gpu=use_gpu,
         cpus_per_worker=int(per_worker * 1000) / 1000,  # Ray resolves resources to 1/10000
-        threads_per_worker=max(1, cores // workers if oversold > 1 else int(per_worker)),
+        threads_per_worker=max(1, cores // workers if cores and oversold > 1 else int(per_worker)),
         cpus_per_data_task=min(oversold, data_cpus, spare_cpus),
         cpus_per_task=min(oversold, cpus / 2),
         cpus=cpus,
@@ -408,8 +423,8 @@ def range_that_fits(
     return best[1]
 
 
-def _wait_for_nodes(resources: Resources) -> dict[str, float]:
-    """The cluster's resources, once it has what was asked for; an autoscaler is told of it."""
+def _wait_for_nodes(resources: Resources) -> None:
+    """Wait until the cluster has what was asked for; an autoscaler is told of it."""
     import ray
 
     wanted_gpus = resources.least if resources.gpu else 0
@@ -417,7 +432,7 @@ def _wait_for_nodes(resources: Resources) -> dict[str, float]:
     while True:
         total = ray.cluster_resources()
         if total.get("CPU", 0.0) > 0 and total.get("GPU", 0.0) >= wanted_gpus:
-            return total
+            return
         if time.monotonic() > until or address() is None:
             raise UserError(
                 f"the Ray cluster has {total.get('CPU', 0.0):g} CPUs and {total.get('GPU', 0.0):g} GPUs for "

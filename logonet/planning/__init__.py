@@ -1,12 +1,13 @@
-"""What a pretraining will read, keep, hold in memory, take and cost, and what will not fit: before it is launched.
+"""What a pretraining run will read, store, hold in memory, take and cost, and what will not fit, before it starts.
 
+    request    from the command's flags to scans, a cluster and constants
+    planner    the plan: everything below put together, and the sentences about what will not fit
     sizes      bytes of every file and stage, from shapes
-    memory     the memory and the arithmetic of a micro-batch, on tensors without numbers
-    hardware   machines, clusters and a price table
-    constants  what shapes do not tell; `measuring` measures it where the run will be
-    speed      the model of steps and stages
-    whole      all of it together, and the sentences about what will not fit
-    table      for people
+    memory     memory and arithmetic of a micro-batch, counted on tensors without data
+    hardware   machines, clusters and the price table
+    constants  measured rates; `measuring` measures them on the cluster at hand
+    speed      seconds of a step and of a stage
+    table      the plan as tables
 
-docs/planning.md writes the model down, with every symbol and where its number comes from.
+docs/planning.md explains the model.
 """

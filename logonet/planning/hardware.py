@@ -1,10 +1,11 @@
-"""What a run is planned for: machines, how many of each, and what they cost."""
+"""Machines, clusters of them, and what they cost."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -12,11 +13,12 @@ from typing import Any
 
 from logonet.core import config
 from logonet.core.errors import UserError
+from logonet.distributed import cluster as ray_cluster
 from logonet.storage import object_store
 
 GIB = 1 << 30
-RAY_STORE_OF_MEMORY = 0.3  # Ray's own default share of a node's memory for its object store
-SHM_OF_STORE = 0.95  # of /dev/shm, at most this much: Ray's own limit
+RAY_STORE_OF_MEMORY = 0.3  # Ray's default share of a node's memory for its object store
+SHM_OF_STORE = 0.95  # Ray's limit: its object store takes at most this share of /dev/shm
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,15 @@ class Machine:
 
     Attributes:
         cpus: logical cores.
-        memory_gib: of RAM; ``gpu_memory_gib`` of one GPU.
-        gpu_tflop_s: a GPU's dense bfloat16 peak from its data sheet; only a plan without measured steps looks at it.
+        memory_gib: RAM.
+        gpu_memory_gib: memory of one GPU.
+        gpu_tflop_s: a GPU's dense bfloat16 peak from its data sheet; used when no step was measured.
         shm_gib: /dev/shm; None for a third of the memory, as cluster.yaml sets it.
-        disk_gib: for Ray's session and what it spills.
-        network_gbit_s: to other nodes and to the store, sustained.
+        disk_gib: local disk.
+        network_gbit_s: sustained rate to other nodes and to the store.
         latency_s: between two nodes.
-        price_per_h: on demand; ``spot_price_per_h`` as a spot node, None where it is not known.
+        price_per_h: on demand.
+        spot_price_per_h: as a spot node; None where it is not known.
     """
 
     cpus: float
@@ -48,11 +52,11 @@ class Machine:
     spot_price_per_h: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("cpus", "memory_gib", "disk_gib", "network_gbit_s"):
-            if getattr(self, name) < 0 or (name != "cpus" and not getattr(self, name)):
+        for name in ("memory_gib", "disk_gib", "network_gbit_s"):
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if min(self.gpus, self.gpu_memory_gib, self.price_per_h, self.latency_s) < 0:
-            raise ValueError("gpus, gpu_memory_gib, latency_s and price_per_h must be at least 0")
+        if min(self.cpus, self.gpus, self.gpu_memory_gib, self.price_per_h, self.latency_s) < 0:
+            raise ValueError("a machine's numbers must not be negative")
 
     @property
     def memory_bytes(self) -> float:
@@ -67,7 +71,7 @@ class Machine:
         return self.network_gbit_s * 1e9 / 8
 
     def store_bytes(self, object_store_mb: int) -> float:
-        """Ray's object store on this node: what is asked for, else Ray's default within /dev/shm."""
+        """Size of Ray's object store on this node: the requested one, else Ray's default."""
         if object_store_mb:
             return object_store_mb * (1 << 20)
         return min(RAY_STORE_OF_MEMORY * self.memory_bytes, SHM_OF_STORE * self.shm_bytes)
@@ -75,30 +79,34 @@ class Machine:
 
 @dataclass(frozen=True)
 class Pool:
-    """``nodes`` machines of one kind; ``name`` is that of the price table, or what the user calls it."""
+    """``nodes`` machines of one kind."""
 
     name: str
     machine: Machine
     nodes: int = 1
     spot: bool = False
 
+    def __post_init__(self) -> None:
+        if self.nodes < 1:
+            raise ValueError(f"nodes is {self.nodes}; give a whole number of at least 1")
+
     @property
     def price_per_h(self) -> float:
-        m = self.machine
-        if self.spot and m.spot_price_per_h is None:
+        each = self.machine.spot_price_per_h if self.spot else self.machine.price_per_h
+        if each is None:
             raise UserError(
                 f"{self.name} has no spot price in the price table; give spot_price_per_h, or plan it on demand"
             )
-        return self.nodes * (
-            m.spot_price_per_h if self.spot and m.spot_price_per_h is not None else m.price_per_h
-        )
+        return self.nodes * each
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """All of it. ``head`` takes no tasks and no workers when there is one; without, the first pool's first node is it.
+    """All nodes of a run.
 
-    ``preemptions_per_node_h``: how often a spot node is taken away.
+    Attributes:
+        head: runs the driver and no tasks or workers; None when the first pool's first node runs the driver.
+        preemptions_per_node_h: how often a spot node is taken away.
     """
 
     pools: tuple[Pool, ...]
@@ -106,6 +114,10 @@ class Cluster:
     currency: str = "USD"
     preemptions_per_node_h: float = 0.0
     known_from: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.pools or self.preemptions_per_node_h < 0:
+            raise ValueError("give at least one pool, and preemptions_per_node_h of at least 0")
 
     @property
     def cpus(self) -> float:
@@ -120,27 +132,27 @@ class Cluster:
         return sum(p.nodes for p in self.pools)
 
     @property
-    def price_per_h(self) -> float:
-        return sum(p.price_per_h for p in (*self.pools, *([self.head] if self.head else [])))
+    def spot_nodes(self) -> int:
+        return sum(p.nodes for p in self.pools if p.spot)
 
-    @property
-    def head_machine(self) -> Machine:
-        """Where the driver runs."""
-        return (self.head or self.pools[0]).machine
+    def money(self, hours: float, training_hours: float) -> float:
+        """GPU pools are paid for while they train, all others for the whole time."""
+        pools = [*self.pools, self.head] if self.head else self.pools
+        return sum(p.price_per_h * (training_hours if p.machine.gpus else hours) for p in pools)
 
 
 @dataclass(frozen=True)
 class Prices:
-    """A price table: machines by name, and what is to be known of the numbers."""
+    """A price table: machines by name."""
 
     currency: str
     dated: str
-    note: str
+    note: str = ""
     machines: Mapping[str, Machine] = field(default_factory=dict)
 
 
 def prices(uri: str = "") -> Prices:
-    """The table at ``uri``; the package's own list of examples where that is empty."""
+    """The price table at ``uri``, or the package's examples."""
     if uri:
         text, source = object_store.read(uri).decode(), uri
     else:
@@ -150,55 +162,40 @@ def prices(uri: str = "") -> Prices:
     machines = values.pop("machines", None)
     if not isinstance(machines, dict) or not machines:
         raise UserError(f"{source} has no mapping 'machines' of names to what a node has and costs")
-    for key in ("currency", "dated"):
-        values[key] = str(values.get(key, ""))
-        if not values[key]:
-            raise UserError(f"{source} does not say its '{key}'; prices without one mean nothing")
-    table = config.from_dict(Prices, {"note": "", **values, "machines": {}}, source)
+    table = config.from_dict(Prices, {key: str(value) for key, value in values.items()}, source)
     read = {str(n): config.from_dict(Machine, m or {}, f"{source}: {n}") for n, m in machines.items()}
     return replace(table, machines=read)
 
 
 def read_cluster(uri: str, table: Prices) -> Cluster:
-    """A cluster's YAML: ``pools``, a list of {machine, nodes, spot, and any key of `Machine` laid on the table's},
-    ``head`` alike, ``preemptions_per_node_h``."""
+    """A cluster's YAML file: ``pools``, ``head`` and ``preemptions_per_node_h`` (see docs/planning.md)."""
     values = config.read_yaml(object_store.read(uri).decode(), uri)
-    known = ("pools", "head", "preemptions_per_node_h")
-    for key in values:
-        if key not in known:
-            raise UserError(f"{uri}: {config.unknown('cluster key', key, known)}")
-    entries = values.get("pools")
-    if not isinstance(entries, list) or not entries:
+    entries = values.get("pools", [])
+    if not isinstance(entries, list):
         raise UserError(f"{uri} has no list 'pools' of {{machine: NAME, nodes: N}}")
-    pools = tuple(pool_of(entry, table, f"{uri}: pools[{i}]") for i, entry in enumerate(entries))
-    head = pool_of(values["head"], table, f"{uri}: head") if values.get("head") else None
-    rate = values.get("preemptions_per_node_h", 0.0)
-    if not isinstance(rate, int | float) or rate < 0:
-        raise UserError(f"{uri}: preemptions_per_node_h is {rate!r}; give a number of at least 0")
-    return Cluster(pools, head, table.currency, float(rate), uri)
+    values["pools"] = tuple(pool_of(entry, table, f"{uri}: pools[{i}]") for i, entry in enumerate(entries))
+    if values.get("head"):
+        values["head"] = pool_of(values["head"], table, f"{uri}: head")
+    return replace(config.from_dict(Cluster, values, uri), currency=table.currency, known_from=uri)
 
 
 def pool_of(entry: Any, table: Prices, where: str) -> Pool:
-    """A pool of a mapping {machine, nodes, spot, ...}."""
+    """A pool from {machine, nodes, spot} and keys of `Machine`, which replace those of the price table."""
     if not isinstance(entry, dict):
         raise UserError(f"{where} must be a mapping such as {{machine: NAME, nodes: 4}}, not {entry!r}")
     own = dict(entry)
-    name, nodes, spot = own.pop("machine", ""), own.pop("nodes", 1), own.pop("spot", False)
-    if not isinstance(nodes, int) or nodes < 1:
-        raise UserError(f"{where}: nodes is {nodes!r}; give a whole number of at least 1")
-    if not isinstance(spot, bool):
-        raise UserError(f"{where}: spot is {spot!r}; give true or false")
+    name = str(own.pop("machine", ""))
+    pool = {"name": name or "own machine"} | {k: own.pop(k) for k in ("nodes", "spot") if k in own}
     if name and name not in table.machines:
         raise UserError(
-            f"{where}: {config.unknown('machine', str(name), table.machines)}; --prices FILE can have others"
+            f"{where}: {config.unknown('machine', name, table.machines)}; --prices FILE can have others"
         )
     base = config.to_dict(table.machines[name]) if name else {}
-    machine = config.from_dict(Machine, {**base, **own}, where)
-    return Pool(name or "own machine", machine, nodes, spot)
+    return config.from_dict(Pool, {**pool, "machine": {**base, **own}}, where)
 
 
 def this_machine(currency: str = "USD") -> Cluster:
-    """The machine that the plan is made on, for nothing."""
+    """The machine that runs this process, free of charge."""
     import psutil
 
     from logonet.distributed import doctor
@@ -215,29 +212,21 @@ def this_machine(currency: str = "USD") -> Cluster:
 
 
 def connected_cluster(currency: str = "USD") -> Cluster:
-    """The Ray cluster that this process has joined, for nothing: nodes of equal resources are a pool."""
-    import ray
-
-    counts: dict[tuple[float, float, int, float], int] = {}
-    for node in ray.nodes():
-        own = node["Resources"]
-        if not node["Alive"] or not own.get("CPU"):
-            continue  # a head without CPUs takes no work
-        shared = own.get("object_store_memory", 0.0)
-        # Ray's own "memory" is what it may hand out beside its object store.
-        key = (own["CPU"], own.get("memory", 0.0) + shared, int(own.get("GPU", 0)), shared)
-        counts[key] = counts.get(key, 0) + 1
-    pools = tuple(
-        Pool(
-            f"node with {cpus:g} CPUs",
-            Machine(
-                cpus=cpus,
-                memory_gib=round(memory / GIB, 1),
-                gpus=gpus,
-                shm_gib=round(shared / GIB / SHM_OF_STORE, 2),
-            ),
-            nodes,
+    """The Ray cluster that this process is connected to, free of charge; nodes of equal resources form a pool."""
+    machines: Counter[Machine] = Counter()
+    for node in ray_cluster.node_resources():
+        if not node.get("CPU"):
+            continue  # a head without CPUs runs no tasks
+        shared_gib = node.get("object_store_memory", 0.0) / GIB
+        machine = Machine(
+            # A Ray of our own has more logical CPUs than the machine has cores.
+            cpus=node["CPU"] if ray_cluster.address() else min(node["CPU"], os.cpu_count() or 1),
+            # Ray's "memory" is what tasks may use, without its object store.
+            memory_gib=round(node.get("memory", 0.0) / GIB + shared_gib, 1),
+            gpus=int(node.get("GPU", 0)),
+            gpu=next((key.partition(":")[2] for key in node if key.startswith("accelerator_type:")), ""),
+            shm_gib=round(shared_gib / SHM_OF_STORE, 2),
         )
-        for (cpus, memory, gpus, shared), nodes in counts.items()
-    )
+        machines[machine] += 1
+    pools = tuple(Pool(f"node with {m.cpus:g} CPUs", m, count) for m, count in machines.items())
     return Cluster(pools, currency=currency, known_from="the connected Ray cluster")

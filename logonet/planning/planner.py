@@ -1,126 +1,77 @@
-"""The plan itself: sizes, memory, hours and money of a pretraining, and what of it will not fit."""
+"""The plan: sizes, memory, hours and money of a pretraining run, and what of it will not fit."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from logonet import training
-from logonet.clustering import pseudo_labels
 from logonet.core import config, seeding
 from logonet.core.errors import UserError
 from logonet.distributed import feed
 from logonet.distributed.cluster import Resources
-from logonet.methods import DataSpec
 from logonet.pipelines import Pretraining
 from logonet.planning import memory, sizes, speed
-from logonet.planning.constants import Constants, step_fingerprint
 from logonet.planning.hardware import GIB, Cluster
-from logonet.planning.memory import MicroBatch, WorkerMemory
-from logonet.planning.sizes import Network, Scans, Sizes
-from logonet.planning.speed import Duration, Load, Place, Scaling, Step
+from logonet.planning.memory import MicroBatch, Work, WorkerMemory
+from logonet.planning.sizes import Scans, Sizes, Stage
+from logonet.planning.speed import Constants, Placement, Step
 
-WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-RAY_KILLS_AT = 0.95  # of a node's memory: Ray's own threshold
-LABELLER_SCRATCH = (
-    1e9 / 23_000
-)  # bytes for each code, when no slice is like another: what labeller.SLICES was set by
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the recipe alone says, whatever it runs on.
-
-    ``sample_bytes`` are of one prepared sample.
-    """
-
-    facts: DataSpec
-    network: Network
-    micro: MicroBatch
-    sample_bytes: int
-    precision: str
+WORKERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+RAY_KILLS_AT = 0.95  # share of a node's memory at which Ray begins to kill processes
+# Of a labelling actor, at most: for each code, when no two slices are alike, or for each voxel of a slice.
+LABELLER_BYTES_PER_CODE, LABELLER_BYTES_PER_VOXEL = 46_000, 29_000
+CROPS_PER_LABELLER = 64  # a labelling actor has at least as many
+HINTS = {
+    "clusterers": "lower clusterers.max_slices",
+    "labels": "lower clusterers.n or clusterers.k_max",
+    "pretrain": "put fewer workers on a node",
+}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is foreseen.
+    """Everything that is foreseen; the fields are the keys of the JSON.
 
-    ``refusals`` are sentences about what will not fit; ``notes`` about what the plan rests on. ``place`` and ``step``
-    are None where the workers cannot be placed.
+    Attributes:
+        bytes: the size of each file, and the number of crops.
+        labeller_bytes: peak memory of one labelling actor, without the shared centroids.
+        step: None where the workers cannot be placed.
+        scaling: steps of more and more workers with the same work for each.
+        hours, money: None where a stage's time is not known.
+        refusals: a sentence for each thing that will not fit.
+        notes: what the plan rests on.
     """
 
-    cfg: Pretraining
+    config: Pretraining
     cluster: Cluster
     constants: Constants
-    sizes: Sizes
-    work: Work
-    worker: WorkerMemory
+    scans: dict[str, Any]
+    bytes: dict[str, int]
+    worker_bytes: WorkerMemory
     labeller_bytes: float
-    place: Place | None
-    step: Step | None
-    durations: tuple[Duration, ...]
-    scaling: tuple[Scaling, ...]
-    hours: float | None
-    money: float | None
-    refusals: tuple[str, ...]
-    notes: tuple[str, ...]
+    micro_batch: MicroBatch
+    steps: int
+    stages: tuple[Stage, ...]
+    step: Step | None = None
+    scaling: tuple[Step, ...] = ()
+    hours: float | None = None
+    money: float | None = None
+    refusals: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        of, net = self.sizes, self.sizes.network
-        return {
-            "fits": not self.refusals,
-            "refusals": list(self.refusals),
-            "notes": list(self.notes),
-            "config": config.to_dict(self.cfg),
-            "cluster": config.to_dict(self.cluster),
-            "constants": {k: v for k, v in asdict(self.constants).items() if k != "step"},
-            "scans": {
-                "count": len(of.scans.scans),
-                "stored_bytes": of.scans.stored_bytes,
-                "too_small": of.too_small,
-                "known_from": of.scans.known_from,
-            },
-            "bytes": {
-                "crops": of.num_crops,
-                "crop": of.crop_bytes,
-                "crops_cache": of.cache_bytes,
-                "clusterers": of.clusterers_bytes,
-                "labels": of.labels_bytes,
-                "checkpoint": net.checkpoint_bytes,
-                "checkpoint_model": net.model_file,
-                "checkpoint_optimizer": net.optimizer_file,
-                "final_backbone": net.backbone_file,
-                "final_method": net.model_file,
-                "gradients": net.gradient_bytes,
-                "prepared_sample": self.work.sample_bytes,
-            },
-            "stages": [
-                {**asdict(stage), "seconds": took.seconds, "waits_for": took.bound}
-                for stage, took in zip(of.stages, self.durations or [Duration("", None, "")] * len(of.stages))
-            ],
-            "worker_bytes": asdict(self.worker),
-            "labeller_bytes": self.labeller_bytes,
-            "micro_batch": asdict(self.work.micro),
-            "steps": of.steps,
-            "step": None if self.step is None else {**asdict(self.step), "total_s": self.step.total_s,
-                                                    "samples_per_s": self.step.samples_per_s},
-            "scaling": [
-                {**asdict(row.step), "total_s": row.step.total_s, "samples_per_s": row.step.samples_per_s,
-                 "efficiency": row.efficiency}
-                for row in self.scaling
-            ],
-            "hours": self.hours,
-            "money": self.money,
-            "currency": self.cluster.currency,
-        }  # fmt: skip
+        fits = {"fits": not self.refusals, "currency": self.cluster.currency}
+        return fits | config.to_dict(self)
 
 
 def work(cfg: Pretraining, gpu: bool) -> Work:
-    """Count what the recipe's network and method take. Seconds to a minute: the module runs once on shapes alone."""
+    """Count what the recipe's network and method need. Takes seconds to a minute."""
     facts = sizes.facts_of(cfg)
     with torch.device("meta"):
         net = sizes.network(training.build_method(cfg.backbone, cfg.method, facts))
@@ -135,136 +86,113 @@ def make(
     scans: Scans,
     cluster: Cluster,
     resources: Resources,
-    constants: Constants,
+    c: Constants,
     *,
     local_root: bool = False,
 ) -> Plan:
-    """Plan pretraining with ``cfg`` (resolved) on scans like ``scans``.
-
-    Args:
-        local_root: the artifacts go to the planned node's own disk.
-    """
+    """Plan pretraining with ``cfg`` (resolved) on ``scans``; ``local_root``: artifacts go to the node's own disk."""
     refusals: list[str] = []
-    place: Place | None = None
+    at: Placement | None = None
     try:
-        place = speed.place(cluster, resources.most, resources.gpu, resources.cpus_per_worker)
+        at = speed.place(cluster, resources)
     except UserError as err:
         refusals.append(str(err))
-    gpu = place.gpu if place else bool(cluster.gpus) and resources.gpu is not False
+    gpu = at.gpu if at else bool(cluster.gpus) and resources.gpu is not False
     own = work(cfg, gpu)
     of = sizes.sizes(cfg, scans, own.network)
+    counts = {"count": len(scans.scans), "stored_bytes": scans.stored_bytes, "too_small": of.too_small}
+    labeller = max(
+        LABELLER_BYTES_PER_CODE * sum(of.cluster_sizes), LABELLER_BYTES_PER_VOXEL * of.slice_voxels
+    )
+    plan = Plan(
+        config=cfg,
+        cluster=cluster,
+        constants=c,
+        scans={**counts, "known_from": scans.known_from},
+        bytes={"crops": of.num_crops, **of.files, "prepared_sample": own.sample_bytes},
+        worker_bytes=worker_memory(cfg, own, at.workers if at else 1, gpu, c),
+        labeller_bytes=c.task_bytes + labeller,
+        micro_batch=own.micro,
+        steps=of.steps,
+        stages=of.stages,
+        notes=tuple(_notes(cfg, of, own, cluster, c, gpu)),
+    )
     if not of.num_crops:
+        size = "x".join(map(str, cfg.crops.size_vox))
         refusals.append(
-            f"none of the {len(scans.scans)} scans is large enough for a crop of "
-            f"{'x'.join(map(str, cfg.crops.size_vox))} voxels; use a smaller crops.size_vox or lower "
-            "crops.min_image_share"
+            f"none of the {len(scans.scans)} scans is large enough for a crop of {size} voxels; use a smaller "
+            "crops.size_vox or lower crops.min_image_share"
         )
-    load = load_of(cfg, of, own, gpu, constants)
-    notes = _what_it_rests_on(of, cluster, constants, load, gpu)
-    step: Step | None = None
-    rows: list[Scaling] = []
-    took: list[Duration] = []
-    if place is not None and of.num_crops:
+    elif at:
         try:
-            step = speed.step(load, place, constants)
-            rows = speed.scaling(load, place, constants, list(WORKERS))
-            took = speed.durations(cfg, of, cluster, step, constants)
+            plan = _timed(plan, of, own, at)
         except UserError as err:
             refusals.append(str(err))
-    worker = worker_memory(cfg, of, own, place, load, constants, gpu)
-    labels = labeller_bytes(of, constants)
-    if place is not None:
-        refusals += _memory(cfg, of, place, worker, resources)
-        refusals += _shared_memory(cfg, of, own, place, cluster, resources)
-    refusals += _labellers(of, cluster, labels)
-    refusals += _driver(of, cluster, constants)
-    if local_root and of.kept_bytes + of.network.checkpoint_bytes > cluster.pools[0].machine.disk_gib * GIB:
-        refusals.append(
-            f"the artifacts take {of.kept_bytes / GIB:.1f} GiB and the disk has "
-            f"{cluster.pools[0].machine.disk_gib:g} GiB free; give an s3:// --root, or lower crops.per_scan"
-        )
-    if step is not None:
-        notes += _slow(cfg, of, step, constants)
-    hours, money = _cost(took, cluster)
-    return Plan(
-        cfg=cfg,
-        cluster=cluster,
-        constants=constants,
-        sizes=of,
-        work=own,
-        worker=worker,
-        labeller_bytes=labels,
-        place=place,
-        step=step,
-        durations=tuple(took),
-        scaling=tuple(rows),
-        hours=hours,
-        money=money,
-        refusals=tuple(refusals),
-        notes=tuple(notes),
-    )
+    for what, need, have, hint in _limits(plan, of, own, at, resources, local_root):
+        if need > have:
+            refusals.append(f"{what}: {gib(need)} needed, {gib(have)} available; {hint}")
+    return replace(plan, refusals=tuple(refusals))
 
 
-def load_of(cfg: Pretraining, of: Sizes, own: Work, gpu: bool, c: Constants) -> Load:
-    """The work of a step, with measured times where ``c`` has them for this very work."""
-    of_this = step_fingerprint(
-        cfg.backbone, cfg.method, cfg.crops.size_vox, cfg.train.batch_size, own.precision
-    )
-    known = c.step if c.step is not None and c.step.of == of_this and gpu == (c.device != "cpu") else None
-    return Load(
-        global_batch=cfg.train.global_batch,
-        batch_size=cfg.train.batch_size,
-        flop=own.micro.flop,
-        gradient_bytes=own.network.gradient_bytes,
-        flat=cfg.train.gradient_sync == "flat" or (cfg.train.gradient_sync == "auto" and not gpu),
-        crop_bytes=of.crop_bytes,
-        row_bytes=2 * of.crop_bytes,
-        times=known,
-    )
+def _timed(plan: Plan, of: Sizes, own: Work, at: Placement) -> Plan:
+    """The plan with its step, hours and money."""
+    train, cluster, c = plan.config.train, plan.cluster, plan.constants
+    step = speed.step(train, own, at, c)
+    scaling = speed.scaling(train, own, at, c, WORKERS)
+    stages = speed.timed(plan.config, of, cluster, step, c)
+    plan = replace(plan, step=step, scaling=scaling, stages=stages)
+    seconds = [s.seconds for s in stages if s.seconds is not None]
+    if len(seconds) < len(stages):
+        return plan
+    hours = sum(seconds) / 3600
+    return replace(plan, hours=hours, money=cluster.money(hours, training_hours=seconds[-1] / 3600))
 
 
-def worker_memory(
-    cfg: Pretraining, of: Sizes, own: Work, place: Place | None, load: Load, c: Constants, gpu: bool
-) -> WorkerMemory:
-    """The peak of one training worker."""
-    workers = place.workers if place else 1
-    micro = own.micro
-    if load.times is not None:
-        beside = own.network.weight_bytes + own.network.moment_bytes + micro.batch_bytes
-        measured = load.times.peak_bytes - beside - (0.0 if gpu else c.worker_bytes)
-        micro = replace(
-            micro,
-            peak_bytes=int(max(measured, own.network.gradient_bytes)),
-            known_from=f"activations measured in {load.times.steps} real steps",
-        )
-    per_pass = workers * cfg.train.batch_size
-    rows = speed.rows_per_task(load)
-    return memory.worker(
-        weights=own.network.weight_bytes,
-        gradients=own.network.gradient_bytes,
-        state_bytes=of.network.checkpoint_bytes,
-        largest_file=max(of.network.optimizer_file, of.network.model_file),
-        pass_=micro,
-        accumulate=max(1, cfg.train.global_batch // per_pass),
-        workers=workers,
-        flat_sync=load.flat,
+def worker_memory(cfg: Pretraining, own: Work, workers: int, gpu: bool, c: Constants) -> WorkerMemory:
+    """Peak memory of one of ``workers`` training workers."""
+    net, micro = own.network, own.micro
+    # A pass's peak includes its gradients. From the second pass on, the gradients of those before are held too.
+    once = cfg.train.global_batch <= workers * cfg.train.batch_size
+    activations, known_from = micro.peak_bytes - once * net.gradient_bytes, micro.known_from
+    if c.measured(cfg, own.precision, gpu):
+        rest = net.weight_bytes + 3 * net.gradient_bytes + micro.batch_bytes
+        activations = max(0, int(c.worker_peak_bytes - rest - (0 if gpu else c.worker_bytes)))
+        known_from = "activations measured in real steps"
+    if workers > 1 and speed.flat_sync(cfg.train, gpu):
+        # A flat all-reduce copies all gradients when the activations are gone.
+        activations = max(activations, net.gradient_bytes)
+    return WorkerMemory(
         process=c.worker_bytes,
-        prefetched=0.0 if gpu else rows * own.sample_bytes,
+        weights=net.weight_bytes,
+        gradients=net.gradient_bytes,
+        moments=2 * net.gradient_bytes,
+        activations=activations,
+        batches=micro.batch_bytes + (0 if gpu else _task_bytes(cfg, own)),
+        # A copy, so that training goes on; safetensors makes a file's tensors and then the file of them.
+        checkpoint=net.checkpoint_bytes + 2 * max(net.optimizer_file, net.model_file),
+        known_from=known_from,
     )
 
 
-def labeller_bytes(of: Sizes, c: Constants) -> float:
-    """The peak of one labelling actor, beside the centroids, which all share; 0 without clusterers."""
-    codes, length = sum(of.cluster_sizes), of.slice_voxels
-    if not codes:
-        return 0.0
-    rank = min(pseudo_labels.RANK, length, codes)
-    screen = 4 * (pseudo_labels.RANK + 4) * codes + 4 * length * rank
-    building = 8 * (2 * min(pseudo_labels.BASIS_SAMPLE, codes) * length + 3 * length * rank)
-    return c.task_bytes + screen + max(building, LABELLER_SCRATCH * codes)
+def _task_bytes(cfg: Pretraining, own: Work) -> int:
+    """Prepared samples of one data task, which counts them as float32 crops."""
+    batch_bytes = 4 * math.prod(cfg.crops.size_vox) * cfg.train.batch_size
+    return cfg.train.batch_size * max(1, feed.TASK_BYTES // batch_bytes) * own.sample_bytes
 
 
-# ------------------------------------------------------------------------------------- what will not fit
+def _notes(
+    cfg: Pretraining, of: Sizes, own: Work, cluster: Cluster, c: Constants, gpu: bool
+) -> Iterator[str]:
+    known_from = cluster.known_from or "flags"
+    yield f"scans: {of.scans.known_from}; cluster: {known_from}; constants: {c.machine}, {c.date}"
+    if c.measured(cfg, own.precision, gpu):
+        yield "step time: real steps of this backbone and method"
+    else:
+        share = f"{speed.GPU_UTILISATION:.0%} of the GPU's data sheet, an assumption"
+        rate = share if gpu and c.device == "cpu" else "the rate of other steps"
+        yield f"step time: counted operations at {rate}; --probe on the cluster measures it"
+    if of.too_small:
+        yield f"{of.too_small} scans are too small for a crop and are left out"
 
 
 def gib(n: float) -> str:
@@ -275,147 +203,52 @@ def gib(n: float) -> str:
     return f"{n / 1024:.1f} KiB" if n else "0"
 
 
-def _memory(cfg: Pretraining, of: Sizes, at: Place, worker: WorkerMemory, resources: Resources) -> list[str]:
-    """A worker on its GPU, and all workers of a node in its memory."""
-    out = []
-    machine = at.machine
-    ways = (
-        "lower train.batch_size"
-        if cfg.train.batch_size > 1
-        else "set backbone.checkpointing=true where the network has it"
-    )
-    have = machine.gpu_memory_gib * GIB
-    if at.gpu and worker.device_bytes > have:
-        out.append(
-            f"a worker needs {gib(worker.device_bytes)} of its GPU ({gib(worker.activations)} of it activations) and "
-            f"{machine.gpu or 'the GPU'} has {gib(have)}; {ways}, use smaller crops.size_vox, or larger GPUs"
-        )
-    each = worker.process if at.gpu else worker.cpu_bytes - worker.checkpoint
-    total = at.per_node * each + worker.checkpoint + machine.store_bytes(resources.object_store_mb)
-    if total > RAY_KILLS_AT * machine.memory_bytes:
-        most = (
-            RAY_KILLS_AT * machine.memory_bytes
-            - worker.checkpoint
-            - machine.store_bytes(resources.object_store_mb)
-        ) / each
-        mend = (
-            f"put {int(most)} on a node"
-            if most >= 1
-            else f"{ways} or take nodes with {gib(total / RAY_KILLS_AT)}"
-        )
-        out.append(
-            f"{at.per_node} workers of {gib(each)}, a checkpoint's copies of {gib(worker.checkpoint)} and Ray's object "
-            f"store want {gib(total)} of a node, which has {machine.memory_gib:g} GiB and is cleared by Ray at "
-            f"{RAY_KILLS_AT:.0%} of it; {mend}"
-        )
-    return out
-
-
-def _shared_memory(
-    cfg: Pretraining, of: Sizes, own: Work, at: Place, cluster: Cluster, resources: Resources
-) -> list[str]:
-    """What stages put into Ray's object store, against its size and that of /dev/shm, on the smallest node."""
-    out = []
-    smallest = min((p.machine for p in cluster.pools), key=lambda m: m.store_bytes(resources.object_store_mb))
-    have = smallest.store_bytes(resources.object_store_mb)
-    if resources.object_store_mb and have > smallest.shm_bytes:
-        out.append(
-            f"--object-store-mb {resources.object_store_mb} is more than /dev/shm has, {gib(smallest.shm_bytes)}; "
-            f"start the container with --shm-size={math.ceil(have / GIB)}g, or ask for less"
-        )
-    load = Load(
-        cfg.train.global_batch, cfg.train.batch_size, 0.0, 0.0, True, of.crop_bytes, 2 * of.crop_bytes
-    )
-    ahead = at.per_node * (feed.TASKS_AHEAD + 1) * speed.rows_per_task(load) * own.sample_bytes
-    mends = {
-        "clusterers": "lower clusterers.max_slices",
-        "labels": "lower clusterers.n or clusterers.k_max",
-        "pretrain": "put fewer workers on a node",
-    }
+def _limits(
+    plan: Plan, of: Sizes, own: Work, at: Placement | None, resources: Resources, local_root: bool
+) -> Iterator[tuple[str, float, float, str]]:
+    """What may not fit: what it is, bytes needed, bytes available, and what helps."""
+    cfg, worker, asked_mb = plan.config, plan.worker_bytes, resources.object_store_mb
+    machines = [p.machine for p in plan.cluster.pools]
+    smaller = "set backbone.checkpointing=true where the network has it"
+    if cfg.train.batch_size > 1:
+        smaller = "lower train.batch_size"
+    if at and at.gpu:
+        what = f"GPU memory of a training worker ({gib(worker.activations)} of it activations)"
+        hint = f"{smaller}, use smaller crops.size_vox, or larger GPUs"
+        yield what, worker.device_bytes, at.machine.gpu_memory_gib * GIB, hint
+    if at:
+        each = worker.process + (0 if at.gpu else worker.device_bytes)
+        rest = worker.checkpoint + at.machine.store_bytes(asked_mb)
+        have = RAY_KILLS_AT * at.machine.memory_bytes
+        most = int((have - rest) / each)
+        what = f"memory of a node with {at.per_node} training workers, a checkpoint's copies and Ray's object store"
+        hint = f"put {most} on a node" if most > 0 else f"{smaller}, or take nodes with more memory"
+        yield what, at.per_node * each + rest, have, hint
+    smallest = min(machines, key=lambda m: m.store_bytes(asked_mb))
+    if asked_mb:
+        hint = f"start the container with --shm-size={math.ceil(asked_mb / 1024)}g, or ask for less"
+        yield f"/dev/shm for --object-store-mb {asked_mb}", asked_mb << 20, smallest.shm_bytes, hint
     for stage in of.stages:
-        need = stage.node_shared + (ahead if stage.name == "pretrain" else 0.0)
-        if need > have:
-            out.append(
-                f"'{stage.name}' puts {gib(need)} into Ray's object store on each node and the smallest has "
-                f"{gib(have)}; {mends[stage.name]}, or give nodes a larger object store: --object-store-mb "
-                f"{math.ceil(need / (1 << 20))}, within their /dev/shm"
-            )
-    return out
-
-
-def _labellers(of: Sizes, cluster: Cluster, each: float) -> list[str]:
-    """As many labelling actors on a node as it has cores, beside the centroids."""
-    if not each:
-        return []
-    worst = min((p.machine for p in cluster.pools), key=lambda m: m.memory_gib / max(1.0, m.cpus))
-    actors = max(1, min(int(worst.cpus), -(-of.num_crops // 64)))
-    total = actors * each + of.centroid_bytes
-    if total <= RAY_KILLS_AT * worst.memory_bytes:
-        return []
-    return [
-        f"{actors} labelling actors of up to {gib(each)} and {gib(of.centroid_bytes)} of centroids want "
-        f"{gib(total)} of a node with {worst.memory_gib:g} GiB; use nodes with more memory for each core, or "
-        "lower clusterers.n"
-    ]
-
-
-def _driver(of: Sizes, cluster: Cluster, c: Constants) -> list[str]:
-    """What the driver holds at the worst stage."""
+        need = stage.node_shared
+        if at and stage.name == "pretrain":
+            need += at.per_node * (feed.TASKS_AHEAD + 1) * _task_bytes(cfg, own)
+        hint = (
+            f"{HINTS.get(stage.name)}, or set --object-store-mb {math.ceil(need / (1 << 20))} within /dev/shm"
+        )
+        yield f"Ray's object store of a node for '{stage.name}'", need, smallest.store_bytes(asked_mb), hint
+    if of.cluster_sizes:
+        machine = min(machines, key=lambda m: m.memory_gib / max(1.0, m.cpus))
+        actors = max(1, min(int(machine.cpus), -(-of.num_crops // CROPS_PER_LABELLER)))
+        need = actors * plan.labeller_bytes + of.centroid_bytes
+        hint = "use nodes with more memory for each core, or lower clusterers.n"
+        what = f"memory of a node with {actors} labelling actors"
+        yield what, need, RAY_KILLS_AT * machine.memory_bytes, hint
+    head = (plan.cluster.head or plan.cluster.pools[0]).machine
     worst = max(of.stages, key=lambda s: s.driver)
-    total, machine = worst.driver + c.worker_bytes, cluster.head_machine
-    if total <= RAY_KILLS_AT * machine.memory_bytes:
-        return []
-    return [
-        f"the driver holds {gib(total)} while it makes '{worst.name}' and its node has {machine.memory_gib:g} GiB; "
-        "take a larger head, or lower clusterers.max_slices and clusterers.n"
-    ]
-
-
-def _what_it_rests_on(of: Sizes, cluster: Cluster, c: Constants, load: Load, gpu: bool) -> list[str]:
-    out = [
-        f"scans: {of.scans.known_from}; cluster: {cluster.known_from or 'flags'}; constants: {c.machine}, {c.date}"
-    ]
-    if load.times is not None:
-        out.append(f"step time: {load.times.steps} real steps of this backbone and method")
-    elif gpu and c.device == "cpu":
-        out.append(
-            f"step time: counted operations at {speed.GPU_UTILISATION:.0%} of the GPU's data sheet, an assumption; "
-            "--probe on the cluster measures it"
-        )
-    else:
-        out.append(
-            "step time: counted operations at the rate of other steps; --probe on the cluster measures it"
-        )
-    if of.too_small:
-        out.append(f"{of.too_small} scans are too small for a crop and are left out")
-    return out
-
-
-def _slow(cfg: Pretraining, of: Sizes, step: Step, c: Constants) -> list[str]:
-    out = []
-    if step.data_s > step.busy_s:
-        out.append(
-            f"training waits for data: a step takes {step.busy_s:.3g} s and its samples {step.data_s:.3g} s; add CPU "
-            f"nodes (about {step.data_s / step.busy_s:.1f} times the cores)"
-        )
-    every = cfg.train.checkpoint_every_steps or of.steps_per_epoch
-    saving = of.network.checkpoint_bytes / c.store_write_bytes_s
-    if saving > every * step.total_s:
-        out.append(
-            f"a checkpoint takes {saving:.0f} s to write and comes every {every * step.total_s:.0f} s; set "
-            f"train.checkpoint_every_steps={math.ceil(saving / step.total_s)} or more"
-        )
-    return out
-
-
-def _cost(took: list[Duration], cluster: Cluster) -> tuple[float | None, float | None]:
-    """Hours of all stages, and money: GPU pools are paid for while they train, all others all the time."""
-    if not took or any(d.seconds is None for d in took):
-        return None, None
-    hours = {d.name: (d.seconds or 0.0) / 3600 for d in took}
-    total = sum(hours.values())
-    money = sum(
-        p.price_per_h * (hours["pretrain"] if p.machine.gpus else total)
-        for p in (*cluster.pools, *([cluster.head] if cluster.head else []))
-    )
-    return total, money
+    hint = "take a larger head, or lower clusterers.max_slices and clusterers.n"
+    need = worst.driver + plan.constants.worker_bytes
+    yield f"memory of the driver's node for '{worst.name}'", need, RAY_KILLS_AT * head.memory_bytes, hint
+    if local_root:
+        need = sum(s.kept for s in of.stages) + own.network.checkpoint_bytes
+        hint = "give an s3:// --root, or lower crops.per_scan"
+        yield "local disk for the artifacts", need, machines[0].disk_gib * GIB, hint

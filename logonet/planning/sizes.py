@@ -1,4 +1,4 @@
-"""How many bytes each stage reads and writes: arithmetic on shapes, exact where a file's layout is ours.
+"""Bytes that each stage reads and writes, from shapes alone; exact where the file layout is ours.
 
 Shapes: P crops, N clusterers, V codes of all clusterers, T voxels of a slice, Z slices of a crop.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from logonet import methods, training
+import torch
+
+from logonet import methods
 from logonet.clustering import kmeans
 from logonet.core import config
 from logonet.core.errors import BadScan
@@ -19,27 +21,20 @@ from logonet.data import cropping, manifest, volume
 from logonet.methods import DataSpec
 from logonet.pipelines import Pretraining
 
-# In the library's own order, which is that of tensors in a file, the last first.
-DTYPE_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "F32": 4,
-    "F64": 8,
-    "I64": 8,
-}
+# safetensors' dtypes in its own order: it stores the tensors of the last of these first.
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
+}  # fmt: skip
 SHA256 = "0" * 64
-INERTIA = 0.1234567890123456  # as long as most numbers in JSON: what of our files' sizes depends on values
-Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> dtype as safetensors names it, shape
+INERTIA = 0.1234567890123456  # as long in JSON as most inertias
+STORED_PER_VOXEL = 1.3  # gzipped int16: 1.31 bytes per voxel of a CT scan and 1.30 of an MR scan
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> safetensors' dtype, shape
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan to read: its grid in RAS axes, ``spacing_mm`` (None: unknown), and its stored bytes."""
+    """One scan to read: its grid in RAS axes, ``spacing_mm`` (None: unknown) and its stored bytes."""
 
     scan_id: str
     shape_vox: tuple[int, int, int]
@@ -53,14 +48,15 @@ class Scan:
 
 @dataclass(frozen=True)
 class Scans:
-    """What there is to read, and where that is known from.
+    """All scans to read.
 
-    ``label_bytes`` are read by the import alone; ``imported`` says that it is done.
+    Attributes:
+        known_from: a phrase that says how they are known.
+        imported: the import is done.
     """
 
     scans: tuple[Scan, ...]
     known_from: str
-    label_bytes: float = 0.0
     imported: bool = False
 
     @property
@@ -72,34 +68,26 @@ class Scans:
         return sum(s.voxels for s in self.scans)
 
 
-STORED_PER_VOXEL = 1.3  # gzipped int16: 1.31 bytes a voxel of a CT and 1.30 of an MR scan (docs/planning.md)
-
-
 def equal_scans(
-    count: int,
-    shape_vox: tuple[int, int, int],
-    spacing_mm: tuple[float, float, float] | None = None,
-    stored_per_voxel: float = STORED_PER_VOXEL,
+    count: int, shape_vox: tuple[int, int, int], spacing_mm: tuple[float, float, float] | None = None
 ) -> Scans:
     """``count`` scans of one shape, of which nothing else is known."""
-    stored = math.prod(shape_vox) * stored_per_voxel
     # As long as the ids that an import makes of names like hippocampus_001.
-    rows = tuple(Scan(f"scan_{i:07d}-{'0' * 10}", shape_vox, spacing_mm, stored) for i in range(count))
-    return Scans(rows, f"{count:,} scans of {'x'.join(map(str, shape_vox))} voxels, as told")
+    stored_bytes = math.prod(shape_vox) * STORED_PER_VOXEL
+    rows = tuple(Scan(f"scan_{i:07d}-{'0' * 10}", shape_vox, spacing_mm, stored_bytes) for i in range(count))
+    return Scans(rows, f"{count:,} scans of {'x'.join(map(str, shape_vox))} voxels, as given")
 
 
 def of_manifest(table: manifest.Manifest, known_from: str) -> Scans:
-    """The rows of an import."""
+    """The scans of an import."""
     return Scans(tuple(map(of_row, table.scans)), known_from, imported=True)
 
 
 def of_row(row: manifest.Scan) -> Scan:
     """A manifest's row with its axes in RAS order."""
-    place = [
-        next(i for i, letter in enumerate(row.orientation) if letter in pair) for pair in ("RL", "AP", "SI")
-    ]
-    x, y, z = (row.shape[i] for i in place)
-    dx, dy, dz = (row.spacing_mm[i] for i in place)
+    axes = [next(i for i, a in enumerate(row.orientation) if a in pair) for pair in ("RL", "AP", "SI")]
+    x, y, z = (row.shape[i] for i in axes)
+    dx, dy, dz = (row.spacing_mm[i] for i in axes)
     return Scan(row.scan_id, (x, y, z), (dx, dy, dz), row.size_bytes)
 
 
@@ -107,31 +95,27 @@ def of_row(row: manifest.Scan) -> Scan:
 
 
 def safetensors_bytes(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> int:
-    """The size of a safetensors file: 8 bytes, a JSON header filled up to a multiple of 8, the tensors."""
+    """Size of a safetensors file: 8 bytes, a JSON header padded to a multiple of 8, the tensors."""
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
-    place = list(DTYPE_BYTES).index
-    # Offsets have digits, so order has a length.
-    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-place(item[1][0]), item[0])):
-        begin, end = end, end + DTYPE_BYTES[dtype] * math.prod(shape)
+    rank = list(DTYPES).index
+    # The header holds offsets, so the order of the tensors changes the number of its digits.
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-rank(item[1][0]), item[0])):
+        begin, end = end, end + DTYPES[dtype].itemsize * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + -(-len(text) // 8) * 8 + end
 
 
 def shard_bytes(scan_id: str, per_scan: int, shape_CXYZ: Sequence[int]) -> int:
-    """A scan's shard of crops (`data.cut_scans`)."""
+    """Size of one scan's shard of crops."""
     names = [f"{i:05d}" for i in range(per_scan)]
     meta = {"scan_id": scan_id, "sha256": json.dumps(dict.fromkeys(names, SHA256))}
     return safetensors_bytes({n: ("U16", tuple(shape_CXYZ)) for n in names}, meta)
 
 
 def clusterers_bytes(sizes: Sequence[int], length: int, meta: Mapping[str, Any]) -> int:
-    """A clusterer set (`clusterers.ClustererSet.to_bytes`), to within the digits of its inertias.
-
-    Args:
-        meta: what a set says of itself, without what fitting adds.
-    """
+    """Size of a clusterer set with ``meta`` data, up to the digits of its inertias."""
     import sklearn
 
     meta = {**meta, "inertia": [INERTIA] * len(sizes), "sklearn": sklearn.__version__}
@@ -141,7 +125,7 @@ def clusterers_bytes(sizes: Sequence[int], length: int, meta: Mapping[str, Any])
 
 
 def labels_bytes(num_crops: int, num_clusterers: int, depth: int) -> int:
-    """The pseudo-labels (`stages.make_labels`)."""
+    """Size of the pseudo-labels."""
     return safetensors_bytes({"labels_PNZ": ("I16", (num_crops, num_clusterers, depth))})
 
 
@@ -150,91 +134,60 @@ def labels_bytes(num_crops: int, num_clusterers: int, depth: int) -> int:
 
 @dataclass(frozen=True)
 class Network:
-    """What training a pair of backbone and method keeps and saves.
+    """What training a method with its network keeps and saves.
 
     Attributes:
-        state: the method's state dict, as it is saved; the backbone's begin with "backbone.".
+        state: the method's state dict; names of the network's tensors begin with "backbone.".
         trainable: shapes of the parameters that get a gradient.
-        parameters: numbers of all parameters; ``buffers`` of what else the modules hold.
-        embedding: F of the pooled features that a checkpoint within an epoch keeps.
+        weight_bytes: of all parameters and buffers.
     """
 
     state: Tensors
     trainable: Mapping[str, tuple[int, ...]]
-    parameters: int
-    buffers: int
-    embedding: int
-
-    @property
-    def weight_bytes(self) -> int:
-        return 4 * (self.parameters + self.buffers)
+    weight_bytes: int
 
     @property
     def gradient_bytes(self) -> int:
-        """Of one worker, what an all-reduce moves: float32 whatever autocast does."""
+        """Of one worker, always float32; what an all-reduce moves."""
         return 4 * sum(map(math.prod, self.trainable.values()))
 
     @property
-    def moment_bytes(self) -> int:
-        """AdamW's two."""
-        return 2 * self.gradient_bytes
-
-    @property
     def model_file(self) -> int:
-        """model.safetensors of a checkpoint, and the finished run's method.safetensors."""
+        """A checkpoint's model.safetensors and the final method.safetensors."""
         return safetensors_bytes(self.state)
 
     @property
     def optimizer_file(self) -> int:
-        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for name, shape in self.trainable.items():
-            tensors[f"step/{name}"] = ("F32", ())
-            tensors |= {f"{moment}/{name}": ("F32", shape) for moment in ("exp_avg", "exp_avg_sq")}
-        return safetensors_bytes(tensors)
+        """A checkpoint's optimizer.safetensors."""
+        moments = ("exp_avg", "exp_avg_sq")
+        tensors = {f"{m}/{name}": ("F32", shape) for name, shape in self.trainable.items() for m in moments}
+        return safetensors_bytes(tensors | {f"step/{name}": ("F32", ()) for name in self.trainable})
 
     @property
     def backbone_file(self) -> int:
+        """The final backbone.safetensors."""
         stem = "backbone."
-        return safetensors_bytes(
-            {n.removeprefix(stem): t for n, t in self.state.items() if n.startswith(stem)}
-        )
+        own = {n.removeprefix(stem): t for n, t in self.state.items() if n.startswith(stem)}
+        return safetensors_bytes(own)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """The tensors of a checkpoint at an epoch's end, when no epoch is under way."""
+        """All tensors of a checkpoint at the end of an epoch."""
         return self.model_file + self.optimizer_file + safetensors_bytes({})
 
-    def partial_bytes(self, workers: int, samples_per_worker: int) -> int:
-        """What a checkpoint within an epoch adds at most: the pooled features of every rank's samples so far."""
-        return 4 * self.embedding * workers * min(samples_per_worker, training.MAX_EMBEDDINGS)
 
-
-_NAMES = {
-    "torch.float32": "F32",
-    "torch.float64": "F64",
-    "torch.float16": "F16",
-    "torch.bfloat16": "BF16",
-    "torch.int64": "I64",
-    "torch.int32": "I32",
-    "torch.int16": "I16",
-    "torch.uint8": "U8",
-    "torch.bool": "BOOL",
-}
-
-
-def network(method: Any) -> Network:
-    """The facts of a method module (`train.build_method`), which may stand on the meta device."""
+def network(method: torch.nn.Module) -> Network:
+    """Describe a method module, which may be on the meta device."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
     return Network(
-        state={n: (_NAMES[str(t.dtype)], tuple(t.shape)) for n, t in method.state_dict().items()},
+        state={n: (names[t.dtype], tuple(t.shape)) for n, t in method.state_dict().items()},
         trainable={n: tuple(p.shape) for n, p in method.named_parameters() if p.requires_grad},
-        parameters=sum(p.numel() for p in method.parameters()),
-        buffers=sum(b.numel() for b in method.buffers()),
-        embedding=int(method.backbone.channels[-1]),
+        weight_bytes=4 * sum(t.numel() for t in [*method.parameters(), *method.buffers()]),
     )
 
 
 def facts_of(cfg: Pretraining) -> DataSpec:
-    """What the method will know: as many clusters as are drawn, which fewer distinct slices alone can lower."""
+    """What the method will know of the data; every clusterer counts with as many clusters as were drawn for it."""
     pseudo = "pseudo_labels" in methods.needs(cfg.method["name"])
     counts = tuple(kmeans.cluster_counts(cfg.clusterers)) if pseudo else ()
     return DataSpec(
@@ -250,14 +203,16 @@ def facts_of(cfg: Pretraining) -> DataSpec:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage moves, in bytes.
+    """What one stage moves, in bytes, and how long that takes.
 
     Attributes:
         read: from the store, by all nodes together.
         written: to the store.
-        kept: of it, what stays.
-        node_shared: of Ray's shared memory on every node that works on the stage.
-        driver: of the driver's own memory.
+        kept: the part of it that stays.
+        node_shared: in Ray's object store on every node that works on the stage.
+        driver: in the driver's own memory.
+        seconds: None where it is not known.
+        waits_for: the slowest resource.
     """
 
     name: str
@@ -266,43 +221,30 @@ class Stage:
     kept: float = 0.0
     node_shared: float = 0.0
     driver: float = 0.0
+    seconds: float | None = None
+    waits_for: str = ""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Everything that is counted, not timed."""
+    """Everything that is counted, not timed; ``files`` are the sizes of all that is stored."""
 
     scans: Scans
-    num_crops: int
-    crop_bytes: int
     too_small: int
-    cache_bytes: int
-    sampled_crops: int
-    slice_voxels: int
+    num_crops: int
     cluster_sizes: tuple[int, ...]
-    clusterers_bytes: int
-    labels_bytes: int
-    network: Network
+    slice_voxels: int
+    sample_bytes: int
+    centroid_bytes: int
     steps: int
     steps_per_epoch: int
-    stages: tuple[Stage, ...] = ()
-
-    @property
-    def centroid_bytes(self) -> int:
-        return 4 * sum(self.cluster_sizes) * self.slice_voxels
-
-    @property
-    def sample_bytes(self) -> int:
-        """The slices that clusterers are fitted on."""
-        return self.sampled_crops * self.crop_bytes
-
-    @property
-    def kept_bytes(self) -> float:
-        return sum(s.kept for s in self.stages)
+    network: Network
+    files: dict[str, int]
+    stages: tuple[Stage, ...]
 
 
 def yields_crops(scan: Scan, cfg: cropping.Config) -> bool:
-    """Whether a scan is large enough to be cut."""
+    """Whether a scan is large enough for a crop."""
     shape = scan.shape_vox
     if cfg.spacing_mm is not None and scan.spacing_mm is not None:
         shape = volume.resampled_shape(shape, scan.spacing_mm, cfg.spacing_mm)
@@ -314,90 +256,68 @@ def yields_crops(scan: Scan, cfg: cropping.Config) -> bool:
 
 
 def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
-    """What pretraining with ``cfg`` (resolved, see `stages.resolve`) moves and keeps.
+    """What pretraining with ``cfg`` (resolved) moves and keeps.
 
-    Scans may turn out to be damaged or without contrast, which nobody knows before they are read: all that
-    are large enough count.
+    Damaged scans and scans without contrast are known only after they are read; here every scan counts that is large
+    enough.
     """
-    size = cfg.crops.size_vox
-    shape_CXYZ = (1, *size)
-    crop_bytes = 2 * math.prod(shape_CXYZ)
+    x, y, depth = cfg.crops.size_vox
+    crop, counts = 2 * x * y * depth, facts_of(cfg).cluster_sizes
     good = [s for s in scans.scans if yields_crops(s, cfg.crops)]
     num_crops = len(good) * cfg.crops.per_scan
-    # A header's length depends on the id's, and of a million scans few lengths differ.
-    lengths: dict[int, int] = {}
-    for s in good:
-        if len(s.scan_id) not in lengths:
-            lengths[len(s.scan_id)] = shard_bytes(s.scan_id, cfg.crops.per_scan, shape_CXYZ)
-    cache = sum(lengths[len(s.scan_id)] for s in good)
-    counts = facts_of(cfg).cluster_sizes
-    length = size[0] * size[1]
-    sampled = min(num_crops, max(1, cfg.clusterers.max_slices // size[2])) if counts else 0
+    # A shard's size depends on the scan only through the length of its id.
+    ids = {len(s.scan_id): s.scan_id for s in good}
+    shards = {n: shard_bytes(i, cfg.crops.per_scan, (1, x, y, depth)) for n, i in ids.items()}
+    cache = sum(shards[len(s.scan_id)] for s in good)
+    sample = crop * min(num_crops, max(1, cfg.clusterers.max_slices // depth)) if counts else 0
     meta = {"config": config.to_dict(cfg.clusterers), "crops": "0" * 16}
-    set_bytes = clusterers_bytes(counts, length, meta) if counts else 0
-    label_bytes = labels_bytes(num_crops, len(counts), size[2]) if counts else 0
+    fitted = clusterers_bytes(counts, x * y, meta) if counts else 0
+    centroids = 4 * sum(counts) * x * y
+    labels = labels_bytes(num_crops, len(counts), depth) if counts else 0
     per_epoch = cfg.train.steps_per_epoch or -(-num_crops // cfg.train.global_batch)
-    out = Sizes(
-        scans=scans,
-        num_crops=num_crops,
-        crop_bytes=crop_bytes,
-        too_small=len(scans.scans) - len(good),
-        cache_bytes=cache,
-        sampled_crops=sampled,
-        slice_voxels=length,
-        cluster_sizes=counts,
-        clusterers_bytes=set_bytes,
-        labels_bytes=label_bytes,
-        network=net,
-        steps=per_epoch * cfg.train.epochs,
-        steps_per_epoch=per_epoch,
+    steps = per_epoch * cfg.train.epochs
+    # A checkpoint at the end of every epoch, and at every so many steps in between.
+    ends, every = {per_epoch * (e + 1) for e in range(cfg.train.epochs)}, cfg.train.checkpoint_every_steps
+    saves = len(ends | set(range(every, steps + 1, every) if every else ()))
+    checkpoint, final = net.checkpoint_bytes, net.backbone_file + net.model_file
+    kept = min(saves, cfg.train.keep_checkpoints) * checkpoint + final
+    in_driver = sample + 2 * centroids + fitted
+    batches, table = steps * cfg.train.global_batch * crop, num_crops * (2 * len(counts) * depth + 400)
+    moved = [
+        # name, read, written, kept, in Ray's object store of a node, in the driver's memory
+        Stage("crops", scans.stored_bytes, cache, cache),
+        # Every fit is stored, read again and stored once more in the set.
+        Stage("clusterers", sample + centroids, centroids + fitted, fitted, sample, in_driver),
+        Stage("labels", fitted + num_crops * crop, labels, labels, centroids, 2 * fitted + 2 * labels),
+        Stage("pretrain", batches, saves * checkpoint + final, kept, table, 3 * labels),
+    ]
+    stages = [s for s in moved if counts or s.name in ("crops", "pretrain")]
+    if not scans.imported:
+        stages.insert(0, Stage("import", scans.stored_bytes))
+    files = {
+        "crop": crop,
+        "crops_cache": cache,
+        "clusterers": fitted,
+        "labels": labels,
+        "checkpoint": checkpoint,
+        "checkpoint_model": net.model_file,
+        "checkpoint_optimizer": net.optimizer_file,
+        "final_backbone": net.backbone_file,
+        "final_method": net.model_file,
+        "gradients": net.gradient_bytes,
+    }
+    too_small, length = len(scans.scans) - len(good), x * y
+    return Sizes(
+        scans,
+        too_small,
+        num_crops,
+        counts,
+        length,
+        sample,
+        centroids,
+        steps,
+        per_epoch,
+        net,
+        files,
+        tuple(stages),
     )
-    return replace(out, stages=_stages(cfg, out))
-
-
-def _stages(cfg: Pretraining, of: Sizes) -> tuple[Stage, ...]:
-    net, stored = of.network, of.scans.stored_bytes
-    out = [] if of.scans.imported else [Stage("import", read=stored + of.scans.label_bytes)]
-    out.append(Stage("crops", read=stored, written=of.cache_bytes, kept=of.cache_bytes))
-    if of.cluster_sizes:
-        fits, sample = of.centroid_bytes, of.sample_bytes
-        out.append(
-            Stage(
-                "clusterers",
-                read=sample
-                + fits,  # every fit is stored, read back and, when all are there, stored once more
-                written=fits + of.clusterers_bytes,
-                kept=of.clusterers_bytes,
-                node_shared=sample,
-                driver=sample + 2 * fits + of.clusterers_bytes,
-            )
-        )
-        out.append(
-            Stage(
-                "labels",
-                read=of.clusterers_bytes + of.num_crops * of.crop_bytes,
-                written=of.labels_bytes,
-                kept=of.labels_bytes,
-                node_shared=fits,
-                driver=2 * of.clusterers_bytes + 2 * of.labels_bytes,
-            )
-        )
-    every, epochs = cfg.train.checkpoint_every_steps, cfg.train.epochs
-    saves = epochs + (
-        0
-        if every is None
-        else of.steps // every - sum(e * of.steps_per_epoch % every == 0 for e in range(1, epochs + 1))
-    )
-    final = net.backbone_file + net.model_file
-    out.append(
-        Stage(
-            "pretrain",
-            read=of.steps * cfg.train.global_batch * of.crop_bytes,
-            written=saves * net.checkpoint_bytes + final,
-            kept=min(saves, cfg.train.keep_checkpoints) * net.checkpoint_bytes + final,
-            node_shared=2 * math.prod((of.num_crops, len(of.cluster_sizes), cfg.crops.size_vox[2]))
-            + 400 * of.num_crops,
-            driver=3 * of.labels_bytes,
-        )
-    )
-    return tuple(out)
