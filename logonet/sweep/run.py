@@ -18,7 +18,7 @@ from logonet.core.errors import UserError
 from logonet.distributed import cluster
 from logonet.distributed.cluster import Resources
 from logonet.distributed.executor import RayExecutor
-from logonet.pipelines.common import say
+from logonet.pipelines.stage import say
 from logonet.storage import artifacts, object_store
 from logonet.sweep import outcome, records
 from logonet.sweep import space as spaces

@@ -20,7 +20,7 @@ from logonet import tracking
 from logonet.core import config, seeding
 from logonet.core.errors import UserError
 from logonet.distributed import cluster, ray_compat
-from logonet.pipelines.common import say
+from logonet.pipelines.stage import say
 from logonet.sweep import outcome, records
 from logonet.sweep import space as spaces
 from logonet.sweep.outcome import MEASURES
