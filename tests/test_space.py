@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logonet import pipelines, recipes
+from logonet import pipelines, recipes, training
 from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.sweep import space
@@ -29,6 +29,12 @@ def resolve(values: dict[str, Any]) -> pipelines.Pretraining:
 
 def base_of(recipe: str) -> dict[str, Any]:
     return config.to_dict(pipelines.resolve(recipes.PRETRAINING[recipe]()))
+
+
+@pytest.fixture
+def no_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configs are checked without a pass through the network, which takes most of the time."""
+    monkeypatch.setattr(training, "dry_run", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +171,18 @@ def test_settings_are_laid_on_a_config_all_at_once(demo: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("name", sorted(RECIPE_OF))
-def test_the_spaces_in_jobs_suit_their_recipes(name: str) -> None:
+def test_the_spaces_in_jobs_suit_their_recipes(name: str, no_dry_run: None) -> None:
+    check_shipped(name)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "phantoms")) for name in RECIPE_OF]
+)
+def test_networks_take_the_values_of_the_spaces_in_jobs(name: str) -> None:
+    check_shipped(name)
+
+
+def check_shipped(name: str) -> None:
     file = SPACES / f"{name}.yaml"
     got, base = space.read(file.read_text(), file.name), base_of(RECIPE_OF[name])
     space.check(got, base, resolve)
@@ -177,7 +194,7 @@ def test_there_is_no_other_space_in_jobs() -> None:
     assert {file.stem for file in SPACES.iterdir()} == set(RECIPE_OF)
 
 
-def test_what_the_papers_space_leaves_commented_out_works_too() -> None:
+def test_what_the_papers_space_leaves_commented_out_works_too(no_dry_run: None) -> None:
     text = (SPACES / "paper.yaml").read_text()
     options = re.findall(r"^  # (\w+(?:\.\w+)?: \{.*)$", text, re.MULTILINE)
     with pytest.raises(UserError, match=r"searches both 'clusterers' and 'clusterers\.n'"):
@@ -240,7 +257,7 @@ def test_what_no_trial_could_run_is_refused(
     assert sentence in str(refused.value)
 
 
-def test_a_value_that_needs_another_is_let_through(demo: dict[str, Any]) -> None:
+def test_a_value_that_needs_another_is_let_through(demo: dict[str, Any], no_dry_run: None) -> None:
     assert demo["clusterers"]["k_max"] == 12
     together = parse({"clusterers.k_min": {"grid": [4, 16]}, "clusterers.k_max": {"choice": [12, 24]}})
     space.check(together, demo, resolve)
@@ -248,7 +265,7 @@ def test_a_value_that_needs_another_is_let_through(demo: dict[str, Any]) -> None
         space.check(parse({"clusterers.k_min": {"grid": [4, 16]}}), demo, resolve)
 
 
-def test_first_settings_are_checked(demo: dict[str, Any]) -> None:
+def test_first_settings_are_checked(demo: dict[str, Any], no_dry_run: None) -> None:
     got = parse({"method.chain_length": {"grid": [3, 5]}}, [{}, {"method.chain_length": 50}])
     with pytest.raises(UserError, match="entry 2 of 'first': chain_length is 50"):
         space.check(got, demo, resolve)
@@ -286,11 +303,13 @@ spaces = st.dictionaries(
 
 
 @given(spaces)
+@settings(max_examples=30)
 def test_a_space_survives_yaml(searched: Space) -> None:
     assert space.read(yaml.safe_dump(searched.to_dict(), sort_keys=False), "b.yaml") == searched
 
 
 @given(spaces, st.integers(0, 5))
+@settings(max_examples=50)
 def test_every_block_of_trials_covers_the_grid(searched: Space, seed: int) -> None:
     grids = [key for key in searched.keys if key.sort == "grid"]
     size = space.grid_size(searched)
