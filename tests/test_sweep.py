@@ -28,7 +28,7 @@ from logonet.sweep.settings import Budget, Config, Sweep
 from logonet.sweep.trial import key_of, objective_of, tune_result
 
 ALLOCATION = cluster.ResourceAllocation(1, False, 1, 1, 1, 1, 3)
-GRID = {"search": {"method.phi1": {"grid": [0.1, 0.2, 0.4]}}}
+GRID = {"search": {"method.phi1": {"grid": [0.1, 0.4]}}}
 
 
 @pytest.fixture
@@ -62,44 +62,42 @@ def trials_run_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int
 def test_trials_share_what_they_have_in_common_and_the_winner_is_registered(
     tmp_path: Path, trials_run_here: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tried = sweep(str(tmp_path), write_scans(str(tmp_path)), GRID, register="phantom", confirm=2)
+    tried = sweep(str(tmp_path), write_scans(str(tmp_path)), GRID, register="phantom")
     winner = searching.run(tried, ONE, Budget())
     assert winner is not None
-    # Three trials on one set of everything upstream; two of them finetuned.
-    assert trials_run_here == [3, 2]
-    assert len(finished(tried.root, "pretrain")) == 3
+    # Two trials on one set of everything upstream; the better one is finetuned.
+    assert trials_run_here == [2, 1]
+    assert len(finished(tried.root, "pretrain")) == 2
     for stage in ("manifest", "crops", "clusterers", "labels", "cases"):
         assert len(finished(tried.root, stage)) == 1, stage
     said = capsys.readouterr().out
-    assert "3 trials stand on 1 crops (1 made now), 1 clusterers (1 made now)" in said
+    assert "2 trials stand on 1 crops (1 made now), 1 clusterers (1 made now)" in said
     trials = records.read_all(tried.uri)
-    assert [t.status for t in trials] == ["done"] * 3, [t.reason for t in trials]
-    assert {t.settings["method.phi1"] for t in trials} == {0.1, 0.2, 0.4}
+    assert [t.status for t in trials] == ["done"] * 2, [t.reason for t in trials]
+    assert {t.settings["method.phi1"] for t in trials} == {0.1, 0.4}
     for trial in trials:
         history = json.loads(artifacts.find(trial.pretrain).read("history.json"))  # type: ignore[union-attr]
         assert [e["probe_dice"] for e in history] == [e["objective"] for e in trial.history]
-    confirmed = [t for t in trials if t.final]
-    assert len(confirmed) == 2
-    assert min(t.objective for t in confirmed) >= max(t.objective for t in trials if not t.final)
-    assert winner == max(confirmed, key=lambda t: t.final["dice"])
+    assert winner == max(trials, key=lambda t: t.objective)
+    assert [t for t in trials if t.final] == [winner]
     tuned = artifacts.find(winner.final["uri"])
     assert tuned is not None
     assert tuned.parents["pretrain"] == winner.pretrain.rsplit("/", 1)[1]
 
-    # MLflow: a run of the sweep, one below it for each trial, and the finetunings.
+    # MLflow: a run of the sweep, one below it for each trial, and the finetuning.
     runs = runs_of(tried.experiment)
     by_stage: dict[str, list[Any]] = {}
     for run in runs:
         by_stage.setdefault(run.data.tags["logonet.stage"], []).append(run)
     (parent,) = by_stage["sweep"]
     children = by_stage["pretrain"]
-    assert len(children) == 3
+    assert len(children) == 2
     assert {c.data.tags[tracking.PARENT_TAG] for c in children} == {parent.info.run_id}
     assert {c.info.status for c in [*children, parent]} == {"FINISHED"}
     objectives = {c.data.tags["logonet.fingerprint"]: c.data.metrics["objective"] for c in children}
     assert objectives == {t.pretrain.rsplit("/", 1)[1]: t.objective for t in trials}
     assert parent.data.metrics["best_objective"] == max(t.objective for t in trials)
-    assert len(by_stage["finetune"]) == 2
+    assert len(by_stage["finetune"]) == 1
     lineage = tracking.lineage("models:/logonet-seg-phantom@candidate")
     assert lineage["logonet.sweep_uri"] == tried.uri
     assert lineage["logonet.pretrain"] == winner.pretrain.rsplit("/", 1)[1]
@@ -109,7 +107,7 @@ def test_trials_share_what_they_have_in_common_and_the_winner_is_registered(
     before = {s: versions(f"{tried.root}/{s}") for s in stages}
     again = searching.run(tried, ONE, Budget())
     assert again == winner
-    assert trials_run_here == [3, 2]
+    assert trials_run_here == [2, 1]
     assert {s: versions(f"{tried.root}/{s}") for s in before} == before
     assert len(runs_of(tried.experiment)) == len(runs)
     page = object_store.read(f"{tried.uri}/report.html").decode()
@@ -164,20 +162,6 @@ def test_a_sweep_out_of_hours_waits_for_more(
     assert "the 1 hours of the budget are used up" in capsys.readouterr().out
 
 
-def test_a_finetuning_as_objective(tmp_path: Path, trials_run_here: list[int]) -> None:
-    tried = sweep(
-        str(tmp_path),
-        write_scans(str(tmp_path)),
-        {"search": {"method.phi1": {"grid": [0.1]}}},
-        base=replace(pretraining(), probe=None),
-        config=Config(objective="finetune", stop_early=False),
-    )
-    winner = searching.run(tried, ONE, Budget())
-    assert winner is not None, records.read_all(tried.uri)
-    assert winner.objective == winner.final["dice"]
-    assert trials_run_here == [1]
-
-
 # ---------------------------------------------------------------------------------------- without training
 
 
@@ -187,7 +171,8 @@ def planned(**changes: Any) -> Sweep:
 
 
 def test_a_budget_is_wanted_where_keys_are_drawn() -> None:
-    tried = planned(space=spaces.parse({"search": {"method.phi1": {"uniform": [0.1, 0.4]}}}, "test"))
+    drawn = spaces.parse({"search": {"method.phi1": {"uniform": [0.1, 0.4]}}}, "test")
+    tried = replace(planned(), space=drawn)
     with pytest.raises(UserError, match=r"--budget\.trials"):
         searching.run(tried, ONE, Budget())
 
@@ -254,7 +239,7 @@ def test_the_finetuning_of_a_sweep_is_judged_on_the_pretrainings_split() -> None
     resolved = settings.resolve(planned(finetuning=replace(finetuning(), split=splits.Config(seed=9))))
     assert resolved.finetuning.split == SPLIT
     assert resolved.finetuning.backbone == {}
-    assert resolved.finetuning.train.validate_every_epochs == 2
+    assert resolved.finetuning.train.validate_every_epochs == 1
     with pytest.raises(UserError, match=r"split\.fold=0"):
         settings.resolve(planned(base=replace(pretraining(), split=replace(SPLIT, fold=None))))
 
@@ -340,6 +325,70 @@ def test_a_machines_failure_is_not_the_trials(
     with contextlib.nullcontext() if recorded else pytest.raises(trainer.LeaderLost):
         running.run_trial({"place": 0}, plan)
     assert [s["failed"] for s in said] == (["nan"] if recorded else [])
+
+
+def test_a_trial_is_judged_by_its_finetuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the objective of the search, or to confirm what the search has found."""
+
+    class Stored:
+        def __init__(self, uri: str, history: list[dict[str, Any]]) -> None:
+            self.uri, self.history = uri, history
+
+        def read(self, name: str) -> bytes:
+            return json.dumps(self.history).encode()
+
+    epochs = [{"epoch": 1, "step": 1, "val_dice": 0.4}, {"epoch": 2, "step": 2, "val_dice": 0.7}]
+    said: list[dict[str, Any]] = []
+    started: list[Any] = []
+
+    def pretrain(*args: Any, **options: Any) -> Stored:
+        started.append(options["trial"])
+        return Stored("pretrained", [{"epoch": 1, "step": 1}])
+
+    def finetune(cfg: Any, source: str, *args: Any, **options: Any) -> Stored:
+        assert (cfg.init.weights, source) == ("pretrained", "labelled")
+        return Stored("tuned", epochs)
+
+    monkeypatch.setattr(running.tune, "report", said.append)
+    monkeypatch.setattr(running.pipelines, "pretrain", pretrain)
+    monkeypatch.setattr(running.pipelines, "finetune", finetune)
+    monkeypatch.setattr(running, "Report", lambda *_, **__: None)
+    tried = planned(labelled="labelled", config=Config(objective="finetune"))
+    plan = running.Plan(tried, ONE, ALLOCATION, {}, "parent", [{"method.phi1": 0.1}])
+    running.run_trial({"place": 0}, plan)
+    assert [r["objective"] for r in said if "t" in r] == [0.4, 0.7]
+    assert said[-1] == {"finished": True, "final": {"dice": 0.7, "uri": "tuned"}}
+    assert started[0].tags[tracking.PARENT_TAG] == "parent"
+
+    plan = replace(plan, pretrained=["pretrained"])
+    monkeypatch.setattr(running.artifacts, "find", lambda uri: Stored(uri, []))
+    running.run_trial({"place": 0}, plan)
+    assert said[-1] == {"finished": True, "final": {"dice": 0.7, "uri": "tuned"}}
+    epochs.clear()
+    running.run_trial({"place": 0}, plan)
+    assert said[-1]["failed"] == "finetuning: the finetuning at tuned measured no validation Dice"
+    monkeypatch.setattr(running.artifacts, "find", lambda uri: None)
+    running.run_trial({"place": 0}, plan)
+    assert said[-1]["failed"].startswith("finetuning: pretrained is gone")
+
+
+def test_the_best_are_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    objectives = {0: 0.1, 1: 0.5, 2: 0.4, 3: math.nan}
+    trials = {
+        str(i): Trial(
+            i, {"method.phi1": i / 10}, "done", history=[{"epoch": 1, "objective": o}], pretrain=f"p{i}"
+        )
+        for i, o in objectives.items()
+    }
+    trials["4"] = replace(trials["1"], index=4, status="stopped")
+    trials["2"].final = {"dice": 0.6, "uri": "known"}
+    driven: list[Any] = []
+    monkeypatch.setattr(searching, "drive", lambda plan, recorder, *_: driven.append(plan))
+    plan = running.Plan(planned(), ONE, ALLOCATION, {}, None)
+    for wanted in (0, 1, 3):
+        searching._confirm(plan, trials, SimpleNamespace(), wanted, 1)  # type: ignore[arg-type]
+    assert [plan.pretrained for plan in driven] == [["p1"], ["p1", "p0"]]
+    assert driven[0].settings == [{"method.phi1": 0.1}]
 
 
 def test_optuna_goes_on_from_what_ended_and_what_was_begun() -> None:
