@@ -83,10 +83,6 @@ ALLOWED = {
         "pickle.loads",
     ): "answers of our own Ray tasks, which never leave Ray",
     (
-        "logonet/sweep/recorder.py",
-        "ray.cloudpickle.loads",
-    ): "an actor's handle, told by a trial of this very cluster",
-    (
         "logonet/storage/parquet.py",
         "pyarrow.parquet.read_table",
     ): "the one place; no value is looked at before its type is",

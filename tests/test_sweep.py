@@ -1,156 +1,113 @@
-"""Sweeps on real Ray, a real S3 server and a real MLflow: what trials share, how they end, and how a sweep goes on."""
+"""Sweeps with trials in this process: what trials share, how the best are confirmed, how a sweep goes on."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
+import math
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tenacity
-from helpers import timeless, tiny_backbone
+from helpers import HERE
+from sweeps import ONE, SPLIT, finetuning, finished, pretraining, runs_of, sweep, versions, write_scans
 
-from logonet import pipelines, tracking, training
-from logonet.clustering import kmeans
+from logonet import tracking, training
 from logonet.core.errors import UserError
-from logonet.data import cropping, phantom, prepared_scans, splits
+from logonet.data import splits
 from logonet.distributed import cluster, trainer
-from logonet.distributed.cluster import Resources
 from logonet.storage import artifacts, object_store
-from logonet.sweep import recorder, records, settings, tuning
+from logonet.sweep import outcome, records, settings, tuning
 from logonet.sweep import run as searching
 from logonet.sweep import space as spaces
 from logonet.sweep import trial as running
 from logonet.sweep.records import Trial
 from logonet.sweep.settings import Budget, Config, Sweep
-from logonet.sweep.trial import key_of, objective_of, told
-from logonet.training import checkpoints, linear_probe
+from logonet.sweep.trial import key_of, objective_of, tune_result
 
-pytestmark = pytest.mark.timeout(1500)  # a dozen Ray Train runs in a test
-ONE = Resources(workers=1)
-SPLIT = splits.Config(test_share=0.25, folds=3)
-
-
-def pretraining(**training: Any) -> pipelines.Pretraining:
-    return pipelines.Pretraining(
-        split=SPLIT,
-        crops=cropping.Config(size_vox=(32, 32, 32), per_scan=2),
-        clusterers=kmeans.Config(n=3, k_min=3, k_max=6, iterations=5),
-        backbone=tiny_backbone(),
-        method={"name": "masked_clusters", "phi1": 0.2, "final_relu": False},
-        train=training.Config(
-            **{"epochs": 2, "global_batch": 2, "batch_size": 2, "lr": 3e-3, "warmup_epochs": 0, **training}
-        ),
-        probe=linear_probe.Config(
-            train_cases=2, val_cases=1, crops_per_case=1, voxels_per_crop=256, iterations=10
-        ),
-    )
-
-
-def finetuning() -> pipelines.Finetuning:
-    return pipelines.Finetuning(
-        split=SPLIT,
-        crops=prepared_scans.CropSampling(size_vox=(32, 32, 32)),
-        train=training.Config(epochs=2, steps_per_epoch=2, global_batch=1, lr=1e-3, warmup_epochs=0),
-    )
+ALLOCATION = cluster.ResourceAllocation(1, False, 1, 1, 1, 1, 3)
+GRID = {"search": {"method.phi1": {"grid": [0.1, 0.4]}}}
 
 
 @pytest.fixture
-def scans(bucket: str, ray_local: None) -> str:
-    return phantom.write_dataset(f"{bucket}/scans", 8, size_vox=(36, 36, 36), classes=2)
+def trials_run_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """Trials run in this process, one after another, in place of Tune's; the list counts those of each call."""
+    driven: list[int] = []
 
+    def drive(plan: Any, recorder: Any, trials: int, runs: int, left_s: float = math.inf) -> None:
+        driven.append(trials)
+        for place in range(trials):
+            tuned = SimpleNamespace(trial_id=str(place), config={"place": place}, last_result={})
 
-def sweep(bucket: str, scans: str, space: dict[str, Any], **changes: Any) -> Sweep:
-    made = Sweep(
-        name="tried",
-        space=spaces.parse(space, "test"),
-        base=pretraining(),
-        finetuning=finetuning(),
-        source=scans,
-        root=f"{bucket}/runs",
-        experiment=bucket.rsplit("/", 1)[1],
-        config=Config(stop_early=False),
-    )
-    return replace(made, **changes)
+            def report(result: dict[str, Any], tuned: Any = tuned) -> None:
+                tuned.last_result = result
+                recorder.on_trial_result(0, [], tuned, result)
 
+            monkeypatch.setattr(running.tune, "report", report)
+            recorder.on_trial_start(0, [], tuned)
+            running.run_trial(tuned.config, plan)
+            recorder.on_trial_complete(0, [], tuned)
 
-def versions(uri: str) -> dict[str, str]:
-    return {e.uri: e.version for e in object_store.listing(uri)}
-
-
-def finished(root: str, stage: str) -> list[str]:
-    """URIs of the finished artifacts of ``stage``."""
-    found = {
-        object_store.relative(e.uri, f"{root}/{stage}").split("/")[0]
-        for e in object_store.listing(f"{root}/{stage}")
-    }
-    return [uri for name in sorted(found) if artifacts.find(uri := f"{root}/{stage}/{name}") is not None]
-
-
-def runs_of(experiment: str) -> list[Any]:
-    client = tracking.runs.connect(tracking.tracking_uri())
-    return client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
-
-
-def places_held() -> int:
-    """Placement groups that some worker still holds."""
-    from ray.util.placement_group import placement_group_table
-
-    return sum(group["state"] != "REMOVED" for group in placement_group_table().values())
+    monkeypatch.setattr(searching, "drive", drive)
+    monkeypatch.setattr(searching.cluster, "allocate_trials", lambda *_: (1, ALLOCATION))
+    for module in (searching, running):
+        monkeypatch.setattr(module, "RayExecutor", lambda *_: HERE)
+    monkeypatch.setattr(running, "Report", lambda *_, **__: None)  # it needs Tune around it
+    monkeypatch.setenv("LOGONET_HOME", str(tmp_path / "home"))
+    return driven
 
 
 def test_trials_share_what_they_have_in_common_and_the_winner_is_registered(
-    bucket: str, scans: str, capfd: Any
+    tmp_path: Path, trials_run_here: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tried = sweep(bucket, scans, {"search": {"method.phi1": {"grid": [0.1, 0.2, 0.4]}}}, register="phantom")
+    tried = sweep(str(tmp_path), write_scans(str(tmp_path)), GRID, register="phantom")
     winner = searching.run(tried, ONE, Budget())
     assert winner is not None
-    # Three trials on one set of everything upstream.
-    assert len(finished(tried.root, "pretrain")) == 3
+    # Two trials on one set of everything upstream; the better one is finetuned.
+    assert trials_run_here == [2, 1]
+    assert len(finished(tried.root, "pretrain")) == 2
     for stage in ("manifest", "crops", "clusterers", "labels", "cases"):
         assert len(finished(tried.root, stage)) == 1, stage
-    said = capfd.readouterr().out
-    assert "3 trials stand on 1 crops (1 made now), 1 clusterers (1 made now)" in said
+    said = capsys.readouterr().out
+    assert "2 trials stand on 1 crops (1 made now), 1 clusterers (1 made now)" in said
     trials = records.read_all(tried.uri)
-    assert [t.status for t in trials] == ["done"] * 3
-    assert {t.settings["method.phi1"] for t in trials} == {0.1, 0.2, 0.4}
+    assert [t.status for t in trials] == ["done"] * 2, [t.reason for t in trials]
+    assert {t.settings["method.phi1"] for t in trials} == {0.1, 0.4}
     for trial in trials:
         history = json.loads(artifacts.find(trial.pretrain).read("history.json"))  # type: ignore[union-attr]
         assert [e["probe_dice"] for e in history] == [e["objective"] for e in trial.history]
-        assert [e["epoch"] for e in trial.history] == [1, 2]
-    best = max(trials, key=lambda t: t.objective)
-    assert winner.index == best.index
+    assert winner == max(trials, key=lambda t: t.objective)
+    assert [t for t in trials if t.final] == [winner]
     tuned = artifacts.find(winner.final["uri"])
     assert tuned is not None
     assert tuned.parents["pretrain"] == winner.pretrain.rsplit("/", 1)[1]
 
-    # MLflow: a run of the sweep, one below it for each trial, and the winner's finetuning.
+    # MLflow: a run of the sweep, one below it for each trial, and the finetuning.
     runs = runs_of(tried.experiment)
     by_stage: dict[str, list[Any]] = {}
     for run in runs:
         by_stage.setdefault(run.data.tags["logonet.stage"], []).append(run)
     (parent,) = by_stage["sweep"]
     children = by_stage["pretrain"]
-    assert len(children) == 3
+    assert len(children) == 2
     assert {c.data.tags[tracking.PARENT_TAG] for c in children} == {parent.info.run_id}
     assert {c.info.status for c in [*children, parent]} == {"FINISHED"}
     objectives = {c.data.tags["logonet.fingerprint"]: c.data.metrics["objective"] for c in children}
     assert objectives == {t.pretrain.rsplit("/", 1)[1]: t.objective for t in trials}
-    assert parent.data.metrics["best_objective"] == best.objective
+    assert parent.data.metrics["best_objective"] == max(t.objective for t in trials)
     assert len(by_stage["finetune"]) == 1
     lineage = tracking.lineage("models:/logonet-seg-phantom@candidate")
     assert lineage["logonet.sweep_uri"] == tried.uri
     assert lineage["logonet.pretrain"] == winner.pretrain.rsplit("/", 1)[1]
 
     # Again: nothing is computed, nothing doubled.
-    before = {
-        s: versions(f"{tried.root}/{s}") for s in ("pretrain", "crops", "finetune", "sweep/tried/trials")
-    }
+    stages = ("pretrain", "crops", "finetune", "sweep/tried/trials")
+    before = {s: versions(f"{tried.root}/{s}") for s in stages}
     again = searching.run(tried, ONE, Budget())
     assert again == winner
+    assert trials_run_here == [2, 1]
     assert {s: versions(f"{tried.root}/{s}") for s in before} == before
     assert len(runs_of(tried.experiment)) == len(runs)
     page = object_store.read(f"{tried.uri}/report.html").decode()
@@ -161,122 +118,63 @@ def test_trials_share_what_they_have_in_common_and_the_winner_is_registered(
         searching.run(other, ONE, Budget())
 
 
-@pytest.mark.slow
-def test_trials_fail_stop_and_go_on_each_by_itself(bucket: str, scans: str) -> None:
-    """One learns, one diverges, one learns nothing and is stopped; then one is found as a kill would leave it."""
-    space = {
-        "search": {"train.lr": {"choice": [1e-2, 1e-9, 1e30]}},
-        "first": [{"train.lr": 1e-2}, {"train.lr": 1e30}, {"train.lr": 1e-9}],
-    }
+def test_one_trials_failure_is_recorded_and_tried_again(
+    tmp_path: Path, trials_run_here: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials that ended are left alone; one that says "running" was interrupted, and goes on."""
+    space = {"search": {"train.lr": {"grid": [1e-2, 1e30]}}}
     tried = sweep(
-        bucket,
-        scans,
+        str(tmp_path),
+        write_scans(str(tmp_path)),
         space,
-        base=replace(pretraining(epochs=4), probe=None),
-        config=Config(objective="accuracy", grace_epochs=3, reduction=2),
-    )
-    winner = searching.run(tried, ONE, Budget(trials=3), at_once=1)
-    learns, diverges, idles = records.read_all(tried.uri)
-    assert winner == learns
-    assert (learns.status, diverges.status, idles.status) == ("done", "failed", "stopped")
-    assert "lower train.lr" in diverges.reason
-    assert "Traceback" in object_store.read(f"{tried.uri}/trials/0001.error.txt").decode()
-    # Ray frees the workers of a trial that was stopped by and by.
-    for attempt in tenacity.Retrying(stop=tenacity.stop_after_delay(120), wait=tenacity.wait_fixed(1)):
-        with attempt:
-            assert places_held() == 0
-    assert (idles.reason, len(idles.history)) == ("stopped after epoch 3", 3)
-    assert artifacts.find(idles.pretrain) is None
-    statuses = {r.data.tags.get("logonet.sweep.trial"): r.info.status for r in runs_of(tried.experiment)}
-    assert (statuses["0"], statuses["1"], statuses["2"]) == ("FINISHED", "FAILED", "KILLED")
-
-    # A kill in the second epoch: a record that says "running", one checkpoint, no artifact.
-    whole = json.loads(artifacts.find(learns.pretrain).read("history.json"))  # type: ignore[union-attr]
-    oldest = checkpoints.all_of(learns.pretrain)[0]
-    for entry in list(object_store.listing(learns.pretrain)):
-        if not entry.uri.startswith(oldest):
-            object_store.delete(entry.uri)
-    records.write(tried.uri, replace(learns, status="running", history=learns.history[:1]))
-    kept = versions(f"{idles.pretrain}")
-    resumed = searching.run(tried, ONE, Budget(trials=3), at_once=1)
-    assert resumed is not None
-    assert (resumed.index, resumed.status, resumed.pretrain) == (0, "done", learns.pretrain)
-    assert timeless(resumed.history) == timeless(learns.history)
-    again = artifacts.find(learns.pretrain)
-    assert again is not None
-    assert timeless(json.loads(again.read("history.json"))) == timeless(whole)
-    after = records.read_all(tried.uri)
-    assert after[2] == idles, "a trial that had been stopped was touched"
-    assert versions(f"{idles.pretrain}") == kept
-    assert after[1].status == "failed"
-    assert after[1].wall_s > diverges.wall_s, "a failed trial was not tried again"
-
-
-def test_a_trial_that_can_never_fit_is_one_sentence(bucket: str, scans: str) -> None:
-    tried = sweep(bucket, scans, {"search": {"method.phi1": {"grid": [0.1, 0.2]}}})
-    resources = Resources(workers=1, cpus_per_worker=64)
-    with pytest.raises(UserError, match=r"1 workers x 64 CPUs do not fit .* fewer workers"):
-        searching.run(tried, resources, Budget())
-    assert list(object_store.listing(tried.uri)) == [], "a sweep that cannot run was begun"
-    with pytest.raises(UserError, match=r"64 trials of 1 workers do not fit .* --concurrent [123] "):
-        searching.run(tried, ONE, Budget(), at_once=64)
-
-
-def test_a_budget_is_wanted_where_keys_are_drawn(bucket: str, scans: str) -> None:
-    tried = sweep(bucket, scans, {"search": {"method.phi1": {"uniform": [0.1, 0.4]}}})
-    with pytest.raises(UserError, match=r"--budget\.trials"):
-        searching.run(tried, ONE, Budget())
-
-
-@pytest.mark.slow
-def test_a_sweep_out_of_hours_waits_for_more(bucket: str, scans: str) -> None:
-    tried = sweep(
-        bucket,
-        scans,
-        {"search": {"method.phi1": {"grid": [0.1, 0.2]}}},
-        base=replace(pretraining(epochs=6), probe=None),
+        base=replace(pretraining(epochs=2), probe=None),
         config=Config(objective="accuracy", stop_early=False),
     )
-    assert searching.run(tried, ONE, Budget(hours=12 / 3600), at_once=1) is None
-    assert {t.status for t in records.read_all(tried.uri)} == {"waiting"}
-    assert records.state(tried.uri)["spent_s"] >= 12
-    for attempt in tenacity.Retrying(stop=tenacity.stop_after_delay(60), wait=tenacity.wait_fixed(1)):
-        with attempt:
-            assert places_held() == 0
-    assert searching.run(tried, ONE, Budget(hours=12 / 3600), at_once=1) is None, "the hours were over"
-    winner = searching.run(tried, ONE, Budget(), at_once=2)
-    assert winner is not None
-    assert [t.status for t in records.read_all(tried.uri)] == ["done", "done"]
+    learns = searching.run(tried, ONE, Budget())
+    trials = {t.settings["train.lr"]: t for t in records.read_all(tried.uri)}
+    diverges = trials[1e30]
+    assert learns == trials[1e-2]
+    assert learns is not None and learns.status == "done"
+    assert diverges.status == "failed"
+    assert "lower train.lr" in diverges.reason
+    trace = object_store.read(f"{tried.uri}/trials/{diverges.index:04d}.error.txt").decode()
+    assert "Traceback" in trace
+    statuses = {r.data.tags.get("logonet.sweep.trial"): r.info.status for r in runs_of(tried.experiment)}
+    assert (statuses[str(learns.index)], statuses[str(diverges.index)]) == ("FINISHED", "FAILED")
+    # A kill leaves a record that says "running", with the epochs of before.
+    records.write(tried.uri, replace(learns, status="running", history=learns.history[:1]))
+    assert searching.run(tried, ONE, Budget()) is not None
+    assert trials_run_here == [2, 2]
+    after = {t.settings["train.lr"]: t for t in records.read_all(tried.uri)}
+    assert replace(after[1e-2], wall_s=learns.wall_s) == learns
+    assert after[1e30].wall_s > diverges.wall_s, "a failed trial was not tried again"
 
 
-@pytest.mark.slow
-def test_optuna_goes_on_from_what_it_has_learnt(bucket: str, scans: str) -> None:
-    pytest.importorskip("optuna")
-    tried = sweep(
-        bucket,
-        scans,
-        {"search": {"method.phi1": {"uniform": [0.1, 0.4]}, "clusterers.n": {"choice": [2, 3]}}},
-        base=replace(pretraining(epochs=1), probe=None),
-        config=Config(objective="effective_rank", search="optuna"),
-    )
-    searching.run(tried, ONE, Budget(trials=2))
-    first = records.read_all(tried.uri)
-    assert [t.status for t in first] == ["done"] * 2
-    searching.run(tried, ONE, Budget(trials=3))
-    second = records.read_all(tried.uri)
-    assert second[:2] == first
-    assert len(second) == 3
-    assert len({key_of(t.settings) for t in second}) == 3
-    clusterers_tried = {t.settings["clusterers.n"] for t in second}
-    assert len(finished(tried.root, "clusterers")) == len(clusterers_tried)
+def test_a_sweep_out_of_hours_waits_for_more(
+    tmp_path: Path, trials_run_here: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = sweep(str(tmp_path), write_scans(str(tmp_path)), GRID)
+    records.note(tried.uri, spent_s=7200.0)
+    records.write(tried.uri, Trial(0, {"method.phi1": 0.1}, "running"))
+    assert searching.run(tried, ONE, Budget(hours=1)) is None
+    assert trials_run_here == []
+    assert records.read_all(tried.uri)[0].status == "waiting"
+    assert "the 1 hours of the budget are used up" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------- without Ray
+# ---------------------------------------------------------------------------------------- without training
 
 
 def planned(**changes: Any) -> Sweep:
     space = {"search": {"method.phi1": {"grid": [0.1, 0.2]}}}
     return sweep("s3://nowhere", "s3://nowhere/scans", space, **changes)
+
+
+def test_a_budget_is_wanted_where_keys_are_drawn() -> None:
+    drawn = spaces.parse({"search": {"method.phi1": {"uniform": [0.1, 0.4]}}}, "test")
+    tried = replace(planned(), space=drawn)
+    with pytest.raises(UserError, match=r"--budget\.trials"):
+        searching.run(tried, ONE, Budget())
 
 
 def test_halving_remembers_trials_of_calls_before() -> None:
@@ -288,7 +186,7 @@ def test_halving_remembers_trials_of_calls_before() -> None:
         trial_id = "fresh"
 
     def verdict(trials: list[Trial], value: float, epoch: int = 1) -> str:
-        asha: Any = tuning.scheduler(tried, {str(t.index): t for t in trials})
+        asha: Any = tuning.scheduler(tried, trials)
         asha.on_trial_add(None, Fresh)
         return asha.on_trial_result(None, Fresh, {"t": epoch, "objective": value})
 
@@ -302,7 +200,7 @@ def test_halving_remembers_trials_of_calls_before() -> None:
 def test_no_trial_is_stopped_at_its_last_epoch() -> None:
     for epochs in range(2, 10):
         tried = planned(base=pretraining(epochs=epochs), config=Config(reduction=2))
-        asha: Any = tuning.scheduler(tried, {})
+        asha: Any = tuning.scheduler(tried, [])
 
         class One:
             trial_id = "one"
@@ -333,15 +231,15 @@ def test_objectives(name: Any, expected: float) -> None:
     }
     assert objective_of(entry, name) == expected
     assert objective_of({"epoch": 1}, name) is None
-    assert told(entry, name)["t"] == 1
-    assert "t" not in told(entry, name, counts=False), "an epoch of another phase moves no rung"
+    assert tune_result(entry, name)["t"] == 1
+    assert "t" not in tune_result(entry, name, counts=False), "an epoch of another phase moves no rung"
 
 
 def test_the_finetuning_of_a_sweep_is_judged_on_the_pretrainings_split() -> None:
     resolved = settings.resolve(planned(finetuning=replace(finetuning(), split=splits.Config(seed=9))))
     assert resolved.finetuning.split == SPLIT
     assert resolved.finetuning.backbone == {}
-    assert resolved.finetuning.train.validate_every_epochs == 2
+    assert resolved.finetuning.train.validate_every_epochs == 1
     with pytest.raises(UserError, match=r"split\.fold=0"):
         settings.resolve(planned(base=replace(pretraining(), split=replace(SPLIT, fold=None))))
 
@@ -351,44 +249,60 @@ def test_settings_are_never_tried_twice(capsys: pytest.CaptureFixture[str]) -> N
         "s3://nowhere", "s3://nowhere/scans", {"search": {"method.phi1": {"choice": [0.1, 0.2, 0.3]}}}
     )
     trials: dict[str, Trial] = {}
-    found = searching._open(tried, trials, 5)
+    found = searching.open_trials(tried, trials, 5)
     assert sorted(t.settings["method.phi1"] for t in found) == [0.1, 0.2, 0.3]
     assert "3 different settings" in capsys.readouterr().out
     assert [t.index for t in found] == [0, 1, 2]
     done = replace(found[0], status="done")
-    left = searching._open(tried, {key_of(done.settings): done}, 5)
+    left = searching.open_trials(tried, {key_of(done.settings): done}, 5)
     assert [t.index for t in left] == [1, 2]
 
 
-def test_the_place_of_a_controller_that_died_is_given_back(ray_local: None) -> None:
-    """Its machine went, and Train's cleaner with it; places of the living and of the driver stay."""
-    import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
+def test_what_tune_reports_is_recorded(tmp_path: Path) -> None:
+    """Stopped by the scheduler, or lost with its machine; settings that a searcher suggests are new trials."""
+    tried = sweep(str(tmp_path), "/nowhere", {"search": {"method.phi1": {"uniform": [0.1, 0.4]}}})
+    synced: list[Any] = []
+    tracker: Any = SimpleNamespace(sync=synced.append)
+    trials: dict[str, Trial] = {}
+    plan = running.Plan(tried, ONE, ALLOCATION, {}, None)
+    recorder = tuning.Recorder(plan, trials, tracker)
+    stopped, lost = (
+        SimpleNamespace(trial_id=name, config={"method.phi1": phi1}, last_result={})
+        for name, phi1 in (("stopped", 0.2), ("lost", 0.3))
+    )
+    for tuned in (stopped, lost):
+        recorder.on_trial_start(0, [], tuned)
+        entry = {"epoch": 1, "probe_dice": 0.5}
+        recorder.on_trial_result(0, [], tuned, {"pretrain": "s3://out/pretrain/ab"})
+        recorder.on_trial_result(0, [], tuned, tune_result(entry, "probe"))
+        recorder.on_trial_result(0, [], tuned, tune_result({**entry, "probe_dice": 0.6}, "probe"))
+    assert [t.status for t in records.read_all(tried.uri)] == ["running"] * 2
+    recorder.on_trial_complete(0, [], stopped)
+    recorder.on_trial_error(0, [], lost)
+    first, second = records.read_all(tried.uri)
+    assert (first.index, first.settings, first.status) == (0, {"method.phi1": 0.2}, "stopped")
+    assert first.reason == "stopped after epoch 1"
+    assert [e["objective"] for e in first.history] == [0.6], (
+        "an epoch that is reported again replaces the first"
+    )
+    assert first.pretrain == "s3://out/pretrain/ab"
+    assert (second.index, second.status) == (1, "failed")
+    assert "lost 4 times" in second.reason
+    assert synced[-1][-1]["best_objective"] == 0.6
+    assert list(trials.values()) == [first, second]
 
-    @ray.remote(num_cpus=0)
-    class Controller:
-        def place(self) -> str:
-            group = placement_group([{"CPU": 0.01}])
-            ray.get(group.ready())
-            return group.id.hex()
 
-    lives, dies = Controller.remote(), Controller.remote()
-    own = placement_group([{"CPU": 0.01}])
-    kept = {ray.get(lives.place.remote()), own.id.hex()}
-    lost = ray.get(dies.place.remote())
-
-    def held_after_looking() -> set[str]:
-        recorder._free_orphans()
-        return {place.placement_group_id.hex() for place in recorder._places()}
-
-    assert kept | {lost} <= held_after_looking()
-    ray.kill(dies)
-    for attempt in tenacity.Retrying(stop=tenacity.stop_after_delay(30), wait=tenacity.wait_fixed(0.2)):
-        with attempt:
-            assert lost not in held_after_looking()
-    assert kept <= held_after_looking()
-    ray.kill(lives)
-    remove_placement_group(own)
+def test_the_best_so_far_skips_what_was_not_measured() -> None:
+    histories = [[], [0.3], [0.2], [math.nan], [0.5]]
+    trials = [
+        Trial(i, {}, "failed" if not h else "done", history=[{"epoch": 1, "objective": o} for o in h])
+        for i, h in enumerate(histories)
+    ]
+    found = outcome.best_so_far([*trials[::-1], Trial(9, {}, "running")])
+    assert [e["step"] for e in found] == [1, 2, 3, 4, 5]
+    assert math.isnan(found[0]["best_objective"])
+    assert [e["best_objective"] for e in found[1:]] == [0.3, 0.3, 0.3, 0.5]
+    assert outcome.best_so_far([]) == []
 
 
 @pytest.mark.parametrize(
@@ -404,34 +318,126 @@ def test_a_machines_failure_is_not_the_trials(
         raise err
 
     monkeypatch.setattr(running.tune, "report", said.append)
-    monkeypatch.setattr(running.stages, "pretrain", dies)
+    monkeypatch.setattr(running.pipelines, "pretrain", dies)
     monkeypatch.setattr(running, "Report", lambda *_, **__: None)  # it wants a sweep around it
     tried = sweep("/nowhere", "/nowhere/scans", {"search": {"method.phi1": {"grid": [0.1]}}})
-    plan = running.Plan(
-        tried, ONE, cluster.ResourceAllocation(1, False, 1, 1, 1, 1, 3), {}, None, [{"method.phi1": 0.1}]
-    )
+    plan = running.Plan(tried, ONE, ALLOCATION, {}, None, [{"method.phi1": 0.1}])
     with contextlib.nullcontext() if recorded else pytest.raises(trainer.LeaderLost):
         running.run_trial({"place": 0}, plan)
     assert [s["failed"] for s in said] == (["nan"] if recorded else [])
 
 
-def test_as_many_trials_as_fit(ray_local: None) -> None:
-    """The session's Ray has 4 logical CPUs on a machine of fewer or as many cores."""
-    runs, share = cluster.allocate_trials(ONE, most=9)
-    assert runs == min(os.cpu_count() or 1, 3)
-    busy = runs * (share.workers * share.cpus_per_worker + cluster.DRIVER_CPUS)
-    assert 0 < share.cpus_per_data_task <= 4 - busy, "data tasks would wait for ever"
-    assert cluster.allocate_trials(ONE, most=1)[0] == 1
-    assert cluster.allocate_trials(Resources(workers=2), most=9)[0] == 1
+def test_a_trial_is_judged_by_its_finetuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the objective of the search, or to confirm what the search has found."""
+
+    class Stored:
+        def __init__(self, uri: str, history: list[dict[str, Any]]) -> None:
+            self.uri, self.history = uri, history
+
+        def read(self, name: str) -> bytes:
+            return json.dumps(self.history).encode()
+
+    epochs = [{"epoch": 1, "step": 1, "val_dice": 0.4}, {"epoch": 2, "step": 2, "val_dice": 0.7}]
+    said: list[dict[str, Any]] = []
+    started: list[Any] = []
+
+    def pretrain(*args: Any, **options: Any) -> Stored:
+        started.append(options["trial"])
+        return Stored("pretrained", [{"epoch": 1, "step": 1}])
+
+    def finetune(cfg: Any, source: str, *args: Any, **options: Any) -> Stored:
+        assert (cfg.init.weights, source) == ("pretrained", "labelled")
+        return Stored("tuned", epochs)
+
+    monkeypatch.setattr(running.tune, "report", said.append)
+    monkeypatch.setattr(running.pipelines, "pretrain", pretrain)
+    monkeypatch.setattr(running.pipelines, "finetune", finetune)
+    monkeypatch.setattr(running, "Report", lambda *_, **__: None)
+    tried = planned(labelled="labelled", config=Config(objective="finetune"))
+    plan = running.Plan(tried, ONE, ALLOCATION, {}, "parent", [{"method.phi1": 0.1}])
+    running.run_trial({"place": 0}, plan)
+    assert [r["objective"] for r in said if "t" in r] == [0.4, 0.7]
+    assert said[-1] == {"finished": True, "final": {"dice": 0.7, "uri": "tuned"}}
+    assert started[0].tags[tracking.PARENT_TAG] == "parent"
+
+    plan = replace(plan, pretrained=["pretrained"])
+    monkeypatch.setattr(running.artifacts, "find", lambda uri: Stored(uri, []))
+    running.run_trial({"place": 0}, plan)
+    assert said[-1] == {"finished": True, "final": {"dice": 0.7, "uri": "tuned"}}
+    epochs.clear()
+    running.run_trial({"place": 0}, plan)
+    assert said[-1]["failed"] == "finetuning: the finetuning at tuned measured no validation Dice"
+    monkeypatch.setattr(running.artifacts, "find", lambda uri: None)
+    running.run_trial({"place": 0}, plan)
+    assert said[-1]["failed"].startswith("finetuning: pretrained is gone")
 
 
-def test_what_workers_of_a_ray_of_our_own_are_given(ray_local: None) -> None:
-    """Train's watcher over its controller does not miss the dashboard every second; waiting threads do not spin."""
-    import ray
-    from ray.train.v2._internal.execution.controller import placement_group_cleaner
+def test_the_best_are_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    objectives = {0: 0.1, 1: 0.5, 2: 0.4, 3: math.nan}
+    trials = {
+        str(i): Trial(
+            i, {"method.phi1": i / 10}, "done", history=[{"epoch": 1, "objective": o}], pretrain=f"p{i}"
+        )
+        for i, o in objectives.items()
+    }
+    trials["4"] = replace(trials["1"], index=4, status="stopped")
+    trials["2"].final = {"dice": 0.6, "uri": "known"}
+    driven: list[Any] = []
+    monkeypatch.setattr(searching, "drive", lambda plan, recorder, *_: driven.append(plan))
+    plan = running.Plan(planned(), ONE, ALLOCATION, {}, None)
+    for wanted in (0, 1, 3):
+        searching._confirm(plan, trials, SimpleNamespace(), wanted, 1)  # type: ignore[arg-type]
+    assert [plan.pretrained for plan in driven] == [["p1"], ["p1", "p0"]]
+    assert driven[0].settings == [{"method.phi1": 0.1}]
 
-    @ray.remote
-    def look(name: str) -> tuple[int, str | None]:
-        return logging.getLogger(name).getEffectiveLevel(), os.environ.get("GOMP_SPINCOUNT")
 
-    assert ray.get(look.remote(placement_group_cleaner.logger.name)) == (logging.ERROR, "1000")
+def test_optuna_goes_on_from_what_ended_and_what_was_begun() -> None:
+    pytest.importorskip("optuna")
+    sections = [{"k_min": 8, "k_max": 40}, {"k_min": 20, "k_max": 100}]
+    space = {
+        "search": {
+            "method.chain_length": {"grid": [3, 5, 7]},
+            "clusterers": {"choice": sections},
+            "train.lr": {"loguniform": [1e-4, 1e-2]},
+            "crops.per_scan": {"int": [1, 8]},
+        },
+        "first": [{"method.chain_length": 5, "clusterers": sections[0]}, {"method.chain_length": 11}],
+    }
+    tried = sweep("/nowhere", "/nowhere/scans", space, config=Config(search="optuna"))
+
+    def point(lr: float, per_scan: int = 2, section: int = 0) -> dict[str, Any]:
+        return {
+            "method.chain_length": 3,
+            "clusterers": sections[section],
+            "train.lr": lr,
+            "crops.per_scan": per_scan,
+        }
+
+    def ended(index: int, settings: dict[str, Any], objective: float) -> Trial:
+        return Trial(index, settings, "done", history=[{"epoch": 1, "objective": objective}])
+
+    trials = [ended(i, point(10 ** -(2 + i / 10), 1 + i % 8, i % 2), 1 - i / 20) for i in range(12)]
+    begun = Trial(12, point(2e-3), "running")
+    outside = ended(13, point(1.0), 0.9)  # a trial of 'first' may lie outside the ranges
+
+    def suggested(*known: Trial, count: int = 8) -> list[dict[str, Any]]:
+        search = tuning.optuna_search(tried, known)
+        return [search.suggest(str(i)) for i in range(count)]
+
+    found = suggested(*trials, begun, outside)
+    assert found[0] == begun.settings, "what was begun goes on first"
+    assert found[1] == spaces.complete(tried.space, vars_of(tried), tried.space.first[0])
+    assert all(spaces.point(tried.space, {}, settings) == settings for settings in found[2:])
+    assert found == suggested(*trials, begun, outside)
+    assert found[2:] != suggested(*trials[:11], begun, outside)[2:], "it does not learn"
+    assert {type(settings["crops.per_scan"]) for settings in found} == {int}
+    search = tuning.optuna_search(tried, trials)
+    search.suggest("a")
+    search.on_trial_result("a", {"pretrain": "s3://a", "training_iteration": 1})
+    search.on_trial_complete("a", {"objective": 0.5, "training_iteration": 1})
+
+
+def vars_of(tried: Sweep) -> dict[str, Any]:
+    from logonet.core import config
+
+    return config.to_dict(tried.base)

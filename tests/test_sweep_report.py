@@ -19,7 +19,8 @@ from test_report import Page, pixels
 
 from logonet import reporting
 from logonet.core.seeding import rng
-from logonet.sweep import analysis, records
+from logonet.sweep import analysis, outcome, records
+from logonet.sweep import space as spaces
 
 placed = test_report.placed
 NAN = math.nan
@@ -58,7 +59,7 @@ def random(num=24):
     """Six keys of every kind, of which the learning rate decides."""
     g = rng(0, "random sweep")
     ranges = [{"k_min": 8, "k_max": 40}, {"k_min": 20, "k_max": 100}]
-    keys = [M, PHI, LR, "clusterers", "clusterers.n", "backbone"]
+    keys = [M, PHI, LR, "clusterers", "crops.per_scan", "backbone"]
     trials = []
     for i in range(num):
         settings = (
@@ -432,26 +433,38 @@ def test_pictures_of_any_sweep_are_legible_and_the_same_twice(name, placed):
 # ---------------------------------------------------------------------------------------- the page
 
 
-def page(name, **more):
+@pytest.fixture
+def few_forests(monkeypatch):
+    monkeypatch.setattr(analysis, "REPEATS", 2)
+
+
+def page(name, base=None):
+    """The page of a sweep in whose config the settings of trial ``base`` stand."""
     table, history, keys = SWEEPS[name]()
-    html, files = analysis.page(
-        f"Sweep <{name}>",
-        table,
-        history,
-        keys,
-        "probe_dice",
-        "space: a & <b>\n",
-        analysis.best(table),
-        **more,
+    trials = []
+    for row in table.to_dict("records"):
+        entries = history[history["trial"] == row["trial"]][["epoch", "objective"]].to_dict("records")
+        final = {} if math.isnan(row["final_dice"]) else {"dice": row["final_dice"], "uri": "f"}
+        settings = {key: row[key] for key in keys}
+        rest = (row["status"], row["reason"], entries, row["pretrain"], final)
+        trials.append(records.Trial(row["trial"], settings, *rest))
+    spec = replace(
+        test_records.SPEC,
+        name=f"Sweep <{name}>",
+        space={"search": {key: {"grid": [0]} for key in keys}},
+        base={} if base is None else spaces.apply({}, trials[base].settings),
+        source="a & <b>",
     )
+    files = outcome.page(spec, trials)
+    html = files.pop("report.html").decode()
     return Page(html), " ".join(html.split()), files
 
 
-def test_the_page_of_the_grid():
+def test_the_page_of_the_grid(few_forests):
     made, html, files = page("grid", base=0)
     text = " ".join(" ".join(made.text).split())
     # Finetuned Dice of trial 3: 0.8 + 0.1 * 0.53; the runner-up has phi1 0.2, the base setting M = 3.
-    expected = "Trial 3 wins: method.chain_length = 5, method.phi1 = 0.1; finetuned Dice 0.8530 (probe_dice 0.5279), "
+    expected = "Trial 3 wins: method.chain_length = 5, method.phi1 = 0.1; finetuned Dice 0.8530 (probe Dice 0.5279), "
     expected += "0.0020 above the runner-up (trial 4) and 0.0050 above the base setting (trial 0)."
     assert expected in text
     assert "9 trials: 4 run to the end, 4 stopped early, 1 failed." in text
@@ -469,7 +482,7 @@ def test_the_page_of_the_grid():
     for said in (
         "clusterers.k_max <500> is too many",
         "stopped after epoch 2",
-        "space: a & <b>",
+        "source: a & <b>",
         "Sweep <grid>",
     ):
         assert said in text
@@ -515,7 +528,7 @@ def test_the_page_of_the_grid():
         ),
     ],
 )
-def test_pages_of_other_sweeps(name, base, said, files):
+def test_pages_of_other_sweeps(name, base, said, files, few_forests):
     made, _, found = page(name, base=base)
     text = " ".join(" ".join(made.text).split())
     for words in said:

@@ -152,3 +152,47 @@ def progress_bar(total: int, done: int) -> Any:
     bar = tqdm(desc="training", total=total, unit="step")
     bar.update(done)
     return bar
+
+
+# ------------------------------------------------------------------------------------- runs ended from outside
+
+
+def placement_groups(orphans: bool = False) -> list[str]:
+    """Ids of the placement groups that this job holds.
+
+    Ray's public list asks its dashboard, which a Ray of our own does not have; its public table does not say whose
+    a group is.
+
+    Args:
+        orphans: only those whose creator, an actor, has died.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated import gcs_pb2
+
+    job = ray.get_runtime_context().get_job_id()
+    # A group that the driver made (Tune does, for a trial) has no actor as its creator, and counts as without one.
+    no_actor = ray.ActorID.nil().binary()
+    row: Any = vars(gcs_pb2)["PlacementGroupTableData"]  # generated without types
+    groups = map(row.FromString, state._connect_and_get_accessor().get_placement_group_table())
+    held = [group for group in groups if group.creator_job_id.hex() == job and group.state != row.REMOVED]
+    if orphans:
+        held = [group for group in held if group.creator_actor_dead and group.creator_actor_id != no_actor]
+    return [group.placement_group_id.hex() for group in held]
+
+
+def free_placement_groups(orphans: bool = False) -> None:
+    """Remove the `placement_groups` that training runs of this job have left, and so end their workers.
+
+    Ray removes a group when its job and its creator are both gone. A run that was ended from outside (Tune ends only
+    the process that drives a trial) takes its controller with it but not the controller's group, and Ray Train's own
+    cleaner may come late, or have died with the same machine.
+
+    Args:
+        orphans: only groups whose creator has died, as other runs of this job go on.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for group in placement_groups(orphans):
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group))))

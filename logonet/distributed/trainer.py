@@ -23,8 +23,6 @@ from logonet.training.loop import Left, Loop, NoBar, to_tensors
 from logonet.training.schedule import MicroBatches
 from logonet.training.step import Diverged
 
-PLACE = "placement_group"  # what a watched run reports first, see `fit`
-
 
 class LeaderLost(UserError):
     """The process that leads the workers died, which is no fault of the run's: started again it goes on."""
@@ -56,8 +54,7 @@ def fit(
 
     Args:
         dataset: what the data tasks prepare samples from.
-        callbacks: Ray Train callbacks, such as Tune's TuneReportCallback. They get the id of the workers' placement
-            group under PLACE first, then the scalars of each epoch.
+        callbacks: Ray Train callbacks, such as Tune's TuneReportCallback. They get the scalars of each epoch.
 
     Raises:
         UserError: settings that cannot work.
@@ -72,7 +69,7 @@ def fit(
     if job.train.validate_every_epochs and not dataset.validation:
         raise UserError("there are no labelled cases to validate on; set train.validate_every_epochs=0")
     # References in lists: Ray would otherwise put the values themselves into every worker's arguments.
-    config = {"job": job, "dataset": [ray.put(dataset)], "allocation": allocation, "watched": bool(callbacks)}
+    config = {"job": job, "dataset": [ray.put(dataset)], "allocation": allocation}
     elastic = resources.least < resources.most
     num_workers: Any = (resources.least, resources.most) if elastic else allocation.workers
     stop = threading.Event()
@@ -134,7 +131,6 @@ def fit(
 def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     """What Ray Train runs on every worker."""
     import ray.train
-    import ray.util
     from ray.train.torch import get_device
 
     quiet()
@@ -144,10 +140,6 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     allocation: ResourceAllocation = config["allocation"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    if config["watched"]:
-        # Whoever stops this run from outside has to free its place: Ray's own cleaner is not to be relied on.
-        place: Any = ray.util.get_current_placement_group()
-        ray.train.report({PLACE: place.id.hex()})
     torch.set_num_threads(allocation.threads_per_worker)
     tracker = _tracker(job) if rank == 0 else None
     device = get_device()

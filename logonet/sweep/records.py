@@ -12,7 +12,6 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -26,9 +25,9 @@ from logonet.storage import object_store
 SPEC = "sweep.json"
 STATE = "state.json"
 TRIALS = "trials"
-READ_THREADS = 16
 SHOWN_DIFFERENCES = 5
 SHOWN_CHARACTERS = 80
+COLUMNS = ("trial", "status", "reason", "epochs", "objective", "final_dice", "wall_s", "pretrain")
 
 T = TypeVar("T")
 Status = Literal["waiting", "running", "done", "stopped", "failed"]
@@ -76,27 +75,17 @@ class Trial:
         return next((float(v) for v in values if v is not None and math.isfinite(v)), math.nan)
 
     def to_bytes(self) -> bytes:
-        """Strict JSON: where a number is not finite stands null."""
-        values = config.to_dict(self)
-        for part in ("history", "final"):
-            values[part] = _replace(
-                values[part], lambda v: isinstance(v, float) and not math.isfinite(v), None
-            )
-        return _seal(values)
+        return _seal(self)
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Trial:
         """Raises UserError when ``data`` is no trial's record, or one that was damaged; ``where`` names it."""
-        values = _unseal(data, where)
-        for part in ("history", "final"):
-            values[part] = _replace(values.get(part), lambda v: v is None, math.nan)
-        trial = _build(cls, values, where)
+        trial = _unseal(cls, data, where)
+        trial.history, trial.final = _nan_for_null(trial.history), _nan_for_null(trial.final)
         epochs = [entry.get("epoch") for entry in trial.history]
         objectives = [entry.get("objective", 0.0) for entry in trial.history]
         if not all(map(_is_number, [*epochs, *objectives, trial.final.get("dice", 0.0)])):
-            raise UserError(
-                f"{where} is no record of a trial: where a number stands in others it has something else"
-            )
+            raise UserError(f"{where} is no record of a trial: an epoch, objective or Dice is not a number")
         return trial
 
 
@@ -116,9 +105,8 @@ def write(uri: str, trial: Trial) -> None:
 
 def write_traceback(uri: str, index: int, text: str) -> None:
     """Keep what a trial failed with beside its record, in the sweep at ``uri``."""
-    object_store.write(
-        object_store.join(uri, TRIALS, f"{index:04d}.error.txt"), without_secrets(text).encode()
-    )
+    where = object_store.join(uri, TRIALS, f"{index:04d}.error.txt")
+    object_store.write(where, without_secrets(text).encode())
 
 
 def read_all(uri: str) -> list[Trial]:
@@ -126,17 +114,15 @@ def read_all(uri: str) -> list[Trial]:
     prefix = object_store.join(uri, TRIALS)
     names = [object_store.relative(entry.uri, prefix) for entry in object_store.listing(prefix)]
     indices = sorted(int(name.removesuffix(".json")) for name in names if re.fullmatch(r"\d{4,}\.json", name))
-
-    def read(index: int) -> Trial | str:
-        record = _record(uri, index)
-        return _parsed(object_store.read(record), index, record)
-
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        found = list(pool.map(read, indices))
-    for why in found:
-        if isinstance(why, str):
-            log.warning("%s; the trial counts as never tried, its record is kept as *.torn-*", why)
-    return [trial for trial in found if isinstance(trial, Trial)]
+    records = [_record(uri, index) for index in indices]
+    found = map(_parsed, object_store.at_once(object_store.read, records), indices, records)
+    trials = []
+    for trial in found:
+        if isinstance(trial, Trial):
+            trials.append(trial)
+        else:
+            log.warning("%s; the trial counts as never tried, its record is kept as *.torn-*", trial)
+    return trials
 
 
 def table(trials: Sequence[Trial], keys: Sequence[str]) -> pd.DataFrame:
@@ -145,26 +131,22 @@ def table(trials: Sequence[Trial], keys: Sequence[str]) -> pd.DataFrame:
     Columns: trial, status, reason, epochs, objective (the last finite one of the history), final_dice, wall_s,
     pretrain, then one for each of ``keys``: scalars as they are, lists and mappings as compact JSON.
     """
+
+    def cell(value: Any) -> Any:
+        return json.dumps(value, separators=(",", ":")) if isinstance(value, list | dict) else value
+
     rows = [
         {
+            **vars(trial),
             "trial": trial.index,
-            "status": trial.status,
-            "reason": trial.reason,
             "epochs": int(trial.history[-1]["epoch"]) if trial.history else 0,
             "objective": trial.objective,
             "final_dice": float(trial.final.get("dice", math.nan)),
-            "wall_s": trial.wall_s,
-            "pretrain": trial.pretrain,
-            **{key: _cell(trial.settings.get(key)) for key in keys},
+            **{key: cell(trial.settings.get(key)) for key in keys},
         }
         for trial in trials
     ]
-    columns = ["trial", "status", "reason", "epochs", "objective", "final_dice", "wall_s", "pretrain"]
-    return pd.DataFrame(rows, columns=[*columns, *keys])
-
-
-def _cell(value: Any) -> Any:
-    return json.dumps(value, separators=(",", ":")) if isinstance(value, list | dict) else value
+    return pd.DataFrame(rows, columns=[*COLUMNS, *keys])
 
 
 def _record(uri: str, index: int) -> str:
@@ -231,19 +213,15 @@ def claim(uri: str, spec: Spec) -> None:
         UserError: when another sweep has that name, saying what differs.
     """
     if not object_store.exists(object_store.join(uri, SPEC)):
-        object_store.write(object_store.join(uri, SPEC), _seal(config.to_dict(spec)))
+        object_store.write(object_store.join(uri, SPEC), _seal(spec))
         return
-    old, new = _flat(config.to_dict(read_spec(uri))), _flat(config.to_dict(spec))
-    keys = [
-        key
-        for key in [*old, *(k for k in new if k not in old)]
-        if old.get(key, _UNSET) != new.get(key, _UNSET)
-    ]
-    if not keys:
+    old, new = (_flat(config.to_dict(s)) for s in (read_spec(uri), spec))
+    changed = [k for k in {**old, **new} if k not in old or k not in new or old[k] != new[k]]
+    if not changed:
         return
-    said = [f"{key} was {_text(old, key)}, now {_text(new, key)}" for key in keys[:SHOWN_DIFFERENCES]]
-    if len(keys) > SHOWN_DIFFERENCES:
-        said.append(f"and {len(keys) - SHOWN_DIFFERENCES} more")
+    said = [f"{k} was {_shown(old, k)}, now {_shown(new, k)}" for k in changed[:SHOWN_DIFFERENCES]]
+    if len(changed) > SHOWN_DIFFERENCES:
+        said.append(f"and {len(changed) - SHOWN_DIFFERENCES} more")
     raise UserError(
         f"the sweep at {uri} was begun with other settings: {', '.join(said)}; "
         "give --name another name, or the old settings"
@@ -259,27 +237,22 @@ def read_spec(uri: str) -> Spec:
     record = object_store.join(uri, SPEC)
     if not object_store.exists(record):
         raise UserError(f"{uri} holds no sweep ({SPEC} is missing); give the root and name of one")
-    data = object_store.read(record)
     try:
-        return _build(Spec, _unseal(data, record), record)
+        return _unseal(Spec, object_store.read(record), record)
     except UserError as err:
         # Not absence: whatever this call asks for, the trials beside it may have been tried for something else.
         raise UserError(f"{err}; begin another sweep with --name, or restore the file") from None
-
-
-_UNSET = object()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys of nested mappings."""
     out: dict[str, Any] = {}
     for key, value in values.items():
-        inner = isinstance(value, Mapping)
-        out |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return out
 
 
-def _text(values: Mapping[str, Any], key: str) -> str:
+def _shown(values: Mapping[str, Any], key: str) -> str:
     text = json.dumps(values[key]) if key in values else "unset"
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
 
@@ -287,12 +260,14 @@ def _text(values: Mapping[str, Any], key: str) -> str:
 # ------------------------------------------------------------------------------------------------- sealing
 
 
-def _seal(values: dict[str, Any]) -> bytes:
+def _seal(record: Trial | Spec) -> bytes:
+    """Strict JSON with a checksum; null stands for a number that is not finite."""
+    values = json.loads(json.dumps(config.to_dict(record)), parse_constant=lambda _: None)
     sealed = values | {"checksum": config.fingerprint(values)}
     return (json.dumps(sealed, indent=2, allow_nan=False) + "\n").encode()
 
 
-def _unseal(data: bytes, where: str) -> dict[str, Any]:
+def _unseal(cls: type[T], data: bytes, where: str) -> T:
     try:
         values = config.parse_json(data)
     except ValueError:  # UnicodeDecodeError too
@@ -301,20 +276,15 @@ def _unseal(data: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where} is no record of a sweep")
     if values.pop("checksum") != config.fingerprint(values):
         raise UserError(f"{where} does not match its own checksum")
-    return values
-
-
-def _build(cls: type[T], values: dict[str, Any], where: str) -> T:
     try:
         return config.from_dict(cls, values)
     except UserError as err:
         raise UserError(f"{where} is no record of this version of logonet: {err}") from None
 
 
-def _replace(value: Any, which: Any, by: Any) -> Any:
-    """``value`` with every leaf that ``which`` holds for replaced."""
+def _nan_for_null(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _replace(v, which, by) for k, v in value.items()}
+        return {k: _nan_for_null(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_replace(v, which, by) for v in value]
-    return by if which(value) else value
+        return [_nan_for_null(v) for v in value]
+    return math.nan if value is None else value

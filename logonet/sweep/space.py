@@ -11,14 +11,15 @@ A space is YAML. Keys are dotted config keys of a pretraining, or whole sections
     first:                                        # tried before any other; keys left out keep the config's value
       - {method.chain_length: 5}
 
-Settings are a mapping of such keys to values. A point is the same for a Ray Tune searcher, which knows scalars
-only: of a listed value it holds the place in the list.
+Settings are a mapping of such keys to values.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,12 @@ class Key:
     def listed(self) -> bool:
         return self.sort in LISTS
 
+    def holds(self, value: Any) -> bool:
+        """Whether ``value`` is one of those listed, or a number in the range."""
+        if self.listed:
+            return value in self.values
+        return _is_number(value, self.sort) and self.values[0] <= value <= self.values[1]
+
 
 @dataclass(frozen=True)
 class Space:
@@ -75,10 +82,10 @@ def read(text: str, source: str) -> Space:
     """The space of a YAML file; ``source`` names it in errors.
 
     Raises:
-        UserError: anything that is not a space, in one sentence.
+        UserError: the file is not a space, in one sentence.
     """
     values = config.read_yaml(text, source)
-    if repeated := _repeated(yaml.compose(text, Loader=yaml.SafeLoader)):  # PyYAML keeps the last, silently
+    if repeated := _repeated(yaml.compose(text, Loader=yaml.SafeLoader)):  # PyYAML silently keeps the last
         raise UserError(f"{source} gives '{repeated}' twice; keep one of them")
     return parse(values, source)
 
@@ -91,26 +98,29 @@ def parse(values: Mapping[str, Any], source: str) -> Space:
     search = values.get("search")
     if not isinstance(search, Mapping) or not search:
         raise UserError(f"{source} searches nothing; give 'search:' a mapping of config keys to their values")
-    space = Space(tuple(_key(path, sort, source) for path, sort in search.items()))
-    _refuse_overlap(space.paths, source)
+    space = Space(tuple(_key(path, spec, source) for path, spec in search.items()))
+    for path, other in itertools.permutations(space.paths, 2):
+        if other.startswith(f"{path}."):
+            raise UserError(
+                f"{source} searches both '{path}' and '{other}', which is part of it; put the values of "
+                f"'{other.removeprefix(path)[1:]}' into those of '{path}', or search its keys one by one"
+            )
     if (cells := grid_size(space)) > MAX_GRID:
         raise UserError(
             f"the grid of {source} has {cells} cells, more than {MAX_GRID}; make some keys a choice instead"
         )
-    return Space(space.keys, _first(values.get("first"), space.paths, source))
+    return Space(space.keys, _first(values.get("first") or [], space.paths, source))
 
 
 def _repeated(node: yaml.Node | None) -> str:
-    """The first key that a mapping of the document gives twice, or ''."""
-    children: list[yaml.Node] = []
+    """A key that a mapping of the document gives twice, or ''."""
+    children = node.value if isinstance(node, yaml.SequenceNode) else []
     if isinstance(node, yaml.MappingNode):
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for name, count in names.most_common(1):
+            if count > 1:
                 return name
         children = [value for _, value in node.value]
-    elif isinstance(node, yaml.SequenceNode):
-        children = node.value
     return next(filter(None, map(_repeated, children)), "")
 
 
@@ -140,8 +150,7 @@ def _listed(values: Any, where: str) -> tuple[Any, ...]:
 
 
 def _ends(values: Any, sort: str, where: str) -> tuple[Any, ...]:
-    number = int if sort == "int" else int | float
-    if not isinstance(values, list) or len(values) != 2 or not all(_is(v, number) for v in values):
+    if not isinstance(values, list) or len(values) != 2 or not all(_is_number(v, sort) for v in values):
         what = "whole numbers" if sort == "int" else "numbers"
         raise UserError(f"{where} must be {sort} between two {what}, [low, high], not {text(values)}")
     low, high = values
@@ -149,16 +158,17 @@ def _ends(values: Any, sort: str, where: str) -> tuple[Any, ...]:
         raise UserError(f"{where} goes from {low} to {high}; the first end must be below the second")
     if sort == "loguniform" and low <= 0:
         raise UserError(f"{where} is loguniform from {low}; a logarithm needs a first end above 0")
-    # Floats, so that an integer config key, which no draw would suit, is refused by `check`.
+    # Floats, so that `check` refuses the range for an integer config key, which hardly any draw would suit.
     return (low, high) if sort == "int" else (float(low), float(high))
 
 
-def _is(value: Any, number: Any) -> bool:
-    return isinstance(value, number) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any, sort: str) -> bool:
+    kind = int if sort == "int" else int | float
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _refuse_odd(value: Any, where: str) -> None:
-    """Dates, NaN and keys that are no text: YAML has them, a trial's record could not give them back."""
+    """Refuse dates, NaN and keys that are not text: YAML has them, but a trial's record could not give them back."""
     try:
         same = json.loads(json.dumps(value, allow_nan=False)) == value
     except (TypeError, ValueError):
@@ -167,18 +177,7 @@ def _refuse_odd(value: Any, where: str) -> None:
         raise UserError(f"{where} holds {value!r}; use numbers, text, true, false, null, lists and mappings")
 
 
-def _refuse_overlap(paths: list[str], source: str) -> None:
-    for path in paths:
-        for other in paths:
-            if other.startswith(f"{path}."):
-                raise UserError(
-                    f"{source} searches both '{path}' and '{other}', which is part of it; put the values of "
-                    f"'{other.removeprefix(path)[1:]}' into those of '{path}', or search its keys one by one"
-                )
-
-
 def _first(entries: Any, paths: list[str], source: str) -> tuple[Settings, ...]:
-    entries = entries or []
     if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
         raise UserError(f"'first' of {source} must be a list of mappings of searched keys to values")
     for place, entry in enumerate(entries, 1):
@@ -210,9 +209,9 @@ def apply(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any
 def check(space: Space, base: Mapping[str, Any], resolve: Callable[[dict[str, Any]], Any]) -> None:
     """Refuse what no trial could run: a key that does not exist, a value that suits no trial.
 
-    Every listed value and both ends of every range are laid on ``base`` one at a time, and where one does not go
-    alone (a k_min above the base's k_max) in some drawn combinations. Other combinations may still be
-    invalid; such a trial fails when it is tried.
+    Every listed value and both ends of every range are applied to ``base`` one at a time. A value that fails alone
+    (a k_min above the base's k_max) is tried in some drawn combinations. Other combinations may still be invalid;
+    such a trial fails when it is tried.
 
     Args:
         base: the config that the trials vary.
@@ -221,30 +220,24 @@ def check(space: Space, base: Mapping[str, Any], resolve: Callable[[dict[str, An
     Raises:
         UserError: naming the key and the value, and why.
     """
+
+    def problem(settings: Settings) -> str:
+        try:
+            resolve(apply(base, settings))
+        except UserError as err:
+            return str(err)
+        return ""
+
     resolve(dict(base))
     for key in space.keys:
         for value in key.values:
-            alone = _why_not(apply(base, {key.path: value}), resolve)
-            if alone is not None and not _goes_with_others(space, key.path, value, base, resolve):
+            alone = problem({key.path: value})
+            drawn = (draw(space, len(space.first) + place, seed=0) for place in range(COMBINATIONS))
+            if alone and all(problem({**settings, key.path: value}) for settings in drawn):
                 raise UserError(f"search key '{key.path}' with value {text(value)}: {alone}")
     for place, settings in enumerate(space.first, 1):
-        if (why := _why_not(apply(base, settings), resolve)) is not None:
+        if why := problem(settings):
             raise UserError(f"entry {place} of 'first': {why}")
-
-
-def _goes_with_others(
-    space: Space, path: str, value: Any, base: Mapping[str, Any], resolve: Callable[[dict[str, Any]], Any]
-) -> bool:
-    drawn = (draw(space, len(space.first) + place, seed=0) for place in range(COMBINATIONS))
-    return any(_why_not(apply(base, {**settings, path: value}), resolve) is None for settings in drawn)
-
-
-def _why_not(cfg: dict[str, Any], resolve: Callable[[dict[str, Any]], Any]) -> str | None:
-    try:
-        resolve(cfg)
-    except UserError as err:
-        return str(err)
-    return None
 
 
 def complete(space: Space, base: Mapping[str, Any], settings: Mapping[str, Any]) -> Settings:
@@ -252,30 +245,30 @@ def complete(space: Space, base: Mapping[str, Any], settings: Mapping[str, Any])
 
     A key that the config lacks stays out. The config that results is the same.
     """
-    cfg = apply(base, settings)
-    out: Settings = {}
+    cfg, out = apply(base, settings), {}
     for key in space.keys:
-        if key.path in settings:
-            out[key.path] = settings[key.path]
-        elif (held := _held(cfg, key)) is not _ABSENT:
-            out[key.path] = held
+        # The listed value that changes nothing, such as a part of the section, or else what is there.
+        same = [value for value in key.values if key.listed and apply(cfg, {key.path: value}) == cfg]
+        found = [settings[key.path]] if key.path in settings else [*same, *_held(cfg, key.path)]
+        if found:
+            out[key.path] = found[0]
     return out
 
 
-_ABSENT = object()
-
-
-def _held(cfg: Mapping[str, Any], key: Key) -> Any:
-    """The listed value that changes nothing in ``cfg``, such as the part of a section, else what is there."""
-    for value in key.values if key.listed else ():
-        if apply(cfg, {key.path: value}) == cfg:
-            return value
+def _held(cfg: Mapping[str, Any], path: str) -> list[Any]:
+    """What ``cfg`` holds at ``path``, in a list, which is empty where it holds nothing."""
     held: Any = cfg
-    for name in key.path.split("."):
+    for name in path.split("."):
         if not isinstance(held, Mapping) or name not in held:
-            return _ABSENT
+            return []
         held = held[name]
-    return held
+    return [held]
+
+
+def point(space: Space, base: Mapping[str, Any], settings: Mapping[str, Any]) -> Settings | None:
+    """`complete` settings as a searcher takes them, or None where they lie outside the space."""
+    full = complete(space, base, settings)
+    return full if all(key.path in full and key.holds(full[key.path]) for key in space.keys) else None
 
 
 # ------------------------------------------------------------------------------------------------ drawing
@@ -324,52 +317,6 @@ def _drawn(key: Key, index: int, seed: int) -> Any:
     return float(np.clip(np.exp(rng.uniform(np.log(low), np.log(high))), low, high))
 
 
-# --------------------------------------------------------------------------------------- Ray Tune's searchers
-
-
-def domains(space: Space) -> dict[str, Any]:
-    """The space as Ray Tune's searchers (Optuna) take it; ``decode`` makes settings of their points."""
-    from ray import tune
-
-    def domain(key: Key) -> Any:
-        if key.listed:
-            return tune.choice(list(range(len(key.values))))
-        low, high = key.values
-        if key.sort == "int":
-            return tune.randint(low, high + 1)
-        return tune.uniform(low, high) if key.sort == "uniform" else tune.loguniform(low, high)
-
-    return {key.path: domain(key) for key in space.keys}
-
-
-def decode(space: Space, point: Mapping[str, Any]) -> Settings:
-    """The settings that a searcher's point stands for."""
-    out: Settings = {}
-    for key in space.keys:
-        value = point[key.path]
-        if key.listed:
-            out[key.path] = key.values[value]
-        else:
-            out[key.path] = int(value) if key.sort == "int" else float(value)
-    return out
-
-
-def encode(space: Space, settings: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The searcher's point of ``settings`` on ``base``, or None where it lies outside the space."""
-    full = complete(space, base, settings)
-    point = {key.path: _coded(key, full.get(key.path)) for key in space.keys if key.path in full}
-    return None if len(point) < len(space.keys) or None in point.values() else point
-
-
-def _coded(key: Key, value: Any) -> int | float | None:
-    if key.listed:
-        return key.values.index(value) if value in key.values else None
-    low, high = key.values
-    if not _is(value, int if key.sort == "int" else int | float) or not low <= value <= high:
-        return None
-    return value
-
-
 # ------------------------------------------------------------------------------------------------ showing
 
 
@@ -378,8 +325,7 @@ def describe(space: Space) -> str:
     width = max(map(len, space.paths))
     lines = []
     for key in space.keys:
-        texts = [text(value) for value in key.values]
-        what = ", ".join(texts) if key.listed else f"{texts[0]} to {texts[1]}"
+        what = (", " if key.listed else " to ").join(map(text, key.values))
         lines.append(f"{key.path:<{width}}  {key.sort:<10}  {what}")
     lines += [f"{'first':<{width}}  {text(settings)}" for settings in space.first]
     return "\n".join(lines)

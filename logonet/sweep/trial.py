@@ -1,6 +1,6 @@
-"""One trial: a pretraining, and where that is the objective a finetuning, as Ray Tune runs it.
+"""One trial as Ray Tune runs it: a pretraining, then a finetuning if that is the objective.
 
-It runs in a process of its own that only waits; the workers it starts have resources of their own.
+A trial has a process of its own, which only waits; the workers that it starts have resources of their own.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from logonet.sweep.outcome import Objective
 from logonet.sweep.settings import Sweep, pretraining_of
 from logonet.sweep.space import Settings
 
-CONTROLLER = "controller"  # of the workers' group; beside train.PLACE
+MEASURED = {"probe": "probe_dice", "effective_rank": "effective_rank", "finetune": "val_dice"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a trial needs to know. Plain data, so that it travels.
+    """What a trial needs to know. Plain data, so that it can be sent to other processes.
 
     Attributes:
-        share: the part of the cluster a trial gets.
-        known: epochs that are recorded of trials that did not come to an end, by `key_of` their settings.
+        share: the part of the cluster that a trial gets.
+        known: recorded epochs of trials that did not come to an end, by `key_of` their settings.
         parent: id of the sweep's MLflow run, or None when the server was away.
-        settings: of the trials that are known beforehand.
+        settings: of the trials, if they are known beforehand.
+        pretrained: URIs of what to finetune, one for each of ``settings``; empty for the search itself.
         upstream: an actor that makes what trials share, one thing at a time, for searches that decide as they go.
     """
 
@@ -51,12 +52,12 @@ class Plan:
     known: Mapping[str, list[dict[str, Any]]]
     parent: str | None
     settings: Sequence[Settings] = ()
+    pretrained: Sequence[str] = ()
     upstream: Any = None
 
     def settings_of(self, point: Mapping[str, Any]) -> Settings:
-        if "place" in point:
-            return self.settings[point["place"]]
-        return spaces.decode(self.sweep.space, point)
+        """The settings of a trial by its Tune config: a place among the known ones, or what a searcher suggests."""
+        return self.settings[point["place"]] if "place" in point else dict(point)
 
 
 def key_of(settings: Settings) -> str:
@@ -68,96 +69,82 @@ def objective_of(entry: Mapping[str, Any], name: Objective) -> float | None:
     if name == "accuracy":
         value = entry.get("accuracy", math.nan) - entry.get("accuracy_floor", math.nan)
     else:
-        measured = {"probe": "probe_dice", "effective_rank": "effective_rank", "finetune": "val_dice"}
-        value = entry.get(measured[name], math.nan)
+        value = entry.get(MEASURED[name], math.nan)
     return float(value) if math.isfinite(value) else None
 
 
-def told(entry: Mapping[str, Any], name: Objective, counts: bool = True) -> dict[str, Any]:
-    """An epoch as Tune hears of it. ``counts``: it belongs to the phase that the objective is measured in."""
+def tune_result(entry: Mapping[str, Any], name: Objective, counts: bool = True) -> dict[str, Any]:
+    """An epoch as it is reported to Tune. ``counts``: it belongs to the phase that the objective is measured in."""
     value = objective_of(entry, name) if counts else None
     known = {} if value is None else {"objective": value}
     return {"entry": {**entry, **known}, **({"t": entry["epoch"], **known} if counts else {})}
 
 
 class Report(TuneReportCallback):
-    """Sends every epoch of a training run to Tune."""
+    """Reports every epoch of a training run to Tune."""
 
     def __init__(self, name: Objective, counts: bool) -> None:
         super().__init__()
         self.name, self.counts = name, counts
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        said = metrics[0]
-        if trainer.PLACE in said:  # before the first epoch; this runs in the actor that controls the workers
-            controller = ray.get_runtime_context().current_actor
-            said = {**said, CONTROLLER: ray.cloudpickle.dumps(controller).hex()}
-        else:
-            said = told(said, self.name, self.counts)
-        super().after_report(run_context, [said], checkpoint)
+        super().after_report(run_context, [tune_result(metrics[0], self.name, self.counts)], checkpoint)
 
 
 def run_trial(point: Mapping[str, Any], plan: Plan) -> None:
-    """What Tune runs for each trial: a pretraining, and where that is the objective a finetuning."""
-    settings, name = plan.settings_of(point), plan.sweep.config.objective
-    tunes = name == "finetune"
+    """What Tune runs for each trial. A failure is reported with its reason, so that the other trials go on."""
+    settings = plan.settings_of(point)
     try:
-        for entry in plan.known.get(key_of(settings), ()):  # what the scheduler heard before it died
-            tune.report(told(entry, name))
-        cfg = pretraining_of(spaces.apply(config.to_dict(plan.sweep.base), settings))
-        if plan.upstream is not None:
-            ray.get(plan.upstream.make.remote(cfg))
-        artifact = pipelines.pretrain(
-            cfg,
-            plan.sweep.source,
-            plan.sweep.root,
-            RayExecutor(plan.resources, plan.share, [Report(name, counts=not tunes)]),
-            plan.sweep.experiment,
-            labelled=plan.sweep.labelled,
-            trial=_within(plan, settings, starts=True),
-        )
-        history = json.loads(artifact.read("history.json"))
-        final: dict[str, Any] = {}
-        if tunes:
-            history, final = _finetuned(plan, settings, artifact, [Report(name, counts=True)])
-        # Again, since a run that had ended before says nothing; the scheduler takes an epoch once.
-        for entry in history:
-            tune.report(told(entry, name))
+        if plan.pretrained:
+            uri = plan.pretrained[point["place"]]
+            artifact = artifacts.find(uri)
+            if artifact is None:
+                raise UserError(f"{uri} is gone; run the sweep again under another name")
+            _, final = _finetune(plan, settings, artifact)
+        else:
+            final = _pretrain(plan, settings)
         tune.report({"finished": True, "final": final})
     except trainer.LeaderLost:
-        raise  # a machine's failure, not the trial's: Tune starts it anew, and it goes on
+        raise  # a machine's failure, not the trial's: Tune starts the trial anew, and it goes on
     except Exception as err:
-        # One trial's failure is its own: it is recorded with its reason, the others go on.
-        tune.report({"failed": _reason(err), "trace": traceback.format_exc()})
+        last = str(err).strip().splitlines()[-1:]
+        reason = user_sentence(err) or ": ".join([type(err).__name__, *last])
+        prefix = "finetuning: " if plan.pretrained else ""
+        tune.report({"failed": f"{prefix}{reason}", "trace": traceback.format_exc()})
 
 
-def confirm_trial(point: Mapping[str, Any], plan: Plan, uris: Sequence[str]) -> None:
-    """Finetune what a trial has pretrained."""
-    place = point["place"]
-    try:
-        artifact = artifacts.find(uris[place])
-        if artifact is None:
-            raise UserError(f"{uris[place]} is gone; run the sweep again under another name")
-        _, final = _finetuned(plan, plan.settings[place], artifact, [])
-        tune.report({"finished": True, "final": final})
-    except trainer.LeaderLost:
-        raise  # a machine's failure, not the trial's: Tune starts it anew, and it goes on
-    except Exception as err:
-        tune.report({"failed": f"finetuning: {_reason(err)}", "trace": traceback.format_exc()})
-
-
-def _within(plan: Plan, settings: Settings, *, starts: bool = False) -> pipelines.Trial:
-    tags = {"logonet.sweep": plan.sweep.uri, "logonet.sweep.settings": json.dumps(settings)}
-    if plan.parent is not None and starts:
-        tags[tracking.PARENT_TAG] = plan.parent
-    return pipelines.Trial(
-        started=(lambda uri: tune.report({"pretrain": uri})) if starts else None,
-        tags=tags,
+def _pretrain(plan: Plan, settings: Settings) -> dict[str, Any]:
+    """A trial of the search. Returns what `_finetune` does where a finetuning is the objective, else {}."""
+    sweep, name = plan.sweep, plan.sweep.config.objective
+    for entry in plan.known.get(key_of(settings), ()):  # the scheduler of this call has not seen them
+        tune.report(tune_result(entry, name))
+    cfg = pretraining_of(spaces.apply(config.to_dict(sweep.base), settings))
+    if plan.upstream is not None:
+        ray.get(plan.upstream.make.remote(cfg))
+    artifact = pipelines.pretrain(
+        cfg,
+        sweep.source,
+        sweep.root,
+        RayExecutor(plan.resources, plan.share, [Report(name, counts=name != "finetune")]),
+        sweep.experiment,
+        labelled=sweep.labelled,
+        trial=pipelines.Trial(
+            started=lambda uri: tune.report({"pretrain": uri}),
+            tags=_tags(plan, settings) | ({} if plan.parent is None else {tracking.PARENT_TAG: plan.parent}),
+        ),
     )
+    history: list[dict[str, Any]] = json.loads(artifact.read("history.json"))
+    final: dict[str, Any] = {}
+    if name == "finetune":
+        history, final = _finetune(plan, settings, artifact, [Report(name, counts=True)])
+    # Again, since a run that had ended before reports nothing; the scheduler takes an epoch once.
+    for entry in history:
+        tune.report(tune_result(entry, name))
+    return final
 
 
-def _finetuned(
-    plan: Plan, settings: Settings, pretrained: Artifact, callbacks: Sequence[Any]
+def _finetune(
+    plan: Plan, settings: Settings, pretrained: Artifact, callbacks: Sequence[Any] = ()
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The finetuning's history, and {"dice": its best validation Dice, "uri"}."""
     cfg = plan.sweep.finetuning
@@ -167,7 +154,7 @@ def _finetuned(
         plan.sweep.root,
         RayExecutor(plan.resources, plan.share, callbacks),
         plan.sweep.experiment,
-        trial=_within(plan, settings),
+        trial=pipelines.Trial(tags=_tags(plan, settings)),
     )
     history = json.loads(artifact.read("history.json"))
     step = training.best_step(history)
@@ -177,10 +164,8 @@ def _finetuned(
     return history, {"dice": best, "uri": artifact.uri}
 
 
-def _reason(err: BaseException) -> str:
-    """One line; the traceback is kept beside the trial's record."""
-    last = str(err).strip().splitlines()[-1:]
-    return user_sentence(err) or ": ".join([type(err).__name__, *last])
+def _tags(plan: Plan, settings: Settings) -> dict[str, str]:
+    return {"logonet.sweep": plan.sweep.uri, "logonet.sweep.settings": json.dumps(settings)}
 
 
 @ray.remote(num_cpus=0)

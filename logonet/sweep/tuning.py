@@ -1,4 +1,4 @@
-"""Ray Tune: who goes on, who is stopped, what is tried next."""
+"""Ray Tune: it starts trials, stops them early and suggests settings. The driver writes down what trials report."""
 
 from __future__ import annotations
 
@@ -7,53 +7,59 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
+from logonet import tracking
 from logonet.core import config, seeding
 from logonet.core.errors import UserError
-from logonet.distributed import cluster
-from logonet.sweep import records
+from logonet.distributed import cluster, ray_compat
+from logonet.pipelines.stage import say
+from logonet.sweep import outcome, records
 from logonet.sweep import space as spaces
-from logonet.sweep.recorder import LOST_TRIALS, Recorder
+from logonet.sweep.outcome import MEASURES
 from logonet.sweep.records import Trial
 from logonet.sweep.settings import Sweep
-from logonet.sweep.trial import Plan
+from logonet.sweep.space import Space
+from logonet.sweep.trial import Plan, key_of, run_trial
 
+LOST_TRIALS = 3  # how often a trial is started anew when its machine is lost
+LOOK_FOR_ORPHANS_S = 2.0
 TUNE_SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial's first word is where it writes
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial first reports where it writes
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the old one keeps silent when told to
 }
 
 
-def drive(fn: Any, plan: Plan, recorder: Recorder, trials: int, runs: int, left_s: float) -> None:
-    """Let Tune drive ``trials`` trials, ``runs`` at a time."""
+def drive(plan: Plan, recorder: Recorder, trials: int, runs: int, left_s: float = math.inf) -> None:
+    """Let Tune drive ``trials`` trials, ``runs`` at a time, for ``left_s``."""
     for name, value in TUNE_SETTINGS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    cfg = plan.sweep.config
-    decides = cfg.search == "optuna" and not recorder.confirms
-    began, spent_s = time.monotonic(), records.state(plan.sweep.uri).get("spent_s", 0.0)
+    sweep, known = plan.sweep, len(plan.settings) > 0
+    began, spent_s = time.monotonic(), records.state(sweep.uri).get("spent_s", 0.0)
     tuner = tune.Tuner(
-        # A trial's process only waits; its workers have resources of their own, counted by cluster.shares.
-        tune.with_resources(fn, {"CPU": cluster.DRIVER_CPUS}),
-        param_space={} if decides else {"place": tune.grid_search(list(range(trials)))},
+        # A trial's process only waits; its workers have resources of their own, counted by allocate_trials.
+        tune.with_resources(tune.with_parameters(run_trial, plan=plan), {"CPU": cluster.DRIVER_CPUS}),
+        param_space={"place": tune.grid_search(list(range(trials)))} if known else {},
         tune_config=tune.TuneConfig(
-            num_samples=trials if decides else 1,
+            num_samples=1 if known else trials,
             max_concurrent_trials=runs,
-            search_alg=_optuna(plan, recorder) if decides else None,
-            scheduler=FIFOScheduler() if recorder.confirms else scheduler(plan.sweep, recorder.trials),
+            search_alg=None if known else optuna_search(sweep, recorder.trials.values()),
+            scheduler=FIFOScheduler() if plan.pretrained else scheduler(sweep, recorder.trials.values()),
             time_budget_s=None if math.isinf(left_s) else left_s,
         ),
         run_config=tune.RunConfig(
-            name=f"{plan.sweep.name}-{time.time_ns():x}",
+            name=f"{sweep.name}-{time.time_ns():x}",
             storage_path=f"{tempfile.gettempdir()}/logonet-ray-tune",
             callbacks=[recorder],
             failure_config=tune.FailureConfig(max_failures=LOST_TRIALS),
@@ -62,25 +68,103 @@ def drive(fn: Any, plan: Plan, recorder: Recorder, trials: int, runs: int, left_
     )
     try:
         tuner.fit()
-        recorder.free_all()  # what still ran when the time was up
+        ray_compat.free_placement_groups()  # those of trials that ran when the time was up
     finally:
-        records.note(plan.sweep.uri, spent_s=round(spent_s + time.monotonic() - began, 1))
+        records.note(sweep.uri, spent_s=round(spent_s + time.monotonic() - began, 1))
 
 
-@dataclass(frozen=True)
-class _Ended:
-    """As much of a trial as a scheduler looks at."""
-
-    trial_id: str
+# ----------------------------------------------------------------------------------------------- recording
 
 
-def scheduler(sweep: Sweep, trials: Mapping[str, Trial]) -> TrialScheduler:
+class Recorder(tune.Callback):
+    """Writes down, in the driver, all that trials report."""
+
+    def __init__(self, plan: Plan, trials: dict[str, Trial], tracker: tracking.Tracker) -> None:
+        self.plan, self.trials, self.tracker = plan, trials, tracker
+        self.began: dict[str, float] = {}
+        self.looked = time.monotonic()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune saves its callbacks; all that this one knows is in the records
+
+    def _of(self, tuned: Any) -> Trial:
+        settings = self.plan.settings_of(tuned.config)
+        index = 1 + max((t.index for t in self.trials.values()), default=-1)
+        return self.trials.setdefault(key_of(settings), Trial(index, dict(settings)))
+
+    def _write(self, trial: Trial, said: str = "") -> None:
+        records.write(self.plan.sweep.uri, trial)
+        if said:
+            say(f"trial {trial.index}", said)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        mine = self._of(trial)
+        self.began[trial.trial_id] = time.monotonic() - mine.wall_s
+        if not self.plan.pretrained:
+            mine.status, mine.reason = "running", ""
+            self._write(mine)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        mine, said = self._of(trial), ""
+        mine.wall_s = round(time.monotonic() - self.began[trial.trial_id], 1)
+        mine.pretrain = result.get("pretrain", mine.pretrain)
+        mine.final = result.get("final") or mine.final
+        if "failed" in result:
+            mine.reason = result["failed"]
+            records.write_traceback(self.plan.sweep.uri, mine.index, result["trace"])
+        if "t" in result:
+            entry, known = result["entry"], {e["epoch"]: e for e in mine.history}
+            if entry["epoch"] not in known:
+                sweep, value = self.plan.sweep, entry.get("objective")
+                said = f"epoch {entry['epoch']}/{sweep.epochs}  {MEASURES[sweep.config.objective]} "
+                said += "not measured" if value is None else f"{value:.4f}"
+                said += f"  {outcome.settings_text(mine.settings)}"
+            mine.history = sorted((known | {entry["epoch"]: entry}).values(), key=lambda e: e["epoch"])
+        self._write(mine, said)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() - self.looked > LOOK_FOR_ORPHANS_S:
+            self.looked = time.monotonic()
+            ray_compat.free_placement_groups(orphans=True)  # or the next trial would wait for their CPUs
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        mine, result = self._of(trial), trial.last_result or {}
+        if self.plan.pretrained:
+            dice = mine.final.get("dice")
+            self._write(mine, mine.reason if dice is None else f"finetuned: validation Dice {dice:.4f}")
+            return
+        if "failed" in result:
+            mine.status = "failed"
+        elif result.get("finished"):
+            mine.status = "done"
+        else:  # by the scheduler; Tune reports nothing of trials that run when the time is up
+            mine.status, mine.reason = "stopped", f"stopped after epoch {mine.history[-1]['epoch']}"
+        self._write(mine, f"{mine.status}  {mine.reason}".rstrip())
+        self.tracker.sync(outcome.best_so_far(list(self.trials.values())))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        # The trial's own failures are results; this is a machine that was lost too often.
+        mine = self._of(trial)
+        mine.reason = (
+            f"the process that drove it was lost {LOST_TRIALS + 1} times; the same command tries again"
+        )
+        if not self.plan.pretrained:
+            mine.status = "failed"
+        self._write(mine, f"failed  {mine.reason}")
+
+
+# ------------------------------------------------------------------------------- early stopping, suggestions
+
+
+def scheduler(sweep: Sweep, trials: Iterable[Trial]) -> TrialScheduler:
     """Successive halving that knows the trials that ended in calls before."""
     cfg = sweep.config
     # The last rung lies before the last epoch: a trial stopped there would be lost for nothing.
     if not cfg.stop_early or sweep.epochs <= cfg.grace_epochs:
         return FIFOScheduler()
-    asha = ASHAScheduler(
+    asha: Any = ASHAScheduler(
         time_attr="t",
         metric="objective",
         mode="max",
@@ -89,17 +173,17 @@ def scheduler(sweep: Sweep, trials: Mapping[str, Trial]) -> TrialScheduler:
         reduction_factor=cfg.reduction,
         stop_last_trials=False,
     )
-    for trial in trials.values():
+    for trial in trials:
         if trial.ended:
-            ended: Any = _Ended(f"ended-{trial.index}")
-            asha.on_trial_add(None, ended)  # type: ignore[arg-type]
+            ended = SimpleNamespace(trial_id=f"ended-{trial.index}")  # all that the scheduler looks at
+            asha.on_trial_add(None, ended)
             for entry in trial.history:
-                heard = {"t": entry["epoch"], **{k: entry[k] for k in ("objective",) if k in entry}}
-                asha.on_trial_result(None, ended, heard)  # type: ignore[arg-type]
+                measured = {"objective": entry["objective"]} if "objective" in entry else {}
+                asha.on_trial_result(None, ended, {"t": entry["epoch"], **measured})
     return asha
 
 
-def _optuna(plan: Plan, recorder: Recorder) -> Any:
+def optuna_search(sweep: Sweep, trials: Iterable[Trial]) -> Any:
     """Optuna's sampler, told of every trial that ended, and asked to go on with those that did not."""
     try:
         import optuna
@@ -107,27 +191,42 @@ def _optuna(plan: Plan, recorder: Recorder) -> Any:
     except ImportError:
         raise UserError("--search optuna wants the package optuna; pip install 'logonet[optuna]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sweep, base = plan.sweep, config.to_dict(plan.sweep.base)
-    points = {key: spaces.encode(sweep.space, t.settings, base) for key, t in recorder.trials.items()}
-    ended = [key for key, t in recorder.trials.items() if t.ended]
-    first = [spaces.encode(sweep.space, settings, base) for settings in sweep.space.first]
-    open_points = [p for key, p in points.items() if key not in ended]
-    untried = [p for p in first if p not in points.values()]
 
     class Search(OptunaSearch):
         def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-            if "objective" in result:  # a trial's first word is where it writes
+            if "objective" in result:  # a trial first reports where it writes
                 super().on_trial_result(trial_id, result)
 
+    point = partial(spaces.point, sweep.space, config.to_dict(sweep.base))
+    tried = [(trial, point(trial.settings)) for trial in trials]
+    todo = [p for trial, p in tried if not trial.ended]
+    todo += [p for p in map(point, sweep.space.first) if p not in [known for _, known in tried]]
+    ended = [(trial.objective, p) for trial, p in tried if trial.ended]
     search = Search(
-        space=OptunaSearch.convert_search_space(spaces.domains(sweep.space)),
+        space=distributions(sweep.space),
         metric="objective",
         mode="max",
-        points_to_evaluate=[p for p in open_points + untried if p is not None] or None,
+        points_to_evaluate=[p for p in todo if p is not None] or None,
         seed=seeding.integer(sweep.config.seed, "optuna", len(ended)) % 2**31,
     )
-    for key in ended:
-        value = recorder.trials[key].objective
-        if not math.isnan(value) and (point := points[key]) is not None:
-            search.add_evaluated_point(point, value)
+    for objective, p in ended:
+        if p is not None and not math.isnan(objective):
+            search.add_evaluated_point(p, objective)
     return search
+
+
+def distributions(space: Space) -> dict[str, Any]:
+    """The space as Optuna knows it."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    ranges: dict[str, Any] = {
+        "int": IntDistribution,
+        "uniform": FloatDistribution,
+        "loguniform": partial(FloatDistribution, log=True),
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Choices for a categorical")  # lists and mappings, fine in memory
+        return {
+            key.path: CategoricalDistribution(key.values) if key.listed else ranges[key.sort](*key.values)
+            for key in space.keys
+        }
