@@ -60,7 +60,7 @@ def launch(root: Path, job: list[str], address: str | None = None) -> subprocess
     env = chaos.clean_environment(LOGONET_HOME=str(root / "home"))
     if address is not None:
         env["RAY_ADDRESS"] = address
-    return chaos.launch(command, str(root.parent / f"{root.name}.log"), env, str(REPO))
+    return chaos.launch(command, str(root.parent / f"{root.name}.log"), env=env, cwd=REPO)
 
 
 def finish(process: subprocess.Popen[bytes], root: Path) -> tuple[list[dict[str, Any]], str]:

@@ -377,7 +377,7 @@ class TrackingServer:
         """Without waiting: tracking must bear that."""
         # Its own worker processes, for jobs that nobody gives it, cost a gigabyte.
         env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        self.process = launch(self.command, self.log, {**os.environ, **env})
+        self.process = launch(self.command, self.log, env={**os.environ, **env})
 
     def kill(self) -> int:
         kill(self.process)
@@ -410,15 +410,11 @@ class Disk:
         if not self.mounted:
             os.chmod(self.path, 0o500)
             return "read-only"
-        with open(os.path.join(self.path, BALLAST), "wb") as ballast:
-            size, piece = 0, 1 << 20
-            while piece >= 4096:
-                try:
-                    os.posix_fallocate(ballast.fileno(), size, piece)
-                    size += piece
-                except OSError:
-                    piece //= 2
-        return f"{size >> 20} MiB of ballast"
+        with open(os.path.join(self.path, BALLAST), "wb", buffering=0) as ballast:
+            with contextlib.suppress(OSError):
+                while ballast.write(bytes(1 << 16)):
+                    pass
+            return f"{ballast.tell() >> 20} MiB of ballast"
 
     def free(self) -> None:
         if self.mounted:
@@ -569,7 +565,8 @@ class Chaos:
 
     def start(self, stage: Stage, root: str) -> subprocess.Popen[bytes]:
         words = command(stage, self.cfg, root, f"chaos-{stage}-{os.path.basename(root)}")
-        return launch(words, f"{self.cfg.dir}/{stage}.log", {**os.environ, "RAY_ADDRESS": self.ray.address})
+        env = {**os.environ, "RAY_ADDRESS": self.ray.address}
+        return launch(words, f"{self.cfg.dir}/{stage}.log", env=env)
 
     def undisturbed(self, stage: Stage) -> tuple[dict[str, str], float]:
         """Outcome and seconds of the command that nothing is done to; kept, and run only once."""

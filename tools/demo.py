@@ -11,6 +11,7 @@ import html
 import io
 import os
 import runpy
+import shlex
 import sys
 import time
 from typing import Any
@@ -39,13 +40,12 @@ class Shell:
     def __init__(self) -> None:
         self.typed: list[str] = []
 
-    def run(self, *words: str) -> None:
-        script = words[0].endswith(".py")
-        self.typed.append(" ".join(["python", *words] if script else words))
-        print(f"\n$ {self.typed[-1]}", flush=True)
-        sys.argv = list(words)
-        if script:
-            runpy.run_path(os.path.join(REPOSITORY, words[0]), run_name="__main__")
+    def run(self, line: str) -> None:
+        self.typed.append(line)
+        print(f"\n$ {line}", flush=True)
+        sys.argv = shlex.split(line.removeprefix("python "))
+        if line.startswith("python "):
+            runpy.run_path(os.path.join(REPOSITORY, sys.argv[0]), run_name="__main__")
         else:
             cli.main()
 
@@ -102,35 +102,17 @@ S3 data     logonet s3 serve --dir {os.path.join(folder, "s3")}""")
 
 def stages(shell: Shell, workers: int) -> dict[str, Artifact]:
     """Every stage from scans to label maps; the artifacts by stage."""
-    common = [
-        "--root",
-        f"{BUCKET}/runs",
-        "--workers",
-        str(workers),
-        "--object-store-mb",
-        str(OBJECT_STORE_MB),
-    ]
-    recipe = ["--recipe", "demo", "--data", f"{BUCKET}/scans/"]
-    made = {}
-    shell.run("jobs/pretrain.py", *recipe, *common)
-    made["pretrain"] = newest("pretrain")
-    shell.run("jobs/finetune.py", *recipe, *common, "--init", made["pretrain"].uri)
+    resources = f"--workers {workers} --object-store-mb {OBJECT_STORE_MB}"
+    recipe = f"--recipe demo --data {BUCKET}/scans/ --root {BUCKET}/runs {resources}"
+    shell.run(f"python jobs/pretrain.py {recipe}")
+    made = {"pretrain": newest("pretrain")}
+    shell.run(f"python jobs/finetune.py {recipe} --init {made['pretrain'].uri}")
     made["finetune"] = newest("finetune")
-    shell.run("jobs/evaluate.py", "--model", made["finetune"].uri, *common)
+    shell.run(f"python jobs/evaluate.py --model {made['finetune'].uri} --root {BUCKET}/runs {resources}")
     made["evaluation"] = newest("evaluation")
-    shell.run("logonet", "register", made["evaluation"].uri, "--task", "phantom", "--alias", "champion")
-    shell.run(
-        "jobs/predict.py",
-        *["--model", "models:/logonet-seg-phantom@champion", "--input", f"{BUCKET}/new/imagesTr/"],
-        *[
-            "--output",
-            f"{BUCKET}/segmented/",
-            "--workers",
-            str(workers),
-            "--object-store-mb",
-            str(OBJECT_STORE_MB),
-        ],
-    )
+    shell.run(f"logonet register {made['evaluation'].uri} --task phantom --alias champion")
+    scans = f"--input {BUCKET}/new/imagesTr/ --output {BUCKET}/segmented/"
+    shell.run(f"python jobs/predict.py --model models:/logonet-seg-phantom@champion {scans} {resources}")
     return made
 
 

@@ -196,20 +196,11 @@ class S3Server:
             return False
 
 
-def launch(
-    command: Sequence[str], log: str, env: dict[str, str] | None = None, cwd: str | None = None
-) -> subprocess.Popen[bytes]:
+def launch(command: Sequence[str], log: str, **options: Any) -> subprocess.Popen[bytes]:
     """A process in a group of its own, so that a Ctrl-C is ours to handle; its output is appended to ``log``."""
     with open(log, "ab") as out:
-        return subprocess.Popen(
-            command,
-            cwd=cwd,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
+        options |= {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "start_new_session": True}
+        return subprocess.Popen(command, **options)
 
 
 def store_python() -> str:
