@@ -19,13 +19,14 @@ from typing import Any
 
 import tyro
 from _measure import Cores, machine, markdown, sentence
-from logonet.pipelines.common import options
 
 from logonet import methods, networks, pipelines, recipes, training
 from logonet.data import phantom
-from logonet.distributed import cluster, trainer
+from logonet.distributed import cluster
 from logonet.distributed.cluster import Resources
+from logonet.distributed.executor import RayExecutor
 from logonet.methods import DataSpec
+from logonet.pipelines.stage import options
 from logonet.planning import hardware, measuring, planner, sizes, speed
 from logonet.training import dataset, schedule
 
@@ -73,9 +74,7 @@ def main(args: Args) -> None:
             if args.constants:
                 with open(args.constants, "wb") as file:
                     file.write(known.to_json())
-            up = pipelines.upstream(
-                cfg, os.path.join(root, "scans"), root, cluster.allocate(Resources(workers=2))
-            )
+            up = pipelines.upstream(cfg, os.path.join(root, "scans"), root, RayExecutor(Resources(workers=2)))
             rows = [run(cfg, work, known, up, root, n) for n in args.workers]
     report(rows)
     print(json.dumps({"about": about, "date": datetime.date.today().isoformat(), "rows": rows}))
@@ -90,14 +89,13 @@ def run(
     n: int,
 ) -> dict[str, Any]:
     """One run, and what was predicted of it."""
-    share = cluster.allocate(Resources(workers=n))
     order = schedule.SampleSchedule(len(up.crops), cfg.train.global_batch, 0, cfg.train.steps_per_epoch)
     method_cfg = methods.config(cfg.method["name"], options(cfg.method))
-    feed = dataset.TrainingDataset(up.crops, up.labels_PNZ, cfg.method["name"], method_cfg, order)
+    feed = dataset.TrainingDataset(cfg.method["name"], method_cfg, order, up.crops, up.labels_PNZ)
     facts: DataSpec = up.facts
     job = training.Job(os.path.join(root, f"run-{n}"), "0" * 16, cfg.backbone, cfg.method, cfg.train, facts)
     with Cores() as cores:
-        history = trainer.fit(job, feed, Resources(workers=n), share)["history"]
+        history = RayExecutor(Resources(workers=n)).train(job, feed)["history"]
     first, last = history
     got = min(cores.between(first["unix_s"], last["unix_s"]), os.cpu_count() or 1)
     here = hardware.this_machine()

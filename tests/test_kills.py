@@ -230,7 +230,7 @@ def test_no_checkpoint_is_torn_before_there_is_one(toy: Callable[..., Any]) -> N
 def test_a_run_that_never_ends_well_ends(
     toy: Callable[..., Any], tmp_path: Path, mode: str, ended: list[int]
 ) -> None:
-    done = toy(mode, limit_s=3.0 if mode == "stuck" else 60.0)
+    done = toy(mode, limit_s=1.5 if mode == "stuck" else 60.0)
     assert not done.equal
     assert done.statuses == ended
     chaos.Disk(str(tmp_path / "pretrain" / "run-0")).close()
