@@ -323,7 +323,7 @@ class Raylets:
                 "dashboard_port": free_ports(),
             }
             try:
-                self._add(head_cpus, temp_dir=self.temp, **dashboard)
+                self._add(head_cpus, **dashboard)
                 self.nodes = [self._add(2) for _ in range(nodes)]
             except BaseException:
                 self.stop()
