@@ -34,7 +34,7 @@ sweep: setup     ## the paper's Table 14 on phantoms: 9 trials, killed with SIGK
 chaos: setup     ## 20 kills of every stage, compared with the undisturbed run; goes on where it was
 	$(BIN)/logonet chaos
 
-test: setup      ## the default tests: CPU only, under 12 minutes on 2 cores
+test: setup      ## the default tests: CPU only, under 10 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: setup  ## also the slow ones
@@ -56,10 +56,11 @@ test-cuda: setup ## wants a GPU
 fuzz: setup      ## damaged scans, lists, settings, weights and checkpoints: a sentence or quarantine, never more
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fuzz -rP tests/test_fuzz.py
 
-lint: setup      ## ruff and mypy
+lint: setup      ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # Strict: a package that the advisory service does not know is a failure, not a pass.
 AUDIT := --strict --no-deps --disable-pip --progress-spinner off
@@ -80,5 +81,5 @@ docs: $(VENV)/.done ## the site, in site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:           ## environments, caches and the demo's folder
-	rm -rf $(VENV) $(STORE) .venv-audit demo-run sweep-run site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(STORE) .venv-audit demo-run sweep-run chaos-run site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,8 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from logonet.data import crop_shards, cropping, manifest, phantom
-from logonet.distributed import data_tasks
+from logonet.data import crop_shards, cropping, manifest, phantom, preparing
 from logonet.storage import object_store
 
 # For a benchmark that starts Ray and the embedded S3 server. Ray makes its workers yield to all else (niceness 15):
@@ -67,7 +66,7 @@ def phantom_crops(
     for entry in object_store.listing(f"{uri}/scans/imagesTr"):
         row = manifest.inspect(manifest.Source(entry.uri))
         assert isinstance(row, manifest.Scan), row
-        answer = data_tasks._CutScan(cfg, f"{uri}/crops", {})(row)
+        answer = preparing.CutScan(cfg, f"{uri}/crops", {})(row)
         assert isinstance(answer, list), answer
         refs += answer
     return crop_shards.CropTable(f"{uri}/crops", cfg.size_vox, 1, tuple(refs))

@@ -3,8 +3,8 @@
     python benchmarks/faults.py [--rate 0.05] [--turns 3] [--scans 8] [--passes 3]
 
 The embedded S3 server behind the tests' proxy (tests/faultproxy.py), a local Ray, phantoms of 112^3. A turn cuts
-every scan into crops of 96^3 (`data.cut_scans`: stat, read, write) and reads every crop ``passes`` times as
-training does (`data.batches`) and once as the clusterers do (`data.sample_slices`). Sound and faulty turns take turns
+every scan into crops of 96^3 (`preparing.cut_scans`) and reads every crop ``passes`` times as
+training does (`feed.batches`) and once as clusterers do (`fitting.sample_slices`). Sound and faulty turns take turns
 in one run, through the same proxy, in the order that alternates: a busy machine slows both alike. Faults are
 those of `faultproxy.KINDS`, each as likely as another: 503, 403, resets before and within replies, lost replies, stalls
 of 5 s before and within them, truncated bodies with the whole or the cut length, inverted bytes, wrong ETags, error
@@ -29,8 +29,10 @@ from typing import Any
 from _measure import machine, markdown, sentence
 
 from logonet import methods
-from logonet.data import crop_shards, cropping, manifest, phantom
-from logonet.distributed import cluster, data_tasks
+from logonet.clustering import fitting
+from logonet.data import crop_shards, cropping, manifest, phantom, preparing
+from logonet.distributed import cluster, feed
+from logonet.distributed.executor import RayExecutor
 from logonet.storage import object_store
 from logonet.training import dataset, schedule
 from tools.s3server import S3Server
@@ -46,29 +48,27 @@ MB = 1e6
 
 
 def turn(
-    scans: list[manifest.Scan], cfg: cropping.Config, uri: str, passes: int, share: Any
+    scans: list[manifest.Scan], cfg: cropping.Config, uri: str, passes: int, executor: RayExecutor
 ) -> dict[str, Any]:
     """Seconds and MB of cutting and reading, and a digest of every crop."""
     import ray
 
     began = time.perf_counter()
-    refs, bad = data_tasks.cut_scans(scans, cfg, uri, share)
+    refs, bad = preparing.cut_scans(scans, cfg, uri, executor)
     cut_s = time.perf_counter() - began
     assert not bad, bad
     table = crop_shards.CropTable(uri, cfg.size_vox, 1, tuple(refs))
     order = schedule.SampleSchedule(len(table), global_batch=4, seed=0)
     config = methods.config(METHOD, {})
-    feed = [ray.put(dataset.TrainingDataset(table, None, METHOD, config, order))]
-    steps = passes * order.steps_per_pass
+    ref = [ray.put(dataset.TrainingDataset(METHOD, config, order, table))]
+    positions = schedule.MicroBatches(order, 4, 0, passes * order.steps_per_pass)
     began = time.perf_counter()
     seen = 0
-    for batch in data_tasks.batches(
-        feed, start_step=0, stop_step=steps, rank=0, world=1, batch_size=4, share=share
-    ):
+    for batch in feed.batches(ref, positions, executor.allocation):
         seen += len(next(iter(batch.values())))
     read_s = time.perf_counter() - began
     began = time.perf_counter()
-    slices_ST = data_tasks.sample_slices(table, len(table) * SIDE, 0, share)
+    slices_ST = fitting.sample_slices(table, len(table) * SIDE, 0, executor)
     sample_s = time.perf_counter() - began
     crop_mb = 2 * SIDE**3 / MB
     return {
@@ -111,13 +111,13 @@ def main() -> None:
             assert len(scans) == args.scans, answers
             resources = cluster.Resources(workers=1, object_store_mb=300)
             with cluster.connected(resources, logs=False):
-                share = cluster.allocate(resources)
-                turn(scans[:2], cfg, f"{BUCKET}/warm", 1, share)  # starts Ray's workers
+                executor = RayExecutor(resources)
+                turn(scans[:2], cfg, f"{BUCKET}/warm", 1, executor)  # starts Ray's workers
                 for n in range(args.turns):
                     for kind in ("sound", "faulty")[:: 1 if n % 2 == 0 else -1]:
                         proxy.rate, proxy.seed = (args.rate if kind == "faulty" else 0.0), n
                         before = len(proxy.requests)
-                        done[kind].append(turn(scans, cfg, f"{BUCKET}/{kind}-{n}", args.passes, share))
+                        done[kind].append(turn(scans, cfg, f"{BUCKET}/{kind}-{n}", args.passes, executor))
                         proxy.rate = 0.0
                         if kind == "faulty":
                             met = proxy.requests[before:]

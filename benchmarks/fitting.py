@@ -31,11 +31,12 @@ import tyro
 from sklearn.cluster import MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 
-from logonet.clustering import kmeans
+from logonet.clustering import fitting, kmeans
 from logonet.clustering.pseudo_labels import Labeller
 from logonet.core import seeding
 from logonet.data import crop_shards, cropping, volume
-from logonet.distributed import cluster, data_tasks
+from logonet.distributed import cluster
+from logonet.distributed.executor import RayExecutor
 from logonet.storage import object_store
 from tools.s3server import S3Server
 
@@ -69,7 +70,7 @@ def main(args: Args) -> None:
 
 
 def measure(args: Args, table: crop_shards.CropTable) -> dict[str, Any]:
-    share = cluster.allocate(cluster.Resources(workers=1))
+    executor = RayExecutor(cluster.Resources(workers=1))
     cfg = kmeans.Config(
         n=args.clusterers,
         k_min=args.k_min,
@@ -78,12 +79,12 @@ def measure(args: Args, table: crop_shards.CropTable) -> dict[str, Any]:
         max_slices=args.slices,
     )
     counts = kmeans.cluster_counts(cfg)
-    slices_ST = data_tasks.sample_slices(table, cfg.max_slices, cfg.seed, share)
+    slices_ST = fitting.sample_slices(table, cfg.max_slices, cfg.seed, executor)
     turns: dict[str, list[tuple[float, float]]] = {}
     labels: dict[str, np.ndarray] = {}
     # Ray's workers import what they need before anything is timed.
     warm = dataclasses.replace(cfg, n=2 * CORES, iterations=1)
-    data_tasks.fit_clusterers(slices_ST, warm, "s3://fitting/warm", share, note=lambda *_: None)
+    fitting.fit_clusterers(slices_ST, warm, "s3://fitting/warm", executor, note=lambda *_: None)
     watch = _measure.StoreWatch()
     with watch, _measure.Cores() as cores:
         for number in range(args.rounds):
@@ -97,7 +98,7 @@ def measure(args: Args, table: crop_shards.CropTable) -> dict[str, Any]:
                 turns,
                 cores,
                 "fitting, Ray tasks",
-                lambda uri: data_tasks.fit_clusterers(slices_ST, cfg, uri, share, note=lambda *_: None),
+                lambda uri: fitting.fit_clusterers(slices_ST, cfg, uri, executor, note=lambda *_: None),
                 f"s3://fitting/fits-{number}",
             )
             for a, b in zip(alone, tasks):
@@ -106,7 +107,7 @@ def measure(args: Args, table: crop_shards.CropTable) -> dict[str, Any]:
             fitted = kmeans.ClustererSet.from_fitted(alone, {})
             labeller = Labeller(fitted)
             labels["tasks"] = take(
-                turns, cores, "labelling, Ray actors", data_tasks.label_crops, table, fitted, share
+                turns, cores, "labelling, Ray actors", fitting.label_crops, table, fitted, executor
             )
             labels["alone"] = take(
                 turns,
@@ -124,7 +125,7 @@ def measure(args: Args, table: crop_shards.CropTable) -> dict[str, Any]:
         "turns": turns,
         "slices": len(slices_ST),
         "crops": len(table),
-        "tasks_at_once": int(share.cpus / share.cpus_per_task),
+        "tasks_at_once": int(executor.allocation.cpus / executor.allocation.cpus_per_task),
         "product_flop": products,
         "flop_per_s": product_rate(rows, slices_ST.shape[1], max(counts)),
         "sample_bytes": slices_ST.nbytes,

@@ -8,8 +8,8 @@ Every way starts from gzipped NIfTI in the embedded S3 server and ends with crop
 that would train. They take turns in one run, on scans that none has seen: every turn has a fresh folder for what it
 keeps, and every process has done one scan before.
 
-ours: `data.cut_scans` (read and verify, decode, check, cut, store the crops in the bucket with their checksums) and
-then `data.batches` (read and verify, draw masks, stack, through Ray's object store). Later epochs are the second part.
+ours: `preparing.cut_scans` (read, verify, decode, check, cut, store the crops in the bucket with their checksums) and
+then `feed.batches` (read and verify, draw masks, stack, through Ray's object store). Later epochs are the second part.
 bare: one process a core; GET, gunzip, nibabel, NumPy and SciPy, the same crops bit for bit (checked), sent through a
 pipe. Nothing is verified and nothing is kept, so every epoch costs the same.
 MONAI: DataLoader with one process a core on a PersistentDataset of an equivalent chain; its first epoch gets
@@ -45,8 +45,10 @@ import tyro
 
 from logonet import methods, training
 from logonet.core import seeding
-from logonet.data import crop_shards, cropping, manifest, phantom, volume
-from logonet.distributed import cluster, data_tasks
+from logonet.data import crop_shards, cropping, manifest, phantom, preparing, volume
+from logonet.distributed import cluster, feed
+from logonet.distributed.executor import RayExecutor
+from logonet.pipelines import preparation
 from logonet.storage import object_store
 from logonet.training import dataset, schedule
 from tools.s3server import S3Server
@@ -140,21 +142,22 @@ def make_scan(args: Args, number: int) -> bytes:
 def feed_of(table: crop_shards.CropTable, batch: int) -> dataset.TrainingDataset:
     labels_PNZ = np.zeros((len(table), LABELS, table.size_vox[2]), np.int16)
     order = schedule.SampleSchedule(len(table), batch, seed=0)
-    return dataset.TrainingDataset(
-        table, labels_PNZ, "masked_clusters", methods.config("masked_clusters"), order
-    )
+    method_cfg = methods.config("masked_clusters")
+    return dataset.TrainingDataset("masked_clusters", method_cfg, order, table, labels_PNZ)
 
 
 class Ours:
     def __init__(self, args: Args, cfg: cropping.Config) -> None:
         self.args, self.cfg = args, cfg
-        share = cluster.allocate(cluster.Resources(workers=1))
+        resources = cluster.Resources(workers=1)
+        allocation = cluster.allocate(resources)
         # No step runs here, so all processors may feed.
-        self.share = dataclasses.replace(share, cpus_per_data_task=share.cpus_per_task)
+        allocation = dataclasses.replace(allocation, cpus_per_data_task=allocation.cpus_per_task)
+        self.executor = RayExecutor(resources, allocation)
         self.table: crop_shards.CropTable | None = None
 
     def cut(self, scans: list[manifest.Scan], uri: str) -> int:
-        refs, bad = data_tasks.cut_scans(scans, self.cfg, uri, self.share)
+        refs, bad = preparing.cut_scans(scans, self.cfg, uri, self.executor)
         assert not bad, bad
         self.table = crop_shards.CropTable(uri, self.cfg.size_vox, 1, tuple(refs))
         return len(refs)
@@ -164,16 +167,10 @@ class Ours:
         import ray
 
         assert self.table is not None
-        feed = feed_of(self.table, self.args.batch)
-        arrays = data_tasks.batches(
-            [ray.put(feed)],
-            start_step=0,
-            stop_step=feed.order.steps_per_pass,
-            rank=0,
-            world=1,
-            batch_size=self.args.batch,
-            share=self.share,
-        )
+        of_epoch = feed_of(self.table, self.args.batch)
+        order = of_epoch.schedule
+        positions = schedule.MicroBatches(order, self.args.batch, 0, order.steps_per_pass)
+        arrays = feed.batches([ray.put(of_epoch)], positions, self.executor.allocation)
         return sum(len(batch["image"]) for batch in training.to_tensors(arrays, torch.device("cpu")))
 
 
@@ -263,7 +260,7 @@ def measure(
     started = time.perf_counter()
     sources = [manifest.Source(u) for u in uris]
     with _measure.StoreWatch() as import_watch:
-        scans = data_tasks.inspect_scans(sources, ours.share)
+        scans = preparation.inspect_scans(sources, ours.executor)
     import_s = time.perf_counter() - started
     table = [s for s in scans if isinstance(s, manifest.Scan)]
     assert len(table) == len(uris), [s for s in scans if isinstance(s, manifest.Quarantined)]
@@ -366,17 +363,17 @@ def floors(cfg: cropping.Config, uri: str) -> dict[str, float]:
     }
     row = manifest.inspect(manifest.Source(uri))
     assert isinstance(row, manifest.Scan), row
-    cut = data_tasks._CutScan(cfg, "s3://ingest/floors", {})
+    cut = preparing.CutScan(cfg, "s3://ingest/floors", {})
     refs = cut(row)
     assert isinstance(refs, list), refs
-    feed = feed_of(crop_shards.CropTable("s3://ingest/floors", cfg.size_vox, 1, tuple(refs)), len(refs))
+    floor = feed_of(crop_shards.CropTable("s3://ingest/floors", cfg.size_vox, 1, tuple(refs)), len(refs))
     work |= {
         "a scan, bare loop, without Ray or pipe": (
             len(raw),
             lambda: bare_scan((uri, modality, row.scan_id, cfg)),
         ),
         "a scan, ours, cut and kept, without Ray": (len(raw), lambda: cut(row)),
-        "a scan, ours, fed, without Ray": (len(raw), lambda: [feed.sample(0, i) for i in range(len(refs))]),
+        "a scan, ours, fed, without Ray": (len(raw), lambda: floor.rows([(0, i) for i in range(len(refs))])),
     }
     if (spacing_mm := cfg.spacing_mm) is not None:
         new = volume.resample(decoded, spacing_mm)

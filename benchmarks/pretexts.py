@@ -24,6 +24,7 @@ from logonet import pipelines, recipes, reporting, training
 from logonet.data import cropping, prepared_scans, splits
 from logonet.distributed import cluster
 from logonet.distributed.cluster import Resources
+from logonet.distributed.executor import RayExecutor
 from logonet.inference import sliding_window, statistics
 from logonet.pipelines.finetuning import Init
 from logonet.storage.artifacts import Artifact
@@ -121,7 +122,7 @@ def pretrained(args: Args, run: Run, root: str) -> Artifact | None:
         train=replace(base.train, epochs=args.epochs, batch_size=8, lr=1e-3),
         probe=linear_probe.Config(every_epochs=args.epochs),
     )
-    return pipelines.pretrain(cfg, args.data, root, resources(args), "pretexts")
+    return pipelines.pretrain(cfg, args.data, root, RayExecutor(resources(args)), "pretexts")
 
 
 def finetuned(args: Args, run: Run, root: str, init: Artifact | None) -> Artifact:
@@ -139,7 +140,7 @@ def finetuned(args: Args, run: Run, root: str, init: Artifact | None) -> Artifac
         init=Init(init.uri if init else ""),
         validation=sliding_window.Config(overlap=0.25),
     )
-    return pipelines.finetune(cfg, args.data, root, resources(args), "pretexts")
+    return pipelines.finetune(cfg, args.data, root, RayExecutor(resources(args)), "pretexts")
 
 
 def split(fraction: float) -> splits.Config:
@@ -157,7 +158,7 @@ def one(args: Args, run: Run, root: str, log: io.TextIOBase) -> tuple[dict[str, 
         first = pretrained(args, run, root)
         second = finetuned(args, run, root, first)
         judged = pipelines.evaluate_model(
-            pipelines.Evaluation(), second.uri, args.data, root, resources(args), "pretexts"
+            pipelines.Evaluation(), second.uri, args.data, root, RayExecutor(resources(args)), "pretexts"
         )
     scores = pipelines.scores_of(judged.uri)
     summary = statistics.summary(scores)

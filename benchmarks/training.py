@@ -39,7 +39,9 @@ import tyro
 from logonet import methods, training
 from logonet.core import seeding
 from logonet.data import crop_shards, cropping
-from logonet.distributed import cluster, data_tasks, trainer
+from logonet.distributed import cluster
+from logonet.distributed import feed as ray_feed
+from logonet.distributed.executor import RayExecutor
 from logonet.methods import DataSpec
 from logonet.storage import object_store
 from logonet.training import dataset, schedule
@@ -80,9 +82,8 @@ def bare_loop(line: Connection, job: training.Job, feed: dataset.TrainingDataset
     batches = []
     for step in range(job.train.steps_per_epoch or 1):
         for begin in range(0, cfg.global_batch, cfg.batch_size):
-            places = [feed.order.at(step, begin + i) for i in range(cfg.batch_size)]
-            samples = [feed.sample(*place) for place in places]
-            batches.append({k: torch.from_numpy(np.stack([s[k] for s in samples])) for k in samples[0]})
+            arrays = feed.batch([(step, begin + i) for i in range(cfg.batch_size)])
+            batches.append({k: torch.from_numpy(array) for k, array in arrays.items()})
     method = training.build_method(job.backbone, job.method, job.facts).train()
     params = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
@@ -203,23 +204,23 @@ def work(args: Args, table: crop_shards.CropTable) -> tuple[training.Job, datase
     training.dry_run(job.backbone, job.method, job.facts)
     method_cfg = methods.config(str(METHOD["name"]), {"final_relu": False})
     order = schedule.SampleSchedule(len(table), args.global_batch, 0, args.steps)
-    return job, dataset.TrainingDataset(table, labels_PNZ, str(METHOD["name"]), method_cfg, order)
+    return job, dataset.TrainingDataset(str(METHOD["name"]), method_cfg, order, table, labels_PNZ)
 
 
 def run(args: Args, job: training.Job, feed: dataset.TrainingDataset, workers: int) -> dict[str, Any]:
     job = dataclasses.replace(job, uri=f"{job.uri}/{workers}")
     resources = cluster.Resources(workers=workers, object_store_mb=300)
     with cluster.connected(resources, logs=False):
-        share = cluster.allocate(resources)
+        allocation = cluster.allocate(resources)
         if args.threads:
-            share = dataclasses.replace(share, threads_per_worker=args.threads)
+            allocation = dataclasses.replace(allocation, threads_per_worker=args.threads)
         started = time.perf_counter()
         with _measure.StoreWatch() as watch, _measure.Cores() as cores:
-            history = trainer.fit(job, feed, resources, share)["history"]
+            history = RayExecutor(resources, allocation).train(job, feed)["history"]
         fit_s = time.perf_counter() - started
-        task_bytes = max(data_tasks.TASK_BYTES, job.train.batch_size * feed.row_bytes)
+        task_bytes = max(ray_feed.TASK_BYTES, job.train.batch_size * feed.row_bytes)
         # A rank's tasks ahead, the one it has just asked for and the one it is at; and the feed, once.
-        ceiling = workers * (data_tasks.TASKS_AHEAD + 2) * task_bytes + len(pickle.dumps(feed))
+        ceiling = workers * (ray_feed.TASKS_AHEAD + 2) * task_bytes + len(pickle.dumps(feed))
         assert watch.peak_bytes <= ceiling, (
             f"{watch.peak_bytes:,} bytes in the object store, above {ceiling:,}"
         )
@@ -228,7 +229,7 @@ def run(args: Args, job: training.Job, feed: dataset.TrainingDataset, workers: i
     seconds = [args.global_batch / entry["samples_per_s"] for entry in measured]
     busy = cores.between(history[0]["unix_s"], history[-1]["unix_s"])
     result = {
-        "threads_per_worker": share.threads_per_worker,
+        "threads_per_worker": allocation.threads_per_worker,
         "step_s": statistics.mean(seconds),
         "processor_s": busy * (history[-1]["unix_s"] - history[0]["unix_s"]) / (args.steps * args.epochs),
         "wait_share": statistics.mean(entry["data_wait_share"] for entry in measured),

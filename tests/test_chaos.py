@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -56,12 +57,10 @@ def start(scans: str, root: Path, *extra: str) -> subprocess.Popen[bytes]:
 def launch(root: Path, job: list[str], address: str | None = None) -> subprocess.Popen[bytes]:
     """A job script in a process group of its own, its words in ``<root>.log``; on its own Ray without ``address``."""
     command = [sys.executable, *job, "--object-store-mb", "300"]
-    env = environment(root) | ({} if address is None else {"RAY_ADDRESS": address})
-    return chaos.launch(command, env, str(root.parent / f"{root.name}.log"), str(REPO))
-
-
-def environment(root: Path) -> dict[str, str]:
-    return chaos.clean_environment(LOGONET_HOME=str(root / "home"))
+    env = chaos.clean_environment(LOGONET_HOME=str(root / "home"))
+    if address is not None:
+        env["RAY_ADDRESS"] = address
+    return chaos.launch(command, str(root.parent / f"{root.name}.log"), env=env, cwd=REPO)
 
 
 def finish(process: subprocess.Popen[bytes], root: Path) -> tuple[list[dict[str, Any]], str]:
@@ -302,10 +301,15 @@ def swept_undisturbed(scans: str, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture
 def heads(tmp_path: Path) -> Iterator[Callable[[], chaos.Raylets]]:
     """Starts Ray heads, and stops them all at the end."""
-    with contextlib.ExitStack() as stack:
-        yield lambda: stack.enter_context(
-            chaos.Raylets(0, environment(tmp_path / "root"), str(tmp_path), head_cpus=4)
-        )
+    env = chaos.clean_environment(LOGONET_HOME=str(tmp_path / "root" / "home"))
+    with contextlib.ExitStack() as stack, mock.patch.dict(os.environ, env, clear=True):
+
+        def start() -> chaos.Raylets:
+            head = chaos.Raylets(0, head_cpus=4)
+            stack.callback(head.stop)
+            return head
+
+        yield start
 
 
 @pytest.mark.parametrize("how", ["driver-killed", "ray-stopped"])

@@ -173,5 +173,7 @@ def test_pages_name_commands_that_exist(file):
             assert {named[1], f"{named[1]} {named[2]}"} & set(cli.COMMANDS), line
         if named := re.match(r"make ([a-z-]+)", line):
             assert named[1] in targets, line
-        for script in re.findall(r"\b((?:jobs|benchmarks|deploy|tests)/[\w/-]+\.(?:py|yaml))\b", line):
+        for script in re.findall(
+            r"\b((?:jobs|tools|benchmarks|deploy|tests|logonet)/[\w/-]+\.(?:py|yaml))\b", line
+        ):
             assert (ROOT / script).exists(), line

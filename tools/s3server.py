@@ -1,16 +1,14 @@
 """A real S3 server on loopback, for the demo and the tests: OpenStack Swift in an environment of its own.
 
-Swift is pip-installable, needs no root, survives ``kill -9`` without losing an acknowledged object, and
-works with boto3, pyarrow and Ray with no client setting changed. It is not for production: one copy of
-everything, no TLS.
+Swift is pip-installable, needs no root, survives ``kill -9`` without losing an acknowledged object, and works with
+boto3, pyarrow and Ray without any client setting. It is not for production: one copy of everything, no TLS.
 
-What it takes to run it on one machine, each point found the hard way:
+What it takes to run it on one machine (``tools/swift/`` has the configuration and the processes):
 
-- The object updater must run, and the container's timeout be generous: otherwise an object that was
-  acknowledged while the container server was busy or killed stays readable but unlisted.
-- The updater ignores ``swift_dir``; ``set_swift_dir`` must come first.
-- A ring holds its servers' ports, so it is rebuilt at every start; where an object lies depends only on
-  the hash prefix and suffix and the part power, which never change.
+- The object updater must run, and the container's timeout must be generous: otherwise an object that was acknowledged
+  while the container server was busy or killed stays readable but unlisted.
+- A ring holds its servers' ports, so it is rebuilt at every start. Where an object lies depends only on the hash prefix
+  and suffix and the part power, which never change.
 - Its Python must not see other packages (an old OpenSSL binding breaks eventlet), hence ``python -I``.
 """
 
@@ -18,159 +16,58 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import http.client
 import os
 import random
-import re
 import secrets
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from typing import Any
 
 from logonet.core.errors import UserError
 
 HOST = "127.0.0.1"
 REGION = "us-east-1"
+ACCOUNT, USER = "logonet", "admin"  # together the access key
 BACKENDS = ("object", "container", "account")  # on the three ports after the proxy's
 # Below the kernel's ephemeral range (32768 up), so that no outgoing connection takes a port meanwhile.
 PORTS = range(20000, 32000, 1 + len(BACKENDS))
 PORT_TRIES = 100
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 10
-
-# Runs first in every child. The kernel kills the child when the thread that started it ends, however that
-# comes about; the parent may already be gone by then, hence the second line.
-_DIE_WITH_PARENT = """
-import ctypes, os, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
-parent, *sys.argv[1:] = sys.argv[1:]
-if os.getppid() != int(parent): sys.exit(1)
-"""
-_SERVER = """
-sys.argv[0] = "swift-{name}-server"
-from swift.{package}.server import main
-main()
-"""
-_UPDATER = """
-sys.argv[0] = "swift-object-updater"
-from swift.common.utils import set_swift_dir
-set_swift_dir(os.path.dirname(sys.argv[1]))
-from swift.obj.updater import main
-main()
-"""
-_RINGS = """
-from swift.common.ring import RingBuilder
-folder, ip, *servers = sys.argv[1:]
-for server in servers:
-    name, port = server.split("=")
-    builder = RingBuilder(part_power=4, replicas=1, min_part_hours=1)
-    builder.add_dev(dict(id=0, region=1, zone=1, ip=ip, port=int(port), replication_ip=ip,
-                         replication_port=int(port), device="d1", weight=1.0, meta=""))
-    builder.rebalance()
-    builder.get_ring().save(os.path.join(folder, name + ".ring.gz"))
-"""
-
-_SWIFT_CONF = """\
-[swift-hash]
-swift_hash_path_prefix = logonet
-swift_hash_path_suffix = logonet
-[storage-policy:0]
-name = one
-default = yes
-"""
-_COMMON = """\
-[DEFAULT]
-bind_ip = {host}
-bind_port = {port}
-swift_dir = {etc}
-user = {os_user}
-workers = 0
-log_level = WARNING
-"""
-_BACKEND_CONF = (
-    _COMMON
-    + """\
-devices = {devices}
-mount_check = false
-disable_fallocate = true
-recon_cache_path = {cache}
-[pipeline:main]
-pipeline = {name}-server
-[app:{name}-server]
-use = egg:swift#{name}
-container_update_timeout = 30
-[object-updater]
-interval = 10
-node_timeout = 30
-"""
-)
-_FILTERS = (
-    "catch_errors gatekeeper healthcheck listing_formats bulk s3api tempauth "
-    "copy slo versioned_writes symlink"
-)
-_FILTER_OPTIONS = {
-    "s3api": "location = {region}\nallow_multipart_uploads = true\n",
-    "tempauth": "user_{account}_{name} = {secret} .admin\n",
-    "versioned_writes": "allow_object_versioning = true\n",
-}
-_PROXY_CONF = (
-    _COMMON
-    + f"[pipeline:main]\npipeline = {_FILTERS} proxy-server\n"
-    + "[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\nnode_timeout = 30\n"
-    + "".join(f"[filter:{f}]\nuse = egg:swift#{f}\n{_FILTER_OPTIONS.get(f, '')}" for f in _FILTERS.split())
-)
+SWIFT = Path(__file__).with_name("swift")
+PROCESS = SWIFT / "process.py"
 
 
 class S3Server:
     """One S3 server whose data, configuration and logs lie in ``directory``.
 
-    A directory may be served again later: objects, secret and (while it is free) port stay the same.
-    ``start`` must be called from a thread that outlives the server, for the server dies with it.
+    A directory may be served again later: objects, secret and (while it is free) port stay the same. ``start`` must be
+    called from a thread that outlives the server, because the server dies with it.
 
     Args:
         directory: needs a file system with user extended attributes (ext4, xfs, tmpfs).
         port: the first of four consecutive ports; None finds free ones.
-        user: the access key, ``account:name``, letters and digits.
-        secret: the secret key; None makes a random one and keeps it in ``directory``.
 
     Raises:
         UserError: from ``start``, when the server's environment is missing or a server does not come up.
     """
 
-    def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        port: int | None = None,
-        user: str = "logonet:admin",
-        secret: str | None = None,
-    ) -> None:
+    def __init__(self, directory: str | os.PathLike[str], port: int | None = None) -> None:
         self.directory = Path(directory).absolute()
-        self.user = user
-        self._port, self._secret = port, secret
+        self.port, self._secret = port or 0, ""
         self._children: dict[str, subprocess.Popen[bytes]] = {}
-        if not re.fullmatch(r"[A-Za-z0-9]+:[A-Za-z0-9]+", user):
-            raise UserError(f"the S3 user '{user}' must be account:name in letters and digits")
-        if secret is not None and not re.fullmatch(r"[\w-]+", secret):
-            raise UserError("the S3 secret must consist of letters, digits, '-' and '_'")
 
     def __enter__(self) -> S3Server:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
-
-    @property
-    def port(self) -> int:
-        assert self._port is not None, "not started"
-        return self._port
 
     @property
     def endpoint(self) -> str:
@@ -178,10 +75,10 @@ class S3Server:
 
     def env(self) -> dict[str, str]:
         """What a client needs in its environment."""
-        assert self._secret is not None, "not started"
+        assert self._secret, "not started"
         return {
             "AWS_ENDPOINT_URL_S3": self.endpoint,
-            "AWS_ACCESS_KEY_ID": self.user,
+            "AWS_ACCESS_KEY_ID": f"{ACCOUNT}:{USER}",
             "AWS_SECRET_ACCESS_KEY": self._secret,
             "AWS_DEFAULT_REGION": REGION,
         }
@@ -196,27 +93,28 @@ class S3Server:
         python = store_python()
         for name in ("etc", "srv/d1", "cache", "log"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
-        (self.directory / "etc").chmod(0o700)  # it holds the secret
-        _need_xattrs(self.directory)
-        self._secret = self._secret or self._kept("secret", lambda: secrets.token_urlsafe(24))
-        if self._port is None:
-            self._port = int(self._kept("port", lambda: str(free_ports())))
-            if not _is_free(self._port):
-                self._port = free_ports()
-        if not _is_free(
-            self._port
-        ):  # Swift would wait, and the health check would meet someone else's server
+        etc = self.directory / "etc"
+        etc.chmod(0o700)  # it holds the secret
+        try:
+            os.setxattr(self.directory, "user.logonet", b"1")
+        except OSError:
             raise UserError(
-                f"ports {self._port} to {self._port + len(BACKENDS)} are not all free; name others"
-            )
-        (self.directory / "etc" / "port").write_text(str(self._port))
+                f"{self.directory} is on a file system without extended attributes; choose ext4, xfs or tmpfs"
+            ) from None
+        self._secret = self._kept("secret", lambda: secrets.token_urlsafe(24))
+        if not self.port:
+            self.port = int(self._kept("port", lambda: str(free_ports())))
+            if not _is_free(self.port):
+                self.port = free_ports()
+        if not _is_free(self.port):  # Swift would wait, and the check of its health would meet another server
+            last = self.port + len(BACKENDS)
+            raise UserError(f"ports {self.port} to {last} are not all free; name others")
+        (etc / "port").write_text(str(self.port))
         try:
             self._configure(python)
-            etc = self.directory / "etc"
             for name in (*BACKENDS, "proxy"):
-                code = _SERVER.format(name=name, package="obj" if name == "object" else name)
-                self._spawn(python, name, code, str(etc / f"{name}-server.conf"))
-            self._spawn(python, "updater", _UPDATER, str(etc / "object-server.conf"))
+                self._spawn(python, name, str(etc / f"{name}-server.conf"))
+            self._spawn(python, "updater", str(etc / "object-server.conf"))
             self._await_ready()
         except BaseException:
             self.kill()
@@ -244,8 +142,13 @@ class S3Server:
         """The name of a process that has ended by itself, or None while all is well."""
         return next((name for name, child in self._children.items() if child.poll() is not None), None)
 
+    def broken(self, name: str) -> UserError:
+        log = self.directory / "log" / f"{name}.log"
+        last = (log.read_text(errors="replace").strip() or "it said nothing").splitlines()[-1]
+        return UserError(f"the S3 server's {name} process failed ({last[:200]}); see {log}")
+
     def _kept(self, name: str, make: Callable[[], str]) -> str:
-        """A value that stays the same from start to start, in a file only its owner reads."""
+        """A value that stays the same from start to start, in a file that only its owner reads."""
         path = self.directory / "etc" / name
         if not path.exists():
             path.touch(mode=0o600)
@@ -253,63 +156,51 @@ class S3Server:
         return path.read_text().strip()
 
     def _configure(self, python: str) -> None:
-        etc = self.directory / "etc"
-        common = {"host": HOST, "etc": etc, "os_user": getpass.getuser()}
         ports = {name: self.port + 1 + i for i, name in enumerate(BACKENDS)}
-        (etc / "swift.conf").write_text(_SWIFT_CONF)
+        self._write("swift.conf", "swift.conf")
         for name, port in ports.items():
-            text = _BACKEND_CONF.format(
-                **common, name=name, port=port, devices=self.directory / "srv", cache=self.directory / "cache"
-            )
-            (etc / f"{name}-server.conf").write_text(text)
-        account, user = self.user.split(":")
-        text = _PROXY_CONF.format(
-            **common, port=self.port, region=REGION, account=account, name=user, secret=self._secret
-        )
-        (etc / "proxy-server.conf").write_text(text)
-        rings = self._spawn(python, "rings", _RINGS, str(etc), HOST, *(f"{n}={p}" for n, p in ports.items()))
-        if rings.wait(START_TIMEOUT_S):
-            raise self._broken("rings")
+            folders = {"devices": self.directory / "srv", "cache": self.directory / "cache"}
+            self._write("backend.conf", f"{name}-server.conf", name=name, port=port, **folders)
+        user = {"region": REGION, "account": ACCOUNT, "user": USER, "secret": self._secret}
+        self._write("proxy.conf", "proxy-server.conf", port=self.port, **user)
+        etc, servers = str(self.directory / "etc"), (f"{name}={port}" for name, port in ports.items())
+        if self._spawn(python, "rings", etc, HOST, *servers).wait(START_TIMEOUT_S):
+            raise self.broken("rings")
         del self._children["rings"]
 
-    def _spawn(self, python: str, name: str, code: str, *args: str) -> subprocess.Popen[bytes]:
-        with open(self._log(name), "ab") as out:
-            self._children[name] = subprocess.Popen(
-                [python, "-I", "-c", _DIE_WITH_PARENT + code, str(os.getpid()), *args],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C is ours to handle
-            )
-        return self._children[name]
+    def _write(self, template: str, to: str, **values: Any) -> None:
+        etc = self.directory / "etc"
+        text = (SWIFT / template).read_text().format(host=HOST, etc=etc, os_user=getpass.getuser(), **values)
+        (etc / to).write_text(text)
+
+    def _spawn(self, python: str, name: str, *args: str) -> subprocess.Popen[bytes]:
+        words = [python, "-I", str(PROCESS), str(os.getpid()), name, *args]
+        self._children[name] = child = launch(words, str(self.directory / "log" / f"{name}.log"))
+        return child
 
     def _await_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not (all(_answers(self.port + 1 + i) for i in range(len(BACKENDS))) and self._healthy()):
-            if name := self.failed():
-                raise self._broken(name)
-            if time.monotonic() > deadline:
-                raise self._broken("proxy")
+        while not self._ready():
+            if (name := self.failed()) or time.monotonic() > deadline:
+                raise self.broken(name or "proxy")
             time.sleep(0.05)
 
-    def _healthy(self) -> bool:
-        # http.client, unlike urllib, never asks an HTTP proxy from the environment
-        connection = http.client.HTTPConnection(HOST, self.port, timeout=5)
+    def _ready(self) -> bool:
+        no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            connection.request("GET", "/healthcheck")
-            return connection.getresponse().status == 200
+            for offset in range(1, 1 + len(BACKENDS)):
+                socket.create_connection((HOST, self.port + offset), timeout=5).close()
+            with no_proxy.open(f"{self.endpoint}/healthcheck", timeout=5) as reply:
+                return reply.status == 200
         except OSError:
             return False
-        finally:
-            connection.close()
 
-    def _log(self, name: str) -> Path:
-        return self.directory / "log" / f"{name}.log"
 
-    def _broken(self, name: str) -> UserError:
-        lines = self._log(name).read_text(errors="replace").strip().splitlines()
-        last = lines[-1][:200] if lines else "it said nothing"
-        return UserError(f"the S3 server's {name} process failed ({last}); see {self._log(name)}")
+def launch(command: Sequence[str], log: str, **options: Any) -> subprocess.Popen[bytes]:
+    """A process in a group of its own, so that a Ctrl-C is ours to handle; its output is appended to ``log``."""
+    with open(log, "ab") as out:
+        options |= {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "start_new_session": True}
+        return subprocess.Popen(command, **options)
 
 
 def store_python() -> str:
@@ -357,44 +248,17 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _answers(port: int) -> bool:
-    try:
-        socket.create_connection((HOST, port), timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-def _need_xattrs(folder: Path) -> None:
-    probe = folder / "xattr-probe"
-    probe.touch()
-    try:
-        os.setxattr(probe, "user.logonet", b"1")
-    except OSError:
-        raise UserError(
-            f"{folder} is on a file system without extended attributes; choose one on ext4, xfs or tmpfs"
-        ) from None
-    finally:
-        probe.unlink()
-
-
-def serve(
-    directory: str, port: int | None = None, user: str = "logonet:admin", secret: str | None = None
-) -> None:
-    """Run an S3 server in the foreground until Ctrl-C or SIGTERM, printing what clients must export.
+def serve(directory: str, port: int | None = None) -> None:
+    """Run an S3 server in the foreground until Ctrl-C or SIGTERM, and print what clients must export.
 
     Raises:
         UserError: when it does not start, or one of its processes ends by itself.
     """
-
-    def end(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, end)
-    with contextlib.suppress(KeyboardInterrupt), S3Server(directory, port, user, secret) as server:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), S3Server(directory, port) as server:
         for name, value in server.env().items():
             print(f"export {name}={value}")
         print(f"# serving {server.directory}; Ctrl-C ends it", flush=True)
-        while not (name := server.failed() or ""):
+        while not (failed := server.failed()):
             time.sleep(0.5)
-        raise server._broken(name)
+        raise server.broken(failed)
