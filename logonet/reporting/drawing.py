@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import io
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
@@ -29,12 +29,7 @@ INK, GREY, RULE = "#1f2328", "#6e7781", "#d0d7de"
 ROW_IN = 0.3  # height of a row of text
 STYLE: dict[str, Any] = {
     **{"figure.constrained_layout.use": True, "figure.dpi": 160, "figure.facecolor": "white"},
-    **{
-        "figure.constrained_layout.h_pad": 0.08,
-        "savefig.dpi": 160,
-        "savefig.bbox": "tight",
-        "savefig.pad_inches": 0.12,
-    },
+    **{"figure.constrained_layout.h_pad": 0.08, "savefig.bbox": "tight", "savefig.pad_inches": 0.12},
     **{"font.size": 8.5, "text.color": INK, "axes.labelcolor": GREY, "axes.edgecolor": RULE},
     **{"boxplot.showfliers": False, "boxplot.showcaps": False, "boxplot.medianprops.linewidth": 2.2},
     **{f"boxplot.{part}props.color": INK for part in ("box", "median", "whisker")},
@@ -63,7 +58,7 @@ def picture(draw: Callable[P, Figure]) -> Callable[P, bytes]:
     return drawn
 
 
-def figure(width_in: float, height_in: float, title: str, note: str = "") -> Figure:
+def figure(width_in: float, height_in: float, title: str, note: str) -> Figure:
     """A figure with a bold title above and a grey note below.
 
     It is made without pyplot, whose list of open figures grows in a long-lived worker.
@@ -72,8 +67,7 @@ def figure(width_in: float, height_in: float, title: str, note: str = "") -> Fig
 
     fig = Figure(figsize=(width_in, height_in))
     fig.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    if note:
-        fig.supxlabel(textwrap.fill(note, int(width_in * 16)), x=0.01, ha="left", fontsize=8, color=GREY)
+    fig.supxlabel(textwrap.fill(note, int(width_in * 16)), x=0.01, ha="left", fontsize=8, color=GREY)
     return fig
 
 
@@ -97,10 +91,10 @@ def rows(axes: Axes, labels: Sequence[str], numbers: Iterable[str] = (), head: s
     right.spines[:].set_visible(False)
 
 
-def label(axes: Axes, columns: dict[float, str], lines: dict[float, str] | None = None) -> None:
-    """Only names on bare axes: of columns above, of lines (rows) on the left."""
+def label(axes: Axes, columns: Mapping[float, str], lines: Mapping[float, str]) -> None:
+    """Only names on bare axes: place -> name, of columns above, of lines (rows) on the left."""
     axes.set_xticks(list(columns), list(columns.values()))
-    axes.set_yticks(list(lines or {}), list((lines or {}).values()))
+    axes.set_yticks(list(lines), list(lines.values()))
     axes.tick_params(length=0, labeltop=True, labelbottom=False, labelcolor=INK)
     axes.xaxis.set_label_position("top")
     axes.spines[:].set_visible(False)

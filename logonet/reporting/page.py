@@ -94,10 +94,8 @@ def lineage(chain: Sequence[tuple[str, str, str]]) -> str:
     Args:
         chain: (what it is, its id, a note or ""), such as ``("crops", "a3f09c", "1,200 crops")``.
     """
-    boxes = "".join(
-        f"<li><b>{html.escape(what)}</b><code>{html.escape(id_)}</code>"
-        + (f"<small>{html.escape(note)}</small>" if note else "")
-        + "</li>"
+    boxes = [
+        f"<b>{html.escape(what)}</b><code>{html.escape(id_)}</code><small>{html.escape(note)}</small>"
         for what, id_, note in chain
-    )
-    return f'<ol class="lineage">{boxes}</ol>'
+    ]
+    return f'<ol class="lineage">{"".join(f"<li>{box}</li>" for box in boxes)}</ol>'

@@ -52,10 +52,8 @@ def chain_picture(
     slices = every[:MAX_CHAIN_SLICES]
     original = [drawing.grey(image_CXYZ[0, :, :, z]) for z in slices]
     # A trace of the image stays below the tint, for the reader only.
-    masked = [
-        np.where(shown(hidden_XYZ[:, :, z])[..., None], 0.22 * rgb + 0.78 * TINT, rgb)
-        for z, rgb in zip(slices, original)
-    ]
+    hidden = [shown(hidden_XYZ[:, :, z])[..., None] for z in slices]
+    masked = [np.where(h, 0.22 * rgb + 0.78 * TINT, rgb) for h, rgb in zip(hidden, original)]
     picture, pitch = drawing.montage([masked, original])
     # A slice is one unit wide.
     right, bottom = picture.shape[1] / pitch[1], picture.shape[0] / pitch[1]
@@ -71,8 +69,7 @@ def chain_picture(
         _label_strip(axes, place, labels_S)
     lines = {0.25 * bottom: "masked", 0.75 * bottom: "original"}
     if labels_NZ is not None and len(labels_NZ):
-        said = f"pseudo-labels\nof {len(labels_NS)} of {len(labels_NZ)}\nclusterers"
-        lines[float(strips.mean())] = said
+        lines[strips.mean()] = f"pseudo-labels\nof {len(labels_NS)} of {len(labels_NZ)}\nclusterers"
     heads = [f"patches of {patch_sizes_Z[z]:.0f}\n{hidden_XYZ[:, :, z].mean():.0%} hidden" for z in slices]
     columns = {i + 0.5: f"slice {z}\n{head}" for i, (z, head) in enumerate(zip(slices, heads))}
     drawing.label(axes, columns, lines)
@@ -132,8 +129,8 @@ def clusters_picture(quality: pd.DataFrame, agreement_NN: np.ndarray) -> Figure:
             ``majority_share`` (the floor a prediction must beat) and ``dead_codes``.
         agreement_NN: normalised mutual information between the clusterers' labels, in [0, 1].
     """
-    k, perplexity = quality["k"].to_numpy(), quality["perplexity"].to_numpy()
-    floor, dead = quality["majority_share"].to_numpy(), quality["dead_codes"].to_numpy()
+    columns = ["k", "perplexity", "majority_share", "dead_codes"]
+    k, perplexity, floor, dead = (quality[column].to_numpy() for column in columns)
     heading = "Quality of the clusterers"
     fig = drawing.figure(10, 5.2, heading, "how hard, and how worthwhile, their labels are to predict")
     mosaic: Any = [["used", "floor", "agreement"], ["k", "dead", "agreement"]]
@@ -144,23 +141,13 @@ def clusters_picture(quality: pd.DataFrame, agreement_NN: np.ndarray) -> Figure:
     axes.scatter(k, perplexity, s=14, color=BLUE, alpha=0.75, linewidths=0)
     axes.set(xlim=(0, 1.06 * k.max()), ylim=(0, 1.06 * k.max()))
     axes.legend(loc="upper left")
-    note = f"median {np.median(perplexity / k):.0%} of K"
-    drawing.describe(axes, "perplexity (effective codes)", note, "clusters K")
 
     look: dict[str, Any] = {"bins": min(20, max(5, len(k) // 4)), "edgecolor": "white"}
     plots["floor"].hist(floor * 100, color=RED, **look)
-    note = f"mean {floor.mean():.1%}: accuracy must beat this"
-    drawing.describe(plots["floor"], "majority floor", note, "slices in the largest code, %", "clusterers")
     plots["k"].hist(k, color=GREY, **look)
-    note = f"{len(k)} clusterers, {k.sum():,} codes"
-    drawing.describe(plots["k"], "number of clusters", note, "clusters K", "clusterers")
-
-    axes = plots["dead"]
     worst_first = np.sort(dead / k)[::-1] * 100
-    axes.bar(np.arange(1, len(k) + 1), worst_first, width=1.0, color=ORANGE)
-    axes.set_ylim(0, max(1.0, 1.1 * worst_first[0]))
-    note = f"{dead.sum():,} of {k.sum():,} label no slice"
-    drawing.describe(axes, "dead codes", note, "clusterers, worst first", "% of K")
+    plots["dead"].bar(np.arange(1, len(k) + 1), worst_first, width=1.0, color=ORANGE)
+    plots["dead"].set_ylim(0, max(1.0, 1.1 * worst_first[0]))
     for name in ("used", "floor", "k", "dead"):
         plots[name].grid(axis="y")
         plots[name].locator_params(axis="y", nbins=4, integer=name in ("floor", "k"))
@@ -169,10 +156,20 @@ def clusters_picture(quality: pd.DataFrame, agreement_NN: np.ndarray) -> Figure:
     order = np.argsort(k, kind="stable")
     heat = axes.imshow(agreement_NN[np.ix_(order, order)], cmap="cividis", vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[])
-    others = agreement_NN[~np.eye(len(k), dtype=bool)]
-    note = f"NMI, mean {others.mean():.2f}" if len(others) else "only one"
-    drawing.describe(axes, "agreement of the clusterers", note, "few clusters to many")
     fig.colorbar(heat, ax=axes, ticks=[0, 0.5, 1], shrink=0.6)
+
+    others = agreement_NN[~np.eye(len(k), dtype=bool)]
+    agreed = f"NMI, mean {others.mean():.2f}" if len(others) else "only one"
+    used, total, unused = np.median(perplexity / k), f"{k.sum():,}", f"{dead.sum():,}"
+    floored = f"mean {floor.mean():.1%}: accuracy must beat this"
+    for name, *said in (
+        ("used", "perplexity (effective codes)", f"median {used:.0%} of K", "clusters K"),
+        ("floor", "majority floor", floored, "slices in the largest code, %", "clusterers"),
+        ("k", "number of clusters", f"{len(k)} clusterers, {total} codes", "clusters K", "clusterers"),
+        ("dead", "dead codes", f"{unused} of {total} label no slice", "clusterers, worst first", "% of K"),
+        ("agreement", "agreement of the clusterers", agreed, "few clusters to many"),
+    ):
+        drawing.describe(plots[name], *said)
     return fig
 
 

@@ -53,12 +53,11 @@ def organ_boxes(rows: pd.DataFrame) -> Figure:
         axes.set_title(name)
         numbers = []
         for row, values in enumerate(found):
-            median = _number(np.median(values) if len(values) else math.nan, digits)
+            median = _number(np.median(values), digits) if len(values) else "-"
             numbers.append(f"{median:>6} {f'{len(values)}/{len(of_class[row])}':>9}")
             # The same places for the same data: the golden ratio spreads neighbours apart without a random draw.
             jitter = (np.arange(len(values)) * 0.6180339887 % 1 - 0.5) * 0.5 * (len(values) >= MIN_BOXED)
-            size = 20 if len(values) < MIN_BOXED else 9 if len(values) <= 60 else 5
-            alpha = min(0.65, max(0.2, 40 / max(len(values), 1)))
+            size, alpha = (20, 1.0) if len(values) < MIN_BOXED else (8, min(0.65, max(0.2, 40 / len(values))))
             axes.scatter(values, row + jitter, s=size, color=colour, alpha=alpha, linewidths=0)
         boxed = [values if len(values) >= MIN_BOXED else [] for values in found]
         axes.boxplot(boxed, orientation="horizontal", positions=range(len(classes)), widths=0.62)
@@ -73,13 +72,12 @@ def _scale(axes: Axes, values: np.ndarray, key: str) -> None:
     if not key.endswith("_mm"):
         low = math.floor(10 * min(float(values.min(initial=1)), 0.9)) / 10
         axes.set_xlim(low - 0.03 * (1 - low), 1 + 0.02 * (1 - low))
-    elif len(values) and high > SKEWED * max(float(np.percentile(values, 75)), 1.0):
+        return
+    if len(values) and high > SKEWED * max(float(np.percentile(values, 75)), 1.0):
         axes.set_xscale("symlog", linthresh=1.0, linscale=0.6)
         ticks = [0, 1, 3, 10, 30, 100, 300]
         axes.set_xticks(ticks, map(str, ticks))
-        axes.set_xlim(-0.08, high * 1.15)
-    else:
-        axes.set_xlim(-0.03 * high, 1.05 * high)
+    axes.set_xlim(-0.08, 1.1 * high)
 
 
 @drawing.picture
@@ -140,9 +138,9 @@ def bars_with_ci(table: pd.DataFrame, title: str, measured: str = "Dice") -> Fig
     """
     colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(dict.fromkeys(table["name"]))}
     groups = [(str(name), group) for name, group in table.groupby("group", sort=False)]
-    high = ROW_IN * len(table) + 0.4 * len(groups) + 0.9
-    fig = drawing.figure(7.5, high, title, "dot: mean, bar: its confidence interval")
     sizes = [len(group) for _, group in groups]
+    high = ROW_IN * sum(sizes) + 0.4 * len(groups) + 0.9
+    fig = drawing.figure(7.5, high, title, "dot: mean, bar: its confidence interval")
     stack = fig.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=sizes)[:, 0]
     for axes, (name, group) in zip(stack, groups):
         middle, low, high = (group[c].to_numpy(np.float64) for c in ("mean", "ci_low", "ci_high"))

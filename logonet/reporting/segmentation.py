@@ -62,12 +62,10 @@ class Case:
         self.spacing_mm = spacing_mm
         self.whole = tuple(slice(0, n) for n in image_XYZ.shape)
         self.dice: dict[int, float] = {}
-        sums = []
-        for labels_XYZ in (truth_XYZ, pred_XYZ):
-            assert labels_XYZ is None or labels_XYZ.shape == image_XYZ.shape, (
-                "image and labels differ in shape"
-            )
-        for value in _drawn(classes):
+        self.areas = [np.zeros((len(_drawn(classes)), n)) for n in image_XYZ.shape]
+        shapes = {array.shape for array in (image_XYZ, truth_XYZ, pred_XYZ) if array is not None}
+        assert len(shapes) == 1, "image and labels differ in shape"
+        for row, value in enumerate(_drawn(classes)):
             found_XYZ = pred_XYZ == value
             if truth_XYZ is not None:
                 true_XYZ = truth_XYZ == value
@@ -78,11 +76,8 @@ class Case:
                 self.dice[value] = 2 * (size - union) / size if size else math.nan
             # Two passes over the voxels, not three: a large scan has 1e8 of them.
             sums_YZ = found_XYZ.sum(0, dtype=np.int32)
-            sums.append((found_XYZ.sum((1, 2)), sums_YZ.sum(1), sums_YZ.sum(0)))
-        self.areas = [
-            np.reshape([of_class[axis] for of_class in sums], (len(sums), n)).astype(np.float64)
-            for axis, n in enumerate(image_XYZ.shape)
-        ]
+            for areas, found in zip(self.areas, (found_XYZ.sum((1, 2)), sums_YZ.sum(1), sums_YZ.sum(0))):
+                areas[row] = found
 
 
 Row = tuple[Case, Box, str]  # with its heading
@@ -219,8 +214,7 @@ def _figure(title: str, note: str, rows: Sequence[Row], classes: Classes, window
         axes.plot([], [], color=colours[value], linewidth=5, label=name)
     if len(keyed) > MAX_KEY:
         axes.plot([], [], alpha=0, label=f"and {len(keyed) - MAX_KEY} more")
-    key = "Dice of each class" if dice and keyed else None
-    fig.legend(loc="outside right upper", title=key, alignment="left")
+    fig.legend(loc="outside right upper", title="Dice of each class" if dice else None, alignment="left")
     return fig
 
 
@@ -232,17 +226,16 @@ def _draw_planes(axes: Axes, seen: Case, box: Box, colours: Mapping[int, str], w
     letter: dict[str, Any] = {"color": "white", "fontsize": 7.5, "path_effects": drawing.rim(1.8)}
     left = 0.0
     for name, axis, up, side in PLANES:
-        cut: list[Any] = list(box)
-        cut[axis] = at[axis]
+        cut = tuple(at[axis] if i == axis else part for i, part in enumerate(box))
         wide, high = (n for i, n in enumerate(lengths) if i != axis)
         extent = (left, left + wide, high, 0.0)
-        image_RC = shown(seen.image_XYZ[tuple(cut)])
+        image_RC = shown(seen.image_XYZ[cut])
         axes.imshow(image_RC, cmap="gray", vmin=window[0], vmax=window[1], extent=extent)
         for value, colour in colours.items():
             if seen.truth_XYZ is not None:
-                _outline(axes, shown(seen.truth_XYZ[tuple(cut)] == value), extent, colour, "solid")
+                _outline(axes, shown(seen.truth_XYZ[cut] == value), extent, colour, "solid")
             style = "solid" if seen.truth_XYZ is None else DASHES
-            _outline(axes, shown(seen.pred_XYZ[tuple(cut)] == value), extent, colour, style)
+            _outline(axes, shown(seen.pred_XYZ[cut] == value), extent, colour, style)
         where = f"{at[axis] + 1}/{seen.image_XYZ.shape[axis]}" if box == seen.whole else "enlarged"
         axes.text(left, -0.05 * inch, f"{name}, {where}", fontsize=8, color=GREY)
         if min(wide, high) > 0.3 * inch:

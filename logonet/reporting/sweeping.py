@@ -32,11 +32,11 @@ MAX_LISTED = 20  # trials that the legend of the progress names
 NOT_SET = "not set"
 # how a trial ended: (what the legend says, how the line looks)
 ENDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "best": ("best", {"color": RED, "linewidth": 2.6, "zorder": 5}),
-    "done": ("run to the end", {"color": BLUE, "linewidth": 1.4, "zorder": 4}),
+    "best": ("best", {"color": RED, "linewidth": 2.6, "marker": "o", "zorder": 5}),
+    "done": ("run to the end", {"color": BLUE, "linewidth": 1.4, "marker": "."}),
     "stopped": ("stopped early", {"color": GREY, "linewidth": 1.0, "marker": "x"}),
     "failed": ("failed", {"color": INK, "linewidth": 1.0, "linestyle": (0, (4, 2)), "marker": "v"}),
-    "running": ("not ended", {"color": GREY, "linewidth": 1.0, "linestyle": (0, (1, 1.5))}),
+    "running": ("not ended", {"color": GREY, "linewidth": 1.0, "linestyle": (0, (1, 1.5)), "marker": "."}),
 }
 
 
@@ -61,33 +61,28 @@ def heat_map(table: pd.DataFrame, x: str, y: str | None, measured: str, best: in
     row_N, rows = _groups(table[y]) if y is not None else (np.zeros(len(table), dtype=int), [""])
     cells = {at: _cell(trials) for at, trials in table.groupby([row_N, column_N])}
     values = [value for value, *_ in cells.values() if math.isfinite(value)]
-    form, shade = _form(values), _shades(values)
-    note = "darker is better; mean of the trials run to the end"
-    if any(stopped for _, stopped, _ in cells.values()):
-        note += "; hatched: none was, so of earlier epochs"
-    if best is not None:
-        note += f"; outlined: best, trial {best}"
+    shade = _shades(values)
+    note = "darker is better; mean of the trials run to the end; hatched: none was, so of earlier epochs"
+    note += f"; outlined: the best, trial {best}" if best is not None else ""
     size = max(1.5 * len(columns) + 1.5, 5.6), 0.7 * len(rows) + 1.6
     fig = drawing.figure(*size, f"{measured} of the settings", note)
     axes = fig.subplots()
     for (row, column), (value, stopped, words) in cells.items():
         rgb = np.array(shade.to_rgba(value)[:3]) if math.isfinite(value) else np.array([0.95, 0.95, 0.96])
         rgb = 0.45 * rgb + 0.55 if stopped else rgb
-        hatch = "////" if stopped else None
-        axes.bar(column, 1, 1, row - 0.5, color=rgb, edgecolor="white", linewidth=1.5, hatch=hatch)
+        axes.bar(column, 1, 1, row - 0.5, color=rgb, edgecolor="white", hatch="////" if stopped else None)
         dark = float(rgb @ (0.299, 0.587, 0.114)) < 0.55
         # A rim of the cell's colour, so that no stripe runs through a digit.
         rim = drawing.rim(2.5, rgb)
         text: dict[str, Any] = {"ha": "center", "color": "white" if dark else INK, "path_effects": rim}
-        known = math.isfinite(value)
-        if known:
+        if math.isfinite(value):
             va = "bottom" if words else "center"
-            axes.text(column, row, form.format(value), fontsize=10, fontweight="bold", va=va, **text)
-        axes.text(column, row + 0.04 * known, words, fontsize=7.5, va="top" if known else "center", **text)
+            axes.text(column, row, f"{value:.4g}", fontsize=10, fontweight="bold", va=va, **text)
+        axes.text(column, row + 0.04, words, fontsize=7.5, va="top", **text)
     if best is not None:
         (place,) = np.flatnonzero(table["trial"].to_numpy() == best)
-        frame: dict[str, Any] = {"fill": False, "edgecolor": RED, "linewidth": 3.2, "clip_on": False}
-        axes.bar(column_N[place], 1, 1, row_N[place] - 0.5, **frame)
+        at = column_N[place], 1, 1, row_N[place] - 0.5
+        axes.bar(*at, fill=False, edgecolor=RED, linewidth=3.2, clip_on=False)
     axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel=x, ylabel=y or "")
     drawing.label(axes, dict(enumerate(columns)), dict(enumerate(rows)))
     return fig
@@ -162,12 +157,8 @@ def parallel(table: pd.DataFrame, keys: Sequence[str], measured: str, best: int 
     objective = _numbers(table["objective"]).where(~failed)
     shade = _shades(objective.dropna())
     scales = [scale(table[k]) for k in keys]
-    undrawn = int((objective.isna() & ~failed).sum())
-    note = "a line a trial, darker is better"
+    note = "a line a trial, darker is better; thin: stopped early; dashed: failed; without an objective: not drawn"
     note += f"; thick: the best, trial {best}" if best is not None else ""
-    note += "; thin: stopped early" if (table["status"] == "stopped").any() else ""
-    note += "; dashed: failed" if failed.any() else ""
-    note += f"; {undrawn} without an objective not drawn" if undrawn else ""
     fig = drawing.figure(max(1.6 * len(keys) + 1.0, 5.6), 4.5, "All keys of the trials", note)
     axes = fig.subplots()
     # Worst first, so that the good ones lie above; the failed at the very bottom.
@@ -187,7 +178,7 @@ def parallel(table: pd.DataFrame, keys: Sequence[str], measured: str, best: int 
             axes.plot(x, place, "o", color=INK, markersize=2.5, clip_on=False, zorder=5)
             axes.text(x + 0.08, place, label, va="center", fontsize=8, bbox=back, zorder=6)
     axes.set(xlim=(0, len(keys)), ylim=(0, 1))
-    drawing.label(axes, {x: f"{_wrapped(key)}\n" for x, key in enumerate(keys)})
+    drawing.label(axes, {x: f"{_wrapped(key)}\n" for x, key in enumerate(keys)}, {})
     fig.colorbar(shade, ax=axes, label=measured, pad=0, aspect=35)
     return fig
 
@@ -229,16 +220,13 @@ def progress(history: pd.DataFrame, table: pd.DataFrame, best: int | None, measu
     lines = {int(t): line.sort_values("epoch") for t, line in points.groupby("trial")}
     last = {t: line["objective"].iloc[-1] for t, line in lines.items()}
     status = dict(zip(table["trial"], table["status"])) | {best: "best"}
-    form = _form(list(last.values()))
     fig = drawing.figure(8.2, 4.4, f"{measured} by epoch", "right: the trials by their last value")
     axes = fig.subplots()
     for place, trial in enumerate(sorted(last, key=lambda t: -last[t])):
         name, look = ENDS.get(status.get(trial, ""), ENDS["running"])
         x, y = lines[trial]["epoch"].to_numpy(), lines[trial]["objective"].to_numpy()
-        label = f"{trial}, {name}: {form.format(y[-1])}" if place < MAX_LISTED else None
+        label = f"{trial}, {name}: {y[-1]:.4g}" if place < MAX_LISTED else None
         axes.plot(x, y, label=label, markevery=[-1], markersize=5.5, **look)
-        # One point has no length to see: a dot wherever a line begins.
-        axes.plot(x[0], y[0], ".", color=look["color"], markersize=4)
     if len(last) > MAX_LISTED:
         axes.plot([], [], alpha=0, label=f"and {len(last) - MAX_LISTED} more")
     axes.set_xlabel("epoch")
@@ -263,15 +251,14 @@ def importance_bars(importances: pd.DataFrame, note: str = "") -> Figure:
     note += "".join(f" Grey: {doubt}." for doubt in known["note"].unique() if doubt)
     fig = drawing.figure(7.5, ROW_IN * len(importances) + 1.9, "What each key decides", note)
     axes = fig.subplots()
-    numbers = []
-    for row, (_, value, std, why) in enumerate(importances[["key", "importance", "std", "note"]].to_numpy()):
-        measured = math.isfinite(value)
-        # No negative zero.
-        numbers.append(f"{value:>6.2f} {std:>7.2f}".replace("-0.00", " 0.00") if measured else "")
-        if measured:
-            axes.barh(row, value, xerr=std, height=0.55, color=GREY if why else BLUE, ecolor=INK)
-        else:
-            axes.text(0.01, row, why, va="center", fontsize=8, color=GREY)
+    value_K, std_K = importances["importance"], importances["std"]
+    colours = [GREY if why else BLUE for why in importances["note"]]
+    axes.barh(range(len(value_K)), value_K, xerr=std_K, height=0.55, color=colours, ecolor=INK)
+    for row, why in enumerate(importances["note"].where(value_K.isna(), "")):
+        axes.text(0.01, row, why, va="center", fontsize=8, color=GREY)
+    # No negative zero.
+    numbers = [f"{v:>6.2f} {std:>7.2f}".replace("-0.00", " 0.00") for v, std in zip(value_K, std_K)]
+    numbers = [written.replace("nan", "  -") for written in numbers]
     drawing.rows(axes, importances["key"].tolist(), numbers, "  mean  spread")
     axes.axvline(0, color=GREY, linewidth=1)
     axes.set_xlim(right=max(0.1, axes.get_xlim()[1]))
@@ -315,20 +302,11 @@ def _number(value: float) -> str:
     return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e+")
 
 
-def _form(values: Sequence[float] | np.ndarray) -> str:
-    """How to write values so that their differences show: to a hundredth of their range, or nearly."""
-    span = float(np.ptp(values)) if len(values) else 0.0
-    digits = 3 if span == 0 else min(max(2 - math.floor(math.log10(span)), 0), 5)
-    return f"{{:.{digits}f}}"
-
-
 def _shades(values: Sequence[float] | pd.Series) -> Any:
-    """Light to dark, which every eye can order, without the lightest: they would vanish on white."""
-    import matplotlib
+    """Light to dark, which every eye can order."""
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.colors import Normalize
     from matplotlib.transforms import nonsingular
 
-    some = matplotlib.colormaps["cividis"](np.linspace(0.93, 0.0, 64))
     ends = nonsingular(min(values, default=0), max(values, default=1), expander=0.1)
-    return ScalarMappable(Normalize(*ends), LinearSegmentedColormap.from_list("shades", some))
+    return ScalarMappable(Normalize(*ends), "cividis_r")

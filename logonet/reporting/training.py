@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from logonet.reporting import drawing
 from logonet.reporting.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, SKY
@@ -13,33 +13,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+History = Sequence[Mapping[str, Any]]
 
-class Plot(NamedTuple):
-    """A small plot: the history's key, its name, its colour, how a value is written, and the thinner curves."""
-
-    key: str
-    name: str
-    colour: str
-    form: str
-    label: str = ""  # of the main curve, beside the thinner ones
-    thin: Mapping[str, str] = {}
-    from_zero: bool = True
-
-
-PLOTS = (
-    Plot("loss", "loss", RED, "{:.3g}", "all", {"dice_loss": "Dice", "ce": "CE"}, from_zero=False),
-    Plot("val_dice", "Dice", BLUE, "{:.3f}", "val", {"train_dice": "train"}, from_zero=False),
-    Plot("accuracy", "masked accuracy", BLUE, "{:.1%}"),
-    Plot("effective_rank", "effective rank of features", PURPLE, "{:.1f}"),
-    Plot("samples_per_s", "samples per second", GREEN, "{:,.1f}"),
-    Plot("data_wait_share", "share of time waiting for data", ORANGE, "{:.1%}"),
-    Plot("lr", "learning rate", GREY, "{:.2g}"),
-)
-THIN = (SKY, ORANGE)
+# title of a small plot: (how its values are written, {key of the history: (name in the legend, colour)}), the main
+# curve last
+PLOTS = {
+    "loss": ("{:.3g}", {"dice_loss": ("Dice", SKY), "ce": ("CE", ORANGE), "loss": ("total", RED)}),
+    "Dice": ("{:.3f}", {"train_dice": ("train", SKY), "val_dice": ("val", BLUE)}),
+    "masked accuracy": ("{:.1%}", {"accuracy_floor": ("majority floor", GREY), "accuracy": ("", BLUE)}),
+    "effective rank of features": ("{:.1f}", {"effective_rank": ("", PURPLE)}),
+    "samples per second": ("{:,.1f}", {"samples_per_s": ("", GREEN)}),
+    "share of time waiting for data": ("{:.1%}", {"data_wait_share": ("", ORANGE)}),
+    "learning rate": ("{:.2g}", {"lr": ("", GREY)}),
+}
 
 
 @drawing.picture
-def curves(history: Sequence[Mapping[str, Any]], floors: Mapping[str, float] | None = None) -> Figure:
+def curves(history: History) -> Figure:
     """Training at a glance: one small plot per measured quantity, its last value written above it.
 
     Args:
@@ -48,65 +38,52 @@ def curves(history: Sequence[Mapping[str, Any]], floors: Mapping[str, float] | N
             best one is ringed) with ``train_dice``, ``accuracy`` (with ``accuracy_floor``, what always
             answering each clusterer's most frequent label would score), ``effective_rank``,
             ``samples_per_s``, ``data_wait_share``, ``lr``.
-        floors: metric -> a constant to draw below its curve, such as ``{"accuracy": 0.03}``.
     """
-    plots = [plot for plot in PLOTS if any(_points(history, key)[0] for key in (plot.key, *plot.thin))]
+    plots = [title for title, (_, keys) in PLOTS.items() if any(_points(history, key)[0] for key in keys)]
     columns = min(3, max(1, len(plots)))
     rows = math.ceil(len(plots) / columns) or 1
     epochs = f"{len(history)} epoch{'s' * (len(history) != 1)}"
     note = f"{epochs}, {int(history[-1]['step']):,} steps" if history else "no epoch has ended"
     fig = drawing.figure(3.4 * columns + 0.3, 2.1 * rows + 0.7, "Training", note)
-    grid = fig.subplots(rows, columns, squeeze=False)
-    for axes, plot in zip(grid.flat, plots):
-        _plot(axes, history, plot, (floors or {}).get(plot.key))
-    for axes in grid.flat[len(plots) :]:
+    grid = fig.subplots(rows, columns, squeeze=False).flat
+    for axes, title in zip(grid, plots):
+        _plot(axes, history, title)
+    for axes in grid[len(plots) :]:
         axes.set_axis_off()
     return fig
 
 
-def _plot(axes: Axes, history: Sequence[Mapping[str, Any]], plot: Plot, floor: float | None) -> None:
+def _plot(axes: Axes, history: History, title: str) -> None:
     """One quantity by epoch; the legend below the title has the last values."""
-    epochs = [entry["epoch"] for entry in history]
-    dashed: dict[str, Any] = {"color": GREY, "linewidth": 1.2, "linestyle": (0, (4, 2))}
-    thin = [(k, name, c) for (k, name), c in zip(plot.thin.items(), THIN) if _points(history, k)[0]]
-    drawn = [(f"{plot.key}_floor", "majority floor", dashed)]
-    drawn += [(k, name, {"color": colour, "linewidth": 1.1}) for k, name, colour in thin]
-    drawn.append((plot.key, plot.label if thin else "", {"color": plot.colour, "linewidth": 1.8}))
-    for key, name, look in drawn:
+    form, keys = PLOTS[title]
+    for key, (name, colour) in keys.items():
         x, y = _points(history, key)
         if x:
             # Validation is not at every epoch: its points show where it was.
             points = [len(x) - 1] if key != "val_dice" or len(x) > 60 else None
-            label = f"{name} {_written(plot, y[-1])}".strip()
-            axes.plot(x, y, label=label, marker=".", markevery=points, **look)
-    if floor is not None:
-        axes.axhline(floor, label=f"floor {_written(plot, floor)}", **dashed)
-    title = plot.name
-    x, y = _points(history, plot.key)
-    if plot.key == "val_dice" and x:
+            look: dict[str, Any] = {"color": colour, "linewidth": 1.8 if key == list(keys)[-1] else 1.1}
+            look["linestyle"] = (0, (4, 2)) if key == "accuracy_floor" else "solid"
+            label = f"{name} {form.format(y[-1])}".strip()
+            axes.plot(x, y, label=label.replace("e-0", "e-"), marker=".", markevery=points, **look)
+    if title == "Dice" and x:
         best = y.index(max(y))
         axes.plot(x[best], y[best], "o", markersize=9, fillstyle="none", color=INK, markeredgewidth=1)
-        title += f", best {_written(plot, y[best])} at epoch {x[best]}"
+        title += f", best {y[best]:.3f} at epoch {x[best]}"
+    elif title not in ("loss", "Dice"):
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel("epoch")
     axes.set_title(title, pad=18)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handlelength=1.2)
-    axes.set_xlabel("epoch")
     axes.grid(axis="y")
     axes.locator_params(axis="x", nbins=5, integer=True)
     axes.locator_params(axis="y", nbins=4)
-    if min(epochs) == max(epochs):
-        axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
-    if plot.from_zero:
-        axes.set_ylim(bottom=0)
-    if "%" in plot.form or plot.key == "lr":
-        axes.yaxis.set_major_formatter(lambda value, _: _written(plot, value).replace(".0%", "%"))
+    if len(history) == 1:
+        axes.set_xlim(history[0]["epoch"] - 1, history[0]["epoch"] + 1)
+    if "%" in form or title == "learning rate":
+        axes.yaxis.set_major_formatter(lambda v, _: form.format(v).replace(".0%", "%").replace("e-0", "e-"))
 
 
-def _written(plot: Plot, value: float) -> str:
-    return plot.form.format(value).replace("e-0", "e-")
-
-
-def _points(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+def _points(history: History, key: str) -> tuple[list[float], list[float]]:
     """Epochs and values of ``key``, where it was measured and finite."""
-    points = [(e["epoch"], float(e[key])) for e in history if e.get(key) is not None]
-    points = [p for p in points if math.isfinite(p[1])]
-    return [x for x, _ in points], [y for _, y in points]
+    measured = [entry for entry in history if entry.get(key) is not None and math.isfinite(entry[key])]
+    return [entry["epoch"] for entry in measured], [float(entry[key]) for entry in measured]
