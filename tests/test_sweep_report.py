@@ -13,16 +13,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import test_records
-import test_report
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
 from scipy import stats
-from test_report import Page, pixels
+from test_report import check_legible, figure, pixels, words
+from test_report_page import Page
 
 from logonet import reporting
 from logonet.core.seeding import rng
 from logonet.sweep import analysis, outcome, records
 from logonet.sweep import space as spaces
+from logonet.reporting import drawing
 
-placed = test_report.placed
 NAN = math.nan
 M, PHI, LR = "method.chain_length", "method.phi1", "train.lr"
 
@@ -173,6 +175,7 @@ def test_noise_is_not_important():
     assert found["note"].str.contains("not shown to matter").all()
 
 
+@pytest.mark.slow
 def test_the_learning_rate_of_the_random_sweep_decides():
     table, history, keys = random()
     compared, epoch = analysis.comparable(table, history)
@@ -253,18 +256,17 @@ def test_pairs_that_prove_nothing(proxy, final, rho, said):
 # --------------------------------------------------------------------------------------- pictures
 
 
-def test_the_heat_map_of_the_grid(placed):
+def test_the_heat_map_of_the_grid():
     table, _, keys = grid()
-    texts = placed(reporting.heat_map, table, *keys, "probe_dice", 3)
-    assert [t for t in texts if t in ("3", "5", "7")] == ["3", "5", "7"]
+    said = words(reporting.heat_map, table, *keys, "probe_dice", 3)
     for row in table.dropna(subset="objective").to_dict("records"):
-        assert f"{row['objective']:.3f}" in texts
-    assert texts.count("after 2 epochs") == 4 and texts.count("failed") == 1
-    assert any("outlined: best, trial 3" in " ".join(t.split()) for t in texts)
-    assert {M, PHI, "0.1", "0.2", "0.3", "probe_dice of the settings"} <= set(texts)
+        assert f"{row['objective']:.4g}" in said
+    assert said.count("after epoch 2") == 4 and said.count("failed") == 1
+    assert any("outlined: the best, trial 3" in " ".join(t.split()) for t in said)
+    assert {M, PHI, "3", "5", "7", "0.1", "0.2", "0.3", "probe_dice of the settings"} <= set(said)
 
 
-def test_a_cell_has_the_mean_of_the_trials_that_are_comparable(placed):
+def test_a_cell_has_the_mean_of_the_trials_that_are_comparable():
     table, _ = sweep(
         [M, "backbone"],
         ("done", (3, "a"), [0.1, 0.3]),
@@ -277,36 +279,32 @@ def test_a_cell_has_the_mean_of_the_trials_that_are_comparable(placed):
         ("failed", (7, "b"), []),
         ("running", (5, None), [0.7]),
     )
-    texts = placed(reporting.heat_map, table, M, "backbone", "Dice")
-    cells = {"0.400", "2 of 3 trials", "0.250", "after 1 to 2 epochs", "waiting", "2 trials", "still running"}
-    assert cells | {"a", "b", "not set", "5", "after 1 epoch"} <= set(texts)
-    assert texts.count("2 of 3 trials") == 2
-    assert not {"nan", "0.900"} & set(texts)
-
-
-def test_stopped_cells_are_lighter_and_the_best_is_outlined():
-    table, _ = sweep(
-        [PHI], *((s, (p,), [o]) for s, p, o in (("done", 1, 0.2), ("done", 2, 0.5), ("done", 3, 0.5)))
+    said = words(reporting.heat_map, table, M, "backbone", "Dice")
+    assert {"0.4", "2 of 3 trials", "0.25", "after epoch 1 to 2\n2 of 3 trials", "0.7"} <= set(said)
+    assert {"waiting, failed\n2 trials", "after epoch 1\nstill running", "a", "b", "not set", "5"} <= set(
+        said
     )
-
-    def dark(table):
-        return int((pixels(reporting.heat_map(table, PHI, None, "Dice")).sum(-1) < 250).sum())
-
-    stopped = table.assign(status=["done", "done", "stopped"])
-    assert dark(stopped) < 0.7 * dark(table)
-    outlined = pixels(reporting.heat_map(table, PHI, None, "Dice", 1))
-    red = reporting.drawing.RED
-    assert test_report.near(outlined, red) > 1000
-    assert test_report.near(pixels(reporting.heat_map(table, PHI, None, "Dice")), red) == 0
+    assert not {"nan", "0.9"} & set(said)
 
 
-def test_numbers_drawn_from_a_range_are_put_in_bins(placed):
+def test_stopped_cells_are_lighter_and_hatched_and_the_best_is_outlined():
+    objectives = (("done", 1, 0.2), ("done", 2, 0.5), ("stopped", 3, 0.5))
+    table, _ = sweep([PHI], *((status, (value,), [o]) for status, value, o in objectives))
+    low, done, stopped, outline = figure(reporting.heat_map, table, PHI, None, "Dice", 1).axes[0].patches
+    shade = [sum(cell.get_facecolor()[:3]) for cell in (low, stopped, done)]
+    assert shade == sorted(shade, reverse=True)  # darker is better
+    assert [cell.get_hatch() is None for cell in (low, done, stopped)] == [True, True, False]
+    assert outline.get_x() == done.get_x() and not outline.get_fill()
+    assert to_hex(outline.get_edgecolor()) == drawing.RED.lower()
+
+
+def test_numbers_drawn_from_a_range_are_put_in_bins():
     values = [0.01 * i for i in range(1, 21)]
     table, _ = sweep([PHI], *(("done", (v,), [v]) for v in values))
-    texts = placed(reporting.heat_map, table, PHI, None, "Dice")
-    assert {"0.01 to 0.04", "0.05 to 0.08", "0.17 to 0.2"} <= set(texts)
-    assert texts.count("4 trials") == 5
-    assert f"{np.mean(values[:4]):.3f}" in texts
+    said = words(reporting.heat_map, table, PHI, None, "Dice")
+    assert {"0.01 to 0.04", "0.05 to 0.08", "0.17 to 0.2"} <= set(said)
+    assert said.count("4 trials") == 5
+    assert f"{np.mean(values[:4]):.4g}" in said
 
 
 def test_a_heat_map_is_of_the_first_two_keys_that_vary():
@@ -316,118 +314,108 @@ def test_a_heat_map_is_of_the_first_two_keys_that_vary():
     assert reporting.heat_axes(table[:1], [*"abcd"]) == []
 
 
-@pytest.fixture
-def lines(monkeypatch):
-    """The lines that pictures draw, as (x, y, look)."""
-    from matplotlib.axes import Axes
-
-    seen: list[tuple[np.ndarray, np.ndarray, dict]] = []
-    plot = Axes.plot
-
-    def spy(self, x, y, *args, **look):
-        seen.append((np.asarray(x, float), np.asarray(y, float), look))
-        return plot(self, x, y, *args, **look)
-
-    monkeypatch.setattr(Axes, "plot", spy)
-    return seen
+def test_mappings_are_written_as_people_write_them():
+    table, _, _ = random()
+    assert json.loads(table["clusterers"].iloc[0]) == {"k_min": 8, "k_max": 40}
+    said = [
+        w.replace("\N{NO-BREAK SPACE}", " ")
+        for w in words(reporting.heat_map, table, "clusterers", "backbone", "")
+    ]
+    assert {"k_min 8, k_max 40", "k_min 20,\nk_max 100", "logonet", "not set"} <= set(said)
 
 
-def test_lines_run_through_their_settings_to_their_objective(lines, placed):
+def test_lines_run_through_their_settings_to_their_objective():
     settings = [(3, 1e-4, "a"), (3, 1e-3, "b"), (5, 1e-2, "a"), (7, 2e-3, "b")]
     settings += [(7, 10**-e, "a") for e in (2.2, 2.4, 2.6)]
     objectives = [0.1, 0.3, 0.9, 0.5, 0.5, 0.5, 0.5]
     statuses = ["done"] * 6 + ["failed"]
     trials = [(s, v, [o]) for s, v, o in zip(statuses, settings, objectives)]
     table, _ = sweep([M, LR, "backbone"], *trials, ("waiting", (3, 1e-3, "a"), []))
-    texts = placed(reporting.parallel, table, [M, LR, "backbone"], "probe_dice", 2)
-    drawn = [(y, look) for _, y, look in lines if len(y) > 2]
-    assert len(drawn) == 7
+    axes, bar = figure(reporting.parallel, table, [M, LR, "backbone"], "probe_dice", 2).axes
+    lines = [line for line in axes.lines if len(line.get_ydata()) > 2]
+    assert len(lines) == 7  # not the one that waits
     # The failed first and below, then from the worst to the best.
-    np.testing.assert_allclose(drawn[0][0], [1, 0.7, 0])
-    assert drawn[0][1]["color"] == reporting.drawing.GREY and "linestyle" in drawn[0][1]
-    np.testing.assert_allclose(drawn[1][0], [0, 0, 0, 0])
-    np.testing.assert_allclose(drawn[2][0], [0, 0.5, 1, 0.25])
-    np.testing.assert_allclose(drawn[-1][0], [0.5, 1, 0, 1])
-    widths = [look["linewidth"] for _, look in drawn]
+    np.testing.assert_allclose(lines[0].get_ydata(), [1, 0.7, 0])
+    np.testing.assert_allclose(lines[1].get_ydata(), [0, 0, 0, 0])
+    np.testing.assert_allclose(lines[2].get_ydata(), [0, 0.5, 1, 0.25])
+    np.testing.assert_allclose(lines[-1].get_ydata(), [0.5, 1, 0, 1])
+    widths = [line.get_linewidth() for line in lines]
     assert max(widths) == widths[-1] > widths[-2]
-    assert {"0.001", "0.01", "a", "b", "0.100", "0.900"} <= set(texts)
-    assert any("1 without an objective not drawn" in " ".join(t.split()) for t in texts)
+    assert {"0.001", "0.01", "a", "b"} <= {text.get_text() for text in axes.texts}
+    assert bar.get_ylim() == (0.1, 0.9) and bar.get_ylabel() == "probe_dice"
 
 
-def test_progress_says_how_each_trial_ended(lines, placed):
+def test_progress_says_how_each_trial_ended():
     table, history, _ = grid()
     history.loc[0, "objective"] = NAN
-    texts = placed(reporting.progress, history, table, 3, "probe_dice")
-    assert {"best: trial 3", "run to the end", "stopped early"} <= set(texts)
-    assert "failed" not in texts  # it has no epoch
-    assert {str(t) for t in range(8)} <= set(texts)
-    crossed = [y for _, y, look in lines if look.get("marker") == "x"]
-    stopped = history[history["trial"].isin([1, 2, 6, 7])].groupby("trial")["objective"]
-    np.testing.assert_allclose(crossed, [y.tolist() for _, y in stopped])
+    fig = figure(reporting.progress, history, table, 3, "probe_dice")
+    last = history.dropna().groupby("trial")["objective"].last()
+    assert len(fig.axes[0].lines) == len(last) == 8  # the failed trial has no epoch
+    said = [text.get_text() for text in fig.legends[0].get_texts()]
+    names = {0: "run to the end", 3: "best", 6: "stopped early"}
+    assert {f"{trial}, {name}: {last[trial]:.4g}" for trial, name in names.items()} <= set(said)
+    assert [float(line.split(": ")[1]) for line in said] == sorted(last.round(4), reverse=True)
+    for line in fig.axes[0].lines:
+        trial = int(line.get_label().split(",")[0])
+        expected = history[(history["trial"] == trial) & history["objective"].notna()]["objective"]
+        np.testing.assert_allclose(line.get_ydata(), expected)
 
 
-def test_many_that_end_together_are_counted(placed):
-    trials = [
-        ("done" if i < 20 else "stopped", (i,), [0.1 + i / 100] * (4 if i < 20 else 2)) for i in range(30)
-    ]
-    table, history = sweep([PHI], *trials)
-    texts = placed(reporting.progress, history, table, 19, "Dice")
-    assert {"19 trials", "19", "10 trials"} <= set(texts) and "18" not in texts
+def test_progress_of_many_trials_names_the_best_and_counts_the_others():
+    table, history = sweep([PHI], *(("done", (i,), [0.1 + i / 100] * 2) for i in range(30)))
+    fig = figure(reporting.progress, history, table, 29, "Dice")
+    said = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert said[0] == "29, best: 0.39" and said[-1] == "and 10 more" and len(said) == 21
 
 
-def test_importances_are_written_and_doubted(placed):
-    table = pd.DataFrame(
-        {
-            "key": [LR, PHI, M],
-            "importance": [0.876, -0.001, NAN],
-            "std": [0.123, 0.04, NAN],
-            "note": ["", "", "one value only"],
-        }
-    )
-    texts = placed(reporting.importance_bars, table, "Of 24 trials.")
-    assert {LR, PHI, M, "0.88", "0.12", "0.00", "0.04", "one value only"} <= set(texts)
-    assert test_report.near(pixels(reporting.importance_bars(table)), reporting.drawing.BLUE) > 1000
-    doubted = table.assign(note=["not shown to matter", "not shown to matter", "one value only"])
-    texts = placed(reporting.importance_bars, doubted)
-    assert any("Grey: not shown to matter." in " ".join(t.split()) for t in texts)
-    assert test_report.near(pixels(reporting.importance_bars(doubted)), reporting.drawing.BLUE) == 0
+IMPORTANCE = pd.DataFrame(
+    {
+        "key": [LR, PHI, M],
+        "importance": [0.876, -0.001, NAN],
+        "std": [0.123, 0.04, NAN],
+        "note": ["", "", "one value only"],
+    }
+)
 
 
-def test_the_scatter_has_every_trial_with_both_and_the_correlation(placed):
+@pytest.mark.parametrize(("doubt", "expected"), [("", drawing.BLUE), ("not shown to matter", drawing.GREY)])
+def test_importances_are_written_and_doubted(doubt, expected):
+    table = IMPORTANCE.assign(note=[doubt, doubt, "one value only"])
+    fig = figure(reporting.importance_bars, table, "Of 24 trials.")
+    said = [" ".join(text.get_text().split()) for text in fig.findobj(Text)]
+    assert {LR, PHI, M, "0.88 0.12", "0.00 0.04", "one value only"} <= set(said)
+    assert any(f"Grey: {doubt}." in text for text in said) == bool(doubt)
+    assert [bar.get_width() for bar in fig.axes[0].patches][:2] == [0.876, -0.001]
+    assert to_hex(fig.axes[0].patches[0].get_facecolor()) == expected.lower()
+
+
+def test_the_scatter_has_every_trial_with_both_and_the_correlation():
     dice = [0.7, 0.75, 0.72, NAN, 0.8, 0.79]
     trials = [("done", (i,), [0.1 * i], {"final": {"dice": d}} if d == d else {}) for i, d in enumerate(dice)]
     table, _ = sweep([PHI], *trials)
     correlation = analysis.rank_correlation(table["objective"], table["final_dice"])
-    texts = placed(reporting.proxy_scatter, table, correlation, "probe_dice")
-    assert {"0", "1", "2", "4", "5"} <= set(texts) and "3" not in texts
-    said = " ".join(" ".join(texts).split())
+    fig = figure(reporting.proxy_scatter, table, correlation, "probe_dice")
+    assert {text.get_text() for text in fig.axes[0].texts} == {"0", "1", "2", "4", "5"}
+    said = " ".join(" ".join(text.get_text() for text in fig.findobj(Text)).split())
     assert f"rho {correlation['rho']:.2f}" in said and "n 5" in said
     assert f"{correlation['ci_low']:.2f} to {correlation['ci_high']:.2f}" in said
 
 
-def test_crowds_are_moved_apart_around_where_they_want_to_be():
-    from logonet.reporting.sweeping import _apart
-
-    np.testing.assert_allclose(_apart(np.array([0.0, 30.0]), 10), [0, 30])
-    np.testing.assert_allclose(_apart(np.array([4.0, 6.0, 50.0]), 10), [0, 10, 50])
-    # The first two make room, and so meet the third.
-    np.testing.assert_allclose(_apart(np.array([10.0, 10.0, 12.0]), 10), [2 / 3, 32 / 3, 62 / 3])
-
-
 @pytest.mark.parametrize("name", SWEEPS)
-def test_pictures_of_any_sweep_are_legible_and_the_same_twice(name, placed):
+def test_pictures_of_any_sweep_are_legible(name):
     table, history, keys = SWEEPS[name]()
     best = analysis.best(table)
     axes = reporting.heat_axes(table, keys)
-    drawn = []
     if axes:
-        drawn.append((reporting.heat_map, table, axes[0], axes[1] if axes[1:] else None, "probe_dice", best))
+        check_legible(reporting.heat_map, table, axes[0], axes[1] if axes[1:] else None, "probe_dice", best)
     if best is not None:
-        drawn.append((reporting.parallel, table, keys, "probe_dice", best))
-        drawn.append((reporting.progress, history, table, best, "probe_dice"))
-    for draw, *args in drawn:
-        placed(draw, *args)
-        assert draw(*args) == draw(*args)
+        check_legible(reporting.parallel, table, keys, "probe_dice", best)
+        check_legible(reporting.progress, history, table, best, "probe_dice")
+
+
+def test_importances_of_nothing_can_be_drawn():
+    drawn = pixels(reporting.importance_bars(IMPORTANCE.assign(importance=NAN, std=NAN, note="equal")))
+    assert drawn.std() > 1
 
 
 # ---------------------------------------------------------------------------------------- the page
@@ -497,6 +485,7 @@ def test_the_page_of_the_grid(few_forests):
     assert saved[[M, PHI]].to_numpy().tolist() == [[m, p] for m in (3, 5, 7) for p in (0.1, 0.2, 0.3)]
 
 
+@pytest.mark.usefixtures("few_forests")
 @pytest.mark.parametrize(
     ("name", "base", "said", "files"),
     [
@@ -531,17 +520,10 @@ def test_the_page_of_the_grid(few_forests):
 def test_pages_of_other_sweeps(name, base, said, files, few_forests):
     made, _, found = page(name, base=base)
     text = " ".join(" ".join(made.text).split())
-    for words in said:
-        assert words in text
+    for part in said:
+        assert part in text
     assert set(found) == {"trials.csv", *files}
     assert "nan" not in text.lower().split()
-
-
-def test_mappings_are_written_as_people_write_them(placed):
-    table, _, _ = random()
-    assert json.loads(table["clusterers"].iloc[0]) == {"k_min": 8, "k_max": 40}
-    texts = placed(reporting.heat_map, table, "clusterers", "backbone", "probe_dice")
-    assert {"k_min 8, k_max 40", "k_min 20\nk_max 100", "logonet", "not set"} <= set(texts)
 
 
 def test_the_command_writes_the_page_and_names_the_winner(

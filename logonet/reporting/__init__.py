@@ -1,28 +1,13 @@
 """Pictures for people, as PNG bytes, and the one self-contained HTML page every stage writes."""
 
-from logonet.reporting.drawing import shown
-from logonet.reporting.page import PAGE, lineage, run_page, transfer_section
-from logonet.reporting.pretraining import (
-    MAX_CHAIN_SLICES,
-    MAX_CLUSTERERS,
-    MAX_CODES,
-    MAX_EXEMPLARS,
-    chain_picture,
-    clusters_picture,
-    contact_sheet,
-)
+from logonet.reporting.page import lineage, run_page, transfer_section
+from logonet.reporting.pretraining import chain_picture, clusters_picture, contact_sheet
 from logonet.reporting.results import bars_with_ci, compare_picture, organ_boxes
-from logonet.reporting.segmentation import MAX_KEY, cases_overlay, overlay
+from logonet.reporting.segmentation import cases_overlay, overlay
 from logonet.reporting.sweeping import heat_axes, heat_map, importance_bars, parallel, progress, proxy_scatter
 from logonet.reporting.training import curves
 
 __all__ = [
-    "MAX_CHAIN_SLICES",
-    "MAX_CLUSTERERS",
-    "MAX_CODES",
-    "MAX_EXEMPLARS",
-    "MAX_KEY",
-    "PAGE",
     "bars_with_ci",
     "cases_overlay",
     "chain_picture",
@@ -40,6 +25,5 @@ __all__ = [
     "progress",
     "proxy_scatter",
     "run_page",
-    "shown",
     "transfer_section",
 ]

@@ -5,33 +5,37 @@ Shapes: C channels, X Y Z the crop's axes (Z slices), N clusterers, K clusters, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from logonet.reporting import drawing
-from logonet.reporting.drawing import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, RULE, SKY, YELLOW, shown
+from logonet.reporting.drawing import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, RULE, SKY, YELLOW, shown
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MAX_CHAIN_SLICES = 7
 MAX_CLUSTERERS = 6
 MAX_CODES = 12
 MAX_EXEMPLARS = 10
+TINT = np.array([0.0, 0.447, 0.698])  # BLUE
+STRIP = 0.16  # height of a clusterer's labels; a slice is 1 wide
+STRIP_COLOURS = (SKY, ORANGE, GREEN, PURPLE, YELLOW, RED)
 
 
+@drawing.picture
 def chain_picture(
     image_CXYZ: np.ndarray,
     hidden_XYZ: np.ndarray,
     chain_Z: np.ndarray,
     patch_sizes_Z: np.ndarray,
     labels_NZ: np.ndarray | None = None,
-) -> bytes:
-    """The longest masked chain of a crop: slices above, what is hidden of them below.
+) -> Figure:
+    """The longest masked chain of a crop: the slices, and above them what is hidden of them.
 
     Args:
         image_CXYZ: intensities in [0, 1]; the first channel is shown.
@@ -44,91 +48,53 @@ def chain_picture(
     Returns:
         PNG. A chain longer than MAX_CHAIN_SLICES is cut to its first slices.
     """
-    slices = _longest_run(chain_Z)
-    total, slices = len(slices), slices[:MAX_CHAIN_SLICES]
-    num_x, num_y = hidden_XYZ.shape[:2]
-    num_labels = 0 if labels_NZ is None else min(len(labels_NZ), MAX_CLUSTERERS)
-
-    side, strip = 1.3, 0.18  # inches
-    height, width = side * num_y / num_x, side * len(slices)
-    left, bottom, top = 1.1, 0.12 + (num_labels * strip + 0.1 if num_labels else 0.0), 1.15
-    fig = drawing.figure(max(left + width + 0.15, 5.2), bottom + 2 * height + 0.06 + top)
-    tint = np.array([0.0, 0.447, 0.698])  # BLUE
-
-    for i, z in enumerate(slices):
-        image, hidden = shown(image_CXYZ[0, :, :, z]), shown(hidden_XYZ[:, :, z])
-        rgb = np.repeat(np.clip(image, 0, 1)[..., None], 3, axis=-1)
-        # A trace of the image stays below the tint, for the reader only.
-        masked = np.where(hidden[..., None], 0.22 * rgb + 0.78 * tint, rgb)
-        for row, picture in enumerate((masked, rgb)):
-            at = (left + i * side, bottom + row * (height + 0.06), side - 0.06, height)
-            axes = drawing.axes_at(fig, at)
-            axes.imshow(picture, interpolation="nearest", aspect="auto")
-            axes.set_axis_off()
-        axes.set_title(f"slice {z}", fontsize=9, color=INK, pad=26)
-        axes.annotate(
-            f"patches of {int(patch_sizes_Z[z])}\n{hidden.mean():.0%} hidden",
-            (0.5, 1),
-            xycoords="axes fraction",
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-            color=GREY,
-        )
-    for row, name in ((0, "masked"), (1, "original")):
-        y = bottom + row * (height + 0.06) + height / 2
-        drawing.text(fig, left - 0.1, y, name, ha="right", va="center", fontsize=9, color=INK)
-    if labels_NZ is not None:
-        at = (left, 0.12, width - 0.06, num_labels * strip)
-        _label_strip(drawing.axes_at(fig, at), labels_NZ[:num_labels, slices])
-        drawing.text(
-            fig,
-            left - 0.1,
-            0.12 + num_labels * strip / 2,
-            f"pseudo-labels\nof {num_labels} of {len(labels_NZ)}\nclusterers",
-            ha="right",
-            va="center",
-            fontsize=8,
-            color=GREY,
-        )
-    cut = f"the first {len(slices)} of {total} slices; " if total > len(slices) else ""
-    drawing.heading(fig, "A masked chain of slices", f"{cut}anterior is up, the patient's right on the left")
-    return drawing.png(fig)
+    every = _longest_run(chain_Z)
+    slices = every[:MAX_CHAIN_SLICES]
+    original = [drawing.grey(image_CXYZ[0, :, :, z]) for z in slices]
+    # A trace of the image stays below the tint, for the reader only.
+    hidden = [shown(hidden_XYZ[:, :, z])[..., None] for z in slices]
+    masked = [np.where(h, 0.22 * rgb + 0.78 * TINT, rgb) for h, rgb in zip(hidden, original)]
+    picture, pitch = drawing.montage([masked, original])
+    # A slice is one unit wide.
+    right, bottom = picture.shape[1] / pitch[1], picture.shape[0] / pitch[1]
+    labels_NS = np.empty((0, 0), int) if labels_NZ is None else labels_NZ[:MAX_CLUSTERERS, slices]
+    strips = bottom + STRIP * (np.arange(len(labels_NS)) + 1.0)
+    cut = f"the first {len(slices)} of {len(every)} slices; " if len(every) > len(slices) else ""
+    note = f"{cut}anterior is up, the patient's right on the left"
+    size = max(1.1 + 1.4 * right, 4.5), 1.2 + 1.4 * (bottom + STRIP * len(labels_NS))
+    fig = drawing.figure(*size, "A masked chain of slices", note)
+    axes = fig.subplots()
+    axes.imshow(picture, extent=(0, right, bottom, 0))
+    for place, labels_S in zip(strips, labels_NS):
+        _label_strip(axes, place, labels_S)
+    lines = {0.25 * bottom: "masked", 0.75 * bottom: "original"}
+    if labels_NZ is not None and len(labels_NZ):
+        lines[strips.mean()] = f"pseudo-labels\nof {len(labels_NS)} of {len(labels_NZ)}\nclusterers"
+    heads = [f"patches of {patch_sizes_Z[z]:.0f}\n{hidden_XYZ[:, :, z].mean():.0%} hidden" for z in slices]
+    columns = {i + 0.5: f"slice {z}\n{head}" for i, (z, head) in enumerate(zip(slices, heads))}
+    drawing.label(axes, columns, lines)
+    axes.set(xlim=(0, right), ylim=(bottom + STRIP * (len(labels_NS) + 0.5), 0))
+    return fig
 
 
-def _label_strip(axes: Axes, labels_NZ: np.ndarray) -> None:
-    """One row a clusterer; the colour changes where the label does, and the label is written in it."""
-    colours = [SKY, ORANGE, GREEN, PURPLE, YELLOW, BLUE]
-    for n, row in enumerate(labels_NZ):
-        runs = np.split(np.arange(len(row)), np.flatnonzero(np.diff(row)) + 1)
-        names: dict[int, int] = {}
-        for run in runs:
-            index = names.setdefault(int(row[run[0]]), len(names))
-            colour = colours[index % len(colours)]
-            axes.barh(-n, len(run), left=run[0], height=0.86, color=colour, edgecolor="white", linewidth=1.2)
-            middle = run[0] + len(run) / 2
-            axes.text(
-                middle,
-                -n,
-                str(row[run[0]]),
-                ha="center",
-                va="center_baseline",
-                fontsize=7.5,
-                color="white" if colour == BLUE else INK,
-            )
-    axes.set_xlim(0, labels_NZ.shape[1])
-    axes.set_ylim(-len(labels_NZ) + 0.5, 0.5)
-    axes.set_axis_off()
+def _label_strip(axes: Axes, place: float, labels_S: np.ndarray) -> None:
+    """A clusterer's labels; the colour changes where the label does, and the label is written in it."""
+    names = list(dict.fromkeys(labels_S.tolist()))
+    starts = np.flatnonzero(np.diff(labels_S, prepend=labels_S[0] - 1))
+    for start, end in zip(starts, [*starts[1:], len(labels_S)]):
+        colour = STRIP_COLOURS[names.index(labels_S[start]) % len(STRIP_COLOURS)]
+        bar = axes.barh(place, end - start, 0.86 * STRIP, left=start, color=colour, edgecolor="white")
+        axes.bar_label(bar, [str(labels_S[start])], label_type="center", fontsize=7.5)
 
 
+@drawing.picture
 def contact_sheet(
     slices_SXY: np.ndarray,
     labels_S: np.ndarray,
     k_n: int,
     exemplars: Mapping[int, Sequence[int]],
     title: str,
-) -> bytes:
+) -> Figure:
     """What one clusterer groups together: a row of exemplar slices for each of its largest codes.
 
     Args:
@@ -139,44 +105,23 @@ def contact_sheet(
         title: heading.
     """
     counts_K = np.bincount(labels_S, minlength=k_n)
-    order = [int(c) for c in np.argsort(-counts_K, kind="stable") if exemplars.get(int(c))]
-    codes = order[:MAX_CODES]
-    columns = min(MAX_EXEMPLARS, max((len(exemplars[c]) for c in codes), default=1))
-    num_x, num_y = slices_SXY.shape[1:]
-    side = 0.66
-    height, left, top = side * num_y / num_x, 1.35, 0.72
-    fig = drawing.figure(max(left + columns * side + 0.15, 5.2), top + len(codes) * (height + 0.04) + 0.12)
-    for row, code in enumerate(codes):
-        y = 0.12 + (len(codes) - 1 - row) * (height + 0.04)
-        share = counts_K[code] / len(labels_S)
-        drawing.text(fig, 0.15, y + height * 0.62, f"code {code}", va="center", fontsize=8.5, color=INK)
-        drawing.text(
-            fig,
-            0.15,
-            y + height * 0.36,
-            f"{counts_K[code]:,} slices, {share:.1%}",
-            va="center",
-            fontsize=7.5,
-            color=GREY,
-        )
-        for column, s in enumerate(exemplars[code][:columns]):
-            axes = drawing.axes_at(fig, (left + column * side, y, side - 0.04, height))
-            axes.imshow(
-                shown(slices_SXY[s]), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto"
-            )
-            axes.set_axis_off()
-    used = int((counts_K > 0).sum())
-    covered = counts_K[codes].sum() / len(labels_S)
-    drawing.heading(
-        fig,
-        title,
-        f"the {len(codes)} largest of {used} used codes (K = {k_n}), {covered:.0%} of {len(labels_S):,} "
-        "slices; anterior is up",
-    )
-    return drawing.png(fig)
+    codes = [c for c in np.argsort(-counts_K, kind="stable") if exemplars.get(int(c))][:MAX_CODES]
+    note = f"the {len(codes)} largest of {(counts_K > 0).sum()} used codes (K = {k_n}), "
+    note += f"{counts_K[codes].sum() / len(labels_S):.0%} of {len(labels_S):,} slices; anterior is up"
+    sheet = [[drawing.grey(slices_SXY[s]) for s in exemplars[int(c)][:MAX_EXEMPLARS]] for c in codes]
+    picture, (high, wide) = drawing.montage(sheet)
+    inch = wide / 0.66
+    size = max(picture.shape[1] / inch + 1.6, 5.2), picture.shape[0] / inch + 1.0
+    fig = drawing.figure(*size, title, note)
+    axes = fig.subplots()
+    axes.imshow(picture)
+    names = [f"code {c}\n{counts_K[c]:,} slices, {counts_K[c] / len(labels_S):.1%}" for c in codes]
+    drawing.label(axes, {}, {(row + 0.5) * high: name for row, name in enumerate(names)})
+    return fig
 
 
-def clusters_picture(quality: pd.DataFrame, agreement_NN: np.ndarray) -> bytes:
+@drawing.picture
+def clusters_picture(quality: pd.DataFrame, agreement_NN: np.ndarray) -> Figure:
     """Are the clusterers worth predicting? Used codes, majority floor, dead codes, mutual agreement.
 
     Args:
@@ -184,59 +129,48 @@ def clusters_picture(quality: pd.DataFrame, agreement_NN: np.ndarray) -> bytes:
             ``majority_share`` (the floor a prediction must beat) and ``dead_codes``.
         agreement_NN: normalised mutual information between the clusterers' labels, in [0, 1].
     """
-    k, perplexity = quality["k"].to_numpy(), quality["perplexity"].to_numpy()
-    floor, dead = quality["majority_share"].to_numpy(), quality["dead_codes"].to_numpy()
-    num = len(quality)
-    fig = drawing.figure(9.7, 5.5)
-    bins = min(20, max(5, num // 4))
+    columns = ["k", "perplexity", "majority_share", "dead_codes"]
+    k, perplexity, floor, dead = (quality[column].to_numpy() for column in columns)
+    heading = "Quality of the clusterers"
+    fig = drawing.figure(10, 5.2, heading, "how hard, and how worthwhile, their labels are to predict")
+    mosaic: Any = [["used", "floor", "agreement"], ["k", "dead", "agreement"]]
+    plots = fig.subplot_mosaic(mosaic, width_ratios=(1, 1, 1.4))
 
-    axes = drawing.axes_at(fig, (0.65, 3.15, 2.2, 1.35))
-    drawing.quiet(axes)
-    limit = float(k.max()) * 1.06
-    axes.plot([0, limit], [0, limit], color=RULE, linewidth=1.2, zorder=0)
-    slope_deg = math.degrees(math.atan2(1.35, 2.2))  # the axes' height and width: both span 0..limit
-    style: Any = {"rotation": slope_deg, "rotation_mode": "anchor", "fontsize": 7.5, "color": GREY}
-    axes.text(limit * 0.42, limit * 0.46, "all codes equally used", ha="center", **style)
+    axes = plots["used"]
+    axes.axline((0, 0), slope=1, color=RULE, label="all codes equally used")
     axes.scatter(k, perplexity, s=14, color=BLUE, alpha=0.75, linewidths=0)
-    axes.set(xlim=(0, limit), ylim=(0, limit))
-    drawing.title(axes, "perplexity (effective codes)", f"median {np.median(perplexity / k):.0%} of K")
-    drawing.name_axes(axes, "clusters K")
+    axes.set(xlim=(0, 1.06 * k.max()), ylim=(0, 1.06 * k.max()))
+    axes.legend(loc="upper left")
 
-    axes = drawing.axes_at(fig, (3.55, 3.15, 2.2, 1.35))
-    drawing.quiet(axes, whole=True)
-    axes.hist(floor * 100, bins=bins, color=RED, edgecolor="white", linewidth=0.6)
-    drawing.title(axes, "majority floor", f"mean {floor.mean():.1%}: accuracy must beat this")
-    drawing.name_axes(axes, "slices in the largest code, %", "clusterers")
+    look: dict[str, Any] = {"bins": min(20, max(5, len(k) // 4)), "edgecolor": "white"}
+    plots["floor"].hist(floor * 100, color=RED, **look)
+    plots["k"].hist(k, color=GREY, **look)
+    worst_first = np.sort(dead / k)[::-1] * 100
+    plots["dead"].bar(np.arange(1, len(k) + 1), worst_first, width=1.0, color=ORANGE)
+    plots["dead"].set_ylim(0, max(1.0, 1.1 * worst_first[0]))
+    for name in ("used", "floor", "k", "dead"):
+        plots[name].grid(axis="y")
+        plots[name].locator_params(axis="y", nbins=4, integer=name in ("floor", "k"))
 
-    axes = drawing.axes_at(fig, (0.65, 0.6, 2.2, 1.35))
-    drawing.quiet(axes, whole=True)
-    axes.hist(k, bins=bins, color=GREY, edgecolor="white", linewidth=0.6)
-    drawing.title(axes, "number of clusters", f"{num} clusterers, {k.sum():,} codes")
-    drawing.name_axes(axes, "clusters K", "clusterers")
-
-    axes = drawing.axes_at(fig, (3.55, 0.6, 2.2, 1.35))
-    drawing.quiet(axes)
-    axes.bar(np.arange(1, num + 1), np.sort(dead / k)[::-1] * 100, width=1.0, color=ORANGE, linewidth=0)
-    axes.set_ylim(0, max(1.0, float((dead / k).max()) * 110))
-    drawing.title(axes, "dead codes", f"{int(dead.sum()):,} of {k.sum():,} label no slice")
-    drawing.name_axes(axes, "clusterers, worst first", "% of K")
-
-    axes = drawing.axes_at(fig, (6.35, 1.4, 2.7, 2.7))
+    axes = plots["agreement"]
     order = np.argsort(k, kind="stable")
     heat = axes.imshow(agreement_NN[np.ix_(order, order)], cmap="cividis", vmin=0, vmax=1)
     axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    others = agreement_NN[~np.eye(num, dtype=bool)]
-    drawing.title(axes, "agreement of the clusterers", f"mean {others.mean():.2f}" if num > 1 else "only one")
-    drawing.name_axes(axes, "few clusters to many")
-    bar = fig.colorbar(heat, cax=drawing.axes_at(fig, (9.13, 1.4, 0.1, 2.7)), ticks=[0, 0.5, 1])
-    bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.tick_params(labelsize=8, colors=GREY, length=2)
-    bar.ax.set_title("NMI", fontsize=8, color=GREY, pad=5)
-    drawing.heading(
-        fig, "Quality of the clusterers", "how hard, and how worthwhile, their labels are to predict"
-    )
-    return drawing.png(fig)
+    fig.colorbar(heat, ax=axes, ticks=[0, 0.5, 1], shrink=0.6)
+
+    others = agreement_NN[~np.eye(len(k), dtype=bool)]
+    agreed = f"NMI, mean {others.mean():.2f}" if len(others) else "only one"
+    used, total, unused = np.median(perplexity / k), f"{k.sum():,}", f"{dead.sum():,}"
+    floored = f"mean {floor.mean():.1%}: accuracy must beat this"
+    for name, *said in (
+        ("used", "perplexity (effective codes)", f"median {used:.0%} of K", "clusters K"),
+        ("floor", "majority floor", floored, "slices in the largest code, %", "clusterers"),
+        ("k", "number of clusters", f"{len(k)} clusterers, {total} codes", "clusters K", "clusterers"),
+        ("dead", "dead codes", f"{unused} of {total} label no slice", "clusterers, worst first", "% of K"),
+        ("agreement", "agreement of the clusterers", agreed, "few clusters to many"),
+    ):
+        drawing.describe(plots[name], *said)
+    return fig
 
 
 def _longest_run(chain_Z: np.ndarray) -> np.ndarray:
