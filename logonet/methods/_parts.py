@@ -1,4 +1,4 @@
-"""Pieces that more than one method (or the loop that trains them) uses.
+"""Parts that several methods, or the training loop, share.
 
 Shapes: B samples, C input channels, X Y Z the crop's axes, N rows, F features.
 """
@@ -6,11 +6,37 @@ Shapes: B samples, C input channels, X Y Z the crop's axes, N rows, F features.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from logonet.core.errors import UserError
+from logonet.networks import Network
+
+C = TypeVar("C")  # a method's Config
+
+
+class MethodModule(nn.Module, Generic[C]):
+    """The base class of what methods build; the package's docstring is its contract."""
+
+    backbone: Network
+
+    def __init__(self, cfg: C, network: Network) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.backbone = network
+
+    def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one batch of what ``prepare`` returns."""
+        raise NotImplementedError
+
+
+def check_weights(cfg: Any, *keys: str) -> None:
+    """Raise UserError where the weights of all losses are 0."""
+    if not any(getattr(cfg, key) for key in keys):
+        raise UserError(f"method.{', '.join(keys)} are all 0; set one of them above 0")
 
 
 def intensity(image_BCXYZ: Tensor) -> Tensor:
@@ -30,7 +56,7 @@ def freeze_unreached(module: nn.Module, output: Callable[[Any], Tensor]) -> None
     """Stop gradients of the parameters that ``output(module)`` does not depend on.
 
     Args:
-        output: is given a copy without weights, in eval mode, to run on tensors of the meta device.
+        output: gets a copy without weights, in eval mode, to run on tensors of the meta device.
     """
     shapes = copy.deepcopy(module).to("meta").eval()
     with torch.enable_grad():
@@ -50,11 +76,26 @@ def _stems(prefixes: Iterable[str]) -> tuple[str, ...]:
     return tuple(prefix.rstrip(".") + "." for prefix in prefixes)
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def ratio(total: Tensor, count: Tensor | float) -> Tensor:
     """A metric for the loop: (total, count) stacked, shape (2, ...), detached float64."""
     # float64: counts of voxels pass 2**24 within one epoch, where float32 stops counting.
     total = total.detach().to(torch.float64)
     return torch.stack([total, torch.as_tensor(count, device=total.device).to(total).expand_as(total)])
+
+
+def means(count: int, **values: Tensor) -> dict[str, Tensor]:
+    """Metrics of the loop from means over ``count`` samples."""
+    return {name: ratio(value * count, count) for name, value in values.items()}
+
+
+def sums(count: int, **values_B: Tensor) -> dict[str, Tensor]:
+    """Metrics of the loop, averaged over ``count`` samples, from one value for each sample."""
+    return {name: ratio(value_B.sum(), count) for name, value_B in values_B.items()}
 
 
 def effective_rank(embeddings_NF: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What the self-supervised methods share: what of an encoder they train, teachers that follow, contrasts.
+"""What the self-supervised methods share: the trained part of an encoder, moving-average teachers, contrasts.
 
 Shapes: B samples, C input channels, F features, X Y Z the crop's axes, x y z a map's, N rows (one for each
 embedding), D columns.
@@ -10,21 +10,37 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logonet.core.errors import UserError
+from logonet.methods._parts import C, MethodModule, wide
+from logonet.networks import Network, Triple
 
-COLLAPSED_SPREAD = (
-    0.01  # of projections; 1 is healthy, and networks fresh from their initialisation begin at 0.02 or above
-)
+# Spread of projections: 1 is healthy, and freshly initialised networks begin at 0.02 or above.
+COLLAPSED_SPREAD = 0.01
 
 
-def train_encoder(backbone: Any, in_channels: int, size_vox: tuple[int, int, int]) -> tuple[int, ...]:
-    """Leave nothing to train but the encoder, for a method that looks at its coarsest map.
+class EncoderModule(MethodModule[C]):
+    """A method that trains the encoder alone and looks at its coarsest map.
+
+    Attributes:
+        levels: what `joined` joins.
+        width: F of what it returns.
+    """
+
+    def __init__(self, cfg: C, network: Network, in_channels: int, size_vox: Triple) -> None:
+        super().__init__(cfg, network)
+        self.levels = train_encoder(network, in_channels, size_vox)
+        self.width = sum(network.channels[level] for level in self.levels)
+
+
+def train_encoder(network: Network, in_channels: int, size_vox: Triple) -> tuple[int, ...]:
+    """Freeze everything but the encoder.
 
     Returns:
         The levels of ``encode`` that `joined` shall join: the coarsest, and any finer one without which some
@@ -33,7 +49,7 @@ def train_encoder(backbone: Any, in_channels: int, size_vox: tuple[int, int, int
         are no reason to look at those: they are frozen too.
     """
     # On the meta device nothing is computed: what a map depends on is read off autograd's graph.
-    shapes = copy.deepcopy(backbone).requires_grad_(True).to("meta").train()
+    shapes = copy.deepcopy(network).requires_grad_(True).to("meta").train()
     with torch.enable_grad():
         feats = shapes.encode(torch.empty(2, in_channels, *size_vox, device="meta"))
     names = {parameter: name for name, parameter in shapes.named_parameters()}
@@ -44,8 +60,8 @@ def train_encoder(backbone: Any, in_channels: int, size_vox: tuple[int, int, int
         if not levels or any(weight.ndim > 1 for weight in reaches - reached):
             levels.append(level)
             reached |= reaches
-    trained = {names[parameter] for parameter in reached}
-    for name, parameter in backbone.named_parameters():
+    trained = {names[parameter] for parameter in reached}  # type: ignore[index]
+    for name, parameter in network.named_parameters():
         if name not in trained:
             parameter.requires_grad_(False)
     return tuple(levels)
@@ -83,7 +99,7 @@ def _shrunk(map_BFxyz: Tensor, size: Sequence[int]) -> Tensor:
 
 def pooled(map_BFxyz: Tensor) -> Tensor:
     """The mean over space, (B, F), in float32 or better."""
-    return map_BFxyz.to(_wide(map_BFxyz)).mean(dim=(2, 3, 4))
+    return wide(map_BFxyz).mean(dim=(2, 3, 4))
 
 
 def momentum(progress: float, start: float = 0.996, end: float = 1.0) -> float:
@@ -92,6 +108,7 @@ def momentum(progress: float, start: float = 0.996, end: float = 1.0) -> float:
 
 
 def check_momentum(cfg: Any) -> None:
+    """Raise UserError unless ``momentum_start`` and ``momentum_end`` suit `momentum`."""
     if cfg.momentum_start > cfg.momentum_end:
         raise UserError(
             f"method.momentum_start is {cfg.momentum_start}; it must be at most method.momentum_end, "
@@ -99,9 +116,19 @@ def check_momentum(cfg: Any) -> None:
         )
 
 
-def teacher_of(student: nn.Module) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def teacher_of(student: M) -> M:
     """A copy that no gradient reaches. Make it after the student is ready: frozen parameters are copied too."""
     return copy.deepcopy(student).requires_grad_(False)
+
+
+def follow_all(cfg: Any, progress: float, *pairs: tuple[nn.Module, nn.Module]) -> None:
+    """`follow` for pairs of a teacher and a student, with the `momentum` of ``progress``."""
+    decay = momentum(progress, cfg.momentum_start, cfg.momentum_end)
+    for teacher, student in pairs:
+        follow(teacher, student, decay)
 
 
 @torch.no_grad()
@@ -119,8 +146,6 @@ def gathered(x_ND: Tensor) -> tuple[Tensor, int]:
     Every rank has the same number of rows. Gradients flow back to the rank a row is from. Where each rank's loss
     is a mean over its own rows, the average of the ranks' gradients is then that of the mean over all rows.
     """
-    import torch.distributed as dist
-
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x_ND, 0
     return _Gather.apply(x_ND), dist.get_rank() * len(x_ND)
@@ -131,16 +156,12 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor) -> Tensor:
-        import torch.distributed as dist
-
         parts = [torch.empty_like(x_ND) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x_ND.contiguous())
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        import torch.distributed as dist
-
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
@@ -154,7 +175,7 @@ def nt_xent(a_ND: Tensor, b_ND: Tensor, temperature: float, gather: bool = False
     """
     # In float32 or better: exponentials of cosines over a temperature are no place for bfloat16.
     with torch.autocast(a_ND.device.type, enabled=False):
-        ready = [F.normalize(x.to(_wide(x)), dim=1) for x in (a_ND, b_ND)]
+        ready = [F.normalize(wide(x), dim=1) for x in (a_ND, b_ND)]
         (all_a, before), (all_b, _) = (gathered(x) if gather else (x, 0) for x in ready)
         own = torch.arange(before, before + len(a_ND), device=a_ND.device)
         every = torch.cat([all_a, all_b])
@@ -168,8 +189,7 @@ def nt_xent(a_ND: Tensor, b_ND: Tensor, temperature: float, gather: bool = False
 def cosine(a_ND: Tensor, b_ND: Tensor) -> Tensor:
     """The cosine of each pair of rows, (N,), in float32 or better; 0 for a row of zeros."""
     with torch.autocast(a_ND.device.type, enabled=False):
-        wide = _wide(a_ND)
-        return (F.normalize(a_ND.to(wide), dim=1) * F.normalize(b_ND.to(wide), dim=1)).sum(1)
+        return (F.normalize(wide(a_ND), dim=1) * F.normalize(wide(b_ND), dim=1)).sum(1)
 
 
 def byol_loss(prediction_ND: Tensor, target_ND: Tensor) -> Tensor:
@@ -185,7 +205,7 @@ def spread(rows_ND: Tensor) -> Tensor:
     SimSiam (Chen & He 2021, section 4.1).
     """
     with torch.autocast(rows_ND.device.type, enabled=False):
-        return F.normalize(rows_ND.to(_wide(rows_ND)), dim=1).var(0).sum().sqrt()
+        return F.normalize(wide(rows_ND), dim=1).var(0).sum().sqrt()
 
 
 def collapse(entry: Mapping[str, Any]) -> str | None:
@@ -208,7 +228,3 @@ def mlp(widths: tuple[int, ...], norm: bool = False, activation: type[nn.Module]
             layers += [activation()]
         layers.append(nn.Linear(old, new))
     return nn.Sequential(*layers)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
