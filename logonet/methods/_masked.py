@@ -20,7 +20,7 @@ from logonet.methods import DataSpec
 from logonet.networks import TokenNetwork, Triple
 from logonet.networks._shared import resized_positions, sincos, without_cross_attention
 
-STILL = 1e-3  # a share of the true variance that only a constant answer stays below
+STILL = 1e-3  # share of the true variance; only constant predictions stay below it
 
 
 def space_to_depth(image_BCXYZ: Tensor, patch: Sequence[int]) -> Tensor:
@@ -49,18 +49,18 @@ def grid_of(size_vox: Sequence[int], patch_vox: Triple) -> Triple:
 
 
 def draw_visible(num_patches: int, num_visible: int, rng: np.random.Generator) -> np.ndarray:
-    """Which patches are seen, int64 (V,), ascending: a transformer has no order of its own."""
+    """The visible patches, int64 (V,), in ascending order."""
     return np.sort(rng.permutation(num_patches)[:num_visible])
 
 
 def unseen(keep_BV: Tensor, num_patches: int) -> Tensor:
-    """bool (B, N): all patches but ``keep``."""
+    """All patches except ``keep``, bool (B, N)."""
     every_BN = torch.ones(len(keep_BV), num_patches, dtype=torch.bool, device=keep_BV.device)
     return every_BN.scatter(1, keep_BV, False)
 
 
 def over_patches(error_BNP: Tensor, which_BN: Tensor) -> Tensor:
-    """Of each sample the mean error over the patches that ``which`` (bool) names, (B,)."""
+    """The mean error of each sample over the patches in ``which`` (bool), (B,)."""
     return (error_BNP.mean(2) * which_BN).sum(1) / which_BN.sum(1)
 
 
@@ -96,7 +96,7 @@ def spread(guess: Tensor, truth: Tensor, hidden: Tensor) -> Tensor:
 
 
 def still(entry: Mapping[str, Any]) -> str | None:
-    """The warning of an epoch whose `spread`, ``prediction_spread``, says that one intensity is the answer to all."""
+    """A sentence of advice where an epoch's ``prediction_spread`` says that the predictions hardly vary."""
     value = entry.get("prediction_spread", math.inf)
     if value >= STILL:
         return None

@@ -19,7 +19,7 @@ C = TypeVar("C")  # a method's Config
 
 
 class MethodModule(nn.Module, Generic[C]):
-    """The base class of what methods build; the package's docstring is its contract."""
+    """The base class of what methods build. The docstring of ``logonet.methods`` says what it must do."""
 
     backbone: Network
 
@@ -45,7 +45,7 @@ def intensity(image_BCXYZ: Tensor) -> Tensor:
 
 
 def freeze(module: nn.Module, prefixes: Iterable[str]) -> None:
-    """Stop gradients of the parameters whose dotted name lies under one of ``prefixes``."""
+    """Freeze the parameters whose dotted name begins with one of ``prefixes``."""
     stems = _stems(prefixes)
     for name, parameter in module.named_parameters():
         if f"{name}.".startswith(stems):
@@ -53,7 +53,7 @@ def freeze(module: nn.Module, prefixes: Iterable[str]) -> None:
 
 
 def freeze_unreached(module: nn.Module, output: Callable[[Any], Tensor]) -> None:
-    """Stop gradients of the parameters that ``output(module)`` does not depend on.
+    """Freeze the parameters that ``output(module)`` does not depend on.
 
     Args:
         output: gets a copy without weights, in eval mode, to run on tensors of the meta device.
@@ -67,7 +67,7 @@ def freeze_unreached(module: nn.Module, output: Callable[[Any], Tensor]) -> None
 
 
 def modules_under(module: nn.Module, prefixes: Iterable[str]) -> list[nn.Module]:
-    """The submodules whose dotted name is, or lies under, one of ``prefixes``."""
+    """The submodules whose dotted name equals or begins with one of ``prefixes``."""
     stems = _stems(prefixes)
     return [part for name, part in module.named_modules() if f"{name}.".startswith(stems)]
 
@@ -77,7 +77,7 @@ def _stems(prefixes: Iterable[str]) -> tuple[str, ...]:
 
 
 def wide(x: Tensor) -> Tensor:
-    """In float32 or better."""
+    """``x`` in float32, or in its own type where that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -99,9 +99,10 @@ def sums(count: int, **values_B: Tensor) -> dict[str, Tensor]:
 
 
 def effective_rank(embeddings_NF: Tensor) -> float:
-    """How many directions a set of embeddings really uses: exp of the entropy of the normalised singular
-    values of the centred matrix (Roy & Vetterli 2007). Between 1 and min(N - 1, F); 0 when all
-    embeddings are equal, NaN when one is not finite.
+    """The effective number of dimensions of a set of embeddings (Roy & Vetterli 2007).
+
+    The exponential of the entropy of the normalised singular values of the centred matrix. Between 1 and
+    min(N - 1, F); 0 when all embeddings are equal, NaN when one is not finite.
     """
     x_NF = embeddings_NF.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(x_NF).all()):

@@ -43,12 +43,12 @@ def train_encoder(network: Network, in_channels: int, size_vox: Triple) -> tuple
     """Freeze everything but the encoder.
 
     Returns:
-        The levels of ``encode`` that `joined` shall join: the coarsest, and any finer one without which some
-        convolution or linear layer of the encoder would stay as it began. Most networks need the coarsest alone;
-        in LoGoNet the nets that see an octant end two levels above it. Norms that only finer maps pass through
-        are no reason to look at those: they are frozen too.
+        The levels of ``encode`` for `joined`: the coarsest, and any finer one without which some convolution or
+        linear layer of the encoder would never be trained. Most networks need only the coarsest; in LoGoNet the
+        nets that see an octant end two levels above it. Norms that only finer maps pass through do not add a
+        level: they are frozen too.
     """
-    # On the meta device nothing is computed: what a map depends on is read off autograd's graph.
+    # On the meta device nothing is computed. Autograd's graph shows which parameters a map depends on.
     shapes = copy.deepcopy(network).requires_grad_(True).to("meta").train()
     with torch.enable_grad():
         feats = shapes.encode(torch.empty(2, in_channels, *size_vox, device="meta"))
@@ -82,13 +82,13 @@ def _leaves(output: Tensor) -> set[Tensor]:
 
 
 def joined(feats: Sequence[Tensor], levels: tuple[int, ...]) -> Tensor:
-    """The map of ``levels[0]``, (B, F, x, y, z), with those of the others, shrunk to its size, after it along F."""
+    """The map of ``levels[0]``, (B, F, x, y, z), and the other levels' maps at its size, concatenated along F."""
     coarse = feats[levels[0]]
     return torch.cat([_shrunk(feats[level], coarse.shape[2:]) for level in levels], dim=1)
 
 
 def _shrunk(map_BFxyz: Tensor, size: Sequence[int]) -> Tensor:
-    """Means of equal boxes. Not by pooling, whose backward pass on CUDA adds in no fixed order."""
+    """Means of equal boxes. Pooling is not used because its backward pass on CUDA is not deterministic."""
     if map_BFxyz.shape[2:] == size:
         return map_BFxyz
     x, y, z = size
@@ -103,7 +103,7 @@ def pooled(map_BFxyz: Tensor) -> Tensor:
 
 
 def momentum(progress: float, start: float = 0.996, end: float = 1.0) -> float:
-    """A teacher's share of itself: from ``start`` to ``end`` along half a cosine (BYOL, 2020, section 3.3)."""
+    """The decay of a moving average: from ``start`` to ``end`` along half a cosine (BYOL, 2020, section 3.3)."""
     return end - (end - start) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -120,7 +120,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def teacher_of(student: M) -> M:
-    """A copy that no gradient reaches. Make it after the student is ready: frozen parameters are copied too."""
+    """A copy, frozen parameters included, that no gradient reaches. Make it when the student is ready."""
     return copy.deepcopy(student).requires_grad_(False)
 
 
@@ -141,10 +141,10 @@ def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 
 
 def gathered(x_ND: Tensor) -> tuple[Tensor, int]:
-    """The rows of every rank, in the order of the ranks, and how many come before one's own.
+    """The rows of all ranks, in the order of the ranks, and the number of rows before this rank's own.
 
-    Every rank has the same number of rows. Gradients flow back to the rank a row is from. Where each rank's loss
-    is a mean over its own rows, the average of the ranks' gradients is then that of the mean over all rows.
+    Every rank has the same number of rows. Gradients flow back to the rank that a row comes from. Where each rank's
+    loss is a mean over its own rows, the average of the ranks' gradients is the gradient of the mean over all rows.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x_ND, 0
@@ -152,7 +152,7 @@ def gathered(x_ND: Tensor) -> tuple[Tensor, int]:
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows; backward, the sum of what all ranks' losses say of one's own."""
+    """Forward: the rows of all ranks. Backward: the sum of all ranks' gradients of this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor) -> Tensor:
@@ -168,12 +168,12 @@ class _Gather(torch.autograd.Function):
 
 
 def nt_xent(a_ND: Tensor, b_ND: Tensor, temperature: float, gather: bool = False) -> Tensor:
-    """SimCLR's loss (2020, Eq. 1) of N pairs, meaned over all 2N rows; row i of ``a`` belongs to row i of ``b``.
+    """SimCLR's loss (2020, Eq. 1) of N pairs, averaged over all 2N rows; row i of ``a`` and row i of ``b`` are a pair.
 
     Args:
-        gather: take the rows of all ranks as negatives, rather than one's own alone.
+        gather: take the rows of all ranks as negatives, not only this rank's.
     """
-    # In float32 or better: exponentials of cosines over a temperature are no place for bfloat16.
+    # In float32 or better: bfloat16 is too coarse for exponentials of cosines over a temperature.
     with torch.autocast(a_ND.device.type, enabled=False):
         ready = [F.normalize(wide(x), dim=1) for x in (a_ND, b_ND)]
         (all_a, before), (all_b, _) = (gathered(x) if gather else (x, 0) for x in ready)
@@ -199,7 +199,7 @@ def byol_loss(prediction_ND: Tensor, target_ND: Tensor) -> Tensor:
 
 @torch.no_grad()
 def spread(rows_ND: Tensor) -> Tensor:
-    """How far N >= 2 rows differ in direction, a scalar: 0 where all are alike, 1 where all are orthogonal.
+    """How much N >= 2 rows differ in direction, a scalar: 0 where all are equal, 1 where all are orthogonal.
 
     The standard deviation of the normalised rows' columns (as a root mean square) times sqrt(D), the measure of
     SimSiam (Chen & He 2021, section 4.1).
@@ -209,7 +209,7 @@ def spread(rows_ND: Tensor) -> Tensor:
 
 
 def collapse(entry: Mapping[str, Any]) -> str | None:
-    """A sentence with advice where an epoch's ``spread`` says that all projections point the same way."""
+    """A sentence of advice where an epoch's ``spread`` says that all projections point the same way."""
     value = entry.get("spread", math.inf)
     if value >= COLLAPSED_SPREAD:
         return None

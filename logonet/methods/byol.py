@@ -67,7 +67,7 @@ class BYOL(EncoderModule[Config]):
         num_samples = len(batch["first"])
         feats = self.backbone.encode(both_NCXYZ)
         rows_NF = _selfsup.pooled(_selfsup.joined(feats, self.levels))
-        # Batch norm blows the differences of a few rows up: those are not to be bfloat16's rounding.
+        # In float32: batch norm amplifies the differences of a few rows, and with them bfloat16's rounding.
         with torch.autocast(rows_NF.device.type, enabled=False):
             projections = [self.projector(view_BF) for view_BF in rows_NF.chunk(2)]
             predictions = [self.predictor(projection_BD) for projection_BD in projections]
@@ -87,7 +87,7 @@ class BYOL(EncoderModule[Config]):
             return [self.target_projector(view_BF) for view_BF in rows_NF.chunk(2)]
 
     def after_step(self, progress: float) -> None:
-        """Let the copy follow."""
+        """Update the copy."""
         pairs = (self.target_backbone, self.backbone), (self.target_projector, self.projector)
         _selfsup.follow_all(self.cfg, progress, *pairs)
 

@@ -143,7 +143,7 @@ def check(cfg: Config, data_spec: DataSpec) -> None:
 
 
 def sizes(cfg: Config, size_vox: Triple) -> tuple[Triple, ...]:
-    """None: views go through ``encode_visible``, which takes any size."""
+    """Empty: views pass through ``encode_visible``, which takes any size."""
     return ()
 
 
@@ -214,7 +214,7 @@ class ClassToken(nn.Module):
 class GLMAE(MethodModule[Config]):
     """Backbone, class token, decoder and teacher; ``forward`` as the package's contract says.
 
-    What only losses that are switched off would use is not there.
+    Parts that only losses with weight 0 would use do not exist.
     """
 
     backbone: TokenNetwork
@@ -305,8 +305,8 @@ class GLMAE(MethodModule[Config]):
 
     @torch.no_grad()
     def _hear(self, taught_BWK: Tensor) -> dict[str, Tensor]:
-        """How the teacher collapses: an entropy near 0 (always the same class) or near the largest (none), or
-        projections that point where their running mean does, whatever the volume."""
+        """Signs of a collapsing teacher: an entropy near 0 (always the same class) or near its maximum (no class), or
+        projections that point along their running mean for every volume."""
         rows_NK = taught_BWK.flatten(0, 1)
         if self.training:
             self.heard_K += torch.cat([rows_NK.sum(0), rows_NK.new_tensor([len(rows_NK)])])
@@ -320,7 +320,7 @@ class GLMAE(MethodModule[Config]):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Let the teacher follow (Eq. 5) and move the running mean of its projections."""
+        """Update the teacher (Eq. 5) and the running mean of its projections."""
         if self.teacher is None:
             return
         pairs = (self.teacher, self.backbone), (self.teacher_token, self.class_token)
@@ -341,7 +341,7 @@ def consistency(teacher_BWK: Tensor, student_BVK: Tensor, cfg: Config) -> Tensor
 
 
 def warning(entry: Mapping[str, Any]) -> str | None:
-    """A sentence where the teacher says the same of everything, or nothing of anything."""
+    """A sentence of advice where the teacher's output is the same for every view, or uniform."""
     entropy, cosine_value = entry.get("teacher_entropy", 0.5), entry.get("teacher_cosine", 0.0)
     if entropy <= ONE_HOT:
         what = f"gives all its weight to one class (entropy {entropy:.3f} of the largest)"

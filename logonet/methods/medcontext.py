@@ -33,7 +33,7 @@ from logonet.networks import SegOut, TokenNetwork
 
 NEEDS = frozenset({"labels"})
 SMALLEST = 1e-8  # of a mean square of logits that one may divide by
-CONSTANT = 1e-3  # of a teacher's variation; a net that learns has tenths
+CONSTANT = 1e-3  # variation of the teacher's logits; healthy training has tenths
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class MedContext(MethodModule[Config]):
         self.train()
 
     def train(self, mode: bool = True) -> MedContext:
-        """As nn.Module's, except that only the teacher's batch norms follow: it drops nothing, but normalises alike."""
+        """As nn.Module's, but of the teacher only the batch norms change mode; its dropout stays off."""
         super().train(mode)
         self.teacher.train(False)
         for module in self.teacher.modules():

@@ -36,7 +36,7 @@ from logonet.methods._selfsup import EncoderModule, collapse, joined, nt_xent, p
 from logonet.networks import Network, Triple
 
 NEEDS = frozenset({"crops"})
-LEAST_BATCH = 2  # a crop alone has nothing to be told from, nor to be filled from
+LEAST_BATCH = 2  # one crop has no negatives, and no other crop to fill its boxes from
 BOX_SIDES = (0.05, 0.25)  # of a box, as shares of the crop's
 warning = collapse
 
@@ -53,7 +53,7 @@ class Config(Section, key="method"):
         contrast: width of what is compared.
         temperature: tau of NT-Xent.
         w_rotation, w_contrast, w_reconstruction: weights of the losses.
-        gather: negatives are the crops of all workers' batches, rather than of one's own.
+        gather: take the crops of all workers' batches as negatives, not only those of the worker's own.
     """
 
     max_cut: Annotated[float, Ge(0), Lt(1)] = 0.3

@@ -41,7 +41,7 @@ NEEDS = frozenset({"crops"})
 CELLS = 8
 # The axes that are mirrored: none; Y and Z, 180 degrees about X; X and Y, about Z.
 TURNS = ((), (1, 2), (0, 1))
-SETTLING_EPOCHS = 5  # in which nothing need have been learnt
+SETTLING_EPOCHS = 5  # no warning before
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def build(cfg: Config, network: Network, data_spec: DataSpec) -> MethodModule[Co
 
 
 def warning(entry: Mapping[str, Any]) -> str | None:
-    """Whether, some epochs on, nothing is restored, or orders are told no better than by chance."""
+    """A sentence of advice where, after some epochs, nothing is restored or orders are only guessed."""
     if entry.get("epoch", 0) <= SETTLING_EPOCHS:
         return None
     if (error := entry.get("restored_error", 0.0)) >= 1:

@@ -1,4 +1,4 @@
-"""SimCLR (Chen et al. 2020) in three dimensions: two views of a crop attract, those of other crops repel.
+"""SimCLR (Chen et al. 2020) in three dimensions: two views of a crop attract, views of other crops repel.
 
 Each view goes through the encoder, whose coarsest map is averaged over space and projected; NT-Xent (Eq. 1)
 compares the projections. The decoder and the classifier are not trained. Published settings for volumes: nnssl,
@@ -26,7 +26,7 @@ from logonet.methods._selfsup import EncoderModule, collapse, cosine, joined, ml
 from logonet.networks import Network
 
 NEEDS = frozenset({"crops"})
-LEAST_BATCH = 2  # a crop alone has nothing to be told from
+LEAST_BATCH = 2  # one crop has no negatives
 prepare, sizes, warning = _views.prepare, _views.sizes, collapse
 
 
@@ -38,7 +38,7 @@ class Config(_views.Config, key="method"):
         temperature: tau of NT-Xent.
         projector: widths of the projector's layers after its input, the last that of the projections; None is
             (the input's, 128).
-        gather: negatives are the crops of all workers' batches, rather than of one's own.
+        gather: take the crops of all workers' batches as negatives, not only those of the worker's own.
     """
 
     temperature: Positive = 0.5
@@ -68,7 +68,7 @@ class SimCLR(EncoderModule[Config]):
         num_samples = len(batch["first"])
         feats = self.backbone.encode(torch.cat([batch["first"], batch["second"]]))
         rows_NF = pooled(joined(feats, self.levels))
-        # The head is small, and rounding its few rows to bfloat16 could tell crops apart, or alike, that are not.
+        # In float32: the head is small, and bfloat16 is too coarse to compare its few rows.
         with torch.autocast(rows_NF.device.type, enabled=False):
             first_ND, second_ND = self.projector(rows_NF).chunk(2)
         loss = nt_xent(first_ND, second_ND, self.cfg.temperature, self.cfg.gather)

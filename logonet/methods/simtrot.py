@@ -42,8 +42,8 @@ from logonet.methods._selfsup import EncoderModule
 from logonet.networks import Network
 
 NEEDS = frozenset({"crops"})
-LEAST_BATCH = 2  # other crops are what keeps places from being all that tokens say
-COLLAPSED_INDEX = 0.5  # position-collapse index; 0 is healthy, 1 means that places are all that tokens say
+LEAST_BATCH = 2  # without other crops tokens could encode nothing but their position
+COLLAPSED_INDEX = 0.5  # position-collapse index: 0 is healthy, at 1 tokens encode nothing but their position
 NOISE_STD = 0.1  # of what fills masked boxes, about 0; the crop's window is [0, 1]
 
 
@@ -205,7 +205,7 @@ class SimTROT(EncoderModule[Config]):
         return [_by_row(self.target_projector, view_BTF) for view_BTF in views]
 
     def after_step(self, progress: float) -> None:
-        """Let the copy, if there is one, follow."""
+        """Update the copy, if there is one."""
         if self.cfg.framework == "byol":
             pairs = (self.target_backbone, self.backbone), (self.target_projector, self.projector)
             _selfsup.follow_all(self.cfg, progress, *pairs)
@@ -241,8 +241,8 @@ def token_contrast(first_BTD: Tensor, second_BTD: Tensor, temperature: float, w:
 def position_collapse(rows_BTD: Tensor) -> Tensor:
     """The mean cosine of tokens at one place of two samples less that of two places of one sample, a scalar.
 
-    1 where tokens say nothing but their place; about 0 where they are healthy, or all alike. Where the map has
-    only one token the second mean is 0.
+    1 where tokens encode nothing but their position; about 0 where they are healthy, or all equal. Where the map
+    has only one token the second mean is 0.
     """
     with torch.autocast(rows_BTD.device.type, enabled=False):
         num_samples, num_tokens, _ = rows_BTD.shape

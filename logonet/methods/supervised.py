@@ -68,7 +68,7 @@ class Supervised(MethodModule[Config]):
         self.train()
 
     def train(self, mode: bool = True) -> Supervised:
-        """As nn.Module's, except that a frozen encoder stays in eval mode: batch norm would drift, dropout drop."""
+        """As nn.Module's, but a frozen encoder stays in eval mode: no dropout, fixed running statistics."""
         super().train(mode)
         if self.cfg.encoder == "frozen":
             for module in modules_under(self.backbone, self.backbone.encoder_prefixes):

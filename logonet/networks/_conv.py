@@ -1,4 +1,4 @@
-"""The same convolutions as torch's, on faster routes where torch's own is slow on a CPU.
+"""Convolutions equal to torch's, on faster routes where torch's own is slow on a CPU.
 
 Letters: B batch, C and O channels, K kernel side, XYZ the volume's axes.
 
@@ -10,11 +10,11 @@ What was measured (float32, one EPYC core, torch 2.13; ``benchmarks/lka.py`` rep
 - 1x1x1 is 3 to 6 times faster as a matrix product, and keeps the layout, which torch's route loses;
 - torch gives oneDNN a batch of one only if C*X*Y > 20480 (``ConvParams::use_mkldnn``) and else takes an
   im2col up to 9 times slower: such a volume is cut into slabs, which are a batch;
-- the first convolution has too few input channels for a vector: the taps along Z become channels;
-- trilinear upsampling's backward pass is 4 times slower on a gradient with gaps, which that of a map is
-  that was joined with another: it is closed up before.
+- the first convolution has too few input channels to vectorise over: the taps along Z become channels;
+- trilinear upsampling's backward pass is 4 times slower on a strided gradient, such as that of a map that was
+  concatenated with another: the gradient is made contiguous before.
 
-On other devices, and in other layouts, all but the split is torch's own.
+On other devices, and in other layouts, everything but the split is torch's own.
 """
 
 from __future__ import annotations

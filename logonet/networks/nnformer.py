@@ -110,8 +110,8 @@ class Config(Section, key="backbone"):
 
 
 def size_multiple(cfg: Config) -> Triple:
-    """No more than the patch: a map of odd side loses its last token on the way down and gets one back on the
-    way up, as in the published net for ACDC."""
+    """The patch: a map of odd side loses its last token when it is halved and gets one back when it is doubled, as
+    in the published net for ACDC."""
     return cfg.patch
 
 
