@@ -2,16 +2,16 @@
 (Zhuang et al. 2024; section and equation numbers are that paper's).
 
 A global view is a large part of a crop in low resolution, a local one a small part in high resolution. An encoder
-sees some patches of each and a decoder, which is thrown away, rebuilds the others (Eq. 3, 4). A class token goes
-with the patches; what a projection makes of it shall be, for masked global and local views (Eq. 9, 10), what a
-teacher, which follows encoder and projection (Eq. 5), makes of complete global ones.
+sees some patches of each, and a decoder, which is discarded after pretraining, rebuilds the others (Eq. 3, 4). A class
+token accompanies the patches. Its projection for masked global and local views is trained to match (Eq. 9, 10) that of
+a teacher, a moving average of encoder and projection (Eq. 5), for complete global views.
 
 The paper's encoder is UNETR's transformer with ``backbone.positions=sincos`` and ``backbone.qkv_bias=true`` (and an
 epsilon of 1e-6 in its normalisations, where MONAI's is 1e-5). Crops should be large: the paper cuts views out of
 whole volumes.
 
-The paper trains with AdamW, lr 1e-2, batches of 256, 1600 epochs. As an absolute rate that is implausible for
-AdamW: MAE's 1.5e-4 for each 256 samples with 40 epochs of warm-up, weight decay 0.05 and betas 0.9 and 0.95 is safer.
+The paper trains with AdamW, lr 1e-2, batches of 256, 1600 epochs. This learning rate is implausible for AdamW: MAE's
+1.5e-4 per 256 samples with 40 epochs of warm-up, weight decay 0.05 and betas 0.9 and 0.95 is safer.
 
 Shapes: B samples, C input channels, X Y Z a view's axes, W views of a sample, M those of all samples, N patches
 (C order), V those that are seen, P numbers of a patch, E the encoder's width, K the projection's.

@@ -1,8 +1,8 @@
 """MAE3D: encode a quarter of a crop's patches and rebuild the rest from them (He et al. 2022; in 3D, Chen et al. 2023).
 
-The encoder sees visible tokens alone; a narrow decoder, which is thrown away, gets the masked ones' places too. It
-needs a backbone of plain tokens. What is called MAE for CNNs, a whole network on crops with blocks blanked out, is
-`simmim` with its head on the decoder.
+The encoder sees only visible tokens; a narrow decoder, which is discarded after pretraining, also gets the positions
+of the masked ones. The network must be one of plain tokens. "MAE for CNNs", a whole network on crops with blocks
+blanked out, is `simmim` with its head on the decoder.
 
 MAE3D trains ViT-B with AdamW, lr 3e-4, weight decay 0.05, 300 of 3000 epochs of warm-up, cosine to 1e-4, batches of
 4 volumes with 4 crops each, on CT from -175 to 250 HU.

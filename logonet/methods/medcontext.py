@@ -1,8 +1,8 @@
 """MedContext (Gani et al. 2023): finetuning that also segments masked crops, as a teacher does whole ones.
 
-The student, which is what is kept, segments the crop X and its masked copy X^M, both against the labels; besides, its
-logits of X^M are drawn to those that the teacher, the student's moving average, gives to X (Eq. 2 to 6). What is hidden
-are tubes: units of the slice plane, all the way along Z.
+The student, which is the network that is kept, segments the crop X and its masked copy X^M, both against the labels.
+In addition its logits of X^M are drawn to the logits of X from the teacher, the student's moving average (Eq. 2 to 6).
+The mask consists of tubes: units of the slice plane, over the whole length of Z.
 
 Published settings: UNETR and SwinUNETR, AdamW at 1e-4, weight decay 1e-5, 50 epochs of warm-up, 5000 epochs (Synapse),
 4 crops of 96^3 a step; nnFormer, crops of (128, 128, 64), ``unit_vox=4``, SGD with Nesterov momentum 0.99, gradients
@@ -32,7 +32,7 @@ from logonet.methods._selfsup import check_momentum, follow, follow_all, pooled,
 from logonet.networks import SegOut, TokenNetwork
 
 NEEDS = frozenset({"labels"})
-SMALLEST = 1e-8  # of a mean square of logits that one may divide by
+SMALLEST = 1e-8  # lower bound of a mean square of logits in a denominator
 CONSTANT = 1e-3  # variation of the teacher's logits; healthy training has tenths
 
 
@@ -121,9 +121,9 @@ class MedContext(MethodModule[Config]):
         super().__init__(cfg, network)
         self.num_classes = data_spec.num_classes
         self.teacher = teacher_of(network)
-        # In the released UNETR the first skip reads the crop itself, unmasked, so what is hidden is seen after all.
-        # Here hidden voxels are blanked before anything reads them, and tokens replaced besides where there are any:
-        # before positions are added, or all hidden tokens would be alike, as they are in the released code.
+        # In the released UNETR the first skip reads the unmasked crop, so the network sees what is hidden after all.
+        # Here hidden voxels are blanked before anything reads them, and tokens, where there are any, are replaced too:
+        # before positions are added, or all hidden tokens would be equal, as they are in the released code.
         self.blank = nn.Parameter(torch.zeros(data_spec.in_channels))
         self.token: nn.Parameter | None = None
         if hasattr(network, "encode_hidden"):
@@ -148,7 +148,7 @@ class MedContext(MethodModule[Config]):
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch of what ``prepare`` returns; ``progress`` drives the teacher alone."""
         if progress == 0:
-            # Pretrained weights are loaded after the module is built, and into the student alone.
+            # Pretrained weights are loaded after the module is built, and only into the student.
             follow(self.teacher, self.backbone, 0.0)
         x_BCXYZ, labels_BXYZ, hidden_BXYZ = batch["image"], batch["labels"], self.voxels(batch)
         feats = self.backbone.encode(x_BCXYZ)
@@ -163,7 +163,7 @@ class MedContext(MethodModule[Config]):
         num_samples = len(labels_BXYZ)
         metrics = self._metrics(whole.logits, masked.logits, target_BKXYZ, labels_BXYZ)
         if whole.aux_loss is not None:
-            # Of the whole crop alone: what a network wants besides, such as its input back, is not wanted of blanks.
+            # For the whole crop alone: an auxiliary loss, such as reconstructing the input, makes no sense for blanks.
             loss = loss + whole.aux_loss
             metrics |= means(num_samples, aux_loss=whole.aux_loss)
         metrics |= means(num_samples, loss=loss) | sums(num_samples, dice_loss=dice_B, ce=ce_B)

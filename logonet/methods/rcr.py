@@ -1,8 +1,8 @@
 """RCR: rotation, contrast and reconstruction, the pretraining of Swin UNETR (Tang et al. 2022).
 
-Each crop is seen twice, each time turned by its own number of quarter turns and with boxes cut out, filled first
-with noise and then from another crop of the batch. From the encoder's coarsest map one head tells the turn, one
-makes what NT-Xent compares, and one rebuilds the turned crop as it was before the cuts. The decoder and the
+Each crop gives two views, each turned by its own number of quarter turns and with boxes cut out, filled first
+with noise and then from another crop of the batch. On the encoder's coarsest map one head predicts the turn, one
+makes the vectors that NT-Xent compares, and one rebuilds the turned crop as it was before the cuts. The decoder and the
 classifier are not trained. The paper trains with AdamW at 4e-4 after 500 steps of warm-up, weight decay 1e-5,
 crops of 96^3, on 5,050 CT scans.
 

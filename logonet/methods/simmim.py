@@ -1,11 +1,10 @@
 """SimMIM: hide blocks of a crop and rebuild their voxels with one light layer (Xie et al. 2022; in 3D, MIM-Med3D,
 Chen et al. 2023).
 
-Where the backbone has tokens, those of hidden blocks are replaced by a learnt vector before positions are added,
-and the layer stands on the encoder's last features: a 1x1x1 convolution to a cell's voxels and a 3D pixel shuffle.
-Elsewhere the layer is a 1x1x1 convolution on the full-resolution features, which is also what MAE's form for CNNs
-comes to. In both the image itself is masked: neither a skip from the image nor overlapping tokens may show what
-is to be guessed.
+Where the network has tokens, those of hidden blocks are replaced by a learnt vector before positions are added,
+and the layer takes the encoder's last features: a 1x1x1 convolution to a cell's voxels and a 3D pixel shuffle.
+Elsewhere the layer is a 1x1x1 convolution on the full-resolution features, which is also MAE's form for CNNs. In both
+cases the image itself is masked, so that neither a skip from the image nor overlapping tokens reveal the target.
 
 MIM-Med3D trains ViT-B with AdamW, lr 1e-4 (3e-4 on BraTS), weight decay 1e-5, 50 epochs of warm-up, constant after.
 

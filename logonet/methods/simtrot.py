@@ -1,10 +1,10 @@
 """SimTROT (Hu et al. 2023), also called SimPROT, SimPROT-W and BPROT: views are compared token by token.
 
-The tokens are the places of the encoder's coarsest map. Both views show the same crop with other textures; in the
-second, boxes are filled with noise. The first is turned and mirrored, and its map is turned and mirrored back, so
-that places match again while an encoder that tells tokens by their place alone fails. In the framework "simclr" a
-token attracts its other view and repels all others (Eq. 1), those at the same place of other crops ``w`` times
-(Eq. 3); in "byol" a slowly moving copy's token is predicted (Eq. 2). Rows of the paper's Table 4: "simclr" with
+The tokens are the positions of the encoder's coarsest map. Both views show the same crop with different textures; in
+the second, boxes are filled with noise. The first is turned and mirrored, and its map is turned and mirrored back, so
+that positions match again, while an encoder that encodes nothing but positions fails. In the framework "simclr" a
+token attracts its other view and repels all others (Eq. 1), those at the same position of other crops ``w`` times
+(Eq. 3); in "byol" it predicts the token of a slowly moving copy (Eq. 2). Rows of the paper's Table 4: "simclr" with
 ``mask`` and ``rotate`` and w = 5 is SimPROT-W, with w = 1 SimPROT, "byol" with both BPROT.
 
 Negatives come from one's own worker's batch, and "other crops" help most where they are of other patients; memory
@@ -91,7 +91,7 @@ def check(cfg: Config, data_spec: DataSpec) -> None:
 
 
 def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Make two views and draw how the first shall be moved.
+    """Make two views and draw the move of the first.
 
     Returns:
         ``first`` and ``second``, float32 (C, X, Y, Z), nominally in [0, 1], with boxes of noise in the second;

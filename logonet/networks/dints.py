@@ -133,13 +133,13 @@ class DiNTS(Network):
         with torch.device("cpu"):
             self.net: Any = _wrapped(cfg, in_channels, num_classes)
         self.net.to(device)
-        # To the end, so that the first convolution of the encoder is one on the crop: that one tells the number
-        # of its channels to whoever loads weights.
+        # Moved to the end, so that the encoder's first convolution in the state dict is one on the crop: weight
+        # transfer reads the number of input channels from it.
         space = self.net.dints_space
         del self.net.dints_space
         self.net.dints_space = space
-        # MONAI runs the stems of levels that no path starts from and multiplies by 0, and never runs those
-        # above which no path ends: weights no gradient would ever reach.
+        # MONAI runs the stems of levels that no path starts from and multiplies the result by 0, and never runs
+        # those above which no path ends: no gradient would ever reach these weights.
         for level in range(cfg.num_depths):
             if level not in cfg.levels_in:
                 del self.net.stem_down[str(level)]
@@ -151,8 +151,7 @@ class DiNTS(Network):
         self.feature_channels = widths[0]
 
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
-        # MONAI's space reads its paths out of a tensor while it runs, which no compiler can follow; so its cells
-        # are walked here.
+        # MONAI's forward reads its paths from a tensor, which torch.compile cannot trace, so this loop runs the cells.
         space = self.net.dints_space
         path_weights = space.get_prob_a()[1] if self.cfg.search else None
         levels = {level: self.net.stem_down[str(level)](x_BCXYZ) for level in self.cfg.levels_in}
@@ -178,7 +177,7 @@ class DiNTS(Network):
         return self.net.stem_finals[0](f)
 
     def searched(self) -> dict[str, Any]:
-        """``paths`` and ``ops`` of the most probable architecture, options of the instance to train next."""
+        """``paths`` and ``ops`` of the most probable architecture: options of the instance to train next."""
         assert self.cfg.search, "an instance has nothing to search"
         space = self.net.dints_space
         space.device = space.log_alpha_a.device

@@ -23,7 +23,7 @@ EXPANSION = 4  # hidden over outer width of a block
 EPS = 1e-6  # of the encoder's layer normalisations
 
 # "optimised" is the second of the paper's two nets, in the appendix: no bottleneck of 768 features, a deeper
-# third stage. Neither text nor code says what is left of the bottleneck; see UXNet3D.
+# third stage. Neither the text nor the code says what replaces the bottleneck; see UXNet3D.
 _DEPTHS: dict[str, tuple[int, ...]] = {"normal": (2, 2, 2, 2), "optimised": (2, 2, 8, 2)}
 
 TINY: dict[str, Any] = {"feature_size": 8, "depths": (1, 1, 1, 1), "kernel_size": 3, "norm": "group"}
