@@ -230,7 +230,8 @@ def build(
     return _file(name).build(cfg, network, data_spec)
 
 
-def _file(name: str) -> Any:  # a `Method`, with or without the optional parts
+def _file(name: str) -> Method:
     if name not in names():
         raise UserError(unknown("method", name, names()))
-    return importlib.import_module(f"{__name__}.{name}")
+    file: Any = importlib.import_module(f"{__name__}.{name}")
+    return file
