@@ -13,7 +13,7 @@ import pytest
 import torch
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import adjusted_rand_score
-from test_methods import Stub, assert_step, batch_for, facts_for, sample_for, stub_for
+from test_methods import Stub, assert_step, batch_for, data_spec_for, sample_for, stub_for
 
 from logonet import methods
 from logonet.clustering import kmeans
@@ -29,7 +29,7 @@ from logonet.methods.masked_clusters import MaskedClusters
 
 def prepared(masking: str, index: int = 0) -> dict[str, np.ndarray]:
     cfg = methods.config("masked_clusters", {"masking": masking})
-    sample = sample_for(index, facts_for(), methods.needs("masked_clusters"))
+    sample = sample_for(index, data_spec_for(), methods.needs("masked_clusters"))
     return masked_clusters.prepare(sample, cfg, seeding.rng(0, "prepare", index))
 
 
@@ -59,17 +59,17 @@ def test_the_same_slices_are_predicted_whatever_is_hidden() -> None:
 
 @pytest.mark.parametrize("masking", ["chains", "none", "mixed"])
 def test_every_masking_trains(masking: str) -> None:
-    module = stub_for("masked_clusters", facts_for(), masking=masking)
-    batch = batch_for("masked_clusters", module.cfg, facts_for(), [0, 1, 2])
+    module = stub_for("masked_clusters", data_spec_for(), masking=masking)
+    batch = batch_for("masked_clusters", module.cfg, data_spec_for(), [0, 1, 2])
     assert_step(module, batch, 3, channels=8)
     assert module.mask_token.requires_grad == (masking != "none")
     assert bool(batch["hidden"].any()) == (masking != "none")
 
 
 def test_without_masking_the_network_sees_the_crop_as_it_is() -> None:
-    module = stub_for("masked_clusters", facts_for(), masking="none").eval()
+    module = stub_for("masked_clusters", data_spec_for(), masking="none").eval()
     assert isinstance(module, MaskedClusters)
-    batch = batch_for("masked_clusters", module.cfg, facts_for(), [0])
+    batch = batch_for("masked_clusters", module.cfg, data_spec_for(), [0])
     seen: list[torch.Tensor] = []
     encode = module.backbone.encode
     module.backbone.encode = lambda x: encode(seen.append(x) or x)
@@ -83,8 +83,8 @@ def test_without_masking_the_network_sees_the_crop_as_it_is() -> None:
 
 
 def test_loss_falls_without_masking() -> None:
-    module = stub_for("masked_clusters", facts_for(), masking="none", final_relu=False)
-    batch = batch_for("masked_clusters", module.cfg, facts_for(), [0, 1])
+    module = stub_for("masked_clusters", data_spec_for(), masking="none", final_relu=False)
+    batch = batch_for("masked_clusters", module.cfg, data_spec_for(), [0, 1])
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(20):
@@ -98,9 +98,9 @@ def test_loss_falls_without_masking() -> None:
 
 def test_one_clusterer_is_enough() -> None:
     """Table 9's first row."""
-    facts = methods.DataSpec((16, 8, 12), 1, cluster_sizes=(5,), majority_labels=(1,))
-    module = methods.build("masked_clusters", Stub(), facts)
-    batch = batch_for("masked_clusters", module.cfg, facts, [0, 1])
+    data_spec = methods.DataSpec((16, 8, 12), 1, cluster_sizes=(5,), majority_labels=(1,))
+    module = methods.build("masked_clusters", Stub(), data_spec)
+    batch = batch_for("masked_clusters", module.cfg, data_spec, [0, 1])
     assert batch["labels"].shape == (2, 1, 12)
     assert_step(module, batch, 2, channels=8)
 

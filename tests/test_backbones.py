@@ -22,8 +22,6 @@ from logonet.networks import ulkanet
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = networks.names()
-# logonet is nine ulkanets, of which one is traced.
-LONG_TO_TRACE = {"attention_unet", "dints", "logonet", "nnformer", "segresnetvae", "swinunetr", "unetr"}
 
 
 def tiny_net(name: str, seed: int = 0, **options: Any) -> Any:
@@ -160,7 +158,7 @@ def test_options_of_speed_and_memory_change_no_number(
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in LONG_TO_TRACE else ()) for n in NAMES]
+    "name", [pytest.param(n, marks=() if n == "unet" else pytest.mark.slow) for n in NAMES]
 )
 def test_compiles_into_one_graph(name: str) -> None:
     """Forward and backward, traced whole; without the code generator, which takes minutes."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_methods import Stub
-from test_selfsup import assert_learns_two_phantoms, phantom_batch
+from test_selfsup import LEARNERS, assert_learns_two_phantoms, phantom_batch
 from torch import Tensor, nn
 
 from logonet import methods
@@ -189,6 +189,6 @@ def test_settings():
             build(**options)
 
 
-@pytest.mark.parametrize("backbone", ["logonet", "unetr", "swinunetr"])
+@pytest.mark.parametrize("backbone", LEARNERS)
 def test_it_learns(backbone: str):
     assert_learns_two_phantoms("byol", backbone)

@@ -96,13 +96,13 @@ class Tokens(Net):
         return [tokens, self.coarse(F.gelu(tokens))]
 
 
-def facts(size_vox: tuple[int, int, int] = SIZE, num_classes: int = K) -> methods.DataSpec:
+def data_spec(size_vox: tuple[int, int, int] = SIZE, num_classes: int = K) -> methods.DataSpec:
     return methods.DataSpec(size_vox, num_classes=num_classes)
 
 
 def medcontext_of(net: nn.Module | None = None, **options: Any) -> MedContext:
     torch.manual_seed(0)
-    module = methods.build("medcontext", net or Net(), facts(), **{"unit_vox": 4, **options})
+    module = methods.build("medcontext", net or Net(), data_spec(), **{"unit_vox": 4, **options})
     assert isinstance(module, MedContext)
     return module
 
@@ -146,7 +146,7 @@ def test_the_papers_counts(
     size_vox: tuple[int, int, int], unit_vox: int, mask_ratio: float, hidden: int
 ) -> None:
     cfg = methods.config("medcontext", {"unit_vox": unit_vox, "mask_ratio": mask_ratio})
-    methods.check("medcontext", cfg, facts(size_vox))
+    methods.check("medcontext", cfg, data_spec(size_vox))
     flat = {
         "image_CXYZ": np.zeros((1, *size_vox), np.uint16),
         "labels_XYZ": np.zeros(size_vox, np.uint8),
@@ -158,7 +158,7 @@ def test_the_papers_counts(
 
 
 def test_84_of_unetrs_216_tokens_are_hidden() -> None:
-    module = methods.build("medcontext", Net(), facts((96, 96, 96)))
+    module = methods.build("medcontext", Net(), data_spec((96, 96, 96)))
     flat = {
         "image_CXYZ": np.zeros((1, 96, 96, 96), np.uint16),
         "labels_XYZ": np.zeros((96, 96, 96), np.uint8),
@@ -202,12 +202,19 @@ def test_hidden_voxels_cannot_influence_the_output(kind: type[nn.Module]) -> Non
     assert_sealed(module, batch["image"], module.voxels(batch))
 
 
-@pytest.mark.parametrize("name", ["logonet", "nnformer", "pcrlv2", "swinunetr", "unetr"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unetr",
+        "pcrlv2",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("logonet", "nnformer", "swinunetr")),
+    ],
+)
 def test_hidden_voxels_cannot_influence_a_backbones_output(name: str) -> None:
     options = networks.tiny(name)
     torch.manual_seed(0)
     net = networks.build(name, 1, K, **options)
-    module = methods.build("medcontext", net, facts((32, 32, 32))).eval()
+    module = methods.build("medcontext", net, data_spec((32, 32, 32))).eval()
     assert (module.token is not None) == ("encode_hidden" in networks.abilities(name))
     hidden = torch.tensor([[True, False], [False, False]])[None]
     batch = {"hidden": hidden, "labels": torch.zeros(1, 32, 32, 32, dtype=torch.uint8)}
@@ -527,7 +534,7 @@ def test_a_constant_teacher_is_warned_of() -> None:
 )
 def test_settings_that_cannot_work_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        methods.build("medcontext", Net(), facts(), **options)
+        methods.build("medcontext", Net(), data_spec(), **options)
 
 
 def test_a_unit_is_whole_tokens() -> None:

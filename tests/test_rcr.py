@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_methods import Stub
-from test_selfsup import assert_learns_two_phantoms, phantom_batch, phantom_crop, plain_nt_xent
+from test_selfsup import LEARNERS, assert_learns_two_phantoms, phantom_batch, phantom_crop, plain_nt_xent
 from torch import Tensor, nn
 
 from logonet import methods, networks
@@ -265,6 +265,6 @@ def test_settings_that_cannot_work():
             build(**options)
 
 
-@pytest.mark.parametrize("backbone", ["logonet", "unetr", "swinunetr"])
+@pytest.mark.parametrize("backbone", LEARNERS)
 def test_it_learns(backbone: str):
     assert_learns_two_phantoms("rcr", backbone)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_methods import Stub, assert_step, batch_for, facts_for, sample_for
+from test_methods import Stub, assert_step, batch_for, data_spec_for, sample_for
+from test_selfsup import LEARNERS
 from torch import Tensor, nn
 
 from logonet import methods, networks
@@ -40,11 +41,11 @@ def config_of(**options: Any) -> Config:
 
 def module_of(net: nn.Module | None = None, in_channels: int = 1, **options: Any) -> Any:
     torch.manual_seed(0)
-    return methods.build("rubik", net or Stub(in_channels), facts_for(SIZE, in_channels), **options)
+    return methods.build("rubik", net or Stub(in_channels), data_spec_for(SIZE, in_channels), **options)
 
 
 def batch_of(cfg: Config, num_samples: int = 2, in_channels: int = 1) -> dict[str, Tensor]:
-    return batch_for("rubik", cfg, facts_for(SIZE, in_channels), list(range(num_samples)))
+    return batch_for("rubik", cfg, data_spec_for(SIZE, in_channels), list(range(num_samples)))
 
 
 def crop(index: int = 0, size_vox: tuple[int, int, int] = SIZE, in_channels: int = 1) -> np.ndarray:
@@ -113,7 +114,7 @@ def test_what_moves_are_drawn() -> None:
 
 
 def test_restore_prepares_the_moved_crop_and_the_crop() -> None:
-    sample = sample_for(0, facts_for(SIZE), methods.needs("rubik"))
+    sample = sample_for(0, data_spec_for(SIZE), methods.needs("rubik"))
     cfg = config_of(cubie_vox=4)
     ready = rubik.prepare(sample, cfg, seeding.rng(9))
     np.testing.assert_array_equal(ready["target"], sample["image_CXYZ"])
@@ -154,7 +155,7 @@ def test_an_identity_leaves_the_crop_as_it_was_moved() -> None:
     module, cfg = same(), config_of(cubie_vox=4)
     _, metrics = module(batch_of(cfg), 0.5)
     assert metrics["restored_error"][0] == metrics["restored_error"][1] > 0
-    loss, metrics = module(batch_for("rubik", cfg, facts_for(SIZE), [0], image="constant"), 0.5)
+    loss, metrics = module(batch_for("rubik", cfg, data_spec_for(SIZE), [0], image="constant"), 0.5)
     assert loss == 0
     assert metrics["restored_error"].tolist() == [0, 0]
 
@@ -244,7 +245,7 @@ def test_cuts_are_the_largest_multiple_below_the_cell(
     size_vox: tuple[int, int, int], multiple: int, cut: tuple[int, int, int]
 ) -> None:
     cfg = config_of(form="classify", cell_multiple_vox=multiple)
-    methods.check("rubik", cfg, facts_for(size_vox))
+    methods.check("rubik", cfg, data_spec_for(size_vox))
     assert methods.sizes("rubik", cfg, size_vox) == (cut,)
     assert methods.sizes("rubik", config_of(), size_vox) == (size_vox,)
 
@@ -375,7 +376,7 @@ def test_classify_keeps_the_contract(in_channels: int, num_samples: int) -> None
 @pytest.mark.parametrize("image", ["noise", "constant", "zero"])
 def test_classify_stays_finite(image: str, autocast: bool) -> None:
     module = module_of(**CLASSIFY)
-    batch = batch_for("rubik", module.cfg, facts_for(SIZE), [0, 1], image=image)
+    batch = batch_for("rubik", module.cfg, data_spec_for(SIZE), [0, 1], image=image)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss, _ = module(batch, 0.0)
     loss.backward()
@@ -383,13 +384,13 @@ def test_classify_stays_finite(image: str, autocast: bool) -> None:
     assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("name", ["logonet", "unetr", "swinunetr"])
+@pytest.mark.parametrize("name", LEARNERS)
 def test_classify_trains_backbones(name: str) -> None:
     torch.manual_seed(0)
     net = networks.build(name, 1, 3, **networks.tiny(name))
-    facts = facts_for((68, 68, 68))  # cells of 34, cuts of 32
-    module = methods.build("rubik", net, facts, form="classify", cell_multiple_vox=32)
-    batch = batch_for("rubik", module.cfg, facts, [0])
+    data_spec = data_spec_for((68, 68, 68))  # cells of 34, cuts of 32
+    module = methods.build("rubik", net, data_spec, form="classify", cell_multiple_vox=32)
+    batch = batch_for("rubik", module.cfg, data_spec, [0])
     assert_step(module, batch, 1, channels=net.channels[-1])
 
 
@@ -441,7 +442,7 @@ def test_what_has_learnt_nothing_is_warned_of() -> None:
 )
 def test_settings_that_cannot_work_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        methods.build("rubik", Stub(), facts_for(SIZE), **options)
+        methods.build("rubik", Stub(), data_spec_for(SIZE), **options)
 
 
 def test_a_cut_that_the_network_cannot_take_is_refused_before_training() -> None:

@@ -25,6 +25,7 @@ from logonet.methods import _selfsup
 # --------------------------------------------------------- a step of a method, for the methods' own files
 
 CUBE = (32, 32, 32)
+LEARNERS = ["unetr", *(pytest.param(name, marks=pytest.mark.slow) for name in ("logonet", "swinunetr"))]
 Size = tuple[int, int, int]
 
 
@@ -142,7 +143,7 @@ def _one_rank(rank: int, meet: str, gather: bool) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize("gather", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_two_ranks_that_gather_are_one_with_both_batches(tmp_path: Path, gather: bool):
     meet = str(tmp_path / "meet")
     torch.multiprocessing.spawn(_one_rank, (meet, gather), nprocs=2)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from test_methods import Stub
-from test_selfsup import assert_learns_two_phantoms, phantom_batch, phantom_crop, plain_nt_xent
+from test_selfsup import LEARNERS, assert_learns_two_phantoms, phantom_batch, phantom_crop, plain_nt_xent
 
 from logonet import methods
 from logonet.core import config, seeding
@@ -69,7 +69,7 @@ def test_projector_widths(batch: dict[str, torch.Tensor]):
     assert methods.config("simclr", {"projector": [16, 4], "view_vox": [8, 8, 4]}).projector == (16, 4)
 
 
-@pytest.mark.parametrize("backbone", ["logonet", "unetr", "swinunetr"])
+@pytest.mark.parametrize("backbone", LEARNERS)
 def test_it_learns(backbone: str):
     assert_learns_two_phantoms("simclr", backbone)
 

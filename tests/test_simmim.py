@@ -132,7 +132,10 @@ def test_units_and_outputs_of_the_published_nnformer() -> None:
 
 
 @pytest.mark.parametrize("head", ["encoder", "decoder"])
-@pytest.mark.parametrize("backbone", ["unetr", "swinunetr", "nnformer", "logonet"])
+@pytest.mark.parametrize(
+    "backbone",
+    ["unetr", "logonet", *(pytest.param(n, marks=pytest.mark.slow) for n in ("swinunetr", "nnformer"))],
+)
 def test_what_is_hidden_has_no_influence(backbone: str, head: str) -> None:
     size_vox = (32, 32, 64) if backbone == "swinunetr" else SIZE
     module = module_on(backbone, size_vox, head=head).eval()

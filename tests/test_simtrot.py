@@ -343,7 +343,11 @@ def test_heads_have_the_published_widths():
 @pytest.mark.parametrize(
     ("backbone", "size_vox"),
     # Of 32 voxels a side LoGoNet and SwinUNETR make one token, which the method is not for.
-    [("logonet", (64, 32, 32)), ("unetr", (32, 32, 32)), ("swinunetr", (64, 32, 32))],
+    [
+        pytest.param("logonet", (64, 32, 32), marks=pytest.mark.slow),
+        ("unetr", (32, 32, 32)),
+        pytest.param("swinunetr", (64, 32, 32), marks=pytest.mark.slow),
+    ],
 )
 def test_it_learns(backbone: str, size_vox: tuple[int, int, int], framework: str):
     assert_learns_two_phantoms("simtrot", backbone, size_vox, framework=framework)

@@ -1,64 +1,42 @@
-"""Methods: what turns a backbone and a batch into a loss. One file per pretext or training objective.
+"""Methods turn a network and a batch into a loss. One file for each pretext or training objective.
 
-The file's name is the method's registered name; files that start with ``_`` are not registered. A new
-file is found, and tested, by existing.
+The file's name is the method's registered name; files that start with ``_`` are not registered. A new file is found,
+and tested, without being listed anywhere.
 
-Shapes: B samples, C input channels, X Y Z the crop's axes in RAS order (Z is the slice axis),
-N clusterers, F features.
+Shapes: B samples, C input channels, X Y Z the crop's axes in RAS order (Z is the slice axis), N clusterers,
+F features.
 
-**A method file has**
+**A method's file** defines what `Method` says and, where the default does not suit it:
 
-``Config``
-    A frozen dataclass of its settings, every field with a default.
-``NEEDS: frozenset[str]``
-    What it wants of a sample, out of ``{"crops", "pseudo_labels", "labels"}``.
-``check(cfg, facts) -> None``
-    Raises UserError for settings that cannot work on this data. Runs before anything is launched.
-``prepare(sample, cfg, rng) -> dict[str, np.ndarray]``
-    Runs on the CPU data workers, in NumPy, and draws from ``rng`` alone: the same sample and the same
-    ``rng`` give the same bits. ``sample`` is one crop and holds what NEEDS names: ``image_CXYZ`` uint16
-    (round(65535 * intensity)) for crops; ``labels_NZ`` int16 for pseudo_labels; for labels ``image_CXYZ`` as
-    above and ``labels_XYZ`` uint8, class indices below ``DataSpec.num_classes`` (not the values in the label
-    file), 0 background. Every array it returns has the same shape and dtype for every sample.
-``build(cfg, backbone, facts) -> nn.Module``
-    The module below.
-``WANTS: frozenset[str]``, optional
-    What it needs of its backbone beyond the contract, such as {"encode_visible"}.
-``LEAST_BATCH: int``, optional
-    Samples that a forward pass must hold at least; 1 where the file does not say.
-``SEES_BATCH: bool``, optional
-    True where a sample's loss depends on the others of its forward pass, and what is learnt on
-    ``train.batch_size``. Samples of one pass are the same whatever the number of workers.
-``gathers(cfg) -> bool``, optional
-    True where ``forward`` waits for the other ranks': every rank then needs equally many forward passes, and what is
-    learnt depends on the number of workers.
-``sizes(cfg, size_vox) -> tuple[tuple[int, int, int], ...]``, optional
-    The sizes (X, Y, Z in voxels) of what it puts through ``encode``; the crop's where the file does not say.
-``warning(entry) -> str | None``, optional
-    One sentence with advice where an epoch's entry of the history says that training has collapsed.
+``WANTS: frozenset[str]``
+    What the method needs of its network beyond `networks.Network`, such as {"encode_visible"}.
+``LEAST_BATCH: int``
+    The fewest samples that a forward pass can hold; default 1.
+``gathers(cfg) -> bool``
+    True where ``forward`` waits for those of the other ranks: every rank then needs equally many forward passes, and
+    the result depends on the number of workers. Default False.
+``sizes(cfg, size_vox) -> tuple[tuple[int, int, int], ...]``
+    The sizes (X, Y, Z in voxels) of what passes through ``encode``; default the crop's.
+``warning(entry) -> str | None``
+    One sentence of advice where an epoch's entry of the history says that training has collapsed.
 
-**The module has**
+**The module** that ``build`` returns is a `MethodModule`:
 
 ``forward(batch, progress) -> (loss, metrics)``
-    ``batch``: what ``prepare`` returned, under the same keys, stacked along a new first axis (integers
-    may have been widened on the way). ``progress`` in [0, 1] is the share of the training that is done;
-    it drives every schedule, so no method knows the loop. ``loss``: a scalar, a mean over the samples of
-    the batch. ``metrics``: name -> detached float64 tensor of shape (2, ...) holding (total, count); the
-    loop adds them up over steps and ranks and the epoch's value is total / count, exact however the
-    counted things were spread; where the count is 0 the epoch has no value. One key is special and
-    optional: ``embeddings_BF`` is (B, F) pooled features, from which the loop watches for collapse.
+    ``batch``: what ``prepare`` returned, under the same keys, stacked along a new first axis (integers may have been
+    widened on the way). ``progress`` in [0, 1] is the share of the training that is done; every schedule depends on
+    it alone, so no method knows the loop. ``loss``: a scalar, a mean over the samples of the batch. ``metrics``: name
+    -> detached float64 tensor of shape (2, ...) holding (total, count). The loop adds them up over steps and ranks
+    and reports total / count for the epoch, which is exact however the samples were distributed; where the count is
+    0 the epoch has no value. One key is special and optional: ``embeddings_BF``, (B, F) pooled features, from which
+    the loop detects collapse.
 ``backbone``
-    The backbone; its weights are what transfers.
+    The network; its weights are what transfers. (The attribute is part of the names of stored weights.)
 ``after_step(progress)``, optional
     Runs after each optimizer step (EMA teachers).
 
-What a method does not use of its backbone, or is told to leave as it is, it freezes, so every parameter
-that requires a gradient gets one at every step and DDP never searches for unused ones.
-
-**Of a backbone** a method may use ``channels``, ``strides``, ``feature_channels``, ``encoder_prefixes``,
-``head_prefixes`` (parameters that only the classifier uses), ``encode(x_BCXYZ) -> feats`` (fine to
-coarse), ``decode_features(x_BCXYZ, feats) -> f_BFXYZ`` (full resolution), ``decode(x_BCXYZ, feats)``, and
-of one that has them what ``backbones`` says of tokens.
+A method freezes what it does not use of its network, or is told not to train. Every parameter that requires a
+gradient then gets one at every step, and DDP need not search for unused ones.
 """
 
 from __future__ import annotations
@@ -69,16 +47,16 @@ import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from logonet.core.config import Component, from_dict, unknown
 from logonet.core.errors import UserError
 
-if TYPE_CHECKING:  # torch takes longer to import than a scan to cut, and tasks that cut import this file
-    from torch import nn
+if TYPE_CHECKING:  # importing torch takes longer than cutting a scan, and tasks that cut import this file
+    from logonet.methods._parts import MethodModule
+    from logonet.networks import Network
 
 COLLAPSED_RANK = 1.5  # of features whose directions healthy training counts in tens
 ENOUGH_TO_RANK = 16
@@ -105,13 +83,45 @@ class DataSpec:
     batch_size: int | None = None
 
 
+class Method(Protocol):
+    """What a method's file defines.
+
+    Attributes:
+        Config: a frozen dataclass of settings, every field with a default.
+        NEEDS: what the method needs of a sample, out of {"crops", "pseudo_labels", "labels"}.
+    """
+
+    Config: type
+    NEEDS: frozenset[str]
+
+    def check(self, cfg: Any, data_spec: DataSpec) -> None:
+        """Raise UserError for settings that cannot work on this data. Runs before anything is launched."""
+
+    def prepare(
+        self, sample: Mapping[str, np.ndarray], cfg: Any, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """Arrays for ``forward``, each of the same shape and dtype for every sample.
+
+        Runs in NumPy on the CPU data workers and draws from ``rng`` alone: the same sample and the same ``rng`` give
+        the same bits.
+
+        Args:
+            sample: one crop, with what NEEDS names. For crops ``image_CXYZ`` uint16 (round(65535 * intensity)); for
+                pseudo_labels also ``labels_NZ`` int16; for labels ``image_CXYZ`` and ``labels_XYZ`` uint8, class
+                indices below ``DataSpec.num_classes`` (not the values in the label file), 0 background.
+        """
+
+    def build(self, cfg: Any, network: Network, data_spec: DataSpec) -> MethodModule:
+        """The module that is trained: most often the class itself."""
+
+
 def names() -> list[str]:
     """The registered methods, sorted."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
 def config(name: str, options: Mapping[str, Any] | None = None) -> Any:
-    """The method's ``Config`` with ``options`` laid on its defaults.
+    """The method's ``Config`` with ``options`` over its defaults.
 
     Raises:
         UserError: unknown method, unknown option or wrong type.
@@ -129,19 +139,14 @@ def parse(values: Mapping[str, Any] | Component) -> Component:
 
 
 def needs(name: str) -> frozenset[str]:
-    """What the method wants of a sample, out of {"crops", "pseudo_labels", "labels"}."""
+    """What the method needs of a sample, out of {"crops", "pseudo_labels", "labels"}."""
     return _file(name).NEEDS
-
-
-def sees_batch(name: str) -> bool:
-    """Whether a sample's loss depends on the others of its forward pass."""
-    return getattr(_file(name), "SEES_BATCH", False)
 
 
 def gathers(name: str, cfg: Any) -> bool:
     """Whether a forward pass waits for those of the other ranks."""
-    of = getattr(_file(name), "gathers", None)
-    return of is not None and of(cfg)
+    file = _file(name)
+    return hasattr(file, "gathers") and file.gathers(cfg)
 
 
 def least_batch(name: str) -> int:
@@ -151,19 +156,19 @@ def least_batch(name: str) -> int:
 
 def sizes(name: str, cfg: Any, size_vox: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
     """The sizes of what the method puts through ``encode`` where crops have ``size_vox`` voxels."""
-    of = getattr(_file(name), "sizes", None)
-    return (size_vox,) if of is None else of(cfg, size_vox)
+    file = _file(name)
+    return file.sizes(cfg, size_vox) if hasattr(file, "sizes") else (size_vox,)
 
 
-def check(name: str, cfg: Any, facts: DataSpec) -> None:
+def check(name: str, cfg: Any, data_spec: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on this data."""
     least = least_batch(name)
-    if facts.batch_size is not None and facts.batch_size < least:
+    if data_spec.batch_size is not None and data_spec.batch_size < least:
         raise UserError(
-            f"method '{name}' compares the crops of a batch and train.batch_size is {facts.batch_size}; set it to "
-            f"{least} or more"
+            f"method '{name}' compares the crops of a batch and train.batch_size is {data_spec.batch_size}; set it "
+            f"to {least} or more"
         )
-    _file(name).check(cfg, facts)
+    _file(name).check(cfg, data_spec)
 
 
 def wants(name: str) -> frozenset[str]:
@@ -171,9 +176,9 @@ def wants(name: str) -> frozenset[str]:
     return getattr(_file(name), "WANTS", frozenset())
 
 
-def lacking(name: str, backbone: nn.Module) -> set[str]:
-    """What the method needs of its backbone and this one does not have."""
-    return {part for part in wants(name) if not hasattr(backbone, part)}
+def lacking(name: str, network: Network) -> set[str]:
+    """What the method needs of its network and this one does not have."""
+    return {part for part in wants(name) if not hasattr(network, part)}
 
 
 def warning(name: str, entry: Mapping[str, Any], num_samples: int = ENOUGH_TO_RANK) -> str | None:
@@ -182,8 +187,8 @@ def warning(name: str, entry: Mapping[str, Any], num_samples: int = ENOUGH_TO_RA
     Args:
         num_samples: of the epoch. The effective rank of a few embeddings is low whatever they are.
     """
-    own = getattr(_file(name), "warning", None)
-    if own is not None and (sentence := own(entry)) is not None:
+    file = _file(name)
+    if hasattr(file, "warning") and (sentence := file.warning(entry)) is not None:
         return sentence
     rank = entry.get("effective_rank", math.inf)
     if rank >= COLLAPSED_RANK or num_samples < ENOUGH_TO_RANK:
@@ -200,12 +205,12 @@ def prepare(name: str) -> Callable[[Mapping[str, Any], Any, np.random.Generator]
 
 
 def build(
-    name: str, backbone: nn.Module, facts: DataSpec | None = None, *, cfg: Any = None, **options: Any
-) -> nn.Module:
-    """The method's module on ``backbone``.
+    name: str, network: Network, data_spec: DataSpec | None = None, *, cfg: Any = None, **options: Any
+) -> MethodModule:
+    """The method's module on ``network``.
 
     Args:
-        facts: what is known of the data; its fields may be given (or replaced) as keywords instead.
+        data_spec: what is known of the data; its fields may be given (or replaced) as keywords instead.
         cfg: the method's ``Config``; or give its fields as keywords.
 
     Raises:
@@ -213,19 +218,20 @@ def build(
     """
     fields = {f.name for f in dataclasses.fields(DataSpec)}
     known = {k: options.pop(k) for k in sorted(fields & options.keys())}
-    facts = dataclasses.replace(facts, **known) if facts is not None else DataSpec(**known)
+    data_spec = dataclasses.replace(data_spec, **known) if data_spec is not None else DataSpec(**known)
     assert cfg is None or not options, "give cfg or its fields, not both"
     cfg = config(name, options) if cfg is None else cfg
-    check(name, cfg, facts)
-    if missing := lacking(name, backbone):
+    check(name, cfg, data_spec)
+    if missing := lacking(name, network):
         raise UserError(
             f"method '{name}' needs {' and '.join(sorted(missing))} of its backbone, which "
-            f"{type(backbone).__name__} does not have; choose another backbone or method"
+            f"{type(network).__name__} does not have; choose another backbone or method"
         )
-    return _file(name).build(cfg, backbone, facts)
+    return _file(name).build(cfg, network, data_spec)
 
 
-def _file(name: str) -> ModuleType:
+def _file(name: str) -> Method:
     if name not in names():
         raise UserError(unknown("method", name, names()))
-    return importlib.import_module(f"{__name__}.{name}")
+    file: Any = importlib.import_module(f"{__name__}.{name}")
+    return file

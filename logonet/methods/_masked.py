@@ -1,4 +1,4 @@
-"""What the methods that hide parts of a crop and rebuild them share.
+"""What methods that hide parts of a crop and rebuild them share.
 
 Shapes: B samples, C input channels, X Y Z the crop's axes, xyz those of its patches, N patches (C order), V those
 that are seen, P numbers of a patch (C times its voxels), E the encoder's width, D the decoder's.
@@ -7,35 +7,34 @@ that are seen, P numbers of a patch (C times its voxels), E the encoder's width,
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from logonet.core.errors import UserError
+from logonet.methods import DataSpec
+from logonet.networks import TokenNetwork, Triple
+from logonet.networks._shared import resized_positions, sincos, without_cross_attention
 
-Triple = tuple[int, int, int]
-STILL = 1e-3  # a share of the true variance that only a constant answer stays below
+STILL = 1e-3  # share of the true variance; only constant predictions stay below it
 
 
 def space_to_depth(image_BCXYZ: Tensor, patch: Sequence[int]) -> Tensor:
     """Each patch's voxels as channels, (B, P, x, y, z), in the order C, X, Y, Z."""
     px, py, pz = patch
-    b, c, x, y, z = image_BCXYZ.shape
-    parts = image_BCXYZ.reshape(b, c, x // px, px, y // py, py, z // pz, pz)
-    return parts.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, -1, x // px, y // py, z // pz)
+    cut = "b c (x px) (y py) (z pz) -> b (c px py pz) x y z"
+    return rearrange(image_BCXYZ, cut, px=px, py=py, pz=pz)
 
 
 def depth_to_space(map_BPxyz: Tensor, patch: Sequence[int]) -> Tensor:
     """The 3D pixel shuffle that undoes `space_to_depth`."""
     px, py, pz = patch
-    b, _, x, y, z = map_BPxyz.shape
-    parts = map_BPxyz.reshape(b, -1, px, py, pz, x, y, z)
-    return parts.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, -1, x * px, y * py, z * pz)
+    joint = "b (c px py pz) x y z -> b c (x px) (y py) (z pz)"
+    return rearrange(map_BPxyz, joint, px=px, py=py, pz=pz)
 
 
 def patches(image_BCXYZ: Tensor, patch: Sequence[int]) -> Tensor:
@@ -50,27 +49,27 @@ def grid_of(size_vox: Sequence[int], patch_vox: Triple) -> Triple:
 
 
 def draw_visible(num_patches: int, num_visible: int, rng: np.random.Generator) -> np.ndarray:
-    """Which patches are seen, int64 (V,), ascending: a transformer has no order of its own."""
+    """The visible patches, int64 (V,), in ascending order."""
     return np.sort(rng.permutation(num_patches)[:num_visible])
 
 
 def unseen(keep_BV: Tensor, num_patches: int) -> Tensor:
-    """bool (B, N): all patches but ``keep``."""
+    """All patches except ``keep``, bool (B, N)."""
     every_BN = torch.ones(len(keep_BV), num_patches, dtype=torch.bool, device=keep_BV.device)
     return every_BN.scatter(1, keep_BV, False)
 
 
 def over_patches(error_BNP: Tensor, which_BN: Tensor) -> Tensor:
-    """Of each sample the mean error over the patches that ``which`` (bool) names, (B,)."""
+    """The mean error of each sample over the patches in ``which`` (bool), (B,)."""
     return (error_BNP.mean(2) * which_BN).sum(1) / which_BN.sum(1)
 
 
-def check_patch(patch_vox: Triple, backbone: Any) -> None:
-    """Refuse a backbone whose tokens are of another size."""
-    if patch_vox != backbone.embed_stride:
+def check_patch(patch_vox: Triple, network: TokenNetwork) -> None:
+    """Refuse a network whose tokens are of another size."""
+    if patch_vox != network.embed_stride:
         raise UserError(
-            f"method.patch_vox is {patch_vox} and a token of {type(backbone).__name__} has {backbone.embed_stride} "
-            f"voxels; set method.patch_vox to {backbone.embed_stride}"
+            f"method.patch_vox is {patch_vox} and a token of {type(network).__name__} has {network.embed_stride} "
+            f"voxels; set method.patch_vox to {network.embed_stride}"
         )
 
 
@@ -79,6 +78,11 @@ def check_decoder(width: int, num_heads: int) -> None:
         raise UserError(
             f"method.decoder_width is {width}; it must be a multiple of method.decoder_heads ({num_heads})"
         )
+
+
+def divides(patch_vox: Triple, size_vox: Sequence[int]) -> bool:
+    """Whether patches fill a crop."""
+    return all(side % patch == 0 for side, patch in zip(size_vox, patch_vox))
 
 
 def spread(guess: Tensor, truth: Tensor, hidden: Tensor) -> Tensor:
@@ -92,7 +96,7 @@ def spread(guess: Tensor, truth: Tensor, hidden: Tensor) -> Tensor:
 
 
 def still(entry: Mapping[str, Any]) -> str | None:
-    """The warning of an epoch whose `spread`, ``prediction_spread``, says that one intensity is the answer to all."""
+    """A sentence of advice where an epoch's ``prediction_spread`` says that the predictions hardly vary."""
     value = entry.get("prediction_spread", math.inf)
     if value >= STILL:
         return None
@@ -106,41 +110,41 @@ class Decoder(nn.Module):
     """MAE's decoder: a narrow transformer that rebuilds every patch from the encoded visible ones (He et al. 2022).
 
     Args:
+        cfg: has ``decoder_width``, ``decoder_depth``, ``decoder_heads`` and ``patch_vox``.
+        grid: patches along each axis; others are interpolated.
         positions: "learned" vectors, or "sincos", which are fixed.
         qkv_bias: a bias in attention's projections.
     """
 
     def __init__(
         self,
-        encoder_width: int,
-        patch_numbers: int,
+        cfg: Any,
+        network: TokenNetwork,
+        data_spec: DataSpec,
         grid: Triple,
         *,
-        width: int,
-        depth: int,
-        num_heads: int,
         positions: Literal["learned", "sincos"],
         qkv_bias: bool,
     ) -> None:
         super().__init__()
         from monai.networks.blocks.transformerblock import TransformerBlock
 
+        width, num_heads = cfg.decoder_width, cfg.decoder_heads
         self.grid = grid
-        self.embed = nn.Linear(encoder_width, width)
+        self.embed = nn.Linear(network.embed_channels, width)
         self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(width), std=0.02))
         if positions == "learned":
             table = nn.init.trunc_normal_(torch.empty(1, math.prod(grid), width), std=0.02)
             self.positions = nn.Parameter(table)
         else:
-            self.positions = nn.Parameter(sincos(grid, width), requires_grad=False)
-        self.blocks = nn.ModuleList(
+            self.positions = sincos(grid, width)
+        blocks = nn.ModuleList(
             TransformerBlock(width, 4 * width, num_heads, qkv_bias=qkv_bias, use_flash_attention=True)
-            for _ in range(depth)
+            for _ in range(cfg.decoder_depth)
         )
-        for block in self.blocks:  # MONAI's norm for a cross-attention that there is none of
-            block.cross_attn = block.norm_cross_attn = nn.Identity()
+        self.blocks = without_cross_attention(blocks)
         self.norm = nn.LayerNorm(width)
-        self.predict = nn.Linear(width, patch_numbers)
+        self.predict = nn.Linear(width, data_spec.in_channels * math.prod(cfg.patch_vox))
 
     def forward(
         self, tokens_BVE: Tensor, keep_BV: Tensor, grid: Triple, prefix_B1E: Tensor | None = None
@@ -149,28 +153,9 @@ class Decoder(nn.Module):
         seen_BVD = self.embed(tokens_BVE)
         at_BVD = keep_BV[:, :, None].expand(-1, -1, seen_BVD.shape[2])
         every_BND = self.mask_token.to(seen_BVD.dtype).expand(len(seen_BVD), math.prod(grid), -1)
-        x = every_BND.scatter(1, at_BVD, seen_BVD) + self._positions(grid)
+        x = every_BND.scatter(1, at_BVD, seen_BVD) + resized_positions(self.positions, self.grid, grid)
         if prefix_B1E is not None:
             x = torch.cat([self.embed(prefix_B1E).to(x.dtype), x], dim=1)
         for block in self.blocks:
             x = block(x)
         return self.predict(self.norm(x[:, -math.prod(grid) :]))
-
-    def _positions(self, grid: Triple) -> Tensor:
-        if grid == self.grid:
-            return self.positions
-        own_1Dxyz = self.positions.transpose(1, 2).unflatten(2, self.grid)
-        resized = F.interpolate(own_1Dxyz, size=grid, mode="trilinear", align_corners=False)
-        return resized.flatten(2).transpose(1, 2)
-
-
-def sincos(grid: Triple, width: int) -> Tensor:
-    """Fixed vectors of positions, (1, N, width): MONAI's, and zeros where 6 does not divide ``width``."""
-    from monai.networks.blocks.pos_embed_utils import build_sincos_position_embedding
-
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # it calls torch.meshgrid as torch will not have it one day
-        table = build_sincos_position_embedding(list(grid), width // 6 * 6, 3)
-    return F.pad(table.detach(), (0, width % 6))

@@ -1,4 +1,4 @@
-"""Pieces that more than one method (or the loop that trains them) uses.
+"""Parts that several methods, or the training loop, share.
 
 Shapes: B samples, C input channels, X Y Z the crop's axes, N rows, F features.
 """
@@ -6,11 +6,37 @@ Shapes: B samples, C input channels, X Y Z the crop's axes, N rows, F features.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from logonet.core.errors import UserError
+from logonet.networks import Network
+
+C = TypeVar("C")  # a method's Config
+
+
+class MethodModule(nn.Module, Generic[C]):
+    """The base class of what methods build. The docstring of ``logonet.methods`` says what it must do."""
+
+    backbone: Network
+
+    def __init__(self, cfg: C, network: Network) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.backbone = network
+
+    def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one batch of what ``prepare`` returns."""
+        raise NotImplementedError
+
+
+def check_weights(cfg: Any, *keys: str) -> None:
+    """Raise UserError where the weights of all losses are 0."""
+    if not any(getattr(cfg, key) for key in keys):
+        raise UserError(f"method.{', '.join(keys)} are all 0; set one of them above 0")
 
 
 def intensity(image_BCXYZ: Tensor) -> Tensor:
@@ -19,7 +45,7 @@ def intensity(image_BCXYZ: Tensor) -> Tensor:
 
 
 def freeze(module: nn.Module, prefixes: Iterable[str]) -> None:
-    """Stop gradients of the parameters whose dotted name lies under one of ``prefixes``."""
+    """Freeze the parameters whose dotted name begins with one of ``prefixes``."""
     stems = _stems(prefixes)
     for name, parameter in module.named_parameters():
         if f"{name}.".startswith(stems):
@@ -27,10 +53,10 @@ def freeze(module: nn.Module, prefixes: Iterable[str]) -> None:
 
 
 def freeze_unreached(module: nn.Module, output: Callable[[Any], Tensor]) -> None:
-    """Stop gradients of the parameters that ``output(module)`` does not depend on.
+    """Freeze the parameters that ``output(module)`` does not depend on.
 
     Args:
-        output: is given a copy without weights, in eval mode, to run on tensors of the meta device.
+        output: gets a copy without weights, in eval mode, to run on tensors of the meta device.
     """
     shapes = copy.deepcopy(module).to("meta").eval()
     with torch.enable_grad():
@@ -41,13 +67,18 @@ def freeze_unreached(module: nn.Module, output: Callable[[Any], Tensor]) -> None
 
 
 def modules_under(module: nn.Module, prefixes: Iterable[str]) -> list[nn.Module]:
-    """The submodules whose dotted name is, or lies under, one of ``prefixes``."""
+    """The submodules whose dotted name equals or begins with one of ``prefixes``."""
     stems = _stems(prefixes)
     return [part for name, part in module.named_modules() if f"{name}.".startswith(stems)]
 
 
 def _stems(prefixes: Iterable[str]) -> tuple[str, ...]:
     return tuple(prefix.rstrip(".") + "." for prefix in prefixes)
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float32, or in its own type where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def ratio(total: Tensor, count: Tensor | float) -> Tensor:
@@ -57,10 +88,21 @@ def ratio(total: Tensor, count: Tensor | float) -> Tensor:
     return torch.stack([total, torch.as_tensor(count, device=total.device).to(total).expand_as(total)])
 
 
+def means(count: int, **values: Tensor) -> dict[str, Tensor]:
+    """Metrics of the loop from means over ``count`` samples."""
+    return {name: ratio(value * count, count) for name, value in values.items()}
+
+
+def sums(count: int, **values_B: Tensor) -> dict[str, Tensor]:
+    """Metrics of the loop, averaged over ``count`` samples, from one value for each sample."""
+    return {name: ratio(value_B.sum(), count) for name, value_B in values_B.items()}
+
+
 def effective_rank(embeddings_NF: Tensor) -> float:
-    """How many directions a set of embeddings really uses: exp of the entropy of the normalised singular
-    values of the centred matrix (Roy & Vetterli 2007). Between 1 and min(N - 1, F); 0 when all
-    embeddings are equal, NaN when one is not finite.
+    """The effective number of dimensions of a set of embeddings (Roy & Vetterli 2007).
+
+    The exponential of the entropy of the normalised singular values of the centred matrix. Between 1 and
+    min(N - 1, F); 0 when all embeddings are equal, NaN when one is not finite.
     """
     x_NF = embeddings_NF.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(x_NF).all()):

@@ -13,11 +13,12 @@ from typing import Any, Literal
 import numpy as np
 from scipy import ndimage
 
+from logonet.core.config import Section, SizeVox
 from logonet.core.errors import UserError
 from logonet.data import augment
+from logonet.networks import Triple
 
 Views = Literal["nnssl", "texture"]
-Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,16 @@ class Drawn:
     augment: augment.Drawn = field(default_factory=augment.Drawn)
 
 
-def draw(recipe: Recipe, size_vox: Size, rng: np.random.Generator) -> Drawn:
+def draw(recipe: Recipe, size_vox: Triple, rng: np.random.Generator) -> Drawn:
     """What to do to a view of ``size_vox`` voxels; a function of the arguments alone."""
-    what: dict[str, Any] = {}
-    if rng.random() < recipe.gibbs_prob:
-        what["gibbs"] = rng.random()
-    if rng.random() < recipe.blur_prob:
-        what["blur_sigma_vox"] = rng.uniform(*recipe.blur_sigma_vox)
-    if rng.random() < recipe.contrast_prob:
-        what["contrast"] = rng.uniform(*recipe.contrast)
-    if rng.random() < recipe.low_resolution_prob:
-        what["low_resolution"] = rng.uniform(*recipe.low_resolution)
-    if rng.random() < recipe.inverted_gamma_prob:
-        what["inverted_gamma"] = rng.uniform(*recipe.augment.gamma)
+    kinds = (
+        ("gibbs", recipe.gibbs_prob, (0.0, 1.0)),
+        ("blur_sigma_vox", recipe.blur_prob, recipe.blur_sigma_vox),
+        ("contrast", recipe.contrast_prob, recipe.contrast),
+        ("low_resolution", recipe.low_resolution_prob, recipe.low_resolution),
+        ("inverted_gamma", recipe.inverted_gamma_prob, recipe.augment.gamma),
+    )
+    what = {name: rng.uniform(*span) for name, prob, span in kinds if rng.random() < prob}
     return Drawn(**what, augment=augment.draw(recipe.augment, size_vox, rng))
 
 
@@ -122,8 +120,8 @@ def apply(image_CXYZ: np.ndarray, drawn: Drawn) -> np.ndarray:
     if drawn.low_resolution != 1:
         image = np.stack([_coarsened(channel_XYZ, drawn.low_resolution) for channel_XYZ in image])
     if drawn.inverted_gamma != 1:
-        image = -_augmented(-image, augment.Drawn(gamma=drawn.inverted_gamma))
-    return _augmented(image, drawn.augment)
+        image = -augmented(-image, augment.Drawn(gamma=drawn.inverted_gamma))
+    return augmented(image, drawn.augment)
 
 
 def _coarsened(image_XYZ: np.ndarray, share: float) -> np.ndarray:
@@ -134,7 +132,8 @@ def _coarsened(image_XYZ: np.ndarray, share: float) -> np.ndarray:
     return ndimage.zoom(coarse, 1 / np.array(down), order=3, mode="nearest", grid_mode=True)
 
 
-def _augmented(image_CXYZ: np.ndarray, drawn: augment.Drawn) -> np.ndarray:
+def augmented(image_CXYZ: np.ndarray, drawn: augment.Drawn) -> np.ndarray:
+    """``augment.apply`` without labels."""
     no_labels_XYZ = np.broadcast_to(np.uint8(0), image_CXYZ.shape[1:])
     return augment.apply(image_CXYZ, no_labels_XYZ, drawn)[0]
 
@@ -145,7 +144,7 @@ def view(image_CXYZ: np.ndarray, views: Views, rng: np.random.Generator) -> np.n
     return apply(image_CXYZ, draw(RECIPES[views], size_vox, rng))
 
 
-def starts(size_vox: Size, view_vox: Size, rng: np.random.Generator) -> tuple[Size, Size]:
+def starts(size_vox: Triple, view_vox: Triple, rng: np.random.Generator) -> tuple[Triple, Triple]:
     """The first voxels of two views of a crop: the first anywhere, the second at most half a view from it."""
     pairs = []
     for side, view_side in zip(size_vox, view_vox):
@@ -157,27 +156,46 @@ def starts(size_vox: Size, view_vox: Size, rng: np.random.Generator) -> tuple[Si
     return (x, y, z), (xx, yy, zz)
 
 
-def pair(
-    sample: Mapping[str, Any], views: Views, view_vox: Size | None, rng: np.random.Generator
-) -> dict[str, np.ndarray]:
-    """Two views of a sample's crop.
+@dataclass(frozen=True)
+class Config(Section, key="method"):
+    """Settings of methods that compare two views.
+
+    Attributes:
+        views: "nnssl" has noise, blur, brightness, contrast, low resolution, gamma, mirroring and quarter turns;
+            "texture", of SimTROT, has noise, Gibbs noise, intensity scale and shift, and moves nothing.
+        view_vox: None makes both views of the whole crop; else they have this size (X, Y, Z in voxels) and the
+            second lies at most half of it from the first along each axis.
+    """
+
+    views: Views = "nnssl"
+    view_vox: SizeVox | None = None
+
+
+def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Make two views.
 
     Returns:
-        ``first`` and ``second``, float32 (C, X, Y, Z), of ``view_vox`` voxels or, where that is None, the crop's.
+        ``first`` and ``second``, float32 (C, X, Y, Z), nominally in [0, 1], of ``view_vox`` voxels or the crop's.
     """
     image_CXYZ = sample["image_CXYZ"].astype(np.float32) / 65535
-    size_vox = view_vox or image_CXYZ.shape[1:]
+    size_vox = cfg.view_vox or image_CXYZ.shape[1:]
     boxes = [
         tuple(slice(a, a + n) for a, n in zip(start, size_vox))
         for start in starts(image_CXYZ.shape[1:], size_vox, rng)
     ]
-    first, second = (view(image_CXYZ[:, *box], views, rng) for box in boxes)
+    first, second = (view(image_CXYZ[:, *box], cfg.views, rng) for box in boxes)
     return {"first": first, "second": second}
 
 
-def check(view_vox: Size | None, size_vox: Size) -> None:
-    """Raise UserError unless views of ``view_vox`` fit into crops of ``size_vox``."""
-    if view_vox is not None and any(v > side for v, side in zip(view_vox, size_vox)):
+def sizes(cfg: Config, size_vox: Triple) -> tuple[Triple, ...]:
+    """The size of a view."""
+    return (cfg.view_vox or size_vox,)
+
+
+def check(cfg: Config, size_vox: Triple) -> None:
+    """Raise UserError unless views fit into crops of ``size_vox``."""
+    if cfg.view_vox is not None and any(v > side for v, side in zip(cfg.view_vox, size_vox)):
         raise UserError(
-            f"method.view_vox is {view_vox} and the crops have {size_vox} voxels; a view cannot be larger than its crop"
+            f"method.view_vox is {cfg.view_vox} and the crops have {size_vox} voxels; a view cannot be larger than its "
+            "crop"
         )

@@ -12,124 +12,84 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logonet.core.config import Count, Section, Share, SizeVox
-from logonet.methods import DataSpec, _views
-from logonet.methods._parts import ratio
-from logonet.methods._selfsup import (
-    byol_loss,
-    check_momentum,
-    collapse,
-    follow,
-    joined,
-    mlp,
-    momentum,
-    pooled,
-    spread,
-    teacher_of,
-    train_encoder,
-)
+from logonet.core.config import Count, Share
+from logonet.methods import DataSpec, _selfsup, _views
+from logonet.methods._parts import means
+from logonet.methods._selfsup import EncoderModule
+from logonet.networks import Network
 
 NEEDS = frozenset({"crops"})
 LEAST_BATCH = 2  # the heads' batch norm
-SEES_BATCH = True
-warning = collapse
+prepare, sizes, warning = _views.prepare, _views.sizes, _selfsup.collapse
 
 
 @dataclass(frozen=True)
-class Config(Section, key="method"):
+class Config(_views.Config, key="method"):
     """Defaults are SimTROT's BYOL with nnssl's views and BYOL's schedule of the momentum.
 
     Attributes:
-        views, view_vox: as of ``simclr``.
         hidden: width of the heads' hidden layer; None is that of their input, the encoder's coarsest map.
         projection: width of projections and predictions.
         momentum_start, momentum_end: share that the copy keeps of itself at each step, along half a cosine over
             the training. SimTROT keeps 0.99 throughout: set both to it.
     """
 
-    views: _views.Views = "nnssl"
-    view_vox: SizeVox | None = None
     hidden: Count | None = None
     projection: Count = 256
     momentum_start: Share = 0.99
     momentum_end: Share = 1.0
 
 
-def check(cfg: Config, facts: DataSpec) -> None:
+def check(cfg: Config, data_spec: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
-    _views.check(cfg.view_vox, facts.size_vox)
-    check_momentum(cfg)
+    _views.check(cfg, data_spec.size_vox)
+    _selfsup.check_momentum(cfg)
 
 
-def sizes(cfg: Config, size_vox: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
-    """The size of a view."""
-    return (cfg.view_vox or size_vox,)
-
-
-def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Make two views.
-
-    Returns:
-        ``first`` and ``second``, float32 (C, X, Y, Z), nominally in [0, 1].
-    """
-    return _views.pair(sample, cfg.views, cfg.view_vox, rng)
-
-
-def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
-    """The pretraining module on ``backbone``."""
-    return BYOL(cfg, backbone, facts)
-
-
-class BYOL(nn.Module):
+class BYOL(EncoderModule[Config]):
     """Backbone, projector and predictor, and a copy of the first two; ``forward`` as the package's contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.backbone: Any = backbone
-        self.levels = train_encoder(backbone, facts.in_channels, sizes(cfg, facts.size_vox)[0])
-        width = sum(backbone.channels[level] for level in self.levels)
-        hidden = cfg.hidden or width
-        self.projector = mlp((width, hidden, cfg.projection), norm=True)
-        self.predictor: nn.Module = mlp((cfg.projection, hidden, cfg.projection), norm=True)
-        self.target_backbone: Any = teacher_of(backbone)
-        self.target_projector = teacher_of(self.projector)
+    def __init__(self, cfg: Config, network: Network, data_spec: DataSpec) -> None:
+        super().__init__(cfg, network, data_spec.in_channels, sizes(cfg, data_spec.size_vox)[0])
+        hidden = cfg.hidden or self.width
+        self.projector = _selfsup.mlp((self.width, hidden, cfg.projection), norm=True)
+        self.predictor: nn.Module = _selfsup.mlp((cfg.projection, hidden, cfg.projection), norm=True)
+        self.target_backbone = _selfsup.teacher_of(network)
+        self.target_projector = _selfsup.teacher_of(self.projector)
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, from 0 to 8, and metrics of one batch of what ``prepare`` returns; ``progress`` drives `after_step`."""
         both_NCXYZ = torch.cat([batch["first"], batch["second"]])
         num_samples = len(batch["first"])
         feats = self.backbone.encode(both_NCXYZ)
-        rows_NF = pooled(joined(feats, self.levels))
-        # Batch norm blows the differences of a few rows up: those are not to be bfloat16's rounding.
+        rows_NF = _selfsup.pooled(_selfsup.joined(feats, self.levels))
+        # In float32: batch norm amplifies the differences of a few rows, and with them bfloat16's rounding.
         with torch.autocast(rows_NF.device.type, enabled=False):
             projections = [self.projector(view_BF) for view_BF in rows_NF.chunk(2)]
             predictions = [self.predictor(projection_BD) for projection_BD in projections]
         targets = self.targets(both_NCXYZ)
-        one, other = (byol_loss(p, t) for p, t in zip(predictions, reversed(targets)))
+        one, other = (_selfsup.byol_loss(p, t) for p, t in zip(predictions, reversed(targets)))
         loss = one + other
-        metrics = {
-            "loss": ratio(loss * num_samples, num_samples),
-            "spread": ratio(spread(projections[0]) * num_samples, num_samples),
-            "embeddings_BF": pooled(feats[-1].detach())[:num_samples].float(),
+        return loss, {
+            **means(num_samples, loss=loss, spread=_selfsup.spread(projections[0])),
+            "embeddings_BF": _selfsup.pooled(feats[-1].detach())[:num_samples].float(),
         }
-        return loss, metrics
 
     @torch.no_grad()
     def targets(self, both_NCXYZ: Tensor) -> list[Tensor]:
         """The copy's projections of the first and of the second view, (B, D) each."""
-        rows_NF = pooled(joined(self.target_backbone.encode(both_NCXYZ), self.levels))
+        rows_NF = _selfsup.pooled(_selfsup.joined(self.target_backbone.encode(both_NCXYZ), self.levels))
         with torch.autocast(rows_NF.device.type, enabled=False):
             return [self.target_projector(view_BF) for view_BF in rows_NF.chunk(2)]
 
     def after_step(self, progress: float) -> None:
-        """Let the copy follow."""
-        decay = momentum(progress, self.cfg.momentum_start, self.cfg.momentum_end)
-        follow(self.target_backbone, self.backbone, decay)
-        follow(self.target_projector, self.projector, decay)
+        """Update the copy."""
+        pairs = (self.target_backbone, self.backbone), (self.target_projector, self.projector)
+        _selfsup.follow_all(self.cfg, progress, *pairs)
+
+
+build = BYOL

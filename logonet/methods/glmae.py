@@ -2,16 +2,16 @@
 (Zhuang et al. 2024; section and equation numbers are that paper's).
 
 A global view is a large part of a crop in low resolution, a local one a small part in high resolution. An encoder
-sees some patches of each and a decoder, which is thrown away, rebuilds the others (Eq. 3, 4). A class token goes
-with the patches; what a projection makes of it shall be, for masked global and local views (Eq. 9, 10), what a
-teacher, which follows encoder and projection (Eq. 5), makes of complete global ones.
+sees some patches of each, and a decoder, which is discarded after pretraining, rebuilds the others (Eq. 3, 4). A class
+token accompanies the patches. Its projection for masked global and local views is trained to match (Eq. 9, 10) that of
+a teacher, a moving average of encoder and projection (Eq. 5), for complete global views.
 
 The paper's encoder is UNETR's transformer with ``backbone.positions=sincos`` and ``backbone.qkv_bias=true`` (and an
 epsilon of 1e-6 in its normalisations, where MONAI's is 1e-5). Crops should be large: the paper cuts views out of
 whole volumes.
 
-The paper trains with AdamW, lr 1e-2, batches of 256, 1600 epochs. As an absolute rate that is implausible for
-AdamW: MAE's 1.5e-4 for each 256 samples with 40 epochs of warm-up, weight decay 0.05 and betas 0.9 and 0.95 is safer.
+The paper trains with AdamW, lr 1e-2, batches of 256, 1600 epochs. This learning rate is implausible for AdamW: MAE's
+1.5e-4 per 256 samples with 40 epochs of warm-up, weight decay 0.05 and betas 0.9 and 0.95 is safer.
 
 Shapes: B samples, C input channels, X Y Z a view's axes, W views of a sample, M those of all samples, N patches
 (C order), V those that are seen, P numbers of a patch, E the encoder's width, K the projection's.
@@ -33,22 +33,11 @@ from torch import Tensor, nn
 from logonet.core.config import Count, Fraction, NonNegative, Positive, Section, Share, SizeVox
 from logonet.core.errors import UserError
 from logonet.data import augment
-from logonet.methods import DataSpec
-from logonet.methods._masked import (
-    Decoder,
-    Triple,
-    check_decoder,
-    check_patch,
-    draw_visible,
-    grid_of,
-    over_patches,
-    patches,
-    spread,
-    still,
-    unseen,
-)
-from logonet.methods._parts import freeze_unreached, intensity, ratio
-from logonet.methods._selfsup import check_momentum, cosine, follow, gathered, mlp, momentum, teacher_of
+from logonet.methods import DataSpec, _masked, _selfsup, _views
+from logonet.methods._masked import grid_of
+from logonet.methods._parts import MethodModule, check_weights, freeze_unreached, intensity, sums
+from logonet.methods._selfsup import teacher_of
+from logonet.networks import TokenNetwork, Triple
 
 NEEDS = frozenset({"crops"})
 WANTS = frozenset({"encode_visible"})
@@ -129,19 +118,18 @@ def _half(tokens: int) -> int:
     return max(tokens // 2, min(tokens, 2))
 
 
-def check(cfg: Config, facts: DataSpec) -> None:
+def check(cfg: Config, data_spec: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
-    if not max(cfg.w_local, cfg.w_global, cfg.w_gg, cfg.w_gl):
-        raise UserError("method.w_local, w_global, w_gg and w_gl are all 0; set one of them above 0")
+    check_weights(cfg, "w_local", "w_global", "w_gg", "w_gl")
     for key in ("global_scale", "local_scale"):
         low, high = getattr(cfg, key)
         if low > high:
             raise UserError(f"method.{key} is ({low}, {high}); set (low, high) with low <= high")
-    check_decoder(cfg.decoder_width, cfg.decoder_heads)
-    check_momentum(cfg)
+    _masked.check_decoder(cfg.decoder_width, cfg.decoder_heads)
+    _selfsup.check_momentum(cfg)
     rebuilt = {"global": cfg.w_global, "local": cfg.w_local}
-    for kind, size_vox in cfg.sizes(facts.size_vox).items():
-        if any(side % patch for side, patch in zip(size_vox, cfg.patch_vox)):
+    for kind, size_vox in cfg.sizes(data_spec.size_vox).items():
+        if not _masked.divides(cfg.patch_vox, size_vox):
             raise UserError(
                 f"method.{kind}_vox is {size_vox}; its sides must be multiples of a patch's {cfg.patch_vox}"
             )
@@ -155,7 +143,7 @@ def check(cfg: Config, facts: DataSpec) -> None:
 
 
 def sizes(cfg: Config, size_vox: Triple) -> tuple[Triple, ...]:
-    """None: views go through ``encode_visible``, which takes any size."""
+    """Empty: views pass through ``encode_visible``, which takes any size."""
     return ()
 
 
@@ -181,7 +169,7 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
         if kind in cfg.views:
             views = [view(image_CXYZ, size_vox, scales[kind], cfg.augment, rng) for _ in range(counts[kind])]
             out[kind] = np.stack(views)
-            keeps = [draw_visible(num_patches, visible, rng) for _ in range(counts[kind])]
+            keeps = [_masked.draw_visible(num_patches, visible, rng) for _ in range(counts[kind])]
             out[f"keep_{kind}"] = np.stack(keeps)
     return out
 
@@ -207,19 +195,8 @@ def view(
     zoom = [new / old for new, old in zip(size_vox, part_CXYZ.shape[1:])]
     # Half a voxel at each end belongs to the image, as in interpolation without aligned corners.
     resized = [ndimage.zoom(x_XYZ, zoom, order=1, mode="nearest", grid_mode=True) for x_XYZ in part_CXYZ]
-    drawn = augment.draw(distortion, size_vox, rng)
-    no_labels_XYZ = np.broadcast_to(np.uint8(0), size_vox)
-    out_CXYZ, _ = augment.apply(np.stack(resized), no_labels_XYZ, drawn)
+    out_CXYZ = _views.augmented(np.stack(resized), augment.draw(distortion, size_vox, rng))
     return np.rint(out_CXYZ.clip(0, 1) * 65535).astype(np.uint16)
-
-
-def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
-    """The module on ``backbone``.
-
-    Raises:
-        UserError: the backbone's tokens are of another size.
-    """
-    return GLMAE(cfg, backbone, facts)
 
 
 class ClassToken(nn.Module):
@@ -231,44 +208,36 @@ class ClassToken(nn.Module):
         hidden = cfg.projection_hidden
         self.project: nn.Module = nn.Identity()
         if cfg.w_gg or cfg.w_gl:
-            self.project = mlp((width, hidden, hidden, cfg.projection), activation=nn.GELU)
+            self.project = _selfsup.mlp((width, hidden, hidden, cfg.projection), activation=nn.GELU)
 
 
-class GLMAE(nn.Module):
+class GLMAE(MethodModule[Config]):
     """Backbone, class token, decoder and teacher; ``forward`` as the package's contract says.
 
-    What only losses that are switched off would use is not there.
+    Parts that only losses with weight 0 would use do not exist.
     """
 
+    backbone: TokenNetwork
     mean_K: Tensor
     heard_K: Tensor
 
-    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
-        super().__init__()
-        check_patch(cfg.patch_vox, backbone)
-        self.cfg = cfg
-        self.backbone: Any = backbone
-        width, size_vox = backbone.embed_channels, cfg.sizes(facts.size_vox)["local"]
+    def __init__(self, cfg: Config, network: TokenNetwork, data_spec: DataSpec) -> None:
+        """Raises UserError where the network's tokens are of another size."""
+        _masked.check_patch(cfg.patch_vox, network)
+        super().__init__(cfg, network)
+        width, size_vox = network.embed_channels, cfg.sizes(data_spec.size_vox)["local"]
         self.class_token = ClassToken(cfg, width)
-        x = torch.empty(1, facts.in_channels, *size_vox, device="meta")
+        x = torch.empty(1, data_spec.in_channels, *size_vox, device="meta")
         keep, prefix = (torch.zeros(shape, device="meta") for shape in ((1, 1), (1, 1, width)))
-        freeze_unreached(backbone, lambda net: net.encode_visible(x, keep.long(), prefix))
+        freeze_unreached(network, lambda net: net.encode_visible(x, keep.long(), prefix))
         self.decoder: Any = None
         if cfg.w_global or cfg.w_local:
-            self.decoder = Decoder(
-                width,
-                facts.in_channels * math.prod(cfg.patch_vox),
-                grid_of(size_vox, cfg.patch_vox),
-                width=cfg.decoder_width,
-                depth=cfg.decoder_depth,
-                num_heads=cfg.decoder_heads,
-                positions="sincos",
-                qkv_bias=True,
-            )
+            grid = grid_of(size_vox, cfg.patch_vox)
+            self.decoder = _masked.Decoder(cfg, network, data_spec, grid, positions="sincos", qkv_bias=True)
         self.teacher: Any = None
         self.teacher_token: Any = None
         if cfg.w_gg or cfg.w_gl:
-            self.teacher, self.teacher_token = teacher_of(backbone), teacher_of(self.class_token)
+            self.teacher, self.teacher_token = teacher_of(network), teacher_of(self.class_token)
             self.register_buffer("mean_K", torch.zeros(cfg.projection))
             # The sum of the teacher's projections since the last step and, behind it, their number.
             self.register_buffer("heard_K", torch.zeros(cfg.projection + 1), persistent=False)
@@ -282,10 +251,8 @@ class GLMAE(nn.Module):
         if self.teacher is not None:
             taught_BWK = self.teach(images["global"])
             metrics |= self._hear(taught_BWK)
-        for kind, w_rebuild, w_agree in (
-            ("global", cfg.w_global, cfg.w_gg),
-            ("local", cfg.w_local, cfg.w_gl),
-        ):
+        weights = {"global": (cfg.w_global, cfg.w_gg), "local": (cfg.w_local, cfg.w_gl)}
+        for kind, (w_rebuild, w_agree) in weights.items():
             if not (w_rebuild or w_agree):
                 continue
             keep_BWV = batch[f"keep_{kind}"].long()
@@ -293,17 +260,16 @@ class GLMAE(nn.Module):
             if w_rebuild:
                 mse_B, varied = self._rebuild(images[kind], tokens_BWVE, keep_BWV)
                 weighed.append(w_rebuild * mse_B)
-                metrics[f"{kind}_mse"] = ratio(mse_B.sum(), len(mse_B))
+                metrics |= sums(len(mse_B), **{f"{kind}_mse": mse_B})
                 metrics.setdefault("prediction_spread", varied)
             if w_agree:
                 student_BWK = self.class_token.project(tokens_BWVE[:, :, 0])
                 entropy_B = consistency(self._centred(taught_BWK), student_BWK, cfg)
                 weighed.append(w_agree * entropy_B)
-                metrics[f"{kind}_consistency"] = ratio(entropy_B.sum(), len(entropy_B))
+                metrics |= sums(len(entropy_B), **{f"{kind}_consistency": entropy_B})
             metrics.setdefault("embeddings_BF", tokens_BWVE[:, 0, 1:].detach().float().mean(1))
         loss_B = torch.stack(weighed).sum(0)
-        metrics["loss"] = ratio(loss_B.sum(), len(loss_B))
-        return loss_B.mean(), metrics
+        return loss_B.mean(), metrics | sums(len(loss_B), loss=loss_B)
 
     def encode(self, image_BWCXYZ: Tensor, keep_BWV: Tensor) -> Tensor:
         """The class token's and the visible patches' vectors, (B, W, 1 + V, E)."""
@@ -320,13 +286,12 @@ class GLMAE(nn.Module):
         image_MCXYZ, keep_MV, tokens_MVE = (x.flatten(0, 1) for x in (image_BWCXYZ, keep_BWV, tokens_BWVE))
         grid = grid_of(image_MCXYZ.shape[2:], self.cfg.patch_vox)
         guess_MNP = self.decoder(tokens_MVE[:, 1:], keep_MV, grid, tokens_MVE[:, :1])
-        target_MNP = patches(image_MCXYZ, self.cfg.patch_vox)
-        hidden_MN = unseen(keep_MV, target_MNP.shape[1])
+        target_MNP = _masked.patches(image_MCXYZ, self.cfg.patch_vox)
+        hidden_MN = _masked.unseen(keep_MV, target_MNP.shape[1])
         counted_MN = torch.ones_like(hidden_MN) if self.cfg.all_voxels else hidden_MN
-        mse_M = over_patches((guess_MNP.float() - target_MNP).square(), counted_MN)
-        return mse_M.unflatten(0, keep_BWV.shape[:2]).mean(1), spread(
-            guess_MNP, target_MNP, counted_MN[:, :, None]
-        )
+        mse_M = _masked.over_patches((guess_MNP.float() - target_MNP).square(), counted_MN)
+        varied = _masked.spread(guess_MNP, target_MNP, counted_MN[:, :, None])
+        return mse_M.unflatten(0, keep_BWV.shape[:2]).mean(1), varied
 
     @torch.no_grad()
     def teach(self, image_BWCXYZ: Tensor) -> Tensor:
@@ -340,31 +305,27 @@ class GLMAE(nn.Module):
 
     @torch.no_grad()
     def _hear(self, taught_BWK: Tensor) -> dict[str, Tensor]:
-        """How the teacher collapses: an entropy near 0 (always the same class) or near the largest (none), or
-        projections that point where their running mean does, whatever the volume."""
+        """Signs of a collapsing teacher: an entropy near 0 (always the same class) or near its maximum (no class), or
+        projections that point along their running mean for every volume."""
         rows_NK = taught_BWK.flatten(0, 1)
         if self.training:
             self.heard_K += torch.cat([rows_NK.sum(0), rows_NK.new_tensor([len(rows_NK)])])
         p_NK = (self._centred(rows_NK) / self.cfg.teacher_temperature).softmax(1)
         share_N = torch.special.entr(p_NK).sum(1) / math.log(max(self.cfg.projection, 2))
-        cosine_N = cosine(rows_NK, self.mean_K.expand_as(rows_NK))
-        return {
-            "teacher_entropy": ratio(share_N.sum(), len(share_N)),
-            "teacher_cosine": ratio(cosine_N.sum(), len(cosine_N)),
-        }
+        cosine_N = _selfsup.cosine(rows_NK, self.mean_K.expand_as(rows_NK))
+        return sums(len(share_N), teacher_entropy=share_N, teacher_cosine=cosine_N)
 
     def _centred(self, taught: Tensor) -> Tensor:
         return taught - self.mean_K if self.cfg.centre else taught
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Let the teacher follow (Eq. 5) and move the running mean of its projections."""
+        """Update the teacher (Eq. 5) and the running mean of its projections."""
         if self.teacher is None:
             return
-        decay = momentum(progress, self.cfg.momentum_start, self.cfg.momentum_end)
-        follow(self.teacher, self.backbone, decay)
-        follow(self.teacher_token, self.class_token, decay)
-        sums_K, count_1 = gathered(self.heard_K[None])[0].sum(0).split([self.cfg.projection, 1])
+        pairs = (self.teacher, self.backbone), (self.teacher_token, self.class_token)
+        _selfsup.follow_all(self.cfg, progress, *pairs)
+        sums_K, count_1 = _selfsup.gathered(self.heard_K[None])[0].sum(0).split([self.cfg.projection, 1])
         self.mean_K.lerp_(sums_K / count_1, 1 - MEAN_MOMENTUM)
         self.heard_K.zero_()
 
@@ -380,7 +341,7 @@ def consistency(teacher_BWK: Tensor, student_BVK: Tensor, cfg: Config) -> Tensor
 
 
 def warning(entry: Mapping[str, Any]) -> str | None:
-    """A sentence where the teacher says the same of everything, or nothing of anything."""
+    """A sentence of advice where the teacher's output is the same for every view, or uniform."""
     entropy, cosine_value = entry.get("teacher_entropy", 0.5), entry.get("teacher_cosine", 0.0)
     if entropy <= ONE_HOT:
         what = f"gives all its weight to one class (entropy {entropy:.3f} of the largest)"
@@ -392,5 +353,8 @@ def warning(entry: Mapping[str, Any]) -> str | None:
         what = f"says the same of all volumes (cosine {cosine_value:.5f} to their mean)"
         advice = "set method.centre=true or lower train.lr"
     else:
-        return still(entry)
+        return _masked.still(entry)
     return f"the teacher {what}, so the consistency losses teach nothing: if this lasts, {advice}"
+
+
+build = GLMAE

@@ -1,8 +1,8 @@
 """MAE3D: encode a quarter of a crop's patches and rebuild the rest from them (He et al. 2022; in 3D, Chen et al. 2023).
 
-The encoder sees visible tokens alone; a narrow decoder, which is thrown away, gets the masked ones' places too. It
-needs a backbone of plain tokens. What is called MAE for CNNs, a whole network on crops with blocks blanked out, is
-`simmim` with its head on the decoder.
+The encoder sees only visible tokens; a narrow decoder, which is discarded after pretraining, also gets the positions
+of the masked ones. The network must be one of plain tokens. "MAE for CNNs", a whole network on crops with blocks
+blanked out, is `simmim` with its head on the decoder.
 
 MAE3D trains ViT-B with AdamW, lr 3e-4, weight decay 0.05, 300 of 3000 epochs of warm-up, cosine to 1e-4, batches of
 4 volumes with 4 crops each, on CT from -175 to 250 HU.
@@ -20,29 +20,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from logonet.core.config import Count, Fraction, Section, SizeVox
 from logonet.core.errors import UserError
-from logonet.methods import DataSpec
-from logonet.methods._masked import (
-    Decoder,
-    check_decoder,
-    check_patch,
-    draw_visible,
-    grid_of,
-    over_patches,
-    patches,
-    spread,
-    still,
-    unseen,
-)
-from logonet.methods._parts import freeze_unreached, intensity, ratio
+from logonet.methods import DataSpec, _masked
+from logonet.methods._masked import grid_of
+from logonet.methods._parts import MethodModule, freeze_unreached, intensity, ratio, sums
+from logonet.networks import TokenNetwork
 
 NEEDS = frozenset({"crops"})
 WANTS = frozenset({"encode_visible"})
 
-warning = still
+warning = _masked.still
 
 
 @dataclass(frozen=True)
@@ -64,15 +54,15 @@ class Config(Section, key="method"):
     normalise_patches: bool = False
 
 
-def check(cfg: Config, facts: DataSpec) -> None:
+def check(cfg: Config, data_spec: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
-    check_decoder(cfg.decoder_width, cfg.decoder_heads)
-    if any(side % patch for side, patch in zip(facts.size_vox, cfg.patch_vox)):
+    _masked.check_decoder(cfg.decoder_width, cfg.decoder_heads)
+    if not _masked.divides(cfg.patch_vox, data_spec.size_vox):
         raise UserError(
-            f"mae3d masks patches of {cfg.patch_vox} voxels, which do not divide crops of {facts.size_vox}; change "
+            f"mae3d masks patches of {cfg.patch_vox} voxels, which do not divide crops of {data_spec.size_vox}; change "
             "crops.size_vox"
         )
-    num_patches = math.prod(grid_of(facts.size_vox, cfg.patch_vox))
+    num_patches = math.prod(grid_of(data_spec.size_vox, cfg.patch_vox))
     if not 0 < int(cfg.ratio * num_patches) < num_patches:
         raise UserError(
             f"mae3d masks {cfg.ratio} of the {num_patches} patches of a crop, which leaves none to see or none to "
@@ -89,56 +79,39 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
     image_CXYZ = sample["image_CXYZ"]
     num_patches = math.prod(grid_of(image_CXYZ.shape[1:], cfg.patch_vox))
     num_visible = num_patches - int(cfg.ratio * num_patches)
-    return {"image": image_CXYZ, "keep": draw_visible(num_patches, num_visible, rng)}
+    return {"image": image_CXYZ, "keep": _masked.draw_visible(num_patches, num_visible, rng)}
 
 
-def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
-    """The module on ``backbone``.
-
-    Raises:
-        UserError: the backbone's tokens are of another size.
-    """
-    return MAE3D(cfg, backbone, facts)
-
-
-class MAE3D(nn.Module):
+class MAE3D(MethodModule[Config]):
     """Backbone and decoder; ``forward`` as the package's contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
-        super().__init__()
-        check_patch(cfg.patch_vox, backbone)
-        self.cfg = cfg
-        self.backbone: Any = backbone
-        self.decoder = Decoder(
-            backbone.embed_channels,
-            facts.in_channels * math.prod(cfg.patch_vox),
-            grid_of(facts.size_vox, cfg.patch_vox),
-            width=cfg.decoder_width,
-            depth=cfg.decoder_depth,
-            num_heads=cfg.decoder_heads,
-            positions="learned",
-            qkv_bias=False,
-        )
-        x = torch.empty(1, facts.in_channels, *facts.size_vox, device="meta")
+    backbone: TokenNetwork
+
+    def __init__(self, cfg: Config, network: TokenNetwork, data_spec: DataSpec) -> None:
+        """Raises UserError where the network's tokens are of another size."""
+        _masked.check_patch(cfg.patch_vox, network)
+        super().__init__(cfg, network)
+        grid = grid_of(data_spec.size_vox, cfg.patch_vox)
+        self.decoder = _masked.Decoder(cfg, network, data_spec, grid, positions="learned", qkv_bias=False)
+        x = torch.empty(1, data_spec.in_channels, *data_spec.size_vox, device="meta")
         keep = torch.zeros(1, 1, dtype=torch.int64, device="meta")
-        freeze_unreached(backbone, lambda net: net.encode_visible(x, keep, None))
+        freeze_unreached(network, lambda net: net.encode_visible(x, keep, None))
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of one batch of what ``prepare`` returns; ``progress`` drives nothing here."""
+        """Loss and metrics of one batch of what ``prepare`` returns; they do not depend on ``progress``."""
         image_BCXYZ, keep_BV = intensity(batch["image"]), batch["keep"].long()
         tokens_BVE, guess_BNP = self.predict(image_BCXYZ, keep_BV)
-        target_BNP = patches(image_BCXYZ, self.cfg.patch_vox)
+        target_BNP = _masked.patches(image_BCXYZ, self.cfg.patch_vox)
         if self.cfg.normalise_patches:
             target_BNP = normalised(target_BNP)
-        hidden_BN = unseen(keep_BV, target_BNP.shape[1])
+        hidden_BN = _masked.unseen(keep_BV, target_BNP.shape[1])
         loss_B = masked_l1(guess_BNP, target_BNP, hidden_BN)
-        metrics = {
-            "loss": ratio(loss_B.sum(), len(loss_B)),
+        return loss_B.mean(), {
+            **sums(len(loss_B), loss=loss_B),
             "masked_share": ratio(hidden_BN.sum(), hidden_BN.numel()),
-            "prediction_spread": spread(guess_BNP, target_BNP, hidden_BN[:, :, None]),
+            "prediction_spread": _masked.spread(guess_BNP, target_BNP, hidden_BN[:, :, None]),
             "embeddings_BF": tokens_BVE.detach().float().mean(1),
         }
-        return loss_B.mean(), metrics
 
     def predict(self, image_BCXYZ: Tensor, keep_BV: Tensor) -> tuple[Tensor, Tensor]:
         """The visible patches' vectors (B, V, E) and all patches as rebuilt from them, (B, N, P)."""
@@ -154,10 +127,13 @@ def masked_l1(guess_BNP: Tensor, target_BNP: Tensor, hidden_BN: Tensor) -> Tenso
 
     As released; He et al. and GL-MAE square the error.
     """
-    return over_patches((guess_BNP.float() - target_BNP).abs(), hidden_BN)
+    return _masked.over_patches((guess_BNP.float() - target_BNP).abs(), hidden_BN)
 
 
 def normalised(patches_BNP: Tensor) -> Tensor:
     """Each patch with mean 0 and standard deviation 1 (a constant one with 0s)."""
     variance_BN1, mean_BN1 = torch.var_mean(patches_BNP, dim=2, keepdim=True)
     return (patches_BNP - mean_BN1) / (variance_BN1 + 1e-6).sqrt()
+
+
+build = MAE3D

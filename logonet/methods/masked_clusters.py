@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from logonet.core.config import Count, Fraction, Positive, Section
 from logonet.core.errors import UserError
 from logonet.methods import DataSpec, _chain_masks
-from logonet.methods._parts import freeze, intensity, ratio
+from logonet.methods._parts import MethodModule, freeze, intensity, ratio, wide
+from logonet.networks import Network, Triple
 
 NEEDS = frozenset({"crops", "pseudo_labels"})
 
@@ -59,15 +60,15 @@ class Config(Section, key="method"):
     head_chunk_mib: Positive = 128.0
 
 
-def check(cfg: Config, facts: DataSpec) -> None:
+def check(cfg: Config, data_spec: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops and clusterers like these."""
-    _chain_masks.check_chains(facts.size_vox[2], cfg.chain_length)
-    _chain_masks.check_patches(facts.size_vox[:2], cfg.patch_sizes)
-    if not facts.cluster_sizes:
+    _chain_masks.check_chains(data_spec.size_vox[2], cfg.chain_length)
+    _chain_masks.check_patches(data_spec.size_vox[:2], cfg.patch_sizes)
+    if not data_spec.cluster_sizes:
         raise UserError("masked_clusters predicts pseudo-labels and there are no clusterers; fit them first")
-    if facts.majority_labels and len(facts.majority_labels) != len(facts.cluster_sizes):
+    if data_spec.majority_labels and len(data_spec.majority_labels) != len(data_spec.cluster_sizes):
         raise UserError(
-            f"{len(facts.majority_labels)} majority labels for {len(facts.cluster_sizes)} clusterers; "
+            f"{len(data_spec.majority_labels)} majority labels for {len(data_spec.cluster_sizes)} clusterers; "
             "label the crops again with these clusterers"
         )
 
@@ -102,38 +103,34 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
     }
 
 
-def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
-    """The pretraining module on ``backbone``."""
-    return MaskedClusters(cfg, backbone, facts)
-
-
-class MaskedClusters(nn.Module):
+class MaskedClusters(MethodModule[Config]):
     """Backbone, mask token and Algorithm 1's head; ``forward`` as the package's contract says."""
 
     cluster_sizes: Tensor
     majority_labels: Tensor
 
-    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.backbone: Any = backbone
-        freeze(backbone, backbone.head_prefixes)
+    def __init__(self, cfg: Config, network: Network, data_spec: DataSpec) -> None:
+        super().__init__(cfg, network)
+        freeze(network, network.head_prefixes)
         # The paper masks "by the method of" SimMIM, whose masked patches carry a learnt token. Before any
         # embedding a token is one scalar per channel; 0 is the window's darkest value, air in CT.
-        self.mask_token = nn.Parameter(torch.zeros(facts.in_channels), requires_grad=cfg.masking != "none")
+        self.mask_token = nn.Parameter(
+            torch.zeros(data_spec.in_channels), requires_grad=cfg.masking != "none"
+        )
+        sizes = data_spec.cluster_sizes
         self.head = Head(
-            backbone.feature_channels,
-            facts.size_vox,
-            len(facts.cluster_sizes),
-            max(facts.cluster_sizes),
+            network.feature_channels,
+            data_spec.size_vox,
+            len(sizes),
+            max(sizes),
             cfg.head_chunk_mib,
             cfg.final_relu,
         )
-        self.register_buffer("cluster_sizes", torch.tensor(facts.cluster_sizes), persistent=False)
-        self.register_buffer("majority_labels", torch.tensor(facts.majority_labels), persistent=False)
+        self.register_buffer("cluster_sizes", torch.tensor(sizes), persistent=False)
+        self.register_buffer("majority_labels", torch.tensor(data_spec.majority_labels), persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of one batch of what ``prepare`` returns; ``progress`` drives nothing here."""
+        """Loss and metrics of one batch of what ``prepare`` returns; they do not depend on ``progress``."""
         chain_BZ, hidden_BXYZ = batch["chain"], batch["hidden"]
         feats, logits_BZNK = self.predict(intensity(batch["image"]), hidden_BXYZ)
         logits_SNK = logits_BZNK[chain_BZ]
@@ -200,7 +197,7 @@ class Head(nn.Module):
     def __init__(
         self,
         feature_channels: int,
-        size_vox: tuple[int, int, int],
+        size_vox: Triple,
         num_clusterers: int,
         num_classes: int,
         chunk_mib: float,
@@ -245,9 +242,8 @@ class Head(nn.Module):
             return y_PN.view(num_b, -1, num_y, num_z, y_PN.shape[1]).permute(4, 0, 1, 3, 2)
 
         chunks = f_BFXYZ.split(self._chunk(num_b * num_y * num_z * self.conv2.out_channels, num_x), dim=2)
-        return torch.cat(
-            self._two_layers(chunks, rows, self.conv2, self.norm3, self.conv4, self.norm5, line_6), dim=2
-        )
+        layers = (self.conv2, self.norm3), (self.conv4, self.norm5)
+        return torch.cat(_two_layers(chunks, rows, *layers, line_6), dim=2)
 
     def _lines_7_to_12(self, y_NBXZY: Tensor) -> Tensor:
         """Lines 7-12 in chunks along N. Line 12 shrinks X 16 times, so its output is held whole."""
@@ -265,40 +261,35 @@ class Head(nn.Module):
             return q_RJM.view(-1, num_b, len(bias_J), num_z, num_k)
 
         chunks = y_NBXZY.split(self._chunk(num_b * num_x * num_z * num_k, num_n), dim=0)
-        return torch.cat(
-            self._two_layers(chunks, rows, self.conv7, self.norm8, self.conv9, self.norm10, lines_11_12)
-        )
+        layers = (self.conv7, self.norm8), (self.conv9, self.norm10)
+        return torch.cat(_two_layers(chunks, rows, *layers, lines_11_12))
 
     def _chunk(self, widest: int, length: int) -> int:
         """How many of ``length`` slabs, whose widest map has ``widest`` float32 numbers, go together."""
         return max(1, min(length, int(self.chunk_bytes // (4 * widest))))
 
-    def _two_layers(
-        self,
-        chunks: Sequence[Tensor],
-        rows: Callable[[Tensor], Tensor],
-        conv_a: nn.Conv3d,
-        norm_a: nn.BatchNorm3d,
-        conv_b: nn.Conv3d,
-        norm_b: nn.BatchNorm3d,
-        then: Callable[[Tensor], Tensor],
-    ) -> list[Tensor]:
-        """``then(gelu(norm_b(conv_b(gelu(norm_a(conv_a(rows(chunk))))))))`` of every chunk."""
-        layer_a = _fold(conv_a, norm_a, chunks, rows)
 
-        def first(chunk: Tensor) -> Tensor:
-            return F.gelu(F.linear(rows(chunk), *layer_a))
+Layer = tuple[nn.Conv3d, nn.BatchNorm3d]
+Rows = Callable[[Tensor], Tensor]
 
-        layer_b = _fold(conv_b, norm_b, chunks, first)
 
-        def both(chunk: Tensor) -> Tensor:
-            return then(F.gelu(F.linear(first(chunk), *layer_b)))
+def _two_layers(chunks: Sequence[Tensor], rows: Rows, one: Layer, other: Layer, then: Rows) -> list[Tensor]:
+    """``then(gelu(other(gelu(one(rows(chunk))))))`` of every chunk, where a layer is ``norm(conv(x))``."""
+    first_layer = _fold(*one, chunks, rows)
 
-        return [_recomputed(both, chunk) for chunk in chunks]
+    def first(chunk: Tensor) -> Tensor:
+        return F.gelu(F.linear(rows(chunk), *first_layer))
+
+    second_layer = _fold(*other, chunks, first)
+
+    def both(chunk: Tensor) -> Tensor:
+        return then(F.gelu(F.linear(first(chunk), *second_layer)))
+
+    return [_recomputed(both, chunk) for chunk in chunks]
 
 
 def _fold(
-    conv: nn.Conv3d, norm: nn.BatchNorm3d, chunks: Sequence[Tensor], rows: Callable[[Tensor], Tensor]
+    conv: nn.Conv3d, norm: nn.BatchNorm3d, chunks: Sequence[Tensor], rows: Rows
 ) -> tuple[Tensor, Tensor]:
     """The one linear layer that ``norm(conv(rows))`` is: weight (out, in) and bias (out,).
 
@@ -329,7 +320,7 @@ Moments = tuple[int, Tensor, Tensor]  # number of rows, their mean (D,), their s
 
 def _moments(rows_PD: Tensor) -> Moments:
     with torch.autocast(rows_PD.device.type, enabled=False):
-        rows_PD = rows_PD.to(torch.promote_types(rows_PD.dtype, torch.float32))
+        rows_PD = wide(rows_PD)
         mean_D = rows_PD.mean(0)
         centred_PD = rows_PD - mean_D  # E[xx'] - E[x]E[x]' would cancel in float32
         return len(rows_PD), mean_D, centred_PD.T @ centred_PD
@@ -358,3 +349,6 @@ def _recomputed(function: Callable[[Tensor], Any], chunk: Tensor) -> Any:
     """``function(chunk)``, whose intermediate maps the backward pass computes again instead of keeping."""
     # No function given here draws random numbers, so their state need not be restored.
     return checkpoint(function, chunk, use_reentrant=False, preserve_rng_state=False)
+
+
+build = MaskedClusters

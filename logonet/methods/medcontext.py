@@ -1,8 +1,8 @@
 """MedContext (Gani et al. 2023): finetuning that also segments masked crops, as a teacher does whole ones.
 
-The student, which is what is kept, segments the crop X and its masked copy X^M, both against the labels; besides, its
-logits of X^M are drawn to those that the teacher, the student's moving average, gives to X (Eq. 2 to 6). What is hidden
-are tubes: units of the slice plane, all the way along Z.
+The student, which is the network that is kept, segments the crop X and its masked copy X^M, both against the labels.
+In addition its logits of X^M are drawn to the logits of X from the teacher, the student's moving average (Eq. 2 to 6).
+The mask consists of tubes: units of the slice plane, over the whole length of Z.
 
 Published settings: UNETR and SwinUNETR, AdamW at 1e-4, weight decay 1e-5, 50 epochs of warm-up, 5000 epochs (Synapse),
 4 crops of 96^3 a step; nnFormer, crops of (128, 128, 64), ``unit_vox=4``, SGD with Nesterov momentum 0.99, gradients
@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from logonet.core.config import Count, Fraction, NonNegative, Section, Share
 from logonet.core.errors import UserError
 from logonet.data import augment
-from logonet.methods import DataSpec, supervised
-from logonet.methods._parts import ratio
-from logonet.methods._selfsup import check_momentum, follow, momentum, pooled, teacher_of
-from logonet.methods.supervised import check_losses, deep_weights, dice_and_ce, nearest, per_class
+from logonet.methods import DataSpec, _segmentation
+from logonet.methods._parts import MethodModule, check_weights, means, ratio, sums, wide
+from logonet.methods._selfsup import check_momentum, follow, follow_all, pooled, teacher_of
+from logonet.networks import SegOut, TokenNetwork
 
 NEEDS = frozenset({"labels"})
-SMALLEST = 1e-8  # of a mean square of logits that one may divide by
-CONSTANT = 1e-3  # of a teacher's variation; a net that learns has tenths
+SMALLEST = 1e-8  # lower bound of a mean square of logits in a denominator
+CONSTANT = 1e-3  # variation of the teacher's logits; healthy training has tenths
 
 
 @dataclass(frozen=True)
@@ -62,27 +62,23 @@ class Config(Section, key="method"):
     augment: augment.Config = field(default_factory=augment.Config)
 
 
-def check(cfg: Config, facts: DataSpec) -> None:
+def check(cfg: Config, data_spec: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on labelled crops like these."""
-    check_losses(cfg)
+    check_weights(cfg, "w_dice", "w_ce")
     check_momentum(cfg)
-    if any(side % cfg.unit_vox for side in facts.size_vox[:2]):
-        num_x, num_y, _ = facts.size_vox
+    if any(side % cfg.unit_vox for side in data_spec.size_vox[:2]):
+        num_x, num_y, _ = data_spec.size_vox
         raise UserError(
             f"unit_vox is {cfg.unit_vox}, which does not divide the crop's slices of {num_x}x{num_y} voxels; set it "
             f"to a divisor of {math.gcd(num_x, num_y)}"
         )
-    num_units = math.prod(units(cfg, facts.size_vox))
+    num_units = math.prod(units(cfg, data_spec.size_vox))
     if not 0 < num_hidden(cfg, num_units) < num_units:
         raise UserError(
             f"mask_ratio {cfg.mask_ratio} hides {num_hidden(cfg, num_units)} of the {num_units} units of a slice; "
             "lower unit_vox, or set it in (0, 1)"
         )
-    if facts.num_classes < 2:
-        raise UserError(
-            f"medcontext learns from labels and the data declares {facts.num_classes} classes, background included; "
-            "import labelled scans that declare at least 2"
-        )
+    _segmentation.check_classes("medcontext", data_spec)
 
 
 def units(cfg: Config, size_vox: tuple[int, ...]) -> tuple[int, int]:
@@ -103,7 +99,7 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
         ``image`` float32 (C, X, Y, Z), nominally in [0, 1]; ``labels`` uint8 (X, Y, Z); ``hidden`` bool (x, y), the
         units of the slice plane that are hidden in every slice.
     """
-    ready = supervised.prepare(sample, supervised.Config(augment=cfg.augment), rng)
+    ready = _segmentation.distorted(sample, cfg.augment, rng)
     hidden_xy = np.zeros(units(cfg, ready["labels"].shape), dtype=bool)
     # The paper draws each unit by itself (Eq. 1); an exact number, of each crop anew, has less noise. The released
     # code gives one mask to a whole batch.
@@ -111,36 +107,37 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
     return {**ready, "hidden": hidden_xy}
 
 
-def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
-    """The segmentation module on ``backbone``."""
-    return MedContext(cfg, backbone, facts)
-
-
-class MedContext(nn.Module):
+class MedContext(MethodModule[Config]):
     """Student, teacher and what hidden parts are replaced by; ``forward`` as the package's contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
-        super().__init__()
-        self.cfg, self.num_classes = cfg, facts.num_classes
-        self.backbone: Any = backbone
-        self.teacher: Any = teacher_of(backbone)
-        # In the released UNETR the first skip reads the crop itself, unmasked, so what is hidden is seen after all.
-        # Here hidden voxels are blanked before anything reads them, and tokens replaced besides where there are any:
-        # before positions are added, or all hidden tokens would be alike, as they are in the released code.
-        self.blank = nn.Parameter(torch.zeros(facts.in_channels))
+    backbone: TokenNetwork
+
+    def __init__(self, cfg: Config, network: TokenNetwork, data_spec: DataSpec) -> None:
+        """The network need not be one of tokens.
+
+        Raises:
+            UserError: where it is, and units are not made of whole tokens.
+        """
+        super().__init__(cfg, network)
+        self.num_classes = data_spec.num_classes
+        self.teacher = teacher_of(network)
+        # In the released UNETR the first skip reads the unmasked crop, so the network sees what is hidden after all.
+        # Here hidden voxels are blanked before anything reads them, and tokens, where there are any, are replaced too:
+        # before positions are added, or all hidden tokens would be equal, as they are in the released code.
+        self.blank = nn.Parameter(torch.zeros(data_spec.in_channels))
         self.token: nn.Parameter | None = None
-        if hasattr(backbone, "encode_hidden"):
-            stride_x, stride_y, _ = backbone.embed_stride
+        if hasattr(network, "encode_hidden"):
+            stride_x, stride_y, _ = network.embed_stride
             if cfg.unit_vox % stride_x or cfg.unit_vox % stride_y:
                 raise UserError(
                     f"unit_vox is {cfg.unit_vox} and a token of the network {stride_x}x{stride_y} voxels wide; set it "
                     f"to a multiple of {math.lcm(stride_x, stride_y)}"
                 )
-            self.token = nn.Parameter(torch.zeros(backbone.embed_channels))
+            self.token = nn.Parameter(torch.zeros(network.embed_channels))
         self.train()
 
     def train(self, mode: bool = True) -> MedContext:
-        """As nn.Module's, except that only the teacher's batch norms follow: it drops nothing, but normalises alike."""
+        """As nn.Module's, but of the teacher only the batch norms change mode; its dropout stays off."""
         super().train(mode)
         self.teacher.train(False)
         for module in self.teacher.modules():
@@ -151,7 +148,7 @@ class MedContext(nn.Module):
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch of what ``prepare`` returns; ``progress`` drives the teacher alone."""
         if progress == 0:
-            # Pretrained weights are loaded after the module is built, and into the student alone.
+            # Pretrained weights are loaded after the module is built, and only into the student.
             follow(self.teacher, self.backbone, 0.0)
         x_BCXYZ, labels_BXYZ, hidden_BXYZ = batch["image"], batch["labels"], self.voxels(batch)
         feats = self.backbone.encode(x_BCXYZ)
@@ -166,18 +163,13 @@ class MedContext(nn.Module):
         num_samples = len(labels_BXYZ)
         metrics = self._metrics(whole.logits, masked.logits, target_BKXYZ, labels_BXYZ)
         if whole.aux_loss is not None:
-            # Of the whole crop alone: what a network wants besides, such as its input back, is not wanted of blanks.
+            # For the whole crop alone: an auxiliary loss, such as reconstructing the input, makes no sense for blanks.
             loss = loss + whole.aux_loss
-            metrics["aux_loss"] = ratio(whole.aux_loss * num_samples, num_samples)
-        sums = {
-            "loss": loss * num_samples,
-            "dice_loss": dice_B.sum(),
-            "ce": ce_B.sum(),
-            "masked_dice_loss": masked_dice_B.sum(),
-            "masked_ce": masked_ce_B.sum(),
-            "consistency": apart_B.sum(),
-        }
-        metrics |= {name: ratio(total, num_samples) for name, total in sums.items()}
+            metrics |= means(num_samples, aux_loss=whole.aux_loss)
+        metrics |= means(num_samples, loss=loss) | sums(num_samples, dice_loss=dice_B, ce=ce_B)
+        metrics |= sums(
+            num_samples, masked_dice_loss=masked_dice_B, masked_ce=masked_ce_B, consistency=apart_B
+        )
         metrics["masked_share"] = ratio(hidden_BXYZ.sum(), hidden_BXYZ.numel())
         metrics["embeddings_BF"] = pooled(feats[-1].detach()).float()
         return loss, metrics
@@ -188,7 +180,7 @@ class MedContext(nn.Module):
         hidden_BXY = batch["hidden"].repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
         return hidden_BXY[..., None].expand(batch["labels"].shape)
 
-    def masked(self, x_BCXYZ: Tensor, hidden_BXYZ: Tensor) -> Any:
+    def masked(self, x_BCXYZ: Tensor, hidden_BXYZ: Tensor) -> SegOut:
         """The student's ``decode`` of a crop of which it cannot see the hidden voxels."""
         x_BCXYZ = torch.where(hidden_BXYZ[:, None], self.blank[:, None, None, None], x_BCXYZ)
         if self.token is None:
@@ -203,15 +195,14 @@ class MedContext(nn.Module):
         Algorithm 1 prints a minus where Eq. 6 has a plus; with it the teacher would become the student's negative. The
         released code warms the momentum up by the step of the epoch, so that its teacher is nearly the student.
         """
-        decay = momentum(progress, self.cfg.momentum_start, self.cfg.momentum_end)
-        follow(self.teacher, self.backbone, decay)
+        follow_all(self.cfg, progress, (self.teacher, self.backbone))
 
-    def _supervised(self, out: Any, labels_BXYZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _supervised(self, out: SegOut, labels_BXYZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted loss over all outputs, and the Dice loss and cross-entropy of the finest; each (B,)."""
         # Eq. 3 lacks 1/C and turns the cross-entropy's sign: the DiceCE of ``supervised`` is meant.
-        parts = [dice_and_ce(logits, nearest(labels_BXYZ, logits)) for logits in (out.logits, *out.deep)]
+        parts = _segmentation.of_all_outputs(out, labels_BXYZ)
         losses = [self.cfg.w_dice * dice_B + self.cfg.w_ce * ce_B for dice_B, ce_B in parts]
-        weighted = [w * loss_B for w, loss_B in zip(deep_weights(len(parts)), losses)]
+        weighted = [w * loss_B for w, loss_B in zip(_segmentation.deep_weights(len(parts)), losses)]
         return torch.stack(weighted).sum(0), *parts[0]
 
     @torch.no_grad()
@@ -224,17 +215,13 @@ class MedContext(nn.Module):
         one, averaged over the classes, background included, that either answers. ``teacher_variation``: variance of
         the teacher's logits over voxels as a share of their mean square; 0 where it says the same everywhere.
         """
-        both_BK, sizes_BK = (x_BK[:, 1:] for x_BK in overlap(whole.argmax(1), labels_BXYZ, self.num_classes))
-        alike_BK, answers_BK = overlap(masked.argmax(1), target.argmax(1), self.num_classes)
+        alike_BK, answers_BK = _segmentation.overlap(masked.argmax(1), target.argmax(1), self.num_classes)
         target_BKV = target.flatten(2).float()
         variance_B, square_B = target_BKV.var(2, correction=0).mean(1), target_BKV.square().mean((1, 2))
         return {
-            "train_dice_per_class": ratio(both_BK.sum(0), sizes_BK.sum(0)),
-            "train_dice": ratio((both_BK / sizes_BK.clamp_min(1)).sum(), (sizes_BK > 0).sum()),
-            "agreement": ratio((alike_BK / answers_BK.clamp_min(1)).sum(), (answers_BK > 0).sum()),
-            "teacher_variation": ratio(
-                (variance_B / square_B.clamp_min(SMALLEST)).sum(), torch.tensor(len(variance_B))
-            ),
+            **_segmentation.hard_dice(whole, labels_BXYZ, self.num_classes),
+            "agreement": _segmentation.mean_dice(alike_BK, answers_BK),
+            **sums(len(variance_B), teacher_variation=variance_B / square_B.clamp_min(SMALLEST)),
         }
 
 
@@ -247,21 +234,11 @@ def consistency(
     of its samples' losses and change with the number of workers.
     """
     with torch.autocast(student_BKXYZ.device.type, enabled=False):
-        student_BV, teacher_BV = (
-            x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
-            for x in (student_BKXYZ, teacher_BKXYZ)
-        )
+        student_BV, teacher_BV = (wide(x).flatten(1) for x in (student_BKXYZ, teacher_BKXYZ))
         # Means, where Eq. 2 has sums: the same ratio, and no sum of millions of squares in float32.
         error_B = (student_BV - teacher_BV).square().mean(1)
         power_B = teacher_BV.square().mean(1).clamp_min(SMALLEST)
         return error_B / (power_B if mode == "paper" else (power_B * teacher_BV.shape[1]).sqrt())
-
-
-def overlap(guess_BXYZ: Tensor, truth_BXYZ: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Of each class 2 |P and G| and |P| + |G|, float64 (B, K)."""
-    guess_BV, truth_BV = guess_BXYZ.flatten(1), truth_BXYZ.flatten(1)
-    sizes_BK = per_class(None, guess_BV, num_classes) + per_class(None, truth_BV, num_classes)
-    return 2 * per_class(guess_BV == truth_BV, truth_BV, num_classes), sizes_BK
 
 
 def warning(entry: Mapping[str, Any]) -> str | None:
@@ -273,3 +250,6 @@ def warning(entry: Mapping[str, Any]) -> str | None:
         f"the teacher gives all voxels nearly the same logits (variation {value:.1e}, where healthy ones have tenths): "
         "lower train.lr, or method.beta"
     )
+
+
+build = MedContext

@@ -1,8 +1,8 @@
 """RCR: rotation, contrast and reconstruction, the pretraining of Swin UNETR (Tang et al. 2022).
 
-Each crop is seen twice, each time turned by its own number of quarter turns and with boxes cut out, filled first
-with noise and then from another crop of the batch. From the encoder's coarsest map one head tells the turn, one
-makes what NT-Xent compares, and one rebuilds the turned crop as it was before the cuts. The decoder and the
+Each crop gives two views, each turned by its own number of quarter turns and with boxes cut out, filled first
+with noise and then from another crop of the batch. On the encoder's coarsest map one head predicts the turn, one
+makes the vectors that NT-Xent compares, and one rebuilds the turned crop as it was before the cuts. The decoder and the
 classifier are not trained. The paper trains with AdamW at 4e-4 after 500 steps of warm-up, weight decay 1e-5,
 crops of 96^3, on 5,050 CT scans.
 
@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from logonet.core.config import Count, NonNegative, Positive, Section
 from logonet.core.errors import UserError
 from logonet.methods import DataSpec
-from logonet.methods._parts import intensity, ratio
-from logonet.methods._selfsup import collapse, joined, nt_xent, pooled, spread, train_encoder
+from logonet.methods._parts import check_weights, intensity, means, ratio, wide
+from logonet.methods._selfsup import EncoderModule, collapse, joined, nt_xent, pooled, spread
+from logonet.networks import Network, Triple
 
 NEEDS = frozenset({"crops"})
-LEAST_BATCH = 2  # a crop alone has nothing to be told from, nor to be filled from
-SEES_BATCH = True
+LEAST_BATCH = 2  # one crop has no negatives, and no other crop to fill its boxes from
 BOX_SIDES = (0.05, 0.25)  # of a box, as shares of the crop's
 warning = collapse
 
@@ -53,7 +53,7 @@ class Config(Section, key="method"):
         contrast: width of what is compared.
         temperature: tau of NT-Xent.
         w_rotation, w_contrast, w_reconstruction: weights of the losses.
-        gather: negatives are the crops of all workers' batches, rather than of one's own.
+        gather: take the crops of all workers' batches as negatives, not only those of the worker's own.
     """
 
     max_cut: Annotated[float, Ge(0), Lt(1)] = 0.3
@@ -71,17 +71,14 @@ def gathers(cfg: Config) -> bool:
     return cfg.gather
 
 
-def check(cfg: Config, facts: DataSpec) -> None:
+def check(cfg: Config, data_spec: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
-    if facts.size_vox[0] != facts.size_vox[1]:
+    if data_spec.size_vox[0] != data_spec.size_vox[1]:
         raise UserError(
-            f"rcr turns crops by 90 degrees in the plane of X and Y, and they have {facts.size_vox} voxels; set "
+            f"rcr turns crops by 90 degrees in the plane of X and Y, and they have {data_spec.size_vox} voxels; set "
             "crops.size_vox to one length for both"
         )
-    if not cfg.w_rotation + cfg.w_contrast + cfg.w_reconstruction:
-        raise UserError(
-            "method.w_rotation, w_contrast and w_reconstruction are all 0; set one of them above 0"
-        )
+    check_weights(cfg, "w_rotation", "w_contrast", "w_reconstruction")
 
 
 def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -145,26 +142,18 @@ def filled(cut_BCXYZ: Tensor, swap_BXYZ: Tensor, other_B: Tensor) -> Tensor:
     return torch.where(swap_BXYZ[:, None], cut_BCXYZ[source_B], cut_BCXYZ)
 
 
-def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
-    """The pretraining module on ``backbone``."""
-    return RCR(cfg, backbone, facts)
-
-
-class RCR(nn.Module):
+class RCR(EncoderModule[Config]):
     """Backbone and three heads; ``forward`` as the package's contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.backbone: Any = backbone
-        self.levels = train_encoder(backbone, facts.in_channels, facts.size_vox)
-        width = sum(backbone.channels[level] for level in self.levels)
-        self.rotation = nn.Linear(width, 4)
-        self.contrast = nn.Linear(width, cfg.contrast)
-        self.reconstruction = Reconstruction(width, backbone.strides[self.levels[0]], facts.in_channels)
+    def __init__(self, cfg: Config, network: Network, data_spec: DataSpec) -> None:
+        super().__init__(cfg, network, data_spec.in_channels, data_spec.size_vox)
+        self.rotation = nn.Linear(self.width, 4)
+        self.contrast = nn.Linear(self.width, cfg.contrast)
+        stride = network.strides[self.levels[0]]
+        self.reconstruction = Reconstruction(self.width, stride, data_spec.in_channels)
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of one batch of what ``prepare`` returns; ``progress`` drives nothing here."""
+        """Loss and metrics of one batch of what ``prepare`` returns; they do not depend on ``progress``."""
         cfg, num_samples = self.cfg, len(batch["turns"])
         cuts = zip(*(batch[key].unbind(1) for key in ("cut", "swap", "other")))
         seen = [filled(intensity(cut), swap, other) for cut, swap, other in cuts]
@@ -178,16 +167,13 @@ class RCR(nn.Module):
         reconstruction = F.l1_loss(rebuilt_NCXYZ.to(whole_NCXYZ), whole_NCXYZ)
         loss = cfg.w_rotation * rotation + cfg.w_contrast * contrast + cfg.w_reconstruction * reconstruction
         right = rotation_N4.argmax(1).eq(turns_N).sum()
-        metrics = {
-            "loss": ratio(loss * num_samples, num_samples),
-            "rotation": ratio(rotation * num_samples, num_samples),
-            "contrast": ratio(contrast * num_samples, num_samples),
-            "reconstruction": ratio(reconstruction * num_samples, num_samples),
+        parts = {"rotation": rotation, "contrast": contrast, "reconstruction": reconstruction}
+        return loss, {
+            **means(num_samples, loss=loss, **parts),
             "rotation_accuracy": ratio(right, len(turns_N)),
-            "spread": ratio(spread(first_BD) * num_samples, num_samples),
+            **means(num_samples, spread=spread(first_BD)),
             "embeddings_BF": pooled(feats[-1].detach())[:num_samples].float(),
         }
-        return loss, metrics
 
     def heads(
         self, feats: Sequence[Tensor], size_vox: Sequence[int]
@@ -197,7 +183,7 @@ class RCR(nn.Module):
         if self.cfg.pool == "mean":
             told_NF = compared_NF = pooled(map_NFxyz)
         else:
-            tokens_NFT = map_NFxyz.flatten(2).to(torch.promote_types(map_NFxyz.dtype, torch.float32))
+            tokens_NFT = wide(map_NFxyz.flatten(2))
             told_NF, compared_NF = tokens_NFT[..., 0], tokens_NFT[..., min(1, tokens_NFT.shape[-1] - 1)]
         with torch.autocast(map_NFxyz.device.type, enabled=False):
             rotation_N4 = self.rotation(told_NF)
@@ -213,7 +199,7 @@ class Reconstruction(nn.Module):
 
     LEAST_WIDTH = 8  # narrower maps would not be narrowed further
 
-    def __init__(self, width: int, stride: int | tuple[int, int, int], out_channels: int) -> None:
+    def __init__(self, width: int, stride: int | Triple, out_channels: int) -> None:
         super().__init__()
         largest = stride if isinstance(stride, int) else max(stride)
         num_steps = max(1, math.ceil(math.log2(largest)))
@@ -236,3 +222,6 @@ class Reconstruction(nn.Module):
             size = [whole if last else min(2 * side, whole) for side, whole in zip(x.shape[2:], size_vox)]
             x = F.interpolate(x, size=size, mode="trilinear", align_corners=False)
         return self.out(x)
+
+
+build = RCR

@@ -33,17 +33,15 @@ from logonet.core import seeding
 from logonet.core.config import Count, Positive, Section
 from logonet.core.errors import UserError
 from logonet.methods import DataSpec
-from logonet.methods._parts import freeze, intensity, ratio
-from logonet.methods._selfsup import joined, pooled, train_encoder
+from logonet.methods._parts import MethodModule, freeze, intensity, ratio, sums
+from logonet.methods._selfsup import EncoderModule, joined, pooled
+from logonet.networks import Network, Triple
 
 NEEDS = frozenset({"crops"})
 CELLS = 8
-TURNS = (
-    (),
-    (1, 2),
-    (0, 1),
-)  # the axes that are mirrored: none; Y and Z, 180 degrees about X; X and Y, about Z
-SETTLING_EPOCHS = 5  # in which nothing need have been learnt
+# The axes that are mirrored: none; Y and Z, 180 degrees about X; X and Y, about Z.
+TURNS = ((), (1, 2), (0, 1))
+SETTLING_EPOCHS = 5  # no warning before
 
 
 @dataclass(frozen=True)
@@ -74,11 +72,11 @@ class Config(Section, key="method"):
     hidden: Count = 512
 
 
-def check(cfg: Config, facts: DataSpec) -> None:
+def check(cfg: Config, data_spec: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
-    text = "x".join(map(str, facts.size_vox))
+    text = "x".join(map(str, data_spec.size_vox))
     if cfg.form == "restore":
-        if any(side % cfg.cubie_vox or side == cfg.cubie_vox for side in facts.size_vox):
+        if any(side % cfg.cubie_vox or side == cfg.cubie_vox for side in data_spec.size_vox):
             raise UserError(
                 f"method.cubie_vox is {cfg.cubie_vox} and crops have {text} voxels; set it so that 2 cubies or "
                 "more fill every side"
@@ -86,19 +84,19 @@ def check(cfg: Config, facts: DataSpec) -> None:
         if cfg.moves[0] > cfg.moves[1]:
             raise UserError(f"method.moves is {cfg.moves}; set (fewest, most) with fewest <= most")
         return
-    if min(cut_size(cfg, facts.size_vox)) < 1 or any(s % 2 for s in facts.size_vox):
+    if min(cut_size(cfg, data_spec.size_vox)) < 1 or any(s % 2 for s in data_spec.size_vox):
         raise UserError(
             f"method.cell_multiple_vox is {cfg.cell_multiple_vox} and crops have {text} voxels; sides must be even, "
             "and cells, half as wide, wider than this: lower it or use larger crops"
         )
 
 
-def sizes(cfg: Config, size_vox: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
+def sizes(cfg: Config, size_vox: Triple) -> tuple[Triple, ...]:
     """The crop's size, or that of a cell's cut."""
     return (size_vox if cfg.form == "restore" else cut_size(cfg, size_vox),)
 
 
-def cut_size(cfg: Config, size_vox: tuple[int, ...]) -> tuple[int, int, int]:
+def cut_size(cfg: Config, size_vox: tuple[int, ...]) -> Triple:
     """Sides (voxels) of what is cut out of a cell; 0 where nothing fits."""
     multiple = max(cfg.cell_multiple_vox, 1)
     x, y, z = ((side // 2 - 1) // multiple * multiple for side in size_vox)
@@ -120,13 +118,13 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
     return _cells(image_CXYZ, cfg, rng)
 
 
-def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
-    """The pretraining module on ``backbone``."""
-    return (Restore if cfg.form == "restore" else Classify)(cfg, backbone, facts)
+def build(cfg: Config, network: Network, data_spec: DataSpec) -> MethodModule[Config]:
+    """The module of ``cfg.form`` on ``network``."""
+    return (Restore if cfg.form == "restore" else Classify)(cfg, network, data_spec)
 
 
 def warning(entry: Mapping[str, Any]) -> str | None:
-    """Whether, some epochs on, nothing is restored, or orders are told no better than by chance."""
+    """A sentence of advice where, after some epochs, nothing is restored or orders are only guessed."""
     if entry.get("epoch", 0) <= SETTLING_EPOCHS:
         return None
     if (error := entry.get("restored_error", 0.0)) >= 1:
@@ -180,15 +178,13 @@ def moved(image_CXYZ: np.ndarray, moves: Sequence[Move], cubie_vox: int) -> np.n
     return out
 
 
-class Restore(nn.Module):
+class Restore(MethodModule[Config]):
     """The network with a 1x1x1 convolution in the classifier's place; ``forward`` as the package's contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.backbone: Any = backbone
-        freeze(backbone, backbone.head_prefixes)
-        self.head = nn.Conv3d(backbone.feature_channels, facts.in_channels, 1)
+    def __init__(self, cfg: Config, network: Network, data_spec: DataSpec) -> None:
+        super().__init__(cfg, network)
+        freeze(network, network.head_prefixes)
+        self.head = nn.Conv3d(network.feature_channels, data_spec.in_channels, 1)
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch of what ``prepare`` returns; ``progress`` drives nothing here.
@@ -258,19 +254,15 @@ def _cells(image_CXYZ: np.ndarray, cfg: Config, rng: np.random.Generator) -> dic
     }
 
 
-class Classify(nn.Module):
+class Classify(EncoderModule[Config]):
     """Encoder, a layer on the means of all cells' maps, and a head for each task; ``forward`` as the contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.backbone: Any = backbone
-        self.levels = train_encoder(backbone, facts.in_channels, cut_size(cfg, facts.size_vox))
-        width = sum(backbone.channels[level] for level in self.levels)
+    def __init__(self, cfg: Config, network: Network, data_spec: DataSpec) -> None:
+        super().__init__(cfg, network, data_spec.in_channels, cut_size(cfg, data_spec.size_vox))
         outputs = {"order": cfg.orders}
         outputs |= {"turn": 2 * CELLS} if cfg.turn else {}
         outputs |= {"mask": CELLS} if cfg.mask else {}
-        self.shared = nn.Sequential(nn.Linear(CELLS * width, cfg.hidden), nn.ReLU())
+        self.shared = nn.Sequential(nn.Linear(CELLS * self.width, cfg.hidden), nn.ReLU())
         self.heads = nn.ModuleDict({task: nn.Linear(cfg.hidden, num) for task, num in outputs.items()})
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -294,8 +286,7 @@ class Classify(nn.Module):
                     losses_B[task] = bits_BL.mean(1)
             loss_B = torch.stack(list(losses_B.values())).mean(0)
         return loss_B.mean(), {
-            "loss": ratio(loss_B.sum(), num_samples),
-            **{f"{task}_loss": ratio(one_B.sum(), num_samples) for task, one_B in losses_B.items()},
+            **sums(num_samples, loss=loss_B, **{f"{task}_loss": one_B for task, one_B in losses_B.items()}),
             **self._accuracies(logits, batch),
             "embeddings_BF": pooled(feats[-1].detach()).float().unflatten(0, (num_samples, CELLS)).mean(1),
         }

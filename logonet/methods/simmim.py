@@ -1,11 +1,10 @@
 """SimMIM: hide blocks of a crop and rebuild their voxels with one light layer (Xie et al. 2022; in 3D, MIM-Med3D,
 Chen et al. 2023).
 
-Where the backbone has tokens, those of hidden blocks are replaced by a learnt vector before positions are added,
-and the layer stands on the encoder's last features: a 1x1x1 convolution to a cell's voxels and a 3D pixel shuffle.
-Elsewhere the layer is a 1x1x1 convolution on the full-resolution features, which is also what MAE's form for CNNs
-comes to. In both the image itself is masked: neither a skip from the image nor overlapping tokens may show what
-is to be guessed.
+Where the network has tokens, those of hidden blocks are replaced by a learnt vector before positions are added,
+and the layer takes the encoder's last features: a 1x1x1 convolution to a cell's voxels and a 3D pixel shuffle.
+Elsewhere the layer is a 1x1x1 convolution on the full-resolution features, which is also MAE's form for CNNs. In both
+cases the image itself is masked, so that neither a skip from the image nor overlapping tokens reveal the target.
 
 MIM-Med3D trains ViT-B with AdamW, lr 1e-4 (3e-4 on BraTS), weight decay 1e-5, 50 epochs of warm-up, constant after.
 
@@ -27,8 +26,9 @@ from torch import Tensor, nn
 from logonet.core.config import Fraction, Section, SizeVox
 from logonet.core.errors import UserError
 from logonet.methods import DataSpec
-from logonet.methods._masked import Triple, depth_to_space, spread, still
-from logonet.methods._parts import freeze_unreached, intensity, ratio
+from logonet.methods._masked import depth_to_space, divides, spread, still
+from logonet.methods._parts import MethodModule, freeze_unreached, intensity, ratio, sums
+from logonet.networks import Network, TokenNetwork, Triple
 
 NEEDS = frozenset({"crops"})
 UNIT = 16  # voxels a side: a ViT's patch
@@ -54,13 +54,13 @@ class Config(Section, key="method"):
     head: Literal["auto", "encoder", "decoder"] = "auto"
 
 
-def check(cfg: Config, facts: DataSpec) -> None:
+def check(cfg: Config, data_spec: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
-    _check_unit(cfg, cfg.unit_vox or (UNIT,) * 3, facts.size_vox)
+    _check_unit(cfg, cfg.unit_vox or (UNIT,) * 3, data_spec.size_vox)
 
 
 def _check_unit(cfg: Config, unit_vox: Triple, size_vox: Triple) -> None:
-    if any(side % unit for side, unit in zip(size_vox, unit_vox)):
+    if not divides(unit_vox, size_vox):
         raise UserError(
             f"simmim hides units of {unit_vox} voxels, which do not divide crops of {size_vox}; set method.unit_vox "
             "to sides that do, or change crops.size_vox"
@@ -88,65 +88,56 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
     return {"image": image_CXYZ, "scores": rng.random(count, dtype=np.float32)}
 
 
-def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
-    """The module on ``backbone``.
-
-    Raises:
-        UserError: the units do not suit the backbone.
-    """
-    return SimMIM(cfg, backbone, facts)
-
-
-class SimMIM(nn.Module):
+class SimMIM(MethodModule[Config]):
     """Backbone, mask tokens and light layer; ``forward`` as the package's contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.backbone: Any = backbone
-        self.tokens = hasattr(backbone, "encode_hidden")
+    backbone: TokenNetwork
+
+    def __init__(self, cfg: Config, network: TokenNetwork, data_spec: DataSpec) -> None:
+        """Raises UserError where the units do not suit the network, which need not be one of tokens."""
+        super().__init__(cfg, network)
+        self.tokens = hasattr(network, "encode_hidden")
         self.on_encoder = cfg.head == "encoder" or (cfg.head == "auto" and self.tokens)
-        self.stride = _triple(backbone.strides[-1])
+        self.stride = _triple(network.strides[-1])
         self.unit_vox = cfg.unit_vox or (self.stride if self.tokens else (UNIT,) * 3)
-        _check_unit(cfg, self.unit_vox, facts.size_vox)
-        if self.tokens and any(unit % stride for unit, stride in zip(self.unit_vox, self.stride)):
+        _check_unit(cfg, self.unit_vox, data_spec.size_vox)
+        if self.tokens and not divides(self.stride, self.unit_vox):
             raise UserError(
-                f"method.unit_vox is {self.unit_vox} and one coarsest cell of {type(backbone).__name__} sees "
+                f"method.unit_vox is {self.unit_vox} and one coarsest cell of {type(network).__name__} sees "
                 f"{self.stride} voxels; set method.unit_vox to a multiple, so that no cell is hidden in part"
             )
-        if self.on_encoder and any(side % stride for side, stride in zip(facts.size_vox, self.stride)):
+        if self.on_encoder and not divides(self.stride, data_spec.size_vox):
             raise UserError(
                 f"simmim's head on the encoder rebuilds cells of {self.stride} voxels, which do not divide crops of "
-                f"{facts.size_vox}; set method.head=decoder or change crops.size_vox"
+                f"{data_spec.size_vox}; set method.head=decoder or change crops.size_vox"
             )
-        self.token_C = nn.Parameter(torch.zeros(facts.in_channels))
+        self.token_C = nn.Parameter(torch.zeros(data_spec.in_channels))
         if self.tokens:
-            self.token_E = nn.Parameter(nn.init.trunc_normal_(torch.empty(backbone.embed_channels), std=0.02))
-        width, numbers = backbone.feature_channels, facts.in_channels
+            self.token_E = nn.Parameter(nn.init.trunc_normal_(torch.empty(network.embed_channels), std=0.02))
+        width, numbers = network.feature_channels, data_spec.in_channels
         if self.on_encoder:
-            width, numbers = backbone.channels[-1], facts.in_channels * math.prod(self.stride)
+            width, numbers = network.channels[-1], data_spec.in_channels * math.prod(self.stride)
         self.head = nn.Conv3d(width, numbers, 1)
-        x = torch.empty(1, facts.in_channels, *facts.size_vox, device="meta")
-        freeze_unreached(backbone, lambda net: self._used(net, x, net.encode(x)))
+        x = torch.empty(1, data_spec.in_channels, *data_spec.size_vox, device="meta")
+        freeze_unreached(network, lambda net: self._used(net, x, net.encode(x)))
 
-    def _used(self, net: Any, x_BCXYZ: Tensor, feats: Sequence[Tensor]) -> Tensor:
+    def _used(self, net: Network, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
         """What the light layer stands on."""
         return feats[-1] if self.on_encoder else net.decode_features(x_BCXYZ, feats)
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of one batch of what ``prepare`` returns; ``progress`` drives nothing here."""
+        """Loss and metrics of one batch of what ``prepare`` returns; they do not depend on ``progress``."""
         image_BCXYZ = intensity(batch["image"])
         hidden_Buvw = self.hidden(batch["scores"], image_BCXYZ.shape[2:])
         feats, guess_BCXYZ = self.predict(image_BCXYZ, hidden_Buvw)
         hidden_B1XYZ = enlarged(hidden_Buvw, self.unit_vox)[:, None]
         loss_B = masked_l1(guess_BCXYZ, image_BCXYZ, hidden_B1XYZ)
-        metrics = {
-            "loss": ratio(loss_B.sum(), len(loss_B)),
+        return loss_B.mean(), {
+            **sums(len(loss_B), loss=loss_B),
             "masked_share": ratio(hidden_Buvw.sum(), hidden_Buvw.numel()),
             "prediction_spread": spread(guess_BCXYZ, image_BCXYZ, hidden_B1XYZ),
             "embeddings_BF": feats[-1].detach().float().mean(dim=(2, 3, 4)),
         }
-        return loss_B.mean(), metrics
 
     def hidden(self, scores_BS: Tensor, size_vox: Sequence[int]) -> Tensor:
         """Which units are hidden, bool (B, u, v, w): in every sample int(ratio * units) of them."""
@@ -156,7 +147,7 @@ class SimMIM(nn.Module):
         hidden_BN = torch.zeros_like(scores_BN, dtype=torch.bool).scatter(1, lowest_BH, True)
         return hidden_BN.unflatten(1, (u, v, w))
 
-    def predict(self, image_BCXYZ: Tensor, hidden_Buvw: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+    def predict(self, image_BCXYZ: Tensor, hidden_Buvw: Tensor) -> tuple[list[Tensor], Tensor]:
         """Encoder features, and the whole crop as rebuilt, (B, C, X, Y, Z), without a look at hidden units."""
         hidden_BXYZ = enlarged(hidden_Buvw, self.unit_vox)
         x_BCXYZ = torch.where(hidden_BXYZ[:, None], self.token_C[:, None, None, None], image_BCXYZ)
@@ -189,3 +180,6 @@ def enlarged(map_Bxyz: Tensor, times: Sequence[int]) -> Tensor:
 def _triple(stride: int | Sequence[int]) -> Triple:
     x, y, z = (stride,) * 3 if isinstance(stride, int) else stride
     return x, y, z
+
+
+build = SimMIM

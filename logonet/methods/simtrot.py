@@ -1,10 +1,10 @@
 """SimTROT (Hu et al. 2023), also called SimPROT, SimPROT-W and BPROT: views are compared token by token.
 
-The tokens are the places of the encoder's coarsest map. Both views show the same crop with other textures; in the
-second, boxes are filled with noise. The first is turned and mirrored, and its map is turned and mirrored back, so
-that places match again while an encoder that tells tokens by their place alone fails. In the framework "simclr" a
-token attracts its other view and repels all others (Eq. 1), those at the same place of other crops ``w`` times
-(Eq. 3); in "byol" a slowly moving copy's token is predicted (Eq. 2). Rows of the paper's Table 4: "simclr" with
+The tokens are the positions of the encoder's coarsest map. Both views show the same crop with different textures; in
+the second, boxes are filled with noise. The first is turned and mirrored, and its map is turned and mirrored back, so
+that positions match again, while an encoder that encodes nothing but positions fails. In the framework "simclr" a
+token attracts its other view and repels all others (Eq. 1), those at the same position of other crops ``w`` times
+(Eq. 3); in "byol" it predicts the token of a slowly moving copy (Eq. 2). Rows of the paper's Table 4: "simclr" with
 ``mask`` and ``rotate`` and w = 5 is SimPROT-W, with w = 1 SimPROT, "byol" with both BPROT.
 
 Negatives come from one's own worker's batch, and "other crops" help most where they are of other patients; memory
@@ -36,26 +36,14 @@ from torch import Tensor, nn
 
 from logonet.core.config import Count, Positive, Section, Share, SizeVox
 from logonet.core.errors import UserError
-from logonet.methods import DataSpec, _views
-from logonet.methods._parts import ratio
-from logonet.methods._selfsup import (
-    byol_loss,
-    check_momentum,
-    collapse,
-    follow,
-    joined,
-    mlp,
-    momentum,
-    pooled,
-    spread,
-    teacher_of,
-    train_encoder,
-)
+from logonet.methods import DataSpec, _selfsup, _views
+from logonet.methods._parts import means, wide
+from logonet.methods._selfsup import EncoderModule
+from logonet.networks import Network
 
 NEEDS = frozenset({"crops"})
-LEAST_BATCH = 2  # other crops are what keeps places from being all that tokens say
-SEES_BATCH = True
-COLLAPSED_INDEX = 0.5  # position-collapse index; 0 is healthy, 1 means that places are all that tokens say
+LEAST_BATCH = 2  # without other crops tokens could encode nothing but their position
+COLLAPSED_INDEX = 0.5  # position-collapse index: 0 is healthy, at 1 tokens encode nothing but their position
 NOISE_STD = 0.1  # of what fills masked boxes, about 0; the crop's window is [0, 1]
 
 
@@ -92,18 +80,18 @@ class Config(Section, key="method"):
     momentum_end: Share = 1.0
 
 
-def check(cfg: Config, facts: DataSpec) -> None:
+def check(cfg: Config, data_spec: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
-    check_momentum(cfg)
-    if cfg.mask and any(side % unit for side, unit in zip(facts.size_vox, cfg.mask_unit_vox)):
+    _selfsup.check_momentum(cfg)
+    if cfg.mask and any(side % unit for side, unit in zip(data_spec.size_vox, cfg.mask_unit_vox)):
         raise UserError(
-            f"method.mask_unit_vox {cfg.mask_unit_vox} does not divide crops of {facts.size_vox} voxels; choose sides "
-            "that do, or set method.mask to false"
+            f"method.mask_unit_vox {cfg.mask_unit_vox} does not divide crops of {data_spec.size_vox} voxels; choose "
+            "sides that do, or set method.mask to false"
         )
 
 
 def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Make two views and draw how the first shall be moved.
+    """Make two views and draw the move of the first.
 
     Returns:
         ``first`` and ``second``, float32 (C, X, Y, Z), nominally in [0, 1], with boxes of noise in the second;
@@ -145,47 +133,38 @@ def draw_move(
 
 def moved(image_CXYZ: Tensor, move: Sequence[int]) -> Tensor:
     """An image turned, then mirrored."""
-    turns, *flips = move
-    axes = [axis for axis, flip in enumerate(flips, start=1) if flip]
-    return torch.rot90(image_CXYZ, turns, (1, 2)).flip(axes)
+    return torch.rot90(image_CXYZ, move[0], (1, 2)).flip(_mirrored(move))
 
 
 def restored(map_Fxyz: Tensor, move: Sequence[int]) -> Tensor:
     """A map of a moved image in the image's own order: the exact inverse of `moved`, last step first."""
-    turns, *flips = move
-    axes = [axis for axis, flip in enumerate(flips, start=1) if flip]
-    return torch.rot90(map_Fxyz.flip(axes), -turns, (1, 2))
+    return torch.rot90(map_Fxyz.flip(_mirrored(move)), -move[0], (1, 2))
+
+
+def _mirrored(move: Sequence[int]) -> list[int]:
+    return [axis for axis in (1, 2, 3) if move[axis]]
 
 
 def tokens(map_BFxyz: Tensor) -> Tensor:
     """(B, T, F) in float32 or better: each row the F channels at one place."""
-    return map_BFxyz.to(torch.promote_types(map_BFxyz.dtype, torch.float32)).flatten(2).transpose(1, 2)
+    return wide(map_BFxyz).flatten(2).transpose(1, 2)
 
 
-def build(cfg: Config, backbone: nn.Module, facts: DataSpec) -> nn.Module:
-    """The pretraining module on ``backbone``."""
-    return SimTROT(cfg, backbone, facts)
-
-
-class SimTROT(nn.Module):
+class SimTROT(EncoderModule[Config]):
     """Backbone and heads, and for "byol" a copy; ``forward`` as the package's contract says."""
 
-    def __init__(self, cfg: Config, backbone: Any, facts: DataSpec) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.backbone: Any = backbone
-        self.levels = train_encoder(backbone, facts.in_channels, facts.size_vox)
-        stride = backbone.strides[self.levels[0]]
+    def __init__(self, cfg: Config, network: Network, data_spec: DataSpec) -> None:
+        super().__init__(cfg, network, data_spec.in_channels, data_spec.size_vox)
+        stride, width = network.strides[self.levels[0]], self.width
         self.square = isinstance(stride, int) or stride[0] == stride[1]
-        width = sum(backbone.channels[level] for level in self.levels)
         if cfg.framework == "simclr":
-            self.projector = mlp((width, cfg.hidden or 2 * width, cfg.projection or width))
+            self.projector = _selfsup.mlp((width, cfg.hidden or 2 * width, cfg.projection or width))
         else:
             hidden, projection = cfg.hidden or width, cfg.projection or 256
-            self.projector = mlp((width, hidden, projection), norm=True)
-            self.predictor = mlp((projection, hidden, projection), norm=True)
-            self.target_backbone: Any = teacher_of(backbone)
-            self.target_projector = teacher_of(self.projector)
+            self.projector = _selfsup.mlp((width, hidden, projection), norm=True)
+            self.predictor = _selfsup.mlp((projection, hidden, projection), norm=True)
+            self.target_backbone = _selfsup.teacher_of(network)
+            self.target_projector = _selfsup.teacher_of(self.projector)
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch of what ``prepare`` returns; ``progress`` drives `after_step`."""
@@ -203,21 +182,20 @@ class SimTROT(nn.Module):
                 loss = token_contrast(z_first, z_second, self.cfg.temperature, self.cfg.w)
             else:
                 t_first, t_second = self._targets(both_NCXYZ, moves)
-                one = byol_loss(self.predictor(z_first.flatten(0, 1)), t_second.flatten(0, 1))
-                other = byol_loss(self.predictor(z_second.flatten(0, 1)), t_first.flatten(0, 1))
+                one = _selfsup.byol_loss(self.predictor(z_first.flatten(0, 1)), t_second.flatten(0, 1))
+                other = _selfsup.byol_loss(self.predictor(z_second.flatten(0, 1)), t_first.flatten(0, 1))
                 loss = one + other
         index = (position_collapse(z_first) + position_collapse(z_second)) / 2
-        metrics = {
-            "loss": ratio(loss * num_samples, num_samples),
-            "position_collapse": ratio(index * num_samples, num_samples),
-            "spread": ratio(spread(z_first.flatten(0, 1)) * num_samples, num_samples),
-            "embeddings_BF": pooled(feats[-1].detach())[:num_samples].float(),
+        return loss, {
+            **means(
+                num_samples, loss=loss, position_collapse=index, spread=_selfsup.spread(z_first.flatten(0, 1))
+            ),
+            "embeddings_BF": _selfsup.pooled(feats[-1].detach())[:num_samples].float(),
         }
-        return loss, metrics
 
     def _views(self, feats: Sequence[Tensor], moves: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Tokens (B, T, F) of the first view, put back in order, and of the second."""
-        first_BFxyz, second_BFxyz = joined(feats, self.levels).chunk(2)
+        first_BFxyz, second_BFxyz = _selfsup.joined(feats, self.levels).chunk(2)
         first_BFxyz = torch.stack([restored(one, move) for one, move in zip(first_BFxyz, moves)])
         return tokens(first_BFxyz), tokens(second_BFxyz)
 
@@ -227,11 +205,10 @@ class SimTROT(nn.Module):
         return [_by_row(self.target_projector, view_BTF) for view_BTF in views]
 
     def after_step(self, progress: float) -> None:
-        """Let the copy, if there is one, follow."""
+        """Update the copy, if there is one."""
         if self.cfg.framework == "byol":
-            decay = momentum(progress, self.cfg.momentum_start, self.cfg.momentum_end)
-            follow(self.target_backbone, self.backbone, decay)
-            follow(self.target_projector, self.projector, decay)
+            pairs = (self.target_backbone, self.backbone), (self.target_projector, self.projector)
+            _selfsup.follow_all(self.cfg, progress, *pairs)
 
 
 def _by_row(head: nn.Module, rows_BTF: Tensor) -> Tensor:
@@ -249,7 +226,7 @@ def token_contrast(first_BTD: Tensor, second_BTD: Tensor, temperature: float, w:
     with torch.autocast(first_BTD.device.type, enabled=False):
         num_samples, num_tokens, _ = first_BTD.shape
         rows = torch.cat([first_BTD, second_BTD]).flatten(0, 1)
-        rows_RD = F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)
+        rows_RD = F.normalize(wide(rows), dim=1)
         logits_RR = rows_RD @ rows_RD.T / temperature
         row_R = torch.arange(len(rows_RD), device=rows_RD.device)
         place_R, sample_R = row_R % num_tokens, row_R // num_tokens % num_samples
@@ -264,12 +241,12 @@ def token_contrast(first_BTD: Tensor, second_BTD: Tensor, temperature: float, w:
 def position_collapse(rows_BTD: Tensor) -> Tensor:
     """The mean cosine of tokens at one place of two samples less that of two places of one sample, a scalar.
 
-    1 where tokens say nothing but their place; about 0 where they are healthy, or all alike. Where the map has
-    only one token the second mean is 0.
+    1 where tokens encode nothing but their position; about 0 where they are healthy, or all equal. Where the map
+    has only one token the second mean is 0.
     """
     with torch.autocast(rows_BTD.device.type, enabled=False):
         num_samples, num_tokens, _ = rows_BTD.shape
-        z_BTD = F.normalize(rows_BTD.to(torch.promote_types(rows_BTD.dtype, torch.float32)), dim=2)
+        z_BTD = F.normalize(wide(rows_BTD), dim=2)
         own = z_BTD.square().sum()
         # The cosines of all pairs out of n unit vectors are the squared length of their sum, less n.
         across = (z_BTD.sum(0).square().sum() - own) / (num_tokens * num_samples * (num_samples - 1))
@@ -285,4 +262,7 @@ def warning(entry: Mapping[str, Any]) -> str | None:
             f"tokens tell their place in the crop and little else (position-collapse index {index:.2f}, where 0 is "
             "healthy): raise method.w, set method.rotate to true or raise train.batch_size"
         )
-    return collapse(entry)
+    return _selfsup.collapse(entry)
+
+
+build = SimTROT

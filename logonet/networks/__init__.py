@@ -1,41 +1,19 @@
-"""Backbones: networks that turn a crop into features and logits. One file each; the file name is the name.
+"""Networks that turn a crop into features and logits. One file each; the file name is the network's name.
 
-Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes (Z is the slice axis).
+Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes (Z is the slice axis), xyz those
+of its tokens.
 
-**The contract.** A backbone is a module of this package whose name does not begin with ``_``. Nothing
-is typed into a list: `names` looks into the package's ``__path__``. The file defines
+**The contract.** A network is a module of this package whose name does not begin with ``_``. There is no list to
+add it to: `names` looks into the package's ``__path__``. Users choose it under the config key ``backbone``.
 
-- ``Config``: a frozen dataclass of options, every one with a default;
-- ``build(cfg, in_channels, num_classes) -> nn.Module``;
-- ``size_multiple(cfg) -> (int, int, int)``: each side of a crop must be a multiple of these (voxels);
-- ``check_size(cfg, size_vox) -> None``, optional: raises UserError for what else a crop's size can lack.
-  A net that takes one size alone has it in ``Config.img_size``;
-- ``TINY``: options that make the smallest sensible net, for tests and demos.
+The file defines what `NetworkFile` says: ``Config``, ``TINY``, ``size_multiple`` and ``build``. Two options of a
+``Config`` have a meaning that `check_size` knows: ``img_size`` is the only crop size that the network takes, and a
+``norm`` that begins with "instance" needs more than one voxel at the coarsest level.
 
-The module it builds has
+What ``build`` returns is a `Network`. A network that cuts the crop into tokens can be a `TokenNetwork`, for methods
+that mask tokens. It may lack either of ``encode_hidden`` and ``encode_visible``.
 
-- ``channels``, ``strides``: tuples of int, of the features `encode` returns, fine to coarse; a stride is
-  three ints where the axes differ;
-- ``feature_channels``: the F of `decode_features`;
-- ``encoder_prefixes``, ``head_prefixes``: tuples of str, prefixes of parameter names. The first cover
-  what ``encode`` uses, the second the final classifier, which pretraining leaves out;
-- ``encode(x_BCXYZ) -> list[Tensor]``: features, fine to coarse;
-- ``decode_features(x_BCXYZ, feats) -> f_BFXYZ``: dense features at full resolution, before the
-  classifier. Pretraining heads stand on it;
-- ``decode(x_BCXYZ, feats) -> SegOut``;
-- ``forward(x) = decode(x, encode(x))``.
-
-A network that cuts the crop into tokens can have more, for methods that mask tokens:
-
-- ``embed_stride``: three ints, the side of a token in voxels, and ``embed_channels``, the E of its vector;
-- ``encode_hidden(x_BCXYZ, hidden_Bxyz, token_E) -> list[Tensor]``: ``encode``, where the vectors of the
-  tokens that are hidden (bool, one for each token) are replaced by ``token_E`` before positions are added;
-- ``encode_visible(x_BCXYZ, keep_BV, prefix_B1E) -> tokens_BVE``: the last layer's normalised vectors of
-  the V tokens with the indices ``keep_BV`` (of the tokens in C order) from these alone. A prefix, unless
-  None, is one more vector, without a position, put before them, and the first of what comes back (V + 1).
-  The crop may be of any size that divides into tokens: positions are interpolated.
-
-A backbone knows nothing of methods, and tests parametrise over `names`: a new file is tested by existing.
+A network knows nothing of methods. Tests run over `names`, so adding a file is enough to have it tested.
 """
 
 from __future__ import annotations
@@ -43,9 +21,8 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -53,27 +30,100 @@ from torch import Tensor, nn
 from logonet.core.config import Component, from_dict, unknown
 from logonet.core.errors import UserError
 
+Triple = tuple[int, int, int]
 OPTIONAL = ("encode_hidden", "encode_visible")
 
 
 class SegOut(NamedTuple):
-    """What a backbone's ``decode`` returns."""
+    """What a network's ``decode`` returns."""
 
     logits: Tensor  # (B, K, X, Y, Z)
     deep: list[Tensor]  # logits of auxiliary heads for deep supervision, fine to coarse; may be empty
-    aux_loss: Tensor | None  # a scalar the network wants added to the loss, e.g. a VAE term
+    aux_loss: Tensor | None  # a scalar that the network adds to the loss, such as a VAE term
+
+
+class Network(nn.Module):
+    """The base class of all networks. (A Protocol could not say that it is an nn.Module too.)
+
+    Attributes:
+        channels, strides: of the features that `encode` returns, fine to coarse; a stride (voxels of the crop per
+            voxel of the feature) is three ints where the axes differ.
+        feature_channels: the F of `decode_features`.
+        encoder_prefixes: prefixes of the names of the parameters that `encode` uses.
+        head_prefixes: prefixes of the parameters that only the classifier uses. Pretraining does not train them.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int | Triple, ...]
+    feature_channels: int
+    encoder_prefixes: tuple[str, ...]
+    head_prefixes: tuple[str, ...]
+
+    def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
+        """Features, fine to coarse."""
+        raise NotImplementedError
+
+    def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
+        """Dense features at full resolution, before the classifier, (B, F, X, Y, Z). Pretraining heads take them."""
+        raise NotImplementedError
+
+    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
+        """By default the logits of the classifier, the module that ``head_prefixes[0]`` names."""
+        classifier = self.get_submodule(self.head_prefixes[0].rstrip("."))
+        return SegOut(classifier(self.decode_features(x_BCXYZ, feats)), [], None)
+
+    def forward(self, x_BCXYZ: Tensor) -> SegOut:
+        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
+
+
+class TokenNetwork(Network):
+    """A network of tokens.
+
+    Attributes:
+        embed_stride: sides of a token in voxels.
+        embed_channels: E, the width of a token's vector.
+        encode_hidden: ``(x_BCXYZ, hidden_Bxyz, token_E) -> feats``: as ``encode``, with the vectors of hidden tokens
+            (bool, one for each token) replaced by ``token_E`` before positions are added.
+        encode_visible: ``(x_BCXYZ, keep_BV, prefix_B1E) -> tokens_BVE``: the last layer's normalised vectors of the V
+            tokens with the indices ``keep_BV`` (in C order), computed from these tokens alone. A prefix, unless
+            None, is one more vector, without a position. It goes before the tokens, and its own comes back first
+            (V + 1). The crop may be of any size that divides into tokens: positions are interpolated.
+    """
+
+    embed_stride: Triple
+    embed_channels: int
+    encode_hidden: Callable[[Tensor, Tensor, Tensor], list[Tensor]]
+    encode_visible: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class NetworkFile(Protocol):
+    """What a network's file defines.
+
+    Attributes:
+        Config: a frozen dataclass of options, every one with a default.
+        TINY: options that make the smallest sensible network, for tests and demos.
+    """
+
+    Config: type
+    TINY: dict[str, Any]
+
+    def size_multiple(self, cfg: Any) -> Triple:
+        """Voxels; each side of a crop must be a multiple of these, the stride of the coarsest level."""
+
+    def build(self, cfg: Any, in_channels: int, num_classes: int) -> Network:
+        """A fresh network: most often the class itself."""
 
 
 def names() -> list[str]:
-    """The registered backbones, sorted."""
+    """The registered networks, sorted."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
 def config(name: str, options: Mapping[str, Any] | None = None) -> Any:
-    """The backbone's ``Config`` with ``options`` laid on its defaults.
+    """The network's ``Config``: its defaults, overridden by ``options``.
 
     Raises:
-        UserError: for an unknown backbone, an unknown option or a value of the wrong type.
+        UserError: for an unknown network, an unknown option or a value of the wrong type.
     """
     return from_dict(_load(name).Config, options or {}, where="backbone")
 
@@ -87,19 +137,17 @@ def parse(values: Mapping[str, Any] | Component) -> Component:
     return Component.of(values, "backbone").resolve(config, "backbone")
 
 
-def build(
-    name: str, in_channels: int = 1, num_classes: int = 14, cfg: Any = None, **options: Any
-) -> nn.Module:
+def build(name: str, in_channels: int = 1, num_classes: int = 14, cfg: Any = None, **options: Any) -> Network:
     """A fresh network, initialised from torch's global random state.
 
     Args:
         name: one of `names`.
         in_channels: C of the crops.
         num_classes: K, background included.
-        cfg: the backbone's ``Config``; or else give its fields as ``options``.
+        cfg: the network's ``Config``; or else give its fields as ``options``.
 
     Raises:
-        UserError: for an unknown backbone or a bad option.
+        UserError: for an unknown network or a bad option.
     """
     assert cfg is None or not options, "give either cfg or options"
     return _load(name).build(cfg if cfg is not None else config(name, options), in_channels, num_classes)
@@ -109,14 +157,14 @@ def check_size(name: str, cfg: Any, size_vox: Sequence[int]) -> None:
     """Refuse a crop size (X, Y, Z in voxels) that the network cannot take.
 
     Raises:
-        UserError: naming the nearest sizes that it can.
+        UserError: naming the nearest sizes that it can take.
     """
     file = _load(name)
     multiple = file.size_multiple(cfg)
     if len(size_vox) != 3:
         raise UserError(f"crop size {tuple(size_vox)} must be three numbers of voxels (X, Y, Z)")
-    if hasattr(file, "check_size"):
-        file.check_size(cfg, size_vox)
+    check_img_size(name, getattr(cfg, "img_size", tuple(size_vox)), size_vox)
+    _check_coarsest(name, cfg, multiple, size_vox)
     if all(side > 0 and side % m == 0 for side, m in zip(size_vox, multiple)):
         return
     below = tuple(max(side // m, 1) * m for side, m in zip(size_vox, multiple))
@@ -128,20 +176,49 @@ def check_size(name: str, cfg: Any, size_vox: Sequence[int]) -> None:
     )
 
 
+def check_img_size(name: str, img_size: Sequence[int], size_vox: Sequence[int]) -> None:
+    """Refuse a crop that does not have the one size that a network was built for.
+
+    Raises:
+        UserError: naming that size.
+    """
+    if tuple(size_vox) != img_size:
+        raise UserError(
+            f"crop size {tuple(size_vox)} does not fit backbone '{name}', which is built for one size; set "
+            f"backbone.img_size to the crop's size or use crops of {img_size}"
+        )
+
+
+def _check_coarsest(name: str, cfg: Any, multiple: Triple, size_vox: Sequence[int]) -> None:
+    """Refuse a crop whose coarsest feature would be a single voxel, if instance normalisation would meet it."""
+    instance = getattr(cfg, "norm", "").startswith("instance")
+    if not instance or any(side >= 2 * m for side, m in zip(size_vox, multiple)):
+        return
+    others = [norm for norm in get_args(get_type_hints(type(cfg))["norm"]) if not norm.startswith("instance")]
+    near = tuple(max(-(-side // m), 1) * m for side, m in zip(size_vox, multiple))
+    if near == multiple:
+        near = (2 * near[0], *near[1:])
+    raise UserError(
+        f"crop size {tuple(size_vox)} leaves backbone '{name}' one voxel at its coarsest level, where its instance "
+        f"normalisation has nothing to average; set backbone.norm to {' or '.join(others)} or use {near}"
+    )
+
+
 @functools.cache
 def abilities(name: str) -> frozenset[str]:
-    """Which of the parts of the contract that a network need not have the backbone has."""
+    """The optional parts of the contract that the network has, out of `OPTIONAL`."""
     with torch.device("meta"):
         net = build(name, **tiny(name))
     return frozenset(part for part in OPTIONAL if hasattr(net, part))
 
 
 def tiny(name: str) -> dict[str, Any]:
-    """Options that make the smallest sensible net, for tests and demos."""
+    """Options that make the smallest sensible network, for tests and demos."""
     return dict(_load(name).TINY)
 
 
-def _load(name: str) -> ModuleType:
+def _load(name: str) -> NetworkFile:
     if name not in names():
         raise UserError(unknown("backbone", name, names()))
-    return importlib.import_module(f"{__name__}.{name}")
+    file: Any = importlib.import_module(f"{__name__}.{name}")
+    return file

@@ -1,4 +1,4 @@
-"""The same convolutions as torch's, on faster routes where torch's own is slow on a CPU.
+"""Convolutions equal to torch's, on faster routes where torch's own is slow on a CPU.
 
 Letters: B batch, C and O channels, K kernel side, XYZ the volume's axes.
 
@@ -10,11 +10,11 @@ What was measured (float32, one EPYC core, torch 2.13; ``benchmarks/lka.py`` rep
 - 1x1x1 is 3 to 6 times faster as a matrix product, and keeps the layout, which torch's route loses;
 - torch gives oneDNN a batch of one only if C*X*Y > 20480 (``ConvParams::use_mkldnn``) and else takes an
   im2col up to 9 times slower: such a volume is cut into slabs, which are a batch;
-- the first convolution has too few input channels for a vector: the taps along Z become channels;
-- trilinear upsampling's backward pass is 4 times slower on a gradient with gaps, which that of a map is
-  that was joined with another: it is closed up before.
+- the first convolution has too few input channels to vectorise over: the taps along Z become channels;
+- trilinear upsampling's backward pass is 4 times slower on a strided gradient, such as that of a map that was
+  concatenated with another: the gradient is made contiguous before.
 
-On other devices, and in other layouts, all but the split is torch's own.
+On other devices, and in other layouts, everything but the split is torch's own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 _CHANNELS_LAST = torch.channels_last_3d
 _ONEDNN_FLOOR = 20480  # of C * X * Y, for a batch of one
@@ -112,7 +113,7 @@ def dense(x_BCXYZ: Tensor, weight_OCKKK: Tensor, bias_O: Tensor | None) -> Tenso
     x = torch.cat([x[:, :, i : i + depth + 2 * halo] for i in range(0, nx, depth)])
     out = F.conv3d(x, weight, bias_O, padding=[0, *padding[1:]])
     # In channels last, slabs in the batch and one volume lie in memory alike.
-    return _first(_last(out).reshape(1, nx, *out.shape[3:], out.shape[1]))
+    return channels_first(channels_last(out).reshape(1, nx, *out.shape[3:], out.shape[1]))
 
 
 def _taps_as_channels(x_BCXYZ: Tensor, weight_OCKKK: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,14 +126,14 @@ def _taps_as_channels(x_BCXYZ: Tensor, weight_OCKKK: Tensor) -> tuple[Tensor, Te
         .reshape(b, *size, c * kz)
     )
     # contiguous(): of one channel the reshape is a view whose voxels overlap.
-    return _first(x.contiguous()), weight_OCKKK.permute(0, 1, 4, 2, 3).reshape(o, c * kz, kx, ky, 1)
+    return channels_first(x.contiguous()), weight_OCKKK.permute(0, 1, 4, 2, 3).reshape(o, c * kz, kx, ky, 1)
 
 
 def point(x_BCXYZ: Tensor, weight_OC111: Tensor, bias_O: Tensor | None) -> Tensor:
     """``F.conv3d(x, weight, bias)`` for kernel 1."""
     if not _on_cpu(x_BCXYZ):
         return F.conv3d(x_BCXYZ, weight_OC111, bias_O)
-    return _first(F.linear(_last(x_BCXYZ), weight_OC111.flatten(1), bias_O))
+    return channels_first(F.linear(channels_last(x_BCXYZ), weight_OC111.flatten(1), bias_O))
 
 
 def depthwise(x_BCXYZ: Tensor, weight_C1KKK: Tensor, bias_C: Tensor | None) -> Tensor:
@@ -177,7 +178,7 @@ class _Depthwise(torch.autograd.Function):
 def _weight_grad_by_conv(x_BCXYZ: Tensor, grad_BCXYZ: Tensor, padding: list[int]) -> Tensor:
     """The correlation of input and output gradient, as a depthwise convolution whose filter is the latter."""
     b, c, *size = x_BCXYZ.shape
-    x = _first(x_BCXYZ.permute(2, 3, 4, 0, 1).reshape(1, *size, b * c))
+    x = channels_first(x_BCXYZ.permute(2, 3, 4, 0, 1).reshape(1, *size, b * c))
     out = F.conv3d(x, grad_BCXYZ.reshape(b * c, 1, *size), padding=padding, groups=b * c)
     return out.reshape(b, c, 1, *out.shape[2:]).sum(0)
 
@@ -190,23 +191,11 @@ def _weight_grad_by_planes(x_BCXYZ: Tensor, grad_BCXYZ: Tensor, padding: list[in
     def planes(v_BXYZC: Tensor) -> Tensor:
         return v_BXYZC.reshape(b * nx, ny, nz, c).permute(0, 3, 1, 2)
 
-    x = F.pad(_last(x_BCXYZ), (0, 0, 0, 0, 0, 0, rx, rx))
-    grad = planes(_last(grad_BCXYZ))
-    weight = x.new_empty(c, 1, 2 * ry + 1, 2 * rz + 1)  # only its shape is read
+    x = F.pad(channels_last(x_BCXYZ), (0, 0, 0, 0, 0, 0, rx, rx))
+    grad = planes(channels_last(grad_BCXYZ))
+    size = (c, 1, 2 * ry + 1, 2 * rz + 1)
     taps = [
-        torch.ops.aten.convolution_backward(
-            grad,
-            planes(x[:, i : i + nx]),
-            weight,
-            None,
-            [1, 1],
-            [ry, rz],
-            [1, 1],
-            False,
-            [0, 0],
-            c,
-            [False, True, False],
-        )[1]
+        conv2d_weight(planes(x[:, i : i + nx]), size, grad, padding=(ry, rz), groups=c)
         for i in range(2 * rx + 1)
     ]
     return torch.stack(taps, dim=2)
@@ -239,23 +228,23 @@ def _scale(x_BCXYZ: Tensor, weight_C111: Tensor, bias_C: Tensor | None) -> Tenso
 def _split(x_BCXYZ: Tensor) -> Tensor:
     """The 27 stride-3 sub-volumes, stacked into the batch; channels last."""
     px, py, pz = (-n % 3 for n in x_BCXYZ.shape[2:])
-    x = _last(x_BCXYZ)
+    x = channels_last(x_BCXYZ)
     x = F.pad(x, (0, 0, 0, pz, 0, py, 0, px)) if px or py or pz else x
     b, nx, ny, nz, c = x.shape
     x = x.reshape(b, nx // 3, 3, ny // 3, 3, nz // 3, 3, c).permute(2, 4, 6, 0, 1, 3, 5, 7)
-    return _first(x.reshape(27 * b, nx // 3, ny // 3, nz // 3, c))
+    return channels_first(x.reshape(27 * b, nx // 3, ny // 3, nz // 3, c))
 
 
-def _join(x_PCXYZ: Tensor, size: torch.Size, channels_last: bool) -> Tensor:
+def _join(x_PCXYZ: Tensor, size: torch.Size, keep_last: bool) -> Tensor:
     """Undo `_split`."""
     p, c, nx, ny, nz = x_PCXYZ.shape
-    x = _last(x_PCXYZ).reshape(3, 3, 3, p // 27, nx, ny, nz, c)
-    if channels_last:
-        x = _first(x.permute(3, 4, 0, 5, 1, 6, 2, 7).reshape(p // 27, 3 * nx, 3 * ny, 3 * nz, c))
+    x = channels_last(x_PCXYZ).reshape(3, 3, 3, p // 27, nx, ny, nz, c)
+    if keep_last:
+        x = channels_first(x.permute(3, 4, 0, 5, 1, 6, 2, 7).reshape(p // 27, 3 * nx, 3 * ny, 3 * nz, c))
     else:
         x = x.permute(3, 7, 4, 0, 5, 1, 6, 2).reshape(p // 27, c, 3 * nx, 3 * ny, 3 * nz)
     x = x[:, :, : size[0], : size[1], : size[2]]
-    return x.contiguous(memory_format=_CHANNELS_LAST if channels_last else torch.contiguous_format)
+    return x.contiguous(memory_format=_CHANNELS_LAST if keep_last else torch.contiguous_format)
 
 
 def _on_cpu(x_BCXYZ: Tensor) -> bool:
@@ -263,9 +252,9 @@ def _on_cpu(x_BCXYZ: Tensor) -> bool:
     return x_BCXYZ.device.type == "cpu" and (x_BCXYZ.stride(1) == 1 or x_BCXYZ.shape[1] == 1)
 
 
-def _last(x_BCXYZ: Tensor) -> Tensor:
+def channels_last(x_BCXYZ: Tensor) -> Tensor:
     return x_BCXYZ.permute(0, 2, 3, 4, 1)
 
 
-def _first(x_BXYZC: Tensor) -> Tensor:
+def channels_first(x_BXYZC: Tensor) -> Tensor:
     return x_BXYZC.permute(0, 4, 1, 2, 3)

@@ -17,7 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
-from logonet.networks._conv import Conv3d, Upsample, conv, dense
+from logonet.networks._conv import Conv3d, Upsample, channels_first, channels_last, conv, dense
+from logonet.networks._shared import chained
+
+TINY: dict[str, Any] = {
+    "dims": (8, 16, 24, 32),
+    "depths": (1, 1, 1, 1),
+    "mlp_ratios": (2, 2, 2, 2),
+    "full_width": 8,
+}
 
 # Paper Table 12.
 _VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
@@ -138,7 +146,7 @@ class EncoderBlock(nn.Module):
         x = self.patch_norm(to_layout(self.patch(x_BCXYZ), self.channels_last))
         for module in self.lka:
             x = run(module, x, self.checkpointing)
-        return self.norm(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
+        return channels_first(self.norm(channels_last(x)))
 
 
 class ConvBlock(nn.Module):
@@ -168,11 +176,9 @@ def conv_norm(conv3d: nn.Conv3d, norm: nn.BatchNorm3d, x_BCXYZ: Tensor) -> Tenso
 
 def dec(in_channels: int, out_channels: int, plain: bool) -> nn.Sequential:
     """Three Conv blocks, then sides doubled (Figure 4)."""
+    upsample = nn.Upsample(scale_factor=2, mode="trilinear", align_corners=False) if plain else Upsample()
     return nn.Sequential(
-        ConvBlock(in_channels, out_channels, plain),
-        ConvBlock(out_channels, out_channels, plain),
-        ConvBlock(out_channels, out_channels, plain),
-        nn.Upsample(scale_factor=2, mode="trilinear", align_corners=False) if plain else Upsample(),
+        ConvBlock(in_channels, out_channels, plain), *skip(out_channels, out_channels, plain), upsample
     )
 
 
@@ -228,11 +234,7 @@ class Ulka(nn.Module):
         self.strides = tuple(4 * 2**i for i in range(blocks))
 
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
-        feats = []
-        for block in self.encoder:
-            x_BCXYZ = block(x_BCXYZ)
-            feats.append(x_BCXYZ)
-        return feats
+        return chained(self.encoder, x_BCXYZ)
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor:
         return self.output(self.decoder(x_BCXYZ, self.encode(x_BCXYZ)))
@@ -260,20 +262,19 @@ def run(module: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
     """``module(x)``, its inner activations recomputed in backward if ``checkpointing``."""
     if not (checkpointing and torch.is_grad_enabled()):
         return module(x)
-
-    def contexts() -> tuple[Any, Any]:
-        return contextlib.nullcontext(), _frozen_statistics(module)
-
-    return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
+    return checkpoint(
+        module,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _frozen_statistics(module)),
+    )
 
 
 @contextlib.contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """The recomputation must not move BatchNorm's running statistics a second time."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm3d)]
-    before = [
-        (m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in norms
-    ]
+    """The recomputation must not update BatchNorm's running statistics a second time."""
+    norms: list[Any] = [m for m in module.modules() if isinstance(m, nn.BatchNorm3d)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
     try:
@@ -281,5 +282,4 @@ def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, (momentum, count) in zip(norms, before):
             norm.momentum = momentum
-            if count is not None and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.copy_(count)
+            norm.num_batches_tracked.copy_(count)

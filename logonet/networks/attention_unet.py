@@ -1,4 +1,4 @@
-"""Attention U-Net (Oktay et al. 2018): MONAI's, behind the backbones' contract.
+"""Attention U-Net (Oktay et al. 2018): MONAI's, with the interface of `Network`.
 
 Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
 """
@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
-from torch import Tensor, nn
+from torch import Tensor
 
 from logonet.core.config import Count, Section
-from logonet.networks import SegOut
-from logonet.networks._monai import check_levels
+from logonet.networks import Network, Triple
+from logonet.networks._shared import chained, check_levels
 
 TINY: dict[str, Any] = {"channels": (4, 8, 12), "strides": (2, 2)}
 
@@ -38,15 +38,11 @@ class Config(Section, key="backbone"):
         check_levels(self.channels, self.strides)
 
 
-def size_multiple(cfg: Config) -> tuple[int, int, int]:
+def size_multiple(cfg: Config) -> Triple:
     return (math.prod(cfg.strides),) * 3
 
 
-def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
-    return AttentionUnet(cfg, in_channels, num_classes)
-
-
-class AttentionUnet(nn.Module):
+class AttentionUnet(Network):
     """64,121,626 parameters and 7984.22 G multiply-accumulates (as thop counts) at 96^3 with 14 classes.
 
     Features: the encoder's levels. MONAI nests each level in the one above it, hence the names.
@@ -66,7 +62,7 @@ class AttentionUnet(nn.Module):
         self.encoder_prefixes = ("net.model.0.", *(names[down] for down, _ in self._levels()))
 
     def _levels(self) -> Iterator[tuple[Any, Any]]:
-        """What leads down from each level but the coarsest, and that level's gated way up, fine to coarse."""
+        """For each level but the coarsest, fine to coarse: the module that leads down and the one that leads up."""
         layer = self.net.model[1]
         for _ in self.channels[2:]:
             down, deeper = layer.submodule
@@ -75,10 +71,7 @@ class AttentionUnet(nn.Module):
         yield layer.submodule, layer
 
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
-        feats = [self.net.model[0](x_BCXYZ)]
-        for down, _ in self._levels():
-            feats.append(down(feats[-1]))
-        return feats
+        return chained([self.net.model[0], *(down for down, _ in self._levels())], x_BCXYZ)
 
     def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
         *skips, f = feats
@@ -88,8 +81,5 @@ class AttentionUnet(nn.Module):
             f = layer.merge(torch.cat((layer.attention(g=f, x=skip), f), dim=1))
         return f
 
-    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
-        return SegOut(self.net.model[2](self.decode_features(x_BCXYZ, feats)), [], None)
 
-    def forward(self, x_BCXYZ: Tensor) -> SegOut:
-        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
+build = AttentionUnet

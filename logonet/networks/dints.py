@@ -1,4 +1,4 @@
-"""DiNTS (He et al. 2021), a network found by differentiable search: MONAI's, behind the backbones' contract.
+"""DiNTS (He et al. 2021), a network found by differentiable search: MONAI's, with the interface of `Network`.
 
 Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
 """
@@ -8,19 +8,18 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Lt
-from torch import Tensor, nn
+from torch import Tensor
 
 from logonet.core.config import Count, Positive, Section
 from logonet.core.errors import UserError
-from logonet.networks import SegOut
-from logonet.networks._monai import GROUPS, Norm, check_coarsest, norm_name
+from logonet.networks import Network, Triple
+from logonet.networks._shared import GROUPS, Norm, norm_name
 
 WIDTH = 32  # at full resolution, with a channel_mul of 1
 OPS = 5  # operations a path chooses from: skip, 3x3x3, and 3x3 in each of the three planes
@@ -110,19 +109,11 @@ class Config(Section, key="backbone"):
         return sorted({end for _, end in self.active(self.num_blocks - 1)})
 
 
-def size_multiple(cfg: Config) -> tuple[int, int, int]:
+def size_multiple(cfg: Config) -> Triple:
     return (2**cfg.num_depths,) * 3
 
 
-def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
-    check_coarsest("dints", cfg.norm, size_multiple(cfg), size_vox)
-
-
-def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
-    return DiNTS(cfg, in_channels, num_classes)
-
-
-class DiNTS(nn.Module):
+class DiNTS(Network):
     """74,127,278 parameters (252 more when searching) and 743.89 G multiply-accumulates (as thop counts) at 96^3
     with 14 classes.
 
@@ -138,18 +129,17 @@ class DiNTS(nn.Module):
         super().__init__()
         self.cfg = cfg
         device = torch.get_default_device()
-        with torch.device(
-            "cpu"
-        ):  # MONAI moves what it has just made to the CPU, which the meta device cannot
+        # MONAI moves what it has just made to the CPU, which the meta device cannot.
+        with torch.device("cpu"):
             self.net: Any = _wrapped(cfg, in_channels, num_classes)
         self.net.to(device)
-        # To the end, so that the first convolution of the encoder is one on the crop: that one tells the number
-        # of its channels to whoever loads weights.
+        # Moved to the end, so that the encoder's first convolution in the state dict is one on the crop: weight
+        # transfer reads the number of input channels from it.
         space = self.net.dints_space
         del self.net.dints_space
         self.net.dints_space = space
-        # MONAI runs the stems of levels that no path starts from and multiplies by 0, and never runs those
-        # above which no path ends: weights no gradient would ever reach.
+        # MONAI runs the stems of levels that no path starts from and multiplies the result by 0, and never runs
+        # those above which no path ends: no gradient would ever reach these weights.
         for level in range(cfg.num_depths):
             if level not in cfg.levels_in:
                 del self.net.stem_down[str(level)]
@@ -161,8 +151,7 @@ class DiNTS(nn.Module):
         self.feature_channels = widths[0]
 
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
-        # MONAI's space reads its paths out of a tensor while it runs, which no compiler can follow; so its cells
-        # are walked here.
+        # MONAI's forward reads its paths from a tensor, which torch.compile cannot trace, so this loop runs the cells.
         space = self.net.dints_space
         path_weights = space.get_prob_a()[1] if self.cfg.search else None
         levels = {level: self.net.stem_down[str(level)](x_BCXYZ) for level in self.cfg.levels_in}
@@ -187,14 +176,8 @@ class DiNTS(nn.Module):
             f = self.net.stem_up[str(level)](levels[level] + f if level in levels else f)
         return self.net.stem_finals[0](f)
 
-    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
-        return SegOut(self.net.stem_finals[1](self.decode_features(x_BCXYZ, feats)), [], None)
-
-    def forward(self, x_BCXYZ: Tensor) -> SegOut:
-        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
-
     def searched(self) -> dict[str, Any]:
-        """``paths`` and ``ops`` of the most probable architecture, options of the instance to train next."""
+        """``paths`` and ``ops`` of the most probable architecture: options of the instance to train next."""
         assert self.cfg.search, "an instance has nothing to search"
         space = self.net.dints_space
         space.device = space.log_alpha_a.device
@@ -221,3 +204,6 @@ def _wrapped(cfg: Config, in_channels: int, num_classes: int) -> Any:
             norm_name=norm_name(cfg.norm),
         )
     return Wrapped(space, in_channels, num_classes, norm_name=norm_name(cfg.norm))
+
+
+build = DiNTS

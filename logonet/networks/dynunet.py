@@ -1,21 +1,19 @@
-"""nnU-Net: MONAI's DynUNet (Isensee et al. 2018), behind the backbones' contract.
+"""nnU-Net: MONAI's DynUNet (Isensee et al. 2018), with the interface of `Network`.
 
 Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from logonet.core.config import Count, Section, SizeVox
 from logonet.core.errors import UserError
-from logonet.networks import SegOut
-from logonet.networks._monai import Norm, check_coarsest, check_groups, norm_name
+from logonet.networks import Network, SegOut, Triple
+from logonet.networks._shared import Norm, chained, check_groups, norm_name, total_strides
 
 TINY: dict[str, Any] = {
     "kernel_size": ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
@@ -76,26 +74,12 @@ class Config(Section, key="backbone"):
         """Of each level, fine to coarse."""
         return self.filters or tuple(min(32 * 2**level, 320) for level in range(len(self.strides)))
 
-    @property
-    def total_strides(self) -> list[tuple[int, int, int]]:
-        """Voxels of the crop per voxel of each level's feature, fine to coarse."""
-        so_far = (self.strides[: level + 1] for level in range(len(self.strides)))
-        return [(math.prod(x), math.prod(y), math.prod(z)) for x, y, z in (zip(*s) for s in so_far)]
+
+def size_multiple(cfg: Config) -> Triple:
+    return total_strides(cfg.strides)[-1]
 
 
-def size_multiple(cfg: Config) -> tuple[int, int, int]:
-    return cfg.total_strides[-1]
-
-
-def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
-    check_coarsest("dynunet", cfg.norm, size_multiple(cfg), size_vox)
-
-
-def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
-    return DynUNet(cfg, in_channels, num_classes)
-
-
-class DynUNet(nn.Module):
+class DynUNet(Network):
     """30,745,326 parameters and 312.96 G multiply-accumulates (as thop counts) at 96^3 with 14 classes.
 
     The 1250.65 G of LoGoNet's Table 1 are an artefact: MONAI registers every block but the last at two
@@ -124,17 +108,14 @@ class DynUNet(nn.Module):
         # The recursion of MONAI's forward: the same blocks a second time, which would put every tensor
         # into the state dict twice. safetensors refuses that, and MONAI loads its own weights without.
         del self.net.skip_layers
-        self.channels, self.strides = cfg.widths, tuple(cfg.total_strides)
+        self.channels, self.strides = cfg.widths, tuple(total_strides(cfg.strides))
         self.feature_channels = cfg.widths[0]
         self.encoder_prefixes = ("net.input_block.", "net.downsamples.", "net.bottleneck.")
         heads = ("net.deep_supervision_heads.",) if cfg.deep_supervision else ()
         self.head_prefixes = ("net.output_block.", *heads)
 
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
-        feats = [self.net.input_block(x_BCXYZ)]
-        for block in (*self.net.downsamples, self.net.bottleneck):
-            feats.append(block(feats[-1]))
-        return feats
+        return chained([self.net.input_block, *self.net.downsamples, self.net.bottleneck], x_BCXYZ)
 
     def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
         return self._up(feats)[0]
@@ -155,5 +136,5 @@ class DynUNet(nn.Module):
             levels.append(x)
         return levels[::-1]
 
-    def forward(self, x_BCXYZ: Tensor) -> SegOut:
-        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
+
+build = DynUNet

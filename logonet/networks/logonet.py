@@ -15,15 +15,9 @@ from torch import Tensor, nn
 
 from logonet.core.config import Count
 from logonet.core.errors import UserError
-from logonet.networks import SegOut
+from logonet.networks import Network, Triple
+from logonet.networks._lka import TINY as TINY
 from logonet.networks._lka import SegHead, Ulka, UlkaConfig, to_layout
-
-TINY: dict[str, Any] = {
-    "dims": (8, 16, 24, 32),
-    "depths": (1, 1, 1, 1),
-    "mlp_ratios": (2, 2, 2, 2),
-    "full_width": 8,
-}
 
 
 @dataclass(frozen=True)
@@ -46,16 +40,12 @@ class Config(UlkaConfig):
             )
 
 
-def size_multiple(cfg: Config) -> tuple[int, int, int]:
+def size_multiple(cfg: Config) -> Triple:
     stride = max(2 ** (cfg.global_blocks + 1), 2 * 2 ** (cfg.local_blocks + 1))
-    return stride, stride, stride
+    return (stride,) * 3
 
 
-def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
-    return LoGoNet(cfg, in_channels, num_classes)
-
-
-class LoGoNet(nn.Module):
+class LoGoNet(Network):
     """67,679,406 parameters and 246.2 G multiply-accumulates at 96^3 (normal, 14 classes); the paper
     prints 67.5 M and 246.96 G.
 
@@ -101,12 +91,6 @@ class LoGoNet(nn.Module):
         ]
         return add_octants(self.global_net.output(self.global_net.decoder(x, whole)), local)
 
-    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
-        return SegOut(self.head(self.decode_features(x_BCXYZ, feats)), [], None)
-
-    def forward(self, x_BCXYZ: Tensor) -> SegOut:
-        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
-
 
 def octants(x_BCXYZ: Tensor) -> list[Tensor]:
     """The eight half-sided sub-volumes (views); number 4i + 2j + k is half i of X, j of Y and k of Z."""
@@ -140,3 +124,6 @@ class _AddOctants(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         return grads[0], *octants(grads[0])
+
+
+build = LoGoNet

@@ -14,13 +14,15 @@ from typing import Annotated, Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Lt, MultipleOf
+from einops import rearrange
 from torch import Tensor, nn
 
 from logonet.core.config import Count, Section, SizeVox
 from logonet.core.errors import UserError
-from logonet.networks import SegOut
+from logonet.networks import SegOut, TokenNetwork, Triple, check_img_size
+from logonet.networks._conv import channels_first, channels_last
+from logonet.networks._shared import check_heads, total_strides
 
-Triple = tuple[int, int, int]
 PatchSide = Literal[1, 2, 4]
 Stride = tuple[Literal[1, 2], Literal[1, 2], Literal[1, 2]]
 
@@ -69,9 +71,8 @@ class Config(Section, key="backbone"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, all_heads in (("num_heads", self.num_heads), ("decoder_heads", self.heads_up)):
-            if any(dim % heads for dim, heads in zip(self.dims, all_heads)):
-                raise UserError(f"backbone.{key} is {all_heads}; they must divide the widths {self.dims}")
+        check_heads("num_heads", self.num_heads, self.dims)
+        check_heads("decoder_heads", self.heads_up, self.dims)
         least = self.total_strides[-1]
         if any(side < low or side % p for side, low, p in zip(self.img_size, least, self.patch)):
             near = tuple(
@@ -105,33 +106,16 @@ class Config(Section, key="backbone"):
     @property
     def total_strides(self) -> list[Triple]:
         """Voxels of the crop per token in each stage."""
-        so_far = ((self.patch, *self.strides[:stage]) for stage in range(4))
-        return [(math.prod(x), math.prod(y), math.prod(z)) for x, y, z in (zip(*s) for s in so_far)]
+        return total_strides([self.patch, *self.strides])
 
 
 def size_multiple(cfg: Config) -> Triple:
-    """No more than the patch: a map of odd side loses its last token on the way down and gets one back on the
-    way up, as in the published net for ACDC."""
+    """The patch: a map of odd side loses its last token when it is halved and gets one back when it is doubled, as
+    in the published net for ACDC."""
     return cfg.patch
 
 
-def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
-    if tuple(size_vox) != cfg.img_size:
-        raise UserError(
-            f"crop size {tuple(size_vox)} does not fit backbone 'nnformer', which is built for one size; set "
-            f"backbone.img_size to the crop's size or use crops of {cfg.img_size}"
-        )
-
-
-def _flat(values: Sequence[Any]) -> list[int]:
-    return [n for value in values for n in (value if isinstance(value, tuple) else (value,))]
-
-
-def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
-    return NnFormer(cfg, in_channels, num_classes)
-
-
-class NnFormer(nn.Module):
+class NnFormer(TokenNetwork):
     """150,054,210 parameters and 212.7 G multiply-accumulates (352.1 G as thop counts) for a crop of
     128 x 128 x 64 and 14 classes with deep supervision.
 
@@ -162,7 +146,7 @@ class NnFormer(nn.Module):
 
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
         """Raises UserError when the crop is not of the size the net was built for."""
-        check_size(self.cfg, x_BCXYZ.shape[2:])
+        check_img_size("nnformer", self.cfg.img_size, x_BCXYZ.shape[2:])
         return self.encoder(self.encoder.embed(x_BCXYZ))
 
     def encode_hidden(self, x_BCXYZ: Tensor, hidden_Bxyz: Tensor, token_E: Tensor) -> list[Tensor]:
@@ -170,7 +154,7 @@ class NnFormer(nn.Module):
 
         The convolutions that make tokens overlap: mask the crop too, or its hidden voxels reach their neighbours.
         """
-        check_size(self.cfg, x_BCXYZ.shape[2:])
+        check_img_size("nnformer", self.cfg.img_size, x_BCXYZ.shape[2:])
         tokens_BxyzE = self.encoder.embed(x_BCXYZ)
         token_E = token_E.to(tokens_BxyzE.dtype)
         return self.encoder(torch.where(hidden_Bxyz[..., None], token_E, tokens_BxyzE))
@@ -195,9 +179,6 @@ class NnFormer(nn.Module):
             levels.append(x)
         return levels[::-1]
 
-    def forward(self, x_BCXYZ: Tensor) -> SegOut:
-        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
-
 
 class Encoder(nn.Module):
     def __init__(self, cfg: Config, in_channels: int) -> None:
@@ -211,7 +192,7 @@ class Encoder(nn.Module):
             )
             for stage in range(4)
         )
-        self.downs = nn.ModuleList(Down(cfg, stage) for stage in range(3))
+        self.downs = nn.ModuleList(down(cfg, stage) for stage in range(3))
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in cfg.dims)
 
     def forward(self, tokens_BxyzE: Tensor) -> list[Tensor]:
@@ -219,10 +200,10 @@ class Encoder(nn.Module):
         x = tokens_BxyzE
         feats = []
         for n, (stage, norm) in enumerate(zip(self.stages, self.norms)):
-            x = self.downs[n - 1](x) if n else x
+            x = self.downs[n - 1](F.gelu(x)) if n else x
             for block in cast(nn.ModuleList, stage):
                 x = block(x)
-            feats.append(channels_second(norm(x)))
+            feats.append(channels_first(norm(x)))
         return feats
 
 
@@ -251,39 +232,37 @@ class PatchEmbedding(nn.Module):
         for n, (conv, norm) in enumerate(zip(self.convs, self.norms)):
             tokens_BXYZD = channels_last(conv(x))
             tokens_BXYZD = norm(F.gelu(tokens_BXYZD) if n < 3 else tokens_BXYZD)
-            x = channels_second(tokens_BXYZD)
+            x = channels_first(tokens_BXYZD)
         return tokens_BXYZD
 
 
-class Down(nn.Module):
-    """GELU, normalisation, strided convolution from ``stage`` to the next."""
+class Resample(nn.Module):
+    """Normalisation, then a convolution that changes the resolution."""
 
-    def __init__(self, cfg: Config, stage: int) -> None:
+    def __init__(self, dim: int, conv: nn.Module) -> None:
         super().__init__()
-        dim, stride, grid = cfg.dims[stage], cfg.strides[stage], cfg.grids[stage]
-        kernel = tuple(3 if s == 2 else 1 for s in stride)
-        # Without padding an odd side halves downwards.
-        padding = tuple(1 if s == 2 and n % 2 == 0 else 0 for s, n in zip(stride, grid))
         self.norm = nn.LayerNorm(dim)
-        self.conv = nn.Conv3d(dim, 2 * dim, kernel, stride, padding)  # type: ignore[arg-type]
+        self.conv = conv
 
     def forward(self, x_BXYZD: Tensor) -> Tensor:
-        return channels_last(self.conv(channels_second(self.norm(F.gelu(x_BXYZD)))))
+        return channels_last(self.conv(channels_first(self.norm(x_BXYZD))))
 
 
-class Up(nn.Module):
-    """Normalisation, transposed convolution from the stage below to ``stage``."""
+def down(cfg: Config, stage: int) -> Resample:
+    """By a strided convolution from ``stage`` to the next."""
+    dim, stride, grid = cfg.dims[stage], cfg.strides[stage], cfg.grids[stage]
+    kernel = tuple(3 if s == 2 else 1 for s in stride)
+    # Without padding an odd side halves downwards.
+    padding = tuple(1 if s == 2 and n % 2 == 0 else 0 for s, n in zip(stride, grid))
+    return Resample(dim, nn.Conv3d(dim, 2 * dim, kernel, stride, padding))  # type: ignore[arg-type]
 
-    def __init__(self, cfg: Config, stage: int) -> None:
-        super().__init__()
-        dim, stride = cfg.dims[stage], cfg.strides[stage]
-        # The token that an odd side lost on the way down is made of the bias alone.
-        lost = tuple(n % s for n, s in zip(cfg.grids[stage], stride))
-        self.norm = nn.LayerNorm(2 * dim)
-        self.conv = nn.ConvTranspose3d(2 * dim, dim, stride, stride, output_padding=lost)  # type: ignore[arg-type]
 
-    def forward(self, x_BXYZD: Tensor) -> Tensor:
-        return channels_last(self.conv(channels_second(self.norm(x_BXYZD))))
+def up(cfg: Config, stage: int) -> Resample:
+    """By a transposed convolution from the stage below to ``stage``."""
+    dim, stride = cfg.dims[stage], cfg.strides[stage]
+    # The token that an odd side lost on the way down consists of the bias alone.
+    lost: Any = tuple(n % s for n, s in zip(cfg.grids[stage], stride))
+    return Resample(2 * dim, nn.ConvTranspose3d(2 * dim, dim, stride, stride, output_padding=lost))
 
 
 class UpStage(nn.Module):
@@ -292,7 +271,7 @@ class UpStage(nn.Module):
 
     def __init__(self, cfg: Config, stage: int, rates: Sequence[float]) -> None:
         super().__init__()
-        self.up = Up(cfg, stage)
+        self.up = up(cfg, stage)
         self.blocks = nn.ModuleList(
             Block(cfg, stage, cfg.heads_up[stage], rate, shifted=n > 0, skip=n == 0)
             for n, rate in enumerate(rates)
@@ -303,7 +282,7 @@ class UpStage(nn.Module):
         x = self.blocks[0](up + skip, up, skip)
         for block in self.blocks[1:]:
             x = block(x)
-        return channels_second(x)
+        return channels_first(x)
 
 
 class Block(nn.Module):
@@ -413,20 +392,18 @@ def fit_window(grid: Triple, window: Triple) -> tuple[Triple, Triple]:
 
 def to_windows(x_BXYZD: Tensor, window: Triple, shift: Triple) -> Tensor:
     """Tokens (W, N, D) of the windows, those of one sample together. What is padded is zero, and attended to."""
-    _, nx, ny, nz, d = x_BXYZD.shape
+    _, nx, ny, nz, _ = x_BXYZD.shape
     wx, wy, wz = window
     x = F.pad(x_BXYZD, (0, 0, 0, -nz % wz, 0, -ny % wy, 0, -nx % wx))
     x = torch.roll(x, [-s for s in shift], (1, 2, 3)) if any(shift) else x
-    x = x.unflatten(3, (-1, wz)).unflatten(2, (-1, wy)).unflatten(1, (-1, wx))
-    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, wx * wy * wz, d)
+    return rearrange(x, "b (x wx) (y wy) (z wz) d -> (b x y z) (wx wy wz) d", wx=wx, wy=wy, wz=wz)
 
 
 def from_windows(x_WND: Tensor, shape: Sequence[int], window: Triple, shift: Triple) -> Tensor:
     """Undo `to_windows`; ``shape`` is that of its input."""
-    _, nx, ny, nz, d = shape
-    counts = [-(-n // w) for n, w in zip((nx, ny, nz), window)]
-    x = x_WND.reshape(-1, *counts, *window, d).permute(0, 1, 4, 2, 5, 3, 6, 7)
-    x = x.reshape(-1, *(n * w for n, w in zip(counts, window)), d)
+    _, nx, ny, nz, _ = shape
+    sizes = dict(zip("xyz", (-(-n // w) for n, w in zip((nx, ny, nz), window))), wx=window[0], wy=window[1])
+    x = rearrange(x_WND, "(b x y z) (wx wy wz) d -> b (x wx) (y wy) (z wz) d", **sizes)
     x = torch.roll(x, shift, (1, 2, 3)) if any(shift) else x
     return x[:, :nx, :ny, :nz]
 
@@ -454,9 +431,4 @@ def offsets(window: Triple) -> Tensor:
     return ((dx + wx - 1) * (2 * wy - 1) + dy + wy - 1) * (2 * wz - 1) + dz + wz - 1
 
 
-def channels_last(x_BDXYZ: Tensor) -> Tensor:
-    return x_BDXYZ.permute(0, 2, 3, 4, 1)
-
-
-def channels_second(x_BXYZD: Tensor) -> Tensor:
-    return x_BXYZD.permute(0, 4, 1, 2, 3)
+build = NnFormer

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logonet.core.config import Count, Section
-from logonet.networks import SegOut
+from logonet.networks import Network, Triple
 from logonet.networks._conv import conv
-from logonet.networks._lka import conv_norm, to_layout
+from logonet.networks._lka import ConvBlock, conv_norm, to_layout
 
 LEVELS = 4
 
@@ -39,16 +39,11 @@ class Config(Section, key="backbone"):
     channels_last: bool = True
 
 
-def size_multiple(cfg: Config) -> tuple[int, int, int]:
-    stride = 2 ** (LEVELS - 1)
-    return stride, stride, stride
+def size_multiple(cfg: Config) -> Triple:
+    return (2 ** (LEVELS - 1),) * 3
 
 
-def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
-    return PCRLv2(cfg, in_channels, num_classes)
-
-
-class PCRLv2(nn.Module):
+class PCRLv2(Network):
     """16,752,078 parameters and 653.7 G multiply-accumulates at 96^3 with 14 classes (as thop counts, 832.4 G).
     The published 17.1 M have 360,201 more, in heads of PCRLv2's own pretraining, which a method would own.
 
@@ -92,20 +87,9 @@ class PCRLv2(nn.Module):
             f = level(torch.cat((f, skip), dim=1) if self.skips else f)
         return f
 
-    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
-        return SegOut(self.output(self.decode_features(x_BCXYZ, feats)), [], None)
 
-    def forward(self, x_BCXYZ: Tensor) -> SegOut:
-        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
-
-
-class ConvBlock(nn.Module):
+class ReluBlock(ConvBlock):
     """Conv3D, BatchNorm, ReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int, plain: bool) -> None:
-        super().__init__()
-        self.conv = conv(in_channels, out_channels, 3, plain=plain)
-        self.norm = nn.BatchNorm3d(out_channels)
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor:
         return F.relu(conv_norm(self.conv, self.norm, x_BCXYZ), inplace=True)
@@ -113,5 +97,9 @@ class ConvBlock(nn.Module):
 
 def double_conv(in_channels: int, mid_channels: int, out_channels: int, plain: bool) -> nn.Sequential:
     return nn.Sequential(
-        ConvBlock(in_channels, mid_channels, plain), ConvBlock(mid_channels, out_channels, plain)
+        ReluBlock(in_channels, mid_channels, plain),
+        ReluBlock(mid_channels, out_channels, plain),
     )
+
+
+build = PCRLv2

@@ -1,4 +1,4 @@
-"""SegResNet (Myronenko 2018, without its autoencoder): MONAI's, behind the backbones' contract.
+"""SegResNet (Myronenko 2018, without its autoencoder): MONAI's, with the interface of `Network`.
 
 Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
 """
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from annotated_types import Ge, MultipleOf
-from torch import Tensor, nn
+from torch import Tensor
 
 from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
-from logonet.networks import SegOut
+from logonet.networks import Network, Triple
 
 GROUPS = 8  # of the group normalisation, and so what widths must be multiples of
 
@@ -48,11 +48,11 @@ class Config(Section, key="backbone"):
         return tuple(2**level for level in range(len(self.blocks_down)))
 
 
-def size_multiple(cfg: Config) -> tuple[int, int, int]:
+def size_multiple(cfg: Config) -> Triple:
     return (cfg.strides[-1],) * 3
 
 
-def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
+def build(cfg: Config, in_channels: int, num_classes: int) -> Network:
     from monai.networks.nets import SegResNet as Wrapped
 
     return SegResNet(cfg, Wrapped(in_channels=in_channels, out_channels=num_classes, **options(cfg)))
@@ -68,7 +68,7 @@ def options(cfg: Config) -> dict[str, Any]:
     }
 
 
-class SegResNet(nn.Module):
+class SegResNet(Network):
     """18,796,398 parameters and 244.64 G multiply-accumulates (as thop counts) at 96^3 with 14 classes.
 
     Features: the encoder's levels.
@@ -77,9 +77,9 @@ class SegResNet(nn.Module):
     encoder_prefixes: tuple[str, ...] = ("net.convInit.", "net.down_layers.")
     head_prefixes: tuple[str, ...] = ("net.conv_final.2.",)
 
-    def __init__(self, cfg: Config, net: nn.Module) -> None:
+    def __init__(self, cfg: Config, net: Any) -> None:
         super().__init__()
-        self.net: Any = net
+        self.net = net
         self.strides = cfg.strides
         self.channels = tuple(cfg.init_filters * stride for stride in cfg.strides)
         self.feature_channels = cfg.init_filters
@@ -90,9 +90,3 @@ class SegResNet(nn.Module):
     def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
         norm, act, _ = self.net.conv_final
         return act(norm(self.net.decode(feats[-1], feats[::-1])))
-
-    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
-        return SegOut(self.net.conv_final[2](self.decode_features(x_BCXYZ, feats)), [], None)
-
-    def forward(self, x_BCXYZ: Tensor) -> SegOut:
-        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))

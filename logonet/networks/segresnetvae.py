@@ -1,21 +1,19 @@
-"""SegResNet with its variational autoencoder (Myronenko 2018): MONAI's, behind the backbones' contract.
+"""SegResNet with its variational autoencoder (Myronenko 2018): MONAI's, with the interface of `Network`.
 
 Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from annotated_types import Ge, MultipleOf
-from torch import Tensor, nn
+from torch import Tensor
 
 from logonet.core.config import Count, Positive
 from logonet.core.errors import UserError
-from logonet.networks import SegOut, segresnet
-from logonet.networks._monai import check_img_size
+from logonet.networks import SegOut, Triple, check_img_size, segresnet
 
 TINY: dict[str, Any] = {**segresnet.TINY, "img_size": (32, 32, 32), "vae_nz": 4}
 
@@ -48,16 +46,8 @@ class Config(segresnet.Config):
             )
 
 
-def size_multiple(cfg: Config) -> tuple[int, int, int]:
+def size_multiple(cfg: Config) -> Triple:
     return (2 * cfg.strides[-1],) * 3
-
-
-def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
-    check_img_size("segresnetvae", "whose autoencoder has linear layers", cfg.img_size, size_vox)
-
-
-def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
-    return SegResNetVAE(cfg, in_channels, num_classes)
 
 
 class SegResNetVAE(segresnet.SegResNet):
@@ -91,6 +81,9 @@ class SegResNetVAE(segresnet.SegResNet):
         if not self.training:
             return out
         # Of another size MONAI would take one crop for several.
-        check_size(self.cfg, x_BCXYZ.shape[2:])
+        check_img_size("segresnetvae", self.cfg.img_size, x_BCXYZ.shape[2:])
         vae_loss = self.net._get_vae_loss(x_BCXYZ, feats[-1])
         return out._replace(aux_loss=self.cfg.vae_weight * vae_loss)
+
+
+build = SegResNetVAE

@@ -1,4 +1,4 @@
-"""Swin UNETR (Hatamizadeh et al. 2022): MONAI's, behind the backbones' contract.
+"""Swin UNETR (Hatamizadeh et al. 2022): MONAI's, with the interface of `Network`.
 
 Letters: B batch, C input channels, E a token's width, F features, K classes, XYZ the crop's axes, xyz those of
 the tokens.
@@ -6,18 +6,16 @@ the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, MultipleOf
-from torch import Tensor, nn
+from torch import Tensor
 
 from logonet.core.config import Count, Section
-from logonet.core.errors import UserError
-from logonet.networks import SegOut
-from logonet.networks._monai import Norm, check_coarsest, norm_name
+from logonet.networks import TokenNetwork, Triple
+from logonet.networks._shared import Norm, check_heads, norm_name
 
 TINY: dict[str, Any] = {
     "feature_size": 12,
@@ -52,24 +50,14 @@ class Config(Section, key="backbone"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        widths = [self.feature_size * 2**stage for stage in range(4)]
-        if any(width % heads for width, heads in zip(widths, self.num_heads)):
-            raise UserError(f"backbone.num_heads is {self.num_heads}; they must divide the widths {widths}")
+        check_heads("num_heads", self.num_heads, [self.feature_size * 2**stage for stage in range(4)])
 
 
-def size_multiple(cfg: Config) -> tuple[int, int, int]:
+def size_multiple(cfg: Config) -> Triple:
     return 32, 32, 32
 
 
-def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
-    check_coarsest("swinunetr", cfg.norm, size_multiple(cfg), size_vox)
-
-
-def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
-    return SwinUNETR(cfg, in_channels, num_classes)
-
-
-class SwinUNETR(nn.Module):
+class SwinUNETR(TokenNetwork):
     """62,187,296 parameters and 329.84 G multiply-accumulates (as thop counts) at 96^3 with 14 classes.
 
     Features: the hidden states of the Swin transformer, each normalised over its channels. The
@@ -86,9 +74,8 @@ class SwinUNETR(nn.Module):
         from monai.networks.nets import SwinUNETR as Wrapped
 
         device = torch.get_default_device()
-        with torch.device(
-            "cpu"
-        ):  # MONAI reads numbers out of a tensor here, which the meta device has none of
+        # MONAI reads numbers out of a tensor here, which the meta device has none of.
+        with torch.device("cpu"):
             self.net: Any = Wrapped(
                 in_channels,
                 num_classes,
@@ -125,21 +112,12 @@ class SwinUNETR(nn.Module):
 
     def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
         net = self.net
-        skips = [
-            net.encoder1(x_BCXYZ),
-            net.encoder2(feats[0]),
-            net.encoder3(feats[1]),
-            net.encoder4(feats[2]),
-            feats[3],
-        ]
-        f = net.encoder10(feats[4])
-        ups = (net.decoder5, net.decoder4, net.decoder3, net.decoder2, net.decoder1)
-        for up, skip in zip(ups, reversed(skips)):
+        encoders = (net.encoder1, net.encoder2, net.encoder3, net.encoder4)
+        skips = [encoder(x) for encoder, x in zip(encoders, (x_BCXYZ, *feats))]
+        f = net.decoder5(net.encoder10(feats[4]), feats[3])
+        for up, skip in zip((net.decoder4, net.decoder3, net.decoder2, net.decoder1), reversed(skips)):
             f = up(f, skip)
         return f
 
-    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
-        return SegOut(self.net.out(self.decode_features(x_BCXYZ, feats)), [], None)
 
-    def forward(self, x_BCXYZ: Tensor) -> SegOut:
-        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
+build = SwinUNETR

@@ -6,20 +6,13 @@ Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from logonet.core.config import Count
-from logonet.networks import SegOut
+from logonet.networks import Network, Triple
+from logonet.networks._lka import TINY as TINY
 from logonet.networks._lka import Ulka, UlkaConfig, to_layout
-
-TINY: dict[str, Any] = {
-    "dims": (8, 16, 24, 32),
-    "depths": (1, 1, 1, 1),
-    "mlp_ratios": (2, 2, 2, 2),
-    "full_width": 8,
-}
 
 
 @dataclass(frozen=True)
@@ -32,16 +25,12 @@ class Config(UlkaConfig):
     blocks: Count = 4
 
 
-def size_multiple(cfg: Config) -> tuple[int, int, int]:
+def size_multiple(cfg: Config) -> Triple:
     stride = 2 ** (cfg.blocks + 1)
-    return stride, stride, stride
+    return (stride,) * 3
 
 
-def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
-    return ULKANet(cfg, in_channels, num_classes)
-
-
-class ULKANet(nn.Module):
+class ULKANet(Network):
     """40,698,414 parameters and 115.1 G multiply-accumulates at 96^3 (normal, 14 classes)."""
 
     encoder_prefixes = ("net.encoder.",)
@@ -60,8 +49,5 @@ class ULKANet(nn.Module):
     def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
         return self.net.decoder(to_layout(x_BCXYZ, self.channels_last), feats)
 
-    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
-        return SegOut(self.net.output(self.decode_features(x_BCXYZ, feats)), [], None)
 
-    def forward(self, x_BCXYZ: Tensor) -> SegOut:
-        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
+build = ULKANet

@@ -1,4 +1,4 @@
-"""The residual U-Net (Kerfoot et al. 2018): MONAI's, behind the backbones' contract.
+"""The residual U-Net (Kerfoot et al. 2018): MONAI's, with the interface of `Network`.
 
 Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
 """
@@ -6,17 +6,17 @@ Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from logonet.core.config import Count, Natural, Section
-from logonet.networks import SegOut
-from logonet.networks._monai import check_coarsest, check_levels, norm_name
+from logonet.networks import Network, SegOut, Triple
+from logonet.networks._shared import chained, check_levels, norm_name
 
 TINY: dict[str, Any] = {"channels": (4, 8, 12), "strides": (2, 2), "num_res_units": 1, "norm": "batch"}
 
@@ -42,19 +42,11 @@ class Config(Section, key="backbone"):
         check_levels(self.channels, self.strides)
 
 
-def size_multiple(cfg: Config) -> tuple[int, int, int]:
+def size_multiple(cfg: Config) -> Triple:
     return (math.prod(cfg.strides),) * 3
 
 
-def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
-    check_coarsest("unet", cfg.norm, size_multiple(cfg), size_vox, instead="batch")
-
-
-def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
-    return UNet(cfg, in_channels, num_classes)
-
-
-class UNet(nn.Module):
+class UNet(Network):
     """4,824,517 parameters and 25.34 G multiply-accumulates (as thop counts) at 96^3 with 14 classes.
 
     Features: the encoder's levels and the bottom. From the finest level MONAI's decoder goes to the logits in
@@ -93,15 +85,13 @@ class UNet(nn.Module):
         yield block, None
 
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
-        feats, x = [], x_BCXYZ
-        for down, _ in self._levels():
-            x = down(x)
-            feats.append(x)
-        return feats
+        return chained([down for down, _ in self._levels()], x_BCXYZ)
 
     def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
         f = self._finest(feats)
-        return F.interpolate(f, x_BCXYZ.shape[2:], mode="trilinear") if self.strides[0] > 1 else f
+        return (
+            f if f.shape[2:] == x_BCXYZ.shape[2:] else F.interpolate(f, x_BCXYZ.shape[2:], mode="trilinear")
+        )
 
     def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
         return SegOut(self.net.model[2](self._finest(feats)), [], None)
@@ -114,5 +104,5 @@ class UNet(nn.Module):
             f = up(torch.cat((skip, f), dim=1))
         return torch.cat((skips[0], f), dim=1)
 
-    def forward(self, x_BCXYZ: Tensor) -> SegOut:
-        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
+
+build = UNet

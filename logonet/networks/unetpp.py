@@ -1,21 +1,20 @@
-"""UNet++ (Zhou et al. 2018): MONAI's BasicUNetPlusPlus, behind the backbones' contract.
+"""UNet++ (Zhou et al. 2018): MONAI's BasicUNetPlusPlus, with the interface of `Network`.
 
 Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
-from torch import Tensor, nn
+from torch import Tensor
 
 from logonet.core.config import Count, Section
-from logonet.networks import SegOut
-from logonet.networks._monai import Norm, check_coarsest, check_groups, norm_name
+from logonet.networks import Network, SegOut, Triple
+from logonet.networks._shared import Norm, chained, check_groups, norm_name
 
 LEVELS = 5  # fixed by MONAI
 Width = Annotated[int, Ge(2)]  # the inner nodes halve it
@@ -42,19 +41,11 @@ class Config(Section, key="backbone"):
         check_groups("features", self.features, self.norm)
 
 
-def size_multiple(cfg: Config) -> tuple[int, int, int]:
+def size_multiple(cfg: Config) -> Triple:
     return (2 ** (LEVELS - 1),) * 3
 
 
-def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
-    check_coarsest("unetpp", cfg.norm, size_multiple(cfg), size_vox)
-
-
-def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
-    return UNetPlusPlus(cfg, in_channels, num_classes)
-
-
-class UNetPlusPlus(nn.Module):
+class UNetPlusPlus(Network):
     """6,980,174 parameters and 563.70 G multiply-accumulates (as thop counts) at 96^3 with 14 classes.
 
     MONAI's has 1,386 parameters and 1.19 G more: the classifiers of the three inner nodes at full resolution,
@@ -88,11 +79,7 @@ class UNetPlusPlus(nn.Module):
         self.head_prefixes = tuple(f"net.{head}." for head in heads)
 
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
-        feats, x = [], x_BCXYZ
-        for level in range(LEVELS):
-            x = getattr(self.net, f"conv_{level}_0")(x)
-            feats.append(x)
-        return feats
+        return chained([getattr(self.net, f"conv_{level}_0") for level in range(LEVELS)], x_BCXYZ)
 
     def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
         return self._finest(feats)[-1]
@@ -116,5 +103,5 @@ class UNetPlusPlus(nn.Module):
                 before.append(node.convs(torch.cat((*before, below), dim=1)))
         return grid[0][1:]
 
-    def forward(self, x_BCXYZ: Tensor) -> SegOut:
-        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
+
+build = UNetPlusPlus

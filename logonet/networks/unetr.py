@@ -1,4 +1,4 @@
-"""UNETR (Hatamizadeh et al. 2022): MONAI's, behind the backbones' contract.
+"""UNETR (Hatamizadeh et al. 2022): MONAI's, with the interface of `Network`.
 
 Letters: B batch, C input channels, E a token's width, F features, K classes, N tokens of a crop, V those that
 are seen, XYZ the crop's axes, xyz those of the tokens.
@@ -6,20 +6,17 @@ are seen, XYZ the crop's axes, xyz those of the tokens.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Ge, MultipleOf
-from torch import Tensor, nn
+from torch import Tensor
 
 from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
-from logonet.networks import SegOut
-from logonet.networks._monai import check_img_size
+from logonet.networks import TokenNetwork, Triple, check_img_size
+from logonet.networks._shared import chained, resized_positions, sincos, without_cross_attention
 
 PATCH = 16  # side in voxels of what becomes one token; fixed by the four doublings of the decoder
 Patches = Annotated[int, Ge(PATCH), MultipleOf(PATCH)]
@@ -82,19 +79,11 @@ class Config(Section, key="backbone"):
         return {key: preset[key] if value is None else value for key, value in own.items()}
 
 
-def size_multiple(cfg: Config) -> tuple[int, int, int]:
+def size_multiple(cfg: Config) -> Triple:
     return PATCH, PATCH, PATCH
 
 
-def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
-    check_img_size("unetr", "which learns a vector for each position", cfg.img_size, size_vox)
-
-
-def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
-    return UNETR(cfg, in_channels, num_classes)
-
-
-class UNETR(nn.Module):
+class UNETR(TokenNetwork):
     """101,787,214 parameters and 264.60 G multiply-accumulates (as thop counts) at 96^3 with 14 classes, on ViT-T
     16,362,382 and 241.27 G; MONAI's has 18,432 (4,608) parameters more, which it never uses.
 
@@ -119,10 +108,7 @@ class UNETR(nn.Module):
             qkv_bias=cfg.qkv_bias,
             **cfg.vit,
         )
-        # MONAI gives each layer a norm for a cross-attention that UNETR lacks: weights nothing reads, which
-        # no gradient would ever reach.
-        for layer in self.net.vit.blocks:
-            layer.cross_attn = layer.norm_cross_attn = nn.Identity()
+        without_cross_attention(self.net.vit.blocks)
         self.cfg = cfg
         self.embed_channels = cfg.vit["hidden_size"]
         if cfg.positions == "sincos":
@@ -132,12 +118,12 @@ class UNETR(nn.Module):
 
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
         """Raises UserError when the crop is not of the size the net was built for."""
-        check_size(self.cfg, x_BCXYZ.shape[2:])
+        check_img_size("unetr", self.cfg.img_size, x_BCXYZ.shape[2:])
         return self._features(self._embed(x_BCXYZ))
 
     def encode_hidden(self, x_BCXYZ: Tensor, hidden_Bxyz: Tensor, token_E: Tensor) -> list[Tensor]:
         """Raises UserError when the crop is not of the size the net was built for."""
-        check_size(self.cfg, x_BCXYZ.shape[2:])
+        check_img_size("unetr", self.cfg.img_size, x_BCXYZ.shape[2:])
         map_BExyz = self._embed(x_BCXYZ)
         token_E111 = token_E[:, None, None, None].to(map_BExyz.dtype)
         return self._features(torch.where(hidden_Bxyz[:, None], token_E111, map_BExyz))
@@ -158,14 +144,10 @@ class UNETR(nn.Module):
 
     def _layers(self, tokens_BNE: Tensor) -> list[Tensor]:
         """What each of the 12 layers gives, and last that of the twelfth, normalised."""
-        outputs = []
-        for layer in self.net.vit.blocks:
-            tokens_BNE = layer(tokens_BNE)
-            outputs.append(tokens_BNE)
-        return [*outputs, self.net.vit.norm(tokens_BNE)]
+        return chained([*self.net.vit.blocks, self.net.vit.norm], tokens_BNE)
 
     @property
-    def _grid(self) -> tuple[int, int, int]:
+    def _grid(self) -> Triple:
         """Tokens along X, Y and Z."""
         x, y, z = (side // PATCH for side in self.cfg.img_size)
         return x, y, z
@@ -173,38 +155,17 @@ class UNETR(nn.Module):
     def _placed(self, map_BExyz: Tensor) -> Tensor:
         """The tokens of a map in C order, each with its position's vector added, (B, N, E)."""
         positions_1NE: Tensor = self.net.vit.patch_embedding.position_embeddings
-        if (size := map_BExyz.shape[2:]) != self._grid:
-            own_1Exyz = positions_1NE.transpose(1, 2).unflatten(2, self._grid)
-            resized = F.interpolate(own_1Exyz, size=size, mode="trilinear", align_corners=False)
-            positions_1NE = resized.flatten(2).transpose(1, 2)
-        return map_BExyz.flatten(2).transpose(1, 2) + positions_1NE
+        resized_1NE = resized_positions(positions_1NE, self._grid, map_BExyz.shape[2:])
+        return map_BExyz.flatten(2).transpose(1, 2) + resized_1NE
 
     def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
         net = self.net
-        skips = [
-            net.encoder1(x_BCXYZ),
-            net.encoder2(feats[0]),
-            net.encoder3(feats[1]),
-            net.encoder4(feats[2]),
-        ]
+        encoders = (net.encoder1, net.encoder2, net.encoder3, net.encoder4)
+        skips = [encoder(x) for encoder, x in zip(encoders, (x_BCXYZ, *feats))]
         f = feats[3]
         for up, skip in zip((net.decoder5, net.decoder4, net.decoder3, net.decoder2), reversed(skips)):
             f = up(f, skip)
         return f
 
-    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
-        return SegOut(self.net.out(self.decode_features(x_BCXYZ, feats)), [], None)
 
-    def forward(self, x_BCXYZ: Tensor) -> SegOut:
-        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
-
-
-def sincos(grid: tuple[int, int, int], width: int) -> nn.Parameter:
-    """Fixed vectors of positions, (1, N, width): sines and cosines along each axis (MONAI's)."""
-    from monai.networks.blocks.pos_embed_utils import build_sincos_position_embedding
-
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # it calls torch.meshgrid as torch will not have it one day
-        return build_sincos_position_embedding(list(grid), width, 3)
+build = UNETR

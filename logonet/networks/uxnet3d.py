@@ -5,7 +5,6 @@ Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,16 +14,16 @@ from torch import Tensor, nn
 
 from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
-from logonet.networks import SegOut
-from logonet.networks._conv import Conv3d, DepthwiseConv3d, PointConv3d
+from logonet.networks import Network, Triple
+from logonet.networks._conv import Conv3d, DepthwiseConv3d, PointConv3d, channels_first, channels_last
 from logonet.networks._lka import to_layout
-from logonet.networks._monai import GROUPS, Norm, check_coarsest, check_groups
+from logonet.networks._shared import GROUPS, Norm, check_groups
 
 EXPANSION = 4  # hidden over outer width of a block
 EPS = 1e-6  # of the encoder's layer normalisations
 
 # "optimised" is the second of the paper's two nets, in the appendix: no bottleneck of 768 features, a deeper
-# third stage. Neither text nor code says what is left of the bottleneck; see UXNet3D.
+# third stage. Neither the text nor the code says what replaces the bottleneck; see UXNet3D.
 _DEPTHS: dict[str, tuple[int, ...]] = {"normal": (2, 2, 2, 2), "optimised": (2, 2, 8, 2)}
 
 TINY: dict[str, Any] = {"feature_size": 8, "depths": (1, 1, 1, 1), "kernel_size": 3, "norm": "group"}
@@ -67,19 +66,11 @@ class Config(Section, key="backbone"):
         return _DEPTHS[self.variant] if self.depths is None else self.depths
 
 
-def size_multiple(cfg: Config) -> tuple[int, int, int]:
+def size_multiple(cfg: Config) -> Triple:
     return 16, 16, 16
 
 
-def check_size(cfg: Config, size_vox: Sequence[int]) -> None:
-    check_coarsest("uxnet3d", cfg.norm, size_multiple(cfg), size_vox)
-
-
-def build(cfg: Config, in_channels: int, num_classes: int) -> nn.Module:
-    return UXNet3D(cfg, in_channels, num_classes)
-
-
-class UXNet3D(nn.Module):
+class UXNet3D(Network):
     """53,006,510 parameters and 632.28 G multiply-accumulates (as thop counts; 577.79 G in truth) at 96^3 with
     14 classes. The paper's 639.4 G belong to ``scaling="mlp"``.
 
@@ -139,12 +130,6 @@ class UXNet3D(nn.Module):
         for up, skip, level in zip(self.ups, reversed(self.skips), reversed(levels)):
             f = up(f, skip(level))
         return self.last(f)
-
-    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
-        return SegOut(self.output(self.decode_features(x_BCXYZ, feats)), [], None)
-
-    def forward(self, x_BCXYZ: Tensor) -> SegOut:
-        return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
 
 
 class Scaling(nn.Module):
@@ -269,4 +254,7 @@ def depthwise(dim: int, cfg: Config) -> nn.Conv3d:
 
 
 def channel_norm(norm: nn.Module, x_BCXYZ: Tensor) -> Tensor:
-    return norm(x_BCXYZ.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
+    return channels_first(norm(channels_last(x_BCXYZ)))
+
+
+build = UXNet3D

@@ -1,0 +1,148 @@
+"""What methods that learn from labels share: the distorted crop, Dice and cross-entropy.
+
+Equation numbers are those of LoGoNet's appendix.
+
+Shapes: B samples, C input channels, K classes (0 is background), X Y Z the crop's axes, V voxels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from logonet.core.errors import UserError
+from logonet.data import augment
+from logonet.methods import DataSpec
+from logonet.methods._parts import ratio, wide
+from logonet.networks import SegOut
+
+SMOOTH = 1e-5  # the epsilon of Eq. 7
+
+
+def check_classes(name: str, data_spec: DataSpec) -> None:
+    """Raise UserError where the labels have nothing but background."""
+    if data_spec.num_classes < 2:
+        raise UserError(
+            f"{name} learns from labels and the data declares {data_spec.num_classes} classes, background included; "
+            "import labelled scans that declare at least 2"
+        )
+
+
+def distorted(
+    sample: Mapping[str, Any], cfg: augment.Config, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """One crop, distorted: ``image`` float32 (C, X, Y, Z), nominally in [0, 1], and ``labels`` uint8 (X, Y, Z)."""
+    image_CXYZ = sample["image_CXYZ"].astype(np.float32) / 65535
+    labels_XYZ = sample["labels_XYZ"].astype(np.uint8, copy=False)
+    drawn = augment.draw(cfg, labels_XYZ.shape, rng)
+    image_CXYZ, labels_XYZ = augment.apply(image_CXYZ, labels_XYZ, drawn)
+    return {"image": image_CXYZ, "labels": labels_XYZ}
+
+
+def of_all_outputs(out: SegOut, labels_BXYZ: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """`dice_and_ce` of each output of a network, fine to coarse, against the labels at its size."""
+    return [dice_and_ce(logits, nearest(labels_BXYZ, logits)) for logits in (out.logits, *out.deep)]
+
+
+def dice_and_ce(logits_BKXYZ: Tensor, labels_BXYZ: Tensor) -> tuple[Tensor, Tensor]:
+    """Dice loss (Eq. 7) and cross-entropy (Eq. 8) of each sample, both (B,), whatever the logits in float32 or better.
+
+    Eq. 7 is taken per class, background included, and averaged over classes; Eq. 8, a sum over classes, is
+    averaged over voxels. The paper names MONAI's DiceCELoss, and this is that with softmax, one-hot labels and
+    both smoothing terms equal to SMOOTH.
+    """
+    logits_BKV, labels_BV = logits_BKXYZ.flatten(2), labels_BXYZ.flatten(1)
+    with torch.autocast(logits_BKV.device.type, enabled=False):
+        logits_BKV = wide(logits_BKV)
+        ce_B, both_BK, p_BK = _SoftmaxSums.apply(logits_BKV, labels_BV.long())
+        t_BK = per_class(None, labels_BV, logits_BKV.shape[1]).to(p_BK)
+        dice_BK = (2 * both_BK + SMOOTH) / (p_BK + t_BK + SMOOTH)
+        return 1 - dice_BK.mean(1), ce_B
+
+
+class _SoftmaxSums(torch.autograd.Function):
+    """What Eq. 7 and 8 need of the softmax p of logits_BKV: the mean of -log p at the label, (B,); for each
+    class the sum of p where it is the label, (B, K); and of p everywhere, (B, K).
+
+    By hand, because the loss is where training needs most memory: one map of the logits' size is kept, where
+    one-hot labels and what autograd keeps of each step make several.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_BKV: Tensor, labels_BV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_p_BKV = F.log_softmax(logits_BKV, dim=1)
+        ctx.save_for_backward(log_p_BKV, labels_BV)
+        log_p_BV = log_p_BKV.gather(1, labels_BV[:, None])[:, 0]
+        both_BK = per_class(log_p_BV.exp(), labels_BV, logits_BKV.shape[1])
+        return -log_p_BV.mean(1), both_BK.to(log_p_BV), log_p_BKV.exp().sum(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_ce_B: Tensor, d_both_BK: Tensor, d_p_BK: Tensor) -> tuple[Tensor, None]:
+        log_p_BKV, labels_BV = ctx.saved_tensors
+        label_B1V, p_BKV = labels_BV[:, None], log_p_BKV.exp()
+        # dL/dz = p (dL/dp - sum over classes of p dL/dp), where dL/dp is d_p plus, at the label, d_both. Of
+        # the cross-entropy it is p, at the label p - 1.
+        at_label_B1V = d_both_BK.gather(1, labels_BV)[:, None] * p_BKV.gather(1, label_B1V)
+        inner_B1V = (d_p_BK[:, :, None] * p_BKV).sum(1, keepdim=True) + at_label_B1V
+        d_ce_B11 = d_ce_B[:, None, None] / labels_BV.shape[1]
+        d_logits_BKV = (d_p_BK[:, :, None] - (inner_B1V - d_ce_B11)).mul_(p_BKV)
+        return d_logits_BKV.scatter_add_(1, label_B1V, at_label_B1V - d_ce_B11), None
+
+
+def per_class(values_BV: Tensor | None, labels_BV: Tensor, num_classes: int) -> Tensor:
+    """The sum of ``values_BV`` (None: of ones) over the voxels of each class, float64 (B, num_classes)."""
+    # float64: these are sums of one number after the other, on CUDA in no fixed order, so in float32 they
+    # would be coarse and differ from run to run.
+    values = torch.ones((), device=labels_BV.device) if values_BV is None else values_BV
+    sums_BK = torch.zeros(len(labels_BV), num_classes, dtype=torch.float64, device=labels_BV.device)
+    return sums_BK.scatter_add_(1, labels_BV.long(), values.double().expand_as(labels_BV))
+
+
+def nearest(labels_BXYZ: Tensor, logits: Tensor) -> Tensor:
+    """The labels at the size of ``logits`` (B, K, x, y, z), by nearest neighbour."""
+    size = logits.shape[2:]
+    if labels_BXYZ.shape[1:] == size:
+        return labels_BXYZ
+    # float32 holds every class index exactly, and not all of torch's integers can be interpolated.
+    small = F.interpolate(labels_BXYZ[:, None].to(torch.float32), size=size, mode="nearest-exact")
+    return small[:, 0].to(labels_BXYZ.dtype)
+
+
+def deep_weights(num_outputs: int) -> Sequence[float]:
+    """1, 1/2, 1/4, ... divided by their sum: what each output, fine to coarse, weighs in the loss."""
+    total = 2 - 0.5 ** (num_outputs - 1)
+    return [0.5**i / total for i in range(num_outputs)]
+
+
+def overlap(guess_BXYZ: Tensor, truth_BXYZ: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """For each class 2 |P and G| and |P| + |G|, float64 (B, K)."""
+    guess_BV, truth_BV = guess_BXYZ.flatten(1), truth_BXYZ.flatten(1)
+    sizes_BK = per_class(None, guess_BV, num_classes) + per_class(None, truth_BV, num_classes)
+    return 2 * per_class(guess_BV == truth_BV, truth_BV, num_classes), sizes_BK
+
+
+@torch.no_grad()
+def hard_dice(logits_BKXYZ: Tensor, labels_BXYZ: Tensor, num_classes: int) -> dict[str, Tensor]:
+    """Metrics: the Dice of the answers, without background.
+
+    ``train_dice_per_class``, (2, K - 1): 2 |P and G| over |P| + |G|, both summed over all voxels seen.
+    ``train_dice``, (2,): the mean over those classes of those crops that are present or predicted. Either
+    count is 0 where there was nothing to find and nothing was found.
+    """
+    both_BK, sizes_BK = (x_BK[:, 1:] for x_BK in overlap(logits_BKXYZ.argmax(1), labels_BXYZ, num_classes))
+    return {
+        "train_dice_per_class": ratio(both_BK.sum(0), sizes_BK.sum(0)),
+        "train_dice": mean_dice(both_BK, sizes_BK),
+    }
+
+
+def mean_dice(both_BK: Tensor, sizes_BK: Tensor) -> Tensor:
+    """A metric: the mean of ``both / sizes`` over the classes of crops whose size is above 0."""
+    return ratio((both_BK / sizes_BK.clamp_min(1)).sum(), (sizes_BK > 0).sum())
