@@ -21,9 +21,9 @@ from test_report_page import Page
 
 from logonet import reporting
 from logonet.core.seeding import rng
+from logonet.reporting import drawing
 from logonet.sweep import analysis, outcome, records
 from logonet.sweep import space as spaces
-from logonet.reporting import drawing
 
 NAN = math.nan
 M, PHI, LR = "method.chain_length", "method.phi1", "train.lr"
