@@ -61,7 +61,6 @@ def test_settings(
     said: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
-    ray_local: None,
     tmp_path: Path,
 ) -> None:
     argv = [part for s in settings for part in ("--set", s)]
@@ -172,9 +171,10 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(
 
 
 def test_a_script_ends_with_status_2_and_no_traceback(tmp_path: Path) -> None:
+    """Also from another folder."""
     job = subprocess.run(
-        [sys.executable, "jobs/pretrain.py", "--recipe", "demo", "--set", "train.epoch=3"],
-        cwd=REPO,
+        [sys.executable, f"{REPO}/jobs/pretrain.py", "--recipe", "demo", "train.epoch=3"],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
     )
