@@ -25,6 +25,7 @@ from rich.table import Table
 
 from logonet import methods, training
 from logonet.core import seeding
+from logonet.core.config import Component
 from logonet.methods import DataSpec
 
 
@@ -74,7 +75,7 @@ def main(args: Args) -> None:
     backbone: dict[str, Any] = {"name": "logonet", "checkpointing": args.checkpointing}
     if args.dims:
         backbone["dims"] = args.dims
-    method = training.build_method(backbone, {"name": "masked_clusters"}, facts).train()
+    method = training.build_method(backbone, Component("masked_clusters"), facts).train()
     params = [p for p in method.parameters() if p.requires_grad]
     cfg = training.Config()
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)

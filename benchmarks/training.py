@@ -84,7 +84,7 @@ def bare_loop(line: Connection, job: training.Job, feed: dataset.TrainingDataset
         for begin in range(0, cfg.global_batch, cfg.batch_size):
             arrays = feed.batch([(step, begin + i) for i in range(cfg.batch_size)])
             batches.append({k: torch.from_numpy(array) for k, array in arrays.items()})
-    method = training.build_method(job.backbone, job.method, job.facts).train()
+    method = training.build_method(job.backbone, job.method, job.data_spec).train()
     params = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
     count = cfg.global_batch // cfg.batch_size
@@ -197,11 +197,11 @@ def work(args: Args, table: crop_shards.CropTable) -> tuple[training.Job, datase
             global_batch=args.global_batch,
             warmup_epochs=0,
         ),
-        facts=DataSpec(
+        data_spec=DataSpec(
             size_vox=table.size_vox, cluster_sizes=sizes, majority_labels=(0,) * len(sizes), batch_size=1
         ),
     )
-    training.dry_run(job.backbone, job.method, job.facts)
+    training.dry_run(job.backbone, job.method, job.data_spec)
     method_cfg = methods.config(str(METHOD["name"]), {"final_relu": False})
     order = schedule.SampleSchedule(len(table), args.global_batch, 0, args.steps)
     return job, dataset.TrainingDataset(str(METHOD["name"]), method_cfg, order, table, labels_PNZ)

@@ -66,9 +66,9 @@ class LocalRun:
         files = self.artifact.files
         name = "best.safetensors" if "best.safetensors" in files else "backbone.safetensors"
         weights = training.load_weights(training.Init(self.artifact.uri_of(name), files[name].sha256))
-        options = dict(self.artifact.config["backbone"])
+        backbone = config.Component.of(self.artifact.config["backbone"], "backbone")
         classes = len(self.artifact.facts.get("classes", (0, 1)))
-        net = networks.build(options.pop("name"), num_classes=classes, **options)
+        net = networks.from_component(backbone, 1, classes)
         net.load_state_dict(weights, strict=self.artifact.stage == "finetune")
         return net.eval()
 

@@ -13,6 +13,7 @@ import torch
 from helpers import timeless, tiny_backbone
 
 from logonet import methods, networks, training
+from logonet.core.config import Component
 from logonet.data import crop_shards, phantom, prepared_scans
 from logonet.methods import DataSpec
 from logonet.storage import object_store
@@ -144,7 +145,7 @@ def other_weights(folder: str) -> training.Init:
     """Weights that no fresh network has, as a file."""
     torch.manual_seed(99)
     spec = dataclasses.replace(LABELLED_FACTS, num_classes=5)
-    net: Any = training.build_method(dynunet(), {"name": "supervised"}, spec)
+    net: Any = training.build_method(Component.of(dynunet(), "backbone"), Component("supervised"), spec)
     uri = f"{folder}/backbone.safetensors"
     return training.Init(uri, checkpoints._write_tensors(uri, net.backbone.state_dict()).sha256)
 

@@ -17,6 +17,7 @@ import tyro
 from torch import nn
 
 from logonet import cli, methods, training
+from logonet.core.config import Component
 from logonet.core.errors import Stopped, UserError
 from logonet.distributed import cluster, preemption, ray_compat, trainer
 from logonet.distributed.cluster import Resources, Workers
@@ -195,7 +196,7 @@ def test_a_method_that_sees_all_ranks_wants_equal_parts(name: str) -> None:
     for refused in (3, Workers(1, 2), Workers(2, 4)):
         with pytest.raises(UserError, match=r"one of 1, 2, 4, or --set method.gather=false"):
             trainer.check_workers(cfg, method, Resources(workers=refused))
-        trainer.check_workers(cfg, {"name": name}, Resources(workers=refused))
+        trainer.check_workers(cfg, Component(name), Resources(workers=refused))
 
 
 def test_only_methods_that_say_so_gather() -> None:

@@ -170,7 +170,7 @@ def test_two_ranks_share_the_validation_cases_and_measure_what_one_does(
     import ray
 
     big = DataSpec(size_vox=SIZE, num_classes=len(CLASSES))
-    job = dataclasses.replace(labelled_job(str(tmp_path)), backbone=tiny_backbone(), facts=big)
+    job = dataclasses.replace(labelled_job(str(tmp_path)), backbone=tiny_backbone(), data_spec=big)
 
     @ray.remote(num_cpus=1)
     def validate(rank: int, world: int) -> tuple[list[str], dict[str, Any], list[torch.Tensor]]:

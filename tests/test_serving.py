@@ -49,7 +49,7 @@ def spec_of(modality: str = "CT", **given: Any) -> model.Spec:
 
 def files_of(spec: model.Spec) -> dict[str, bytes]:
     torch.manual_seed(0)
-    name = spec.backbone["name"]
+    name = spec.backbone.name
     net = networks.build(name, 1, len(spec.classes), **networks.tiny(name))
     return model.files(spec, net.state_dict())
 

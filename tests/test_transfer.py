@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logonet import networks
+from logonet.core.config import Component
 from logonet.core.errors import UserError
 from logonet.training.weight_transfer import Report, other_channels, prove, transfer
 
@@ -150,7 +151,7 @@ def test_other_input_channels_are_adapted(name: str) -> None:
 def test_the_handover_is_proven(name: str) -> None:
     weights = bits(moved(name, 0, num_classes=2))
     state = torch.get_rng_state()
-    report = prove({"name": name, **networks.tiny(name)}, 1, 14, weights)
+    report = prove(Component(name, networks.tiny(name)), 1, 14, weights)
     assert report.encoder_share == 1
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -178,7 +179,7 @@ def test_a_buffer_lost_on_the_way_is_noticed() -> None:
     lost = next(k for k in weights if under(k, net.encoder_prefixes) and k.endswith("running_mean"))
     del weights[lost]
     with pytest.raises(UserError, match=f"{lost} would not arrive"):
-        prove({"name": "ulkanet", **networks.tiny("ulkanet")}, 1, 3, weights)
+        prove(Component("ulkanet", networks.tiny("ulkanet")), 1, 3, weights)
 
 
 def test_bits_that_change_on_the_way_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +193,7 @@ def test_bits_that_change_on_the_way_are_noticed(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(safetensors.torch, "save", lossy)
     with pytest.raises(UserError, match="does not hand its encoder over"):
-        prove({"name": "ulkanet", **networks.tiny("ulkanet")}, 1, 3, weights)
+        prove(Component("ulkanet", networks.tiny("ulkanet")), 1, 3, weights)
 
 
 def test_each_action_has_its_reason() -> None:

@@ -63,6 +63,12 @@ class Component:
 
         return core_schema.no_info_plain_validator_function(lambda values: cls.of(values, ""))
 
+    @staticmethod
+    def convert(owner: Any, *names: str) -> None:
+        """Turn fields of a frozen dataclass that hold plain mappings into components, in its ``__post_init__``."""
+        for name in names:
+            object.__setattr__(owner, name, Component.of(getattr(owner, name), name))
+
     def resolve(self, make: Callable[[str, Mapping[str, Any]], Any], where: str) -> Component:
         """The same component with its whole config, which ``make(name, options)`` gives. Resolving twice is harmless.
 

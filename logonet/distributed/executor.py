@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from logonet.core.config import Component
 from logonet.core.execution import Workers
 from logonet.distributed import cluster
 from logonet.distributed.cluster import ResourceAllocation, Resources
@@ -87,7 +88,7 @@ class RayExecutor:
             for i, blob in zip(batch["id"], batch["answer"]):
                 yield int(i), pickle.loads(blob)
 
-    def check(self, cfg: Config, method: dict[str, Any]) -> None:
+    def check(self, cfg: Config, method: Component) -> None:
         """UserError when the workers cannot share the steps of ``cfg``."""
         from logonet.distributed import trainer
 

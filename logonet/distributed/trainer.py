@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from logonet import methods
+from logonet.core.config import Component
 from logonet.core.errors import Stopped, UserError
 from logonet.distributed import feed, preemption, ray_compat
 from logonet.distributed.cluster import ResourceAllocation, Resources, on_loopback, quiet
@@ -28,16 +29,16 @@ class LeaderLost(UserError):
     """The process that leads the workers died, which is no fault of the run's: started again it goes on."""
 
 
-def check_workers(cfg: Config, method: dict[str, Any], resources: Resources) -> None:
+def check_workers(cfg: Config, method: Component, resources: Resources) -> None:
     """UserError when a number of workers in ``resources`` cannot share the steps of ``cfg``."""
     accumulation(cfg, resources.most)
-    count, options = micro_batches(cfg), {k: v for k, v in method.items() if k != "name"}
-    if not methods.gathers(method["name"], methods.config(method["name"], options)):
+    count, method = micro_batches(cfg), method.resolve(methods.config, "method")
+    if not methods.gathers(method.name, method.config):
         return
     if resources.least < resources.most or count % resources.most:
         able = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         raise UserError(
-            f"method '{method['name']}' with method.gather compares the crops of all workers, so each of them needs as "
+            f"method '{method.name}' with method.gather compares the crops of all workers, so each of them needs as "
             f"many batches as the others and their number must not change; use --workers with one of {able}, or "
             "--set method.gather=false"
         )

@@ -93,7 +93,7 @@ class LoadedModel:
             else "the scan's own spacing"
         )
         return (
-            f"LoadedModel({self.uri}: {spec.backbone['name']} with {millions:.1f} M parameters, {spec.modality}, "
+            f"LoadedModel({self.uri}: {spec.backbone.name} with {millions:.1f} M parameters, {spec.modality}, "
             f"windows of {'x'.join(map(str, spec.size_vox))} voxels at {spacing}, "
             f"classes {', '.join(spec.classes[1:])})"
         )

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from logonet import networks
 from logonet.core import config
+from logonet.core.config import Component
 from logonet.core.errors import UserError
 from logonet.data.preprocessing import Preprocessing
 from logonet.storage import object_store
@@ -41,7 +41,7 @@ class Spec(Preprocessing):
         UserError: for values that contradict each other.
     """
 
-    backbone: dict[str, Any]
+    backbone: Component
     in_channels: int
     classes: tuple[str, ...]
     label_values: tuple[int, ...]
@@ -53,8 +53,9 @@ class Spec(Preprocessing):
     mr_percentiles: tuple[float, float] = field(kw_only=True)
 
     def __post_init__(self) -> None:
+        Component.convert(self, "backbone")
         super().__post_init__()
-        if "name" not in self.backbone:
+        if not self.backbone.name:
             raise UserError(f"backbone has no name; it must be one of {', '.join(networks.names())}")
         if self.in_channels < 1:
             raise UserError(f"in_channels is {self.in_channels}; it must be at least 1")
@@ -131,11 +132,10 @@ def build(spec: Spec, weights: Mapping[str, torch.Tensor]) -> nn.Module:
         UserError: when the backbone does not exist or cannot take ``size_vox``, or the weights are not
             its own or not finite.
     """
-    name = spec.backbone["name"]
-    options = {key: value for key, value in spec.backbone.items() if key != "name"}
-    cfg = networks.config(name, options)
-    networks.check_size(name, cfg, spec.size_vox)
-    net = networks.build(name, spec.in_channels, len(spec.classes), cfg)
+    backbone = spec.backbone.resolve(networks.config, "backbone")
+    name = backbone.name
+    networks.check_size(name, backbone.config, spec.size_vox)
+    net = networks.from_component(backbone, spec.in_channels, len(spec.classes))
     try:
         net.load_state_dict(dict(weights), strict=True)
     except RuntimeError as err:  # one line per tensor

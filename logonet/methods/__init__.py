@@ -230,6 +230,12 @@ def build(
     return _file(name).build(cfg, network, data_spec)
 
 
+def from_component(component: Component, network: Network, data_spec: DataSpec) -> MethodModule:
+    """The module of a method that a config describes, on ``network``; see `build`."""
+    component = component.resolve(config, "method")
+    return build(component.name, network, data_spec, cfg=component.config)
+
+
 def _file(name: str) -> Method:
     if name not in names():
         raise UserError(unknown("method", name, names()))

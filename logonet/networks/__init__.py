@@ -153,6 +153,12 @@ def build(name: str, in_channels: int = 1, num_classes: int = 14, cfg: Any = Non
     return _load(name).build(cfg if cfg is not None else config(name, options), in_channels, num_classes)
 
 
+def from_component(component: Component, in_channels: int, num_classes: int) -> Network:
+    """A fresh network as a config describes it; see `build`."""
+    component = component.resolve(config, "backbone")
+    return build(component.name, in_channels, num_classes, component.config)
+
+
 def check_size(name: str, cfg: Any, size_vox: Sequence[int]) -> None:
     """Refuse a crop size (X, Y, Z in voxels) that the network cannot take.
 

@@ -82,7 +82,7 @@ def evaluate_model(
     lineage = {**chosen.lineage, "test_manifest": table.id}
     parents = {"model": chosen.id, "manifest": table.id, "cases": cases}
     _, fingerprint = artifacts.address(root, "evaluation", own, parents)
-    name = f"evaluate-{spec.backbone['name']}-{chosen.id[:8]}-{fingerprint[:8]}"
+    name = f"evaluate-{spec.backbone.name}-{chosen.id[:8]}-{fingerprint[:8]}"
     tracking = tracking_of("evaluate", name, fingerprint, cfg, lineage, root, experiment)
 
     def make(uri: str) -> Made:

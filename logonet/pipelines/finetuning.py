@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from logonet import methods, networks, reporting, training
 from logonet.core import config
+from logonet.core.config import Component
 from logonet.core.errors import UserError
 from logonet.data import leakage, manifest, prepared_scans, provenance, splits
 from logonet.data.prepared_scans import CropSampling
@@ -33,7 +34,6 @@ from logonet.pipelines.stage import (
     catch_up,
     chain,
     last_loss,
-    options,
     run_stage,
     say,
     tracking_of,
@@ -78,8 +78,8 @@ class Finetuning:
     split: splits.Config = field(default_factory=splits.Config)
     cases: prepared_scans.Config = field(default_factory=prepared_scans.Config)
     crops: CropSampling = field(default_factory=CropSampling)
-    backbone: dict[str, Any] = field(default_factory=dict)
-    method: dict[str, Any] = field(default_factory=lambda: {"name": "supervised"})
+    backbone: Component = Component("")
+    method: Component = Component("supervised")
     train: training.Config = field(
         default_factory=lambda: training.Config(
             epochs=5000, warmup_epochs=100, global_batch=16, validate_every_epochs=50
@@ -88,6 +88,9 @@ class Finetuning:
     init: Init = field(default_factory=Init)
     validation: sliding_window.Config = field(default_factory=sliding_window.Config)
     leaks: LeakRule = "refuse"
+
+    def __post_init__(self) -> None:
+        Component.convert(self, "backbone", "method")
 
 
 # ---------------------------------------------------------------------------------------------- config
@@ -99,28 +102,26 @@ def resolve_finetuning(cfg: Finetuning, weights: InitialWeights | None = None) -
     Raises:
         UserError: an unknown name or key, a crop the network cannot take...
     """
-    backbone, method = dict(cfg.backbone), dict(cfg.method)
-    if "name" not in backbone:
-        if weights is None or not weights.backbone:
+    backbone = cfg.backbone
+    if not backbone.name:
+        if weights is None or not weights.backbone.name:
             if cfg.init.weights and weights is None:  # known once the weights have been looked at
                 return cfg
             raise UserError(
                 "config section 'backbone' has no name; set backbone.name, or init.weights to take its network"
             )
-        backbone = {**weights.backbone, **backbone}
-    if "name" not in method:
-        raise UserError("config section 'method' has no name; set method.name")
-    b_name, m_name = backbone.pop("name"), method.pop("name")
-    if "labels" not in methods.needs(m_name):
+        backbone = Component(weights.backbone.name, {**weights.backbone.config, **backbone.config})
+    method = cfg.method.resolve(methods.config, "method")
+    if "labels" not in methods.needs(method.name):
         labelled = [n for n in methods.names() if "labels" in methods.needs(n)]
         raise UserError(
-            f"method '{m_name}' does not learn from labels; finetuning takes {', '.join(labelled)}"
+            f"method '{method.name}' does not learn from labels; finetuning takes {', '.join(labelled)}"
         )
-    b_cfg, m_cfg = networks.config(b_name, backbone), methods.config(m_name, method)
-    full, whole = {"name": b_name, **config.to_dict(b_cfg)}, {"name": m_name, **config.to_dict(m_cfg)}
+    backbone = backbone.resolve(networks.config, "backbone")
     rows = cfg.train.batch_size * cfg.crops.per_case
-    training.dry_run(full, whole, DataSpec(size_vox=cfg.crops.size_vox, num_classes=2, batch_size=rows))
-    return replace(cfg, backbone=full, method=whole)
+    data_spec = DataSpec(size_vox=cfg.crops.size_vox, num_classes=2, batch_size=rows)
+    training.dry_run(backbone, method, data_spec)
+    return replace(cfg, backbone=backbone, method=method)
 
 
 # ------------------------------------------------------------------------------------- split and cases
@@ -229,7 +230,7 @@ def finetune(
     }
     uri, fingerprint = artifacts.address(root, "finetune", own, parents)
     origin = "pretrained" if weights else "scratch"
-    name = f"finetune-{cfg.method['name']}-{cfg.backbone['name']}-{origin}-{fingerprint[:8]}"
+    name = f"finetune-{cfg.method.name}-{cfg.backbone.name}-{origin}-{fingerprint[:8]}"
     tracking = tracking_of("finetune", name, fingerprint, cfg, lineage, root, experiment, trial)
     if trial and trial.started:
         trial.started(uri)
@@ -241,14 +242,13 @@ def finetune(
             num_classes=len(cases_table.classes),
             batch_size=cfg.train.batch_size * cfg.crops.per_case,
         )
-        method_cfg = methods.config(cfg.method["name"], options(cfg.method))
-        methods.check(cfg.method["name"], method_cfg, data_spec)
+        methods.check(cfg.method.name, cfg.method.config, data_spec)
         schedule = SampleSchedule(
             len(train_ids), cfg.train.global_batch, cfg.train.seed, cfg.train.steps_per_epoch
         )
         dataset = LabelledDataset(
-            cfg.method["name"],
-            method_cfg,
+            cfg.method.name,
+            cfg.method.config,
             schedule,
             cases_table,
             train=tuple(place[i] for i in train_ids),
@@ -272,7 +272,7 @@ def finetune(
             backbone=cfg.backbone,
             method=cfg.method,
             train=cfg.train,
-            facts=data_spec,
+            data_spec=data_spec,
             tracking=tracking,
             progress=sys.stdout.isatty(),
             files=dict(files),
@@ -324,12 +324,7 @@ def finetune(
 
 def transfer_report(cfg: Finetuning, init: training.Init, facts: DataSpec) -> weight_transfer.Report:
     """What loading ``init`` will do, shown before anything is launched."""
-    net = networks.build(
-        cfg.backbone["name"],
-        in_channels=facts.in_channels,
-        num_classes=facts.num_classes,
-        **options(cfg.backbone),
-    )
+    net = networks.from_component(cfg.backbone, facts.in_channels, facts.num_classes)
     return weight_transfer.transfer(
         net,
         training.load_weights(init),

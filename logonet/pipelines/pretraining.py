@@ -15,7 +15,7 @@ import numpy as np
 from logonet import methods, networks, reporting, training
 from logonet.clustering import kmeans, quality
 from logonet.core import config
-from logonet.core.errors import UserError
+from logonet.core.config import Component
 from logonet.data import crop_shards, cropping, manifest, prepared_scans, provenance, splits
 from logonet.data.volume import from_uint16
 from logonet.inference.load import SEEN_FILE
@@ -28,7 +28,6 @@ from logonet.pipelines.stage import (
     catch_up,
     chain,
     last_loss,
-    options,
     run_stage,
     say,
     tracking_of,
@@ -53,10 +52,13 @@ class Pretraining:
     split: splits.Config | None = None
     crops: cropping.Config = field(default_factory=cropping.Config)
     clusterers: kmeans.Config = field(default_factory=kmeans.Config)
-    backbone: dict[str, Any] = field(default_factory=lambda: {"name": "logonet"})
-    method: dict[str, Any] = field(default_factory=lambda: {"name": "masked_clusters"})
+    backbone: Component = Component("logonet")
+    method: Component = Component("masked_clusters")
     train: training.Config = field(default_factory=training.Config)
     probe: linear_probe.Config | None = None
+
+    def __post_init__(self) -> None:
+        Component.convert(self, "backbone", "method")
 
 
 def resolve(cfg: Pretraining) -> Pretraining:
@@ -65,17 +67,12 @@ def resolve(cfg: Pretraining) -> Pretraining:
     Raises:
         UserError: an unknown name or key, a crop the network cannot take, a chain longer than the crop...
     """
-    b, m = dict(cfg.backbone), dict(cfg.method)
-    for part, section in ((b, "backbone"), (m, "method")):
-        if "name" not in part:
-            raise UserError(f"config section '{section}' has no name; set {section}.name")
-    b_name, m_name = b.pop("name"), m.pop("name")
-    b_cfg, m_cfg = networks.config(b_name, b), methods.config(m_name, m)
-    counts = tuple(kmeans.cluster_counts(cfg.clusterers)) if _pseudo(m_name) else ()
-    facts = DataSpec(size_vox=cfg.crops.size_vox, cluster_sizes=counts, batch_size=cfg.train.batch_size)
-    methods.check(m_name, m_cfg, facts)
-    backbone, method = {"name": b_name, **config.to_dict(b_cfg)}, {"name": m_name, **config.to_dict(m_cfg)}
-    training.dry_run(backbone, method, facts)
+    backbone = cfg.backbone.resolve(networks.config, "backbone")
+    method = cfg.method.resolve(methods.config, "method")
+    counts = tuple(kmeans.cluster_counts(cfg.clusterers)) if _pseudo(method.name) else ()
+    data_spec = DataSpec(size_vox=cfg.crops.size_vox, cluster_sizes=counts, batch_size=cfg.train.batch_size)
+    methods.check(method.name, method.config, data_spec)
+    training.dry_run(backbone, method, data_spec)
     return replace(cfg, backbone=backbone, method=method)
 
 
@@ -90,7 +87,7 @@ class Upstream:
     Attributes:
         crops: the samples.
         labels_PNZ: their pseudo-labels, or None for a method that needs none.
-        facts: what the method may know of them.
+        data_spec: what the method may know of them.
         parent: the artifact trained on.
         lineage: fingerprints and ids, from the scans on.
         seen: the scans that gave crops, without names, for leak checks (`seen`).
@@ -99,7 +96,7 @@ class Upstream:
 
     crops: crop_shards.CropTable
     labels_PNZ: np.ndarray | None
-    facts: DataSpec
+    data_spec: DataSpec
     parent: Artifact
     lineage: dict[str, str]
     seen: bytes
@@ -113,7 +110,7 @@ def upstream(
     scans, _ = import_scans(source, root, executor)
     table = training_part(scans, cfg.split)
     crop_table, crops_artifact = make_crops(table, cfg.crops, root, executor)
-    facts = DataSpec(
+    data_spec = DataSpec(
         size_vox=cfg.crops.size_vox, in_channels=crop_table.in_channels, batch_size=cfg.train.batch_size
     )
     lineage = {"manifest": table.id, "crops": crops_artifact.fingerprint}
@@ -124,17 +121,17 @@ def upstream(
         if labelled and labelled != source:
             scans, _ = import_scans(labelled, root, executor)
         task, lineage["probe_cases"] = probe_cases(cfg, cfg.probe, scans, root, executor)
-    if not _pseudo(cfg.method["name"]):
-        return Upstream(crop_table, None, facts, crops_artifact, lineage, known, task)
+    if not _pseudo(cfg.method.name):
+        return Upstream(crop_table, None, data_spec, crops_artifact, lineage, known, task)
     fitted = make_clusterers(crop_table, crops_artifact, cfg.clusterers, root, executor)
     labels_PNZ, labels = make_labels(crop_table, crops_artifact, fitted, root, executor)
-    facts = replace(
-        facts,
+    data_spec = replace(
+        data_spec,
         cluster_sizes=tuple(labels.facts["cluster_sizes"]),
         majority_labels=tuple(labels.facts["majority_labels"]),
     )
     lineage |= {"clusterers": fitted.facts["id"], "clusterers_uri": fitted.uri, "labels": labels.fingerprint}
-    return Upstream(crop_table, labels_PNZ, facts, labels, lineage, known, task)
+    return Upstream(crop_table, labels_PNZ, data_spec, labels, lineage, known, task)
 
 
 def probe_cases(
@@ -192,20 +189,19 @@ def pretrain(
         own["probe"] = {**config.to_dict(up.probe.cfg), "cases": lineage["probe_cases"]}
     parents = {up.parent.stage: up.parent.fingerprint}
     uri, fingerprint = artifacts.address(root, "pretrain", own, parents)
-    name = f"pretrain-{cfg.method['name']}-{cfg.backbone['name']}-{fingerprint[:8]}"
-    method_cfg = methods.config(cfg.method["name"], options(cfg.method))
+    name = f"pretrain-{cfg.method.name}-{cfg.backbone.name}-{fingerprint[:8]}"
     schedule = SampleSchedule(
         len(crop_table), cfg.train.global_batch, cfg.train.seed, cfg.train.steps_per_epoch
     )
-    dataset = TrainingDataset(cfg.method["name"], method_cfg, schedule, crop_table, labels_PNZ)
+    dataset = TrainingDataset(cfg.method.name, cfg.method.config, schedule, crop_table, labels_PNZ)
     tracking = tracking_of("pretrain", name, fingerprint, cfg, lineage, root, experiment, trial)
     if trial and trial.started:
         trial.started(uri)
 
     def make(uri: str) -> Made:
         # Before any hour is spent: what this run will save is what finetuning will be able to load.
-        net = networks.build(cfg.backbone["name"], up.facts.in_channels, 2, **options(cfg.backbone))
-        handover = weight_transfer.prove(cfg.backbone, up.facts.in_channels, 3, net.state_dict())
+        net = networks.from_component(cfg.backbone, up.data_spec.in_channels, num_classes=2)
+        handover = weight_transfer.prove(cfg.backbone, up.data_spec.in_channels, 3, net.state_dict())
         say(
             "handover",
             f"{handover.encoder_share:.0%} of the encoder's parameters arrive in a segmentation network",
@@ -218,7 +214,7 @@ def pretrain(
             backbone=cfg.backbone,
             method=cfg.method,
             train=cfg.train,
-            facts=up.facts,
+            data_spec=up.data_spec,
             tracking=tracking,
             progress=sys.stdout.isatty(),
             files=dict(files),

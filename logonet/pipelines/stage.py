@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import logonet
 from logonet import tracking, training
 from logonet.core import config, redaction
+from logonet.core.config import Component
 from logonet.core.execution import Executor
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
@@ -23,7 +24,7 @@ from logonet.training.dataset import LabelledDataset, TrainingDataset
 class StageExecutor(Executor, Protocol):
     """What stages run on: `logonet.distributed.executor.RayExecutor` or `logonet.training.local.LocalExecutor`."""
 
-    def check(self, cfg: training.Config, method: dict[str, Any]) -> None:
+    def check(self, cfg: training.Config, method: Component) -> None:
         """UserError when the workers cannot share the steps of ``cfg``."""
 
     def train(self, job: training.Job, dataset: TrainingDataset | LabelledDataset) -> dict[str, Any]:
@@ -107,10 +108,6 @@ def last_loss(artifact: Artifact) -> str:
     """What the log says of a finished training."""
     final = artifact.facts["final"]
     return f"{final['epoch']} epochs, loss {final['loss']:.4f}"
-
-
-def options(part: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in part.items() if k != "name"}
 
 
 # What MLflow shows of a run: nothing that names a scan, since file names can be patients'.

@@ -6,8 +6,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from logonet.core.config import Component
 from logonet.core.errors import UserError
 from logonet.data.preprocessing import Preprocessing
 from logonet.inference import model
@@ -20,7 +20,7 @@ class InitialWeights:
     """Initial weights, at rest where every worker can read them.
 
     Attributes:
-        backbone: the network they belong to, {"name", **options}; {} when the file does not say.
+        backbone: the network they belong to; one without a name when the file does not say.
         preparation: how its scans were prepared, or None when unknown.
         lineage: ids of what they come from.
         seen: the scans they were trained on (`seen`), or None when nobody knows.
@@ -28,7 +28,7 @@ class InitialWeights:
 
     uri: str
     sha256: str
-    backbone: dict[str, Any] = field(default_factory=dict)
+    backbone: Component = Component("")
     preparation: Preprocessing | None = None
     lineage: dict[str, str] = field(default_factory=dict)
     seen: bytes | None = None
@@ -45,7 +45,7 @@ def find_weights(source: str, root: str) -> InitialWeights | None:
     if source.startswith("models:/"):
         return _registered(source, root)
     if source.endswith(".safetensors"):
-        return _copied(object_store.read(source), root, {}, None, {"weights_file": source}, None)
+        return _copied(object_store.read(source), root, Component(""), None, {"weights_file": source}, None)
     artifact = artifacts.find(source)
     if artifact is None:
         raise UserError(
@@ -59,7 +59,7 @@ def find_weights(source: str, root: str) -> InitialWeights | None:
     return InitialWeights(
         uri=artifact.uri_of(name),
         sha256=artifact.files[name].sha256,
-        backbone=own["backbone"],
+        backbone=Component.of(own["backbone"], "backbone"),
         preparation=Preprocessing.of(own.get("cases") or own["crops"]),
         lineage=_descent(artifact.stage, artifact.fingerprint, artifact.uri, artifact.parents),
         seen=artifact.read(SEEN_FILE) if SEEN_FILE in artifact.files else None,
@@ -83,7 +83,7 @@ def _registered(uri: str, root: str) -> InitialWeights:
     return _copied(
         blobs[model.WEIGHTS_FILE],
         root,
-        own["backbone"],
+        Component.of(own["backbone"], "backbone"),
         Preprocessing.of(own),
         known,
         blobs.get(SEEN_FILE),
@@ -93,7 +93,7 @@ def _registered(uri: str, root: str) -> InitialWeights:
 def _copied(
     blob: bytes,
     root: str,
-    backbone: dict[str, Any],
+    backbone: Component,
     preparation: Preprocessing | None,
     lineage: dict[str, str],
     known: bytes | None,

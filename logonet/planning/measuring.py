@@ -104,9 +104,9 @@ def synthetic_crops(cfg: Pretraining, work: Work, folder: str) -> TrainingDatase
     refs = crop_shards.parse_shard_header(name, blob[8 : 8 + int.from_bytes(blob[:8], "little")])
     table = crop_shards.CropTable(folder, spec.size_vox, spec.in_channels, tuple(refs))
     labels_PNZ = np.stack([r["labels_NZ"] for r in raw]) if spec.cluster_sizes else None
-    method, options = cfg.method["name"], {k: v for k, v in cfg.method.items() if k != "name"}
+    method = cfg.method.resolve(methods.config, "method")
     schedule = SampleSchedule(CROPS, 1, 0)
-    return TrainingDataset(method, methods.config(method, options), schedule, table, labels_PNZ)
+    return TrainingDataset(method.name, method.config, schedule, table, labels_PNZ)
 
 
 def timed(fn: Callable[[int], Any], budget_s: float, least: int = 3) -> float:

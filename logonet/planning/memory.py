@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from logonet import methods, training
+from logonet.core.config import Component
 from logonet.methods import DataSpec
 from logonet.planning.sizes import Network
 
@@ -75,14 +76,14 @@ def raw_sample(spec: DataSpec, rng: np.random.Generator) -> dict[str, np.ndarray
     return raw
 
 
-def prepared(spec: DataSpec, method: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+def prepared(spec: DataSpec, method: Component, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """One sample from the method's own ``prepare``."""
-    name, options = method["name"], {k: v for k, v in method.items() if k != "name"}
-    return methods.prepare(name)(raw_sample(spec, rng), methods.config(name, options), rng)
+    method = method.resolve(methods.config, "method")
+    return methods.prepare(method.name)(raw_sample(spec, rng), method.config, rng)
 
 
 def micro_batch(
-    backbone: Mapping[str, Any], method: Mapping[str, Any], spec: DataSpec, *, bf16: bool, sample: Arrays
+    backbone: Component, method: Component, spec: DataSpec, *, bf16: bool, sample: Arrays
 ) -> MicroBatch:
     """Count one pass over ``spec.batch_size`` samples like ``sample``.
 
@@ -91,7 +92,7 @@ def micro_batch(
 
     def count(network_only: bool) -> MicroBatch:
         with torch.device("meta"):
-            module = training.build_method(dict(backbone), dict(method), spec).train()
+            module = training.build_method(backbone, method, spec).train()
         return _count(module, spec.batch_size or 1, sample, bf16, network_only)
 
     needs_data = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)

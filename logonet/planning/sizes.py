@@ -188,7 +188,7 @@ def network(method: torch.nn.Module) -> Network:
 
 def facts_of(cfg: Pretraining) -> DataSpec:
     """What the method will know of the data; every clusterer counts with as many clusters as were drawn for it."""
-    pseudo = "pseudo_labels" in methods.needs(cfg.method["name"])
+    pseudo = "pseudo_labels" in methods.needs(cfg.method.name)
     counts = tuple(kmeans.cluster_counts(cfg.clusterers)) if pseudo else ()
     return DataSpec(
         size_vox=cfg.crops.size_vox,

@@ -12,19 +12,15 @@ from collections.abc import Callable
 from logonet import training
 from logonet.clustering import kmeans
 from logonet.core import config
+from logonet.core.config import Component
 from logonet.data import augment, cropping, prepared_scans, splits
 from logonet.inference import sliding_window
 from logonet.pipelines import Finetuning, Pretraining
 
-TINY_LOGONET = {
-    "name": "logonet",
-    "dims": [8, 16, 24, 32],
-    "depths": [1] * 4,
-    "mlp_ratios": [2] * 4,
-    "full_width": 8,
-}
-SMALL_LOGONET = TINY_LOGONET | {"dims": [16, 32, 64, 128], "full_width": 16}
-MASKED_CLUSTERS = {"name": "masked_clusters", "final_relu": False}
+_TINY = {"dims": [8, 16, 24, 32], "depths": [1] * 4, "mlp_ratios": [2] * 4, "full_width": 8}
+TINY_LOGONET = Component("logonet", _TINY)
+SMALL_LOGONET = Component("logonet", _TINY | {"dims": [16, 32, 64, 128], "full_width": 16})
+MASKED_CLUSTERS = Component("masked_clusters", {"final_relu": False})
 
 
 def paper() -> Pretraining:
@@ -44,7 +40,7 @@ def small() -> Pretraining:
     return Pretraining(
         crops=cropping.Config(size_vox=(64, 64, 64)),
         clusterers=kmeans.Config(n=24, k_min=20, k_max=100, iterations=150),
-        backbone={"name": "logonet", "dims": [16, 32, 64, 128], "depths": [2, 2, 2, 2], "full_width": 16},
+        backbone=Component("logonet", {"dims": [16, 32, 64, 128], "depths": [2] * 4, "full_width": 16}),
         method=MASKED_CLUSTERS,
         train=training.Config(epochs=50, global_batch=8, warmup_epochs=5),
     )
@@ -94,7 +90,7 @@ def demo() -> Pretraining:
         crops=cropping.Config(size_vox=(32, 32, 32), per_scan=4),
         clusterers=kmeans.Config(n=8, k_min=4, k_max=12, iterations=50),
         backbone=TINY_LOGONET,
-        method={**MASKED_CLUSTERS, "phi1": 0.2},
+        method=Component("masked_clusters", {"final_relu": False, "phi1": 0.2}),
         train=training.Config(epochs=20, global_batch=4, batch_size=2, lr=3e-3, warmup_epochs=1),
     )
 
@@ -111,7 +107,7 @@ def paper_finetune() -> Finetuning:
     """The paper's Table 3: LoGoNet (normal), two 96^3 crops of each of 16 cases a step, AdamW 1e-4, 5000 epochs. Data:
     BTCV's 30 CTs. Hardware: 16 GPUs. Hours and result: not reproduced by us yet.
     """
-    return Finetuning(backbone={"name": "logonet"})
+    return Finetuning(backbone=Component("logonet"))
 
 
 def small_finetune() -> Finetuning:
@@ -144,7 +140,7 @@ def hippocampus_finetune() -> Finetuning:
         crops=prepared_scans.CropSampling(size_vox=HIPPOCAMPUS_CROP),
         backbone=SMALL_LOGONET,
         # Left and right hippocampus are one class here, and each scan shows one of them.
-        method={"name": "supervised", "augment": config.to_dict(augment.Config(flip_prob=0.5))},
+        method=Component("supervised", {"augment": config.to_dict(augment.Config(flip_prob=0.5))}),
         train=training.Config(
             epochs=10, steps_per_epoch=50, global_batch=2, lr=1e-3, warmup_epochs=1, grad_clip=1.0
         ),
@@ -159,7 +155,7 @@ def demo_finetune() -> Finetuning:
         split=DEMO_SPLIT,
         crops=prepared_scans.CropSampling(size_vox=(32, 32, 32)),
         backbone=TINY_LOGONET,
-        method={"name": "supervised", "augment": {"flip_prob": 0.0, "rotate90_prob": 0.0}},
+        method=Component("supervised", {"augment": {"flip_prob": 0.0, "rotate90_prob": 0.0}}),
         train=training.Config(
             epochs=14,
             steps_per_epoch=25,

@@ -15,12 +15,13 @@ import json
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from logonet import __version__
 from logonet.core import config
+from logonet.core.config import to_dict
 from logonet.core.errors import UserError
 from logonet.storage import object_store
 from logonet.storage.object_store import Stored
@@ -72,7 +73,7 @@ class Artifact:
 
 def address(root: str, stage: str, cfg: Any, parents: Mapping[str, str]) -> tuple[str, str]:
     """URI and fingerprint of the result of ``stage`` for ``cfg`` (a dataclass or mapping) and ``parents``."""
-    parts = {"stage": stage, "schema": SCHEMA, "config": _plain(cfg), "parents": dict(parents)}
+    parts = {"stage": stage, "schema": SCHEMA, "config": to_dict(cfg), "parents": dict(parents)}
     fingerprint = config.fingerprint(parts)
     return object_store.join(root, stage, fingerprint), fingerprint
 
@@ -135,10 +136,10 @@ def commit(
         "schema": SCHEMA,
         "stage": stage,
         "fingerprint": fingerprint,
-        "config": _plain(config),
+        "config": to_dict(config),
         "parents": dict(parents),
-        "files": {name: _plain(stored) for name, stored in sorted(files.items())},
-        "facts": _plain(facts),
+        "files": {name: to_dict(stored) for name, stored in sorted(files.items())},
+        "facts": to_dict(facts),
         "logonet_version": __version__,
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -181,8 +182,3 @@ def _checksum(content: Mapping[str, Any]) -> str:
 def _artifact(uri: str, manifest: Mapping[str, Any]) -> Artifact:
     values = {key: value for key, value in manifest.items() if key not in ("schema", "checksum")}
     return config.from_dict(Artifact, {"uri": uri, **values}, MANIFEST)
-
-
-def _plain(value: Any) -> Any:
-    """As JSON: dataclasses and tuples become mappings and lists, as readers get them."""
-    return config.to_dict(value) if is_dataclass(value) else json.loads(json.dumps(value))

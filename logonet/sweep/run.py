@@ -140,7 +140,7 @@ def make_shared(sweep: Sweep, trials: Sequence[Trial], executor: RayExecutor) ->
             parts = [
                 config.to_dict(p) if p else None for p in (cfg.split, cfg.crops, cfg.clusterers, cfg.probe)
             ]
-            if (shared := config.fingerprint(parts, cfg.method["name"])) in seen:
+            if (shared := config.fingerprint(parts, cfg.method.name)) in seen:
                 continue
             up = pipelines.upstream(cfg, sweep.source, sweep.root, executor, sweep.labelled)
         except UserError as err:  # the trial itself fails with the reason, which is recorded

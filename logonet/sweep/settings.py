@@ -10,7 +10,7 @@ from annotated_types import Gt
 
 from logonet import pipelines
 from logonet.core import config
-from logonet.core.config import Count, Section
+from logonet.core.config import Component, Count, Section
 from logonet.core.errors import UserError
 from logonet.data import splits
 from logonet.pipelines import Finetuning, Pretraining
@@ -112,7 +112,7 @@ def resolve(sweep: Sweep) -> Sweep:
         tuned = replace(tuned, split=base.split)  # or pretraining would know the finetuning's test cases
     # The trial's own network; and its Dice is wanted at the end whatever the recipe says.
     every = tuned.train.validate_every_epochs or tuned.train.epochs
-    tuned = replace(tuned, backbone={}, train=replace(tuned.train, validate_every_epochs=every))
+    tuned = replace(tuned, backbone=Component(""), train=replace(tuned.train, validate_every_epochs=every))
     split = base.split or splits.Config()
     finetunes = sweep.confirm or sweep.register or sweep.config.objective == "finetune"
     if (base.probe is not None or finetunes) and split.fold is None:

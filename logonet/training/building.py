@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from typing import Any
 
 import torch
-from torch import nn
 
 from logonet import methods, networks
+from logonet.core.config import Component
 from logonet.core.errors import UserError
 from logonet.methods import DataSpec
 from logonet.storage import object_store
@@ -28,50 +27,49 @@ def load_weights(init: Init) -> dict[str, torch.Tensor]:
         raise UserError(f"{init.uri} is no safetensors file ({err}); give weights saved by logonet") from None
 
 
-def dry_run(backbone: dict[str, Any], method: dict[str, Any], facts: DataSpec) -> None:
+def dry_run(backbone: Component, method: Component, data_spec: DataSpec) -> None:
     """Build the pair and run the encoder on shapes alone: what cannot train says so before anything is read.
 
     Args:
-        backbone: {"name": ..., **options}; ``method`` alike.
-        facts: with the batch size.
+        backbone, method: resolved.
+        data_spec: with the batch size.
 
     Raises:
         UserError: such as a crop that shrinks to one voxel, which batch norm cannot normalise at batch size 1, or a
             method that needs of the network what it does not have.
     """
-    assert facts.batch_size is not None
-    b_cfg = networks.config(backbone["name"], {k: v for k, v in backbone.items() if k != "name"})
-    m_cfg = methods.config(method["name"], {k: v for k, v in method.items() if k != "name"})
-    text = json.dumps(backbone, sort_keys=True)
-    if missing := methods.lacking(method["name"], _shapes_only(text, facts.in_channels)):
+    batch, channels = data_spec.batch_size, data_spec.in_channels
+    assert batch is not None
+    if missing := methods.lacking(method.name, _shapes_only(backbone, channels)):
         able = [name for name in networks.names() if not missing - networks.abilities(name)]
         raise UserError(
-            f"method '{method['name']}' needs {' and '.join(sorted(missing))} of its backbone, which "
-            f"'{backbone['name']}' does not have; backbones that do: {', '.join(able) or 'none'}"
+            f"method '{method.name}' needs {' and '.join(sorted(missing))} of its backbone, which "
+            f"'{backbone.name}' does not have; backbones that do: {', '.join(able) or 'none'}"
         )
-    for size_vox in methods.sizes(method["name"], m_cfg, facts.size_vox):
-        networks.check_size(backbone["name"], b_cfg, size_vox)
-        if (why := _cannot_train(text, facts.batch_size, facts.in_channels, size_vox)) is not None:
+    for size_vox in methods.sizes(method.name, method.config, data_spec.size_vox):
+        networks.check_size(backbone.name, backbone.config, size_vox)
+        if (why := _cannot_train(backbone, batch, channels, size_vox)) is not None:
             size = "x".join(map(str, size_vox))
             raise UserError(
-                f"backbone '{backbone['name']}' cannot train on batches of {facts.batch_size} crops of {size} voxels "
+                f"backbone '{backbone.name}' cannot train on batches of {batch} crops of {size} voxels "
                 f"({why}); use a larger train.batch_size or crops.size_vox"
             )
     with torch.device("meta"):  # what only the two together can say; a copy, since methods freeze
-        methods.build(method["name"], copy.deepcopy(_shapes_only(text, facts.in_channels)), facts, cfg=m_cfg)
+        methods.from_component(method, copy.deepcopy(_shapes_only(backbone, channels)), data_spec)
 
 
 @functools.lru_cache(maxsize=64)  # a sweep asks of every trial
-def _shapes_only(backbone: str, in_channels: int) -> Any:
-    """The network without weights. ``backbone`` as JSON."""
-    options = json.loads(backbone)
+def _shapes_only(backbone: Component, in_channels: int) -> Any:
+    """The network without weights."""
     with torch.device("meta"):
-        return networks.build(options.pop("name"), in_channels=in_channels, num_classes=2, **options).train()
+        return networks.from_component(backbone, in_channels, num_classes=2).train()
 
 
 @functools.lru_cache(maxsize=256)
-def _cannot_train(backbone: str, batch: int, in_channels: int, size_vox: tuple[int, int, int]) -> str | None:
-    """Why not, or None. ``backbone`` as JSON."""
+def _cannot_train(
+    backbone: Component, batch: int, in_channels: int, size_vox: tuple[int, int, int]
+) -> str | None:
+    """Why not, or None."""
     try:
         with torch.device("meta"):
             _shapes_only(backbone, in_channels).encode(torch.empty(batch, in_channels, *size_vox))
@@ -80,10 +78,7 @@ def _cannot_train(backbone: str, batch: int, in_channels: int, size_vox: tuple[i
     return None
 
 
-def build_method(backbone: dict[str, Any], method: dict[str, Any], facts: DataSpec) -> nn.Module:
-    """The method module of two ``{"name": ..., **options}`` mappings."""
-    b, m = dict(backbone), dict(method)
-    net = networks.build(
-        b.pop("name"), in_channels=facts.in_channels, num_classes=max(facts.num_classes, 2), **b
-    )
-    return methods.build(m.pop("name"), net, facts, **m)
+def build_method(backbone: Component, method: Component, data_spec: DataSpec) -> Any:
+    """The method's module on a fresh network."""
+    net = networks.from_component(backbone, data_spec.in_channels, max(data_spec.num_classes, 2))
+    return methods.from_component(method, net, data_spec)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
 
-from logonet.core.config import Count, Natural, NonNegative, Positive, Section
+from logonet.core.config import Component, Count, Natural, NonNegative, Positive, Section
 from logonet.core.errors import UserError
 from logonet.inference import sliding_window
 from logonet.methods import DataSpec
@@ -93,16 +93,19 @@ class Job:
 
     uri: str
     fingerprint: str
-    backbone: dict[str, Any]
-    method: dict[str, Any]
+    backbone: Component
+    method: Component
     train: Config
-    facts: DataSpec
+    data_spec: DataSpec
     tracking: dict[str, Any] | None = None
     progress: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
     init: Init | None = None
     validation: sliding_window.Config = field(default_factory=sliding_window.Config)
     probe: linear_probe.Task | None = None
+
+    def __post_init__(self) -> None:
+        Component.convert(self, "backbone", "method")
 
 
 def micro_batches(cfg: Config) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from logonet.core.config import Component
 from logonet.core.execution import InProcess
 from logonet.training import checkpoints
 from logonet.training.config import Config, Job, accumulation
@@ -31,7 +32,7 @@ class LocalExecutor(InProcess):
         self.num_workers = num_workers
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def check(self, cfg: Config, method: dict[str, Any]) -> None:
+    def check(self, cfg: Config, method: Component) -> None:
         """UserError when the batch sizes do not fit together."""
         accumulation(cfg, 1)
 

@@ -112,7 +112,7 @@ class Loop:
         self.total_steps = self.cfg.epochs * schedule.steps_per_epoch
         # Every rank builds from the same seed, so all start alike without a broadcast.
         torch.manual_seed(seeding.integer(self.cfg.seed, "init"))
-        self.method: Any = build_method(job.backbone, job.method, job.facts).to(self.device).train()
+        self.method: Any = build_method(job.backbone, job.method, job.data_spec).to(self.device).train()
         self.params = [p for p in self.method.parameters() if p.requires_grad]
         self.names = [n for n, p in self.method.named_parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -315,7 +315,7 @@ class Loop:
         if self.rank == 0:
             print(epoch_line(entry, self.cfg.epochs), flush=True)
             samples = self.schedule.steps_per_epoch * self.cfg.global_batch
-            if (advice := methods.warning(self.job.method["name"], entry, samples)) is not None:
+            if (advice := methods.warning(self.job.method.name, entry, samples)) is not None:
                 print(f"warning: {advice}", flush=True)
 
     def _validate(self, epoch: int) -> dict[str, Any]:
@@ -323,7 +323,7 @@ class Loop:
         every = self.cfg.validate_every_epochs
         if not every or (epoch % every and epoch < self.cfg.epochs):
             return {}
-        net, data_spec = self.method.backbone, self.job.facts
+        net, data_spec = self.method.backbone, self.job.data_spec
         dice: dict[int, list[float]] = {}
         broken = ""
         self.communicator.broadcast_buffers(net)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from logonet import networks
+from logonet.core.config import Component
 from logonet.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -184,16 +185,14 @@ def transfer(
     return Report(source, tuple(rows), total, share)
 
 
-def prove(
-    backbone: Mapping[str, Any], in_channels: int, num_classes: int, weights: Mapping[str, Tensor]
-) -> Report:
+def prove(backbone: Component, in_channels: int, num_classes: int, weights: Mapping[str, Tensor]) -> Report:
     """Show, before any training, that what pretraining will write is what finetuning can load.
 
     A fresh segmentation network takes ``weights`` the way finetuning will, through the bytes of a safetensors
     file, and must then hold the whole encoder, buffers too, bit for bit. Torch's random state stays as it was.
 
     Args:
-        backbone: ``{"name": ..., **options}``.
+        backbone: the network that pretraining trains.
         in_channels: of the crops that pretraining sees.
         num_classes: K of the segmentation; any will do.
         weights: the pretraining backbone's state dict.
@@ -203,10 +202,9 @@ def prove(
     """
     from safetensors.torch import load, save
 
-    options = dict(backbone)
-    name = options.pop("name")
+    name = backbone.name
     with torch.random.fork_rng(devices=[]):
-        net: Any = networks.build(name, in_channels, num_classes, **options)
+        net: Any = networks.from_component(backbone, in_channels, num_classes)
     # clone: safetensors refuses tensors that share memory
     written = save({key: w.detach().cpu().contiguous().clone() for key, w in weights.items()})
     report = transfer(

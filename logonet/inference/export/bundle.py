@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import logonet
+from logonet.core.config import to_dict
 from logonet.core.errors import UserError
 from logonet.data import volume
 from logonet.inference import model
@@ -60,7 +61,7 @@ def _need_plain_texts(spec: model.Spec) -> None:
     Raises:
         UserError: naming a text that MONAI would not take as text.
     """
-    texts = [*spec.classes, *(value for value in spec.backbone.values() if isinstance(value, str))]
+    texts = [*spec.classes, *(v for v in to_dict(spec.backbone).values() if isinstance(v, str))]
     for text in texts:
         if text.lstrip().startswith(("$", "@", "%")):
             raise UserError(
@@ -81,7 +82,7 @@ def inference(spec: model.Spec) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(_template("inference.json"))
     num_classes, options = len(spec.classes), InferConfig()
     config["network_def"].update(
-        backbone=dict(spec.backbone), in_channels=spec.in_channels, num_classes=num_classes
+        backbone=to_dict(spec.backbone), in_channels=spec.in_channels, num_classes=num_classes
     )
     config["inferer"].update(
         roi_size=list(spec.size_vox), sw_batch_size=options.windows_per_batch, overlap=options.overlap
@@ -106,7 +107,7 @@ def metadata(spec: model.Spec) -> dict[str, Any]:
     import monai
 
     values: dict[str, Any] = json.loads(_template("metadata.json"))
-    organs, backbone = ", ".join(spec.classes[1:]), spec.backbone["name"]
+    organs, backbone = ", ".join(spec.classes[1:]), spec.backbone.name
     values.update(
         version=logonet.__version__,
         changelog={logonet.__version__: "exported by logonet"},
@@ -152,7 +153,7 @@ def _json(values: Mapping[str, Any]) -> bytes:
 def _readme(spec: model.Spec) -> str:
     told = "\nSay which kind your scans are with `--modality CT` or `--modality MR`.\n"
     return _template("README.md").format(
-        backbone=spec.backbone["name"],
+        backbone=spec.backbone.name,
         modality=spec.modality,
         rows="\n".join(f"| {v} | {name} |" for v, name in zip(spec.label_values, spec.classes)),
         spacing="x".join(f"{s:g}" for s in spec.spacing_mm) + " mm" if spec.spacing_mm else "its own",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from logonet import networks
+from logonet.core.config import Component, to_dict
 from logonet.core.errors import UserError
 from logonet.inference import model
 from logonet.inference.export.shared import PLAIN, logits_only
@@ -65,10 +66,11 @@ def write_onnx(folder_uri: str, out_file: str, tolerance: float = TOLERANCE) -> 
             f"ONNX export needs {', '.join(missing)}; install them with pip install 'logonet[export]'"
         )
     spec, weights = model.read(folder_uri)
-    name = spec.backbone["name"]
+    name = spec.backbone.name
     known = {f.name for f in dataclasses.fields(networks.config(name))}
     plain = {key: value for key, value in PLAIN.items() if key in known}
-    traced = logits_only(model.build(dataclasses.replace(spec, backbone={**spec.backbone, **plain}), weights))
+    portable = Component(name, {**to_dict(spec.backbone.config), **plain})
+    traced = logits_only(model.build(dataclasses.replace(spec, backbone=portable), weights))
     with tempfile.TemporaryDirectory(prefix="logonet-onnx-") as folder:
         path = os.path.join(folder, "network.onnx")
         any_batch, opset = _trace(traced, name, (spec.in_channels, *spec.size_vox), path)

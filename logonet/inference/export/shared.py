@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from logonet import networks
+from logonet.core.config import Component
 
 # Options that only choose a faster way to the same numbers, with their values for a portable graph.
 PLAIN = {"lka": "plain", "channels_last": False, "checkpointing": False}
@@ -21,6 +22,5 @@ def logits_only(net: nn.Module) -> nn.Module:
 
 def network(backbone: Mapping[str, Any], in_channels: int, num_classes: int) -> nn.Module:
     """A network in eval mode whose ``forward`` gives logits_BKXYZ alone; its state dict is unchanged."""
-    options = {key: value for key, value in backbone.items() if key != "name"}
-    cfg = networks.config(backbone["name"], options)
-    return logits_only(networks.build(backbone["name"], in_channels, num_classes, cfg))
+    component = Component.of(backbone, "backbone")
+    return logits_only(networks.from_component(component, in_channels, num_classes))
