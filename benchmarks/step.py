@@ -75,7 +75,9 @@ def main(args: Args) -> None:
     backbone: dict[str, Any] = {"name": "logonet", "checkpointing": args.checkpointing}
     if args.dims:
         backbone["dims"] = args.dims
-    method = training.build_method(backbone, Component("masked_clusters"), facts).train()
+    method = training.build_method(
+        Component.of(backbone, "backbone"), Component("masked_clusters"), facts
+    ).train()
     params = [p for p in method.parameters() if p.requires_grad]
     cfg = training.Config()
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)

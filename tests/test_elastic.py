@@ -190,7 +190,7 @@ def test_equal_parts_are_weighted_as_they_always_were(one_thread: None) -> None:
 
 @pytest.mark.parametrize("name", ["simclr", "rcr"])
 def test_a_method_that_sees_all_ranks_wants_equal_parts(name: str) -> None:
-    cfg, method = training.Config(global_batch=8, batch_size=2), {"name": name, "gather": True}
+    cfg, method = training.Config(global_batch=8, batch_size=2), Component(name, {"gather": True})
     for workers in (1, 2, 4):
         trainer.check_workers(cfg, method, Resources(workers=workers))
     for refused in (3, Workers(1, 2), Workers(2, 4)):

@@ -18,7 +18,8 @@ from test_selfsup import LEARNERS
 from torch import Tensor, nn
 
 from logonet import methods, networks
-from logonet.core import config, seeding
+from logonet.core import seeding
+from logonet.core.config import Component
 from logonet.core.errors import UserError
 from logonet.methods import rubik
 from logonet.methods.rubik import Config, Move, draw_moves, inverse, moved, orders_of
@@ -448,8 +449,8 @@ def test_settings_that_cannot_work_are_refused(options: dict[str, Any], words: s
 def test_a_cut_that_the_network_cannot_take_is_refused_before_training() -> None:
     from logonet import training
 
-    backbone = {"name": "logonet", **networks.tiny("logonet")}
-    method = {"name": "rubik", **config.to_dict(config_of(form="classify"))}
+    backbone = Component("logonet", networks.config("logonet", networks.tiny("logonet")))
+    method = Component("rubik", config_of(form="classify"))
     training.dry_run(backbone, method, methods.DataSpec((96, 96, 96), batch_size=2))
     with pytest.raises(UserError, match=r"\(16, 16, 16\) does not fit backbone 'logonet'.*\(32, 32, 32\)"):
         training.dry_run(backbone, method, methods.DataSpec((64, 64, 64), batch_size=2))

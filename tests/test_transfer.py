@@ -163,7 +163,7 @@ def test_a_handover_that_would_lose_a_tensor_is_refused(name: str) -> None:
     params = [n for n, _ in net.named_parameters() if under(n, net.encoder_prefixes)]
     with pytest.raises(UserError, match=r"covers \d+\.\d % of the encoder"):
         prove(
-            {"name": name, **networks.tiny(name)},
+            Component(name, networks.tiny(name)),
             1,
             3,
             {k: w for k, w in weights.items() if k != params[-1]},
