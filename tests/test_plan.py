@@ -346,7 +346,8 @@ def test_a_cluster_file_overrides_the_price_table(tmp_path: Path) -> None:
         "head: {machine: m6i.xlarge}\npreemptions_per_node_h: 0.05\n"
     )
     found = hardware.read_cluster(str(file), hardware.prices())
-    assert (found.gpus, found.cpus, found.nodes, found.spot_nodes) == (16, 160, 17, 16)
+    assert (found.gpus, found.cpus, found.nodes) == (16, 160, 17)
+    assert [p.spot for p in found.pools] == [True, False]
     assert found.pools[0].machine.shm_bytes == 11 * 2**30
     assert found.money(1.0, 1.0) == pytest.approx(16 * 0.404 + 0.192)
     assert found.preemptions_per_node_h == 0.05

@@ -131,10 +131,6 @@ class Cluster:
     def nodes(self) -> int:
         return sum(p.nodes for p in self.pools)
 
-    @property
-    def spot_nodes(self) -> int:
-        return sum(p.nodes for p in self.pools if p.spot)
-
     def money(self, hours: float, training_hours: float) -> float:
         """GPU pools are paid for while they train, all others for the whole time."""
         pools = [*self.pools, self.head] if self.head else self.pools

@@ -285,5 +285,6 @@ def _training(
     interval_s, waits_for = slowest(needs)
     training_s = of.steps / steps * interval_s
     # A lost node costs a start and, on average, half of what lies between two checkpoints.
-    losses = cluster.spot_nodes * cluster.preemptions_per_node_h * training_s / 3600
+    spot_nodes = sum(p.nodes for p in cluster.pools if p.spot)
+    losses = spot_nodes * cluster.preemptions_per_node_h * training_s / 3600
     return c.start_s + training_s + losses * (c.start_s + interval_s / 2), waits_for
