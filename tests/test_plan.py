@@ -346,7 +346,8 @@ def test_a_cluster_file_overrides_the_price_table(tmp_path: Path) -> None:
         "head: {machine: m6i.xlarge}\npreemptions_per_node_h: 0.05\n"
     )
     found = hardware.read_cluster(str(file), hardware.prices())
-    assert (found.gpus, found.cpus, found.nodes, found.spot_nodes) == (16, 160, 17, 16)
+    assert (found.gpus, found.cpus, found.nodes) == (16, 160, 17)
+    assert [p.spot for p in found.pools] == [True, False]
     assert found.pools[0].machine.shm_bytes == 11 * 2**30
     assert found.money(1.0, 1.0) == pytest.approx(16 * 0.404 + 0.192)
     assert found.preemptions_per_node_h == 0.05
@@ -362,7 +363,7 @@ def test_a_cluster_file_overrides_the_price_table(tmp_path: Path) -> None:
         ("pools: [{machine: g5.2xlarge, spot: maybe}]", "spot"),
         ("pools: [{machine: g5.2xlarge}]\npreemptions_per_node_h: -1", "preemptions_per_node_h"),
         ("pool: []", "did you mean '.*pools'"),
-        ("pools: []", "at least one pool"),
+        ("pools: []", "pools"),
         ("pools: 3", "no list 'pools'"),
         ("pools: [3]", "must be a mapping"),
     ],
@@ -443,8 +444,9 @@ def test_constants_are_read_as_they_were_stored(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(json.dumps({**json.loads(CONSTANTS.to_json()), "spread": 0.1}))
     with pytest.raises(UserError, match=r"spread.*--probe 60 --constants .*old\.json"):
         speed.read_constants(str(tmp_path / "old.json"))
-    with pytest.raises(ValueError, match="flop_s"):
-        replace(CONSTANTS, flop_s=0.0)
+    object_store.write(stored, replace(CONSTANTS, flop_s=0.0).to_json())
+    with pytest.raises(UserError, match=r"flop_s is 0\.0; it must be above 0"):
+        speed.read_constants(stored)
     shipped = speed.defaults()
     assert shipped.step_fingerprint == ""
     assert shipped.date in Path(__file__).parents[1].joinpath("docs/planning.md").read_text()

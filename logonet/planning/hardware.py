@@ -9,9 +9,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Len
 
 from logonet.core import config
+from logonet.core.config import Count, Natural, NonNegative, Positive
 from logonet.core.errors import UserError
 from logonet.distributed import cluster as ray_cluster
 from logonet.storage import object_store
@@ -38,25 +41,18 @@ class Machine:
         spot_price_per_h: as a spot node; None where it is not known.
     """
 
-    cpus: float
-    memory_gib: float
-    gpus: int = 0
+    cpus: NonNegative
+    memory_gib: Positive
+    gpus: Natural = 0
     gpu: str = ""
-    gpu_memory_gib: float = 0.0
-    gpu_tflop_s: float = 0.0
-    shm_gib: float | None = None
-    disk_gib: float = 100.0
-    network_gbit_s: float = 10.0
-    latency_s: float = 50e-6
-    price_per_h: float = 0.0
-    spot_price_per_h: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("memory_gib", "disk_gib", "network_gbit_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if min(self.cpus, self.gpus, self.gpu_memory_gib, self.price_per_h, self.latency_s) < 0:
-            raise ValueError("a machine's numbers must not be negative")
+    gpu_memory_gib: NonNegative = 0.0
+    gpu_tflop_s: NonNegative = 0.0
+    shm_gib: NonNegative | None = None
+    disk_gib: Positive = 100.0
+    network_gbit_s: Positive = 10.0
+    latency_s: NonNegative = 50e-6
+    price_per_h: NonNegative = 0.0
+    spot_price_per_h: NonNegative | None = None
 
     @property
     def memory_bytes(self) -> float:
@@ -83,12 +79,8 @@ class Pool:
 
     name: str
     machine: Machine
-    nodes: int = 1
+    nodes: Count = 1
     spot: bool = False
-
-    def __post_init__(self) -> None:
-        if self.nodes < 1:
-            raise ValueError(f"nodes is {self.nodes}; give a whole number of at least 1")
 
     @property
     def price_per_h(self) -> float:
@@ -109,15 +101,11 @@ class Cluster:
         preemptions_per_node_h: how often a spot node is taken away.
     """
 
-    pools: tuple[Pool, ...]
+    pools: Annotated[tuple[Pool, ...], Len(1)]
     head: Pool | None = None
     currency: str = "USD"
-    preemptions_per_node_h: float = 0.0
+    preemptions_per_node_h: NonNegative = 0.0
     known_from: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.pools or self.preemptions_per_node_h < 0:
-            raise ValueError("give at least one pool, and preemptions_per_node_h of at least 0")
 
     @property
     def cpus(self) -> float:
@@ -130,10 +118,6 @@ class Cluster:
     @property
     def nodes(self) -> int:
         return sum(p.nodes for p in self.pools)
-
-    @property
-    def spot_nodes(self) -> int:
-        return sum(p.nodes for p in self.pools if p.spot)
 
     def money(self, hours: float, training_hours: float) -> float:
         """GPU pools are paid for while they train, all others for the whole time."""
@@ -173,9 +157,10 @@ def read_cluster(uri: str, table: Prices) -> Cluster:
     entries = values.get("pools", [])
     if not isinstance(entries, list):
         raise UserError(f"{uri} has no list 'pools' of {{machine: NAME, nodes: N}}")
-    values["pools"] = tuple(pool_of(entry, table, f"{uri}: pools[{i}]") for i, entry in enumerate(entries))
+    pools = [pool_of(entry, table, f"{uri}: pools[{i}]") for i, entry in enumerate(entries)]
+    values["pools"] = list(map(config.to_dict, pools))
     if values.get("head"):
-        values["head"] = pool_of(values["head"], table, f"{uri}: head")
+        values["head"] = config.to_dict(pool_of(values["head"], table, f"{uri}: head"))
     return replace(config.from_dict(Cluster, values, uri), currency=table.currency, known_from=uri)
 
 

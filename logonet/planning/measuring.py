@@ -99,9 +99,9 @@ def synthetic_crops(cfg: Pretraining, work: Work, folder: str) -> TrainingDatase
     """Stored crops of noise with random labels."""
     spec, rng, name = work.facts, seeding.rng(0, "plan", "crops"), "shards/plan.safetensors"
     raw = [memory.raw_sample(spec, rng) for _ in range(CROPS)]
-    blob = crop_shards.shard_bytes("plan", np.stack([r["image_CXYZ"] for r in raw]))
-    object_store.write(object_store.join(folder, name), blob)
-    refs = crop_shards.parse_shard_header(name, blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+    blob, uri = crop_shards.shard_bytes("plan", np.stack([r["image_CXYZ"] for r in raw])), f"{folder}/{name}"
+    object_store.write(uri, blob)
+    refs = crop_shards.shard_index(uri, name, len(blob))
     table = crop_shards.CropTable(folder, spec.size_vox, spec.in_channels, tuple(refs))
     labels_PNZ = np.stack([r["labels_NZ"] for r in raw]) if spec.cluster_sizes else None
     method = cfg.method.resolve(methods.config, "method")

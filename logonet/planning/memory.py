@@ -15,13 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-)
+from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -95,7 +89,11 @@ def micro_batch(
             module = training.build_method(backbone, method, spec).train()
         return _count(module, spec.batch_size or 1, sample, bf16, network_only)
 
-    needs_data = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
+    needs_data = (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.UnsupportedFakeTensorException,
+    )
     try:
         return count(network_only=False)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as err:
@@ -106,7 +104,7 @@ def micro_batch(
 
 def _count(module: Any, batch_size: int, sample: Arrays, bf16: bool, network_only: bool) -> MicroBatch:
     live, flops = _Live(), FlopCounterMode(display=False)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
         module.to_empty(device="cpu")
         batch = {
             k: torch.empty((batch_size, *v.shape), dtype=torch.from_numpy(np.array(v)).dtype)
@@ -167,7 +165,7 @@ class _Live(TorchDispatchMode):
 
 
 def _is_fake_mask(index: Any) -> bool:
-    return isinstance(index, FakeTensor) and index.dtype == torch.bool
+    return isinstance(index, fake_tensor.FakeTensor) and index.dtype == torch.bool
 
 
 def _without_masks(source: Tensor, indices: Any) -> tuple[Tensor, list[Any]]:

@@ -14,6 +14,7 @@ from importlib import resources
 
 from logonet import training
 from logonet.core import config
+from logonet.core.config import NonNegative, Positive, Share
 from logonet.core.errors import UserError
 from logonet.distributed.cluster import Resources, divide
 from logonet.pipelines import Pretraining
@@ -54,27 +55,21 @@ class Constants:
     machine: str
     date: str
     device: str
-    flop_s: float
-    serial_share: float
-    allreduce_bytes_s: float
-    store_node_bytes_s: float
-    store_write_bytes_s: float
-    import_voxels_s: float
-    cut_voxels_s: float
-    prepare_bytes_s: float
-    kmeans_flop_s: float
-    label_flop_s: float
-    worker_bytes: float
-    task_bytes: float
-    start_s: float
+    flop_s: Positive
+    serial_share: Share
+    allreduce_bytes_s: Positive
+    store_node_bytes_s: Positive
+    store_write_bytes_s: Positive
+    import_voxels_s: Positive
+    cut_voxels_s: Positive
+    prepare_bytes_s: Positive
+    kmeans_flop_s: Positive
+    label_flop_s: Positive
+    worker_bytes: Positive
+    task_bytes: Positive
+    start_s: NonNegative
     step_fingerprint: str = ""
-    worker_peak_bytes: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            may_be_0 = name in ("serial_share", "start_s", "worker_peak_bytes")
-            if isinstance(value, float) and not (value > 0 or (value == 0 and may_be_0)):
-                raise ValueError(f"{name} is {value}; it must be above 0")
+    worker_peak_bytes: NonNegative = 0.0
 
     def measured(self, cfg: Pretraining, precision: str, gpu: bool) -> bool:
         """Whether these were measured with steps of this very work, on the same kind of device."""
@@ -285,5 +280,6 @@ def _training(
     interval_s, waits_for = slowest(needs)
     training_s = of.steps / steps * interval_s
     # A lost node costs a start and, on average, half of what lies between two checkpoints.
-    losses = cluster.spot_nodes * cluster.preemptions_per_node_h * training_s / 3600
+    spot_nodes = sum(p.nodes for p in cluster.pools if p.spot)
+    losses = spot_nodes * cluster.preemptions_per_node_h * training_s / 3600
     return c.start_s + training_s + losses * (c.start_s + interval_s / 2), waits_for
