@@ -169,7 +169,7 @@ PICTURES = {
     "clusterers": lambda: reporting.clusters_picture(quality(range(80, 120)), agreement(40)),
     "one clusterer": lambda: reporting.clusters_picture(quality([500]), agreement(1)),
     "boxes": lambda: reporting.organ_boxes(results(3, 70, 2)),
-    "boxes of 30 classes": lambda: reporting.organ_boxes(results(30, 3)),
+    "boxes of 30 classes": lambda: reporting.organ_boxes(results(30, 2)),
     "boxes of one case": lambda: reporting.organ_boxes(results(1, 1)),
     "boxes of NaN": lambda: reporting.organ_boxes(nothing(results(2, 3), *MEASURED)),
     "a forest": lambda: reporting.compare_picture(comparison()),
@@ -187,7 +187,12 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("name", PICTURES)
+SLOW = ("boxes of 30 classes", "clusterers", "a forest", "boxes", "cases")  # their like is drawn anyway
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PICTURES]
+)
 def test_every_picture_can_be_looked_at(name):
     """Also pictures of one row, of nothing but NaN, and of 30 classes."""
     picture = pixels(PICTURES[name]())
