@@ -9,16 +9,17 @@ from dataclasses import replace
 
 import pytest
 import tenacity
-from helpers import timeless
+from helpers import HERE, timeless
 from sweeps import ONE, finished, pretraining, runs_of, sweep, versions, write_scans
 
+from logonet import pipelines
 from logonet.core.errors import UserError
 from logonet.distributed import cluster, ray_compat
 from logonet.distributed.cluster import Resources
 from logonet.storage import artifacts, object_store
 from logonet.sweep import records
 from logonet.sweep import run as searching
-from logonet.sweep.settings import Budget, Config
+from logonet.sweep.settings import Budget, Config, resolve
 from logonet.sweep.trial import key_of
 from logonet.training import checkpoints
 
@@ -38,15 +39,22 @@ def groups_held() -> int:
 
 
 def test_a_sweep_on_ray(bucket: str, scans: str) -> None:
-    """Two trials, stopped early or not, on one set of everything upstream; then nothing is left to do."""
-    tried = sweep(bucket, scans, {"search": {"method.phi1": {"grid": [0.1, 0.4]}}})
+    """Two trials, side by side where there is room; then nothing is left to do."""
+    tried = sweep(
+        bucket,
+        scans,
+        {"search": {"method.phi1": {"grid": [0.1, 0.4]}}},
+        base=replace(pretraining(), probe=None),
+        config=Config(objective="effective_rank", stop_early=False),
+    )
+    pipelines.upstream(resolve(tried).base, scans, tried.root, HERE)  # others test the stages on Ray
     winner = searching.run(tried, ONE, Budget())
     trials = records.read_all(tried.uri)
     assert [t.status for t in trials] == ["done"] * 2, [t.reason for t in trials]
     assert winner == max(trials, key=lambda t: t.objective)
     for trial in trials:
         history = json.loads(artifacts.find(trial.pretrain).read("history.json"))  # type: ignore[union-attr]
-        assert [e["probe_dice"] for e in history] == [e["objective"] for e in trial.history]
+        assert [e["effective_rank"] for e in history] == [e["objective"] for e in trial.history]
     assert len(finished(tried.root, "labels")) == 1
     assert groups_held() == 0
     before = versions(tried.root)
