@@ -13,7 +13,9 @@ from helpers import HERE, timeless
 from sweeps import ONE, finished, pretraining, runs_of, sweep, versions, write_scans
 
 from logonet import pipelines
+from logonet.clustering import kmeans
 from logonet.core.errors import UserError
+from logonet.data import phantom, splits
 from logonet.distributed import cluster, ray_compat
 from logonet.distributed.cluster import Resources
 from logonet.storage import artifacts, object_store
@@ -29,6 +31,16 @@ pytestmark = pytest.mark.timeout(1500)
 @pytest.fixture
 def scans(bucket: str, ray_local: None) -> str:
     return write_scans(bucket)
+
+
+def larger(**training_options: Any) -> pipelines.Pretraining:
+    """With enough to learn that a good learning rate can be told from a bad one."""
+    return replace(
+        pretraining(**training_options),
+        split=splits.Config(test_share=0.25, folds=3),
+        clusterers=kmeans.Config(n=3, k_min=3, k_max=6, iterations=5),
+        probe=None,
+    )
 
 
 def groups_held() -> int:
@@ -64,8 +76,9 @@ def test_a_sweep_on_ray(bucket: str, scans: str) -> None:
 
 
 @pytest.mark.slow
-def test_trials_fail_stop_and_go_on_each_by_itself(bucket: str, scans: str) -> None:
+def test_trials_fail_stop_and_go_on_each_by_itself(bucket: str, ray_local: None) -> None:
     """One learns, one diverges, one learns nothing and is stopped; then one is found as a kill would leave it."""
+    scans = phantom.write_dataset(f"{bucket}/scans", 8, size_vox=(36, 36, 36), classes=2)
     space = {
         "search": {"train.lr": {"choice": [1e-2, 1e-9, 1e30]}},
         "first": [{"train.lr": 1e-2}, {"train.lr": 1e30}, {"train.lr": 1e-9}],
@@ -74,7 +87,7 @@ def test_trials_fail_stop_and_go_on_each_by_itself(bucket: str, scans: str) -> N
         bucket,
         scans,
         space,
-        base=replace(pretraining(epochs=4), probe=None),
+        base=larger(epochs=4),
         config=Config(objective="accuracy", grace_epochs=3, reduction=2),
     )
     winner = searching.run(tried, ONE, Budget(trials=3), at_once=1)
