@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tenacity
