@@ -9,7 +9,8 @@ from helpers import tiny_backbone
 
 from logonet import pipelines, tracking, training
 from logonet.clustering import kmeans
-from logonet.data import cropping, phantom, prepared_scans, splits
+from logonet.data import cropping, phantom, splits
+from logonet.data.prepared_scans import CropSampling
 from logonet.distributed.cluster import Resources
 from logonet.storage import artifacts, object_store
 from logonet.sweep import space as spaces
