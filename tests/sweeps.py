@@ -43,7 +43,7 @@ def pretraining(**training_options: Any) -> pipelines.Pretraining:
 def finetuning() -> pipelines.Finetuning:
     return pipelines.Finetuning(
         split=SPLIT,
-        crops=prepared_scans.CropSampling(size_vox=(32, 32, 32)),
+        crops=CropSampling(size_vox=(32, 32, 32)),
         train=training.Config(epochs=1, steps_per_epoch=1, global_batch=1, lr=1e-3, warmup_epochs=0),
     )
 
