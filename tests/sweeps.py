@@ -9,7 +9,8 @@ from helpers import tiny_backbone
 
 from logonet import pipelines, tracking, training
 from logonet.clustering import kmeans
-from logonet.data import cropping, phantom, prepared_scans, splits
+from logonet.data import cropping, phantom, splits
+from logonet.data.prepared_scans import CropSampling
 from logonet.distributed.cluster import Resources
 from logonet.storage import artifacts, object_store
 from logonet.sweep import space as spaces
@@ -42,7 +43,7 @@ def pretraining(**training_options: Any) -> pipelines.Pretraining:
 def finetuning() -> pipelines.Finetuning:
     return pipelines.Finetuning(
         split=SPLIT,
-        crops=prepared_scans.CropSampling(size_vox=(32, 32, 32)),
+        crops=CropSampling(size_vox=(32, 32, 32)),
         train=training.Config(epochs=1, steps_per_epoch=1, global_batch=1, lr=1e-3, warmup_epochs=0),
     )
 

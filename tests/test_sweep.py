@@ -31,8 +31,14 @@ ALLOCATION = cluster.ResourceAllocation(1, False, 1, 1, 1, 1, 3)
 GRID = {"search": {"method.phi1": {"grid": [0.1, 0.4]}}}
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One MLflow database for all tests: making one takes seconds."""
+    return str(tmp_path_factory.mktemp("home"))
+
+
 @pytest.fixture
-def trials_run_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+def trials_run_here(monkeypatch: pytest.MonkeyPatch, home: str) -> list[int]:
     """Trials run in this process, one after another, in place of Tune's; the list counts those of each call."""
     driven: list[int] = []
 
@@ -55,7 +61,8 @@ def trials_run_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int
     for module in (searching, running):
         monkeypatch.setattr(module, "RayExecutor", lambda *_: HERE)
     monkeypatch.setattr(running, "Report", lambda *_, **__: None)  # it needs Tune around it
-    monkeypatch.setenv("LOGONET_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(training, "dry_run", lambda *_: None)  # of each setting, again and again
+    monkeypatch.setenv("LOGONET_HOME", home)
     return driven
 
 

@@ -6,19 +6,23 @@ import json
 import logging
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tenacity
-from helpers import timeless
+from helpers import HERE, timeless
 from sweeps import ONE, finished, pretraining, runs_of, sweep, versions, write_scans
 
+from logonet import pipelines
+from logonet.clustering import kmeans
 from logonet.core.errors import UserError
+from logonet.data import phantom, splits
 from logonet.distributed import cluster, ray_compat
 from logonet.distributed.cluster import Resources
 from logonet.storage import artifacts, object_store
 from logonet.sweep import records
 from logonet.sweep import run as searching
-from logonet.sweep.settings import Budget, Config
+from logonet.sweep.settings import Budget, Config, resolve
 from logonet.sweep.trial import key_of
 from logonet.training import checkpoints
 
@@ -30,6 +34,16 @@ def scans(bucket: str, ray_local: None) -> str:
     return write_scans(bucket)
 
 
+def larger(**training_options: Any) -> pipelines.Pretraining:
+    """With enough to learn that a good learning rate can be told from a bad one."""
+    return replace(
+        pretraining(**training_options),
+        split=splits.Config(test_share=0.25, folds=3),
+        clusterers=kmeans.Config(n=3, k_min=3, k_max=6, iterations=5),
+        probe=None,
+    )
+
+
 def groups_held() -> int:
     """Placement groups that some worker still holds."""
     from ray.util.placement_group import placement_group_table
@@ -38,15 +52,22 @@ def groups_held() -> int:
 
 
 def test_a_sweep_on_ray(bucket: str, scans: str) -> None:
-    """Two trials, stopped early or not, on one set of everything upstream; then nothing is left to do."""
-    tried = sweep(bucket, scans, {"search": {"method.phi1": {"grid": [0.1, 0.4]}}})
+    """Two trials, side by side where there is room; then nothing is left to do."""
+    tried = sweep(
+        bucket,
+        scans,
+        {"search": {"method.phi1": {"grid": [0.1, 0.4]}}},
+        base=replace(pretraining(), probe=None),
+        config=Config(objective="effective_rank", stop_early=False),
+    )
+    pipelines.upstream(resolve(tried).base, scans, tried.root, HERE)  # others test the stages on Ray
     winner = searching.run(tried, ONE, Budget())
     trials = records.read_all(tried.uri)
     assert [t.status for t in trials] == ["done"] * 2, [t.reason for t in trials]
     assert winner == max(trials, key=lambda t: t.objective)
     for trial in trials:
         history = json.loads(artifacts.find(trial.pretrain).read("history.json"))  # type: ignore[union-attr]
-        assert [e["probe_dice"] for e in history] == [e["objective"] for e in trial.history]
+        assert [e["effective_rank"] for e in history] == [e["objective"] for e in trial.history]
     assert len(finished(tried.root, "labels")) == 1
     assert groups_held() == 0
     before = versions(tried.root)
@@ -56,8 +77,9 @@ def test_a_sweep_on_ray(bucket: str, scans: str) -> None:
 
 
 @pytest.mark.slow
-def test_trials_fail_stop_and_go_on_each_by_itself(bucket: str, scans: str) -> None:
+def test_trials_fail_stop_and_go_on_each_by_itself(bucket: str, ray_local: None) -> None:
     """One learns, one diverges, one learns nothing and is stopped; then one is found as a kill would leave it."""
+    scans = phantom.write_dataset(f"{bucket}/scans", 8, size_vox=(36, 36, 36), classes=2)
     space = {
         "search": {"train.lr": {"choice": [1e-2, 1e-9, 1e30]}},
         "first": [{"train.lr": 1e-2}, {"train.lr": 1e30}, {"train.lr": 1e-9}],
@@ -66,7 +88,7 @@ def test_trials_fail_stop_and_go_on_each_by_itself(bucket: str, scans: str) -> N
         bucket,
         scans,
         space,
-        base=replace(pretraining(epochs=4), probe=None),
+        base=larger(epochs=4),
         config=Config(objective="accuracy", grace_epochs=3, reduction=2),
     )
     winner = searching.run(tried, ONE, Budget(trials=3), at_once=1)

@@ -219,14 +219,15 @@ def distributions(space: Space) -> dict[str, Any]:
     """The space as Optuna knows it."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    ranges: dict[str, Any] = {
-        "int": IntDistribution,
-        "uniform": FloatDistribution,
-        "loguniform": partial(FloatDistribution, log=True),
-    }
+    out: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Choices for a categorical")  # lists and mappings, fine in memory
-        return {
-            key.path: CategoricalDistribution(key.values) if key.listed else ranges[key.sort](*key.values)
-            for key in space.keys
-        }
+        for key in space.keys:
+            if key.listed:
+                out[key.path] = CategoricalDistribution(key.values)
+            elif key.sort == "int":
+                out[key.path] = IntDistribution(*key.values)
+            else:
+                low, high = key.values
+                out[key.path] = FloatDistribution(low, high, log=key.sort == "loguniform")
+    return out
