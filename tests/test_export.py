@@ -96,7 +96,7 @@ def make(
 
 def make_small(folder: pathlib.Path) -> str:
     """Of a network that is written as ONNX within seconds."""
-    return make(folder, name="ulkanet", size_vox=(16, 16, 16), blocks=2)
+    return make(folder, name="unet", size_vox=(16, 16, 16))
 
 
 @functools.cache

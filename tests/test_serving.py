@@ -76,7 +76,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> serving.Served:
     return serving._load_pyfunc(write(tmp_path_factory.mktemp("mixed"), files_of(spec_of("mixed"))))
 
 
-def scan(size: tuple[int, int, int] = (40, 36, 30), **given: Any) -> tuple[Volume, bytes]:
+def scan(size: tuple[int, int, int] = (36, 20, 24), **given: Any) -> tuple[Volume, bytes]:
     image, _ = phantom(given.pop("seed", 1), size_vox=size, **given)
     return image, volume.encode_nifti(image.array_CXYZ[0].astype(np.int16), image.affine)
 

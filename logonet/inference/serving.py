@@ -1,13 +1,13 @@
-"""A registered segmentation model as ``mlflow.pyfunc`` loads it and ``mlflow models serve`` answers with it.
+"""A registered segmentation model for ``mlflow.pyfunc`` and ``mlflow models serve``.
 
 Two kinds of request, of any size and number of scans:
 
-- an array of raw intensities (Hounsfield units for CT) in RAS axes at the model's voxel size, answered by
+- an array of raw intensities (Hounsfield units for CT) in RAS axes at the model's voxel size; the answer is
   an array of label values. As HTTP: ``{"inputs": [...]}``;
-- a table with a column ``nifti`` of ``.nii`` or ``.nii.gz`` files as base64 text, answered by a table with
+- a table with a column ``nifti`` of ``.nii`` or ``.nii.gz`` files as base64 text; the answer is a table with
   their label maps, on each scan's own voxels. As HTTP: ``{"dataframe_split": {"columns": ["nifti"], ...}}``.
 
-What is wrong with a request is one sentence, which the server sends with status 400.
+A bad request gets one sentence, which the server sends with status 400.
 
 Letters: B scans, C channels, XYZ axes of a scan.
 """
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 
 def _load_pyfunc(path: str) -> Served:
-    """What MLflow calls with the folder of a model's files; see `logonet.inference.model`."""
+    """MLflow calls this with the folder of a model's files; see `logonet.inference.model`."""
     return Served(Predictor.load(path))
 
 
 class Served:
-    """The model behind ``predict``. Scans are segmented one at a time, so that memory has a ceiling."""
+    """The model behind ``predict``. It segments one scan at a time, which limits its memory."""
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor, self.spec = predictor, predictor.spec
@@ -52,15 +52,15 @@ class Served:
         Args:
             model_input: an array (B, C, X, Y, Z), (B, X, Y, Z) or (X, Y, Z); or a DataFrame with a column
                 ``nifti`` of base64 text or bytes and, if known, a column ``modality``.
-            params: ``modality``, "CT" or "MR", of scans whose table does not say. Needed by a model that was
-                trained on both when the intensities do not tell.
+            params: ``modality``, "CT" or "MR", of scans whose table does not name it. A model trained on both
+                needs it where the intensities are ambiguous.
 
         Returns:
             uint8 labels (B, X, Y, Z); or a DataFrame with ``nifti`` (base64 ``.nii.gz`` of the label map) and
             ``volumes_ml`` (JSON, millilitres by class name).
 
         Raises:
-            UserError: for a request or a scan that cannot be used.
+            UserError: for a bad request or scan.
         """
         import pandas as pd
 
@@ -98,7 +98,7 @@ class Served:
         labels = []
         for b, array_CXYZ in enumerate(scans_BCXYZ):
             scan, name = Volume(array_CXYZ, affine), f"scan {b}"
-            # A part of a CT may hold no negative value, so the model's own modality is believed.
+            # A part of a CT may hold no negative value, so the model's own modality decides.
             modality = self.spec.modality
             if modality == "mixed":
                 modality = volume.modality(scan, hint, name)
@@ -142,4 +142,4 @@ def _decoded(cell: Any, name: str) -> bytes:
     try:
         return base64.b64decode(cell, validate=True)
     except (binascii.Error, TypeError, ValueError):
-        raise BadScan(f"{name}: its 'nifti' is not base64 text; send the file's bytes encoded so") from None
+        raise BadScan(f"{name}: its 'nifti' is not base64 text; encode the file's bytes as base64") from None
