@@ -136,17 +136,18 @@ def trained_once(name: str, training: bool, **options: Any) -> nn.Module:
 plain = functools.cache(trained_once)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "options", [{"checkpointing": True}, {"channels_last": False}, {"lka": "plain"}], ids=str
-)
+def with_options() -> list[Any]:
+    """Every network with each of the options that change speed or memory alone; LoGoNet is nine ULKANets."""
+    options: list[dict[str, Any]] = [{"checkpointing": True}, {"channels_last": False}, {"lka": "plain"}]
+    pairs = [(n, o) for n in NAMES for o in options if hasattr(networks.config(n), next(iter(o)))]
+    return [pytest.param(*pair, marks=pytest.mark.slow if pair[0] == "logonet" else ()) for pair in pairs]
+
+
+@pytest.mark.parametrize(("name", "options"), with_options())
 @pytest.mark.parametrize("training", [True, False])
 def test_options_of_speed_and_memory_change_no_number(
     name: str, options: dict[str, Any], training: bool
 ) -> None:
-    known = type(networks.config(name)).__dataclass_fields__
-    if not set(options) <= set(known):
-        pytest.skip(f"{name} has no option {', '.join(options)}")
     if not training and not any(isinstance(m, nn.BatchNorm3d) for m in tiny_net(name).modules()):
         pytest.skip(f"{name} computes the same in evaluation as in training")
     nets = [plain(name, training), trained_once(name, training, **options)]
@@ -300,10 +301,12 @@ def test_parameters_of_the_variants(name: str, options: dict[str, Any], expected
     ("name", "options", "expected"),
     [
         ("logonet", {}, 246_194_463_744),
-        ("logonet", {"variant": "large"}, 308_741_690_880),
-        ("logonet", {"variant": "large", "full_width": 48}, 550_904_550_912),
+        pytest.param("logonet", {"variant": "large"}, 308_741_690_880, marks=pytest.mark.slow),
+        pytest.param(
+            "logonet", {"variant": "large", "full_width": 48}, 550_904_550_912, marks=pytest.mark.slow
+        ),
         ("ulkanet", {}, 115_135_000_000),
-        ("ulkanet", {"variant": "large"}, 155_631_000_000),
+        pytest.param("ulkanet", {"variant": "large"}, 155_631_000_000, marks=pytest.mark.slow),
     ],
 )
 def test_multiply_accumulates_at_96(

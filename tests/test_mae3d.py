@@ -6,6 +6,7 @@ Letters: B samples, C input channels, N patches, V those that are seen, P number
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,9 +95,10 @@ def test_the_decoder_puts_patches_back_where_they_were(prefix: bool) -> None:
     """An identity for an encoder and for a decoder restores what was seen; the mask token stands elsewhere."""
     patch, grid, width = (2, 1, 4), (2, 3, 2), 8
     image = torch.randn(2, 1, 4, 3, 8)
-    decoder = Decoder(
-        width, width, grid, width=width, depth=0, num_heads=1, positions="learned", qkv_bias=False
-    )
+    cfg = SimpleNamespace(decoder_width=width, decoder_depth=0, decoder_heads=1, patch_vox=patch)
+    network: Any = SimpleNamespace(embed_channels=width)
+    data_spec = methods.DataSpec((4, 3, 8))
+    decoder = Decoder(cfg, network, data_spec, grid, positions="learned", qkv_bias=False)
     decoder.embed = decoder.norm = decoder.predict = nn.Identity()  # type: ignore[assignment]
     nn.init.zeros_(decoder.positions)
     keep_BV = torch.tensor([[7, 0, 11, 4], [1, 2, 3, 10]])

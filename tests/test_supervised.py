@@ -439,7 +439,7 @@ def test_a_config_file_may_change_one_distortion() -> None:
     [
         ({"num_classes": 0}, "declares 0 classes.*import labelled scans"),
         ({"num_classes": 1}, "declares 1 classes"),
-        ({"w_dice": 0.0, "w_ce": 0.0}, "w_dice and method.w_ce are both 0"),
+        ({"w_dice": 0.0, "w_ce": 0.0}, "w_dice and method.w_ce are all 0"),
         ({"w_ce": -1.0}, "w_ce is -1.0"),
         ({"encoder": "half"}, r"method\.encoder"),
     ],

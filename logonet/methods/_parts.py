@@ -36,7 +36,8 @@ class MethodModule(nn.Module, Generic[C]):
 def check_weights(cfg: Any, *keys: str) -> None:
     """Raise UserError where the weights of all losses are 0."""
     if not any(getattr(cfg, key) for key in keys):
-        raise UserError(f"method.{', '.join(keys)} are all 0; set one of them above 0")
+        names = " and ".join(f"method.{key}" for key in keys)
+        raise UserError(f"{names} are all 0; set one of them above 0")
 
 
 def intensity(image_BCXYZ: Tensor) -> Tensor:
