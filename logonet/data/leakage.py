@@ -9,11 +9,12 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from logonet.core import tables
+from logonet.core.errors import UserError
 from logonet.data import scan_hash
 from logonet.data.manifest import Scan
 
@@ -23,6 +24,9 @@ CROWD = 3  # where so many scans are similar to a test scan, similarity is the r
 COPY = 0.985  # so similar that it is a copy, and says nothing about how similar different scans are
 # DICOM UIDs, UUIDs and digests name one patient in the world; "case_001" and "sub-01" only one in their dataset
 UNIQUE_SUBJECT = re.compile(r"(?=.{20})[0-9]+(\.[0-9]+){4,}|(?=.{16})[0-9a-fA-F]+(-[0-9a-fA-F]+)*")
+
+
+LeakRule = Literal["refuse", "exclude", "allow"]  # what to do with test cases that training knows
 
 
 @dataclass(frozen=True)
@@ -160,3 +164,22 @@ def _apart(rows_MP: np.ndarray, block: Sequence[int], alike_NM: np.ndarray) -> n
     left_NM = alike_NM - mean_dot_NM - mean_dot_N1 + square_N1
     scale_NM = (1 - 2 * mean_dot_N1 + square_N1) * (1 - 2 * mean_dot_NM + square_N1)
     return (size_N1 < CROWD) | (left_NM >= scan_hash.SAME * np.sqrt(np.maximum(scale_NM, 1e-12)))
+
+
+def refused(found: Sequence[Leak], num_cases: int, rule: LeakRule, hint: str = "") -> list[str]:
+    """Ids of the test cases that leak, in order.
+
+    Args:
+        hint: where to look further, for the error.
+
+    Raises:
+        UserError: there are some, and ``rule`` is "refuse".
+    """
+    leaking = sorted({leak.scan_id for leak in found})
+    if leaking and rule == "refuse":
+        raise UserError(
+            f"{len(leaking)} of {num_cases} test cases are known to training or pretraining, such as {leaking[0]} "
+            f"({found[0].kind}: {found[0].detail}); set leaks=exclude to leave them out or leaks=allow to keep "
+            f"them{hint}"
+        )
+    return leaking

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import re
@@ -23,9 +22,8 @@ from logonet.data.manifest import Manifest, Scan
 from logonet.distributed import bucket_inference
 from logonet.inference import metrics, model, sliding_window, statistics
 from logonet.inference.load import LoadedModel, load_model
-from logonet.pipelines.finetuning import LeakRule
 from logonet.pipelines.preparation import import_scans
-from logonet.pipelines.stage import Made, catch_up, chain, run_stage, say, tracking_of
+from logonet.pipelines.stage import Made, Run, page, run_tracked, say
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
 from logonet.training import weight_transfer
@@ -41,7 +39,7 @@ class Evaluation:
     """
 
     infer: sliding_window.Config = field(default_factory=sliding_window.Config)
-    leaks: LeakRule = "refuse"
+    leaks: leakage.LeakRule = "refuse"
 
 
 def test_scans(table: Manifest, chosen: LoadedModel) -> list[Scan]:
@@ -81,14 +79,11 @@ def evaluate_model(
     cases = config.fingerprint([[s.sha256, s.label_sha256] for s in scans])
     lineage = {**chosen.lineage, "test_manifest": table.id}
     parents = {"model": chosen.id, "manifest": table.id, "cases": cases}
-    _, fingerprint = artifacts.address(root, "evaluation", own, parents)
-    name = f"evaluate-{spec.backbone.name}-{chosen.id[:8]}-{fingerprint[:8]}"
-    tracking = tracking_of("evaluate", name, fingerprint, cfg, lineage, root, experiment)
 
-    def make(uri: str) -> Made:
+    def make(run: Run) -> Made:
         known = sorted({leak.scan_id for leak in leaking})
-        say("evaluate", f"{name} on {len(scans)} cases  {uri}")
-        output = object_store.join(uri, "predictions")
+        say("evaluate", f"{run.name} on {len(scans)} cases  {run.uri}")
+        output = object_store.join(run.uri, "predictions")
         rows = bucket_inference.run(
             [bucket_inference.Item(s.scan_id, scan=s) for s in scans],
             chosen.folder,
@@ -122,7 +117,7 @@ def evaluate_model(
             "history.json": json.dumps([entry]).encode(),
             "leaks.csv": leakage.to_csv(leaking),
             "config.yaml": config.to_yaml(cfg).encode(),
-            "report.html": _page(name, summary, pictures, chosen, lineage, leaking, bad, uri),
+            "report.html": _page(run, summary, pictures, chosen, lineage, leaking, bad),
             **pictures,
         }
         metadata = {
@@ -135,38 +130,33 @@ def evaluate_model(
         }
         return Made(files, metadata)
 
-    artifact = run_stage(
+    artifact = run_tracked(
         root,
         "evaluation",
+        f"evaluate-{spec.backbone.name}-{chosen.id[:8]}",
+        cfg,
         own,
         parents,
+        lineage,
         make,
         lambda a: f"{a.facts['cases']} cases",
-        recorded=config.to_dict(cfg),
-        lineage=lineage,
+        experiment,
     )
-    catch_up(tracking, artifact)
     print(artifact.read("summary.txt").decode())
     return artifact
 
 
 def _without_leaks(
-    scans: list[Scan], chosen: LoadedModel, rule: LeakRule
+    scans: list[Scan], chosen: LoadedModel, rule: leakage.LeakRule
 ) -> tuple[list[Scan], list[leakage.Leak]]:
     """The scans that may be judged on, and every leak found."""
     if chosen.seen is None:
         say("leaks", "which scans this model has seen is not known; leaks cannot be ruled out")
         return scans, []
     found = leakage.find(provenance.anonymous(scans), provenance.from_bytes(chosen.seen))
-    leaking = sorted({leak.scan_id for leak in found})
+    leaking = leakage.refused(found, len(scans), rule)
     if not leaking or rule == "allow":
         return scans, found
-    if rule == "refuse":
-        raise UserError(
-            f"{len(leaking)} of {len(scans)} test cases are known to the model's training or pretraining, such as "
-            f"{leaking[0]} ({found[0].kind}: {found[0].detail}); set leaks=exclude to leave them out or leaks=allow to "
-            "keep them"
-        )
     say("leaks", f"{len(leaking)} contaminated test cases left out")
     kept = [s for s in scans if s.scan_id not in set(leaking)]
     if not kept:
@@ -238,14 +228,13 @@ def _wide(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def _page(
-    name: str,
+    run: Run,
     summary: pd.DataFrame,
     pictures: Mapping[str, bytes],
     chosen: LoadedModel,
     lineage: Mapping[str, str],
     leaking: Sequence[leakage.Leak],
     bad: Sequence[bucket_inference.Row],
-    uri: str,
 ) -> bytes:
     sections: list[tuple[str, Any]] = [
         ("Per organ", pictures["organs.png"]),
@@ -258,7 +247,6 @@ def _page(
             handover = weight_transfer.Report.from_dict(json.loads(trained.read("transfer.json")))
             section = reporting.transfer_section(handover.by_module(), handover.summary())
             sections.append(("Weights taken over", section))
-    sections.append(("Lineage", reporting.lineage(chain(lineage, "evaluation", uri.rsplit("/", 1)[1]))))
     # Counts, not names: this page goes to MLflow, and file names can be patients'.
     told = [
         f"{len({k.scan_id for k in leaking})} test cases are known to training or pretraining: leaks.csv"
@@ -266,11 +254,8 @@ def _page(
     told += [f"{len(bad)} cases could not be segmented: predictions/predictions.csv"] * bool(bad)
     if told:
         sections.append(("Cases to look at", "".join(f"<p>{line}</p>" for line in told)))
-    if trained is not None:
-        text = html.escape(trained.read("config.yaml").decode())
-        sections.append(("Config of the training", f"<pre>{text}</pre>"))
-    sections.append(("Artifact", f"<p><code>{html.escape(uri)}</code></p>"))
-    return reporting.run_page(name, sections).encode()
+    text = trained.read("config.yaml").decode() if trained is not None else ""
+    return page(run, sections, lineage, "evaluation", text)
 
 
 # Ids and names stay text: "035" is no number and "NA" not nothing.

@@ -9,7 +9,6 @@ artifact, as in `stages`.
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import sys
 from collections.abc import Mapping
@@ -29,24 +28,22 @@ from logonet.methods import DataSpec
 from logonet.pipelines.preparation import import_scans, make_cases
 from logonet.pipelines.stage import (
     Made,
+    Run,
     StageExecutor,
     Trial,
-    catch_up,
-    chain,
     last_loss,
+    page,
     run_stage,
+    run_tracked,
     say,
-    tracking_of,
 )
 from logonet.pipelines.weights import InitialWeights, find_weights
-from logonet.storage import artifacts, object_store
+from logonet.storage import object_store
 from logonet.storage.artifacts import Artifact
 from logonet.storage.object_store import Stored
 from logonet.training import weight_transfer
 from logonet.training.dataset import LabelledDataset
 from logonet.training.schedule import SampleSchedule
-
-LeakRule = Literal["refuse", "exclude", "allow"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class Finetuning:
     )
     init: Init = field(default_factory=Init)
     validation: sliding_window.Config = field(default_factory=sliding_window.Config)
-    leaks: LeakRule = "refuse"
+    leaks: leakage.LeakRule = "refuse"
 
     def __post_init__(self) -> None:
         Component.convert(self, "backbone", "method")
@@ -128,7 +125,7 @@ def resolve_finetuning(cfg: Finetuning, weights: InitialWeights | None = None) -
 
 
 def make_split(
-    table: manifest.Manifest, cfg: splits.Config, rule: LeakRule, known: bytes | None, root: str
+    table: manifest.Manifest, cfg: splits.Config, rule: leakage.LeakRule, known: bytes | None, root: str
 ) -> tuple[splits.Split, Artifact]:
     """Who trains, validates and tests; test cases that training or pretraining knows are dealt with by ``rule``.
 
@@ -145,13 +142,8 @@ def make_split(
     others = provenance.from_bytes(provenance.join(trained, known) if known else trained)
     test = [by_id[i] for i in split.test]
     found = leakage.find(provenance.anonymous(test), others)
-    leaking = sorted({leak.scan_id for leak in found})
-    if leaking and rule == "refuse":
-        raise UserError(
-            f"{len(leaking)} of {len(split.test)} test cases are known to training or pretraining, such as "
-            f"{leaking[0]} ({found[0].kind}: {found[0].detail}); set leaks=exclude to leave them out or leaks=allow to "
-            "keep them ('logonet data leakcheck' shows all)"
-        )
+    hint = " ('logonet data leakcheck' shows all)"
+    leaking = leakage.refused(found, len(split.test), rule, hint)
     if leaking and rule == "exclude":
         split = splits.without(split, leaking)
         say("leaks", f"{len(leaking)} contaminated test cases left out")
@@ -228,14 +220,8 @@ def finetune(
         "split": split_artifact.fingerprint,
         "weights": lineage["weights"],
     }
-    uri, fingerprint = artifacts.address(root, "finetune", own, parents)
-    origin = "pretrained" if weights else "scratch"
-    name = f"finetune-{cfg.method.name}-{cfg.backbone.name}-{origin}-{fingerprint[:8]}"
-    tracking = tracking_of("finetune", name, fingerprint, cfg, lineage, root, experiment, trial)
-    if trial and trial.started:
-        trial.started(uri)
 
-    def make(uri: str) -> Made:
+    def make(run: Run) -> Made:
         data_spec = DataSpec(
             size_vox=cfg.crops.size_vox,
             in_channels=cases_table.in_channels,
@@ -267,13 +253,13 @@ def finetune(
                 say("transfer", "which scans these weights have seen is not known; leaks cannot be ruled out")
             files["transfer.json"] = json.dumps(handover.to_dict(), indent=1).encode()
         job = training.Job(
-            uri=uri,
-            fingerprint=fingerprint,
+            uri=run.uri,
+            fingerprint=run.fingerprint,
             backbone=cfg.backbone,
             method=cfg.method,
             train=cfg.train,
             data_spec=data_spec,
-            tracking=tracking,
+            tracking=run.tracking,
             progress=sys.stdout.isatty(),
             files=dict(files),
             init=init,
@@ -281,8 +267,8 @@ def finetune(
         )
         say(
             "finetune",
-            f"{name} on {len(train_ids)} cases, {schedule.steps_per_epoch} steps an epoch, {len(val_ids)} to validate  "
-            f"{uri}",
+            f"{run.name} on {len(train_ids)} cases, {schedule.steps_per_epoch} steps an epoch, {len(val_ids)} to "
+            f"validate  {run.uri}",
         )
         result = executor.train(job, dataset)
         history = result["history"]
@@ -290,7 +276,7 @@ def finetune(
         chosen = "best.safetensors" if "best.safetensors" in done else "backbone.safetensors"
         by_id = {s.scan_id: s for s in table.scans}
         spec = model_spec(cfg, cases_table, [by_id[i] for i in train_ids])
-        final = training.load_weights(training.Init(object_store.join(uri, chosen), done[chosen].sha256))
+        final = training.load_weights(training.Init(object_store.join(run.uri, chosen), done[chosen].sha256))
         trained_on = provenance.to_bytes([by_id[i] for i in train_ids], "training")
         if val_ids:
             validated_on = provenance.to_bytes([by_id[i] for i in val_ids], "validation")
@@ -300,7 +286,7 @@ def finetune(
         files[SEEN_FILE] = trained_on
         files |= {f"{MODEL_FOLDER}/{n}": blob for n, blob in model.files(spec, final).items()}
         files["curves.png"] = reporting.curves(history)
-        files["report.html"] = _page(name, cfg, files, handover, lineage, uri)
+        files["report.html"] = _page(run, cfg, files, handover, lineage)
         metadata = {
             "final": history[-1],
             "steps": history[-1]["step"],
@@ -315,11 +301,11 @@ def finetune(
         }
         return Made({**done, **files}, metadata)
 
-    artifact = run_stage(
-        root, "finetune", own, parents, make, last_loss, recorded=config.to_dict(cfg), lineage=lineage
+    origin = "pretrained" if weights else "scratch"
+    label = f"finetune-{cfg.method.name}-{cfg.backbone.name}-{origin}"
+    return run_tracked(
+        root, "finetune", label, cfg, own, parents, lineage, make, last_loss, experiment, trial
     )
-    catch_up(tracking, artifact)
-    return artifact
 
 
 def transfer_report(cfg: Finetuning, init: training.Init, facts: DataSpec) -> weight_transfer.Report:
@@ -348,18 +334,14 @@ def model_spec(cfg: Finetuning, table: prepared_scans.Table, scans: list[manifes
 
 
 def _page(
-    name: str,
+    run: Run,
     cfg: Finetuning,
     files: Mapping[str, bytes],
     handover: weight_transfer.Report | None,
     lineage: Mapping[str, str],
-    uri: str,
 ) -> bytes:
     sections: list[tuple[str, Any]] = [("Training", files["curves.png"])]
     if handover is not None:
-        summary, by_module = handover.summary(), handover.by_module()
-        sections.append(("Weights taken over", reporting.transfer_section(by_module, summary)))
-    sections.append(("Lineage", reporting.lineage(chain(lineage, "finetuning", uri.rsplit("/", 1)[1]))))
-    text = html.escape(config.to_yaml(cfg))
-    sections.append(("Config", f"<pre>{text}</pre><p>Artifact: <code>{html.escape(uri)}</code></p>"))
-    return reporting.run_page(name, sections).encode()
+        section = reporting.transfer_section(handover.by_module(), handover.summary())
+        sections.append(("Weights taken over", section))
+    return page(run, sections, lineage, "finetuning", config.to_yaml(cfg))

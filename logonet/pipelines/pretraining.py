@@ -5,7 +5,6 @@ Shapes: P crops, N clusterers, Z slices of a crop.
 
 from __future__ import annotations
 
-import html
 import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,18 +20,7 @@ from logonet.data.volume import from_uint16
 from logonet.inference.load import SEEN_FILE
 from logonet.methods import DataSpec
 from logonet.pipelines.preparation import import_scans, make_cases, make_clusterers, make_crops, make_labels
-from logonet.pipelines.stage import (
-    Made,
-    StageExecutor,
-    Trial,
-    catch_up,
-    chain,
-    last_loss,
-    run_stage,
-    say,
-    tracking_of,
-)
-from logonet.storage import artifacts
+from logonet.pipelines.stage import Made, Run, StageExecutor, Trial, last_loss, page, run_tracked, say
 from logonet.storage.artifacts import Artifact
 from logonet.storage.object_store import Stored
 from logonet.training import linear_probe, weight_transfer
@@ -188,17 +176,12 @@ def pretrain(
     if up.probe is not None:
         own["probe"] = {**config.to_dict(up.probe.cfg), "cases": lineage["probe_cases"]}
     parents = {up.parent.stage: up.parent.fingerprint}
-    uri, fingerprint = artifacts.address(root, "pretrain", own, parents)
-    name = f"pretrain-{cfg.method.name}-{cfg.backbone.name}-{fingerprint[:8]}"
     schedule = SampleSchedule(
         len(crop_table), cfg.train.global_batch, cfg.train.seed, cfg.train.steps_per_epoch
     )
     dataset = TrainingDataset(cfg.method.name, cfg.method.config, schedule, crop_table, labels_PNZ)
-    tracking = tracking_of("pretrain", name, fingerprint, cfg, lineage, root, experiment, trial)
-    if trial and trial.started:
-        trial.started(uri)
 
-    def make(uri: str) -> Made:
+    def make(run: Run) -> Made:
         # Before any hour is spent: what this run will save is what finetuning will be able to load.
         net = networks.from_component(cfg.backbone, up.data_spec.in_channels, num_classes=2)
         handover = weight_transfer.prove(cfg.backbone, up.data_spec.in_channels, 3, net.state_dict())
@@ -209,33 +192,33 @@ def pretrain(
         pictures = _pictures(dataset, cfg)
         files: dict[str, bytes] = {**pictures, "config.yaml": config.to_yaml(cfg).encode()}
         job = training.Job(
-            uri=uri,
-            fingerprint=fingerprint,
+            uri=run.uri,
+            fingerprint=run.fingerprint,
             backbone=cfg.backbone,
             method=cfg.method,
             train=cfg.train,
             data_spec=up.data_spec,
-            tracking=tracking,
+            tracking=run.tracking,
             progress=sys.stdout.isatty(),
             files=dict(files),
             probe=up.probe,
         )
         say(
-            "pretrain", f"{name} on {len(crop_table)} crops, {schedule.steps_per_epoch} steps an epoch  {uri}"
+            "pretrain",
+            f"{run.name} on {len(crop_table)} crops, {schedule.steps_per_epoch} steps an epoch  {run.uri}",
         )
         result = executor.train(job, dataset)
         history = result["history"]
         pictures["curves.png"] = reporting.curves(history)
         files |= {**pictures, SEEN_FILE: up.seen}
-        files["report.html"] = reporting.run_page(name, _sections(cfg, pictures, lineage, uri)).encode()
+        files["report.html"] = page(run, _sections(pictures), lineage, "pretraining", config.to_yaml(cfg))
         metadata = {"final": history[-1], "steps": history[-1]["step"], "tracked": result["tracked"]}
         return Made({**{k: Stored(**v) for k, v in result["files"].items()}, **files}, metadata)
 
-    artifact = run_stage(
-        root, "pretrain", own, parents, make, last_loss, recorded=config.to_dict(cfg), lineage=lineage
+    label = f"pretrain-{cfg.method.name}-{cfg.backbone.name}"
+    return run_tracked(
+        root, "pretrain", label, cfg, own, parents, lineage, make, last_loss, experiment, trial
     )
-    catch_up(tracking, artifact)
-    return artifact
 
 
 def _pictures(dataset: TrainingDataset, cfg: Pretraining) -> dict[str, bytes]:
@@ -267,15 +250,10 @@ def cluster_sheet(table: crop_shards.CropTable, labels_PNZ: np.ndarray, which: i
     return reporting.contact_sheet(from_uint16(slices_SXY), labels_S, k, exemplars, title)
 
 
-def _sections(
-    cfg: Pretraining, pictures: dict[str, bytes], lineage: dict[str, str], uri: str
-) -> list[tuple[str, Any]]:
-    sections: list[tuple[str, Any]] = [("Training", pictures["curves.png"])]
-    if "masked_chain.png" in pictures:
-        sections.append(("A masked chain of slices and its pseudo-labels", pictures["masked_chain.png"]))
-    if "clusters.png" in pictures:
-        sections.append(("What one clusterer calls alike", pictures["clusters.png"]))
-    sections.append(("Lineage", reporting.lineage(chain(lineage, "pretraining", uri.rsplit("/", 1)[1]))))
-    text = html.escape(config.to_yaml(cfg))
-    sections.append(("Config", f"<pre>{text}</pre><p>Artifact: <code>{html.escape(uri)}</code></p>"))
-    return sections
+def _sections(pictures: dict[str, bytes]) -> list[tuple[str, Any]]:
+    titles = {
+        "curves.png": "Training",
+        "masked_chain.png": "A masked chain of slices and its pseudo-labels",
+        "clusters.png": "What one clusterer calls alike",
+    }
+    return [(title, pictures[name]) for name, title in titles.items() if name in pictures]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import logonet
-from logonet import tracking, training
+from logonet import reporting, tracking, training
 from logonet.core import config, redaction
 from logonet.core.config import Component
 from logonet.core.execution import Executor
@@ -114,33 +115,62 @@ def last_loss(artifact: Artifact) -> str:
 TRACKED = (".png", ".yaml", ".html", "summary.csv", "summary.json", "transfer.json")
 
 
-def tracking_of(
-    stage: str,
-    name: str,
-    fingerprint: str,
-    cfg: Any,
-    lineage: dict[str, str],
+@dataclass(frozen=True)
+class Run:
+    """A tracked run, before it has been made: its artifact's address, its name, and what MLflow is to know of it."""
+
+    uri: str
+    fingerprint: str
+    name: str
+    tracking: dict[str, Any] | None
+
+
+def run_tracked(
     root: str,
+    stage: str,
+    label: str,
+    cfg: Any,
+    own: Any,
+    parents: Mapping[str, str],
+    lineage: Mapping[str, str],
+    make: Callable[[Run], Made],
+    describe: Callable[[Artifact], str],
     experiment: str | None,
     trial: Trial | None = None,
-) -> dict[str, Any] | None:
-    """What `logonet.tracking.Tracker` is to know of a run; None where nothing is tracked."""
-    if experiment is None:
-        return None
-    return {
-        "fingerprint": fingerprint,
-        "experiment": experiment,
-        "run_name": name,
-        "params": config.to_dict(cfg),
-        "tags": {
-            "logonet.stage": stage,
+) -> Artifact:
+    """`run_stage` for a run that MLflow shows.
+
+    Args:
+        label: of the run, before the first digits of its fingerprint.
+        cfg: the whole config, which is recorded; ``own`` is the part of it that decides the address.
+        experiment: of MLflow; None tracks nothing.
+    """
+    uri, fingerprint = artifacts.address(root, stage, own, parents)
+    run = Run(uri, fingerprint, f"{label}-{fingerprint[:8]}", None)
+    if experiment is not None:
+        tags = {
+            "logonet.stage": "evaluate" if stage == "evaluation" else stage,
             "logonet.git_commit": tracking.git_commit(os.path.dirname(os.path.dirname(logonet.__file__))),
             "logonet.command": redaction.command_line(sys.argv),
             **{f"logonet.{k}": v for k, v in lineage.items()},
             **(trial.tags if trial else {}),
-        },
-        "artifact_root": object_store.join(root, "mlflow-artifacts"),
-    }
+        }
+        known = {
+            "fingerprint": fingerprint,
+            "experiment": experiment,
+            "run_name": run.name,
+            "params": config.to_dict(cfg),
+            "tags": tags,
+            "artifact_root": object_store.join(root, "mlflow-artifacts"),
+        }
+        run = replace(run, tracking=known)
+    if trial and trial.started:
+        trial.started(uri)
+    artifact = run_stage(
+        root, stage, own, parents, lambda _: make(run), describe, recorded=cfg, lineage=lineage
+    )
+    catch_up(run.tracking, artifact)
+    return artifact
 
 
 def catch_up(run: dict[str, Any] | None, artifact: Artifact) -> None:
@@ -181,8 +211,15 @@ CHAIN = (
 )
 
 
-def chain(lineage: Mapping[str, str], own: str, fingerprint: str) -> list[tuple[str, str, str]]:
-    """The boxes of `report.lineage`: what is known of where a run comes from, and the run itself at the end."""
-    uri = {key: lineage.get(f"{key}_uri", "") for key, _ in CHAIN}
-    known = [(what, lineage[key], uri[key]) for key, what in CHAIN if lineage.get(key)]
-    return [*known, (own, fingerprint, "this page")]
+def page(
+    run: Run, sections: Sequence[tuple[str, Any]], lineage: Mapping[str, str], own: str, config_yaml: str
+) -> bytes:
+    """A run's page: its sections, where it comes from (``own`` names its own box), and the config behind it."""
+    known = [(what, lineage[key], lineage.get(f"{key}_uri", "")) for key, what in CHAIN if lineage.get(key)]
+    end: list[tuple[str, Any]] = [
+        ("Lineage", reporting.lineage([*known, (own, run.fingerprint, "this page")])),
+        ("Artifact", f"<p><code>{html.escape(run.uri)}</code></p>"),
+    ]
+    if config_yaml:
+        end.insert(1, ("Config of the training", f"<pre>{html.escape(config_yaml)}</pre>"))
+    return reporting.run_page(run.name, [*sections, *end]).encode()
