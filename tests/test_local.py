@@ -16,7 +16,6 @@ import logonet
 from logonet import methods
 from logonet.core.errors import UserError
 from logonet.data import phantom, volume
-from logonet.data.volume import Volume
 from logonet.storage import artifacts
 
 REPO = Path(__file__).parents[1]
@@ -202,10 +201,3 @@ def test_data_tasks_import_no_torch() -> None:
     modules = "logonet.data.preparing, logonet.clustering.fitting, logonet.distributed.executor"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
-
-
-def test_an_array_without_contrast_is_refused(finetuned: logonet.LocalRun) -> None:
-    model = logonet.load_model(finetuned.uri, device="cpu")
-    image = Volume(np.zeros((1, 20, 20, 20), np.float32), np.eye(4))
-    labels_XYZ = model.segment((image.array_CXYZ[0], image.affine))
-    assert labels_XYZ.shape == (20, 20, 20)
