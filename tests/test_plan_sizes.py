@@ -181,7 +181,7 @@ def test_a_method_whose_shapes_depend_on_data_is_not_counted_and_the_plan_says_s
     facts = DataSpec(size_vox=(64, 64, 64), batch_size=2)
     sample = memory.prepared(facts, {"name": "simtrot"}, seeding.rng(0, "test"))
     found = memory.micro_batch(options, {"name": "simtrot"}, facts, bf16=False, sample=sample)
-    assert "network alone" in found.known_from
+    assert "without its method" in found.known_from
     assert found.peak_bytes > found.forward_bytes > 0
 
 
