@@ -197,7 +197,7 @@ def _figure(title: str, note: str, rows: Sequence[Row], classes: Classes, window
     cases = [seen for seen, *_ in rows]
     keyed = [v for i, v in enumerate(colours) if any(seen.areas[0][i].any() for seen in cases)]
     with_truth = any(seen.truth_XYZ is not None for seen in cases)
-    dice = cases[0].dice if all(seen is cases[0] for seen in cases) else {}
+    dice = cases[0].dice if keyed and all(seen is cases[0] for seen in cases) else {}
     shapes = [max(_lengths_mm(seen, box)[1:]) / _mm_per_inch(seen, box) for seen, box, _ in rows]
     heads = sum(0.35 + 0.17 * head.count("\n") for *_, head in rows)
     high = max(sum(shapes) + heads, 0.17 * min(len(keyed) + 4, MAX_KEY + 5)) + 0.7

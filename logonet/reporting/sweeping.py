@@ -29,6 +29,7 @@ BINS = 5
 LOG_FROM = 30.0  # largest over smallest; draws from two decades span rather less than 100
 WRAP = 18  # letters of a value's line
 MAX_LISTED = 20  # trials that the legend of the progress names
+SIDES_PT = ((-11, 5), (11, -5), (-5, 15), (5, -15))  # where a trial's number stands: beside the diagonal
 NOT_SET = "not set"
 # how a trial ended: (what the legend says, how the line looks)
 ENDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -283,7 +284,7 @@ def proxy_scatter(table: pd.DataFrame, correlation: Mapping[str, Any], measured:
     # Neighbours have their numbers on different sides.
     for place, n in enumerate(np.argsort(x_N)):
         if math.isfinite(x_N[n] + y_N[n]):
-            at, shift = (x_N[n], y_N[n]), ((0, 9), (0, -9), (11, 0), (-11, 0))[place % 4]
+            at, shift = (x_N[n], y_N[n]), SIDES_PT[place % len(SIDES_PT)]
             look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5}
             axes.annotate(f"{table['trial'].iloc[n]}", at, shift, textcoords="offset points", **look)
     axes.margins(0.1)
