@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from logonet.cli.keys import fields, leaves, value, walk
+from logonet.core.config import Component
 
 ROOT = Path(__file__).parents[1]
 CHOSEN_BY_NAME = {"backbone": "networks.md", "method": "methods.md"}  # mappings {"name": ..., **options}
@@ -80,9 +81,9 @@ def tree(cfg: Any, path: str = "", level: int = 2) -> str:
         out += [_yaml_words(prose(type(part).__doc__)) + "\n", table(part, where)]
         for name, page in CHOSEN_BY_NAME.items():
             if name in fields(type(part)):
-                chosen = getattr(part, name)
+                chosen = Component.of(getattr(part, name), name)
                 text = f"`{name}` is chosen by name; the default is `{value(chosen)}`."
-                if not chosen:
+                if not chosen.name:
                     text = f"`{name}` is chosen by name; by default it is the one of `init.weights`."
                 out.append(f"{text} [All of them, with their options]({page})\n")
     return "\n".join(out)

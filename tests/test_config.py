@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -82,6 +83,56 @@ def test_mistakes_are_one_sentence(setting: str, said: str) -> None:
     assert "\n" not in str(err.value)
 
 
+# ------------------------------------------------------------------------------------------- sections
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounded(config.Section, key="some"):
+    count: config.Count = 1
+    share: config.Share | None = 0.5
+    sizes: tuple[config.Count, ...] = (1, 2)
+    way: Literal["up", "down"] = "up"
+    pair: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pair[0] > self.pair[1]:
+            raise UserError(f"some.pair is {self.pair}; set (low, high) with low <= high")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"count": 0}, "count is 0; it must be at least 1"),
+        ({"count": "3"}, "count is '3'; it must be a valid integer"),
+        ({"count": True}, "count is True; it must be a valid integer"),
+        ({"share": 1.5}, "share is 1.5; it must be at most 1"),
+        ({"share": float("nan")}, "share is nan; it must be at"),
+        ({"sizes": [3, 0]}, "sizes[1] is 0; it must be at least 1"),
+        ({"way": "left"}, "way is 'left'; it must be 'up' or 'down'"),
+        ({"pair": [2.0, 1.0]}, "some.pair is (2.0, 1.0); set (low, high)"),
+    ],
+)
+def test_a_section_is_checked_from_python_as_from_yaml(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)) as direct:
+        Bounded(**values)
+    with pytest.raises(UserError, match=re.escape(said)) as read:
+        config.from_dict(Bounded, values, "a.b")
+    assert str(direct.value).startswith("some.")
+    assert "pair" in values or str(read.value).startswith("a.b.")
+
+
+def test_a_section_is_a_plain_frozen_dataclass() -> None:
+    made = Bounded(sizes=[4, 5], share=None)  # type: ignore[arg-type]
+    assert made.sizes == (4, 5)
+    assert made == config.from_dict(Bounded, {"sizes": [4, 5], "share": None})
+    assert pickle.loads(pickle.dumps(made)) == made
+    assert dataclasses.asdict(dataclasses.replace(made, count=2))["count"] == 2
+    assert isinstance(hash(made), int)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.count = 3  # type: ignore[misc]
+
+
 # ------------------------------------------------------------------------------------------- components
 
 
@@ -117,7 +168,7 @@ def test_a_component_is_the_mapping_of_its_name_and_options() -> None:
     ("values", "said"),
     [
         (3, "'network' must be a mapping"),
-        ({"name": 3}, "'network.name' is 3"),
+        ({"name": 3}, "network.name is 3"),
         ({"lr": 3}, "set network.name"),
     ],
 )

@@ -42,9 +42,11 @@ def keys(reference: Any, cfg: Any, path: str = "") -> set[str]:
     for field in dataclasses.fields(cfg):
         value, where = getattr(cfg, field.name), f"{path}.{field.name}".lstrip(".")
         section = config.section_of(typing.get_type_hints(type(cfg))[field.name])
+        if field.name in ("backbone", "method"):
+            continue
         if section is not None:
             out |= keys(reference, section() if value is None else value, where)
-        elif field.name not in ("backbone", "method"):
+        else:
             out.add(where)
     return out
 

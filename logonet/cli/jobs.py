@@ -145,7 +145,7 @@ def job_config(args: ConfigArgs, recipes: Mapping[str, Callable[[], Any]]) -> An
     """Recipe, then file, then settings: each laid on what came before, strictly."""
     if args.recipe not in recipes:
         missing = (
-            f"--recipe is missing; choose one of {', '.join(recipes)} (--list-recipes says what each is for)"
+            f"--recipe is missing; choose one of {', '.join(recipes)} (a job's --list-recipes says what for)"
         )
         raise UserError(config.unknown("recipe", args.recipe, recipes) if args.recipe else missing)
     base = recipes[args.recipe]()

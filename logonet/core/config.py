@@ -54,7 +54,7 @@ class Component:
             raise UserError(f"config section '{where}' must be a mapping of keys to values, not {values!r}")
         name = values.get("name", "")
         if not isinstance(name, str):
-            raise UserError(f"config key '{where}.name' is {name!r}; it must be a name")
+            raise UserError(f"{where}.name is {name!r}; it must be text")
         return cls(name, {key: value for key, value in values.items() if key != "name"})
 
     @classmethod
@@ -194,10 +194,9 @@ WORDS = {  # of pydantic's messages
 class Section:
     """Base of config dataclasses: an instance checks the types and bounds of its fields when it is made.
 
-    Bounds stand in the annotations (``Annotated[int, Ge(1)]``; `Count`, `Share` and the others below are short for
-    the usual ones). A rule about several keys is code in the class's own ``__post_init__``, after ``super()``'s.
-
-    ``class Config(Section, key="train")`` names the keys in errors.
+    Bounds stand in the annotations: ``lr: Annotated[float, Gt(0)]``, or `Positive`, `Count`, `Share`... for the usual
+    ones. A rule about several keys is code in the class's own ``__post_init__``, after ``super().__post_init__()``.
+    ``class Config(Section, key="train")`` says how errors name the section.
     """
 
     _key = ""
@@ -208,8 +207,11 @@ class Section:
     def __post_init__(self) -> None:
         from pydantic import ValidationError
 
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # as people write in Python what YAML has in brackets
+                object.__setattr__(self, name, tuple(value))
         try:
-            _field_checker(type(self)).validate_python(vars(self))  # type: ignore[arg-type]
+            _field_checker(type(self)).validate_python(vars(self), strict=True)  # type: ignore[arg-type]
         except ValidationError as err:
             raise UserError(_sentence(err, self._key)) from None
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from logonet import methods, networks, reporting, training
 from logonet.core import config
-from logonet.core.config import Component
+from logonet.core.config import Component, Section, Share
 from logonet.core.errors import UserError
 from logonet.data import leakage, manifest, prepared_scans, provenance, splits
 from logonet.data.prepared_scans import CropSampling
@@ -47,7 +47,7 @@ from logonet.training.schedule import SampleSchedule
 
 
 @dataclass(frozen=True)
-class Init:
+class Init(Section, key="init"):
     """Where the first weights come from.
 
     Attributes:
@@ -59,7 +59,7 @@ class Init:
 
     weights: str = ""
     parts: Literal["all", "encoder"] = "all"
-    min_encoder_share: float = 0.95
+    min_encoder_share: Share = 0.95
 
 
 @dataclass(frozen=True)
