@@ -129,14 +129,17 @@ def test_one_trials_failure_is_recorded_and_tried_again(
     tmp_path: Path, trials_run_here: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trials that ended are left alone; one that says "running" was interrupted, and goes on."""
-    space = {"search": {"train.lr": {"grid": [1e-2, 1e30]}}}
-    tried = sweep(
-        str(tmp_path),
-        write_scans(str(tmp_path)),
-        space,
-        base=replace(pretraining(epochs=2), probe=None),
-        config=Config(objective="accuracy", stop_early=False),
-    )
+    history = [{"epoch": e, "step": e, "probe_dice": 0.2 * e} for e in (1, 2)]
+
+    def pretrain(cfg: Any, *args: Any, trial: Any, **options: Any) -> Any:
+        trial.started(uri := f"{tmp_path}/pretrain/{cfg.train.lr}")
+        if cfg.train.lr > 1:
+            raise training.Diverged("the loss is not finite; lower train.lr")
+        return SimpleNamespace(uri=uri, read=lambda name: json.dumps(history).encode())
+
+    monkeypatch.setattr(running.pipelines, "pretrain", pretrain)
+    monkeypatch.setattr(searching.pipelines, "upstream", lambda *_: SimpleNamespace(lineage={}))
+    tried = sweep(str(tmp_path), "/nowhere", {"search": {"train.lr": {"grid": [1e-2, 1e30]}}})
     learns = searching.run(tried, ONE, Budget())
     trials = {t.settings["train.lr"]: t for t in records.read_all(tried.uri)}
     diverges = trials[1e30]

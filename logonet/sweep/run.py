@@ -61,9 +61,8 @@ def run(sweep: Sweep, resources: Resources, budget: Budget, *, at_once: int = 0)
         tags={"logonet.stage": "sweep", "logonet.sweep": sweep.uri},
         artifact_root=object_store.join(sweep.root, "mlflow-artifacts"),
     )
-    parent = tracker.run_id()
     known = {key: t.history for key, t in trials.items() if not t.ended}
-    plan = Plan(sweep, resources, share, known, parent)
+    plan = Plan(sweep, resources, share, known, tracker.run_id())
     todo, left_s = open_trials(sweep, trials, wanted), _left_s(sweep, budget)
     if todo and left_s > 0:
         ready = _prepared(plan, todo)
@@ -78,7 +77,7 @@ def run(sweep: Sweep, resources: Resources, budget: Budget, *, at_once: int = 0)
     _confirm(plan, trials, tracker, max(sweep.confirm, 1 if sweep.register else 0), runs)
     winner = outcome.winner(list(trials.values()))
     files = outcome.report(sweep.uri, sweep.uri)
-    _close_runs(sweep, trials, parent)
+    _close_runs(sweep, trials, tracker.run_id())  # by now a slow server may have answered
     tracker.log_files(files)
     if not tracker.close("KILLED" if open_trials(sweep, trials, wanted) else "FINISHED"):
         say("mlflow", "the tracking server is away; the same command catches up later")
