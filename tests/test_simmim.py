@@ -107,7 +107,7 @@ def test_every_unit_is_hidden_as_often() -> None:
         ("unetr", SIZE, (16, 16, 16)),
         ("swinunetr", (32, 32, 64), (32, 32, 32)),
         ("nnformer", SIZE, (8, 8, 8)),
-        ("logonet", SIZE, (16, 16, 16)),
+        ("pcrlv2", SIZE, (16, 16, 16)),
     ],
 )
 def test_units_are_the_coarsest_cells_of_networks_with_tokens(
@@ -115,7 +115,7 @@ def test_units_are_the_coarsest_cells_of_networks_with_tokens(
 ) -> None:
     module = module_on(backbone, size_vox)
     assert module.unit_vox == unit_vox
-    assert module.tokens is module.on_encoder is (backbone != "logonet")
+    assert module.tokens is module.on_encoder is (backbone != "pcrlv2")
 
 
 def test_units_and_outputs_of_the_published_nnformer() -> None:
@@ -134,7 +134,7 @@ def test_units_and_outputs_of_the_published_nnformer() -> None:
 @pytest.mark.parametrize("head", ["encoder", "decoder"])
 @pytest.mark.parametrize(
     "backbone",
-    ["unetr", "logonet", *(pytest.param(n, marks=pytest.mark.slow) for n in ("swinunetr", "nnformer"))],
+    ["unetr", "pcrlv2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("swinunetr", "nnformer"))],
 )
 def test_what_is_hidden_has_no_influence(backbone: str, head: str) -> None:
     size_vox = (32, 32, 64) if backbone == "swinunetr" else SIZE
@@ -154,7 +154,7 @@ def test_what_is_hidden_has_no_influence(backbone: str, head: str) -> None:
     assert guess.shape == image.shape
 
 
-@pytest.mark.parametrize("backbone", ["unetr", "nnformer", "logonet"])
+@pytest.mark.parametrize("backbone", ["unetr", "nnformer", "pcrlv2"])
 def test_a_crop_wholly_hidden_gives_the_same_whatever_it_held(backbone: str) -> None:
     module = module_on(backbone, ratio=1.0).eval()
     hidden_Buvw = module.hidden(torch.rand(2, 512), SIZE)
@@ -179,7 +179,7 @@ def test_the_loss_is_a_mean_over_hidden_voxels() -> None:
         assert loss.item() == pytest.approx(total / (count + 1e-5), rel=1e-5)
 
 
-@pytest.mark.parametrize("backbone", ["unetr", "logonet"])
+@pytest.mark.parametrize("backbone", ["unetr", "pcrlv2"])
 def test_voxels_in_sight_send_no_gradient(backbone: str) -> None:
     module = module_on(backbone)
     image = noise().float() / 65535
@@ -193,7 +193,7 @@ def test_voxels_in_sight_send_no_gradient(backbone: str) -> None:
     assert (target.grad[hidden_B1XYZ] != 0).all()
 
 
-@pytest.mark.parametrize("backbone", ["unetr", "logonet"])
+@pytest.mark.parametrize("backbone", ["unetr", "pcrlv2"])
 def test_a_constant_crop_is_rebuilt_by_the_bias(backbone: str) -> None:
     module = module_on(backbone)
     constant = torch.full((2, 1, *SIZE), 20_000).to(torch.uint16)
@@ -252,7 +252,7 @@ def test_the_encoders_head_freezes_what_it_does_not_use() -> None:
 
 
 def test_the_decoders_head_trains_all_but_the_classifier() -> None:
-    module = module_on("logonet")
+    module = module_on("pcrlv2")
     frozen = {k for k, p in module.named_parameters() if not p.requires_grad}
     heads = tuple(f"backbone.{prefix}" for prefix in module.backbone.head_prefixes)
     assert frozen == {k for k, _ in module.named_parameters() if k.startswith(heads)} != set()

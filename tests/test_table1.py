@@ -36,7 +36,9 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- Table 1 -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n.startswith("DiNTS") else ()) for n in PAPER]
+)
 def test_a_row_is_the_papers_digits_or_says_why_not(name: str) -> None:
     network, counts = table1.NETWORKS[name], table1.count(table1.NETWORKS[name])
     verdict = table1.verdict(counts, PAPER[name])
