@@ -221,11 +221,11 @@ def test_a_list_sees_that_a_scan_far_away_was_replaced(
         ('{"training": [{"image": ["a", 2]}]}', "names no image"),
         ('{"training": [7]}', "names no image: 7"),
         ('{"training": 3}', "'training' must be a list of scans, not 3"),
-        ('{"training": [{"image": "a", "label": [1, 0]}]}', "has the label [1, 0]; give the path of one"),
-        ('{"training": [{"image": "a", "label": ["x", "y"]}]}', "give the path of one label map"),
+        ('{"training": [{"image": "a", "label": [1, 0]}]}', "has the label [1, 0]; give one path"),
+        ('{"training": [{"image": "a", "label": ["x", "y"]}]}', "give one path"),
         ('{"training": [{"image": "a", "fold": "one"}]}', "has the fold 'one'; write an integer"),
         ('{"training": ["a"], "labels": ["liver"]}', "'labels' must be a mapping"),
-        ('{"training": ["a"], "labels": {"1": null}}', "one of the two must be the label's integer"),
+        ('{"training": ["a"], "labels": {"1": null}}', "one must be an integer"),
         (
             '{"training": ["a"], "labels": {"1": "liver", "01": "lung"}}',
             "'liver' and 'lung' share the value 1",
@@ -339,7 +339,7 @@ def test_nnunet_folds(root: str) -> None:
         (
             {"file_ending": ".nrrd"},
             ["imagesTr/a_0000.nrrd"],
-            "{root}/dataset.json: its files end in '.nrrd'; logonet reads .nii.gz and .nii, so convert them",
+            "{root}/dataset.json: its files end in '.nrrd'; logonet reads .nii.gz and .nii; convert them",
         ),
         (
             {},
@@ -376,7 +376,7 @@ def test_an_nnunet_dataset_that_makes_no_sense(
 @pytest.mark.parametrize(
     ("splits", "sentence"),
     [
-        ([{"train": [], "val": ["a"]}] * 2, "validates 'a' in the folds 0 and 1; keep one of them"),
+        ([{"train": [], "val": ["a"]}] * 2, "lists 'a' in folds 0 and 1; keep one"),
         ({"a": 1}, "must hold a list of {train: [cases], val: [cases]}"),
         ([["a"]], "must hold a list of {train: [cases], val: [cases]}"),
         (3, "must hold a list of {train: [cases], val: [cases]}"),
@@ -569,7 +569,7 @@ def test_a_scan_that_is_not_the_one_in_the_csv(tmp_path: Path) -> None:
         ),
         ("label\nb.nii.gz\n", ", line 2: names no image; fill in the column 'image'"),
         ("image,label\na.nii.gz,\n,b.nii.gz\n", ", line 3: names no image; fill in the column 'image'"),
-        ("image,label\na.nii.gz\n", ", line 2: has 1 cells, its header 2; correct the line"),
+        ("image,label\na.nii.gz\n", ", line 2: has 1 cells, its header 2; correct it"),
         (
             "image,split\na.nii.gz,tset\n",
             ", line 2: unknown split 'tset'; did you mean 'test'? (known: test, train, val)",

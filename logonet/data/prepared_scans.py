@@ -126,9 +126,8 @@ def to_bytes(scan_id: str, image_CXYZ: np.ndarray, labels_XYZ: np.ndarray, seed:
         arrays[f"labels/{name}"] = np.ascontiguousarray(labels_XYZ[box])
     for index, voxels_n3 in class_positions(labels_XYZ, seed, scan_id).items():
         arrays[f"places/{index}"] = voxels_n3
-    return safetensors_io.to_bytes_with_checksums(
-        arrays, {"scan_id": scan_id, "shape": json.dumps(image_CXYZ.shape)}
-    )
+    about = {"scan_id": scan_id, "shape": json.dumps(image_CXYZ.shape)}
+    return safetensors_io.to_bytes_with_checksums(arrays, about)
 
 
 def _chunks(shape_xyz: Sequence[int]) -> Iterator[tuple[str, tuple[slice, slice, slice]]]:
