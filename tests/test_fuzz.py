@@ -22,12 +22,11 @@ from logonet.data.manifest import Source
 from logonet.storage import object_store
 
 EACH = 130  # of the marked test; 21 kinds of input
-QUICK = 5
+QUICK = 2  # of the default test
 
 
-def test_a_hundred_mutations() -> None:
+def test_the_first_mutations_of_every_kind() -> None:
     wanted = [(name, n) for name in fuzzing.TARGETS for n in range(QUICK)]
-    assert len(wanted) >= 100
     found = list(fuzzing.attempts(wanted))
     assert not fuzzing.same_faults(found), "\n".join(fuzzing.same_faults(found))
 
@@ -120,7 +119,7 @@ def test_what_can_be_no_name(name: str) -> None:
     for uri in (f"/tmp/{name}", f"s3://bucket/{name}"):
         if name == "a\0b" and object_store.is_s3(uri):
             continue  # S3 has such keys
-        with pytest.raises(UserError, match="can be no"):
+        with pytest.raises(UserError, match="not a possible"):
             object_store.exists(uri)
 
 
