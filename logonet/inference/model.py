@@ -15,9 +15,9 @@ from torch import nn
 
 from logonet import networks
 from logonet.core import config
-from logonet.core.config import Component
+from logonet.core.config import Component, Positive
 from logonet.core.errors import UserError
-from logonet.data.preprocessing import Preprocessing
+from logonet.data.preprocessing import Percentile, Preprocessing
 from logonet.storage import object_store
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
@@ -48,9 +48,9 @@ class Spec(Preprocessing):
     size_vox: tuple[int, int, int]
     modality: str
     # said by every model, not left to a default
-    spacing_mm: tuple[float, float, float] | None = field(kw_only=True)
+    spacing_mm: tuple[Positive, Positive, Positive] | None = field(kw_only=True)
     window_hu: tuple[float, float] = field(kw_only=True)
-    mr_percentiles: tuple[float, float] = field(kw_only=True)
+    mr_percentiles: tuple[Percentile, Percentile] = field(kw_only=True)
 
     def __post_init__(self) -> None:
         Component.convert(self, "backbone")
