@@ -192,8 +192,8 @@ def test_damaged_and_foreign_files_are_sentences():
         (b"", "not a whole safetensors file"),
         (b"\x80\x04pickle me" * 9, "not a whole safetensors file"),
         (bytes(flipped), "does not match its checksum"),
-        (save({"x": np.zeros(3, np.float32)}), "of another kind"),
-        (Fitted(0, np.zeros((2, 4), np.float32), 0.0).to_bytes(), "of another kind"),
+        (save({"x": np.zeros(3, np.float32)}), "but not logonet-clusterers-1"),
+        (Fitted(0, np.zeros((2, 4), np.float32), 0.0).to_bytes(), "but not logonet-clusterers-1"),
     ]:
         with pytest.raises(UserError, match=words) as caught:
             ClustererSet.from_bytes(bad, "s3://bucket/clusterers.safetensors")

@@ -527,7 +527,7 @@ def test_weights_that_are_not_there(
         ),
         ({"split": replace(SPLIT, fold=None)}, "no validation cases; set train.validate_every_epochs=0"),
         ({"crops": prepared_scans.CropSampling(size_vox=(40, 32, 32))}, "multiple"),
-        ({"split": replace(SPLIT, test_share=0.95)}, "leaves none to train on"),
+        ({"split": replace(SPLIT, test_share=0.95)}, "leaves none of"),
     ],
 )
 def test_settings(

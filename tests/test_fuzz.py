@@ -10,6 +10,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+import fuzz_artifacts
+import fuzz_scans
 import fuzzing
 import pytest
 
@@ -20,12 +22,11 @@ from logonet.data.manifest import Source
 from logonet.storage import object_store
 
 EACH = 130  # of the marked test; 21 kinds of input
-QUICK = 5
+QUICK = 2  # of the default test
 
 
-def test_a_hundred_mutations() -> None:
+def test_the_first_mutations_of_every_kind() -> None:
     wanted = [(name, n) for name in fuzzing.TARGETS for n in range(QUICK)]
-    assert len(wanted) >= 100
     found = list(fuzzing.attempts(wanted))
     assert not fuzzing.same_faults(found), "\n".join(fuzzing.same_faults(found))
 
@@ -51,11 +52,11 @@ def test_a_key_of_a_megabyte_is_refused_at_once() -> None:
 
 
 def test_a_sentence_is_one_short_printable_line() -> None:
-    said = str(UserError(f"/a\nb\ud800\x1b[31m{'x' * 5000}: is wrong; mend it"))
+    said = str(UserError(f"/a\nb\ud800\x1b[31m{'x' * 5000}: is wrong; correct it"))
     assert said.isprintable()
     assert len(said) <= LONGEST
     assert said.startswith("/a\\nb\\ud800\\x1b[31mx")
-    assert said.endswith("x: is wrong; mend it")
+    assert said.endswith("x: is wrong; correct it")
     assert plain("a scan of 5 × 5 voxels") == "a scan of 5 × 5 voxels"
 
 
@@ -85,9 +86,9 @@ def test_a_header_that_claims_ten_to_the_twelve_voxels(monkeypatch: pytest.Monke
 
 
 def test_deflated_dicom_is_not_inflated(tmp_path: Path) -> None:
-    fuzzing._make_series(tmp_path)
+    fuzz_scans.make_series(tmp_path)
     files = sorted((tmp_path / "series").iterdir())
-    fuzzing._deflate(files[0], 1 << 20)
+    fuzz_scans.deflate(files[0], 1 << 20)
     with pytest.raises(BadScan, match=r"0\.dcm: is deflated DICOM"):
         volume.decode_dicom([(p.name, p.read_bytes()) for p in files])
 
@@ -118,7 +119,7 @@ def test_what_can_be_no_name(name: str) -> None:
     for uri in (f"/tmp/{name}", f"s3://bucket/{name}"):
         if name == "a\0b" and object_store.is_s3(uri):
             continue  # S3 has such keys
-        with pytest.raises(UserError, match="can be no"):
+        with pytest.raises(UserError, match="not a possible"):
             object_store.exists(uri)
 
 
@@ -175,7 +176,7 @@ def test_a_config_that_is_not_text(tmp_path: Path) -> None:
 def test_splits_that_name_no_text(tmp_path: Path) -> None:
     from logonet.data import importers
 
-    fuzzing._make_nnunet(tmp_path)
+    fuzz_scans.make_nnunet(tmp_path)
     (tmp_path / "splits_final.json").write_text('[{"val": [null, "case_0"]}]')
     with pytest.raises(UserError, match=r"splits_final\.json must hold a list"):
         importers.sources(f"{tmp_path}/dataset.json")
@@ -198,7 +199,7 @@ def test_a_case_whose_header_is_another_is_prepared_again(tmp_path: Path) -> Non
 
     from logonet.data import prepared_scans
 
-    fuzzing._make_case(tmp_path)
+    fuzz_artifacts.make_case(tmp_path)
     path = tmp_path / "cases" / "scan-1.safetensors"
     blob = path.read_bytes()
     assert prepared_scans.stored(str(path), len(blob)) is not None
@@ -219,12 +220,12 @@ def test_a_checkpoint_with_odd_facts_is_passed_over(tmp_path: Path, facts: dict[
 
     from logonet.training import checkpoints
 
-    fuzzing._make_run(tmp_path)
+    fuzz_artifacts.make_run(tmp_path)
     newest = tmp_path / "checkpoints" / "step-00000002"
     content = json.loads((newest / "manifest.json").read_text())
     content["facts"] = {"history": [], **facts}
     (newest / "manifest.json").write_text(json.dumps(content))
-    fuzzing.sealed(newest)
+    fuzz_artifacts.sealed(newest)
     with pytest.raises(checkpoints.Damaged, match="step-00000002 is no checkpoint of this version"):
         checkpoints.load_state(str(newest), "f" * 16)
     found = checkpoints.newest(str(tmp_path), "f" * 16)

@@ -142,8 +142,8 @@ def _move(scan: volume.Volume, labels: np.ndarray) -> bytes:
 
 BAD_LABELS = {
     "another shape": (lambda scan, labels: encode_nifti(labels[:-1], scan.affine), "has shape (15, 16, 16)"),
-    "another place": (_move, "4.0 mm away"),
-    "mirrored": (lambda scan, labels: encode_nifti(labels, scan.affine @ np.diag([-1, 1, 1, 1])), "mm away"),
+    "another place": (_move, "4.0 mm off"),
+    "mirrored": (lambda scan, labels: encode_nifti(labels, scan.affine @ np.diag([-1, 1, 1, 1])), "mm off"),
     "fractions": (lambda scan, labels: encode_nifti(labels.astype(np.float32) / 2, scan.affine), "also 0.5"),
     "too large": (lambda scan, labels: encode_nifti(labels.astype(np.int16) + 300, scan.affine), "integers"),
     "negative": (lambda scan, labels: encode_nifti(labels.astype(np.int16) - 1, scan.affine), "integers"),

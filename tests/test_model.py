@@ -91,9 +91,9 @@ def test_a_spec_that_contradicts_itself_is_refused(changes: dict[str, Any], sent
     ("edit", "sentence"),
     [
         (lambda v: v | {"colour": "red"}, "unknown config key 'colour'"),
-        (lambda v: {k: x for k, x in v.items() if k != "classes"}, "'classes' is missing"),
-        (lambda v: {k: x for k, x in v.items() if k != "window_hu"}, "'window_hu' is missing"),
-        (lambda v: v | {"size_vox": "big"}, "'size_vox'"),
+        (lambda v: {k: x for k, x in v.items() if k != "classes"}, "classes is missing"),
+        (lambda v: {k: x for k, x in v.items() if k != "window_hu"}, "window_hu is missing"),
+        (lambda v: v | {"size_vox": "big"}, "size_vox is .big"),
         (lambda v: v | {"modality": "PET"}, "'PET'"),
         (lambda v: [v], "must be a mapping"),
     ],

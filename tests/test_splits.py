@@ -207,7 +207,7 @@ def test_subjects_of_two_datasets_are_two_and_nameless_ones_are_each_their_own()
     [
         ({"test_share": 1.0}, "test_share is 1"),
         ({"test_share": -0.1}, "test_share is -0.1"),
-        ({"test_share": 0.95}, "leaves none to train on"),
+        ({"test_share": 0.95}, "leaves none of 10 subjects to train on"),
         ({"fold": 5}, "fold is 5"),
         ({"fold": -1}, "fold is -1"),
         ({"folds": 1}, "folds is 1"),
@@ -262,7 +262,7 @@ def test_without_moves_test_scans_to_the_excluded() -> None:
     assert splits.without(split, []) == split
     with pytest.raises(UserError, match="is no test scan"):
         splits.without(split, split.train[:1])
-    with pytest.raises(UserError, match="nothing is left to test on"):
+    with pytest.raises(UserError, match="none is left"):
         splits.without(split, split.test)
 
 
@@ -290,5 +290,5 @@ def test_a_changed_or_broken_split_is_refused() -> None:
         with pytest.raises(UserError, match="was changed"):
             Split.from_json(bad, "s.json")
     one = {i: {**vars(case), "subject": "set/one"} for i, case in split.cases.items()}
-    with pytest.raises(UserError, match="subject set/one is in test and in val"):
+    with pytest.raises(UserError, match="subject set/one is in test and val"):
         Split.from_json(_edited(text, cases=one), "s.json")

@@ -81,7 +81,7 @@ def source(folder: Path, image: bytes | None, label: bytes | None, **changes: An
 
 
 # what the case is -> image, label, changes of its source, and check -> the sentence behind the file's name
-NAN = "has voxels that are not finite (NaN or infinity); replace them and save it again"
+NAN = "has voxels that are not finite (NaN or infinity); replace them"
 BROKEN: dict[str, tuple[bytes | None, bytes | None, dict[str, Any], dict[str, str]]] = {
     "fine": (image(), label(), {}, {}),
     "fine without classes": (image(), label(first(9)), {"classes": ()}, {}),
@@ -110,7 +110,7 @@ BROKEN: dict[str, tuple[bytes | None, bytes | None, dict[str, Any], dict[str, st
         image(),
         label(),
         {"size_bytes": 2**34},
-        {"opens": "a.nii.gz: has 16.0 GiB, more than can be decoded; split it"},
+        {"opens": "a.nii.gz: has 16.0 GiB, too much to decode; split it"},
     ),
     "not the listed file, and of another place than its label": (
         image(affine=moved(4)),
@@ -119,7 +119,7 @@ BROKEN: dict[str, tuple[bytes | None, bytes | None, dict[str, Any], dict[str, st
         {
             "checksum": f"a.nii.gz: its SHA-256 begins {hashlib.sha256(image(affine=moved(4))).hexdigest()[:10]}, not "
             "0000000000 as listed; copy the file again or correct the list",
-            "label affine": "l.nii.gz: the label lies 4.0 mm away from its image; give both one affine",
+            "label affine": "l.nii.gz: the label lies 4.0 mm off its image; give both one affine",
         },
     ),
     "torn, with a label of another shape": (
@@ -143,7 +143,7 @@ BROKEN: dict[str, tuple[bytes | None, bytes | None, dict[str, Any], dict[str, st
         {},
         {
             "finite": f"a.nii.gz: {NAN}",
-            "label affine": "l.nii.gz: the label lies 3.0 mm away from its image; give both one affine",
+            "label affine": "l.nii.gz: the label lies 3.0 mm off its image; give both one affine",
             "label values": "l.nii.gz: a label map holds integers from 0 to 255, this one also -1, 0.5, 1.5, ...; "
             "correct it",
             "label set": "l.nii.gz: holds 7, but the dataset declares 0 background, 1 liver, 2 spleen; correct one of "
@@ -336,7 +336,7 @@ def test_a_missing_label_where_others_have_one() -> None:
         ("c", "label missing", "error"),
     ]
     assert found[0].sentence == (
-        "b: has no label, though others of the dataset 'd' have; add it or move the scan to the test split"
+        "b: has no label, though others of the dataset 'd' have; add it or move the scan to 'test'"
     )
     assert validate.failed(found)
     assert not validate.failed(found[:1])

@@ -135,9 +135,7 @@ def fit_one(slices_ST: np.ndarray, k: int, index: int, cfg: Config) -> Fitted:
 
     S = len(slices_ST)
     if S == 0:
-        raise UserError(
-            "there are no slices to fit clusterers on; the crop stage must give at least one crop"
-        )
+        raise UserError("there are no slices to fit clusterers on; the crop stage must give crops")
     # BLAS sums in an order that depends on its threads.
     with threadpool_limits(1):
         if cfg.algorithm == "kmeans":
@@ -159,9 +157,7 @@ def _at_most_distinct(slices_ST: np.ndarray, k: int, index: int) -> int:
         seen.add(x_T.tobytes())
         if len(seen) == k:
             return k
-    log.warning(
-        "clusterer %d: only %d distinct slices for %d clusters; K is %d", index, len(seen), k, len(seen)
-    )
+    log.warning("clusterer %d: only %d distinct slices for %d clusters, so K is lower", index, len(seen), k)
     return len(seen)
 
 
@@ -312,16 +308,12 @@ def _unpack(file_format: str, data: bytes, source: str) -> tuple[dict[str, np.nd
     try:
         arrays = load(data)
     except (SafetensorError, KeyError, ValueError) as err:
-        raise UserError(
-            f"{source} is not a whole safetensors file ({err}); fit the clusterers again"
-        ) from None
+        raise UserError(f"{source} is not a whole safetensors file ({err}); fit them again") from None
     # safetensors reads metadata from files only. load() has just checked this header.
     header = json.loads(safetensors_io.header_of(data)).get("__metadata__") or {}
     about = json.loads(header.get("logonet", "{}"))
     if about.get("format") != file_format:
-        raise UserError(
-            f"{source} is a safetensors file of another kind, not {file_format}; name the right file"
-        )
+        raise UserError(f"{source} is a safetensors file, but not {file_format}; name the right file")
     if about["sha256"] != _digest(arrays, about["meta"]):
         raise UserError(f"{source} does not match its checksum; fetch it or fit the clusterers again")
     return arrays, about["meta"]

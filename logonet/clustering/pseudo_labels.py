@@ -47,16 +47,12 @@ from logonet.core.errors import UserError
 from logonet.data.volume import from_uint16
 
 UNIT = 2.0**-24  # float32, round to nearest
-RANK = (
-    510  # with its two more columns the screen is 512 wide; 254 took a sixth longer on CT crops, 766 no less
-)
+RANK = 510  # with two more columns the screen is 512 wide; 254 took a sixth longer on CT crops, 766 no less
 PROJECT_BLOCK = 256
 EXACT_BLOCK = 1024
 ROWS = 1024  # gathered rows of one product: 1024 x 1024 float32 stay in the shared cache
 PAIRS = 64
-SLICES = (
-    192  # slices of one pass; bounds the scratch: all pairs of incompressible slices take 1 GB at V = 23,000
-)
+SLICES = 192  # of one pass; bounds the scratch: all pairs of incompressible slices take 1 GB at V = 23,000
 BASIS_SAMPLE = 1024
 SKEW = 8.0  # k in (2): slices have larger residuals than centroids, so they can bear more of rho
 LARGEST = 1e16  # |x|^2 up to here; intensities in [0, 1] stay far below
@@ -105,9 +101,7 @@ class Labeller:
         with torch.inference_mode():
             self.norm2_V = _norm2(self.centroids_VT)
             if not bool((self.norm2_V <= LARGEST).all()):  # also False for NaN
-                raise UserError(
-                    f"clusterer set {clusterers.id} has centroids that are not finite; fit them again"
-                )
+                raise UserError(f"clusterer set {clusterers.id} has centroids that are not finite; refit it")
             basis_TR = self._basis()
             self.rank = basis_TR.shape[1]
             self.rho = self.rank**0.5 * (_gamma(PROJECT_BLOCK) + UNIT) + 2 * UNIT

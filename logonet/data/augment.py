@@ -1,4 +1,4 @@
-"""Distortions of a labelled training crop: `draw` decides, `apply` does; both are pure.
+"""Distortions of a labelled training crop: `draw` chooses them, `apply` applies them; both are pure.
 
 Shapes: C input channels, X Y Z the crop's axes in RAS order (X grows to the patient's right, Z is the slice
 axis). Images are float32, nominally in [0, 1] and not clipped afterwards; labels are class indices, 0
@@ -8,7 +8,7 @@ background.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -19,15 +19,6 @@ from logonet.core.config import NonNegative, Positive, Section, Share
 from logonet.core.errors import UserError
 
 Axis = Literal[0, 1, 2]
-PROBABILITIES = (
-    "flip_prob",
-    "rotate90_prob",
-    "affine_prob",
-    "gamma_prob",
-    "scale_intensity_prob",
-    "shift_intensity_prob",
-    "noise_prob",
-)
 
 
 @dataclass(frozen=True)
@@ -84,9 +75,13 @@ class Config(Section, key="augment"):
                 raise UserError(f"augment.{name} is ({low}, {high}); set (low, high) with low <= high")
 
 
+def probabilities() -> list[str]:
+    return [f.name for f in fields(Config) if f.name.endswith("_prob")]
+
+
 def none() -> Config:
-    """Nothing is distorted."""
-    off: dict[str, Any] = dict.fromkeys(PROBABILITIES, 0.0)
+    """A config that distorts nothing."""
+    off: dict[str, Any] = dict.fromkeys(probabilities(), 0.0)
     return Config(**off)
 
 
@@ -169,9 +164,8 @@ def _resampled(array_XYZ: np.ndarray, matrix_33: np.ndarray, order: int) -> np.n
     centre_3 = (np.array(array_XYZ.shape) - 1) / 2
     offset_3 = centre_3 - matrix_33 @ centre_3
     # grid-constant: "constant" would cut the outermost half voxel off instead of blending it with 0.
-    return ndimage.affine_transform(
-        array_XYZ, matrix_33, offset_3, output=array_XYZ.dtype, order=order, mode="grid-constant"
-    )
+    options: dict[str, Any] = {"output": array_XYZ.dtype, "order": order, "mode": "grid-constant"}
+    return ndimage.affine_transform(array_XYZ, matrix_33, offset_3, **options)
 
 
 def _intensities(image: np.ndarray, drawn: Drawn) -> np.ndarray:

@@ -181,9 +181,7 @@ def read_scan(source: Source) -> tuple[list[bytes], str]:
         if value != value.encode(errors="ignore").decode():
             raise BadScan(f"{source.uri}: '{value}' is not UTF-8 text; rename it")
     if source.size_bytes > volume.MAX_BYTES:
-        raise BadScan(
-            f"{source.uri}: has {source.size_bytes / 2**30:.1f} GiB, more than can be decoded; split it"
-        )
+        raise BadScan(f"{source.uri}: has {source.size_bytes / 2**30:.1f} GiB, too much to decode; split it")
     blobs = [read_one(uri) for uri in source.files or (source.uri,)]
     return blobs, _sha256(blobs)
 
@@ -255,9 +253,7 @@ def grid_faults(uri: str, label: Grid, image: Grid) -> dict[str, str]:
     shift_mm = apart[:3, :3] @ corners_3N + apart[:3, 3:]
     worst_mm = float(np.linalg.norm(shift_mm, axis=0).max())
     if worst_mm > GRID_TOLERANCE_VOX * np.linalg.norm(affine[:3, :3], axis=0).min():
-        faults["affine"] = (
-            f"{uri}: the label lies {worst_mm:.1f} mm away from its image; give both one affine"
-        )
+        faults["affine"] = f"{uri}: the label lies {worst_mm:.1f} mm off its image; give both one affine"
     return faults
 
 
@@ -295,9 +291,7 @@ def load(scan: Scan) -> Volume:
         return decode(scan, [object_store.read(scan.uri, size_bytes=scan.size_bytes, sha256=scan.sha256)])
     blobs = [object_store.read(uri) for uri in scan.files]
     if _sha256(blobs) != scan.sha256:
-        raise object_store.IntegrityError(
-            f"{scan.uri}: the series is not the one in the manifest; import it again"
-        )
+        raise object_store.IntegrityError(f"{scan.uri}: the series is not the manifest's; import it again")
     return decode(scan, blobs)
 
 
@@ -322,10 +316,8 @@ class Manifest:
         """Gather what ``inspect`` gave; of scans with equal bytes one is kept, if possible a labelled one."""
         answers, bad = list(answers), []
         kept: dict[str, Scan] = {}
-        labelled_first = sorted(
-            (a for a in answers if isinstance(a, Scan)), key=lambda s: (not s.label_uri, s.uri)
-        )
-        for scan in labelled_first:
+        usable = [a for a in answers if isinstance(a, Scan)]
+        for scan in sorted(usable, key=lambda s: (not s.label_uri, s.uri)):  # labelled ones first
             first = kept.setdefault(scan.sha256, scan)
             if first is not scan:
                 bad.append(Quarantined(scan.uri, f"{scan.uri}: duplicate of {first.uri} (same bytes)"))

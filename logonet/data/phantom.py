@@ -1,6 +1,6 @@
 """Synthetic CT- and MR-like trunks with organ labels, for the demo and the tests: ours, free to ship.
 
-Every seed gives another anatomy (places, sizes and intensities of organs) of the same body plan, which
+Every seed gives another anatomy (positions, sizes and intensities of organs) of the same body plan, which
 changes along Z, so both "which slice is this" and "which organ is this" can be learned from few scans.
 Coordinates u are in [-1, 1] along each RAS axis. Shape suffixes: X Y Z voxel axes.
 """
@@ -143,24 +143,13 @@ def write_dataset(
     """
     items = []
     for i in range(n):
-        scan, labels_XYZ = phantom(
-            seeding.integer(seed, "case", i),
-            size_vox,
-            spacing_mm,
-            modality,
-            classes,
-            orientations[i % len(orientations)],
-        )
-        item = {kind: f"./{kind}sTr/phantom_{i:03d}.nii.gz" for kind in ("image", "label")}
-        object_store.write(
-            object_store.join(root_uri, "imagesTr", f"phantom_{i:03d}.nii.gz"),
-            encode_nifti(scan.array_CXYZ[0].astype(np.int16), scan.affine),
-        )
-        object_store.write(
-            object_store.join(root_uri, "labelsTr", f"phantom_{i:03d}.nii.gz"),
-            encode_nifti(labels_XYZ, scan.affine),
-        )
-        items.append(item)
+        own_seed, orientation = seeding.integer(seed, "case", i), orientations[i % len(orientations)]
+        scan, labels_XYZ = phantom(own_seed, size_vox, spacing_mm, modality, classes, orientation)
+        image, label = f"imagesTr/phantom_{i:03d}.nii.gz", f"labelsTr/phantom_{i:03d}.nii.gz"
+        image_XYZ = scan.array_CXYZ[0].astype(np.int16)
+        object_store.write(object_store.join(root_uri, image), encode_nifti(image_XYZ, scan.affine))
+        object_store.write(object_store.join(root_uri, label), encode_nifti(labels_XYZ, scan.affine))
+        items.append({"image": f"./{image}", "label": f"./{label}"})
     organs = list(ORGANS)[: classes - 1]
     description = {
         "name": f"Phantom{modality}",

@@ -126,9 +126,8 @@ def to_bytes(scan_id: str, image_CXYZ: np.ndarray, labels_XYZ: np.ndarray, seed:
         arrays[f"labels/{name}"] = np.ascontiguousarray(labels_XYZ[box])
     for index, voxels_n3 in class_positions(labels_XYZ, seed, scan_id).items():
         arrays[f"places/{index}"] = voxels_n3
-    return safetensors_io.to_bytes_with_checksums(
-        arrays, {"scan_id": scan_id, "shape": json.dumps(image_CXYZ.shape)}
-    )
+    about = {"scan_id": scan_id, "shape": json.dumps(image_CXYZ.shape)}
+    return safetensors_io.to_bytes_with_checksums(arrays, about)
 
 
 def _chunks(shape_xyz: Sequence[int]) -> Iterator[tuple[str, tuple[slice, slice, slice]]]:
@@ -266,19 +265,17 @@ def read_crop(ref: Ref, corner: Sequence[int], size_vox: Sequence[int]) -> tuple
     """
     image_CXYZ = np.zeros((ref.shape_cxyz[0], *size_vox), np.uint16)
     labels_XYZ = np.zeros(tuple(size_vox), np.uint8)
-    met = []
+    touched = []
     for name, box in _chunks(ref.shape_cxyz[1:]):
-        lows = [max(b.start, int(s)) for b, s in zip(box, corner)]
-        highs = [min(b.stop, int(s) + n) for b, s, n in zip(box, corner, size_vox)]
-        if any(low >= high for low, high in zip(lows, highs)):
-            continue
-        source = tuple(slice(lo - b.start, hi - b.start) for lo, hi, b in zip(lows, highs, box))
-        target = tuple(slice(lo - int(s), hi - int(s)) for lo, hi, s in zip(lows, highs, corner))
-        met.append((name, source, target))
+        shared = [(max(b.start, int(a)), min(b.stop, int(a) + n)) for b, a, n in zip(box, corner, size_vox)]
+        if all(low < high for low, high in shared):
+            source = tuple(slice(low - b.start, high - b.start) for (low, high), b in zip(shared, box))
+            target = tuple(slice(low - int(a), high - int(a)) for (low, high), a in zip(shared, corner))
+            touched.append((name, source, target))
     _header(ref)  # once, before the chunks ask for it all at once
-    names = [f"{kind}/{name}" for name, *_ in met for kind in ("image", "labels")]
+    names = [f"{kind}/{name}" for name, *_ in touched for kind in ("image", "labels")]
     chunks = dict(zip(names, object_store.at_once(functools.partial(_tensor, ref), names)))
-    for name, source, target in met:
+    for name, source, target in touched:
         image_CXYZ[(slice(None), *target)] = chunks[f"image/{name}"][(slice(None), *source)]
         labels_XYZ[target] = chunks[f"labels/{name}"][source]
     return image_CXYZ, labels_XYZ

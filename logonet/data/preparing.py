@@ -32,9 +32,7 @@ class CutScan:
         if refs := crop_shards.shard_index(uri, name, size_bytes):
             return refs
         try:
-            crops_RCXYZ = cropping.crops_of(
-                manifest.load(scan), modality=scan.modality, cfg=self.cfg, scan_id=scan.scan_id
-            )
+            crops_RCXYZ = cropping.crops_of(manifest.load(scan), scan.modality, self.cfg, scan.scan_id)
         except BadScan as err:
             return Quarantined(scan.uri, str(err))
         blob = crop_shards.shard_bytes(scan.scan_id, crops_RCXYZ)

@@ -22,9 +22,7 @@ from logonet.data import volume
 from logonet.data.volume import Volume
 
 GRID = 12  # cells along each axis
-SMOOTH_CELLS = (
-    1.0  # sigma of the smooth part that is taken away: the body plan that scans of one protocol share
-)
+SMOOTH_CELLS = 1.0  # sigma of the smooth part that is taken away: the body plan that scans share
 LEVELS = 16  # one hex digit per cell
 CLIP_SD = 2.0  # first and last level, in standard deviations
 SAME = 0.85  # see above
@@ -85,9 +83,7 @@ def unit_rows(hashes: Sequence[str]) -> np.ndarray:
         UserError: for hashes of another grid than ours.
     """
     if any(len(h) != GRID**3 or not h.isascii() for h in hashes):
-        raise UserError(
-            "the manifest's fingerprints are of another version of logonet; import its scans again"
-        )
+        raise UserError("the manifest's hashes are of another version of logonet; import its scans again")
     digits = np.frombuffer("".join(hashes).encode(), np.uint8).reshape(len(hashes), -1)
     levels = np.where(digits >= ord("a"), digits - np.uint8(ord("a") - 10), digits - np.uint8(ord("0")))
     rows_NP = levels.astype(np.float32)

@@ -109,9 +109,7 @@ class Split:
         subjects = [{cases[i].subject for i in getattr(split, key)} for key in SETS[:3]]
         for a, b in ((0, 1), (0, 2), (1, 2)):
             if both := subjects[a] & subjects[b]:
-                raise UserError(
-                    f"{name}: subject {min(both)} is in {SETS[a]} and in {SETS[b]}; make the split again"
-                )
+                raise UserError(f"{name}: subject {min(both)} is in {SETS[a]} and {SETS[b]}; make it again")
         return split
 
 
@@ -178,9 +176,7 @@ def without(split: Split, test_ids: Collection[str]) -> Split:
         raise UserError(f"{min(strange)} is no test scan of split {split.id}; name only test scans")
     kept = tuple(i for i in split.test if i not in test_ids)
     if split.test and not kept:
-        raise UserError(
-            f"all {len(split.test)} test scans of split {split.id} have leaked; nothing is left to test on"
-        )
+        raise UserError(f"all {len(split.test)} test scans of split {split.id} have leaked; none is left")
     return replace(split, test=kept, excluded=tuple(sorted({*split.excluded, *test_ids})))
 
 
@@ -189,11 +185,10 @@ def _ordered(subjects: Collection[str], cfg: Config) -> list[str]:
 
 
 def _test(subjects: Collection[str], cfg: Config) -> list[str]:
-    count = max(1, round(cfg.test_share * len(subjects)))
-    if count >= len(subjects):
-        raise UserError(
-            f"test_share {cfg.test_share:g} of {len(subjects)} subjects leaves none to train on; lower it"
-        )
+    n = len(subjects)
+    count = max(1, round(cfg.test_share * n))
+    if count >= n:
+        raise UserError(f"test_share {cfg.test_share:g} leaves none of {n} subjects to train on; lower it")
     return _ordered(subjects, cfg)[:count]
 
 
@@ -204,9 +199,7 @@ def _val(
     own = {s.fold for scans in scans_of.values() for s in scans if s.fold >= 0}
     if own:
         if fold not in own:
-            raise UserError(
-                f"fold {fold} is not one of the manifest's own folds {sorted(own)}; choose one of them"
-            )
+            raise UserError(f"fold {fold} is none of the manifest's own folds {sorted(own)}; choose one")
         chosen = [s for s in subjects if any(scan.fold == fold for scan in scans_of[s])]
         if not chosen:
             raise UserError(f"every subject of the manifest's fold {fold} is tested; choose another fold")

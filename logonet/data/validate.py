@@ -187,9 +187,7 @@ def _unlabelled(checked: Sequence[Checked]) -> Iterator[Problem]:
             continue
         said = f"{source.uri}: has no label, though others of the dataset '{source.dataset}' have"
         severity = ERROR if source.classes else WARNING
-        yield Problem(
-            source.uri, "label missing", severity, f"{said}; add it or move the scan to the test split"
-        )
+        yield Problem(source.uri, "label missing", severity, f"{said}; add it or move the scan to 'test'")
 
 
 def failed(found: Iterable[Problem]) -> bool:

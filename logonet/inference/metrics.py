@@ -137,11 +137,10 @@ def score(pred_XYZ: np.ndarray, truth_XYZ: np.ndarray, spacing_mm: Sequence[floa
     }
     if not (num_pred and num_truth):
         empty = "both" if not (num_pred or num_truth) else "prediction" if num_truth else "truth"
-        overlap = {"both": EMPTY_DICE["default"][0], "truth": EMPTY_DICE["default"][1], "prediction": 0.0}[
-            empty
-        ]
+        both, truth_alone = EMPTY_DICE["default"]
+        score = {"both": both, "truth": truth_alone, "prediction": 0.0}[empty]
         missing = dict.fromkeys(HD95, math.nan) | dict.fromkeys(NSD_MM, math.nan if empty == "both" else 0.0)
-        return {"dice": overlap, **missing, **volumes, "empty": empty}
+        return {"dice": score, **missing, **volumes, "empty": empty}
 
     num_shared = int(np.count_nonzero(pred_XYZ & truth_XYZ))
     pred_surface_XYZ, truth_surface_XYZ = surface(pred_XYZ), surface(truth_XYZ)
@@ -222,9 +221,7 @@ def _check_grid(pred_XYZ: np.ndarray, truth_XYZ: np.ndarray, spacing_mm: Sequenc
             "both must be 3D labels on one grid"
         )
     if len(spacing_mm) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing_mm):
-        raise UserError(
-            f"{what}: the spacing is {tuple(spacing_mm)}; it must be three positive lengths in mm"
-        )
+        raise UserError(f"{what}: the spacing is {tuple(spacing_mm)}; set three positive lengths in mm")
 
 
 def _whole(labels_XYZ: np.ndarray, scan_id: str) -> np.ndarray:

@@ -15,9 +15,9 @@ from torch import nn
 
 from logonet import networks
 from logonet.core import config
-from logonet.core.config import Component
+from logonet.core.config import Component, Positive
 from logonet.core.errors import UserError
-from logonet.data.preprocessing import Preprocessing
+from logonet.data.preprocessing import Percentile, Preprocessing
 from logonet.storage import object_store
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
@@ -48,9 +48,9 @@ class Spec(Preprocessing):
     size_vox: tuple[int, int, int]
     modality: str
     # said by every model, not left to a default
-    spacing_mm: tuple[float, float, float] | None = field(kw_only=True)
+    spacing_mm: tuple[Positive, Positive, Positive] | None = field(kw_only=True)
     window_hu: tuple[float, float] = field(kw_only=True)
-    mr_percentiles: tuple[float, float] = field(kw_only=True)
+    mr_percentiles: tuple[Percentile, Percentile] = field(kw_only=True)
 
     def __post_init__(self) -> None:
         Component.convert(self, "backbone")
@@ -60,18 +60,12 @@ class Spec(Preprocessing):
         if self.in_channels < 1:
             raise UserError(f"in_channels is {self.in_channels}; it must be at least 1")
         if len(self.classes) < 2 or self.classes[0] != "background":
-            raise UserError(
-                f"classes are {list(self.classes)}; they must be background and at least one more"
-            )
-        if len(self.label_values) != len(self.classes):
-            raise UserError(
-                f"there are {len(self.label_values)} label_values for {len(self.classes)} classes; give one each"
-            )
-        values = self.label_values
+            raise UserError(f"classes are {list(self.classes)}; give background and at least one more")
+        values, num_classes = self.label_values, len(self.classes)
+        if len(values) != num_classes:
+            raise UserError(f"{len(values)} label_values for {num_classes} classes; give one each")
         if len(set(values)) != len(values) or not all(0 <= value <= MAX_VALUE for value in values):
-            raise UserError(
-                f"label_values are {list(values)}; they must be distinct and from 0 to {MAX_VALUE}"
-            )
+            raise UserError(f"label_values are {list(values)}; set distinct ones from 0 to {MAX_VALUE}")
         if self.modality not in MODALITIES:
             raise UserError(f"modality is '{self.modality}'; it must be one of {', '.join(MODALITIES)}")
 
@@ -106,9 +100,8 @@ def parse(blobs: Mapping[str, bytes], where: str = "") -> tuple[Spec, dict[str, 
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    config_name, weights_name = (
-        object_store.join(where, n) if where else n for n in (CONFIG_FILE, WEIGHTS_FILE)
-    )
+    names = (CONFIG_FILE, WEIGHTS_FILE)
+    config_name, weights_name = (object_store.join(where, n) if where else n for n in names)
     try:
         values = config.parse_json(blobs[CONFIG_FILE])
     except ValueError as err:
@@ -120,9 +113,7 @@ def parse(blobs: Mapping[str, bytes], where: str = "") -> tuple[Spec, dict[str, 
     try:
         return spec, load(blobs[WEIGHTS_FILE])
     except (SafetensorError, KeyError, ValueError) as err:
-        raise UserError(
-            f"{weights_name} is not a whole safetensors file ({err}); fetch the model again"
-        ) from None
+        raise UserError(f"{weights_name} is not a whole safetensors file ({err}); fetch it again") from None
 
 
 def build(spec: Spec, weights: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -146,7 +137,5 @@ def build(spec: Spec, weights: Mapping[str, torch.Tensor]) -> nn.Module:
         ) from None
     for key, tensor in net.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(
-                f"{WEIGHTS_FILE}: '{key}' is not finite, so the training diverged; use another model"
-            )
+            raise UserError(f"{WEIGHTS_FILE}: '{key}' is not finite: its training diverged; use another")
     return net.eval()

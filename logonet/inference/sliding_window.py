@@ -90,9 +90,7 @@ class Predictor:
         spec = self.spec
         assert modality in ("CT", "MR"), modality
         if spec.modality not in (modality, "mixed"):
-            raise BadScan(
-                f"{scan_id}: is {modality}, but the model was trained on {spec.modality} only; use another model"
-            )
+            raise BadScan(f"{scan_id}: is {modality}, but the model was trained on {spec.modality} only")
         if len(scan.array_CXYZ) != spec.in_channels:
             raise BadScan(
                 f"{scan_id}: has {len(scan.array_CXYZ)} channel, but the model wants {spec.in_channels}; "

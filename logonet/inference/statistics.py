@@ -170,9 +170,7 @@ def _class_order(rows: pd.DataFrame) -> list[tuple[int, str]]:
     twice = rows[rows.duplicated(["scan_id", "class"])]
     if len(twice):
         first = twice.iloc[0]
-        raise UserError(
-            f"scan {first['scan_id']} has two scores of {first['class']}; keep one evaluation of it"
-        )
+        raise UserError(f"scan {first['scan_id']} has two scores of {first['class']}; keep one of them")
     return sorted({(int(value), str(name)) for value, name in zip(rows["value"], rows["class"])})
 
 
@@ -186,10 +184,8 @@ def _by_case(
 
 def _class_by_class(frame: pd.DataFrame, order: Sequence[tuple[int, str]]) -> pd.DataFrame:
     """Lines of one class together, in their order, the mean last."""
-    positions = {name: position for position, (_, name) in enumerate([*order, (0, MEAN)])}
-    return frame.sort_values(
-        "class", key=lambda names: names.map(positions), kind="stable", ignore_index=True
-    )
+    rank = {name: rank for rank, (_, name) in enumerate([*order, (0, MEAN)])}
+    return frame.sort_values("class", key=lambda names: names.map(rank), kind="stable", ignore_index=True)
 
 
 def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -831,7 +831,7 @@ def _walk(folder: str, above: frozenset[str] = frozenset()) -> Iterator[str]:
     # As on S3, a folder that does not exist is empty.
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
+            if os.path.isdir(entry.path):  # entry.is_dir() raises for a link to itself
                 yield from _walk(entry.path, above | {real})
             elif not entry.name.startswith(TEMP_MARK):
                 yield entry.path

@@ -86,13 +86,12 @@ def _bids_name(uri: str) -> tuple[set[str], list[str]]:
 def _bids_label(image: str, labels: Sequence[str]) -> str:
     """The label map of ``image`` among those of its subject; "" when none is on its grid."""
     entities, (*_, suffix) = _bids_name(image)
+    own_space = ("space-orig", f"space-{suffix}")
     ranked: list[tuple[tuple[bool, int, bool], str]] = []
     for label in labels:
         own, words = _bids_name(label)
         extra = own - entities
-        other_space = any(
-            e.startswith("space-") and e not in ("space-orig", f"space-{suffix}") for e in extra
-        )
+        other_space = any(e.startswith("space-") and e not in own_space for e in extra)
         foreign = {e.partition("-")[0] for e in extra} - _BIDS_EXTRA
         if not entities <= own or other_space or foreign or (words[:-1] and suffix not in words[:-1]):
             continue

@@ -21,9 +21,7 @@ LABEL_FOLDERS = {"labelstr", "labelsts", "labels"}
 LABEL_ENDINGS = ("_labels", "_label", "_seg", "_mask", "_dseg")
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
 STATS_AT_ONCE = 16
-DATA_ROOTS = (
-    "LOGONET_DATA_ROOTS"  # folders and prefixes that lists may name besides their own, comma-separated
-)
+DATA_ROOTS = "LOGONET_DATA_ROOTS"  # folders and prefixes that lists may name besides their own, by commas
 MAX_FOLD = 10**6
 Entries = Mapping[str, Entry]  # what a listing gave, by URI
 
@@ -148,9 +146,7 @@ def class_names(labels: Any, uri: str) -> tuple[str, ...]:
             )
         number, name = (key, value) if isinstance(value, str) else (value, key)
         if not re.fullmatch(r"-?[0-9]+", str(number)):
-            raise UserError(
-                f"{uri}: 'labels' has the item {key!r}: {value!r}; one of the two must be the label's integer"
-            )
+            raise UserError(f"{uri}: 'labels' has the item {key!r}: {value!r}; one must be an integer")
         number = int(number)
         if not 0 <= number <= MAX_LABEL:
             raise UserError(f"{uri}: the label '{name}' has the value {number}; use 0 to {MAX_LABEL}")

@@ -73,9 +73,7 @@ def read_rows(uri: str, delimiter: str, wanted: set[str]) -> Iterator[tuple[str,
                     return
             elif any(cells):
                 if len(cells) != len(header):
-                    raise UserError(
-                        f"{where}: has {len(cells)} cells, its header {len(header)}; correct the line"
-                    )
+                    raise UserError(f"{where}: has {len(cells)} cells, its header {len(header)}; correct it")
                 yield where, {name: cell.strip() for name, cell in zip(header, cells)}
     except csv.Error as err:
         raise UserError(f"{uri}, line {lines.line_num}: is no line of a table ({err}); correct it") from None

@@ -58,9 +58,7 @@ def msd_sources(uri: str, description: Mapping[str, Any], root: str) -> list[Sou
                 raise UserError(f"{uri}: an item of '{key}' names no image: {item!r}; write {{image, label}}")
             label = channel_paths(pair.get("label"))
             if pair.get("label") and len(label) != 1:
-                raise UserError(
-                    f"{uri}: an item of '{key}' has the label {pair['label']!r}; give the path of one label map"
-                )
+                raise UserError(f"{uri}: an item of '{key}' has the label {pair['label']!r}; give one path")
             fold = pair.get("fold", -1)
             if type(fold) is not int or abs(fold) > MAX_FOLD:  # True is an int too
                 raise UserError(f"{uri}: an item of '{key}' has the fold {fold!r}; write an integer")

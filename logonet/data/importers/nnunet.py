@@ -23,9 +23,7 @@ def nnunet_sources(uri: str, description: Mapping[str, Any], entries: Entries) -
     """The scans of an nnU-Net v2 raw dataset: every channel is a scan, with its case as subject."""
     folder, ending = folder_of(uri), description["file_ending"]
     if ending not in NIFTI_SUFFIXES:
-        raise UserError(
-            f"{uri}: its files end in '{ending}'; logonet reads .nii.gz and .nii, so convert them"
-        )
+        raise UserError(f"{uri}: its files end in '{ending}'; logonet reads .nii.gz and .nii; convert them")
     names = description["channel_names"]
     if not isinstance(names, dict) or not all(str(k).isdecimal() for k in names):
         raise UserError(f'{uri}: \'channel_names\' must be a mapping such as {{"0": "CT"}}, not {names!r}')
@@ -66,9 +64,7 @@ def _with_folds(found: Sequence[Source], uri: str) -> list[Source]:
                 if not isinstance(case, str):
                     raise TypeError
                 if folds.setdefault(case, number) != number:
-                    raise UserError(
-                        f"{uri}: validates '{case}' in the folds {folds[case]} and {number}; keep one of them"
-                    )
+                    raise UserError(f"{uri}: lists '{case}' in folds {folds[case]} and {number}; keep one")
     except (TypeError, KeyError):
         raise UserError(f"{uri} must hold a list of {{train: [cases], val: [cases]}}") from None
     if unknown := sorted(set(folds) - {s.subject for s in found if s.split == "train"}):

@@ -107,9 +107,7 @@ def _dicom_slice(name: str, data: bytes) -> _Slice:
 
     try:
         if _transfer_syntax(data) == DEFLATED:
-            raise BadScan(
-                f"{name}: is deflated DICOM, which may hold any number of bytes; inflate it (dcmconv)"
-            )
+            raise BadScan(f"{name}: is deflated DICOM, which may grow to any size; inflate it (dcmconv)")
         # Nothing that names a patient is even parsed: pydicom's own warnings and errors repeat values.
         dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=list(DICOM_TAGS + DICOM_MORE_TAGS))
         if int(dataset.get("NumberOfFrames") or 1) > 1:
@@ -117,9 +115,7 @@ def _dicom_slice(name: str, data: bytes) -> _Slice:
         if missing := [tag for tag in DICOM_TAGS if tag not in dataset]:
             raise BadScan(f"{name}: DICOM without {', '.join(missing)}; is it an image slice?")
         if dataset.PhotometricInterpretation != "MONOCHROME2":
-            raise BadScan(
-                f"{name}: has {dataset.PhotometricInterpretation} pixels; only MONOCHROME2 is usable"
-            )
+            raise BadScan(f"{name}: has {dataset.PhotometricInterpretation} pixels; only MONOCHROME2 is read")
         return _Slice(
             name=name,
             series=str(dataset.SeriesInstanceUID),
@@ -162,9 +158,7 @@ def _dicom_geometry(slices: Sequence[_Slice]) -> tuple[list[_Slice], np.ndarray]
     for other in slices:
         turned = np.abs(other.orientation - first.orientation).max() > 1e-3
         if turned or np.abs(other.pixel_mm - first.pixel_mm).max() > 1e-3:
-            raise BadScan(
-                f"{other.name}: differs from the other slices of its folder in orientation or spacing"
-            )
+            raise BadScan(f"{other.name}: differs from the other slices in orientation or spacing")
     column_dir, row_dir = first.orientation[:3], first.orientation[3:]
     normal = np.cross(column_dir, row_dir)
     ordered = sorted(slices, key=lambda s: float(s.position_mm @ normal))

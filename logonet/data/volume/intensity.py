@@ -52,9 +52,7 @@ def percentile_range(array: np.ndarray, low: float, high: float, name: str) -> t
     """
     a, b = np.percentile(array[array != 0], [low, high])
     if not a < b:
-        raise BadScan(
-            f"{name}: {high - low:g} % of its nonzero voxels are {a:g}; there is no contrast to scale"
-        )
+        raise BadScan(f"{name}: {high - low:g} % of its nonzero voxels are {a:g}: no contrast to scale")
     return float(a), float(b)
 
 

@@ -48,9 +48,8 @@ def decode_nifti(
     claimed = max(end, math.prod(shape_xyz) * 4)
     if end > limit and claimed <= max_bytes:
         raise BadScan(f"{name}: truncated; its header claims {end} bytes of voxels; copy the file again")
-    check_claim(
-        f"{name}: its header claims {'x'.join(map(str, shape_xyz))} voxels", claimed, len(data), max_bytes
-    )
+    claim = f"{name}: its header claims {'x'.join(map(str, shape_xyz))} voxels"
+    check_claim(claim, claimed, len(data), max_bytes)
     raw = np.empty(end, np.uint8)
     raw[: len(head)] = np.frombuffer(head, np.uint8)
     _fill(stream, raw, len(head), name)
@@ -69,9 +68,7 @@ def check_claim(claim: str, claimed: int, stored: int, max_bytes: int = MAX_BYTE
     """
     size = f"{claim} ({claimed / 2**30:.1f} GiB)"
     if claimed > max_bytes:
-        raise BadScan(
-            f"{size}, more than the {max_bytes / 2**30:.1f} GiB allowed; split the scan or leave it out"
-        )
+        raise BadScan(f"{size}, more than the {max_bytes / 2**30:.1f} GiB allowed; split it or leave it out")
     if claimed > max(SMALL_BYTES, MAX_EXPANSION * stored):
         raise BadScan(
             f"{size}, more than {MAX_EXPANSION} times what the file has ({stored / 2**20:.1f} MiB); if that is "
@@ -121,9 +118,7 @@ def _fill(stream: Any, raw: np.ndarray, filled: int, name: str) -> None:
         raw[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
         filled += len(chunk)
     if len(_read(stream, TRAILING_BYTES + 1, name)) > TRAILING_BYTES:
-        raise BadScan(
-            f"{name}: holds far more bytes than its header claims; the header or the file is damaged"
-        )
+        raise BadScan(f"{name}: holds far more bytes than its header claims; one of them is damaged")
 
 
 def _header(head: bytes, name: str) -> Any:
@@ -228,9 +223,8 @@ def encode_labels(labels_XYZ: np.ndarray, like: bytes | None, affine: np.ndarray
     header.set_intent("label")
     header["cal_min"] = header["cal_max"] = 0  # the scan's display window
     header["vox_offset"] = 352  # its extensions stay behind
-    return gzip.compress(
-        header.binaryblock + bytes(4) + labels_XYZ.tobytes(order="F"), compresslevel=4, mtime=0
-    )
+    content = header.binaryblock + bytes(4) + labels_XYZ.tobytes(order="F")
+    return gzip.compress(content, compresslevel=4, mtime=0)
 
 
 def _header_of(data: bytes, name: str) -> Any | None:

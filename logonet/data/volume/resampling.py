@@ -80,9 +80,8 @@ def _trilinear(array_XYZ: np.ndarray, step: np.ndarray, shape_xyz: Sequence[int]
         """Plane ``z`` at its four neighbours (x0 y0, x0 y1, x1 y0, x1 y1) along X and Y."""
         plane_XY = array_XYZ[:, :, z].astype(np.float64, order="C")
         rows = [plane_XY[at_X] * weight_X[:, None] for at_X, weight_X in zip(at_2X, weight_2X)]
-        return [
-            row_XY.take(at_Y, 1) * weight_Y for row_XY in rows for at_Y, weight_Y in zip(at_2Y, weight_2Y)
-        ]
+        taps_Y = list(zip(at_2Y, weight_2Y))
+        return [row_XY.take(at_Y, 1) * weight_Y for row_XY in rows for at_Y, weight_Y in taps_Y]
 
     out_XYZ = np.empty(shape_xyz, array_XYZ.dtype)
     for z in range(shape_xyz[2]):

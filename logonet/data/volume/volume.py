@@ -57,8 +57,6 @@ def check_affine(affine: np.ndarray, name: str) -> None:
 def check_values(array: np.ndarray, name: str, allow_constant: bool = False) -> None:
     low, high = float(array.min()), float(array.max())  # both propagate NaN, and need no temporary array
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise BadScan(
-            f"{name}: has voxels that are not finite (NaN or infinity); replace them and save it again"
-        )
+        raise BadScan(f"{name}: has voxels that are not finite (NaN or infinity); replace them")
     if low == high and not allow_constant:
         raise BadScan(f"{name}: every voxel is {low:g}; there is nothing in the scan")
