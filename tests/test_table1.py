@@ -161,7 +161,9 @@ def recorded(name: str, training: bool) -> list[layers.Layer]:
     return layers.record(net, x, training, 2, clock)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "logonet" else ()) for n in PLAIN]
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_the_layers_multiply_accumulates_are_the_networks(name: str, training: bool) -> None:
     """Whatever route a convolution takes on a CPU, and with normalisations folded into it or not."""
