@@ -55,15 +55,13 @@ class PrepareScan:
             return ref
         try:
             image = manifest.load(scan)
-            labels_XYZ = manifest.load_label(scan, image)
-            prepared = prepared_scans.prepare(
-                image, labels_XYZ, scan.modality, self.label_values, self.cfg, scan.scan_id
-            )
+            told = scan.modality, self.label_values, self.cfg, scan.scan_id
+            prepared = prepared_scans.prepare(image, manifest.load_label(scan, image), *told)
         except BadScan as err:
             return Quarantined(scan.uri, str(err))
         blob = prepared_scans.to_bytes(scan.scan_id, *prepared, self.cfg.seed)
         object_store.write(uri, blob)
-        return prepared_scans.ref_of(uri, blob)
+        return prepared_scans.ref_of(uri, safetensors_io.header_of(blob))
 
 
 def cut_scans(

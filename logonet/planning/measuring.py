@@ -59,7 +59,7 @@ def measure(
         scans: decoded to time it; without them a phantom is.
     """
     folder = object_store.join(root, f".logonet-plan-{uuid.uuid4().hex}")
-    known = speed.defaults()
+    known = speed.constants()
     if at.gpu:
         known = replace(known, device=at.machine.gpu or "GPU", allreduce_bytes_s=speed.GPU_ALLREDUCE_BYTES_S)
     batch = at.workers * cfg.train.batch_size

@@ -101,9 +101,8 @@ def make(
     own = work(cfg, gpu)
     of = sizes.sizes(cfg, scans, own.network)
     counts = {"count": len(scans.scans), "stored_bytes": scans.stored_bytes, "too_small": of.too_small}
-    labeller = max(
-        LABELLER_BYTES_PER_CODE * sum(of.cluster_sizes), LABELLER_BYTES_PER_VOXEL * of.slice_voxels
-    )
+    slice_voxels = math.prod(cfg.crops.size_vox[:2])
+    labeller = max(LABELLER_BYTES_PER_CODE * sum(of.cluster_sizes), LABELLER_BYTES_PER_VOXEL * slice_voxels)
     plan = Plan(
         config=cfg,
         cluster=cluster,

@@ -86,14 +86,11 @@ def step_fingerprint(cfg: Pretraining, precision: str) -> str:
     return config.fingerprint(cfg.backbone, cfg.method, size_vox, cfg.train.batch_size, precision)
 
 
-def defaults() -> Constants:
-    """Constants of the machine that the project is developed on."""
-    text = resources.files("logonet.planning").joinpath("constants.json").read_text()
-    return config.from_dict(Constants, json.loads(text), "constants.json")
-
-
-def read_constants(uri: str) -> Constants:
-    """The constants that ``--probe`` stored at ``uri``."""
+def constants(uri: str = "") -> Constants:
+    """The constants that ``--probe`` stored at ``uri``, or those of the machine that the project is developed on."""
+    if not uri:
+        text = resources.files("logonet.planning").joinpath("constants.json").read_text()
+        return config.from_dict(Constants, json.loads(text), "constants.json")
     try:
         return config.from_dict(Constants, object_store.read_json(uri), uri)
     except UserError as err:
@@ -241,7 +238,7 @@ def timed(
     cfg: Pretraining, of: Sizes, cluster: Cluster, training_step: Step, c: Constants
 ) -> tuple[Stage, ...]:
     """All stages with their seconds."""
-    cores, length, fits = max(1.0, cluster.cpus), of.slice_voxels, cfg.clusterers
+    cores, length, fits = max(1.0, cluster.cpus), math.prod(cfg.crops.size_vox[:2]), cfg.clusterers
     slowest_node = min((p.machine for p in cluster.pools), key=lambda m: m.network_bytes_s)
     node_rate = node_read_bytes_s(slowest_node, cluster.nodes, c)
     write_rate = min(node_rate, c.store_write_bytes_s * cores)
