@@ -158,6 +158,7 @@ def reach_crops(folder: Path) -> Iterator[str]:
 
 def make_case(folder: Path) -> None:
     from logonet.data import prepared_scans
+    from logonet.storage import safetensors_io
 
     image, label = phantom_files(0)
     from logonet.data import manifest, volume

@@ -63,9 +63,7 @@ def fit_clusterers(
     waiting = [(i, k) for i, k in enumerate(counts) if i not in done]
     for position, _ in executor.stream(_FitOne(cfg, uri), waiting, shared=(slices_ST,)):
         index = waiting[position][0]
-        stored = _stored_fit(_fit_uri(uri, index))
-        assert stored is not None, f"clusterer {index} was stored and cannot be read back"
-        done[index] = stored
+        done[index] = kmeans.Fitted.from_bytes(object_store.read(_fit_uri(uri, index)))
         note(len(done), len(counts))
     return [done[i] for i in range(len(counts))]
 

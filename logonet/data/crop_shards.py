@@ -92,9 +92,10 @@ class CropTable:
         try:
             data = object_store.read(shard, start=ref.offset, length=ref.num_bytes, sha256=ref.sha256)
         except object_store.IntegrityError as err:
-            raise object_store.IntegrityError(
-                f"{err}; to have it cut again delete {shard} and {self.uri}/manifest.json and run the same command"
-            ) from None
+            hint = (
+                f"to have it cut again delete {shard} and {self.uri}/manifest.json and run the same command"
+            )
+            raise object_store.IntegrityError(f"{err}; {hint}") from None
         return np.frombuffer(data, np.uint16).reshape(self.in_channels, *self.size_vox)
 
     def read_all(self, indices: Iterable[int]) -> list[np.ndarray]:
@@ -109,11 +110,8 @@ class CropTable:
         """The table of a finished crops artifact."""
         uri = artifact.uri_of("crops.parquet")
         refs = tuple(parquet.from_parquet(artifact.read("crops.parquet"), CropRef, uri))
-        size = config.from_dict(
-            _CropSize,
-            {"size_vox": artifact.config.get("size_vox"), "in_channels": artifact.facts.get("in_channels")},
-            artifact.uri,
-        )
+        told = {"size_vox": artifact.config.get("size_vox"), "in_channels": artifact.facts.get("in_channels")}
+        size = config.from_dict(_CropSize, told, artifact.uri)
         num_bytes = 2 * size.in_channels * math.prod(size.size_vox)
         if wrong := [r for r in refs if r.num_bytes != num_bytes or r.offset < 0]:
             raise UserError(
