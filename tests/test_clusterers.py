@@ -271,11 +271,11 @@ def test_stability_ignores_the_names_of_codes():
 def test_exemplars_are_a_pure_draw_of_each_codes_slices():
     labels_S = np.random.default_rng(0).integers(0, 4, 200)
     labels_S[labels_S == 2] = 3
-    found = quality.exemplars(labels_S, 5, per_code=7, seed=1)
+    found = quality.exemplars(labels_S, per_code=7, seed=1)
     assert sorted(found) == [0, 1, 3]
     for code, members in found.items():
         assert len(set(members)) == 7
         assert (labels_S[members] == code).all()
-    assert found == quality.exemplars(labels_S, 5, per_code=7, seed=1)
-    assert found != quality.exemplars(labels_S, 5, per_code=7, seed=2)
-    assert quality.exemplars(np.array([0, 1, 1]), 2, per_code=7, seed=0) == {0: [0], 1: [1, 2]}
+    assert found == quality.exemplars(labels_S, per_code=7, seed=1)
+    assert found != quality.exemplars(labels_S, per_code=7, seed=2)
+    assert quality.exemplars(np.array([0, 1, 1]), per_code=7, seed=0) == {0: [0], 1: [1, 2]}

@@ -97,7 +97,7 @@ def stability(labels_a_SN: np.ndarray, labels_b_SN: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame({name: [score(a_S, b_S) for a_S, b_S in pairs] for name, score in scores.items()})
 
 
-def exemplars(labels_S: np.ndarray, k: int, per_code: int, seed: int) -> dict[int, list[int]]:
+def exemplars(labels_S: np.ndarray, per_code: int, seed: int) -> dict[int, list[int]]:
     """Up to ``per_code`` random slices of every code in use, ascending, for a contact sheet."""
     out = {}
     for code in np.unique(labels_S).tolist():

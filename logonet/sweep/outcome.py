@@ -102,10 +102,9 @@ def page(spec: Spec, trials: Sequence[Trial]) -> dict[str, bytes]:
     at_epoch, epoch = analysis.comparable(table, history)
     importances, heading = analysis.importance(at_epoch, keys), "What each key decides"
     if importances["importance"].notna().any():
-        note = (
-            f"Of the {at_epoch['objective'].notna().sum()} trials with {measure} at epoch {epoch}, the last that "
-            f"{analysis.COMMON:.0%} of them reached: objectives of unequal epochs cannot be compared."
-        )
+        trials_at = f"the {at_epoch['objective'].notna().sum()} trials with {measure} at epoch {epoch}"
+        note = f"Of {trials_at}, the last that {analysis.COMMON:.0%} of them reached: objectives of unequal epochs"
+        note += " cannot be compared."
         add(heading, "importance.png", reporting.importance_bars(importances, note))
     else:
         why = "; ".join(dict.fromkeys(importances["note"]))
