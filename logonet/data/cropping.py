@@ -92,8 +92,7 @@ def choose_corners(
     Of each crop's candidates the first whose foreground share reaches ``cfg.min_foreground`` is taken, else
     the one with the largest: most of a scanner's field is air, which teaches nothing.
     """
-    low, high = low_high
-    threshold = low + FOREGROUND * (high - low)
+    threshold = low_high[0] + FOREGROUND * (low_high[1] - low_high[0])
     chosen = []
     for corners_K3 in candidates(array_CXYZ.shape[1:], cfg, scan_id):
         shares: list[float] = []

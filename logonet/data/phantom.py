@@ -51,10 +51,9 @@ def phantom(
     if modality not in ("CT", "MR") or not 1 <= classes <= MAX_CLASSES:
         raise UserError(f"a phantom is CT or MR with 1 to {MAX_CLASSES} classes, not {modality}, {classes}")
     rng = seeding.rng(seed, "phantom")
-    column = 0 if modality == "CT" else 1
+    column = ("CT", "MR").index(modality)
     u_xyz = [np.linspace(-1, 1, n, dtype=np.float32) for n in size_vox]
-    air = (-1000.0, 0.0)[column]
-    array_XYZ = np.full(size_vox, air, np.float32)
+    array_XYZ = np.full(size_vox, (-1000.0, 0.0)[column], np.float32)
     labels_XYZ = np.zeros(size_vox, np.uint8)
 
     radii = np.array([0.88, 0.66, 1.6]) * rng.uniform(0.93, 1.05, 3)

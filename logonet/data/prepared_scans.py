@@ -32,7 +32,7 @@ from logonet.storage import object_store, safetensors_io
 CHUNK_VOX = 64  # side of a chunk: 512 KiB of image, so a request's latency is worth its bytes
 POSITIONS = 1000  # voxels kept of each class to centre crops on
 CHUNKS_CACHED = 128  # by a process, at most 96 MiB
-TYPES = {"U16": np.dtype("uint16"), "U8": np.dtype("uint8"), "I16": np.dtype("int16")}
+TYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("u2"), "U8": np.dtype("u1"), "I16": np.dtype("i2")}
 
 
 @dataclass(frozen=True)

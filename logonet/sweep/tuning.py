@@ -162,12 +162,8 @@ def scheduler(sweep: Sweep, trials: Iterable[Trial]) -> TrialScheduler:
     # The last rung lies before the last epoch: a trial stopped there would be lost for nothing.
     if not cfg.stop_early or sweep.epochs <= cfg.grace_epochs:
         return FIFOScheduler()
-    options: Any = {
-        "max_t": sweep.epochs - 1,
-        "grace_period": cfg.grace_epochs,
-        "reduction_factor": cfg.reduction,
-    }
-    asha: Any = ASHAScheduler("t", "objective", "max", **options, stop_last_trials=False)
+    last, first = sweep.epochs - 1, cfg.grace_epochs
+    asha: Any = ASHAScheduler("t", "objective", "max", last, first, cfg.reduction, stop_last_trials=False)
     for trial in (t for t in trials if t.ended):
         ended = SimpleNamespace(trial_id=f"ended-{trial.index}")  # all that the scheduler looks at
         asha.on_trial_add(None, ended)
