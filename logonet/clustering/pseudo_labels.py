@@ -163,10 +163,8 @@ class Labeller:
             slices_ST = torch.from_numpy(x_ST)
         V, T = self.centroids_VT.shape
         if slices_ST.ndim != 2 or slices_ST.shape[1] != T:
-            raise UserError(
-                f"slices have shape {tuple(slices_ST.shape)}, the clusterers were fitted to slices of {T} pixels; "
-                "label crops of the size the clusterers were fitted on"
-            )
+            odd = f"slices have shape {tuple(slices_ST.shape)}, the clusterers were fitted to slices of {T} pixels"
+            raise UserError(f"{odd}; label crops of the size the clusterers were fitted on")
         if not (S := len(slices_ST)):
             return np.zeros((0, len(self.sizes)), np.int16), Work(0, V, 0.0, 0.0, 0, 0.0, 0.0)
         with torch.inference_mode(), _ieee_float32():

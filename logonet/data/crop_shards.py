@@ -114,10 +114,9 @@ class CropTable:
         size = config.from_dict(_CropSize, told, artifact.uri)
         num_bytes = 2 * size.in_channels * math.prod(size.size_vox)
         if wrong := [r for r in refs if r.num_bytes != num_bytes or r.offset < 0]:
-            raise UserError(
-                f"{artifact.uri}: crop {wrong[0].crop_id} is listed with {wrong[0].num_bytes} bytes, not {num_bytes}; "
-                f"to have it made again delete {artifact.uri}/manifest.json and run the same command"
-            )
+            odd = f"crop {wrong[0].crop_id} is listed with {wrong[0].num_bytes} bytes, not {num_bytes}"
+            hint = f"to have it made again delete {artifact.uri}/manifest.json and run the same command"
+            raise UserError(f"{artifact.uri}: {odd}; {hint}")
         return cls(artifact.uri, size.size_vox, size.in_channels, refs)
 
 

@@ -74,10 +74,8 @@ def candidates(shape_xyz: Sequence[int], cfg: Config, scan_id: str) -> np.ndarra
     """
     share = image_share(shape_xyz, cfg)
     if share < cfg.min_image_share:
-        raise BadScan(
-            f"{scan_id}: is too small, {tuple(map(int, shape_xyz))} voxels fill {100 * share:.0f} % of a "
-            f"crop of {cfg.size_vox}; lower crops.size_vox or crops.spacing_mm"
-        )
+        small = f"{tuple(map(int, shape_xyz))} voxels fill {100 * share:.0f} % of a crop of {cfg.size_vox}"
+        raise BadScan(f"{scan_id}: is too small, {small}; lower crops.size_vox or crops.spacing_mm")
     room = np.array(shape_xyz) - cfg.size_vox
     size, rng = (cfg.per_scan, CANDIDATES, 3), seeding.rng(cfg.seed, "crop", scan_id)
     corners_RK3 = rng.integers(0, np.maximum(room, 0) + 1, size)

@@ -83,10 +83,10 @@ def prepare(
     index_of[np.asarray(label_values)] = np.arange(len(label_values))
     indices_XYZ = index_of[labels_XYZ]
     if (indices_XYZ == 255).any():
-        value = int(labels_XYZ[indices_XYZ == 255][0])
+        odd = f"the value {int(labels_XYZ[indices_XYZ == 255][0])}, which is no class of the dataset"
+        known = f"(those are {', '.join(map(str, label_values))})"
         raise BadScan(
-            f"{scan_id}: its label map holds the value {value}, which is no class of the dataset "
-            f"(those are {', '.join(map(str, label_values))}); correct the label or the dataset's class list"
+            f"{scan_id}: its label map holds {odd} {known}; correct the label or the dataset's class list"
         )
     prepared = cfg.to_grid(scan)
     low_high = cfg.intensity_range(prepared.array_CXYZ, modality, scan_id)

@@ -149,8 +149,10 @@ def make(scans: Sequence[Scan], cfg: Config) -> Split:
 
     members: dict[str, list[str]] = {name: [] for name in SETS}
     cases = {}
-    for subject in learners | of("val") | of("test"):
-        for scan in scans_of[subject]:
+    for subject, own in scans_of.items():
+        if role[subject] == "train" and subject not in learners:
+            continue
+        for scan in own:
             torn = role[subject] == given[subject] != scan.split  # the manifest has this subject in two sets
             members["excluded" if torn else role[subject]].append(scan.scan_id)
             cases[scan.scan_id] = Case(subject, scan.sha256, scan.label_sha256)

@@ -176,9 +176,8 @@ def step(train: training.Config, work: Work, at: Placement, c: Constants) -> Ste
     """Time one optimizer step. UserError when the global batch does not divide, or no rate is known."""
     if at.gpu and c.device == "cpu":
         if not at.machine.gpu_tflop_s:
-            raise UserError(
-                f"nothing says how fast GPU '{at.machine.gpu}' is; give gpu_tflop_s, or measure with --probe"
-            )
+            unknown = f"nothing says how fast GPU '{at.machine.gpu}' is"
+            raise UserError(f"{unknown}; give gpu_tflop_s, or measure with --probe")
         flop_s = at.machine.gpu_tflop_s * 1e12 * GPU_UTILISATION
         c = replace(c, flop_s=flop_s, allreduce_bytes_s=GPU_ALLREDUCE_BYTES_S)
     elif not at.gpu and c.device != "cpu":

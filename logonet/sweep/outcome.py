@@ -107,8 +107,7 @@ def page(spec: Spec, trials: Sequence[Trial]) -> dict[str, bytes]:
         note += " cannot be compared."
         add(heading, "importance.png", reporting.importance_bars(importances, note))
     else:
-        why = "; ".join(dict.fromkeys(importances["note"]))
-        sections[heading] = f"<p>Not known: {html.escape(why)}.</p>"
+        sections[heading] = f"<p>Not known: {html.escape('; '.join(dict.fromkeys(importances['note'])))}.</p>"
     both = table[measured & analysis.numbers(table, "final_dice").notna()]
     heading = "Can the objective be trusted"
     if len(both) > 1:

@@ -60,10 +60,8 @@ def decode_dicom(files: Sequence[tuple[str, bytes]], *, max_bytes: int = MAX_BYT
     first = slices[0]
     for what in ("series", "modality", "rows", "columns"):
         if len(values := {getattr(s, what) for s in slices}) > 1:
-            raise BadScan(
-                f"{first.name}: its folder holds slices of {len(values)} different {what} values; keep one series "
-                "per folder"
-            )
+            holds = f"its folder holds slices of {len(values)} different {what} values"
+            raise BadScan(f"{first.name}: {holds}; keep one series per folder")
     shape_xyz = (first.columns, first.rows, len(slices))
     claim = f"{first.name}: its series claims {'x'.join(map(str, shape_xyz))} voxels"
     check_claim(claim, 4 * math.prod(shape_xyz), sum(len(data) for _, data in files), max_bytes)
@@ -149,10 +147,8 @@ def _dicom_geometry(slices: Sequence[_Slice]) -> tuple[list[_Slice], np.ndarray]
         raise BadScan(f"{name}: two slices of its series lie at the same place; remove the duplicates")
     if np.abs(gaps - gap).max() > 0.05 * gap:
         k = int(np.abs(gaps - gap).argmax())
-        raise BadScan(
-            f"{ordered[k].name}: the next slice of its series is {gaps[k]:.2f} mm away, the others {gap:.2f} mm; "
-            "a slice is missing"
-        )
+        apart = f"the next slice of its series is {gaps[k]:.2f} mm away, the others {gap:.2f} mm"
+        raise BadScan(f"{ordered[k].name}: {apart}; a slice is missing")
     lps = np.eye(4)
     lps[:3, 0] = column_dir * first.pixel_mm[1]
     lps[:3, 1] = row_dir * first.pixel_mm[0]
