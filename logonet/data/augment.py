@@ -81,8 +81,7 @@ def probabilities() -> list[str]:
 
 def none() -> Config:
     """A config that distorts nothing."""
-    off: dict[str, Any] = dict.fromkeys(probabilities(), 0.0)
-    return Config(**off)
+    return Config(**dict.fromkeys(probabilities(), 0.0))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,7 @@ def _resampled(array_XYZ: np.ndarray, matrix_33: np.ndarray, order: int) -> np.n
 
 def _intensities(image: np.ndarray, drawn: Drawn) -> np.ndarray:
     if drawn.gamma != 1:
-        low = image.min()
-        span = image.max() - low
+        low, span = image.min(), image.max() - image.min()
         image = ((image - low) / (span + np.float32(1e-7))) ** drawn.gamma * span + low
     if drawn.intensity_factor != 1:
         image = image * drawn.intensity_factor

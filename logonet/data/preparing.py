@@ -26,10 +26,9 @@ class CutScan:
     stored: Mapping[str, int]
 
     def __call__(self, scan: Scan) -> list[CropRef] | Quarantined:
-        name = f"shards/{scan.scan_id}.safetensors"
-        uri = object_store.join(self.uri, name)
-        size_bytes = self.stored.get(uri.rsplit("/", 1)[1], 0)
-        if refs := crop_shards.shard_index(uri, name, size_bytes):
+        file = f"{scan.scan_id}.safetensors"
+        name, uri = f"shards/{file}", object_store.join(self.uri, "shards", file)
+        if refs := crop_shards.shard_index(uri, name, self.stored.get(file, 0)):
             return refs
         try:
             crops_RCXYZ = cropping.crops_of(manifest.load(scan), scan.modality, self.cfg, scan.scan_id)

@@ -197,9 +197,8 @@ def this_machine(currency: str = "USD") -> Cluster:
 def connected_cluster(currency: str = "USD") -> Cluster:
     """The Ray cluster that this process is connected to, free of charge; nodes of equal resources form a pool."""
     machines: Counter[Machine] = Counter()
-    for node in (
-        n for n in ray_cluster.node_resources() if n.get("CPU")
-    ):  # a head without CPUs runs no tasks
+    # A head without CPUs runs no tasks.
+    for node in (n for n in ray_cluster.node_resources() if n.get("CPU")):
         shared_gib = node.get("object_store_memory", 0.0) / GIB
         machine = Machine(
             # A Ray of our own has more logical CPUs than the machine has cores.

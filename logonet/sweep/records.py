@@ -19,7 +19,6 @@ import pandas as pd
 
 from logonet.core import config
 from logonet.core.errors import UserError
-from logonet.core.redaction import without_secrets
 from logonet.storage import object_store
 
 SPEC = "sweep.json"
@@ -98,12 +97,6 @@ def write(uri: str, trial: Trial) -> None:
         if isinstance(_parsed(old, trial.index, record), str):
             object_store.write(f"{record}.torn-{hashlib.sha256(old).hexdigest()[:8]}", old)
     object_store.write(record, seal(trial))
-
-
-def write_traceback(uri: str, index: int, text: str) -> None:
-    """Keep what a trial failed with beside its record, in the sweep at ``uri``."""
-    where = object_store.join(uri, TRIALS, f"{index:04d}.error.txt")
-    object_store.write(where, without_secrets(text).encode())
 
 
 def read_all(uri: str) -> list[Trial]:

@@ -19,8 +19,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from logonet import tracking
 from logonet.core import config, seeding
 from logonet.core.errors import UserError
+from logonet.core.redaction import without_secrets
 from logonet.distributed import cluster, ray_compat
 from logonet.pipelines.stage import say
+from logonet.storage import object_store
 from logonet.sweep import outcome, records
 from logonet.sweep import space as spaces
 from logonet.sweep.outcome import MEASURES
@@ -113,7 +115,8 @@ class Recorder(tune.Callback):
         mine.final = result.get("final") or mine.final
         if "failed" in result:
             mine.reason = result["failed"]
-            records.write_traceback(self.plan.sweep.uri, mine.index, result["trace"])
+            beside = object_store.join(self.plan.sweep.uri, records.TRIALS, f"{mine.index:04d}.error.txt")
+            object_store.write(beside, without_secrets(result["trace"]).encode())
         if "t" in result:
             entry, known = result["entry"], {e["epoch"]: e for e in mine.history}
             if entry["epoch"] not in known:
