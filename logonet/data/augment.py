@@ -169,7 +169,8 @@ def _resampled(array_XYZ: np.ndarray, matrix_33: np.ndarray, order: int) -> np.n
 
 def _intensities(image: np.ndarray, drawn: Drawn) -> np.ndarray:
     if drawn.gamma != 1:
-        low, span = image.min(), image.max() - image.min()
+        low = image.min()
+        span = image.max() - low
         image = ((image - low) / (span + np.float32(1e-7))) ** drawn.gamma * span + low
     if drawn.intensity_factor != 1:
         image = image * drawn.intensity_factor

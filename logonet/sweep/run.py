@@ -171,19 +171,15 @@ def _confirm(plan: Plan, trials: dict[str, Trial], tracker: tracking.Tracker, wa
 def _close_runs(sweep: Sweep, trials: Mapping[str, Trial], parent: str | None) -> None:
     """Complete every trial's MLflow run: below the sweep's, with its status and its objective."""
     own = config.fingerprint(spec(sweep))
+    tags = {"logonet.stage": "pretrain", "logonet.sweep": sweep.uri, tracking.PARENT_TAG: parent}
     for key, trial in trials.items():
+        said = f"{trial.status} {trial.reason}"
         tracking.catch_up(
             fingerprint=trial.pretrain.rsplit("/", 1)[-1] or f"{own}-{key}",
             experiment=sweep.experiment,
             run_name=f"{sweep.name}-trial-{trial.index}",
             params=trial.settings,
-            tags={
-                "logonet.stage": "pretrain",
-                "logonet.sweep": sweep.uri,
-                "logonet.sweep.trial": str(trial.index),
-                "logonet.sweep.outcome": f"{trial.status} {trial.reason}".strip(),
-                tracking.PARENT_TAG: parent,
-            },
+            tags=tags | {"logonet.sweep.trial": str(trial.index), "logonet.sweep.outcome": said.strip()},
             artifact_root=object_store.join(sweep.root, "mlflow-artifacts"),
             history=[{k: v for k, v in e.items() if k != "objective"} for e in trial.history],
             files={},

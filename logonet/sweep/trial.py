@@ -119,18 +119,11 @@ def _pretrain(plan: Plan, settings: Settings) -> dict[str, Any]:
     cfg = pretraining_of(spaces.apply(config.to_dict(sweep.base), settings))
     if plan.upstream is not None:
         ray.get(plan.upstream.make.remote(cfg))
-    artifact = pipelines.pretrain(
-        cfg,
-        sweep.source,
-        sweep.root,
-        RayExecutor(plan.resources, plan.share, [Report(name, counts=name != "finetune")]),
-        sweep.experiment,
-        labelled=sweep.labelled,
-        trial=pipelines.Trial(
-            started=lambda uri: tune.report({"pretrain": uri}),
-            tags=_tags(plan, settings) | ({} if plan.parent is None else {tracking.PARENT_TAG: plan.parent}),
-        ),
-    )
+    executor = RayExecutor(plan.resources, plan.share, [Report(name, counts=name != "finetune")])
+    tags = _tags(plan, settings) | ({} if plan.parent is None else {tracking.PARENT_TAG: plan.parent})
+    trial = pipelines.Trial(started=lambda uri: tune.report({"pretrain": uri}), tags=tags)
+    where = sweep.source, sweep.root, executor, sweep.experiment
+    artifact = pipelines.pretrain(cfg, *where, labelled=sweep.labelled, trial=trial)
     if name == "finetune":
         history, final = _finetune(plan, settings, artifact, [Report(name, counts=True)])
     else:
@@ -145,15 +138,10 @@ def _finetune(
     plan: Plan, settings: Settings, pretrained: Artifact, callbacks: Sequence[Any] = ()
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The finetuning's history, and {"dice": its best validation Dice, "uri"}."""
-    cfg = plan.sweep.finetuning
-    artifact = pipelines.finetune(
-        replace(cfg, init=replace(cfg.init, weights=pretrained.uri)),
-        plan.sweep.judged_on,
-        plan.sweep.root,
-        RayExecutor(plan.resources, plan.share, callbacks),
-        plan.sweep.experiment,
-        trial=pipelines.Trial(tags=_tags(plan, settings)),
-    )
+    sweep, executor = plan.sweep, RayExecutor(plan.resources, plan.share, callbacks)
+    cfg = replace(sweep.finetuning, init=replace(sweep.finetuning.init, weights=pretrained.uri))
+    where = sweep.labelled or sweep.source, sweep.root, executor, sweep.experiment
+    artifact = pipelines.finetune(cfg, *where, trial=pipelines.Trial(tags=_tags(plan, settings)))
     history = json.loads(artifact.read("history.json"))
     if (step := training.best_step(history)) is None:
         raise UserError(f"the finetuning at {artifact.uri} measured no validation Dice")

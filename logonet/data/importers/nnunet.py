@@ -42,7 +42,10 @@ def nnunet_sources(uri: str, description: Mapping[str, Any], entries: Entries) -
                 )
             label = f"{folder}/labels{which}/{case}{ending}"
             modality = channels[int(channel)]
-            own = {"split": split, "modality": "" if modality.lower() in NO_MODALITY else modality}
+            own: dict[str, Any] = {
+                "split": split,
+                "modality": "" if modality.lower() in NO_MODALITY else modality,
+            }
             own["label_uri"] = label if label in entries else ""
             found.append(Source(uri=image, subject=case, **own, **common))
     splits = f"{folder}/{SPLITS_FILE}"

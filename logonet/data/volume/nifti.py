@@ -232,7 +232,7 @@ def header_grid(data: bytes, name: str) -> tuple[tuple[int, int, int], np.ndarra
     header = _header_of(data, name)
     if header is None or min(header["dim"][1:4]) < 1:
         return None
-    x, y, z = (int(n) for n in header["dim"][1:4])
+    x, y, z = map(int, header["dim"][1:4])
     try:
         return (x, y, z), _nifti_affine(header, name)
     except BadScan:
