@@ -104,6 +104,6 @@ class _LabelCrops:
         if self.labeller is None:
             from logonet.clustering.pseudo_labels import Labeller
 
-            self.labeller = Labeller(kmeans.ClustererSet.view(centroids_VT, self.sizes_N))
+            self.labeller = Labeller(kmeans.ClustererSet(centroids_VT, self.sizes_N))
         crops = self.table.read_all(indices)
         return np.stack([self.labeller(slices_of(crop_CXYZ)).T for crop_CXYZ in crops]).astype(np.int16)

@@ -78,10 +78,9 @@ class Config(Section, key="clusterers"):
             must = f"at most clusterers.k_max ({self.k_max})"
             raise UserError(f"clusterers.k_min is {self.k_min}; it must be {must}")
         if self.algorithm != "kmeans" and self.max_fit_slices < 2 * self.k_max:
-            raise UserError(
-                f"clusterers.max_fit_slices is {self.max_fit_slices}; {self.algorithm} clustering needs at "
-                f"least two slices for each of up to {self.k_max} clusters"
-            )
+            least = f"at least two slices for each of up to {self.k_max} clusters"
+            need = f"{self.algorithm} clustering needs {least}"
+            raise UserError(f"clusterers.max_fit_slices is {self.max_fit_slices}; {need}")
 
 
 def cluster_counts(cfg: Config) -> list[int]:
@@ -243,11 +242,6 @@ class ClustererSet:
         facts = {"inertia": [f.inertia for f in fitted], "sklearn": sklearn.__version__}
         sizes_N = np.array([f.k for f in fitted], np.int64)
         return cls(np.concatenate([f.centroids_KT for f in fitted]), sizes_N, {**meta, **facts})
-
-    @classmethod
-    def view(cls, centroids_VT: np.ndarray, sizes_N: np.ndarray) -> ClustererSet:
-        """A set over arrays that are already in memory, such as Ray's shared memory. Nothing is copied."""
-        return cls(centroids_VT, np.asarray(sizes_N, np.int64))
 
     def of(self, n: int) -> np.ndarray:
         """Centroids (K, T) of clusterer ``n``, a view."""

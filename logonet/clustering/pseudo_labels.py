@@ -231,10 +231,8 @@ class Labeller:
 
     def _distances(self, x_ST: torch.Tensor, slice_P: torch.Tensor, code_P: torch.Tensor) -> torch.Tensor:
         """Step 3: squared distances of the pairs, float64 (P,)."""
-        parts = [
-            (self.centroids_VT[code].double() - x_ST[s]).square().sum(1)
-            for s, code in zip(slice_P.split(PAIRS), code_P.split(PAIRS))
-        ]
+        some = zip(slice_P.split(PAIRS), code_P.split(PAIRS))
+        parts = [(self.centroids_VT[code].double() - x_ST[s]).square().sum(1) for s, code in some]
         return torch.cat(parts) if parts else self.norm2_V.new_zeros(0)
 
 

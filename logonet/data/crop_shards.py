@@ -92,10 +92,8 @@ class CropTable:
         try:
             data = object_store.read(shard, start=ref.offset, length=ref.num_bytes, sha256=ref.sha256)
         except object_store.IntegrityError as err:
-            hint = (
-                f"to have it cut again delete {shard} and {self.uri}/manifest.json and run the same command"
-            )
-            raise object_store.IntegrityError(f"{err}; {hint}") from None
+            hint = f"to have it cut again delete {shard} and {self.uri}/manifest.json"
+            raise object_store.IntegrityError(f"{err}; {hint} and run the same command") from None
         return np.frombuffer(data, np.uint16).reshape(self.in_channels, *self.size_vox)
 
     def read_all(self, indices: Iterable[int]) -> list[np.ndarray]:

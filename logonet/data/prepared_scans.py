@@ -83,11 +83,10 @@ def prepare(
     index_of[np.asarray(label_values)] = np.arange(len(label_values))
     indices_XYZ = index_of[labels_XYZ]
     if (indices_XYZ == 255).any():
+        known = ", ".join(map(str, label_values))
         odd = f"the value {int(labels_XYZ[indices_XYZ == 255][0])}, which is no class of the dataset"
-        known = f"(those are {', '.join(map(str, label_values))})"
-        raise BadScan(
-            f"{scan_id}: its label map holds {odd} {known}; correct the label or the dataset's class list"
-        )
+        hint = "correct the label or the dataset's class list"
+        raise BadScan(f"{scan_id}: its label map holds {odd} (those are {known}); {hint}")
     prepared = cfg.to_grid(scan)
     low_high = cfg.intensity_range(prepared.array_CXYZ, modality, scan_id)
     image_CXYZ = volume.to_uint16(volume.window(prepared.array_CXYZ, low_high))

@@ -166,10 +166,8 @@ def _subjects(checked: Sequence[Checked]) -> Iterator[Problem]:
             other = first.setdefault((what, source.dataset, source.subject), source)
             if getattr(other, what) != getattr(source, what):
                 here, there = here.format(getattr(source, what)), there.format(getattr(other, what))
-                said = f"subject {source.subject} is in {here} here and in {there} with {other.uri}"
-                yield Problem(
-                    source.uri, "subject", ERROR, f"{source.uri}: {said}; give a subject one {what}"
-                )
+                said = f"{source.uri}: subject {source.subject} is in {here} here and in {there} with {other.uri}"
+                yield Problem(source.uri, "subject", ERROR, f"{said}; give a subject one {what}")
 
 
 def _unlabelled(checked: Sequence[Checked]) -> Iterator[Problem]:

@@ -87,8 +87,9 @@ def find_scans(cfg: Pretraining, asked: Question) -> Scans:
             uri = pipelines.import_scans(uri, asked.root, RayExecutor(asked.resources))[1].uri
         table = pipelines.open_manifest(uri)
         return sizes.of_manifest(training_part(table, cfg.split), f"the import at {uri}")
+    told = asked.scans or asked.data
     found = (
-        sizes.equal_scans(asked.scans, shape, spacing) if asked.scans else _listed(asked.data, shape, spacing)
+        sizes.equal_scans(told, shape, spacing) if isinstance(told, int) else _listed(told, shape, spacing)
     )
     if cfg.split is None:
         return found
@@ -113,9 +114,8 @@ def _listed(data: str, shape: Any, spacing: Any) -> Scans:
         how = f"with the shape of the middle one of {len(rows)} that were read"
     usual = stored or sizes.equal_scans(1, shape).stored_bytes
     # As long as an import's ids, which end in 10 digits of a hash.
-    scans = tuple(
-        Scan(f"{manifest.stem(s.uri)}-{'0' * 10}", shape, spacing, s.size_bytes or usual) for s in found
-    )
+    ids = [f"{manifest.stem(s.uri)}-{'0' * 10}" for s in found]
+    scans = tuple(Scan(i, shape, spacing, s.size_bytes or usual) for i, s in zip(ids, found))
     return Scans(scans, f"{len(found):,} listed at {data}, {how}")
 
 

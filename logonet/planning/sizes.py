@@ -189,12 +189,8 @@ def facts_of(cfg: Pretraining) -> DataSpec:
     """What the method will know of the data; every clusterer counts with as many clusters as were drawn for it."""
     pseudo = "pseudo_labels" in methods.needs(cfg.method.name)
     counts = tuple(kmeans.cluster_counts(cfg.clusterers)) if pseudo else ()
-    return DataSpec(
-        size_vox=cfg.crops.size_vox,
-        cluster_sizes=counts,
-        majority_labels=(0,) * len(counts),
-        batch_size=cfg.train.batch_size,
-    )
+    size_vox, batch_size = cfg.crops.size_vox, cfg.train.batch_size
+    return DataSpec(size_vox, 1, counts, majority_labels=(0,) * len(counts), batch_size=batch_size)
 
 
 # ---------------------------------------------------------------------------------------------- stages

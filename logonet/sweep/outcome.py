@@ -154,9 +154,8 @@ def _answer(
         proxy = f" ({score})" if math.isfinite(won["objective"]) else ""
         score = f"finetuned Dice {scores[best]:.4f}{proxy}"
     chosen = {k: won[k] for k in keys if pd.notna(won[k])}
-    settings = ", ".join(
-        f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" for k, v in chosen.items()
-    )
+    short = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in chosen.items()}
+    settings = ", ".join(f"{k} = {v}" for k, v in short.items())
     wins = "wins" if set(counts.index) <= {"done", "stopped", "failed"} else "leads so far"
     sentence = f"Trial {best} {wins}: {settings or 'the base setting'}; {score}"
     sentence += f", {' and '.join(leads)}." if leads else "; no other trial can be compared with it."
@@ -168,8 +167,8 @@ def _answer(
         notes.append(f"The base setting's trial {base} cannot be compared: {missed['status']}{why}.")
     if won["status"] != "done":
         notes.append("No trial has run to the end, so objectives of unequal epochs were compared.")
-    notes.append(
+    notes += [
         "A lead is of one run each and may be chance: `logonet compare` tests two evaluations case by case."
-    )
+    ]
     where = f"<p><code>{html.escape(str(won['pretrain']))}</code></p>" if won["pretrain"] else ""
     return f"<p><b>{html.escape(sentence)}</b></p><p>{html.escape(' '.join(notes))}</p>{where}"

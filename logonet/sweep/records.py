@@ -153,9 +153,8 @@ def state(uri: str) -> dict[str, Any]:
     noted = object_store.join(uri, STATE)
     known = object_store.read_json(noted) if object_store.exists(noted) else {}
     if not isinstance(known, dict) or not _is_number(known.get("spent_s", 0.0)):
-        raise UserError(
-            f"{noted} does not hold what a sweep notes; delete it (its time is then counted anew)"
-        )
+        hint = "delete it (its time is then counted anew)"
+        raise UserError(f"{noted} does not hold what a sweep notes; {hint}")
     return known
 
 
@@ -206,10 +205,8 @@ def claim(uri: str, spec: Spec) -> None:
         return
     said = [f"{k} was {_shown(old, k)}, now {_shown(new, k)}" for k in changed[:SHOWN_DIFFERENCES]]
     said += [f"and {len(changed) - SHOWN_DIFFERENCES} more"] if len(changed) > SHOWN_DIFFERENCES else []
-    raise UserError(
-        f"the sweep at {uri} was begun with other settings: {', '.join(said)}; "
-        "give --name another name, or the old settings"
-    )
+    hint = "give --name another name, or the old settings"
+    raise UserError(f"the sweep at {uri} was begun with other settings: {', '.join(said)}; {hint}")
 
 
 def read_spec(uri: str) -> Spec:

@@ -101,10 +101,9 @@ def parse(values: Mapping[str, Any], source: str) -> Space:
     space = Space(tuple(_key(path, spec, source) for path, spec in search.items()))
     for path, other in itertools.permutations(space.paths, 2):
         if other.startswith(f"{path}."):
-            ways = f"put the values of '{other.removeprefix(path)[1:]}' into those of '{path}', or search its keys"
-            raise UserError(
-                f"{source} searches both '{path}' and '{other}', which is part of it; {ways} one by one"
-            )
+            ways = f"put the values of '{other.removeprefix(path)[1:]}' into those of '{path}'"
+            both = f"{source} searches both '{path}' and '{other}', which is part of it"
+            raise UserError(f"{both}; {ways}, or search its keys one by one")
     if (cells := grid_size(space)) > MAX_GRID:
         many = f"the grid of {source} has {cells} cells, more than {MAX_GRID}"
         raise UserError(f"{many}; make some keys a choice instead")

@@ -36,10 +36,8 @@ def nnunet_sources(uri: str, description: Mapping[str, Any], entries: Entries) -
                 continue
             case, _, channel = name_of(image).removesuffix(ending).rpartition("_")
             if not re.fullmatch(r"[0-9]{4}", channel) or int(channel) not in channels:
-                known = ", ".join(f"_{c:04d}" for c in channels)
-                raise UserError(
-                    f"{image}: does not end in a channel of {uri} ({known} before {ending}); rename it"
-                )
+                known = ", ".join(f"_{c:04d}" for c in channels) + f" before {ending}"
+                raise UserError(f"{image}: does not end in a channel of {uri} ({known}); rename it")
             label = f"{folder}/labels{which}/{case}{ending}"
             modality = channels[int(channel)]
             own: dict[str, Any] = {
