@@ -166,7 +166,7 @@ def test_a_clusterers_own_centroids():
     made = ClustererSet.from_fitted(fits, {})
     for f in fits:
         np.testing.assert_array_equal(made.of(f.index), f.centroids_KT)
-    assert np.shares_memory(ClustererSet.view(made.centroids_VT, made.sizes_N).of(1), made.centroids_VT)
+    assert np.shares_memory(ClustererSet(made.centroids_VT, made.sizes_N).of(1), made.centroids_VT)
     assert made.summary()["codes"] == 6
     assert made.summary()["inertia"] == [0.5, 0.5, 0.5]
 
@@ -225,7 +225,7 @@ def test_quality_by_hand():
 
 
 def test_quality_without_intensities_or_meta():
-    bare = ClustererSet.view(np.zeros((6, 4), np.float32), np.array([4, 2]))
+    bare = ClustererSet(np.zeros((6, 4), np.float32), np.array([4, 2]))
     table = quality.quality(bare, LABELS_SN)
     assert table[["inertia", "air_codes", "air_share"]].isna().all(axis=None)
     assert table["dead_codes"].tolist() == [1, 0]

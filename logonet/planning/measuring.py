@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,7 +67,7 @@ def measure(
     train = replace(cfg.train, global_batch=batch, validate_every_epochs=0, **short)
     try:
         dataset = synthetic_crops(cfg, work, folder)
-        rates = run_all(executor, partial(_rates, cfg.crops, folder, seconds / 6, list(scans)), [dataset])[0]
+        rates = run_all(executor, _Task(cfg, folder, seconds / 6, scans), [dataset])[0]
         # Fits and labels are not measured: as much faster than the defaults as cutting is.
         faster = rates["cut_voxels_s"] / known.cut_voxels_s
         rates |= {name: faster * getattr(known, name) for name in ("kmeans_flop_s", "label_flop_s")}
@@ -120,52 +119,47 @@ def timed(fn: Callable[[int], Any], budget_s: float, least: int = 3) -> float:
     return float(np.median(out[1:]))
 
 
-def _rates(
-    crops: cropping.Config,
-    folder: str,
-    seconds: float,
-    scans: list[manifest.Source],
-    dataset: TrainingDataset,
-) -> dict[str, float]:
+class _Task:
     """Measures what data tasks do; ``seconds`` for each of four measurements."""
-    task_bytes = float(psutil.Process().memory_info().rss)
-    crop_s = timed(lambda i: dataset.rows([(i, i % CROPS)]), seconds)
-    # A row counts as float32, and a crop is stored as uint16.
-    prepare = {"task_bytes": task_bytes, "prepare_bytes_s": dataset.row_bytes / 2 / crop_s}
-    return prepare | _store(folder, seconds) | _decode(crops, folder, seconds, scans)
 
+    def __init__(self, cfg: Pretraining, folder: str, seconds: float, scans: Sequence[manifest.Source]):
+        self.crops, self.folder, self.seconds, self.scans = cfg.crops, folder, seconds, list(scans)
 
-def _store(folder: str, seconds: float) -> dict[str, float]:
-    """Write one object at a time, and read as many at once as the node has cores."""
-    blob, cores = seeding.rng(0, "plan").bytes(OBJECT_BYTES), os.cpu_count() or 1
-    uris = [object_store.join(folder, f"object-{i}") for i in range(2 * cores)]
-    count = len(uris)
-    write_s = timed(lambda i: object_store.write(uris[i % count], blob), seconds, least=count + 1)
-    with ThreadPoolExecutor(count) as pool:
-        read_s = timed(lambda _: list(pool.map(object_store.read, uris)), seconds)
-    rates = {"store_write_bytes_s": OBJECT_BYTES / write_s}
-    return rates | {"store_node_bytes_s": count * OBJECT_BYTES / read_s}
+    def __call__(self, dataset: TrainingDataset) -> dict[str, float]:
+        task_bytes = float(psutil.Process().memory_info().rss)
+        crop_s = timed(lambda i: dataset.rows([(i, i % CROPS)]), self.seconds)
+        # A row counts as float32, and a crop is stored as uint16.
+        prepare = {"task_bytes": task_bytes, "prepare_bytes_s": dataset.row_bytes / 2 / crop_s}
+        return prepare | self._store() | self._decode()
 
+    def _store(self) -> dict[str, float]:
+        """Write one object at a time, and read as many at once as the node has cores."""
+        blob, cores = seeding.rng(0, "plan").bytes(OBJECT_BYTES), os.cpu_count() or 1
+        uris = [object_store.join(self.folder, f"object-{i}") for i in range(2 * cores)]
+        count = len(uris)
+        write_s = timed(lambda i: object_store.write(uris[i % count], blob), self.seconds, least=count + 1)
+        with ThreadPoolExecutor(count) as pool:
+            read_s = timed(lambda _: list(pool.map(object_store.read, uris)), self.seconds)
+        rates = {"store_write_bytes_s": OBJECT_BYTES / write_s}
+        return rates | {"store_node_bytes_s": count * OBJECT_BYTES / read_s}
 
-def _decode(
-    crops: cropping.Config, folder: str, seconds: float, sources: list[manifest.Source]
-) -> dict[str, float]:
-    """Import scans and cut them, or a phantom where there are none."""
-    cfg = replace(crops, min_image_share=0.0)
-    if not sources:
-        side = max(96, 32 * -(-max(cfg.size_vox) // 32))
-        phantom.write_dataset(f"{folder}/scans", 1, size_vox=(side, side, side))
-        sources = importers.sources(f"{folder}/scans/imagesTr/")
-    import_s = cut_s = voxels = 0.0
-    for source in sources:
-        begun = time.perf_counter()
-        row = manifest.inspect(source)
-        inspected = time.perf_counter()
-        if isinstance(row, manifest.Scan) and import_s + cut_s < seconds:
-            cropping.crops_of(manifest.load(row), row.modality, cfg, row.scan_id)
-            cut_s += time.perf_counter() - inspected
-            import_s, voxels = import_s + inspected - begun, voxels + math.prod(row.shape)
-    if not voxels:
-        what = f"none of the first {len(sources)} scans can be read, the first being {sources[0].uri}"
-        raise UserError(f"{what}; 'logonet data check' says why")
-    return {"import_voxels_s": voxels / import_s, "cut_voxels_s": voxels / cut_s}
+    def _decode(self) -> dict[str, float]:
+        """Import scans and cut them, or a phantom where there are none."""
+        cfg, sources = replace(self.crops, min_image_share=0.0), self.scans
+        if not sources:
+            side = max(96, 32 * -(-max(cfg.size_vox) // 32))
+            phantom.write_dataset(f"{self.folder}/scans", 1, size_vox=(side, side, side))
+            sources = importers.sources(f"{self.folder}/scans/imagesTr/")
+        import_s = cut_s = voxels = 0.0
+        for source in sources:
+            begun = time.perf_counter()
+            row = manifest.inspect(source)
+            inspected = time.perf_counter()
+            if isinstance(row, manifest.Scan) and import_s + cut_s < self.seconds:
+                cropping.crops_of(manifest.load(row), row.modality, cfg, row.scan_id)
+                cut_s += time.perf_counter() - inspected
+                import_s, voxels = import_s + inspected - begun, voxels + math.prod(row.shape)
+        if not voxels:
+            what = f"none of the first {len(sources)} scans can be read, the first being {sources[0].uri}"
+            raise UserError(f"{what}; 'logonet data check' says why")
+        return {"import_voxels_s": voxels / import_s, "cut_voxels_s": voxels / cut_s}
