@@ -220,5 +220,6 @@ def distributions(space: Space) -> dict[str, Any]:
             elif key.sort == "int":
                 out[key.path] = IntDistribution(*key.values)
             else:
-                out[key.path] = FloatDistribution(*key.values, log=key.sort == "loguniform")
+                low, high = key.values
+                out[key.path] = FloatDistribution(low, high, log=key.sort == "loguniform")
     return out
