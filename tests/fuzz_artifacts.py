@@ -158,6 +158,7 @@ def reach_crops(folder: Path) -> Iterator[str]:
 
 def make_case(folder: Path) -> None:
     from logonet.data import prepared_scans
+    from logonet.storage import safetensors_io
 
     image, label = phantom_files(0)
     from logonet.data import manifest, volume
@@ -168,7 +169,7 @@ def make_case(folder: Path) -> None:
     blob = prepared_scans.to_bytes("scan-1", *prepared, 0)
     (folder / "cases").mkdir()
     (folder / "cases" / "scan-1.safetensors").write_bytes(blob)
-    ref = prepared_scans.ref_of("cases/scan-1.safetensors", blob)
+    ref = prepared_scans.ref_of("cases/scan-1.safetensors", safetensors_io.header_of(blob))
     table = prepared_scans.Table((ref,), ("background", "liver", "spleen"), (0, 1, 2))
     _commit(folder, "cases", {}, {"cases.json": json.dumps(table.to_json()).encode()}, {"cases": 1})
 

@@ -16,7 +16,7 @@ from logonet import methods, networks, training
 from logonet.core.config import Component
 from logonet.data import crop_shards, phantom, prepared_scans
 from logonet.methods import DataSpec
-from logonet.storage import object_store
+from logonet.storage import object_store, safetensors_io
 from logonet.training import checkpoints, linear_probe
 from logonet.training.dataset import LabelledDataset, TrainingDataset
 from logonet.training.local import local_batches
@@ -90,7 +90,7 @@ def labelled_dataset(folder: Path) -> LabelledDataset:
         uri = f"{folder}/cases/case{i}.safetensors"
         blob = prepared_scans.to_bytes(f"case{i}", image_CXYZ, indices_XYZ, seed=0)
         object_store.write(uri, blob)
-        refs.append(prepared_scans.ref_of(uri, blob))
+        refs.append(prepared_scans.ref_of(uri, safetensors_io.header_of(blob)))
     return LabelledDataset(
         "supervised",
         methods.config("supervised", SUPERVISED),

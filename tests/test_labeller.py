@@ -42,7 +42,7 @@ def unit(x_ST: np.ndarray) -> np.ndarray:
 
 
 def stack(codes: list[np.ndarray]) -> ClustererSet:
-    return ClustererSet.view(np.concatenate(codes).astype(np.float32), np.array([len(c) for c in codes]))
+    return ClustererSet(np.concatenate(codes).astype(np.float32), np.array([len(c) for c in codes]))
 
 
 def distances2(x_ST: np.ndarray, c_KT: np.ndarray) -> np.ndarray:
@@ -287,7 +287,7 @@ def test_wrong_input_is_a_sentence(fitted_smooth):
         centroids = fitted_smooth[0].centroids_VT.copy()
         centroids[3, 3] = bad
         with pytest.raises(UserError, match="centroids that are not finite"):
-            Labeller(ClustererSet.view(centroids, fitted_smooth[0].sizes_N))
+            Labeller(ClustererSet(centroids, fitted_smooth[0].sizes_N))
 
 
 def test_fitted_clusterers_label_their_own_slices():

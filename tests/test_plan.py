@@ -20,6 +20,7 @@ from logonet.data import phantom
 from logonet.distributed.cluster import Resources
 from logonet.planning import hardware, measuring, memory, planner, request, sizes, speed, table
 from logonet.planning.hardware import Cluster, Machine, Pool
+from logonet.planning.question import NodeArgs
 from logonet.planning.speed import Constants, Placement
 from logonet.storage import object_store
 from logonet.training.local import LocalExecutor
@@ -378,12 +379,12 @@ def test_a_wrong_cluster_file_is_refused_with_its_name(text: str, message: str, 
 def test_flags_describe_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     own = {"cpus": 8.0, "memory_gib": 32.0, "price_per_h": 0.5}
-    found = request.find_cluster(request.Question(node=own, nodes=3))
+    found = request.find_cluster(request.Question(node=NodeArgs(**own), nodes=3))
     assert (found.cpus, found.money(1.0, 1.0)) == (24, 1.5)
-    changed = request.find_cluster(request.Question(machine="g5.2xlarge", node={"shm_gib": 11.0}))
+    changed = request.find_cluster(request.Question(machine="g5.2xlarge", node=NodeArgs(shm_gib=11.0)))
     assert (changed.gpus, changed.pools[0].machine.shm_gib) == (1, 11.0)
     with pytest.raises(UserError, match="memory_gib"):
-        request.find_cluster(request.Question(node={"cpus": 8.0}))
+        request.find_cluster(request.Question(node=NodeArgs(cpus=8.0)))
     here = request.find_cluster(request.Question())
     assert here.known_from == "this machine"
     assert here.cpus == os.cpu_count()
@@ -416,7 +417,7 @@ def test_listed_scans_are_counted_and_some_are_read(demo: pipelines.Pretraining,
     files = (tmp_path / "scans" / "imagesTr").iterdir()
     assert found.stored_bytes == sum(f.stat().st_size for f in files)
     assert {s.shape_vox for s in found.scans} == {(40, 32, 24)}
-    given = request.find_scans(demo, request.Question(data=str(tmp_path / "scans"), shape_vox=(9, 9, 9)))
+    given = request.find_scans(demo, request.Question(data=str(tmp_path / "scans"), shape="9x9x9"))
     assert {s.shape_vox for s in given.scans} == {(9, 9, 9)}
     with pytest.raises(UserError, match="--shape"):
         request.find_scans(demo, request.Question(scans=3))
@@ -440,14 +441,14 @@ def test_an_import_is_known_exactly(demo: pipelines.Pretraining, tmp_path: Path)
 def test_constants_are_read_as_they_were_stored(tmp_path: Path) -> None:
     stored = str(tmp_path / "c.json")
     object_store.write(stored, CONSTANTS.to_json())
-    assert speed.read_constants(stored) == CONSTANTS
+    assert speed.constants(stored) == CONSTANTS
     (tmp_path / "old.json").write_text(json.dumps({**json.loads(CONSTANTS.to_json()), "spread": 0.1}))
     with pytest.raises(UserError, match=r"spread.*--probe 60 --constants .*old\.json"):
-        speed.read_constants(str(tmp_path / "old.json"))
+        speed.constants(str(tmp_path / "old.json"))
     object_store.write(stored, replace(CONSTANTS, flop_s=0.0).to_json())
     with pytest.raises(UserError, match=r"flop_s is 0\.0; it must be above 0"):
-        speed.read_constants(stored)
-    shipped = speed.defaults()
+        speed.constants(stored)
+    shipped = speed.constants()
     assert shipped.step_fingerprint == ""
     assert shipped.date in Path(__file__).parents[1].joinpath("docs/planning.md").read_text()
 

@@ -190,7 +190,7 @@ def test_a_workers_memory_by_hand(demo: pipelines.Pretraining, work: memory.Work
     net = sizes.Network({"w": ("F32", (25,))}, {"w": (25,)}, 120)
     own = replace(work, network=net, micro=memory.MicroBatch(900, 1000, 10, 1.0, "given"), sample_bytes=1)
     two = replace(demo, train=replace(demo.train, global_batch=2 * demo.train.batch_size))
-    defaults = speed.defaults()
+    defaults = speed.constants()
     alone = planner.worker_memory(two, own, workers=2, gpu=True, c=defaults)
     assert (alone.gradients, alone.moments, alone.activations) == (100, 200, 900)
     assert alone.device_bytes == 120 + 100 + 200 + 900 + 10

@@ -20,7 +20,7 @@ from logonet.core.errors import BadScan, UserError
 from logonet.data import cropping, manifest, phantom, prepared_scans, preparing, volume
 from logonet.data.manifest import Scan, Source
 from logonet.data.volume import Volume
-from logonet.storage import object_store
+from logonet.storage import object_store, safetensors_io
 
 CHUNK = 4
 CFG = prepared_scans.Config()
@@ -48,7 +48,7 @@ def kept(folder: Path, image_CXYZ: np.ndarray, labels_XYZ: np.ndarray, name: str
     uri = f"{folder}/cases/{name}.safetensors"
     blob = prepared_scans.to_bytes(name, image_CXYZ, labels_XYZ, seed=0)
     object_store.write(uri, blob)
-    return prepared_scans.ref_of(uri, blob)
+    return prepared_scans.ref_of(uri, safetensors_io.header_of(blob))
 
 
 def labelled(

@@ -23,7 +23,7 @@ from logonet import networks
 from logonet.core import seeding
 from logonet.core.errors import UserError
 from logonet.data import phantom, prepared_scans
-from logonet.storage import object_store
+from logonet.storage import object_store, safetensors_io
 from logonet.training import linear_probe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,7 +38,7 @@ def kept(folder: Path, name: str, image_CXYZ: np.ndarray, labels_XYZ: np.ndarray
     uri = f"{folder}/{name}.safetensors"
     blob = prepared_scans.to_bytes(name, image_CXYZ, labels_XYZ, seed=0)
     object_store.write(uri, blob)
-    return prepared_scans.ref_of(uri, blob)
+    return prepared_scans.ref_of(uri, safetensors_io.header_of(blob))
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def test_histories_are_strict_json_and_what_is_not_finite_becomes_nan(
         pytest.fail(f"{name} is not JSON")
 
     history = [{**entry, "epoch": epoch, "objective": dice} for epoch, entry in enumerate(history, 1)]
-    data = trial(history=history, final={"dice": dice}).to_bytes()
+    data = records.seal(trial(history=history, final={"dice": dice}))
     json.loads(data, parse_constant=no_constants)
     back = Trial.from_bytes(data, "here")
     assert back.settings["train.grad_clip"] is None
@@ -95,11 +95,11 @@ def damage(kind: str, good: bytes) -> bytes:
     if kind == "edited":
         return good.replace(b'"done"', b'"failed"')
     if kind == "another trial's":
-        return trial(7).to_bytes()
+        return records.seal(trial(7))
     if kind == "a list":
         return b"[1, 2]"
     if kind == "an unknown status":
-        return trial(status="asleep").to_bytes()
+        return records.seal(trial(status="asleep"))
     assert kind == "not text"
     return b"\xff\xfe\x00"
 

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -17,6 +17,7 @@ from logonet.cli.jobs import ConfigArgs, absolute, job_config
 from logonet.core.errors import UserError
 from logonet.distributed import cluster
 from logonet.distributed.cluster import Resources
+from logonet.planning.question import Question
 
 
 def doctor(root: str = "/tmp/logonet-doctor", nodes: bool = True) -> None:
@@ -37,72 +38,13 @@ def doctor(root: str = "/tmp/logonet-doctor", nodes: bool = True) -> None:
 
 
 @dataclass(frozen=True)
-class NodeArgs:
-    """One kind of node by hand: laid on --machine, or all of it.
+class PlanArgs(Question, ConfigArgs):
+    """What is planned, and with which recipe.
 
     Attributes:
-        cpus: logical cores.
-        memory_gib: RAM.
-        gpus: of a node.
-        gpu_memory_gib: of one GPU.
-        gpu_tflop_s: a GPU's dense bfloat16 peak.
-        shm_gib: /dev/shm.
-        disk_gib: local disk.
-        network_gbit_s: to other nodes and the store.
-        price_per_h: on demand.
-        spot_price_per_h: as a spot node.
-    """
-
-    cpus: float | None = None
-    memory_gib: float | None = None
-    gpus: int | None = None
-    gpu_memory_gib: float | None = None
-    gpu_tflop_s: float | None = None
-    shm_gib: float | None = None
-    disk_gib: float | None = None
-    network_gbit_s: float | None = None
-    price_per_h: float | None = None
-    spot_price_per_h: float | None = None
-
-
-@dataclass(frozen=True)
-class PlanArgs(ConfigArgs):
-    """What is planned: on which scans, with which recipe, where.
-
-    Attributes:
-        data: the scans, as for a job, or a finished import ROOT/manifest/<id>; they are listed, and three of them read.
-        scans: plan with so many scans instead, of --shape.
-        shape: voxels of every scan, such as 512x512x400; with --data nothing is read then.
-        spacing: its mm, such as 0.8x0.8x1; what crops.spacing_mm resamples from.
-        import_scans: read and check every scan of --data first, as the job would; ROOT keeps the table.
-        root: where the run would keep its artifacts; --probe and --import-scans write there.
-        resources: what the run may use.
-        cluster: YAML of pools of machines (docs/planning.md); empty for --machine, else RAY_ADDRESS, else this machine.
-        machine: a name of the price table, --nodes of them.
-        node: what a node has, by hand.
-        nodes: how many.
-        spot: at the spot price.
-        prices: YAML of machines and prices; empty for the package's examples.
-        constants: measured numbers, as --probe stores them; where it goes with --probe.
-        probe: measure them first, on the cluster at RAY_ADDRESS or on this machine, in about so many seconds.
         json: print JSON instead of tables.
     """
 
-    data: str = ""
-    scans: int = 0
-    shape: str = ""
-    spacing: str = ""
-    import_scans: tyro.conf.FlagCreatePairsOff[bool] = False
-    root: str = ""
-    resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
-    cluster: str = ""
-    machine: str = ""
-    node: tyro.conf.OmitArgPrefixes[NodeArgs] = field(default_factory=NodeArgs)
-    nodes: int = 1
-    spot: tyro.conf.FlagCreatePairsOff[bool] = False
-    prices: str = ""
-    constants: str = ""
-    probe: float = 0.0
     json: tyro.conf.FlagCreatePairsOff[bool] = False
 
 
@@ -115,28 +57,11 @@ def plan(args: tyro.conf.OmitArgPrefixes[PlanArgs]) -> None:
     from logonet import pipelines, recipes
     from logonet.planning import request, table
 
+    places = {flag: absolute(uri, f"--{flag}") for flag in ("data", "root") if (uri := getattr(args, flag))}
+    asked = replace(args, **places)  # type: ignore[arg-type]
     # Stages say what they do on the way; what this prints is the plan.
     with contextlib.redirect_stdout(sys.stderr):
-        found = request.plan(
-            pipelines.resolve(job_config(args, recipes.PRETRAINING)),
-            request.Question(
-                data=absolute(args.data, "--data") if args.data else "",
-                scans=args.scans,
-                shape_vox=request.triple(args.shape, "--shape", int),
-                spacing_mm=request.triple(args.spacing, "--spacing", float),
-                import_scans=args.import_scans,
-                root=absolute(args.root, "--root") if args.root else "",
-                resources=args.resources,
-                cluster=args.cluster,
-                machine=args.machine,
-                node={k: v for k, v in vars(args.node).items() if v is not None},
-                nodes=args.nodes,
-                spot=args.spot,
-                prices=args.prices,
-                constants=args.constants,
-                probe_s=args.probe,
-            ),
-        )
+        found = request.plan(pipelines.resolve(job_config(args, recipes.PRETRAINING)), asked)
     print(json.dumps(found.to_dict(), indent=1) if args.json else table.text(found).rstrip("\n"))
     if found.refusals:
         sys.exit(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,17 +38,13 @@ def sample_slices(table: CropTable, max_slices: int, seed: int, executor: Execut
     slices_ST = np.empty((num_crops * depth, length), np.uint16)
     group = max(1, min(SLICE_BYTES // (2 * depth * length), -(-num_crops // 4)))
     groups = [chosen[begin : begin + group] for begin in range(0, num_crops, group)]
-    for i, rows_ST in executor.stream(_ReadSlices(table), groups):
+    for i, rows_ST in executor.stream(partial(_read_slices, table), groups):
         slices_ST[i * group * depth :][: len(rows_ST)] = rows_ST
     return slices_ST
 
 
-@dataclass(frozen=True)
-class _ReadSlices:
-    table: CropTable
-
-    def __call__(self, indices: np.ndarray) -> np.ndarray:
-        return np.concatenate([slices_of(crop) for crop in self.table.read_all(map(int, indices))])
+def _read_slices(table: CropTable, indices: np.ndarray) -> np.ndarray:
+    return np.concatenate([slices_of(crop) for crop in table.read_all(map(int, indices))])
 
 
 def fit_clusterers(
@@ -61,24 +58,16 @@ def fit_clusterers(
     counts = kmeans.cluster_counts(cfg)
     done = {i: f for i in range(len(counts)) if (f := _stored_fit(_fit_uri(uri, i))) is not None}
     waiting = [(i, k) for i, k in enumerate(counts) if i not in done]
-    for position, _ in executor.stream(_FitOne(cfg, uri), waiting, shared=(slices_ST,)):
+    for position, _ in executor.stream(partial(_fit_one, cfg, uri), waiting, shared=(slices_ST,)):
         index = waiting[position][0]
-        stored = _stored_fit(_fit_uri(uri, index))
-        assert stored is not None, f"clusterer {index} was stored and cannot be read back"
-        done[index] = stored
+        done[index] = kmeans.Fitted.from_bytes(object_store.read(_fit_uri(uri, index)))
         note(len(done), len(counts))
     return [done[i] for i in range(len(counts))]
 
 
-@dataclass(frozen=True)
-class _FitOne:
-    cfg: kmeans.Config
-    uri: str
-
-    def __call__(self, which: tuple[int, int], slices_ST: np.ndarray) -> None:
-        index, k = which
-        fitted = kmeans.fit_one(slices_ST, k, index, self.cfg)
-        object_store.write(_fit_uri(self.uri, index), fitted.to_bytes())
+def _fit_one(cfg: kmeans.Config, uri: str, which: tuple[int, int], slices_ST: np.ndarray) -> None:
+    index, k = which
+    object_store.write(_fit_uri(uri, index), kmeans.fit_one(slices_ST, k, index, cfg).to_bytes())
 
 
 def _fit_uri(uri: str, index: int) -> str:
@@ -115,6 +104,6 @@ class _LabelCrops:
         if self.labeller is None:
             from logonet.clustering.pseudo_labels import Labeller
 
-            self.labeller = Labeller(kmeans.ClustererSet.view(centroids_VT, self.sizes_N))
+            self.labeller = Labeller(kmeans.ClustererSet(centroids_VT, self.sizes_N))
         crops = self.table.read_all(indices)
         return np.stack([self.labeller(slices_of(crop_CXYZ)).T for crop_CXYZ in crops]).astype(np.int16)

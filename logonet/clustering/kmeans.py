@@ -75,14 +75,12 @@ class Config(Section, key="clusterers"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.k_min > self.k_max:
-            raise UserError(
-                f"clusterers.k_min is {self.k_min}; it must be at most clusterers.k_max ({self.k_max})"
-            )
+            must = f"at most clusterers.k_max ({self.k_max})"
+            raise UserError(f"clusterers.k_min is {self.k_min}; it must be {must}")
         if self.algorithm != "kmeans" and self.max_fit_slices < 2 * self.k_max:
-            raise UserError(
-                f"clusterers.max_fit_slices is {self.max_fit_slices}; {self.algorithm} clustering needs at "
-                f"least two slices for each of up to {self.k_max} clusters"
-            )
+            least = f"at least two slices for each of up to {self.k_max} clusters"
+            need = f"{self.algorithm} clustering needs {least}"
+            raise UserError(f"clusterers.max_fit_slices is {self.max_fit_slices}; {need}")
 
 
 def cluster_counts(cfg: Config) -> list[int]:
@@ -107,8 +105,8 @@ class Fitted:
         return len(self.centroids_KT)
 
     def to_bytes(self) -> bytes:
-        meta = {"index": self.index, "inertia": self.inertia}
-        return _pack(FITTED_FORMAT, {"centroids_KT": self.centroids_KT}, meta)
+        facts = {"index": self.index, "inertia": self.inertia}
+        return _pack(FITTED_FORMAT, {"centroids_KT": self.centroids_KT}, facts)
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "the fitted clusterer") -> Fitted:
@@ -203,31 +201,19 @@ def _cluster(x_ST: np.ndarray, k: int, index: int, cfg: Config) -> np.ndarray:
     from sklearn.cluster import AgglomerativeClustering, SpectralClustering
     from sklearn.mixture import GaussianMixture
 
-    seed = seeding.integer(cfg.seed, "fit", index)
     if cfg.algorithm == "hierarchical":
         return AgglomerativeClustering(k, linkage="ward").fit_predict(x_ST)
+    options: dict[str, Any] = {"random_state": seeding.integer(cfg.seed, "fit", index)}
     if cfg.algorithm == "gaussian_mixture":
         # Spherical: a full covariance of slices of 96 x 96 voxels has 85 million numbers, and K of them.
-        mixture = GaussianMixture(
-            k,
-            covariance_type="spherical",
-            init_params="k-means++",
-            max_iter=cfg.iterations,
-            random_state=seed,
-        )
-        return mixture.fit_predict(x_ST)
+        options |= {"covariance_type": "spherical", "init_params": "k-means++", "max_iter": cfg.iterations}
+        return GaussianMixture(k, **options).fit_predict(x_ST)
     # Of neighbours: an RBF of distances between thousands of voxels is 0 for nearly all pairs.
-    spectral = SpectralClustering(
-        k,
-        affinity="nearest_neighbors",
-        n_neighbors=min(10, len(x_ST) - 1),
-        assign_labels="cluster_qr",
-        random_state=seed,
-    )
+    options |= {"affinity": "nearest_neighbors", "n_neighbors": min(10, len(x_ST) - 1)}
     with warnings.catch_warnings():
         # Air is many equal slices, which only know one another. Parts without a way between them are clusters.
         warnings.filterwarnings("ignore", message="Graph is not fully connected")
-        return spectral.fit_predict(x_ST)
+        return SpectralClustering(k, assign_labels="cluster_qr", **options).fit_predict(x_ST)
 
 
 # ---------------------------------------------------------------------------------------------- the set
@@ -254,16 +240,8 @@ class ClustererSet:
         fitted = sorted(fitted, key=lambda f: f.index)
         assert [f.index for f in fitted] == list(range(len(fitted))), "a clusterer is missing or there twice"
         facts = {"inertia": [f.inertia for f in fitted], "sklearn": sklearn.__version__}
-        return cls(
-            np.concatenate([f.centroids_KT for f in fitted]),
-            np.array([f.k for f in fitted], np.int64),
-            {**meta, **facts},
-        )
-
-    @classmethod
-    def view(cls, centroids_VT: np.ndarray, sizes_N: np.ndarray) -> ClustererSet:
-        """A set over arrays that are already in memory, such as Ray's shared memory. Nothing is copied."""
-        return cls(centroids_VT, np.asarray(sizes_N, np.int64))
+        sizes_N = np.array([f.k for f in fitted], np.int64)
+        return cls(np.concatenate([f.centroids_KT for f in fitted]), sizes_N, {**meta, **facts})
 
     def of(self, n: int) -> np.ndarray:
         """Centroids (K, T) of clusterer ``n``, a view."""
@@ -272,17 +250,12 @@ class ClustererSet:
 
     def summary(self) -> dict[str, Any]:
         """Facts for an artifact's manifest, JSON-able."""
-        return {
-            "codes": len(self.centroids_VT),
-            "cluster_sizes": self.sizes_N.tolist(),
-            "inertia": self.meta.get("inertia"),
-            "sklearn": self.meta.get("sklearn"),
-        }
+        facts = {"codes": len(self.centroids_VT), "cluster_sizes": self.sizes_N.tolist()}
+        return facts | {key: self.meta.get(key) for key in ("inertia", "sklearn")}
 
     def to_bytes(self) -> bytes:
         """One safetensors file; ``meta`` is JSON in its header."""
-        arrays = {"centroids_VT": self.centroids_VT, "sizes_N": self.sizes_N}
-        return _pack(SET_FORMAT, arrays, self.meta)
+        return _pack(SET_FORMAT, {"centroids_VT": self.centroids_VT, "sizes_N": self.sizes_N}, self.meta)
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "the clusterer set") -> ClustererSet:

@@ -95,9 +95,8 @@ class Labeller:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             self.centroids_VT = torch.from_numpy(clusterers.centroids_VT).to(self.device)
         self.first_N = torch.tensor([0, *self.sizes[:-1]], device=self.device).cumsum(0)
-        self.clusterer_V = torch.arange(len(self.sizes), device=self.device).repeat_interleave(
-            torch.tensor(self.sizes, device=self.device)
-        )
+        sizes_N = torch.tensor(self.sizes, device=self.device)
+        self.clusterer_V = torch.arange(len(self.sizes), device=self.device).repeat_interleave(sizes_N)
         with torch.inference_mode():
             self.norm2_V = _norm2(self.centroids_VT)
             if not bool((self.norm2_V <= LARGEST).all()):  # also False for NaN
@@ -116,8 +115,7 @@ class Labeller:
         V, T = self.centroids_VT.shape
         pick = torch.linspace(0, V - 1, min(V, BASIS_SAMPLE), device=self.device).long().unique()
         sample_MT = self.centroids_VT[pick].double()
-        gram_MM = sample_MT @ sample_MT.T
-        _, vectors_MM = torch.linalg.eigh(gram_MM)  # ascending
+        _, vectors_MM = torch.linalg.eigh(sample_MT @ sample_MT.T)  # ascending
         rank = min(RANK, len(pick), T)
         # QR makes the columns orthonormal to float64 even where the sample has no more dimensions.
         return torch.linalg.qr(sample_MT.T @ vectors_MM.flip(1)[:, :rank]).Q
@@ -129,12 +127,10 @@ class Labeller:
         residual2_V = (self.norm2_V - inside_V).clamp_min(0)
         pad = self.rho / SKEW + self.eps
         residual_V = _up((residual2_V + pad * self.norm2_V).sqrt()).float()
-        alive_V = ~self._repeats()
-        low_V = torch.where(alive_V, (1 - self.eps) * self.norm2_V, NEVER).float()
-        rows_VR = torch.cat([b_VR, residual_V[:, None], low_V[:, None]], 1)
+        low_V = torch.where(~self._repeats(), (1 - self.eps) * self.norm2_V, NEVER).float()
+        self._rows_VR = _fast(torch.cat([b_VR, residual_V[:, None], low_V[:, None]], 1))
         # What lifts a lower bound to the upper one: 4 X Y + 2 eps |c|^2.
         self._lift_V2 = torch.stack([4 * residual_V, (2 * self.eps * self.norm2_V).float()], 1)
-        self._rows_VR = _fast(rows_VR)
         self._basis_RB = [_fast(q.T.float().contiguous()) for q in basis_TR.split(PROJECT_BLOCK)]
 
     def _repeats(self) -> torch.Tensor:
@@ -167,29 +163,16 @@ class Labeller:
             slices_ST = torch.from_numpy(x_ST)
         V, T = self.centroids_VT.shape
         if slices_ST.ndim != 2 or slices_ST.shape[1] != T:
-            raise UserError(
-                f"slices have shape {tuple(slices_ST.shape)}, the clusterers were fitted to slices of {T} pixels; "
-                "label crops of the size the clusterers were fitted on"
-            )
+            odd = f"slices have shape {tuple(slices_ST.shape)}, the clusterers were fitted to slices of {T} pixels"
+            raise UserError(f"{odd}; label crops of the size the clusterers were fitted on")
         if not (S := len(slices_ST)):
             return np.zeros((0, len(self.sizes)), np.int16), Work(0, V, 0.0, 0.0, 0, 0.0, 0.0)
-        labels: list[torch.Tensor] = []
-        done: list[tuple[int, int, int, int]] = []
         with torch.inference_mode(), _ieee_float32():
-            for part_ST in slices_ST.to(self.device, torch.float32).split(SLICES):
-                labels_SN, counts = self._label(part_ST)
-                labels.append(labels_SN)
-                done.append(counts)
-        survivors, row_slices, float64_pairs, flop = (sum(counts[i] for counts in done) for i in range(4))
-        work = Work(
-            slices=S,
-            codes=V,
-            survivor_share=survivors / (S * V),
-            row_share=row_slices / (S * V),
-            float64_pairs=float64_pairs,
-            gflop=flop / 1e9,
-            brute_gflop=2 * S * V * T / 1e9,
-        )
+            parts = slices_ST.to(self.device, torch.float32).split(SLICES)
+            labels, done = zip(*map(self._label, parts))
+        survivors, row_slices, float64_pairs, flop = map(sum, zip(*done))
+        shares = survivors / (S * V), row_slices / (S * V)
+        work = Work(S, V, *shares, float64_pairs, flop / 1e9, 2 * S * V * T / 1e9)
         return torch.cat(labels).cpu().numpy(), work
 
     def _label(self, x_ST: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
@@ -198,7 +181,11 @@ class Labeller:
         norm2_S = _norm2(x_ST)
         if not bool((norm2_S <= LARGEST).all()):
             raise UserError("slices to label are not finite; the crop stage must clip intensities to [0, 1]")
-        code_P, slice_P = self._screen(x_ST, norm2_S)
+        # Step 1: the pairs that can be nearest, codes ascending.
+        low_VS, high_VS = self._bounds(x_ST, norm2_S)
+        high_NS = torch.stack([high_KS.amin(0) for high_KS in high_VS.split(self.sizes)])
+        code_P, slice_P = (low_VS <= high_NS[self.clusterer_V] + TINY).nonzero().unbind(1)
+        del low_VS, high_VS
         labels = torch.full((N * S,), -1, device=self.device)
         key_P = self.clusterer_V[code_P] * S + slice_P
         key_P, code_P = _settle(labels, key_P, code_P, torch.ones_like(code_P, dtype=torch.bool))
@@ -215,16 +202,8 @@ class Labeller:
         _settle(labels, key_P, code_P, distance_P == _least(distance_P, key_P, N * S)[key_P], lowest=True)
         assert not bool((labels < 0).any()), "a slice lost its last candidate: the bounds are wrong"
         labels_SN = (labels.view(N, S) - self.first_N[:, None]).T.to(torch.int16)
-        width = self.rank + 2
-        flop = 2 * S * (T * self.rank + V * (width + 2) + len(rows_U) * T) + 3 * len(key_P) * T
+        flop = 2 * S * (T * self.rank + V * (self.rank + 4) + len(rows_U) * T) + 3 * len(key_P) * T
         return labels_SN, (survivors, S * len(rows_U), len(key_P), flop)
-
-    def _screen(self, x_ST: torch.Tensor, norm2_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Step 1: the pairs that can be nearest, as (code, slice), codes ascending."""
-        low_VS, high_VS = self._bounds(x_ST, norm2_S)
-        high_NS = torch.stack([high_KS.amin(0) for high_KS in high_VS.split(self.sizes)])
-        code_P, slice_P = (low_VS <= high_NS[self.clusterer_V] + TINY).nonzero().unbind(1)
-        return code_P, slice_P
 
     def _bounds(self, x_ST: torch.Tensor, norm2_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Lower and upper bounds (2) of |c|^2 - 2 x.c, float32 (V, S)."""
@@ -252,10 +231,8 @@ class Labeller:
 
     def _distances(self, x_ST: torch.Tensor, slice_P: torch.Tensor, code_P: torch.Tensor) -> torch.Tensor:
         """Step 3: squared distances of the pairs, float64 (P,)."""
-        parts = [
-            (self.centroids_VT[code].double() - x_ST[s]).square().sum(1)
-            for s, code in zip(slice_P.split(PAIRS), code_P.split(PAIRS))
-        ]
+        some = zip(slice_P.split(PAIRS), code_P.split(PAIRS))
+        parts = [(self.centroids_VT[code].double() - x_ST[s]).square().sum(1) for s, code in some]
         return torch.cat(parts) if parts else self.norm2_V.new_zeros(0)
 
 

@@ -77,10 +77,9 @@ def agreement(labels_SN: np.ndarray, limit: int = AGREEMENT_LIMIT) -> tuple[np.n
     N = labels_SN.shape[1]
     chosen_M = np.linspace(0, N - 1, min(N, limit)).round().astype(int)
     nmi_MM = np.eye(len(chosen_M))
-    for i in range(len(chosen_M)):
-        for j in range(i):
-            a_S, b_S = labels_SN[:, chosen_M[i]], labels_SN[:, chosen_M[j]]
-            nmi_MM[i, j] = nmi_MM[j, i] = normalized_mutual_info_score(a_S, b_S)
+    for i, j in zip(*np.tril_indices(len(chosen_M), -1)):
+        a_S, b_S = labels_SN[:, chosen_M[i]], labels_SN[:, chosen_M[j]]
+        nmi_MM[i, j] = nmi_MM[j, i] = normalized_mutual_info_score(a_S, b_S)
     return nmi_MM, chosen_M
 
 
@@ -93,21 +92,16 @@ def stability(labels_a_SN: np.ndarray, labels_b_SN: np.ndarray) -> pd.DataFrame:
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
     assert labels_a_SN.shape == labels_b_SN.shape
+    scores = {"nmi": normalized_mutual_info_score, "ari": adjusted_rand_score}
     pairs = list(zip(labels_a_SN.T, labels_b_SN.T))
-    return pd.DataFrame(
-        {
-            "nmi": [normalized_mutual_info_score(a_S, b_S) for a_S, b_S in pairs],
-            "ari": [adjusted_rand_score(a_S, b_S) for a_S, b_S in pairs],
-        }
-    )
+    return pd.DataFrame({name: [score(a_S, b_S) for a_S, b_S in pairs] for name, score in scores.items()})
 
 
-def exemplars(labels_S: np.ndarray, k: int, per_code: int, seed: int) -> dict[int, list[int]]:
+def exemplars(labels_S: np.ndarray, per_code: int, seed: int) -> dict[int, list[int]]:
     """Up to ``per_code`` random slices of every code in use, ascending, for a contact sheet."""
     out = {}
-    for code in range(k):
+    for code in np.unique(labels_S).tolist():
         members = np.flatnonzero(labels_S == code)
-        if len(members):
-            order = seeding.rng(seed, "exemplars", code).permutation(len(members))[:per_code]
-            out[code] = np.sort(members[order]).tolist()
+        order = seeding.rng(seed, "exemplars", code).permutation(len(members))[:per_code]
+        out[code] = np.sort(members[order]).tolist()
     return out

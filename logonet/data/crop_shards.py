@@ -92,9 +92,8 @@ class CropTable:
         try:
             data = object_store.read(shard, start=ref.offset, length=ref.num_bytes, sha256=ref.sha256)
         except object_store.IntegrityError as err:
-            raise object_store.IntegrityError(
-                f"{err}; to have it cut again delete {shard} and {self.uri}/manifest.json and run the same command"
-            ) from None
+            hint = f"to have it cut again delete {shard} and {self.uri}/manifest.json"
+            raise object_store.IntegrityError(f"{err}; {hint} and run the same command") from None
         return np.frombuffer(data, np.uint16).reshape(self.in_channels, *self.size_vox)
 
     def read_all(self, indices: Iterable[int]) -> list[np.ndarray]:
@@ -109,17 +108,13 @@ class CropTable:
         """The table of a finished crops artifact."""
         uri = artifact.uri_of("crops.parquet")
         refs = tuple(parquet.from_parquet(artifact.read("crops.parquet"), CropRef, uri))
-        size = config.from_dict(
-            _CropSize,
-            {"size_vox": artifact.config.get("size_vox"), "in_channels": artifact.facts.get("in_channels")},
-            artifact.uri,
-        )
+        told = {"size_vox": artifact.config.get("size_vox"), "in_channels": artifact.facts.get("in_channels")}
+        size = config.from_dict(_CropSize, told, artifact.uri)
         num_bytes = 2 * size.in_channels * math.prod(size.size_vox)
         if wrong := [r for r in refs if r.num_bytes != num_bytes or r.offset < 0]:
-            raise UserError(
-                f"{artifact.uri}: crop {wrong[0].crop_id} is listed with {wrong[0].num_bytes} bytes, not {num_bytes}; "
-                f"to have it made again delete {artifact.uri}/manifest.json and run the same command"
-            )
+            odd = f"crop {wrong[0].crop_id} is listed with {wrong[0].num_bytes} bytes, not {num_bytes}"
+            hint = f"to have it made again delete {artifact.uri}/manifest.json and run the same command"
+            raise UserError(f"{artifact.uri}: {odd}; {hint}")
         return cls(artifact.uri, size.size_vox, size.in_channels, refs)
 
 

@@ -58,6 +58,11 @@ def crops_of(scan: Volume, modality: str, cfg: Config, scan_id: str) -> np.ndarr
     return crops_RCXYZ
 
 
+def image_share(shape_xyz: Sequence[int], cfg: Config) -> float:
+    """The share of a crop that a scan of this shape fills."""
+    return float(np.prod(np.minimum(shape_xyz, cfg.size_vox) / np.array(cfg.size_vox)))
+
+
 def candidates(shape_xyz: Sequence[int], cfg: Config, scan_id: str) -> np.ndarray:
     """Lower corners of candidate boxes, int64 (R, K, 3), uniform over the positions where the box fits.
 
@@ -67,17 +72,13 @@ def candidates(shape_xyz: Sequence[int], cfg: Config, scan_id: str) -> np.ndarra
     Raises:
         BadScan: when the scan would fill less than ``cfg.min_image_share`` of the crop.
     """
-    shape, size = np.array(shape_xyz), np.array(cfg.size_vox)
-    share = float(np.prod(np.minimum(shape, size) / size))
+    share = image_share(shape_xyz, cfg)
     if share < cfg.min_image_share:
-        raise BadScan(
-            f"{scan_id}: is too small, {tuple(int(n) for n in shape)} voxels fill {100 * share:.0f} % of a "
-            f"crop of {cfg.size_vox}; lower crops.size_vox or crops.spacing_mm"
-        )
-    room = shape - size
-    corners_RK3 = seeding.rng(cfg.seed, "crop", scan_id).integers(
-        0, np.maximum(room, 0) + 1, size=(cfg.per_scan, CANDIDATES, 3)
-    )
+        small = f"{tuple(map(int, shape_xyz))} voxels fill {100 * share:.0f} % of a crop of {cfg.size_vox}"
+        raise BadScan(f"{scan_id}: is too small, {small}; lower crops.size_vox or crops.spacing_mm")
+    room = np.array(shape_xyz) - cfg.size_vox
+    size, rng = (cfg.per_scan, CANDIDATES, 3), seeding.rng(cfg.seed, "crop", scan_id)
+    corners_RK3 = rng.integers(0, np.maximum(room, 0) + 1, size)
     return np.where(room < 0, room // 2, corners_RK3)
 
 
@@ -89,8 +90,7 @@ def choose_corners(
     Of each crop's candidates the first whose foreground share reaches ``cfg.min_foreground`` is taken, else
     the one with the largest: most of a scanner's field is air, which teaches nothing.
     """
-    low, high = low_high
-    threshold = low + FOREGROUND * (high - low)
+    threshold = low_high[0] + FOREGROUND * (low_high[1] - low_high[0])
     chosen = []
     for corners_K3 in candidates(array_CXYZ.shape[1:], cfg, scan_id):
         shares: list[float] = []

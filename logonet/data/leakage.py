@@ -134,9 +134,8 @@ def _equal(key: Key, test: Sequence[AnyScan], others: Sequence[AnyScan]) -> Pair
 
 def _alike(test: Sequence[AnyScan], others: Sequence[AnyScan]) -> Pairs:
     """Pairs of scans whose perceptual hashes are similar."""
-    pool = {s.scan_id: s for s in (*others, *test) if s.thumbprint}
-    position = {scan_id: i for i, scan_id in enumerate(pool)}
-    scans = list(pool.values())
+    scans = list({s.scan_id: s for s in (*others, *test) if s.thumbprint}.values())
+    position = {s.scan_id: i for i, s in enumerate(scans)}
     is_other_M = np.zeros(len(scans), bool)
     is_other_M[[position[s.scan_id] for s in others if s.thumbprint]] = True
     wanted = [position[s.scan_id] for s in test if s.thumbprint]
@@ -177,9 +176,7 @@ def refused(found: Sequence[Leak], num_cases: int, rule: LeakRule, hint: str = "
     """
     leaking = sorted({leak.scan_id for leak in found})
     if leaking and rule == "refuse":
-        raise UserError(
-            f"{len(leaking)} of {num_cases} test cases are known to training or pretraining, such as {leaking[0]} "
-            f"({found[0].kind}: {found[0].detail}); set leaks=exclude to leave them out or leaks=allow to keep "
-            f"them{hint}"
-        )
+        known = f"{len(leaking)} of {num_cases} test cases are known to training or pretraining, such as {leaking[0]}"
+        ways = f"set leaks=exclude to leave them out or leaks=allow to keep them{hint}"
+        raise UserError(f"{known} ({found[0].kind}: {found[0].detail}); {ways}")
     return leaking

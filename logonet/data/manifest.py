@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import re
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -140,18 +141,16 @@ def _inspect(source: Source) -> Scan:
         label = read_one(source.label_uri)
         label_sha256 = _sha256([label])
         label_values = label_values_of(_decode_label(label, source.label_uri, scan))
+    told = ("uri", "files", "subject", "dataset", "licence", "split", "fold", "label_uri", "classes")
+    from_source: dict[str, Any] = {name: getattr(source, name) for name in told}
     return Scan(
+        **from_source,
         # only characters that may stand in file names and object keys everywhere
         scan_id=f"{re.sub(r'[^A-Za-z0-9._-]+', '_', stem(source.uri))}-{sha256[:10]}",
-        uri=source.uri,
-        files=source.files,
         sha256=sha256,
         voxel_sha256=scan_hash.voxel_sha256(scan),
         thumbprint=scan_hash.perceptual_hash(scan),
         size_bytes=sum(map(len, blobs)),
-        subject=source.subject,
-        dataset=source.dataset,
-        licence=source.licence,
         modality=modality,
         shape=scan.shape_xyz,
         spacing_mm=scan.spacing_mm,
@@ -159,12 +158,8 @@ def _inspect(source: Source) -> Scan:
         dtype=scan.stored_dtype,
         intensity_min=float(scan.array_CXYZ.min()),
         intensity_max=float(scan.array_CXYZ.max()),
-        split=source.split,
-        fold=source.fold,
-        label_uri=source.label_uri,
         label_sha256=label_sha256,
         label_values=label_values,
-        classes=source.classes,
     )
 
 
@@ -190,10 +185,8 @@ def checksum_fault(source: Source, sha256: str) -> str:
     """A sentence when the source gives another digest than that of what was read, else ""."""
     if source.sha256 in ("", sha256):
         return ""
-    return (
-        f"{source.uri}: its SHA-256 begins {sha256[:10]}, not {source.sha256[:10]} as listed; copy the file "
-        "again or correct the list"
-    )
+    odd = f"{source.uri}: its SHA-256 begins {sha256[:10]}, not {source.sha256[:10]} as listed"
+    return f"{odd}; copy the file again or correct the list"
 
 
 def read_one(uri: str) -> bytes:
@@ -271,10 +264,8 @@ def to_labels(label: Volume, uri: str) -> tuple[np.ndarray, str]:
     wrong = np.unique(values_XYZ[wrong_XYZ])
     labels_XYZ[wrong_XYZ] = 0
     some = ", ".join(f"{v:g}" for v in wrong[:3]) + (", ..." if len(wrong) > 3 else "")
-    return (
-        labels_XYZ,
-        f"{uri}: a label map holds integers from 0 to {MAX_LABEL}, this one also {some}; correct it",
-    )
+    why = f"{uri}: a label map holds integers from 0 to {MAX_LABEL}, this one also {some}; correct it"
+    return labels_XYZ, why
 
 
 def label_values_of(labels_XYZ: np.ndarray) -> tuple[int, ...]:
@@ -362,9 +353,9 @@ class Manifest:
 
     def describe(self) -> str:
         """A table for people: what is in each dataset, and why scans were left out."""
-        groups: dict[tuple[str, str, str], list[Scan]] = {}
+        groups: dict[tuple[str, str, str], list[Scan]] = defaultdict(list)
         for scan in self.scans:
-            groups.setdefault((scan.dataset, scan.modality, scan.split), []).append(scan)
+            groups[scan.dataset, scan.modality, scan.split].append(scan)
         numbers = (">scans", ">labelled", ">subjects", ">median shape", ">median mm", ">MiB")
         rows = []
         for key, scans in sorted(groups.items()):

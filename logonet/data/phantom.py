@@ -51,10 +51,9 @@ def phantom(
     if modality not in ("CT", "MR") or not 1 <= classes <= MAX_CLASSES:
         raise UserError(f"a phantom is CT or MR with 1 to {MAX_CLASSES} classes, not {modality}, {classes}")
     rng = seeding.rng(seed, "phantom")
-    column = 0 if modality == "CT" else 1
+    column = ("CT", "MR").index(modality)
     u_xyz = [np.linspace(-1, 1, n, dtype=np.float32) for n in size_vox]
-    air = (-1000.0, 0.0)[column]
-    array_XYZ = np.full(size_vox, air, np.float32)
+    array_XYZ = np.full(size_vox, (-1000.0, 0.0)[column], np.float32)
     labels_XYZ = np.zeros(size_vox, np.uint8)
 
     radii = np.array([0.88, 0.66, 1.6]) * rng.uniform(0.93, 1.05, 3)
@@ -77,7 +76,9 @@ def phantom(
     turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), target)
     affine = affine @ nib.orientations.inv_ornt_aff(turn, size_vox)
     array_XYZ, labels_XYZ = (nib.orientations.apply_orientation(a, turn) for a in (array_XYZ, labels_XYZ))
-    return Volume(array_XYZ[None], _rotation(tilt_deg) @ affine, modality), np.ascontiguousarray(labels_XYZ)
+    c, s = np.cos(np.deg2rad(tilt_deg)), np.sin(np.deg2rad(tilt_deg))
+    affine = np.array([[1, 0, 0, 0], [0, c, -s, 0], [0, s, c, 0], [0, 0, 0, 1.0]]) @ affine
+    return Volume(array_XYZ[None], affine, modality), np.ascontiguousarray(labels_XYZ)
 
 
 def _jitter(
@@ -105,7 +106,7 @@ def _acquire(
     array_XYZ: np.ndarray,
     body_XYZ: np.ndarray,
     modality: str,
-    u_xyz: Sequence[np.ndarray],
+    u_xyz: list[np.ndarray],
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Texture, noise and, for MR, a bias field and an empty background; integers as scanners store them."""
@@ -118,11 +119,6 @@ def _acquire(
     x, y, z = (1 + rng.uniform(-0.2, 0.2) * u for u in u_xyz)
     bias_XYZ = (x[:, None, None] * y[None, :, None] * z[None, None, :]).astype(np.float32)
     return np.round(np.abs(array_XYZ * bias_XYZ + 20 * texture_XYZ) * body_XYZ)
-
-
-def _rotation(tilt_deg: float) -> np.ndarray:
-    c, s = np.cos(np.deg2rad(tilt_deg)), np.sin(np.deg2rad(tilt_deg))
-    return np.array([[1, 0, 0, 0], [0, c, -s, 0], [0, s, c, 0], [0, 0, 0, 1.0]])
 
 
 def write_dataset(

@@ -32,11 +32,7 @@ from logonet.storage import object_store, safetensors_io
 CHUNK_VOX = 64  # side of a chunk: 512 KiB of image, so a request's latency is worth its bytes
 POSITIONS = 1000  # voxels kept of each class to centre crops on
 CHUNKS_CACHED = 128  # by a process, at most 96 MiB
-TYPES: dict[str, np.dtype[Any]] = {
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "I16": np.dtype(np.int16),
-}
+TYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("u2"), "U8": np.dtype("u1"), "I16": np.dtype("i2")}
 
 
 @dataclass(frozen=True)
@@ -69,14 +65,6 @@ class CropSampling(Section, key="crops"):
 # ------------------------------------------------------------------------------------------ preparing
 
 
-def class_indices(label_values: Sequence[int]) -> np.ndarray:
-    """uint8 (256,): label value -> class index; 255 for a value that is no class."""
-    assert label_values[0] == 0, label_values
-    table = np.full(256, 255, np.uint8)
-    table[np.asarray(label_values)] = np.arange(len(label_values))
-    return table
-
-
 def prepare(
     scan: Volume,
     labels_XYZ: np.ndarray,
@@ -90,13 +78,15 @@ def prepare(
     Raises:
         BadScan: for a label value that is no class, or a scan without contrast.
     """
-    indices_XYZ = class_indices(label_values)[labels_XYZ]
+    assert label_values[0] == 0, label_values
+    index_of = np.full(256, 255, np.uint8)  # 255: no class
+    index_of[np.asarray(label_values)] = np.arange(len(label_values))
+    indices_XYZ = index_of[labels_XYZ]
     if (indices_XYZ == 255).any():
-        value = int(labels_XYZ[indices_XYZ == 255][0])
-        raise BadScan(
-            f"{scan_id}: its label map holds the value {value}, which is no class of the dataset "
-            f"(those are {', '.join(map(str, label_values))}); correct the label or the dataset's class list"
-        )
+        known = ", ".join(map(str, label_values))
+        odd = f"the value {int(labels_XYZ[indices_XYZ == 255][0])}, which is no class of the dataset"
+        hint = "correct the label or the dataset's class list"
+        raise BadScan(f"{scan_id}: its label map holds {odd} (those are {known}); {hint}")
     prepared = cfg.to_grid(scan)
     low_high = cfg.intensity_range(prepared.array_CXYZ, modality, scan_id)
     image_CXYZ = volume.to_uint16(volume.window(prepared.array_CXYZ, low_high))
@@ -107,9 +97,7 @@ def prepare(
 def class_positions(labels_XYZ: np.ndarray, seed: int, scan_id: str) -> dict[int, np.ndarray]:
     """At most POSITIONS voxels of each class of the case but background: class index -> int16 (n, 3)."""
     found = {}
-    for index in np.flatnonzero(np.bincount(labels_XYZ.ravel())):
-        if index == 0:
-            continue
+    for index in np.flatnonzero(np.bincount(labels_XYZ.ravel())[1:]) + 1:
         voxels_V = np.flatnonzero(labels_XYZ.ravel() == index)
         if len(voxels_V) > POSITIONS:
             rng = seeding.rng(seed, "places", scan_id, int(index))
@@ -163,17 +151,13 @@ class NotACase(ValueError):
     """A header that `to_bytes` does not write."""
 
 
-def ref_of(uri: str, blob: bytes) -> Ref:
-    """The reference to a case that was just written as ``blob``.
+def ref_of(uri: str, header: bytes) -> Ref:
+    """The reference to the case at ``uri`` with this header.
 
     Raises:
-        NotACase: the blob's header is not one that `to_bytes` writes.
+        NotACase: the header is not one that `to_bytes` writes.
     """
-    header = safetensors_io.header_of(blob)
-    return _ref(uri, header, _parsed(header))
-
-
-def _ref(uri: str, header: bytes, parsed: _Header) -> Ref:
+    parsed = _parsed(header)
     return Ref(parsed.scan_id, uri, len(header), parsed.shape_cxyz, hashlib.sha256(header).hexdigest())
 
 
@@ -185,7 +169,7 @@ def stored(uri: str, size_bytes: int) -> Ref | None:
     except NotACase:
         return None
     end = max(entry["data_offsets"][1] for entry in parsed.entries.values())
-    return _ref(uri, header, parsed) if parsed.offset + end == size_bytes else None
+    return ref_of(uri, header) if parsed.offset + end == size_bytes else None
 
 
 def _parsed(header: bytes) -> _Header:
@@ -231,10 +215,8 @@ def _header(ref: Ref) -> _Header:
     except NotACase as err:
         raise object_store.IntegrityError(f"{ref.uri} is {err}; delete it and run the same command") from None
     if header.shape_cxyz != ref.shape_cxyz:
-        raise object_store.IntegrityError(
-            f"{ref.uri} holds a case of shape {header.shape_cxyz}, not {ref.shape_cxyz}; delete it and run the same "
-            "command"
-        )
+        odd = f"{ref.uri} holds a case of shape {header.shape_cxyz}, not {ref.shape_cxyz}"
+        raise object_store.IntegrityError(f"{odd}; delete it and run the same command")
     return header
 
 
@@ -252,10 +234,9 @@ def _read(ref: Ref, start: int, length: int, sha256: str | None) -> bytes:
     try:
         return object_store.read(ref.uri, start=start, length=length, sha256=sha256)
     except object_store.IntegrityError as err:
-        folder = ref.uri.rsplit("/", 2)[0]
-        raise object_store.IntegrityError(
-            f"{err}; to have it prepared again delete {ref.uri} and {folder}/manifest.json and run the same command"
-        ) from None
+        both = f"{ref.uri} and {ref.uri.rsplit('/', 2)[0]}/manifest.json"
+        hint = f"to have it prepared again delete {both} and run the same command"
+        raise object_store.IntegrityError(f"{err}; {hint}") from None
 
 
 def read_crop(ref: Ref, corner: Sequence[int], size_vox: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -26,10 +26,9 @@ class CutScan:
     stored: Mapping[str, int]
 
     def __call__(self, scan: Scan) -> list[CropRef] | Quarantined:
-        name = f"shards/{scan.scan_id}.safetensors"
-        uri = object_store.join(self.uri, name)
-        size_bytes = self.stored.get(uri.rsplit("/", 1)[1], 0)
-        if refs := crop_shards.shard_index(uri, name, size_bytes):
+        file = f"{scan.scan_id}.safetensors"
+        name, uri = f"shards/{file}", object_store.join(self.uri, "shards", file)
+        if refs := crop_shards.shard_index(uri, name, self.stored.get(file, 0)):
             return refs
         try:
             crops_RCXYZ = cropping.crops_of(manifest.load(scan), scan.modality, self.cfg, scan.scan_id)
@@ -55,15 +54,13 @@ class PrepareScan:
             return ref
         try:
             image = manifest.load(scan)
-            labels_XYZ = manifest.load_label(scan, image)
-            prepared = prepared_scans.prepare(
-                image, labels_XYZ, scan.modality, self.label_values, self.cfg, scan.scan_id
-            )
+            told = scan.modality, self.label_values, self.cfg, scan.scan_id
+            prepared = prepared_scans.prepare(image, manifest.load_label(scan, image), *told)
         except BadScan as err:
             return Quarantined(scan.uri, str(err))
         blob = prepared_scans.to_bytes(scan.scan_id, *prepared, self.cfg.seed)
         object_store.write(uri, blob)
-        return prepared_scans.ref_of(uri, blob)
+        return prepared_scans.ref_of(uri, safetensors_io.header_of(blob))
 
 
 def cut_scans(

@@ -17,16 +17,13 @@ from logonet.storage import parquet
 
 def anonymous(scans: Sequence[Scan]) -> list[Trace]:
     """``scans`` with their own ids and nothing else that names anyone, for `leakage.find` against a model's table."""
-    return [
-        Trace(scan.scan_id, scan.sha256, scan.voxel_sha256, scan.thumbprint, _subject_digest(scan))
-        for scan in scans
-    ]
-
-
-def _subject_digest(scan: Scan) -> str:
-    """A digest of what names the subject in `leakage`: alone where it is unique in the world, else in its dataset."""
-    name, _ = subject_key(scan)
-    return hashlib.sha256(name.encode()).hexdigest() if name else ""
+    traces = []
+    for scan in scans:
+        # What names the subject in `leakage`: alone where it is unique in the world, else in its dataset.
+        name, _ = subject_key(scan)
+        subject = hashlib.sha256(name.encode()).hexdigest() if name else ""
+        traces.append(Trace(scan.scan_id, scan.sha256, scan.voxel_sha256, scan.thumbprint, subject))
+    return traces
 
 
 def to_bytes(scans: Sequence[Scan], role: str) -> bytes:

@@ -41,9 +41,8 @@ class Config(Section, key="split"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shots is not None and self.fraction != 1:
-            raise UserError(
-                f"split.shots is {self.shots} and split.fraction {self.fraction:g}; set one of them only"
-            )
+            both = f"split.shots is {self.shots} and split.fraction {self.fraction:g}"
+            raise UserError(f"{both}; set one of them only")
 
 
 @dataclass(frozen=True)
@@ -68,20 +67,16 @@ class Split:
     @property
     def id(self) -> str:
         """16 hex digits of the content: equal for the same scans and labels under other names or URIs."""
-        digests = {
-            name: sorted([self.cases[i].sha256, self.cases[i].label_sha256] for i in getattr(self, name))
-            for name in SETS
-        }
-        return config.fingerprint(digests)
+        digests = {i: [case.sha256, case.label_sha256] for i, case in self.cases.items()}
+        return config.fingerprint({name: sorted(digests[i] for i in getattr(self, name)) for name in SETS})
 
     def describe(self) -> str:
         """One line for a log: subjects and scans of every set."""
         parts = []
-        for name in ("train", "val", "test", "excluded"):
-            ids = getattr(self, name)
-            subjects = len({self.cases[i].subject for i in ids})
-            parts.append(f"{name} {len(ids)} scans of {subjects} subjects")
-        return f"split {self.id}: " + ", ".join(parts if self.excluded else parts[:-1])
+        for name in ("train", "val", "test", *(["excluded"] if self.excluded else [])):
+            subjects = [self.cases[i].subject for i in getattr(self, name)]
+            parts.append(f"{name} {len(subjects)} scans of {len(set(subjects))} subjects")
+        return f"split {self.id}: {', '.join(parts)}"
 
     def to_json(self) -> str:
         content = {name: list(getattr(self, name)) for name in SETS}
@@ -146,12 +141,10 @@ def make(scans: Sequence[Scan], cfg: Config) -> Split:
     if cfg.fold is None:
         role |= dict.fromkeys(of("val"), "train")
     elif not of("val"):
-        role |= dict.fromkeys(_val(scans_of, of("train"), cfg.fold, cfg), "val")
+        role |= dict.fromkeys(_val(scans_of, of("train"), cfg), "val")
     elif cfg.fold != 0:
-        raise UserError(
-            f"fold {cfg.fold}: the manifest has its own validation scans, so its only fold is 0; set fold to 0, "
-            "or to null to train on all"
-        )
+        only = f"fold {cfg.fold}: the manifest has its own validation scans, so its only fold is 0"
+        raise UserError(f"{only}; set fold to 0, or to null to train on all")
     learners = _part(of("train"), cfg)
 
     members: dict[str, list[str]] = {name: [] for name in SETS}
@@ -192,10 +185,9 @@ def _test(subjects: Collection[str], cfg: Config) -> list[str]:
     return _ordered(subjects, cfg)[:count]
 
 
-def _val(
-    scans_of: Mapping[str, Sequence[Scan]], subjects: Collection[str], fold: int, cfg: Config
-) -> list[str]:
-    """The validation subjects of ``fold``, of the manifest's own folds if it has any."""
+def _val(scans_of: Mapping[str, Sequence[Scan]], subjects: Collection[str], cfg: Config) -> list[str]:
+    """The validation subjects of the fold, of the manifest's own folds if it has any."""
+    fold = cfg.fold or 0
     own = {s.fold for scans in scans_of.values() for s in scans if s.fold >= 0}
     if own:
         if fold not in own:

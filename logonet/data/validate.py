@@ -124,10 +124,7 @@ def _check_label(source: Source, image: Grid | None, found: list[Problem]) -> No
     values = manifest.label_values_of(labels_XYZ)
     declared = {v: name for v, name in enumerate(source.classes) if name}
     if declared and (undeclared := [v for v in values if v and v not in declared]):
-        held, names = (
-            ", ".join(map(str, undeclared)),
-            ", ".join(f"{v} {name}" for v, name in declared.items()),
-        )
+        held, names = ", ".join(map(str, undeclared)), ", ".join(f"{v} {n}" for v, n in declared.items())
         add("label set", f"{uri}: holds {held}, but the dataset declares {names}; correct one of them")
     if values == (0,) and not wrong_values:
         add("label empty", f"{uri}: holds nothing but background; segment the case or leave its label out")
@@ -150,33 +147,27 @@ def problems(checked: Sequence[Checked]) -> list[Problem]:
 
 def _duplicates(checked: Sequence[Checked]) -> Iterator[Problem]:
     first: dict[str, str] = {}
-    for c in checked:
-        if not c.voxel_sha256:
+    for c in (c for c in checked if c.voxel_sha256):
+        if c.voxel_sha256 not in first:
+            first[c.voxel_sha256] = c.source.uri
             continue
-        uri, other = c.source.uri, first.get(c.voxel_sha256)
-        if other is None:
-            first[c.voxel_sha256] = uri
-            continue
+        uri, other = c.source.uri, first[c.voxel_sha256]
         what = "is listed twice" if other == uri else f"has the same voxels as {other}"
         yield Problem(uri, "duplicate", ERROR, f"{uri}: {what}; keep one of them")
 
 
 def _subjects(checked: Sequence[Checked]) -> Iterator[Problem]:
     """Scans of one subject on both sides of a split teach a network what it is tested on."""
-    first: dict[tuple[str, str], Source] = {}
-    first_trained: dict[tuple[str, str], Source] = {}
+    first: dict[tuple[str, str, str], Source] = {}
     for source in (c.source for c in checked):
-        person, who = (source.dataset, source.subject), f"{source.uri}: subject {source.subject} is in"
-        other = first.setdefault(person, source)
-        if other.split != source.split:
-            said = f"{who} the split '{source.split}' here and in '{other.split}' with {other.uri}"
-            yield Problem(source.uri, "subject", ERROR, f"{said}; give a subject one split")
-        if source.split != "train":
-            continue
-        other = first_trained.setdefault(person, source)
-        if other.fold != source.fold:
-            said = f"{who} fold {source.fold} here and in fold {other.fold} with {other.uri}"
-            yield Problem(source.uri, "subject", ERROR, f"{said}; give a subject one fold")
+        for what, here, there in (("split", "the split '{}'", "'{}'"), ("fold", "fold {}", "fold {}")):
+            if what == "fold" and source.split != "train":
+                continue
+            other = first.setdefault((what, source.dataset, source.subject), source)
+            if getattr(other, what) != getattr(source, what):
+                here, there = here.format(getattr(source, what)), there.format(getattr(other, what))
+                said = f"{source.uri}: subject {source.subject} is in {here} here and in {there} with {other.uri}"
+                yield Problem(source.uri, "subject", ERROR, f"{said}; give a subject one {what}")
 
 
 def _unlabelled(checked: Sequence[Checked]) -> Iterator[Problem]:
@@ -201,8 +192,8 @@ def table(found: Sequence[Problem], cases: int) -> str:
     rows = []
     for p in found:
         sentence = p.sentence.removeprefix(f"{p.uri}: ")
-        shown = plain(p.uri.removeprefix(root))
-        rows.append((shown, p.check, p.severity, sentence.replace(root, "") if root else sentence))
+        sentence = sentence.replace(root, "") if root else sentence
+        rows.append((plain(p.uri.removeprefix(root)), p.check, p.severity, sentence))
     wrong = {p.uri for p in found if p.severity == ERROR}
     warned = {p.uri for p in found} - wrong
     summary = f"{cases - len(wrong) - len(warned)} of {cases} cases are fine"

@@ -107,7 +107,7 @@ def _sheet(
     table: crop_shards.CropTable, slices_ST: np.ndarray, labels_S: np.ndarray, k: int, n: int
 ) -> bytes:
     num_x, num_y, _ = table.size_vox
-    exemplars = quality.exemplars(labels_S, k, per_code=8, seed=0)
+    exemplars = quality.exemplars(labels_S, per_code=8, seed=0)
     slices_SXY = slices_ST.reshape(len(slices_ST), table.in_channels, num_x, num_y)[:, 0]
     title = f"Clusterer {n} (K = {k}): slices that share a pseudo-label"
     return reporting.contact_sheet(from_uint16(slices_SXY), labels_S, k, exemplars, title)

@@ -245,7 +245,7 @@ def cluster_sheet(table: crop_shards.CropTable, labels_PNZ: np.ndarray, which: i
     slices_SXY = np.concatenate([np.moveaxis(table.read(int(i))[0], -1, 0) for i in chosen])
     labels_S = labels_PNZ[chosen, which].reshape(-1)
     k = int(labels_PNZ[:, which].max()) + 1
-    exemplars = quality.exemplars(labels_S, k, per_code=8, seed=seed)
+    exemplars = quality.exemplars(labels_S, per_code=8, seed=seed)
     title = f"Clusterer {which}: slices that share a pseudo-label"
     return reporting.contact_sheet(from_uint16(slices_SXY), labels_S, k, exemplars, title)
 

@@ -86,9 +86,8 @@ class Pool:
     def price_per_h(self) -> float:
         each = self.machine.spot_price_per_h if self.spot else self.machine.price_per_h
         if each is None:
-            raise UserError(
-                f"{self.name} has no spot price in the price table; give spot_price_per_h, or plan it on demand"
-            )
+            hint = "give spot_price_per_h, or plan it on demand"
+            raise UserError(f"{self.name} has no spot price in the price table; {hint}")
         return self.nodes * each
 
 
@@ -172,9 +171,8 @@ def pool_of(entry: Any, table: Prices, where: str) -> Pool:
     name = str(own.pop("machine", ""))
     pool = {"name": name or "own machine"} | {k: own.pop(k) for k in ("nodes", "spot") if k in own}
     if name and name not in table.machines:
-        raise UserError(
-            f"{where}: {config.unknown('machine', name, table.machines)}; --prices FILE can have others"
-        )
+        what = config.unknown("machine", name, table.machines)
+        raise UserError(f"{where}: {what}; --prices FILE can have others")
     base = config.to_dict(table.machines[name]) if name else {}
     return config.from_dict(Pool, {**pool, "machine": {**base, **own}}, where)
 
@@ -199,9 +197,8 @@ def this_machine(currency: str = "USD") -> Cluster:
 def connected_cluster(currency: str = "USD") -> Cluster:
     """The Ray cluster that this process is connected to, free of charge; nodes of equal resources form a pool."""
     machines: Counter[Machine] = Counter()
-    for node in ray_cluster.node_resources():
-        if not node.get("CPU"):
-            continue  # a head without CPUs runs no tasks
+    # A head without CPUs runs no tasks.
+    for node in (n for n in ray_cluster.node_resources() if n.get("CPU")):
         shared_gib = node.get("object_store_memory", 0.0) / GIB
         machine = Machine(
             # A Ray of our own has more logical CPUs than the machine has cores.

@@ -29,7 +29,7 @@ from logonet.pipelines.stage import StageExecutor
 from logonet.planning import memory, speed
 from logonet.planning.memory import Work
 from logonet.planning.speed import Constants, Placement
-from logonet.storage import object_store
+from logonet.storage import object_store, safetensors_io
 from logonet.training import Job
 from logonet.training.dataset import TrainingDataset
 from logonet.training.schedule import SampleSchedule
@@ -59,7 +59,7 @@ def measure(
         scans: decoded to time it; without them a phantom is.
     """
     folder = object_store.join(root, f".logonet-plan-{uuid.uuid4().hex}")
-    known = speed.defaults()
+    known = speed.constants()
     if at.gpu:
         known = replace(known, device=at.machine.gpu or "GPU", allreduce_bytes_s=speed.GPU_ALLREDUCE_BYTES_S)
     batch = at.workers * cfg.train.batch_size
@@ -99,14 +99,13 @@ def synthetic_crops(cfg: Pretraining, work: Work, folder: str) -> TrainingDatase
     """Stored crops of noise with random labels."""
     spec, rng, name = work.facts, seeding.rng(0, "plan", "crops"), "shards/plan.safetensors"
     raw = [memory.raw_sample(spec, rng) for _ in range(CROPS)]
-    blob, uri = crop_shards.shard_bytes("plan", np.stack([r["image_CXYZ"] for r in raw])), f"{folder}/{name}"
-    object_store.write(uri, blob)
-    refs = crop_shards.shard_index(uri, name, len(blob))
+    blob = crop_shards.shard_bytes("plan", np.stack([r["image_CXYZ"] for r in raw]))
+    object_store.write(f"{folder}/{name}", blob)
+    refs = crop_shards.parse_shard_header(name, safetensors_io.header_of(blob))
     table = crop_shards.CropTable(folder, spec.size_vox, spec.in_channels, tuple(refs))
     labels_PNZ = np.stack([r["labels_NZ"] for r in raw]) if spec.cluster_sizes else None
     method = cfg.method.resolve(methods.config, "method")
-    schedule = SampleSchedule(CROPS, 1, 0)
-    return TrainingDataset(method.name, method.config, schedule, table, labels_PNZ)
+    return TrainingDataset(method.name, method.config, SampleSchedule(CROPS, 1, 0), table, labels_PNZ)
 
 
 def timed(fn: Callable[[int], Any], budget_s: float, least: int = 3) -> float:
@@ -141,10 +140,8 @@ class _Task:
         write_s = timed(lambda i: object_store.write(uris[i % count], blob), self.seconds, least=count + 1)
         with ThreadPoolExecutor(count) as pool:
             read_s = timed(lambda _: list(pool.map(object_store.read, uris)), self.seconds)
-        return {
-            "store_write_bytes_s": OBJECT_BYTES / write_s,
-            "store_node_bytes_s": count * OBJECT_BYTES / read_s,
-        }
+        rates = {"store_write_bytes_s": OBJECT_BYTES / write_s}
+        return rates | {"store_node_bytes_s": count * OBJECT_BYTES / read_s}
 
     def _decode(self) -> dict[str, float]:
         """Import scans and cut them, or a phantom where there are none."""
@@ -163,8 +160,6 @@ class _Task:
                 cut_s += time.perf_counter() - inspected
                 import_s, voxels = import_s + inspected - begun, voxels + math.prod(row.shape)
         if not voxels:
-            raise UserError(
-                f"none of the first {len(sources)} scans can be read, the first being {sources[0].uri}; "
-                "'logonet data check' says why"
-            )
+            what = f"none of the first {len(sources)} scans can be read, the first being {sources[0].uri}"
+            raise UserError(f"{what}; 'logonet data check' says why")
         return {"import_voxels_s": voxels / import_s, "cut_voxels_s": voxels / cut_s}

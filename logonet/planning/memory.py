@@ -84,32 +84,29 @@ def micro_batch(
     Where the method's shapes depend on data, only the network is counted, and ``known_from`` says so.
     """
 
-    def count(network_only: bool) -> MicroBatch:
-        with torch.device("meta"):
-            module = training.build_method(backbone, method, spec).train()
-        return _count(module, spec.batch_size or 1, sample, bf16, network_only)
-
     needs_data = (
         fake_tensor.DataDependentOutputException,
         fake_tensor.DynamicOutputShapeException,
         fake_tensor.UnsupportedFakeTensorException,
     )
     try:
-        return count(network_only=False)
+        return _count(backbone, method, spec, sample, bf16, network_only=False)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as err:
         if not (isinstance(err, needs_data) or "no data" in str(err) or "meta" in str(err)):
             raise
-    return count(network_only=True)
+    return _count(backbone, method, spec, sample, bf16, network_only=True)
 
 
-def _count(module: Any, batch_size: int, sample: Arrays, bf16: bool, network_only: bool) -> MicroBatch:
-    live, flops = _Live(), FlopCounterMode(display=False)
+def _count(
+    backbone: Component, method: Component, spec: DataSpec, sample: Arrays, bf16: bool, network_only: bool
+) -> MicroBatch:
+    live, flops, batch_size = _Live(), FlopCounterMode(display=False), spec.batch_size or 1
+    with torch.device("meta"):
+        module: Any = training.build_method(backbone, method, spec).train()
     with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
         module.to_empty(device="cpu")
-        batch = {
-            k: torch.empty((batch_size, *v.shape), dtype=torch.from_numpy(np.array(v)).dtype)
-            for k, v in sample.items()
-        }
+        tensors = {k: torch.from_numpy(np.array(v)) for k, v in sample.items()}
+        batch = {k: torch.empty((batch_size, *t.shape), dtype=t.dtype) for k, t in tensors.items()}
         with live, flops, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             if network_only:
                 largest = max((t for t in batch.values() if t.ndim == 5), key=lambda t: t.numel())

@@ -101,9 +101,8 @@ def make(
     own = work(cfg, gpu)
     of = sizes.sizes(cfg, scans, own.network)
     counts = {"count": len(scans.scans), "stored_bytes": scans.stored_bytes, "too_small": of.too_small}
-    labeller = max(
-        LABELLER_BYTES_PER_CODE * sum(of.cluster_sizes), LABELLER_BYTES_PER_VOXEL * of.slice_voxels
-    )
+    slice_voxels = math.prod(cfg.crops.size_vox[:2])
+    labeller = max(LABELLER_BYTES_PER_CODE * sum(of.cluster_sizes), LABELLER_BYTES_PER_VOXEL * slice_voxels)
     plan = Plan(
         config=cfg,
         cluster=cluster,
@@ -115,14 +114,12 @@ def make(
         micro_batch=own.micro,
         steps=of.steps,
         stages=of.stages,
-        notes=tuple(_notes(cfg, of, own, cluster, c, gpu)),
     )
+    plan = replace(plan, notes=tuple(_notes(plan, of, own, gpu)))
     if not of.num_crops:
-        size = "x".join(map(str, cfg.crops.size_vox))
-        refusals.append(
-            f"none of the {len(scans.scans)} scans is large enough for a crop of {size} voxels; use a smaller "
-            "crops.size_vox or lower crops.min_image_share"
-        )
+        small = f"none of the {len(scans.scans)} scans is large enough for a crop of "
+        small += f"{'x'.join(map(str, cfg.crops.size_vox))} voxels"
+        refusals.append(f"{small}; use a smaller crops.size_vox or lower crops.min_image_share")
     elif at:
         try:
             plan = _timed(plan, of, own, at)
@@ -180,11 +177,10 @@ def _task_bytes(cfg: Pretraining, own: Work) -> int:
     return cfg.train.batch_size * max(1, feed.TASK_BYTES // batch_bytes) * own.sample_bytes
 
 
-def _notes(
-    cfg: Pretraining, of: Sizes, own: Work, cluster: Cluster, c: Constants, gpu: bool
-) -> Iterator[str]:
-    known_from = cluster.known_from or "flags"
-    yield f"scans: {of.scans.known_from}; cluster: {known_from}; constants: {c.machine}, {c.date}"
+def _notes(plan: Plan, of: Sizes, own: Work, gpu: bool) -> Iterator[str]:
+    cfg, cluster, c = plan.config, plan.cluster, plan.constants
+    known = cluster.known_from or "flags"
+    yield f"scans: {of.scans.known_from}; cluster: {known}; constants: {c.machine}, {c.date}"
     if c.measured(cfg, own.precision, gpu):
         yield "step time: real steps of this backbone and method"
     else:
@@ -209,9 +205,8 @@ def _limits(
     """What may not fit: what it is, bytes needed, bytes available, and what helps."""
     cfg, worker, asked_mb = plan.config, plan.worker_bytes, resources.object_store_mb
     machines = [p.machine for p in plan.cluster.pools]
-    smaller = "set backbone.checkpointing=true where the network has it"
-    if cfg.train.batch_size > 1:
-        smaller = "lower train.batch_size"
+    checkpointing = "set backbone.checkpointing=true where the network has it"
+    smaller = "lower train.batch_size" if cfg.train.batch_size > 1 else checkpointing
     if at and at.gpu:
         what = f"GPU memory of a training worker ({gib(worker.activations)} of it activations)"
         hint = f"{smaller}, use smaller crops.size_vox, or larger GPUs"
@@ -232,9 +227,8 @@ def _limits(
         need = stage.node_shared
         if at and stage.name == "pretrain":
             need += at.per_node * (feed.TASKS_AHEAD + 1) * _task_bytes(cfg, own)
-        hint = (
-            f"{HINTS.get(stage.name)}, or set --object-store-mb {math.ceil(need / (1 << 20))} within /dev/shm"
-        )
+        mib = math.ceil(need / (1 << 20))
+        hint = f"{HINTS.get(stage.name)}, or set --object-store-mb {mib} within /dev/shm"
         yield f"Ray's object store of a node for '{stage.name}'", need, smallest.store_bytes(asked_mb), hint
     if of.cluster_sizes:
         machine = min(machines, key=lambda m: m.memory_gib / max(1.0, m.cpus))

@@ -5,56 +5,32 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from logonet import pipelines
 from logonet.core.errors import UserError
 from logonet.data import importers, manifest
 from logonet.distributed import cluster
-from logonet.distributed.cluster import Resources
 from logonet.distributed.executor import RayExecutor
 from logonet.pipelines import Pretraining
 from logonet.pipelines.pretraining import training_part
 from logonet.planning import hardware, planner, sizes, speed
 from logonet.planning.hardware import Cluster
+from logonet.planning.question import Question
 from logonet.planning.sizes import Scan, Scans
 from logonet.planning.speed import Constants
 from logonet.storage import artifacts, object_store
 
 
-@dataclass(frozen=True)
-class Question:
-    """The flags of ``logonet plan`` (`cli.PlanArgs`)."""
-
-    data: str = ""
-    scans: int = 0
-    shape_vox: tuple[int, int, int] | None = None
-    spacing_mm: tuple[float, float, float] | None = None
-    import_scans: bool = False
-    root: str = ""
-    resources: Resources = field(default_factory=Resources)
-    cluster: str = ""
-    machine: str = ""
-    node: dict[str, Any] = field(default_factory=dict)
-    nodes: int = 1
-    spot: bool = False
-    prices: str = ""
-    constants: str = ""
-    probe_s: float = 0.0
-
-
 def plan(cfg: Pretraining, asked: Question) -> planner.Plan:
     """The plan of ``cfg`` (resolved)."""
     with contextlib.ExitStack() as stack:
-        if asked.probe_s or asked.import_scans:
+        if asked.probe or asked.import_scans:
             stack.enter_context(cluster.connected(asked.resources))
         scans = find_scans(cfg, asked)
         found = find_cluster(asked)
-        if asked.probe_s:
-            known = _probe(cfg, asked)
-        else:
-            known = speed.read_constants(asked.constants) if asked.constants else speed.defaults()
+        known = _probe(cfg, asked) if asked.probe else speed.constants(asked.constants)
     local = bool(asked.root) and not object_store.is_s3(asked.root) and found.nodes == 1
     return planner.make(cfg, scans, found, asked.resources, known, local_root=local)
 
@@ -68,7 +44,7 @@ def _probe(cfg: Pretraining, asked: Question) -> Constants:
     some = _some(importers.sources(asked.data)) if asked.data and not _is_import(asked.data) else []
     with tempfile.TemporaryDirectory(prefix="logonet-plan-") as folder:
         work, root = planner.work(cfg, at.gpu), asked.root or folder
-        known = measuring.measure(cfg, work, root, executor, at, asked.probe_s, some)
+        known = measuring.measure(cfg, work, root, executor, at, asked.probe, some)
     default = "plan-constants.json"
     where = asked.constants or (object_store.join(asked.root, default) if asked.root else default)
     object_store.write(where, known.to_json())
@@ -98,9 +74,10 @@ def find_scans(cfg: Pretraining, asked: Question) -> Scans:
     Raises:
         UserError: the flags say nothing about scans, or there are none.
     """
+    shape, spacing = triple(asked.shape, "--shape", int), triple(asked.spacing, "--spacing", float)
     if not asked.scans and not asked.data:
         raise UserError("there are no scans to plan for; give --data, or --scans with --shape")
-    if asked.scans and asked.shape_vox is None:
+    if asked.scans and shape is None:
         raise UserError(f"--scans {asked.scans} gives no size; add --shape, such as 512x512x400")
     if asked.import_scans and not asked.root:
         raise UserError("--import-scans keeps what it finds under --root, which is missing")
@@ -110,10 +87,10 @@ def find_scans(cfg: Pretraining, asked: Question) -> Scans:
             uri = pipelines.import_scans(uri, asked.root, RayExecutor(asked.resources))[1].uri
         table = pipelines.open_manifest(uri)
         return sizes.of_manifest(training_part(table, cfg.split), f"the import at {uri}")
-    if asked.shape_vox is not None and asked.scans:
-        found = sizes.equal_scans(asked.scans, asked.shape_vox, asked.spacing_mm)
-    else:
-        found = _listed(asked)
+    told = asked.scans or asked.data
+    found = (
+        sizes.equal_scans(told, shape, spacing) if isinstance(told, int) else _listed(told, shape, spacing)
+    )
     if cfg.split is None:
         return found
     # Only an import tells which scans are held out.
@@ -125,26 +102,21 @@ def _is_import(uri: str) -> bool:
     return found is not None and found.stage == "manifest"
 
 
-def _listed(asked: Question) -> Scans:
+def _listed(data: str, shape: Any, spacing: Any) -> Scans:
     """Listed scans: the size of each, and one shape for all."""
-    found = importers.sources(asked.data)
-    if not found:
-        raise UserError(f"there are no scans at {asked.data}")
-    shape, spacing, how = asked.shape_vox, asked.spacing_mm, "with the --shape given"
-    stored = 0.0
+    found, how, stored = importers.sources(data), "with the --shape given", 0.0
     if shape is None:
         rows = [r for r in map(manifest.inspect, _some(found)) if isinstance(r, manifest.Scan)]
         if not rows:
-            raise UserError(f"none of the scans read in {asked.data} is good; 'logonet data check' says why")
+            raise UserError(f"none of the scans read in {data} is good; 'logonet data check' says why")
         middle = sorted(map(sizes.of_row, rows), key=lambda s: s.voxels)[len(rows) // 2]
         shape, spacing, stored = middle.shape_vox, middle.spacing_mm, middle.stored_bytes
         how = f"with the shape of the middle one of {len(rows)} that were read"
     usual = stored or sizes.equal_scans(1, shape).stored_bytes
     # As long as an import's ids, which end in 10 digits of a hash.
-    scans = tuple(
-        Scan(f"{manifest.stem(s.uri)}-{'0' * 10}", shape, spacing, s.size_bytes or usual) for s in found
-    )
-    return Scans(scans, f"{len(found):,} listed at {asked.data}, {how}")
+    ids = [f"{manifest.stem(s.uri)}-{'0' * 10}" for s in found]
+    scans = tuple(Scan(i, shape, spacing, s.size_bytes or usual) for i, s in zip(ids, found))
+    return Scans(scans, f"{len(found):,} listed at {data}, {how}")
 
 
 def _some(found: list[manifest.Source]) -> list[manifest.Source]:
@@ -161,10 +133,9 @@ def find_cluster(asked: Question) -> Cluster:
     table = hardware.prices(asked.prices)
     if asked.cluster:
         return hardware.read_cluster(asked.cluster, table)
-    if asked.machine or asked.node:
-        entry = {"nodes": asked.nodes, "spot": asked.spot, **asked.node}
-        if asked.machine:
-            entry["machine"] = asked.machine
+    node = {name: value for name, value in vars(asked.node).items() if value is not None}
+    if asked.machine or node:
+        entry = {"nodes": asked.nodes, "spot": asked.spot, "machine": asked.machine, **node}
         pool = hardware.pool_of(entry, table, "flags")
         source = f"{table.note} ({table.dated})" if asked.machine else "flags"
         known = f"{asked.nodes} x {pool.name}, {source}"

@@ -16,7 +16,6 @@ import torch
 from logonet import methods
 from logonet.clustering import kmeans
 from logonet.core import config
-from logonet.core.errors import BadScan
 from logonet.data import cropping, manifest, volume
 from logonet.methods import DataSpec
 from logonet.pipelines import Pretraining
@@ -190,12 +189,8 @@ def facts_of(cfg: Pretraining) -> DataSpec:
     """What the method will know of the data; every clusterer counts with as many clusters as were drawn for it."""
     pseudo = "pseudo_labels" in methods.needs(cfg.method.name)
     counts = tuple(kmeans.cluster_counts(cfg.clusterers)) if pseudo else ()
-    return DataSpec(
-        size_vox=cfg.crops.size_vox,
-        cluster_sizes=counts,
-        majority_labels=(0,) * len(counts),
-        batch_size=cfg.train.batch_size,
-    )
+    size_vox, batch_size = cfg.crops.size_vox, cfg.train.batch_size
+    return DataSpec(size_vox, 1, counts, majority_labels=(0,) * len(counts), batch_size=batch_size)
 
 
 # ---------------------------------------------------------------------------------------------- stages
@@ -233,7 +228,6 @@ class Sizes:
     too_small: int
     num_crops: int
     cluster_sizes: tuple[int, ...]
-    slice_voxels: int
     sample_bytes: int
     centroid_bytes: int
     steps: int
@@ -248,11 +242,7 @@ def yields_crops(scan: Scan, cfg: cropping.Config) -> bool:
     shape = scan.shape_vox
     if cfg.spacing_mm is not None and scan.spacing_mm is not None:
         shape = volume.resampled_shape(shape, scan.spacing_mm, cfg.spacing_mm)
-    try:
-        cropping.candidates(shape, cfg, scan.scan_id)
-    except BadScan:
-        return False
-    return True
+    return cropping.image_share(shape, cfg) >= cfg.min_image_share
 
 
 def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
@@ -283,17 +273,18 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
     kept = min(saves, cfg.train.keep_checkpoints) * checkpoint + final
     in_driver = sample + 2 * centroids + fitted
     batches, table = steps * cfg.train.global_batch * crop, num_crops * (2 * len(counts) * depth + 400)
+    skipped = {"import"} if scans.imported else set()
+    skipped |= set() if counts else {"clusterers", "labels"}
     moved = [
         # name, read, written, kept, in Ray's object store of a node, in the driver's memory
+        Stage("import", scans.stored_bytes),
         Stage("crops", scans.stored_bytes, cache, cache),
         # Every fit is stored, read again and stored once more in the set.
         Stage("clusterers", sample + centroids, centroids + fitted, fitted, sample, in_driver),
         Stage("labels", fitted + num_crops * crop, labels, labels, centroids, 2 * fitted + 2 * labels),
         Stage("pretrain", batches, saves * checkpoint + final, kept, table, 3 * labels),
     ]
-    stages = [s for s in moved if counts or s.name in ("crops", "pretrain")]
-    if not scans.imported:
-        stages.insert(0, Stage("import", scans.stored_bytes))
+    stages = tuple(s for s in moved if s.name not in skipped)
     files = {
         "crop": crop,
         "crops_cache": cache,
@@ -306,18 +297,5 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
         "final_method": net.model_file,
         "gradients": net.gradient_bytes,
     }
-    too_small, length = len(scans.scans) - len(good), x * y
-    return Sizes(
-        scans,
-        too_small,
-        num_crops,
-        counts,
-        length,
-        sample,
-        centroids,
-        steps,
-        per_epoch,
-        net,
-        files,
-        tuple(stages),
-    )
+    too_small = len(scans.scans) - len(good)
+    return Sizes(scans, too_small, num_crops, counts, sample, centroids, steps, per_epoch, net, files, stages)

@@ -86,14 +86,11 @@ def step_fingerprint(cfg: Pretraining, precision: str) -> str:
     return config.fingerprint(cfg.backbone, cfg.method, size_vox, cfg.train.batch_size, precision)
 
 
-def defaults() -> Constants:
-    """Constants of the machine that the project is developed on."""
-    text = resources.files("logonet.planning").joinpath("constants.json").read_text()
-    return config.from_dict(Constants, json.loads(text), "constants.json")
-
-
-def read_constants(uri: str) -> Constants:
-    """The constants that ``--probe`` stored at ``uri``."""
+def constants(uri: str = "") -> Constants:
+    """The constants that ``--probe`` stored at ``uri``, or those of the machine that the project is developed on."""
+    if not uri:
+        text = resources.files("logonet.planning").joinpath("constants.json").read_text()
+        return config.from_dict(Constants, json.loads(text), "constants.json")
     try:
         return config.from_dict(Constants, object_store.read_json(uri), uri)
     except UserError as err:
@@ -179,9 +176,8 @@ def step(train: training.Config, work: Work, at: Placement, c: Constants) -> Ste
     """Time one optimizer step. UserError when the global batch does not divide, or no rate is known."""
     if at.gpu and c.device == "cpu":
         if not at.machine.gpu_tflop_s:
-            raise UserError(
-                f"nothing says how fast GPU '{at.machine.gpu}' is; give gpu_tflop_s, or measure with --probe"
-            )
+            unknown = f"nothing says how fast GPU '{at.machine.gpu}' is"
+            raise UserError(f"{unknown}; give gpu_tflop_s, or measure with --probe")
         flop_s = at.machine.gpu_tflop_s * 1e12 * GPU_UTILISATION
         c = replace(c, flop_s=flop_s, allreduce_bytes_s=GPU_ALLREDUCE_BYTES_S)
     elif not at.gpu and c.device != "cpu":
@@ -196,7 +192,13 @@ def step(train: training.Config, work: Work, at: Placement, c: Constants) -> Ste
     if not at.gpu:
         # Workers share the cores with each other and with the data tasks.
         compute_s = max(compute_s, at.workers * at.threads * compute_s / at.cpus + prepare_s)
-    allreduce_s = _allreduce_s(work.network.gradient_bytes, at, c)
+    # A ring: 2 (n - 1) hops, each with an n-th of the bytes. A node's link carries one hop of it in and one out,
+    # however many workers the node has; workers take turns where they outnumber the cores.
+    n, rate = at.workers, c.allreduce_bytes_s
+    rate = min(rate, at.machine.network_bytes_s) if at.nodes > 1 else rate
+    turns = 1.0 if at.gpu else max(1.0, n / at.cpus)
+    hop_s = at.machine.latency_s + work.network.gradient_bytes / (n * rate)
+    allreduce_s = turns * 2 * (n - 1) * hop_s
     # A flat all-reduce follows the computation; DDP's goes on during the backward pass, two thirds of it.
     hidden_s = 0.0 if flat_sync(train, at.gpu) else 2 / 3 * compute_s
     total_s = max(compute_s + max(0.0, allreduce_s - hidden_s), prepare_s, read_s)
@@ -204,16 +206,6 @@ def step(train: training.Config, work: Work, at: Placement, c: Constants) -> Ste
     _, waits_for = slowest(needs | {"GPU" if at.gpu else "CPU": compute_s})
     data_s, rate = max(prepare_s, read_s), samples / total_s
     return Step(at.workers, samples, accumulate, compute_s, allreduce_s, data_s, total_s, waits_for, rate)
-
-
-def _allreduce_s(gradient_bytes: float, at: Placement, c: Constants) -> float:
-    """A ring: 2 (n - 1) hops, each with an n-th of the bytes; workers take turns where they outnumber the cores."""
-    n, rate = at.workers, c.allreduce_bytes_s
-    if at.nodes > 1:
-        # A node's link carries one hop of the ring in and one out, however many workers the node has.
-        rate = min(rate, at.machine.network_bytes_s)
-    turns = 1.0 if at.gpu else max(1.0, n / at.cpus)
-    return turns * 2 * (n - 1) * (at.machine.latency_s + gradient_bytes / (n * rate))
 
 
 def node_read_bytes_s(machine: Machine, nodes: int, c: Constants) -> float:
@@ -237,11 +229,9 @@ def scaling(
     return tuple(replace(s, efficiency=s.samples_per_s / (s.workers * single)) for s in map(of, workers))
 
 
-def timed(
-    cfg: Pretraining, of: Sizes, cluster: Cluster, training_step: Step, c: Constants
-) -> tuple[Stage, ...]:
+def timed(cfg: Pretraining, of: Sizes, cluster: Cluster, one: Step, c: Constants) -> tuple[Stage, ...]:
     """All stages with their seconds."""
-    cores, length, fits = max(1.0, cluster.cpus), of.slice_voxels, cfg.clusterers
+    cores, length, fits = max(1.0, cluster.cpus), math.prod(cfg.crops.size_vox[:2]), cfg.clusterers
     slowest_node = min((p.machine for p in cluster.pools), key=lambda m: m.network_bytes_s)
     node_rate = node_read_bytes_s(slowest_node, cluster.nodes, c)
     write_rate = min(node_rate, c.store_write_bytes_s * cores)
@@ -255,11 +245,21 @@ def timed(
         "clusterers": max(sum(fits_s) / cores, *fits_s, 0.0),
         "labels": label_flop / c.label_flop_s / cores,
     }
+    # A checkpoint is written while training goes on; the next one waits until it is written.
+    steps = cfg.train.checkpoint_every_steps or of.steps_per_epoch
+    writing_s = of.network.checkpoint_bytes / c.store_write_bytes_s
+    needs = {one.waits_for: steps * one.total_s, "checkpoints": writing_s}
+    interval_s, training_waits_for = slowest(needs)
+    training_s = of.steps / steps * interval_s
+    # A lost spot node costs a start and, on average, half of what lies between two checkpoints.
+    spot_nodes = sum(p.nodes for p in cluster.pools if p.spot)
+    losses = spot_nodes * cluster.preemptions_per_node_h * training_s / 3600
+    training_s = c.start_s + training_s + losses * (c.start_s + interval_s / 2)
     out = []
     for stage in of.stages:
         seconds: float | None
         if stage.name == "pretrain":
-            seconds, waits_for = _training(cfg, of, cluster, training_step, c)
+            seconds, waits_for = training_s, training_waits_for
         elif stage.name == "clusterers" and fits.algorithm != "kmeans":
             seconds, waits_for = None, f"{fits.algorithm} is not modelled"
         else:
@@ -267,19 +267,3 @@ def timed(
             seconds, waits_for = slowest({"CPU": cpu_s[stage.name], "store": store_s})
         out.append(replace(stage, seconds=seconds, waits_for=waits_for))
     return tuple(out)
-
-
-def _training(
-    cfg: Pretraining, of: Sizes, cluster: Cluster, training_step: Step, c: Constants
-) -> tuple[float, str]:
-    """A start, the steps, the checkpoints, and what lost spot nodes cost."""
-    steps = cfg.train.checkpoint_every_steps or of.steps_per_epoch
-    # A checkpoint is written while training goes on; the next one waits until it is written.
-    writing_s = of.network.checkpoint_bytes / c.store_write_bytes_s
-    needs = {training_step.waits_for: steps * training_step.total_s, "checkpoints": writing_s}
-    interval_s, waits_for = slowest(needs)
-    training_s = of.steps / steps * interval_s
-    # A lost node costs a start and, on average, half of what lies between two checkpoints.
-    spot_nodes = sum(p.nodes for p in cluster.pools if p.spot)
-    losses = spot_nodes * cluster.preemptions_per_node_h * training_s / 3600
-    return c.start_s + training_s + losses * (c.start_s + interval_s / 2), waits_for

@@ -40,13 +40,9 @@ def contenders(table: pd.DataFrame) -> pd.DataFrame:
     did yet, of those that have not failed. Of equals the first trial is the better.
     """
     final, objective = numbers(table, "final_dice"), numbers(table, "objective")
-    for score in (
-        final,
-        objective.where(table["status"] == "done"),
-        objective.where(table["status"] != "failed"),
-    ):
-        if score.notna().any():
-            break
+    done, failed = table["status"] == "done", table["status"] == "failed"
+    scores = [final, objective.where(done), objective.where(~failed)]
+    score = next((s for s in scores if s.notna().any()), scores[-1])
     ranked = table.assign(score=score)[score.notna()]
     return ranked.sort_values(["score", "trial"], ascending=[False, True], ignore_index=True)
 
@@ -102,9 +98,8 @@ def importance(table: pd.DataFrame, keys: Sequence[str], seed: int = 0) -> pd.Da
     objective = numbers(table, "objective")
     counted, y_N = table[objective.notna()], objective.dropna().to_numpy()
     varied = [k for k in keys if counted[k].nunique(dropna=False) > 1]
-    found = pd.DataFrame(
-        {"importance": math.nan, "std": math.nan, "note": ""}, index=pd.Index(keys, name="key")
-    )
+    index = pd.Index(keys, name="key")
+    found = pd.DataFrame({"importance": math.nan, "std": math.nan, "note": ""}, index)
     if len(counted) < MIN_TRIALS:
         trials = f"{len(counted)} trial{'s' * (len(counted) != 1)}"
         found["note"] = f"{trials} with an objective; {MIN_TRIALS} are the least to judge by"

@@ -102,14 +102,12 @@ def page(spec: Spec, trials: Sequence[Trial]) -> dict[str, bytes]:
     at_epoch, epoch = analysis.comparable(table, history)
     importances, heading = analysis.importance(at_epoch, keys), "What each key decides"
     if importances["importance"].notna().any():
-        note = (
-            f"Of the {at_epoch['objective'].notna().sum()} trials with {measure} at epoch {epoch}, the last that "
-            f"{analysis.COMMON:.0%} of them reached: objectives of unequal epochs cannot be compared."
-        )
+        trials_at = f"the {at_epoch['objective'].notna().sum()} trials with {measure} at epoch {epoch}"
+        note = f"Of {trials_at}, the last that {analysis.COMMON:.0%} of them reached: objectives of unequal epochs"
+        note += " cannot be compared."
         add(heading, "importance.png", reporting.importance_bars(importances, note))
     else:
-        why = "; ".join(dict.fromkeys(importances["note"]))
-        sections[heading] = f"<p>Not known: {html.escape(why)}.</p>"
+        sections[heading] = f"<p>Not known: {html.escape('; '.join(dict.fromkeys(importances['note'])))}.</p>"
     both = table[measured & analysis.numbers(table, "final_dice").notna()]
     heading = "Can the objective be trusted"
     if len(both) > 1:
@@ -156,9 +154,8 @@ def _answer(
         proxy = f" ({score})" if math.isfinite(won["objective"]) else ""
         score = f"finetuned Dice {scores[best]:.4f}{proxy}"
     chosen = {k: won[k] for k in keys if pd.notna(won[k])}
-    settings = ", ".join(
-        f"{k} = {v:.4g}" if isinstance(v, float) else f"{k} = {v}" for k, v in chosen.items()
-    )
+    short = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in chosen.items()}
+    settings = ", ".join(f"{k} = {v}" for k, v in short.items())
     wins = "wins" if set(counts.index) <= {"done", "stopped", "failed"} else "leads so far"
     sentence = f"Trial {best} {wins}: {settings or 'the base setting'}; {score}"
     sentence += f", {' and '.join(leads)}." if leads else "; no other trial can be compared with it."
@@ -170,8 +167,8 @@ def _answer(
         notes.append(f"The base setting's trial {base} cannot be compared: {missed['status']}{why}.")
     if won["status"] != "done":
         notes.append("No trial has run to the end, so objectives of unequal epochs were compared.")
-    notes.append(
+    notes += [
         "A lead is of one run each and may be chance: `logonet compare` tests two evaluations case by case."
-    )
+    ]
     where = f"<p><code>{html.escape(str(won['pretrain']))}</code></p>" if won["pretrain"] else ""
     return f"<p><b>{html.escape(sentence)}</b></p><p>{html.escape(' '.join(notes))}</p>{where}"

@@ -19,7 +19,6 @@ import pandas as pd
 
 from logonet.core import config
 from logonet.core.errors import UserError
-from logonet.core.redaction import without_secrets
 from logonet.storage import object_store
 
 SPEC = "sweep.json"
@@ -74,9 +73,6 @@ class Trial:
         values = [entry.get("objective") for entry in reversed(self.history)]
         return next((float(v) for v in values if v is not None and math.isfinite(v)), math.nan)
 
-    def to_bytes(self) -> bytes:
-        return _seal(self)
-
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Trial:
         """Raises UserError when ``data`` is no trial's record, or one that was damaged; ``where`` names it."""
@@ -100,13 +96,7 @@ def write(uri: str, trial: Trial) -> None:
         old = object_store.read(record)
         if isinstance(_parsed(old, trial.index, record), str):
             object_store.write(f"{record}.torn-{hashlib.sha256(old).hexdigest()[:8]}", old)
-    object_store.write(record, trial.to_bytes())
-
-
-def write_traceback(uri: str, index: int, text: str) -> None:
-    """Keep what a trial failed with beside its record, in the sweep at ``uri``."""
-    where = object_store.join(uri, TRIALS, f"{index:04d}.error.txt")
-    object_store.write(where, without_secrets(text).encode())
+    object_store.write(record, seal(trial))
 
 
 def read_all(uri: str) -> list[Trial]:
@@ -115,14 +105,10 @@ def read_all(uri: str) -> list[Trial]:
     names = [object_store.relative(entry.uri, prefix) for entry in object_store.listing(prefix)]
     indices = sorted(int(name.removesuffix(".json")) for name in names if re.fullmatch(r"\d{4,}\.json", name))
     records = [_record(uri, index) for index in indices]
-    found = map(_parsed, object_store.at_once(object_store.read, records), indices, records)
-    trials = []
-    for trial in found:
-        if isinstance(trial, Trial):
-            trials.append(trial)
-        else:
-            log.warning("%s; the trial counts as never tried, its record is kept as *.torn-*", trial)
-    return trials
+    found = [*map(_parsed, object_store.at_once(object_store.read, records), indices, records)]
+    for why in (f for f in found if isinstance(f, str)):
+        log.warning("%s; the trial counts as never tried, its record is kept as *.torn-*", why)
+    return [f for f in found if isinstance(f, Trial)]
 
 
 def table(trials: Sequence[Trial], keys: Sequence[str]) -> pd.DataFrame:
@@ -167,9 +153,8 @@ def state(uri: str) -> dict[str, Any]:
     noted = object_store.join(uri, STATE)
     known = object_store.read_json(noted) if object_store.exists(noted) else {}
     if not isinstance(known, dict) or not _is_number(known.get("spent_s", 0.0)):
-        raise UserError(
-            f"{noted} does not hold what a sweep notes; delete it (its time is then counted anew)"
-        )
+        hint = "delete it (its time is then counted anew)"
+        raise UserError(f"{noted} does not hold what a sweep notes; {hint}")
     return known
 
 
@@ -213,19 +198,15 @@ def claim(uri: str, spec: Spec) -> None:
         UserError: when another sweep has that name, saying what differs.
     """
     if not object_store.exists(object_store.join(uri, SPEC)):
-        object_store.write(object_store.join(uri, SPEC), _seal(spec))
+        object_store.write(object_store.join(uri, SPEC), seal(spec))
         return
     old, new = (_flat(config.to_dict(s)) for s in (read_spec(uri), spec))
-    changed = [k for k in {**old, **new} if k not in old or k not in new or old[k] != new[k]]
-    if not changed:
+    if not (changed := [k for k in old | new if k not in old or k not in new or old[k] != new[k]]):
         return
     said = [f"{k} was {_shown(old, k)}, now {_shown(new, k)}" for k in changed[:SHOWN_DIFFERENCES]]
-    if len(changed) > SHOWN_DIFFERENCES:
-        said.append(f"and {len(changed) - SHOWN_DIFFERENCES} more")
-    raise UserError(
-        f"the sweep at {uri} was begun with other settings: {', '.join(said)}; "
-        "give --name another name, or the old settings"
-    )
+    said += [f"and {len(changed) - SHOWN_DIFFERENCES} more"] if len(changed) > SHOWN_DIFFERENCES else []
+    hint = "give --name another name, or the old settings"
+    raise UserError(f"the sweep at {uri} was begun with other settings: {', '.join(said)}; {hint}")
 
 
 def read_spec(uri: str) -> Spec:
@@ -260,7 +241,7 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
 # ------------------------------------------------------------------------------------------------- sealing
 
 
-def _seal(record: Trial | Spec) -> bytes:
+def seal(record: Trial | Spec) -> bytes:
     """Strict JSON with a checksum; null stands for a number that is not finite."""
     values = json.loads(json.dumps(config.to_dict(record)), parse_constant=lambda _: None)
     sealed = values | {"checksum": config.fingerprint(values)}

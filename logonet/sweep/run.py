@@ -49,7 +49,8 @@ def run(sweep: Sweep, resources: Resources, budget: Budget, *, at_once: int = 0)
         raise UserError("not all searched keys are grids; say how many trials with --budget.trials")
     training.accumulation(sweep.base.train, resources.fixed("a sweep"))
     runs, share = cluster.allocate_trials(resources, wanted, at_once)
-    mine, own = spec(sweep), config.fingerprint(spec(sweep))
+    mine = spec(sweep)
+    own = config.fingerprint(mine)
     records.claim(sweep.uri, mine)
     say("sweep", f"{sweep.uri}\n{spaces.describe(sweep.space)}")
     trials = {key_of(t.settings): t for t in records.read_all(sweep.uri)}
@@ -63,7 +64,9 @@ def run(sweep: Sweep, resources: Resources, budget: Budget, *, at_once: int = 0)
     )
     known = {key: t.history for key, t in trials.items() if not t.ended}
     plan = Plan(sweep, resources, share, known, tracker.run_id())
-    todo, left_s = open_trials(sweep, trials, wanted), _left_s(sweep, budget)
+    spent_s = records.state(sweep.uri).get("spent_s", 0.0)
+    left_s = budget.hours * 3600 - spent_s if budget.hours else math.inf
+    todo = open_trials(sweep, trials, wanted)
     if todo and left_s > 0:
         ready = _prepared(plan, todo)
         say("sweep", f"{len(todo)} of {wanted} trials to do, {runs} at once on {share.workers} workers each")
@@ -114,10 +117,6 @@ def open_trials(sweep: Sweep, trials: dict[str, Trial], wanted: int) -> list[Tri
     return [t for t in chosen.values() if not t.ended]
 
 
-def _left_s(sweep: Sweep, budget: Budget) -> float:
-    return budget.hours * 3600 - records.state(sweep.uri).get("spent_s", 0.0) if budget.hours else math.inf
-
-
 def _prepared(plan: Plan, todo: Sequence[Trial]) -> Plan:
     """``plan`` for the trials to do; what they share is made now, or while a search decides as it goes."""
     if plan.sweep.config.search == "random":
@@ -131,21 +130,19 @@ def make_shared(sweep: Sweep, trials: Sequence[Trial], executor: RayExecutor) ->
     """Crops, clusterers, pseudo-labels and probe cases of all trials, each once, before any trial starts."""
     before = {stage: _artifacts(sweep, stage) for stage in SHARED}
     base = config.to_dict(sweep.base)
-    seen: set[str] = set()
+    seen: set[Any] = set()
     used: dict[str, set[str]] = {stage: set() for stage in SHARED}
     for trial in trials:
         try:
             cfg = pretraining_of(spaces.apply(base, trial.settings))
-            parts = [
-                config.to_dict(p) if p else None for p in (cfg.split, cfg.crops, cfg.clusterers, cfg.probe)
-            ]
-            if (shared := config.fingerprint(parts, cfg.method.name)) in seen:
+            parts = cfg.split, cfg.crops, cfg.clusterers, cfg.probe, cfg.method.name
+            if parts in seen:
                 continue
             up = pipelines.upstream(cfg, sweep.source, sweep.root, executor, sweep.labelled)
         except UserError as err:  # the trial itself fails with the reason, which is recorded
             say("shared", f"cannot be made for trial {trial.index}: {err}")
             continue
-        seen.add(shared)
+        seen.add(parts)
         for stage, key in SHARED.items():
             used[stage] |= {up.lineage[key].rsplit("/", 1)[-1]} if key in up.lineage else set()
     made = {stage: len(_artifacts(sweep, stage) - before[stage]) for stage in SHARED}
@@ -174,19 +171,15 @@ def _confirm(plan: Plan, trials: dict[str, Trial], tracker: tracking.Tracker, wa
 def _close_runs(sweep: Sweep, trials: Mapping[str, Trial], parent: str | None) -> None:
     """Complete every trial's MLflow run: below the sweep's, with its status and its objective."""
     own = config.fingerprint(spec(sweep))
+    tags = {"logonet.stage": "pretrain", "logonet.sweep": sweep.uri, tracking.PARENT_TAG: parent}
     for key, trial in trials.items():
+        said = f"{trial.status} {trial.reason}"
         tracking.catch_up(
             fingerprint=trial.pretrain.rsplit("/", 1)[-1] or f"{own}-{key}",
             experiment=sweep.experiment,
             run_name=f"{sweep.name}-trial-{trial.index}",
             params=trial.settings,
-            tags={
-                "logonet.stage": "pretrain",
-                "logonet.sweep": sweep.uri,
-                "logonet.sweep.trial": str(trial.index),
-                "logonet.sweep.outcome": f"{trial.status} {trial.reason}".strip(),
-                tracking.PARENT_TAG: parent,
-            },
+            tags=tags | {"logonet.sweep.trial": str(trial.index), "logonet.sweep.outcome": said.strip()},
             artifact_root=object_store.join(sweep.root, "mlflow-artifacts"),
             history=[{k: v for k, v in e.items() if k != "objective"} for e in trial.history],
             files={},

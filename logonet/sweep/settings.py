@@ -90,10 +90,6 @@ class Sweep:
         return object_store.join(self.root, "sweep", self.name)
 
     @property
-    def judged_on(self) -> str:
-        return self.labelled or self.source
-
-    @property
     def epochs(self) -> int:
         """Of a trial's reports to the scheduler."""
         return (self.finetuning if self.config.objective == "finetune" else self.base).train.epochs

@@ -101,14 +101,12 @@ def parse(values: Mapping[str, Any], source: str) -> Space:
     space = Space(tuple(_key(path, spec, source) for path, spec in search.items()))
     for path, other in itertools.permutations(space.paths, 2):
         if other.startswith(f"{path}."):
-            raise UserError(
-                f"{source} searches both '{path}' and '{other}', which is part of it; put the values of "
-                f"'{other.removeprefix(path)[1:]}' into those of '{path}', or search its keys one by one"
-            )
+            ways = f"put the values of '{other.removeprefix(path)[1:]}' into those of '{path}'"
+            both = f"{source} searches both '{path}' and '{other}', which is part of it"
+            raise UserError(f"{both}; {ways}, or search its keys one by one")
     if (cells := grid_size(space)) > MAX_GRID:
-        raise UserError(
-            f"the grid of {source} has {cells} cells, more than {MAX_GRID}; make some keys a choice instead"
-        )
+        many = f"the grid of {source} has {cells} cells, more than {MAX_GRID}"
+        raise UserError(f"{many}; make some keys a choice instead")
     return Space(space.keys, _first(values.get("first") or [], space.paths, source))
 
 
@@ -117,9 +115,8 @@ def _repeated(node: yaml.Node | None) -> str:
     children = node.value if isinstance(node, yaml.SequenceNode) else []
     if isinstance(node, yaml.MappingNode):
         names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for name, count in names.most_common(1):
-            if count > 1:
-                return name
+        if repeated := [name for name, count in names.most_common(1) if count > 1]:
+            return repeated[0]
         children = [value for _, value in node.value]
     return next(filter(None, map(_repeated, children)), "")
 
@@ -129,10 +126,8 @@ def _key(path: Any, spec: Any, source: str) -> Key:
         raise UserError(f"search key {path!r} of {source} is no config key; write it as section.key")
     where = f"search key '{path}' of {source}"
     if not isinstance(spec, Mapping) or len(spec) != 1:
-        raise UserError(
-            f"{where} must hold exactly one of {', '.join(LISTS + RANGES)}, such as {{grid: [1, 2]}}, "
-            f"not {text(spec)}"
-        )
+        must = f"exactly one of {', '.join(LISTS + RANGES)}, such as {{grid: [1, 2]}}"
+        raise UserError(f"{where} must hold {must}, not {text(spec)}")
     ((sort, values),) = spec.items()
     if sort not in LISTS + RANGES:
         raise UserError(config.unknown(f"sort of values of {where},", sort, LISTS + RANGES))
@@ -323,10 +318,8 @@ def _drawn(key: Key, index: int, seed: int) -> Any:
 def describe(space: Space) -> str:
     """A line for each key, and one for what is tried first."""
     width = max(map(len, space.paths))
-    lines = []
-    for key in space.keys:
-        what = (", " if key.listed else " to ").join(map(text, key.values))
-        lines.append(f"{key.path:<{width}}  {key.sort:<10}  {what}")
+    values = [(", " if key.listed else " to ").join(map(text, key.values)) for key in space.keys]
+    lines = [f"{key.path:<{width}}  {key.sort:<10}  {what}" for key, what in zip(space.keys, values)]
     lines += [f"{'first':<{width}}  {text(settings)}" for settings in space.first]
     return "\n".join(lines)
 

@@ -97,8 +97,7 @@ def run_trial(point: Mapping[str, Any], plan: Plan) -> None:
     try:
         if plan.pretrained:
             uri = plan.pretrained[point["place"]]
-            artifact = artifacts.find(uri)
-            if artifact is None:
+            if (artifact := artifacts.find(uri)) is None:
                 raise UserError(f"{uri} is gone; run the sweep again under another name")
             _, final = _finetune(plan, settings, artifact)
         else:
@@ -107,10 +106,9 @@ def run_trial(point: Mapping[str, Any], plan: Plan) -> None:
     except trainer.LeaderLost:
         raise  # a machine's failure, not the trial's: Tune starts the trial anew, and it goes on
     except Exception as err:
-        last = str(err).strip().splitlines()[-1:]
-        reason = user_sentence(err) or ": ".join([type(err).__name__, *last])
-        prefix = "finetuning: " if plan.pretrained else ""
-        tune.report({"failed": f"{prefix}{reason}", "trace": traceback.format_exc()})
+        reason = user_sentence(err) or ": ".join([type(err).__name__, *str(err).strip().splitlines()[-1:]])
+        said = f"finetuning: {reason}" if plan.pretrained else reason
+        tune.report({"failed": said, "trace": traceback.format_exc()})
 
 
 def _pretrain(plan: Plan, settings: Settings) -> dict[str, Any]:
@@ -121,22 +119,15 @@ def _pretrain(plan: Plan, settings: Settings) -> dict[str, Any]:
     cfg = pretraining_of(spaces.apply(config.to_dict(sweep.base), settings))
     if plan.upstream is not None:
         ray.get(plan.upstream.make.remote(cfg))
-    artifact = pipelines.pretrain(
-        cfg,
-        sweep.source,
-        sweep.root,
-        RayExecutor(plan.resources, plan.share, [Report(name, counts=name != "finetune")]),
-        sweep.experiment,
-        labelled=sweep.labelled,
-        trial=pipelines.Trial(
-            started=lambda uri: tune.report({"pretrain": uri}),
-            tags=_tags(plan, settings) | ({} if plan.parent is None else {tracking.PARENT_TAG: plan.parent}),
-        ),
-    )
-    history: list[dict[str, Any]] = json.loads(artifact.read("history.json"))
-    final: dict[str, Any] = {}
+    executor = RayExecutor(plan.resources, plan.share, [Report(name, counts=name != "finetune")])
+    tags = _tags(plan, settings) | ({} if plan.parent is None else {tracking.PARENT_TAG: plan.parent})
+    trial = pipelines.Trial(started=lambda uri: tune.report({"pretrain": uri}), tags=tags)
+    where = sweep.source, sweep.root, executor, sweep.experiment
+    artifact = pipelines.pretrain(cfg, *where, labelled=sweep.labelled, trial=trial)
     if name == "finetune":
         history, final = _finetune(plan, settings, artifact, [Report(name, counts=True)])
+    else:
+        history, final = json.loads(artifact.read("history.json")), {}
     # Again, since a run that had ended before reports nothing; the scheduler takes an epoch once.
     for entry in history:
         tune.report(tune_result(entry, name))
@@ -147,18 +138,12 @@ def _finetune(
     plan: Plan, settings: Settings, pretrained: Artifact, callbacks: Sequence[Any] = ()
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The finetuning's history, and {"dice": its best validation Dice, "uri"}."""
-    cfg = plan.sweep.finetuning
-    artifact = pipelines.finetune(
-        replace(cfg, init=replace(cfg.init, weights=pretrained.uri)),
-        plan.sweep.judged_on,
-        plan.sweep.root,
-        RayExecutor(plan.resources, plan.share, callbacks),
-        plan.sweep.experiment,
-        trial=pipelines.Trial(tags=_tags(plan, settings)),
-    )
+    sweep, executor = plan.sweep, RayExecutor(plan.resources, plan.share, callbacks)
+    cfg = replace(sweep.finetuning, init=replace(sweep.finetuning.init, weights=pretrained.uri))
+    where = sweep.labelled or sweep.source, sweep.root, executor, sweep.experiment
+    artifact = pipelines.finetune(cfg, *where, trial=pipelines.Trial(tags=_tags(plan, settings)))
     history = json.loads(artifact.read("history.json"))
-    step = training.best_step(history)
-    if step is None:
+    if (step := training.best_step(history)) is None:
         raise UserError(f"the finetuning at {artifact.uri} measured no validation Dice")
     best = next(e["val_dice"] for e in history if e["step"] == step)
     return history, {"dice": best, "uri": artifact.uri}

@@ -19,8 +19,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from logonet import tracking
 from logonet.core import config, seeding
 from logonet.core.errors import UserError
+from logonet.core.redaction import without_secrets
 from logonet.distributed import cluster, ray_compat
 from logonet.pipelines.stage import say
+from logonet.storage import object_store
 from logonet.sweep import outcome, records
 from logonet.sweep import space as spaces
 from logonet.sweep.outcome import MEASURES
@@ -113,7 +115,8 @@ class Recorder(tune.Callback):
         mine.final = result.get("final") or mine.final
         if "failed" in result:
             mine.reason = result["failed"]
-            records.write_traceback(self.plan.sweep.uri, mine.index, result["trace"])
+            beside = object_store.join(self.plan.sweep.uri, records.TRIALS, f"{mine.index:04d}.error.txt")
+            object_store.write(beside, without_secrets(result["trace"]).encode())
         if "t" in result:
             entry, known = result["entry"], {e["epoch"]: e for e in mine.history}
             if entry["epoch"] not in known:
@@ -146,10 +149,8 @@ class Recorder(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         # The trial's own failures are results; this is a machine that was lost too often.
-        mine = self._of(trial)
-        mine.reason = (
-            f"the process that drove it was lost {LOST_TRIALS + 1} times; the same command tries again"
-        )
+        mine, times = self._of(trial), LOST_TRIALS + 1
+        mine.reason = f"the process that drove it was lost {times} times; the same command tries again"
         if not self.plan.pretrained:
             mine.status = "failed"
         self._write(mine, f"failed  {mine.reason}")
@@ -164,22 +165,13 @@ def scheduler(sweep: Sweep, trials: Iterable[Trial]) -> TrialScheduler:
     # The last rung lies before the last epoch: a trial stopped there would be lost for nothing.
     if not cfg.stop_early or sweep.epochs <= cfg.grace_epochs:
         return FIFOScheduler()
-    asha: Any = ASHAScheduler(
-        time_attr="t",
-        metric="objective",
-        mode="max",
-        max_t=sweep.epochs - 1,
-        grace_period=cfg.grace_epochs,
-        reduction_factor=cfg.reduction,
-        stop_last_trials=False,
-    )
-    for trial in trials:
-        if trial.ended:
-            ended = SimpleNamespace(trial_id=f"ended-{trial.index}")  # all that the scheduler looks at
-            asha.on_trial_add(None, ended)
-            for entry in trial.history:
-                measured = {"objective": entry["objective"]} if "objective" in entry else {}
-                asha.on_trial_result(None, ended, {"t": entry["epoch"], **measured})
+    last, first = sweep.epochs - 1, cfg.grace_epochs
+    asha: Any = ASHAScheduler("t", "objective", "max", last, first, cfg.reduction, stop_last_trials=False)
+    for trial in (t for t in trials if t.ended):
+        ended = SimpleNamespace(trial_id=f"ended-{trial.index}")  # all that the scheduler looks at
+        asha.on_trial_add(None, ended)
+        for entry in trial.history:
+            asha.on_trial_result(None, ended, {"t": entry["epoch"], **entry})
     return asha
 
 

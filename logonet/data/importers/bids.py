@@ -99,10 +99,9 @@ def _bids_label(image: str, labels: Sequence[str]) -> str:
         ranked.append(((not words[:-1], len(extra), words[-1] == "mask"), label))
     ranked.sort()
     if len(ranked) > 1 and ranked[0][0] == ranked[1][0]:
-        raise UserError(
-            f"{image}: both {ranked[0][1]} and {ranked[1][1]} are label maps of it; remove one, or list the "
-            "pairs that you mean in a CSV with the columns image,label"
-        )
+        both = f"{image}: both {ranked[0][1]} and {ranked[1][1]} are label maps of it"
+        hint = "remove one, or list the pairs that you mean in a CSV with the columns image,label"
+        raise UserError(f"{both}; {hint}")
     return ranked[0][1] if ranked else ""
 
 

@@ -67,10 +67,8 @@ def inside(root: str, uri: str, named_by: str) -> str:
     allowed = [root, *filter(None, os.environ.get(DATA_ROOTS, "").split(","))]
     if any(_below_folder(uri, folder.strip()) for folder in allowed):
         return uri
-    raise UserError(
-        f"{named_by}: names {uri}, which does not lie below {root}; move it there, or set {DATA_ROOTS} to the "
-        "folders or prefixes that lists may name, with commas between"
-    )
+    ways = f"move it there, or set {DATA_ROOTS} to the folders or prefixes that lists may name, with commas between"
+    raise UserError(f"{named_by}: names {uri}, which does not lie below {root}; {ways}")
 
 
 def _below_folder(uri: str, folder: str) -> bool:
@@ -140,10 +138,8 @@ def class_names(labels: Any, uri: str) -> tuple[str, ...]:
     names: dict[int, str] = {}
     for key, value in labels.items():
         if isinstance(value, list):
-            raise UserError(
-                f"{uri}: the label '{key}' is a region of the values {value}; regions overlap and logonet "
-                "trains one class per voxel, so declare one value per name"
-            )
+            why = "regions overlap and logonet trains one class per voxel, so declare one value per name"
+            raise UserError(f"{uri}: the label '{key}' is a region of the values {value}; {why}")
         number, name = (key, value) if isinstance(value, str) else (value, key)
         if not re.fullmatch(r"-?[0-9]+", str(number)):
             raise UserError(f"{uri}: 'labels' has the item {key!r}: {value!r}; one must be an integer")

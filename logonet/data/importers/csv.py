@@ -8,17 +8,7 @@ from collections.abc import Iterator
 
 from logonet.core import config
 from logonet.core.errors import UserError
-from logonet.data.importers.common import (
-    dicom_series,
-    folder_of,
-    inside,
-    name_of,
-    parse_digest,
-    parse_fold,
-    parse_split,
-    resolve,
-    subject_of,
-)
+from logonet.data.importers import common
 from logonet.data.manifest import Source
 from logonet.storage import object_store
 
@@ -34,26 +24,26 @@ def csv_sources(uri: str) -> list[Source]:
                 raise UserError(f"{uri}: {config.unknown('column', column, CSV_COLUMNS)}")
         if not row.get("image"):
             raise UserError(f"{where}: names no image; fill in the column 'image'")
-        image, label = (resolve(folder_of(uri), row[c]) if row.get(c) else "" for c in ("image", "label"))
+        folder = common.folder_of(uri)
+        image, label = (common.resolve(folder, row[c]) if row.get(c) else "" for c in ("image", "label"))
         if object_store.is_s3(uri):
             for named in (image, label):
                 if named and not object_store.is_s3(named):
-                    inside(uri, named, where)
+                    common.inside(uri, named, where)
         if image in found:
             raise UserError(f"{where}: lists {image} a second time; keep one of the rows")
-        found[image] = dicom_series(
-            Source(
-                uri=image,
-                subject=row.get("subject") or subject_of(row["image"]),
-                dataset=row.get("dataset") or name_of(uri)[: -len(".csv")],
-                licence=row.get("licence", ""),
-                modality=row.get("modality", ""),
-                split=parse_split(row.get("split", ""), where),
-                fold=parse_fold(row.get("fold", ""), where),
-                label_uri=label,
-                sha256=parse_digest(row.get("sha256", ""), where),
-            )
+        source = Source(
+            uri=image,
+            subject=row.get("subject") or common.subject_of(row["image"]),
+            dataset=row.get("dataset") or common.name_of(uri)[: -len(".csv")],
+            licence=row.get("licence", ""),
+            modality=row.get("modality", ""),
+            split=common.parse_split(row.get("split", ""), where),
+            fold=common.parse_fold(row.get("fold", ""), where),
+            label_uri=label,
+            sha256=common.parse_digest(row.get("sha256", ""), where),
         )
+        found[image] = common.dicom_series(source)
     return list(found.values())
 
 

@@ -6,17 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from logonet.core.errors import UserError
-from logonet.data.importers.common import (
-    MAX_FOLD,
-    class_names,
-    dicom_series,
-    folder_of,
-    inside,
-    name_of,
-    read_json,
-    resolve,
-    subject_of,
-)
+from logonet.data.importers import common
 from logonet.data.manifest import Source
 
 DATASET_FILE = "dataset.json"
@@ -27,7 +17,7 @@ NO_MODALITY = {"nonorm", "zscore", "rescale_to_0_1", "rgb_to_0_1"}
 
 def read_description(uri: str) -> dict[str, Any]:
     """The mapping that a dataset.json holds."""
-    description = read_json(uri)
+    description = common.read_json(uri)
     if not isinstance(description, dict):
         raise UserError(f"{uri} must hold a mapping with 'training' and 'test', as in the Decathlon")
     return description
@@ -40,11 +30,11 @@ def msd_sources(uri: str, description: Mapping[str, Any], root: str) -> list[Sou
     """
     if not any(description.get(key) for key in LISTS):
         return []
-    folder = folder_of(uri)
+    folder = common.folder_of(uri)
     modalities = description.get("modality") or {}
     if not isinstance(modalities, dict):
         modalities = {"0": modalities}
-    common = common_fields(uri, description)
+    fields = common_fields(uri, description)
     found = []
     for key, split in LISTS.items():
         items = description.get(key) or []
@@ -60,30 +50,30 @@ def msd_sources(uri: str, description: Mapping[str, Any], root: str) -> list[Sou
             if pair.get("label") and len(label) != 1:
                 raise UserError(f"{uri}: an item of '{key}' has the label {pair['label']!r}; give one path")
             fold = pair.get("fold", -1)
-            if type(fold) is not int or abs(fold) > MAX_FOLD:  # True is an int too
+            if type(fold) is not int or abs(fold) > common.MAX_FOLD:  # True is an int too
                 raise UserError(f"{uri}: an item of '{key}' has the fold {fold!r}; write an integer")
             # one subject for all channels, or they could fall on both sides of a split
             case = images[0] if len(images) == 1 else (label or images)[0]
-            subject = str(pair.get("subject") or subject_of(case))
+            subject = str(pair.get("subject") or common.subject_of(case))
             for channel, image in enumerate(images):
                 source = Source(
-                    uri=inside(root, resolve(folder, image), uri),
+                    uri=common.inside(root, common.resolve(folder, image), uri),
                     subject=subject,
                     modality=str(modalities.get(str(channel), "")),
                     split=split,
                     fold=fold,
-                    label_uri=inside(root, resolve(folder, label[0]), uri) if label else "",
-                    **common,
+                    label_uri=common.inside(root, common.resolve(folder, label[0]), uri) if label else "",
+                    **fields,
                 )
-                found.append(dicom_series(source))
+                found.append(common.dicom_series(source))
     return found
 
 
 def common_fields(uri: str, description: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "dataset": str(description.get("name") or name_of(folder_of(uri))),
+        "dataset": str(description.get("name") or common.name_of(common.folder_of(uri))),
         "licence": str(description.get("licence") or description.get("license") or ""),
-        "classes": class_names(description.get("labels"), uri),
+        "classes": common.class_names(description.get("labels"), uri),
     }
 
 

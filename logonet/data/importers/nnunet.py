@@ -36,21 +36,16 @@ def nnunet_sources(uri: str, description: Mapping[str, Any], entries: Entries) -
                 continue
             case, _, channel = name_of(image).removesuffix(ending).rpartition("_")
             if not re.fullmatch(r"[0-9]{4}", channel) or int(channel) not in channels:
-                raise UserError(
-                    f"{image}: does not end in a channel of {uri} ({', '.join(f'_{c:04d}' for c in channels)} "
-                    f"before {ending}); rename it"
-                )
+                known = ", ".join(f"_{c:04d}" for c in channels) + f" before {ending}"
+                raise UserError(f"{image}: does not end in a channel of {uri} ({known}); rename it")
             label = f"{folder}/labels{which}/{case}{ending}"
             modality = channels[int(channel)]
-            source = Source(
-                uri=image,
-                subject=case,
-                modality="" if modality.lower() in NO_MODALITY else modality,
-                split=split,
-                label_uri=label if label in entries else "",
-                **common,
-            )
-            found.append(source)
+            own: dict[str, Any] = {
+                "split": split,
+                "modality": "" if modality.lower() in NO_MODALITY else modality,
+            }
+            own["label_uri"] = label if label in entries else ""
+            found.append(Source(uri=image, subject=case, **own, **common))
     splits = f"{folder}/{SPLITS_FILE}"
     return _with_folds(found, splits) if splits in entries else found
 
@@ -68,8 +63,7 @@ def _with_folds(found: Sequence[Source], uri: str) -> list[Source]:
     except (TypeError, KeyError):
         raise UserError(f"{uri} must hold a list of {{train: [cases], val: [cases]}}") from None
     if unknown := sorted(set(folds) - {s.subject for s in found if s.split == "train"}):
-        raise UserError(
-            f"{uri}: names {len(unknown)} cases that imagesTr lacks ({', '.join(unknown[:3])}"
-            f"{', ...' if len(unknown) > 3 else ''}); copy them there or remove them from the splits"
-        )
+        some = ", ".join(unknown[:3] + ["..."] * (len(unknown) > 3))
+        lacks = f"{uri}: names {len(unknown)} cases that imagesTr lacks ({some})"
+        raise UserError(f"{lacks}; copy them there or remove them from the splits")
     return [replace(s, fold=folds.get(s.subject, -1)) if s.split == "train" else s for s in found]

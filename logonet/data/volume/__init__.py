@@ -20,20 +20,7 @@ from logonet.data.volume.resampling import resample, resampled_shape, to_ras
 from logonet.data.volume.volume import Volume
 
 __all__ = [
-    "MAX_BYTES",
-    "UINT16_MAX",
-    "Volume",
-    "decode_dicom",
-    "decode_nifti",
-    "encode_labels",
-    "encode_nifti",
-    "from_uint16",
-    "header_grid",
-    "modality",
-    "percentile_range",
-    "resample",
-    "resampled_shape",
-    "to_ras",
-    "to_uint16",
+    "MAX_BYTES", "UINT16_MAX", "Volume", "decode_dicom", "decode_nifti", "encode_labels", "encode_nifti",
+    "from_uint16", "header_grid", "modality", "percentile_range", "resample", "resampled_shape", "to_ras", "to_uint16",
     "window",
-]
+]  # fmt: skip

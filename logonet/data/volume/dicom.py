@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,32 +15,16 @@ from logonet.data.volume.nifti import MAX_BYTES, check_claim
 from logonet.data.volume.volume import Volume, check_affine, check_values
 
 DEFLATED = "1.2.840.10008.1.2.1.99"  # pydicom inflates the whole of it, whatever it grows to
-DICOM_TAGS = (
-    "SeriesInstanceUID",
-    "ImageOrientationPatient",
-    "ImagePositionPatient",
-    "PixelSpacing",
-    "Rows",
-    "Columns",
+DICOM_TAGS = [
+    "SeriesInstanceUID", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows", "Columns",
     "PhotometricInterpretation",
-)
-DICOM_MORE_TAGS = (  # read where they are there: for the intensities and by pydicom's decoders
-    "Modality",
-    "RescaleSlope",
-    "RescaleIntercept",
-    "NumberOfFrames",
-    "SamplesPerPixel",
-    "PlanarConfiguration",
-    "BitsAllocated",
-    "BitsStored",
-    "HighBit",
-    "PixelRepresentation",
-    "PixelData",
-    "FloatPixelData",
-    "DoubleFloatPixelData",
-    "ExtendedOffsetTable",
-    "ExtendedOffsetTableLengths",
-)
+]  # fmt: skip
+# Read where they are there: for the intensities and by pydicom's decoders.
+DICOM_MORE_TAGS = [
+    "Modality", "RescaleSlope", "RescaleIntercept", "NumberOfFrames", "SamplesPerPixel", "PlanarConfiguration",
+    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData", "FloatPixelData",
+    "DoubleFloatPixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,22 +60,22 @@ def decode_dicom(files: Sequence[tuple[str, bytes]], *, max_bytes: int = MAX_BYT
     first = slices[0]
     for what in ("series", "modality", "rows", "columns"):
         if len(values := {getattr(s, what) for s in slices}) > 1:
-            raise BadScan(
-                f"{first.name}: its folder holds slices of {len(values)} different {what} values; keep one series "
-                "per folder"
-            )
-    claimed = first.rows * first.columns * len(slices) * 4
-    check_claim(
-        f"{first.name}: its series claims {first.columns}x{first.rows}x{len(slices)} voxels",
-        claimed,
-        sum(len(data) for _, data in files),
-        max_bytes,
-    )
+            holds = f"its folder holds slices of {len(values)} different {what} values"
+            raise BadScan(f"{first.name}: {holds}; keep one series per folder")
+    shape_xyz = (first.columns, first.rows, len(slices))
+    claim = f"{first.name}: its series claims {'x'.join(map(str, shape_xyz))} voxels"
+    check_claim(claim, 4 * math.prod(shape_xyz), sum(len(data) for _, data in files), max_bytes)
     ordered, affine = _dicom_geometry(slices)
     check_affine(affine, first.name)
-    array_XYZ = np.empty((first.columns, first.rows, len(slices)), np.float32, order="F")
+    array_XYZ = np.empty(shape_xyz, np.float32, order="F")
     for k, slice_ in enumerate(ordered):
-        pixels_YX = _dicom_pixels(slice_)
+        try:
+            pixels_YX = slice_.dataset.pixel_array
+        except Exception as err:  # the decoders behind pydicom raise whatever they like on damaged data
+            reason = " ".join(str(err).split())[:200]
+            raise BadScan(f"{slice_.name}: its DICOM pixels cannot be decoded ({reason})") from None
+        if pixels_YX.shape != (slice_.rows, slice_.columns):
+            raise BadScan(f"{slice_.name}: its DICOM pixels have shape {pixels_YX.shape}, not its header's")
         array_XYZ[:, :, k] = pixels_YX.T * slice_.slope + slice_.intercept
     check_values(array_XYZ, first.name)
     return Volume(array_XYZ[None], affine, first.modality or None, pixels_YX.dtype.name)
@@ -98,6 +83,7 @@ def decode_dicom(files: Sequence[tuple[str, bytes]], *, max_bytes: int = MAX_BYT
 
 def _dicom_slice(name: str, data: bytes) -> _Slice:
     import pydicom
+    from pydicom import filereader
 
     def numbers(tag: str, size: int) -> np.ndarray:
         values = np.array(dataset[tag].value, np.float64).reshape(size)
@@ -106,10 +92,13 @@ def _dicom_slice(name: str, data: bytes) -> _Slice:
         return values
 
     try:
-        if _transfer_syntax(data) == DEFLATED:
+        stream = io.BytesIO(data)
+        filereader.read_preamble(stream, force=False)
+        # the UID as pydicom's reader is going to find it; this function's public sister opens a path
+        if filereader._read_file_meta_info(stream).get("TransferSyntaxUID") == DEFLATED:
             raise BadScan(f"{name}: is deflated DICOM, which may grow to any size; inflate it (dcmconv)")
         # Nothing that names a patient is even parsed: pydicom's own warnings and errors repeat values.
-        dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=list(DICOM_TAGS + DICOM_MORE_TAGS))
+        dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=DICOM_TAGS + DICOM_MORE_TAGS)
         if int(dataset.get("NumberOfFrames") or 1) > 1:
             raise BadScan(f"{name}: is a multi-frame DICOM; convert it to NIfTI (dcm2niix)")
         if missing := [tag for tag in DICOM_TAGS if tag not in dataset]:
@@ -138,16 +127,6 @@ def _dicom_slice(name: str, data: bytes) -> _Slice:
         raise BadScan(f"{name}: unreadable DICOM slice ({reason})") from None
 
 
-def _transfer_syntax(data: bytes) -> str:
-    """The UID in the head of a DICOM file, as pydicom's reader is going to find it."""
-    from pydicom import filereader
-
-    stream = io.BytesIO(data)
-    filereader.read_preamble(stream, force=False)
-    # its public sister opens a path
-    return str(filereader._read_file_meta_info(stream).get("TransferSyntaxUID", ""))
-
-
 def _dicom_geometry(slices: Sequence[_Slice]) -> tuple[list[_Slice], np.ndarray]:
     """The slices in order along their normal, and the affine of array[column, row, slice].
 
@@ -168,10 +147,8 @@ def _dicom_geometry(slices: Sequence[_Slice]) -> tuple[list[_Slice], np.ndarray]
         raise BadScan(f"{name}: two slices of its series lie at the same place; remove the duplicates")
     if np.abs(gaps - gap).max() > 0.05 * gap:
         k = int(np.abs(gaps - gap).argmax())
-        raise BadScan(
-            f"{ordered[k].name}: the next slice of its series is {gaps[k]:.2f} mm away, the others {gap:.2f} mm; "
-            "a slice is missing"
-        )
+        apart = f"the next slice of its series is {gaps[k]:.2f} mm away, the others {gap:.2f} mm"
+        raise BadScan(f"{ordered[k].name}: {apart}; a slice is missing")
     lps = np.eye(4)
     lps[:3, 0] = column_dir * first.pixel_mm[1]
     lps[:3, 1] = row_dir * first.pixel_mm[0]
@@ -179,14 +156,3 @@ def _dicom_geometry(slices: Sequence[_Slice]) -> tuple[list[_Slice], np.ndarray]
     lps[:3, 2] = (ordered[-1].position_mm - ordered[0].position_mm) / (len(ordered) - 1)
     lps[:3, 3] = ordered[0].position_mm
     return ordered, np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
-
-
-def _dicom_pixels(slice_: _Slice) -> np.ndarray:
-    try:
-        pixels_YX = slice_.dataset.pixel_array
-    except Exception as err:  # the decoders behind pydicom raise whatever they like on damaged data
-        reason = " ".join(str(err).split())[:200]
-        raise BadScan(f"{slice_.name}: its DICOM pixels cannot be decoded ({reason})") from None
-    if pixels_YX.shape != (slice_.rows, slice_.columns):
-        raise BadScan(f"{slice_.name}: its DICOM pixels have shape {pixels_YX.shape}, not its header's")
-    return pixels_YX

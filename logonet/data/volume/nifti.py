@@ -41,10 +41,12 @@ def decode_nifti(
     stream, limit = _open(data, name)
     head = _read(stream, 352, name)
     header = _header(head, name)
-    shape_xyz = _shape_xyz(header, name)
-    dtype = _dtype(header, name)
-    offset = _offset(header, name)
-    end = offset + math.prod(shape_xyz) * dtype.itemsize
+    shape_xyz, dtype = _shape_xyz(header, name), _dtype(header, name)
+    offset = float(header["vox_offset"]) or 352.0
+    if not (352 <= offset < 2**31):
+        raise BadScan(f"{name}: its header puts the voxels at byte {offset}; the file is damaged")
+    begin = int(offset)
+    end = begin + math.prod(shape_xyz) * dtype.itemsize
     claimed = max(end, math.prod(shape_xyz) * 4)
     if end > limit and claimed <= max_bytes:
         raise BadScan(f"{name}: truncated; its header claims {end} bytes of voxels; copy the file again")
@@ -53,7 +55,7 @@ def decode_nifti(
     raw = np.empty(end, np.uint8)
     raw[: len(head)] = np.frombuffer(head, np.uint8)
     _fill(stream, raw, len(head), name)
-    stored_XYZ = raw[offset:end].view(dtype).reshape(shape_xyz, order="F")
+    stored_XYZ = raw[begin:end].view(dtype).reshape(shape_xyz, order="F")
     array_XYZ = _scaled(stored_XYZ, header, name)
     del raw, stored_XYZ
     check_values(array_XYZ, name, allow_constant)
@@ -70,10 +72,8 @@ def check_claim(claim: str, claimed: int, stored: int, max_bytes: int = MAX_BYTE
     if claimed > max_bytes:
         raise BadScan(f"{size}, more than the {max_bytes / 2**30:.1f} GiB allowed; split it or leave it out")
     if claimed > max(SMALL_BYTES, MAX_EXPANSION * stored):
-        raise BadScan(
-            f"{size}, more than {MAX_EXPANSION} times what the file has ({stored / 2**20:.1f} MiB); if that is "
-            "right, save it without compression"
-        )
+        times = f"more than {MAX_EXPANSION} times what the file has ({stored / 2**20:.1f} MiB)"
+        raise BadScan(f"{size}, {times}; if that is right, save it without compression")
 
 
 def _open(data: bytes, name: str) -> tuple[Any, int]:
@@ -140,10 +140,8 @@ def _shape_xyz(header: Any, name: str) -> tuple[int, int, int]:
     if not 1 <= ndim <= 7 or min(dims) < 1:
         raise BadScan(f"{name}: its header gives the impossible dimensions {(ndim, *dims)}")
     if math.prod(dims[3:]) > 1:
-        raise BadScan(
-            f"{name}: has {len(dims)} axes {dims}; a scan is one 3D image, so save each channel or "
-            "time point as a file of its own"
-        )
+        hint = "a scan is one 3D image, so save each channel or time point as a file of its own"
+        raise BadScan(f"{name}: has {len(dims)} axes {dims}; {hint}")
     if ndim < 3 or min(dims[:3]) < 2:
         raise BadScan(f"{name}: is a 2D image {dims[:3]}; only 3D scans can be used")
     return dims[0], dims[1], dims[2]
@@ -158,13 +156,6 @@ def _dtype(header: Any, name: str) -> np.dtype:
         kind = "complex" if dtype.kind == "c" else "colour (RGB)" if dtype.fields else "typeless"
         raise BadScan(f"{name}: has {kind} voxels; only real scalar images can be used")
     return dtype
-
-
-def _offset(header: Any, name: str) -> int:
-    offset = float(header["vox_offset"]) or 352.0
-    if not (352 <= offset < 2**31):
-        raise BadScan(f"{name}: its header puts the voxels at byte {offset}; the file is damaged")
-    return int(offset)
 
 
 def _scaled(stored_XYZ: np.ndarray, header: Any, name: str) -> np.ndarray:
@@ -241,7 +232,7 @@ def header_grid(data: bytes, name: str) -> tuple[tuple[int, int, int], np.ndarra
     header = _header_of(data, name)
     if header is None or min(header["dim"][1:4]) < 1:
         return None
-    x, y, z = (int(n) for n in header["dim"][1:4])
+    x, y, z = map(int, header["dim"][1:4])
     try:
         return (x, y, z), _nifti_affine(header, name)
     except BadScan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -43,14 +44,8 @@ def resample(volume: Volume, spacing_mm: Sequence[float], order: int = 1) -> Vol
     else:
         from scipy import ndimage
 
-        array_XYZ = ndimage.affine_transform(
-            volume.array_CXYZ[0],
-            step,
-            output_shape=shape_xyz,
-            order=order,
-            mode="nearest",
-            prefilter=order > 1,
-        )
+        options: dict[str, Any] = {"order": order, "mode": "nearest", "prefilter": order > 1}
+        array_XYZ = ndimage.affine_transform(volume.array_CXYZ[0], step, output_shape=shape_xyz, **options)
     affine = volume.affine.copy()
     affine[:3, :3] *= step
     return replace(volume, array_CXYZ=array_XYZ[None], affine=affine)
