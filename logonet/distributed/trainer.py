@@ -20,7 +20,7 @@ from logonet.training.communicator import Communicator, ProcessGroup
 from logonet.training.config import Config, Job, accumulation, micro_batches
 from logonet.training.dataset import LabelledDataset, TrainingDataset
 from logonet.training.local import finish
-from logonet.training.loop import Left, Loop, NoBar, to_tensors
+from logonet.training.loop import Left, Loop, to_tensors
 from logonet.training.schedule import MicroBatches
 from logonet.training.step import Diverged
 
@@ -152,7 +152,7 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     loop.restore()
     positions = MicroBatches(dataset.schedule, job.train.batch_size, loop.step, loop.total_steps, rank, world)
     batches = to_tensors(feed.batches(config["dataset"], positions, allocation), device)
-    bar = ray_compat.progress_bar(loop.total_steps, loop.step) if job.progress and rank == 0 else NoBar()
+    bar = ray_compat.progress_bar(loop.total_steps, loop.step) if job.progress and rank == 0 else None
     notices = preemption.Notices(config["run"], rank, ray.train.get_preemption_info)
     try:
         with notices.listening():

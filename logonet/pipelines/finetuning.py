@@ -311,13 +311,7 @@ def finetune(
 def transfer_report(cfg: Finetuning, init: training.Init, facts: DataSpec) -> weight_transfer.Report:
     """What loading ``init`` will do, shown before anything is launched."""
     net = networks.from_component(cfg.backbone, facts.in_channels, facts.num_classes)
-    return weight_transfer.transfer(
-        net,
-        training.load_weights(init),
-        source=init.uri,
-        parts=init.parts,
-        min_encoder_share=init.min_encoder_share,
-    )
+    return training.load_initial(net, init)
 
 
 def model_spec(cfg: Finetuning, table: prepared_scans.Table, scans: list[manifest.Scan]) -> model.Spec:
