@@ -69,6 +69,11 @@ class Spec(Preprocessing):
         if self.modality not in MODALITIES:
             raise UserError(f"modality is '{self.modality}'; it must be one of {', '.join(MODALITIES)}")
 
+    @property
+    def foreground(self) -> dict[int, str]:
+        """Label value -> class, of all but the value 0."""
+        return {value: name for value, name in zip(self.label_values, self.classes) if value}
+
 
 def files(spec: Spec, weights: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
     """The folder's files by name; equal models give equal bytes."""
@@ -85,10 +90,8 @@ def read(folder_uri: str) -> tuple[Spec, dict[str, torch.Tensor]]:
     Raises:
         UserError: naming the file that is missing, damaged or of another kind.
     """
-    return parse(
-        {n: object_store.read(object_store.join(folder_uri, n)) for n in (CONFIG_FILE, WEIGHTS_FILE)},
-        folder_uri,
-    )
+    blobs = {n: object_store.read(object_store.join(folder_uri, n)) for n in (CONFIG_FILE, WEIGHTS_FILE)}
+    return parse(blobs, folder_uri)
 
 
 def parse(blobs: Mapping[str, bytes], where: str = "") -> tuple[Spec, dict[str, torch.Tensor]]:
@@ -103,13 +106,11 @@ def parse(blobs: Mapping[str, bytes], where: str = "") -> tuple[Spec, dict[str, 
     names = (CONFIG_FILE, WEIGHTS_FILE)
     config_name, weights_name = (object_store.join(where, n) if where else n for n in names)
     try:
-        values = config.parse_json(blobs[CONFIG_FILE])
-    except ValueError as err:
-        raise UserError(f"{config_name} is not valid JSON ({err}); fetch the model again") from None
-    try:
-        spec = config.from_dict(Spec, values)
+        spec = config.from_dict(Spec, config.parse_json(blobs[CONFIG_FILE]))
     except UserError as err:
         raise UserError(f"{config_name}: {err}") from None
+    except ValueError as err:
+        raise UserError(f"{config_name} is not valid JSON ({err}); fetch the model again") from None
     try:
         return spec, load(blobs[WEIGHTS_FILE])
     except (SafetensorError, KeyError, ValueError) as err:

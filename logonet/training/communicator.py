@@ -69,11 +69,12 @@ class ProcessGroup(Communicator):
 
     def broadcast_state(self, state: checkpoints.State | None) -> checkpoints.State | None:
         # Pickle stays between the ranks of one job; nothing unpickled ever came from a store.
-        head: list[Any] = [None if state is None else state.describe()]
+        head: list[Any] = [None if state is None else state.mapped(lambda t: t.to("meta"))]
         dist.broadcast_object_list(head, src=0, device=self.device if self.device.type == "cuda" else None)
         if head[0] is None:
             return None
-        state = state or checkpoints.State.blank(head[0])
+        state = state or head[0].mapped(lambda t: torch.empty_like(t, device="cpu"))
+        assert state is not None
         for tensor in state.tensors():
             moved = tensor.to(self.device)
             dist.broadcast(moved, src=0)
