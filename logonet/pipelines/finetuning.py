@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -36,6 +34,7 @@ from logonet.pipelines.stage import (
     run_stage,
     run_tracked,
     say,
+    transfer_section,
 )
 from logonet.pipelines.weights import InitialWeights, find_weights
 from logonet.storage import object_store
@@ -151,9 +150,7 @@ def make_split(
     parents = {"manifest": table.id, "seen": hashlib.sha256(known or b"").hexdigest()[:16]}
     metadata = {
         "id": split.id,
-        "train": len(split.train),
-        "val": len(split.val),
-        "test": len(split.test),
+        **{part: len(getattr(split, part)) for part in ("train", "val", "test")},
         "leaking": leaking,
         "pretraining_known": known is not None,
     }
@@ -210,9 +207,7 @@ def finetune(
     own = {
         "backbone": cfg.backbone,
         "method": cfg.method,
-        "train": config.to_dict(cfg.train),
-        "crops": config.to_dict(cfg.crops),
-        "validation": config.to_dict(cfg.validation),
+        **{key: config.to_dict(getattr(cfg, key)) for key in ("train", "crops", "validation")},
         "init": {k: v for k, v in config.to_dict(cfg.init).items() if k != "weights"},
     }
     parents = {
@@ -252,24 +247,10 @@ def finetune(
             if weights.seen is None:
                 say("transfer", "which scans these weights have seen is not known; leaks cannot be ruled out")
             files["transfer.json"] = json.dumps(handover.to_dict(), indent=1).encode()
-        job = training.Job(
-            uri=run.uri,
-            fingerprint=run.fingerprint,
-            backbone=cfg.backbone,
-            method=cfg.method,
-            train=cfg.train,
-            data_spec=data_spec,
-            tracking=run.tracking,
-            progress=sys.stdout.isatty(),
-            files=dict(files),
-            init=init,
-            validation=cfg.validation,
-        )
-        say(
-            "finetune",
-            f"{run.name} on {len(train_ids)} cases, {schedule.steps_per_epoch} steps an epoch, {len(val_ids)} to "
-            f"validate  {run.uri}",
-        )
+        what = (cfg.backbone, cfg.method, cfg.train, data_spec)
+        job = run.job(*what, files, init=init, validation=cfg.validation)
+        steps = f"{schedule.steps_per_epoch} steps an epoch, {len(val_ids)} to validate"
+        say("finetune", f"{run.name} on {len(train_ids)} cases, {steps}  {run.uri}")
         result = executor.train(job, dataset)
         history = result["history"]
         done = {k: Stored(**v) for k, v in result["files"].items()}
@@ -286,7 +267,10 @@ def finetune(
         files[SEEN_FILE] = trained_on
         files |= {f"{MODEL_FOLDER}/{n}": blob for n, blob in model.files(spec, final).items()}
         files["curves.png"] = reporting.curves(history)
-        files["report.html"] = _page(run, cfg, files, handover, lineage)
+        sections: list[tuple[str, Any]] = [("Training", files["curves.png"])]
+        if handover is not None:
+            sections.append(transfer_section(handover))
+        files["report.html"] = page(run, sections, lineage, "finetuning", config.to_yaml(cfg))
         metadata = {
             "final": history[-1],
             "steps": history[-1]["step"],
@@ -325,17 +309,3 @@ def model_spec(cfg: Finetuning, table: prepared_scans.Table, scans: list[manifes
         modality=modalities[0] if len(modalities) == 1 else "mixed",
         **vars(Preprocessing.of(cfg.cases)),
     )
-
-
-def _page(
-    run: Run,
-    cfg: Finetuning,
-    files: Mapping[str, bytes],
-    handover: weight_transfer.Report | None,
-    lineage: Mapping[str, str],
-) -> bytes:
-    sections: list[tuple[str, Any]] = [("Training", files["curves.png"])]
-    if handover is not None:
-        section = reporting.transfer_section(handover.by_module(), handover.summary())
-        sections.append(("Weights taken over", section))
-    return page(run, sections, lineage, "finetuning", config.to_yaml(cfg))

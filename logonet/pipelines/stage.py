@@ -17,6 +17,7 @@ from logonet.core import config, redaction
 from logonet.core.config import Component
 from logonet.core.errors import UserError
 from logonet.core.execution import Executor
+from logonet.methods import DataSpec
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
 from logonet.storage.object_store import Stored
@@ -135,6 +136,21 @@ class Run:
     fingerprint: str
     name: str
     tracking: dict[str, Any] | None
+
+    def job(
+        self,
+        backbone: Component,
+        method: Component,
+        train: training.Config,
+        data_spec: DataSpec,
+        files: Mapping[str, bytes],
+        **more: Any,
+    ) -> training.Job:
+        """The training of this run; ``files`` are those that MLflow gets at its beginning."""
+        job = training.Job(
+            self.uri, self.fingerprint, backbone, method, train, data_spec, self.tracking, **more
+        )
+        return replace(job, progress=sys.stdout.isatty(), files=dict(files))
 
 
 def run_tracked(

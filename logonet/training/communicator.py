@@ -88,11 +88,9 @@ class ProcessGroup(Communicator):
     def parallel(self, module: nn.Module, gradient_sync: str) -> tuple[nn.Module, Sync]:
         cuda = self.device.type == "cuda"
         if gradient_sync == "ddp" or (gradient_sync == "auto" and cuda):
+            devices = [self.device] if cuda else None
             wrapped = nn.parallel.DistributedDataParallel(
-                module,
-                device_ids=[self.device] if cuda else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
+                module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
             return wrapped, _nothing_to_do
         # DDP rebuilds its buckets after the first step, and gloo's ring adds in an order that depends on the place in
