@@ -116,7 +116,6 @@ def run(
     executor: Executor,
     *,
     about: Mapping[str, Any],
-    attempt: str,
     score: bool = False,
     note: Callable[[Row, int, int], None] = lambda row, done, total: None,
 ) -> list[Row]:
@@ -125,7 +124,6 @@ def run(
     Args:
         folder: the model's files (`model.files`), held once on each machine.
         about: names the model and the settings; an output folder never mixes two of them.
-        attempt: names this run, so that a case's deaths in earlier runs do not count.
         score: compare with the scans' labels.
         note: called for every case as it ends, with how many of how many are done.
 
@@ -136,6 +134,7 @@ def run(
         UserError: ``output`` belongs to another model.
     """
     _claim(output, about)
+    attempt = f"{time.time_ns():x}"  # names this run, so that a case's deaths in earlier ones do not count
     rows = finished(output)
     waiting = [i for i in items if i.name not in rows or rows[i.name].version != i.version]
     done = len(items) - len(waiting)
@@ -151,9 +150,8 @@ def run(
 
 def finished(output: str) -> dict[str, Row]:
     """The rows already committed under ``output``, by name; a torn one counts as absent."""
-    uris = [
-        e.uri for e in object_store.listing(object_store.join(output, CASES)) if e.uri.endswith("/row.json")
-    ]
+    there = object_store.listing(object_store.join(output, CASES))
+    uris = [entry.uri for entry in there if entry.uri.endswith("/row.json")]
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         return {row.name: row for row in pool.map(_read_row, uris) if row is not None}
 
@@ -273,7 +271,7 @@ class _Segment:
 
     def _segment(self, item: Item, predictor: sliding_window.Predictor) -> Row:
         try:
-            image, modality, original = _open(item, predictor.spec.modality)
+            image, modality, original = _open(item, predictor.spec.one_modality)
         except object_store.NotGiven as err:
             if item.scan is not None:  # a mean over the others would pass for the whole
                 raise
@@ -306,6 +304,5 @@ def _open(item: Item, known: str) -> tuple[Volume, str, bytes | None]:
         raise BadScan(fault)
     image = manifest.decode(source, blobs)
     # What is known of the scan, else what the model is for: a part of a CT may hold no air to tell it by.
-    hint = source.modality or image.modality or (known if known != "mixed" else "")
-    modality = volume.modality(image, hint, item.uri)
+    modality = volume.modality(image, source.modality or image.modality or known, item.uri)
     return image, modality, None if source.files else blobs[0]

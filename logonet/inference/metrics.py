@@ -99,9 +99,8 @@ def distances(from_XYZ: np.ndarray, to_XYZ: np.ndarray, spacing: Sequence[float]
         return out_P
     if len(far_P3) > POINTS_WORTH_A_TRANSFORM * to_XYZ.size:
         # Only the indices: the distances themselves would be another 50 bytes per voxel of the box.
-        nearest = ndimage.distance_transform_edt(
-            ~to_XYZ, sampling=scale, return_distances=False, return_indices=True
-        )
+        only_indices = {"return_distances": False, "return_indices": True}
+        nearest = ndimage.distance_transform_edt(~to_XYZ, sampling=scale, **only_indices)
         steps_P3 = nearest[(slice(None), *far_P3.T)].T - far_P3
         out_P[apart_P] = np.linalg.norm(steps_P3 * scale, axis=1)
     else:
@@ -195,9 +194,8 @@ def case_rows(
     _check_grid(pred_XYZ, truth_XYZ, spacing_mm, f"scan {scan_id}")
     pred_XYZ, truth_XYZ = (_whole(labels, scan_id) for labels in (pred_XYZ, truth_XYZ))
     wanted: list[tuple[int, str, Sequence[int]]]
-    if regions is None:
-        wanted = [(value, name, [value]) for value, name in classes.items() if value != 0 and name]
-    else:
+    wanted = [(value, name, [value]) for value, name in classes.items() if value != 0 and name]
+    if regions is not None:
         wanted = [(-1, name, values) for name, values in regions.items()]
     assert all(value > 0 for _, _, values in wanted for value in values), wanted
     largest = max((value for _, _, values in wanted for value in values), default=0)

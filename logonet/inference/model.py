@@ -61,13 +61,18 @@ class Spec(Preprocessing):
             raise UserError(f"in_channels is {self.in_channels}; it must be at least 1")
         if len(self.classes) < 2 or self.classes[0] != "background":
             raise UserError(f"classes are {list(self.classes)}; give background and at least one more")
-        values, num_classes = self.label_values, len(self.classes)
-        if len(values) != num_classes:
-            raise UserError(f"{len(values)} label_values for {num_classes} classes; give one each")
+        values = self.label_values
+        if len(values) != len(self.classes):
+            raise UserError(f"{len(values)} label_values for {len(self.classes)} classes; give one each")
         if len(set(values)) != len(values) or not all(0 <= value <= MAX_VALUE for value in values):
             raise UserError(f"label_values are {list(values)}; set distinct ones from 0 to {MAX_VALUE}")
         if self.modality not in MODALITIES:
             raise UserError(f"modality is '{self.modality}'; it must be one of {', '.join(MODALITIES)}")
+
+    @property
+    def one_modality(self) -> str:
+        """What a scan is if nothing else is known of it; "" for a model of several modalities."""
+        return "" if self.modality == "mixed" else self.modality
 
     @property
     def foreground(self) -> dict[int, str]:

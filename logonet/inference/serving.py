@@ -98,9 +98,9 @@ class Served:
         affine = np.diag([*(self.spec.spacing_mm or (1.0, 1.0, 1.0)), 1.0])
         labels = []
         for b, array_CXYZ in enumerate(scans_BCXYZ):
-            scan, name, modality = Volume(array_CXYZ, affine), f"scan {b}", self.spec.modality
-            if modality == "mixed":  # else the model's own decides: a part of a CT may hold no negative value
-                modality = volume.modality(scan, hint, name)
+            scan, name = Volume(array_CXYZ, affine), f"scan {b}"
+            # A part of a CT may hold no negative value, so the model's own modality decides.
+            modality = self.spec.one_modality or volume.modality(scan, hint, name)
             labels.append(self._segment(scan, modality, name))
         return np.stack(labels)
 
@@ -109,8 +109,7 @@ class Served:
 
         if "nifti" not in table.columns:
             raise UserError(f"the table has columns {list(table.columns)}; it must have one named 'nifti'")
-        if hint is None and self.spec.modality != "mixed":
-            hint = self.spec.modality
+        hint = hint or self.spec.one_modality or None
         given = table["modality"] if "modality" in table.columns else [None] * len(table)
         classes = dict(list(zip(self.spec.label_values, self.spec.classes))[1:])
         maps, volumes_ml = [], []

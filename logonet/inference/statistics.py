@@ -25,6 +25,7 @@ SHOWN = {
     "nsd_2mm": ("NSD 2 mm", 3),
 }
 MEAN = "mean"  # the class in the rows of the mean over classes
+COLUMNS = ("class", "value", "metric", "mean", "ci_low", "ci_high")
 RESAMPLES = 9999
 CONFIDENCE = 0.95
 
@@ -84,12 +85,10 @@ def summary(
         low_C, high_C, low, high = _intervals(values_NC, times_RN)
         for c, (value, name) in enumerate(order):
             num_rows = int((rows["class"] == name).sum())
-            spread = _spread(values_NC[:, c], num_rows)
-            line = {"class": name, "value": value, "metric": metric, "mean": means_C[c]}
-            out.append(line | {"ci_low": low_C[c], "ci_high": high_C[c]} | spread)
+            numbers = (name, value, metric, means_C[c], low_C[c], high_C[c])
+            out.append(dict(zip(COLUMNS, numbers)) | _spread(values_NC[:, c], num_rows))
         over_classes = _spread(_row_means(values_NC), 0) | {"skipped": int(rows[metric].isna().sum())}
-        line = {"class": MEAN, "value": 0, "metric": metric, "mean": mean, "ci_low": low, "ci_high": high}
-        out.append(line | over_classes)
+        out.append(dict(zip(COLUMNS, (MEAN, 0, metric, mean, low, high))) | over_classes)
     return _class_by_class(pd.DataFrame(out), order)
 
 

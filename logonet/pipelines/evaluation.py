@@ -84,15 +84,10 @@ def evaluate_model(
         known = sorted({leak.scan_id for leak in leaking})
         say("evaluate", f"{run.name} on {len(scans)} cases  {run.uri}")
         output = object_store.join(run.uri, "predictions")
+        items = [bucket_inference.Item(s.scan_id, scan=s) for s in scans]
+        about = {"model": chosen.id, **own}
         rows = bucket_inference.run(
-            [bucket_inference.Item(s.scan_id, scan=s) for s in scans],
-            chosen.folder,
-            output,
-            cfg.infer,
-            executor,
-            about={"model": chosen.id, **own},
-            attempt=f"{time.time_ns():x}",
-            score=True,
+            items, chosen.folder, output, cfg.infer, executor, about=about, score=True
         )
         bad = [row for row in rows if row.status != bucket_inference.DONE]
         for row in bad:

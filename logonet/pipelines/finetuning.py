@@ -115,8 +115,7 @@ def resolve_finetuning(cfg: Finetuning, weights: InitialWeights | None = None) -
         )
     backbone = backbone.resolve(networks.config, "backbone")
     rows = cfg.train.batch_size * cfg.crops.per_case
-    data_spec = DataSpec(size_vox=cfg.crops.size_vox, num_classes=2, batch_size=rows)
-    training.dry_run(backbone, method, data_spec)
+    training.dry_run(backbone, method, DataSpec(size_vox=cfg.crops.size_vox, num_classes=2, batch_size=rows))
     return replace(cfg, backbone=backbone, method=method)
 
 
@@ -141,8 +140,7 @@ def make_split(
     others = provenance.from_bytes(provenance.join(trained, known) if known else trained)
     test = [by_id[i] for i in split.test]
     found = leakage.find(provenance.anonymous(test), others)
-    hint = " ('logonet data leakcheck' shows all)"
-    leaking = leakage.refused(found, len(split.test), rule, hint)
+    leaking = leakage.refused(found, len(split.test), rule, " ('logonet data leakcheck' shows all)")
     if leaking and rule == "exclude":
         split = splits.without(split, leaking)
         say("leaks", f"{len(leaking)} contaminated test cases left out")
@@ -224,18 +222,10 @@ def finetune(
             batch_size=cfg.train.batch_size * cfg.crops.per_case,
         )
         methods.check(cfg.method.name, cfg.method.config, data_spec)
-        schedule = SampleSchedule(
-            len(train_ids), cfg.train.global_batch, cfg.train.seed, cfg.train.steps_per_epoch
-        )
-        dataset = LabelledDataset(
-            cfg.method.name,
-            cfg.method.config,
-            schedule,
-            cases_table,
-            train=tuple(place[i] for i in train_ids),
-            val=tuple(place[i] for i in val_ids),
-            crops=cfg.crops,
-        )
+        schedule = SampleSchedule.of(len(train_ids), cfg.train)
+        train, val = (tuple(place[i] for i in ids) for ids in (train_ids, val_ids))
+        prepared_by = cfg.method.name, cfg.method.config
+        dataset = LabelledDataset(*prepared_by, schedule, cases_table, train, val, cfg.crops)
         files: dict[str, bytes] = {"config.yaml": config.to_yaml(cfg).encode()}
         init, handover = None, None
         if weights is not None:
@@ -256,9 +246,10 @@ def finetune(
         done = {k: Stored(**v) for k, v in result["files"].items()}
         chosen = "best.safetensors" if "best.safetensors" in done else "backbone.safetensors"
         by_id = {s.scan_id: s for s in table.scans}
-        spec = model_spec(cfg, cases_table, [by_id[i] for i in train_ids])
+        train_scans = [by_id[i] for i in train_ids]
+        spec = model_spec(cfg, cases_table, train_scans)
         final = training.load_weights(training.Init(object_store.join(run.uri, chosen), done[chosen].sha256))
-        trained_on = provenance.to_bytes([by_id[i] for i in train_ids], "training")
+        trained_on = provenance.to_bytes(train_scans, "training")
         if val_ids:
             validated_on = provenance.to_bytes([by_id[i] for i in val_ids], "validation")
             trained_on = provenance.join(trained_on, validated_on)
@@ -285,8 +276,7 @@ def finetune(
         }
         return Made({**done, **files}, metadata)
 
-    origin = "pretrained" if weights else "scratch"
-    label = f"finetune-{cfg.method.name}-{cfg.backbone.name}-{origin}"
+    label = f"finetune-{cfg.method.name}-{cfg.backbone.name}-{'pretrained' if weights else 'scratch'}"
     return run_tracked(
         root, "finetune", label, cfg, own, parents, lineage, make, last_loss, experiment, trial
     )

@@ -118,8 +118,8 @@ def upstream(
         return Upstream(crop_table, None, data_spec, crops_artifact, lineage, known, task)
     fitted = make_clusterers(crop_table, crops_artifact, cfg.clusterers, root, executor)
     labels_PNZ, labels = make_labels(crop_table, crops_artifact, fitted, root, executor)
-    known_labels = {key: tuple(labels.facts[key]) for key in ("cluster_sizes", "majority_labels")}
-    data_spec = replace(data_spec, **known_labels)
+    sizes, majority = (tuple(labels.facts[key]) for key in ("cluster_sizes", "majority_labels"))
+    data_spec = replace(data_spec, cluster_sizes=sizes, majority_labels=majority)
     lineage |= {"clusterers": fitted.facts["id"], "clusterers_uri": fitted.uri, "labels": labels.fingerprint}
     return Upstream(crop_table, labels_PNZ, data_spec, labels, lineage, known, task)
 
@@ -176,9 +176,7 @@ def pretrain(
     if up.probe is not None:
         own["probe"] = {**config.to_dict(up.probe.cfg), "cases": lineage["probe_cases"]}
     parents = {up.parent.stage: up.parent.fingerprint}
-    schedule = SampleSchedule(
-        len(crop_table), cfg.train.global_batch, cfg.train.seed, cfg.train.steps_per_epoch
-    )
+    schedule = SampleSchedule.of(len(crop_table), cfg.train)
     dataset = TrainingDataset(cfg.method.name, cfg.method.config, schedule, crop_table, labels_PNZ)
 
     def make(run: Run) -> Made:

@@ -199,7 +199,7 @@ class Loop:
             net.encode, net.decode_features = torch.compile(net.encode), torch.compile(net.decode_features)
         module, sync = self.communicator.parallel(self.method, self.cfg.gradient_sync)
         steps_per_epoch = self.schedule.steps_per_epoch
-        timed = _Timed(iter(batches))
+        timed = self._timed(iter(batches))
         bar = bar or tqdm(disable=True)
         started = time.monotonic()
         save_s = 0.0
@@ -226,8 +226,7 @@ class Loop:
             epoch_done = self.step % steps_per_epoch == 0
             every = self.cfg.checkpoint_every_steps
             if epoch_done:
-                self.timing["wall_s"], started = time.monotonic() - started, time.monotonic()
-                self.timing["wait_s"] = timed.reset()
+                self.timing["wall_s"] = time.monotonic() - started
                 self._end_epoch()
                 started = time.monotonic()  # validating and probing are not training
             due = self._due(interruptions, time.monotonic() - step_started, save_s)
@@ -251,6 +250,17 @@ class Loop:
         bar.close()
         self.writer.wait()
         return self.history
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches; ``timing`` adds up how long they are waited for."""
+        while True:
+            started = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.timing["wait_s"] += time.monotonic() - started
+            yield batch
 
     def finished(self) -> bool:
         """Whether the last epoch is done, or patience is out at the end of one."""
@@ -346,27 +356,6 @@ def to_tensors(batches: Iterable[dict[str, np.ndarray]], device: torch.device) -
         if device.type == "cuda":
             tensors = {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
         yield tensors
-
-
-class _Timed:
-    """An iterator that adds up the time its consumer waits."""
-
-    def __init__(self, inner: Iterator[Any]):
-        self.inner, self.wait_s = inner, 0.0
-
-    def __iter__(self) -> _Timed:
-        return self
-
-    def __next__(self) -> Any:
-        started = time.monotonic()
-        try:
-            return next(self.inner)
-        finally:
-            self.wait_s += time.monotonic() - started
-
-    def reset(self) -> float:
-        wait_s, self.wait_s = self.wait_s, 0.0
-        return wait_s
 
 
 def peak_memory_mb(device: torch.device) -> float:

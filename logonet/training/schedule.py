@@ -33,6 +33,10 @@ class SampleSchedule:
     seed: int
     epoch_steps: int | None = None
 
+    @classmethod
+    def of(cls, num_samples: int, cfg: Config) -> SampleSchedule:
+        return cls(num_samples, cfg.global_batch, cfg.seed, cfg.steps_per_epoch)
+
     @property
     def steps_per_pass(self) -> int:
         return -(-self.num_samples // self.global_batch)
