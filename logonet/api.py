@@ -17,7 +17,6 @@ from logonet import methods, networks, pipelines, recipes, training
 from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.data import phantom
-from logonet.data.manifest import Manifest
 from logonet.inference.load import LoadedModel, load_model
 from logonet.storage import object_store
 from logonet.storage.artifacts import Artifact
@@ -35,6 +34,7 @@ __all__ = [
 
 build_network = networks.build
 build_method = methods.build
+read_manifest = pipelines.open_manifest
 Scans = int | str | Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], str | os.PathLike[str]]]
 
 
@@ -123,9 +123,7 @@ def train_local(
         values = config.merge(values, {"backbone": _component(network)})
     cfg = config.from_dict(type(base), config.override(values, settings))
     folder = None if root is not None else tempfile.TemporaryDirectory(prefix="logonet-")
-    place = os.path.abspath(object_store.local_path(folder.name)) if folder else str(root)
-    if not object_store.is_s3(place):
-        place = os.path.abspath(object_store.local_path(place))
+    place = _absolute(folder.name if folder else str(root))
     source = _source(scans, place)
     executor = LocalExecutor(num_workers, device)
     if isinstance(cfg, pipelines.Finetuning):
@@ -152,28 +150,18 @@ def _source(scans: Scans, root: str) -> str:
             phantom.write_dataset(folder, scans, size_vox=(48, 48, 48), classes=3)
         return object_store.join(folder, "dataset.json")
     if isinstance(scans, str):
-        return scans if object_store.is_s3(scans) else os.path.abspath(object_store.local_path(scans))
+        return _absolute(scans)
     table = io.StringIO()
     rows = csv.writer(table)
     rows.writerow(["image", "label"])
     for scan in scans:
         image, label = scan if isinstance(scan, tuple) else (scan, "")
         rows.writerow([_absolute(image), _absolute(label) if label else ""])
-    text = table.getvalue().encode()
     uri = object_store.join(root, f"scans-{config.fingerprint(table.getvalue())}.csv")
-    object_store.write(uri, text)
+    object_store.write(uri, table.getvalue().encode())
     return uri
 
 
 def _absolute(place: str | os.PathLike[str]) -> str:
     uri = os.fspath(place)
     return uri if object_store.is_s3(uri) else os.path.abspath(object_store.local_path(uri))
-
-
-def read_manifest(uri: str) -> Manifest:
-    """The table of scans of a finished import, ROOT/manifest/ID.
-
-    Raises:
-        UserError: there is none.
-    """
-    return pipelines.open_manifest(uri)

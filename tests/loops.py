@@ -147,7 +147,8 @@ def other_weights(folder: str) -> training.Init:
     spec = dataclasses.replace(LABELLED_FACTS, num_classes=5)
     net: Any = training.build_method(Component.of(dynunet(), "backbone"), Component("supervised"), spec)
     uri = f"{folder}/backbone.safetensors"
-    return training.Init(uri, checkpoints._write_tensors(uri, net.backbone.state_dict()).sha256)
+    blob = checkpoints._tensor_bytes(net.backbone.state_dict())
+    return training.Init(uri, object_store.write(uri, blob).sha256)
 
 
 def a_probe(labelled: LabelledDataset) -> linear_probe.Task:

@@ -136,10 +136,10 @@ def test_accumulated_micro_batches_equal_one_batch(crops: TrainingDataset, tmp_p
         seeds=[0, 0],
         autocast=torch.autocast("cpu", enabled=False),
         sync=lambda params: seen.update(
-            {n: p.grad.clone() for n, p in zip(loop.names, params) if p.grad is not None}
+            {n: p.grad.clone() for n, p in zip(loop.params, params) if p.grad is not None}
         ),
     )
-    assert seen.keys() == expected.keys() == set(loop.names)
+    assert seen.keys() == expected.keys() == loop.params.keys()
     for name, grad in expected.items():
         assert torch.equal(grad, seen[name]), name
 

@@ -314,7 +314,7 @@ def test_initial_weights_are_loaded_at_step_0_and_not_on_resuming(
         assert torch.equal(tensor, fresh[name] if name in heads else weights[name]), name
     killed_at(monkeypatch, LocalLoop(labelled, job), at_step=3)
     monkeypatch.setattr(
-        "logonet.training.loop.load_weights", lambda init: pytest.fail("initial weights on a resumed run")
+        "logonet.training.building.load_weights", lambda init: pytest.fail("initial weights on a resumed run")
     )
     resumed = LocalLoop(labelled, job)
     resumed.restore()

@@ -265,7 +265,7 @@ def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str, ray_
     items.insert(1, bucket_inference.Item("huge", source=TooLarge()))  # type: ignore[arg-type]
     output, deaths = f"{place}/killed-out", f"{place}/deaths"
 
-    def once(attempt: str) -> list[bucket_inference.Row]:
+    def once() -> list[bucket_inference.Row]:
         return bucket_inference.run(
             items,
             model_files(),
@@ -273,10 +273,9 @@ def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str, ray_
             CFG,
             on_ray(),
             about={"model": "x"},
-            attempt=attempt,
         )
 
-    rows = once("first")
+    rows = once()
     assert [row.name for row in rows] == ["a", "huge", "d", "deep/c"]
     assert [row.status for row in rows] == [
         bucket_inference.DONE,
@@ -287,7 +286,7 @@ def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str, ray_
     assert rows[1].reason.startswith(f"{TooLarge.uri}: took its process down 3 times")
     assert len(list(object_store.listing(deaths))) == bucket_inference.MAX_ATTEMPTS == 3
     before = versions(output)
-    assert once("second") == rows
+    assert once() == rows
     assert versions(output) == before
 
 

@@ -9,16 +9,14 @@ Shapes: X Y Z voxel axes of the scan's own grid.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from logonet.core.errors import BadScan, UserError
@@ -85,12 +83,9 @@ def items_of(sources: Sequence[Source], root: str) -> list[Item]:
     """The sources at ``root`` by their paths below it. UserError when two would be written to one place."""
     found: dict[str, Item] = {}
     for source in sources:
-        name = (
-            object_store.relative(source.uri, root.rstrip("/"))
-            if source.uri.startswith(root.rstrip("/") + "/")
-            else ""
-        )
-        name = name or source.uri.rstrip("/").rpartition("/")[2]
+        folder, uri = root.rstrip("/"), source.uri
+        name = object_store.relative(uri, folder) if uri.startswith(f"{folder}/") else ""
+        name = name or uri.rstrip("/").rpartition("/")[2]
         for suffix in manifest.NIFTI_SUFFIXES:
             name = name.removesuffix(suffix)
         # A bucket's keys may have "..", "." or nothing between slashes, and the output may be a folder.
@@ -121,7 +116,6 @@ def run(
     executor: Executor,
     *,
     about: Mapping[str, Any],
-    attempt: str,
     score: bool = False,
     note: Callable[[Row, int, int], None] = lambda row, done, total: None,
 ) -> list[Row]:
@@ -130,7 +124,6 @@ def run(
     Args:
         folder: the model's files (`model.files`), held once on each machine.
         about: names the model and the settings; an output folder never mixes two of them.
-        attempt: names this run, so that a case's deaths in earlier runs do not count.
         score: compare with the scans' labels.
         note: called for every case as it ends, with how many of how many are done.
 
@@ -141,6 +134,7 @@ def run(
         UserError: ``output`` belongs to another model.
     """
     _claim(output, about)
+    attempt = f"{time.time_ns():x}"  # names this run, so that a case's deaths in earlier ones do not count
     rows = finished(output)
     waiting = [i for i in items if i.name not in rows or rows[i.name].version != i.version]
     done = len(items) - len(waiting)
@@ -156,9 +150,8 @@ def run(
 
 def finished(output: str) -> dict[str, Row]:
     """The rows already committed under ``output``, by name; a torn one counts as absent."""
-    uris = [
-        e.uri for e in object_store.listing(object_store.join(output, CASES)) if e.uri.endswith("/row.json")
-    ]
+    there = object_store.listing(object_store.join(output, CASES))
+    uris = [entry.uri for entry in there if entry.uri.endswith("/row.json")]
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         return {row.name: row for row in pool.map(_read_row, uris) if row is not None}
 
@@ -192,16 +185,11 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
 def write_table(rows: Sequence[Row], output: str) -> str:
     """``predictions.csv`` and ``.parquet`` under ``output``, unless they say this already; returns the CSV's URI."""
     frame = table(rows)
-    sink = io.BytesIO()
-    frame.to_parquet(sink, index=False)
-    uri = object_store.join(output, f"{TABLE}.csv")
-    files = {
-        object_store.join(output, f"{TABLE}.parquet"): sink.getvalue(),
-        uri: frame.to_csv(index=False).encode(),
-    }
-    for file, blob in files.items():
-        if not object_store.exists(file) or object_store.read(file) != blob:
-            object_store.write(file, blob)
+    files = {"parquet": frame.to_parquet(index=False), "csv": frame.to_csv(index=False).encode()}
+    for suffix, blob in files.items():
+        uri = object_store.join(output, f"{TABLE}.{suffix}")
+        if not object_store.exists(uri) or object_store.read(uri) != blob:
+            object_store.write(uri, blob)
     return uri
 
 
@@ -243,9 +231,6 @@ class _Segment:
         if self.predictor is None:
             spec, weights = model.parse(folder)
             self.predictor = sliding_window.Predictor(model.build(spec, weights), spec, self.cfg)
-        return self._one(item, self.predictor)
-
-    def _one(self, item: Item, predictor: sliding_window.Predictor) -> Row:
         row_uri = _row_uri(self.output, item.name)
         if object_store.exists(row_uri):
             there = _read_row(row_uri)
@@ -253,25 +238,24 @@ class _Segment:
             if there is not None and there.version == item.version:
                 return there
         started = time.monotonic()
-        if self._deaths(item) >= MAX_ATTEMPTS:
-            reason = (
-                f"{item.uri}: took its process down {MAX_ATTEMPTS} times, probably for want of memory; segment it on "
-                "a larger machine"
-            )
-            row = Row(item.name, item.uri, QUARANTINED, item.version, reason)
-        else:
-            try:
-                row = self._segment(item, predictor)
-            except BadScan as err:
-                row = Row(item.name, item.uri, QUARANTINED, item.version, str(err))
-            except UserError:  # the store is out of reach, or takes nothing: that concerns every case
+        row = Row(item.name, item.uri, QUARANTINED, item.version)
+        try:
+            if self._deaths(item) >= MAX_ATTEMPTS:
+                raise BadScan(
+                    f"{item.uri}: took its process down {MAX_ATTEMPTS} times, probably for want of memory; segment it "
+                    "on a larger machine"
+                )
+            row = self._segment(item, self.predictor)
+        except BadScan as err:
+            row = replace(row, reason=str(err))
+        except UserError:  # the store is out of reach, or takes nothing: that concerns every case
+            raise
+        except Exception as err:  # one case must not stop a bucket; the reason is kept in its row
+            if item.scan is not None:
                 raise
-            except Exception as err:  # one case must not stop a bucket; the reason is kept in its row
-                if item.scan is not None:
-                    raise
-                reason = f"{item.uri}: {type(err).__name__}: {' '.join(str(err).split())[:300]}"
-                row = Row(item.name, item.uri, QUARANTINED, item.version, reason)
-        row = Row(**{**asdict(row), "seconds": round(time.monotonic() - started, 3)})
+            reason = f"{item.uri}: {type(err).__name__}: {' '.join(str(err).split())[:300]}"
+            row = replace(row, reason=reason)
+        row = replace(row, seconds=round(time.monotonic() - started, 3))
         if row.status != UNREAD:
             object_store.write_json(row_uri, asdict(row))
         return row
@@ -287,34 +271,24 @@ class _Segment:
 
     def _segment(self, item: Item, predictor: sliding_window.Predictor) -> Row:
         try:
-            image, modality, original = _open(item, predictor.spec.modality)
+            image, modality, original = _open(item, predictor.spec.one_modality)
         except object_store.NotGiven as err:
             if item.scan is not None:  # a mean over the others would pass for the whole
                 raise
             return Row(item.name, item.uri, UNREAD, item.version, str(err))
         labels_XYZ = predictor.segment(image, modality, item.name)
-        blob = volume.encode_labels(labels_XYZ, original, image.affine)
         uri = _label_uri(self.output, item.name)
-        written = object_store.write(uri, blob)
+        written = object_store.write(uri, volume.encode_labels(labels_XYZ, original, image.affine))
         scores: list[dict[str, Any]] = []
-        spec = predictor.spec
-        names = dict(zip(spec.label_values, spec.classes))
+        classes = predictor.spec.foreground
         if self.score:
             assert item.scan is not None
             truth_XYZ = manifest.load_label(item.scan, image)
-            classes = {value: name for value, name in names.items() if value}
             scores = metrics.case_rows(labels_XYZ, truth_XYZ, image.spacing_mm, classes, item.scan.scan_id)
-        voxel_ml = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000
-        counts = np.bincount(labels_XYZ.ravel(order="K"), minlength=256)
-        volumes_ml = {name: round(float(counts[v]) * voxel_ml, 4) for v, name in names.items() if v}
-        return Row(
-            item.name, item.uri, DONE, item.version, "", uri, written.sha256, 0.0, volumes_ml, _plain(scores)
-        )
-
-
-def _plain(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without NumPy's types, which JSON does not know."""
-    return json.loads(json.dumps(lines, default=lambda value: value.item()))
+            scores = json.loads(json.dumps(scores, default=lambda value: value.item()))  # no NumPy types
+        volumes_ml = metrics.volumes_ml(labels_XYZ, image.affine, classes, digits=4)
+        found = (uri, written.sha256, 0.0, volumes_ml, scores)
+        return Row(item.name, item.uri, DONE, item.version, "", *found)
 
 
 def _open(item: Item, known: str) -> tuple[Volume, str, bytes | None]:
@@ -330,6 +304,5 @@ def _open(item: Item, known: str) -> tuple[Volume, str, bytes | None]:
         raise BadScan(fault)
     image = manifest.decode(source, blobs)
     # What is known of the scan, else what the model is for: a part of a CT may hold no air to tell it by.
-    hint = source.modality or image.modality or (known if known != "mixed" else "")
-    modality = volume.modality(image, hint, item.uri)
+    modality = volume.modality(image, source.modality or image.modality or known, item.uri)
     return image, modality, None if source.files else blobs[0]

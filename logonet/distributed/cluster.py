@@ -59,7 +59,7 @@ class Workers:
 
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.most:
-            raise UserError(_bad_workers(str(self)))
+            self.parse(str(self))  # says what is wrong
 
     def __str__(self) -> str:
         return f"{self.least}:{self.most}"
@@ -70,12 +70,11 @@ class Workers:
         found = re.fullmatch(r"([0-9]{1,6})(?::([0-9]{1,6}))?", text)
         least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
         if not 1 <= least <= most:
-            raise UserError(_bad_workers(text))
+            raise UserError(
+                f"--workers {text} is neither a number such as 4 nor a range such as 4:16, from 1 on and the smaller "
+                "first"
+            )
         return cls(least, most) if most > least else least
-
-
-def _bad_workers(text: str) -> str:
-    return f"--workers {text} is neither a number such as 4 nor a range such as 4:16, from 1 on and the smaller first"
 
 
 WORKERS_FLAG = tyro.constructors.PrimitiveConstructorSpec(
@@ -191,28 +190,27 @@ def connected(resources: Resources, logs: bool = True) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    runtime_env: dict[str, Any] = {"env_vars": _env_vars()}
-    options: dict[str, Any] = {"runtime_env": runtime_env, "logging_level": logging.WARNING}
-    options["log_to_driver"] = logs
+    env_vars = _env_vars()
+    runtime_env: dict[str, Any] = {"env_vars": env_vars}
+    options: dict[str, Any] = {"log_to_driver": logs, "logging_level": logging.WARNING}
     if address() is None:
         # Two extra logical CPUs keep the data tasks alive beside the workers; threads are set per worker.
         cores = os.cpu_count() or 1
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only, and it ends with this process
         # A dashboard is eleven processes and a gigabyte, and gone with this process; a cluster of 'ray start' has one.
         options.update(address="local", num_cpus=max(cores, resources.most + 2), include_dashboard=False)
-        runtime_env["env_vars"]["GLOO_SOCKET_IFNAME"] = _loopback_interface()
+        env_vars["GLOO_SOCKET_IFNAME"] = _loopback_interface()
         # Threads that wait for each other give their core to Ray's processes, which wake up all the time on the same
         # ones, instead of spinning: a step on all of two cores takes an eighth less (docs/performance.md).
         if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
-            runtime_env["env_vars"]["GOMP_SPINCOUNT"] = "1000"
-        runtime_env["worker_process_setup_hook"] = (
-            f"{ray_compat.__name__}.{ray_compat.without_dashboard.__name__}"
-        )
+            env_vars["GOMP_SPINCOUNT"] = "1000"
+        hook = ray_compat.without_dashboard
+        runtime_env["worker_process_setup_hook"] = f"{hook.__module__}.{hook.__name__}"
         if resources.object_store_mb:
             options["object_store_memory"] = resources.object_store_mb * MIB
     try:
         with ray_compat.on_loopback() if address() is None else contextlib.nullcontext():
-            ray.init(**options)
+            ray.init(runtime_env=runtime_env, **options)
     except ConnectionError as err:
         raise UserError(
             f"no Ray cluster answers at RAY_ADDRESS={address()} ({err}); start it with 'ray start --head' "
@@ -230,12 +228,9 @@ def quiet() -> None:
     import ray.data
 
     context = ray.data.DataContext.get_current()
-    for name, level in (
-        ("ray.data", logging.ERROR),
-        ("ray.train", logging.WARNING),
-        ("ray.tune", logging.WARNING),
-    ):
-        logging.getLogger(name).setLevel(level)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    for name in ("ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
 
@@ -276,9 +271,8 @@ def divide(
     spare_cpus = math.inf
     if isinstance(resources.workers, Workers):
         places = [(n.get("CPU", 0.0), n.get("GPU", 0.0) if use_gpu else math.inf) for n in nodes]
-        workers, per_worker, spare_cpus = range_that_fits(
-            places, resources.workers, resources.cpus_per_worker
-        )
+        asked = resources.workers, resources.cpus_per_worker
+        workers, per_worker, spare_cpus = range_that_fits(places, *asked)
     else:
         per_worker = cpus_of_worker(cpus, homes, workers, resources.cpus_per_worker)
     data_cpus = cpus - per_worker * workers
@@ -344,12 +338,11 @@ def allocate_trials(resources: Resources, most: int, at_once: int = 0) -> tuple[
                 f"{at_once} trials of {workers} workers do not fit on the cluster's {each.cpus:g} CPUs "
                 f"and {total.get('GPU', 0.0):g} GPUs at once; use --concurrent {runs} or fewer workers"
             )
-        return runs, replace(
-            each,
-            workers=workers,
-            cpus_per_data_task=task_cpus,
-            cpus_per_task=min(each.cpus_per_task, task_cpus),
-        )
+        shared: dict[str, Any] = {
+            "cpus_per_data_task": task_cpus,
+            "cpus_per_task": min(each.cpus_per_task, task_cpus),
+        }
+        return runs, replace(each, workers=workers, **shared)
     raise UserError(
         f"{workers} workers leave no CPU of the cluster's {one.cpus:g} to the data tasks; use fewer workers "
         "or a smaller --cpus-per-worker"
@@ -368,21 +361,15 @@ def cpus_of_worker(cpus: float, homes: list[float], workers: int, asked: float =
     """
     data_cpus = max(0.25 * cpus, min(1.0, cpus / 2))
     most = (cpus - data_cpus) / workers
-    per_worker = asked or _largest_that_fits(homes, workers, most)
+    # As many whole ones as fit on the nodes; a fraction where there is not one for each.
+    whole = (n for n in range(int(most), 0, -1) if sum(int(cpu / n) for cpu in homes) >= workers)
+    per_worker = asked or float(next(whole, most))
     if per_worker * workers >= cpus or sum(int(cpu / per_worker + 1e-9) for cpu in homes) < workers:
         raise UserError(
             f"{workers} workers x {per_worker:g} CPUs do not fit on nodes with {', '.join(f'{c:g}' for c in homes)} "
             f"CPUs beside the data tasks; use --cpus-per-worker {most:.2g} or less, or fewer workers"
         )
     return per_worker
-
-
-def _largest_that_fits(nodes: list[float], workers: int, most: float) -> float:
-    """Whole CPUs per worker, as many as fit on the nodes; a fraction where there is not one for each."""
-    for per_worker in range(int(most), 0, -1):
-        if sum(int(cpu / per_worker) for cpu in nodes) >= workers:
-            return float(per_worker)
-    return most
 
 
 def range_that_fits(
@@ -442,8 +429,7 @@ def _wait_for_nodes(resources: Resources) -> None:
             from ray.autoscaler.sdk import request_resources
 
             request_resources(bundles=[{"CPU": 1, **({"GPU": 1} if resources.gpu else {})}] * resources.least)
-            print(
-                f"waiting up to {resources.wait_s:g} s for nodes for {resources.workers} workers", flush=True
-            )
             said = True
+            what = f"nodes for {resources.workers} workers"
+            print(f"waiting up to {resources.wait_s:g} s for {what}", flush=True)
         time.sleep(2)

@@ -63,6 +63,8 @@ def preflight(root_uri: str, *, nodes: bool = True, tracking: Callable[[], str] 
         root_uri: where the run will keep its artifacts; a few objects are written there and deleted.
         tracking: contacts the tracking server and returns its address, or raises UserError.
     """
+    import ray
+
     token = object_store.join(root_uri, f".logonet-doctor-{uuid.uuid4().hex}")
     checks = []
     try:
@@ -71,12 +73,17 @@ def preflight(root_uri: str, *, nodes: bool = True, tracking: Callable[[], str] 
         checks.append(Check(socket.gethostname(), "store", root_uri, "fail", str(err)))
         token = ""
     try:
-        checks += _all_nodes(root_uri, token) if nodes and _on_ray() else node_checks(root_uri, token)
+        everywhere = nodes and ray.is_initialized()
+        checks += _all_nodes(root_uri, token) if everywhere else node_checks(root_uri, token)
     finally:
         if token:
             object_store.delete(token)
     if tracking is not None:
-        checks.append(_tracking(tracking))
+        node, what = socket.gethostname(), "tracking server"
+        try:
+            checks.append(Check(node, what, tracking()))
+        except UserError as err:
+            checks.append(Check(node, what, "not reached", "warn", f"{err}; runs go on without it"))
     return _agree(checks)
 
 
@@ -96,12 +103,6 @@ def node_checks(root_uri: str, token: str) -> list[Check]:
 # ---------------------------------------------------------------------------------------------- nodes
 
 
-def _on_ray() -> bool:
-    import ray
-
-    return ray.is_initialized()
-
-
 def _all_nodes(root_uri: str, token: str) -> Iterator[Check]:
     import ray
     from ray.exceptions import GetTimeoutError, RayError
@@ -119,9 +120,8 @@ def _all_nodes(root_uri: str, token: str) -> Iterator[Check]:
         try:
             yield from (replace(check, node=name) for check in ray.get(answer, timeout=NODE_TIMEOUT_S))
         except GetTimeoutError:
-            yield Check(
-                name, "node", f"no answer in {NODE_TIMEOUT_S} s", "fail", "see 'ray status'; restart the node"
-            )
+            said = f"no answer in {NODE_TIMEOUT_S} s"
+            yield Check(name, "node", said, "fail", "see 'ray status'; restart the node")
         except RayError as err:
             reason = str(err).strip().splitlines()[-1][:120]
             yield Check(name, "node", reason, "fail", f"see the node's logs; {SAME_SOFTWARE}")
@@ -145,21 +145,28 @@ def _agree(checks: list[Check]) -> list[Check]:
 
 def _machine() -> Iterator[Check]:
     ram = min(psutil.virtual_memory().total, _container_limit())
-    yield _at_least("RAM", ram / GIB, RAM_FAIL_GIB, RAM_WARN_GIB, "use a larger machine or fewer workers")
+    mend, have = "use a larger machine or fewer workers", ram / GIB
+    yield _graded("RAM", f"{have:.1f} GiB", have < RAM_FAIL_GIB, have < RAM_WARN_GIB, mend)
     if os.path.isdir("/dev/shm"):
         shm, want = shutil.disk_usage("/dev/shm").total / GIB, SHM_WARN_OF_RAM * ram / GIB
         mend = f"start the container with --shm-size={math.ceil(want)}g, or mount a memory emptyDir there"
-        yield _at_least("/dev/shm", shm, SHM_FAIL_GIB, want, mend)
-    yield _disk(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+        yield _graded("/dev/shm", f"{shm:.1f} GiB", shm < SHM_FAIL_GIB, shm < want, mend)
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    usage = shutil.disk_usage(folder)
+    free, full = usage.free / GIB, usage.used / (usage.used + usage.free)
+    value, mend = (
+        f"{free:.1f} GiB free, {full:.0%} used",
+        f"free space in {folder}, or set RAY_TMPDIR and TMPDIR to a larger disk",
+    )
+    yield _graded(f"disk of {folder}", value, full > DISK_FAIL_USED, free < DISK_WARN_GIB, mend)
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    status: Status = "fail" if files < FILES_FAIL else "warn" if files < FILES_WARN else "ok"
-    mend = "" if status == "ok" else "raise it: ulimit -n 65536, or docker --ulimit nofile=65536:65536"
-    yield Check("", "open files", str(files), status, mend)
+    mend = "raise it: ulimit -n 65536, or docker --ulimit nofile=65536:65536"
+    yield _graded("open files", str(files), files < FILES_FAIL, files < FILES_WARN, mend)
 
 
-def _at_least(what: str, have: float, fail: float, warn: float, mend: str) -> Check:
-    status: Status = "fail" if have < fail else "warn" if have < warn else "ok"
-    return Check("", what, f"{have:.1f} GiB", status, "" if status == "ok" else mend)
+def _graded(what: str, value: str, fail: bool, warn: bool, mend: str) -> Check:
+    status: Status = "fail" if fail else "warn" if warn else "ok"
+    return Check("", what, value, status, "" if status == "ok" else mend)
 
 
 def _container_limit() -> int:
@@ -171,14 +178,6 @@ def _container_limit() -> int:
             if text.isdigit():
                 return int(text)
     return 1 << 62
-
-
-def _disk(folder: str) -> Check:
-    usage = shutil.disk_usage(folder)
-    full = usage.used / (usage.used + usage.free)
-    status: Status = "fail" if full > DISK_FAIL_USED else "warn" if usage.free < DISK_WARN_GIB * GIB else "ok"
-    mend = "" if status == "ok" else f"free space in {folder}, or set RAY_TMPDIR and TMPDIR to a larger disk"
-    return Check("", f"disk of {folder}", f"{usage.free / GIB:.1f} GiB free, {full:.0%} used", status, mend)
 
 
 def _versions() -> Iterator[Check]:
@@ -198,9 +197,8 @@ def _shared(root_uri: str, token: str) -> Check:
     try:
         object_store.read(token, size_bytes=len(token.encode()))
     except UserError as err:
-        if object_store.is_s3(root_uri):
-            return Check("", "store shared", root_uri, "fail", str(err))
-        mend = "this node does not see the driver's folder; use s3:// or a disk that all nodes mount"
+        unseen = "this node does not see the driver's folder; use s3:// or a disk that all nodes mount"
+        mend = str(err) if object_store.is_s3(root_uri) else unseen
         return Check("", "store shared", root_uri, "fail", mend)
     return Check("", "store shared", root_uri)
 
@@ -235,14 +233,6 @@ def _round_trip(uri: str, data: bytes) -> None:
         raise UserError(f"{uri} was deleted but is still there; check the bucket's versioning and locks")
 
 
-def _tracking(contact: Callable[[], str]) -> Check:
-    node = socket.gethostname()
-    try:
-        return Check(node, "tracking server", contact())
-    except UserError as err:
-        return Check(node, "tracking server", "not reached", "warn", f"{err}; runs go on without it")
-
-
 # ---------------------------------------------------------------------------------------------- table
 
 
@@ -260,7 +250,6 @@ def print_table(checks: list[Check]) -> None:
             table.add_section()
         status = Text(check.status, style=colour[check.status])
         # Text, for rich would read the brackets of an error as markup
-        table.add_row(
-            Text(check.node if new else ""), Text(check.what), Text(check.value), status, Text(check.mend)
-        )
+        node, what, value, mend = map(Text, (check.node if new else "", check.what, check.value, check.mend))
+        table.add_row(node, what, value, status, mend)
     Console().print(table)

@@ -34,9 +34,9 @@ def batches(
     import ray
 
     dataset = opened(dataset_ref[0])
-    batch_bytes = dataset.row_bytes * dataset.rows_per_sample * positions.batch_size
+    rows = positions.batch_size * dataset.rows_per_sample
     # A quarter of the batches at most, so that short runs are prepared side by side too.
-    group = max(1, min(TASK_BYTES // batch_bytes, -(-len(positions) // 4)))
+    group = max(1, min(TASK_BYTES // (dataset.row_bytes * rows), -(-len(positions) // 4)))
     # In a sweep's trial Ray would keep the tasks within the worker's own reserved CPUs, which the worker holds: the
     # named strategy lets them run anywhere.
     prepare = ray.remote(_prepare).options(
@@ -47,9 +47,9 @@ def batches(
         of_task = [p for i in range(begin, min(begin + group, len(positions))) for p in positions[i]]
         ahead.append(prepare.remote(dataset_ref, of_task))
         if len(ahead) > TASKS_AHEAD:
-            yield from _split(ray.get(ahead.popleft()), positions.batch_size * dataset.rows_per_sample)
+            yield from _split(ray.get(ahead.popleft()), rows)
     while ahead:
-        yield from _split(ray.get(ahead.popleft()), positions.batch_size * dataset.rows_per_sample)
+        yield from _split(ray.get(ahead.popleft()), rows)
 
 
 def _prepare(dataset_ref: Any, positions: list[tuple[int, int]]) -> dict[str, np.ndarray]:

@@ -116,9 +116,7 @@ def local_torch_config() -> Any:
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
             gpus = worker_group.get_resources_per_worker().get("GPU", 0)
             worker_group.execute(ray_torch._set_torch_distributed_env_vars)
-            self.folder = tempfile.mkdtemp(
-                prefix="logonet-meet-"
-            )  # for each start: the file must be a new one
+            self.folder = tempfile.mkdtemp(prefix="logonet-meet-")  # the file must be a new one at each start
             started = [
                 worker_group.execute_single_async(
                     rank,

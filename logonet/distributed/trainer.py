@@ -20,7 +20,7 @@ from logonet.training.communicator import Communicator, ProcessGroup
 from logonet.training.config import Config, Job, accumulation, micro_batches
 from logonet.training.dataset import LabelledDataset, TrainingDataset
 from logonet.training.local import finish
-from logonet.training.loop import Left, Loop, NoBar, to_tensors
+from logonet.training.loop import Left, Loop, to_tensors
 from logonet.training.schedule import MicroBatches
 from logonet.training.step import Diverged
 
@@ -73,6 +73,7 @@ def fit(
     config = {"job": job, "dataset": [ray.put(dataset)], "allocation": allocation}
     elastic = resources.least < resources.most
     num_workers: Any = (resources.least, resources.most) if elastic else allocation.workers
+    per_worker = {"CPU": allocation.cpus_per_worker, **({"GPU": 1} if allocation.use_gpu else {})}
     stop = threading.Event()
     while True:
         run = f"{job.fingerprint}-{time.time_ns():x}"
@@ -81,9 +82,7 @@ def fit(
             stop.set()
             ray_compat.tell(run)
 
-        watchers = list(callbacks)
-        if elastic:
-            watchers.append(ray_compat.leave_before_resizing(run))
+        watchers = [ray_compat.leave_before_resizing(run)] if elastic else []
         trainer = TorchTrainer(
             train_worker,  # type: ignore[arg-type]  # it may return a value; Ray's annotation forgets that
             train_loop_config={**config, "run": run},
@@ -92,10 +91,7 @@ def fit(
                 num_workers=num_workers,
                 elastic_resize_monitor_interval_s=resources.resize_every_s,
                 use_gpu=allocation.use_gpu,
-                resources_per_worker={
-                    "CPU": allocation.cpus_per_worker,
-                    **({"GPU": 1} if allocation.use_gpu else {}),
-                },
+                resources_per_worker=per_worker,
             ),
             run_config=RunConfig(  # type: ignore[call-arg]  # and of its older RunConfig
                 # Checkpoints are ours (verified on load, a torn one falls back); Ray's own records are only of this
@@ -103,7 +99,7 @@ def fit(
                 name=run,
                 storage_path=f"{tempfile.gettempdir()}/logonet-ray-train",
                 failure_config=FailureConfig(max_failures=resources.max_failures),
-                callbacks=watchers,
+                callbacks=[*callbacks, *watchers],
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
@@ -152,7 +148,7 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     loop.restore()
     positions = MicroBatches(dataset.schedule, job.train.batch_size, loop.step, loop.total_steps, rank, world)
     batches = to_tensors(feed.batches(config["dataset"], positions, allocation), device)
-    bar = ray_compat.progress_bar(loop.total_steps, loop.step) if job.progress and rank == 0 else NoBar()
+    bar = ray_compat.progress_bar(loop.total_steps, loop.step) if job.progress and rank == 0 else None
     notices = preemption.Notices(config["run"], rank, ray.train.get_preemption_info)
     try:
         with notices.listening():

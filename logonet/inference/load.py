@@ -80,18 +80,14 @@ class LoadedModel:
             array_XYZ, affine = scan
             image = Volume(np.asarray(array_XYZ, np.float32)[None], np.asarray(affine, np.float64))
             name = "the array"
-        trained_on = self.spec.modality if self.spec.modality != "mixed" else ""
-        hint = modality or image.modality or trained_on
+        hint = modality or image.modality or self.spec.one_modality
         return self.predictor.segment(image, volume.modality(image, hint, name), name)
 
     def __repr__(self) -> str:
         spec = self.spec
         millions = sum(p.numel() for p in self.predictor.net.parameters()) / 1e6
-        spacing = (
-            "x".join(f"{s:g}" for s in spec.spacing_mm) + " mm"
-            if spec.spacing_mm
-            else "the scan's own spacing"
-        )
+        size_mm = "x".join(f"{s:g}" for s in spec.spacing_mm or ())
+        spacing = f"{size_mm} mm" if size_mm else "the scan's own spacing"
         return (
             f"LoadedModel({self.uri}: {spec.backbone.name} with {millions:.1f} M parameters, {spec.modality}, "
             f"windows of {'x'.join(map(str, spec.size_vox))} voxels at {spacing}, "
@@ -134,12 +130,8 @@ def _find(uri: str) -> tuple[dict[str, bytes], dict[str, str], bytes | None, Art
         return {n: blobs[n] for n in names}, lineage, blobs.get(SEEN_FILE), None
     artifact = artifacts.find(uri)
     if artifact is None:
-        return (
-            {n: object_store.read(object_store.join(uri, n)) for n in names},
-            {"model_folder": uri},
-            None,
-            None,
-        )
+        blobs = {n: object_store.read(object_store.join(uri, n)) for n in names}
+        return blobs, {"model_folder": uri}, None, None
     if artifact.stage != "finetune":
         raise UserError(f"{uri} is a '{artifact.stage}' artifact; give a finetuning one, ROOT/finetune/ID")
     lineage = {**artifact.parents, "finetune": artifact.fingerprint, "finetune_uri": artifact.uri}

@@ -99,9 +99,8 @@ def distances(from_XYZ: np.ndarray, to_XYZ: np.ndarray, spacing: Sequence[float]
         return out_P
     if len(far_P3) > POINTS_WORTH_A_TRANSFORM * to_XYZ.size:
         # Only the indices: the distances themselves would be another 50 bytes per voxel of the box.
-        nearest = ndimage.distance_transform_edt(
-            ~to_XYZ, sampling=scale, return_distances=False, return_indices=True
-        )
+        only_indices = {"return_distances": False, "return_indices": True}
+        nearest = ndimage.distance_transform_edt(~to_XYZ, sampling=scale, **only_indices)
         steps_P3 = nearest[(slice(None), *far_P3.T)].T - far_P3
         out_P[apart_P] = np.linalg.norm(steps_P3 * scale, axis=1)
     else:
@@ -154,18 +153,15 @@ def score(pred_XYZ: np.ndarray, truth_XYZ: np.ndarray, spacing_mm: Sequence[floa
         return float(max(np.percentile(there_P, 95), np.percentile(back_P, 95))), float(pooled)
 
     there_P, back_P = both_ways(spacing_mm)
-    largest_mm, pooled_mm = hd95(there_P, back_P)
+    in_mm = hd95(there_P, back_P)
     if len(set(spacing_mm)) == 1:
-        largest_vox, pooled_vox = largest_mm / spacing_mm[0], pooled_mm / spacing_mm[0]
+        in_vox = (in_mm[0] / spacing_mm[0], in_mm[1] / spacing_mm[0])
     else:
-        largest_vox, pooled_vox = hd95(*both_ways((1.0, 1.0, 1.0)))
+        in_vox = hd95(*both_ways((1.0, 1.0, 1.0)))
     both_P = np.concatenate([there_P, back_P])
     return {
         "dice": 2 * num_shared / (num_pred + num_truth),
-        "hd95_mm": largest_mm,
-        "hd95_pooled_mm": pooled_mm,
-        "hd95_vox": largest_vox,
-        "hd95_pooled_vox": pooled_vox,
+        **dict(zip(HD95, (*in_mm, *in_vox))),
         **{name: float(np.mean(both_P <= within_mm + SLACK_MM)) for name, within_mm in NSD_MM.items()},
         **volumes,
         "empty": "neither",
@@ -198,9 +194,8 @@ def case_rows(
     _check_grid(pred_XYZ, truth_XYZ, spacing_mm, f"scan {scan_id}")
     pred_XYZ, truth_XYZ = (_whole(labels, scan_id) for labels in (pred_XYZ, truth_XYZ))
     wanted: list[tuple[int, str, Sequence[int]]]
-    if regions is None:
-        wanted = [(value, name, [value]) for value, name in classes.items() if value != 0 and name]
-    else:
+    wanted = [(value, name, [value]) for value, name in classes.items() if value != 0 and name]
+    if regions is not None:
         wanted = [(-1, name, values) for name, values in regions.items()]
     assert all(value > 0 for _, _, values in wanted for value in values), wanted
     largest = max((value for _, _, values in wanted for value in values), default=0)
@@ -209,7 +204,7 @@ def case_rows(
     for value, name, values in wanted:
         # Most organs fill a few per cent of a scan: nothing below looks outside the box of both masks.
         box_XYZ = _union([boxes[v - 1] for v in values for boxes in (pred_boxes, truth_boxes)])
-        pred, truth = (_is_one_of(labels[box_XYZ], values) for labels in (pred_XYZ, truth_XYZ))
+        pred, truth = (np.isin(labels[box_XYZ], values) for labels in (pred_XYZ, truth_XYZ))
         rows.append({"scan_id": scan_id, "value": value, "class": name, **score(pred, truth, spacing_mm)})
     return rows
 
@@ -241,8 +236,10 @@ def _union(boxes: Sequence[tuple[slice, ...] | None]) -> tuple[slice, ...]:
     return tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*found))
 
 
-def _is_one_of(labels_XYZ: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    mask_XYZ = labels_XYZ == values[0]
-    for value in values[1:]:
-        mask_XYZ |= labels_XYZ == value
-    return mask_XYZ
+def volumes_ml(
+    labels_XYZ: np.ndarray, affine: np.ndarray, classes: Mapping[int, str], digits: int
+) -> dict[str, float]:
+    """Class -> ml in a label map of uint8."""
+    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+    counts = np.bincount(labels_XYZ.ravel(order="K"), minlength=256)
+    return {name: round(float(counts[value]) * voxel_ml, digits) for value, name in classes.items()}

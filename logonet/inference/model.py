@@ -61,13 +61,23 @@ class Spec(Preprocessing):
             raise UserError(f"in_channels is {self.in_channels}; it must be at least 1")
         if len(self.classes) < 2 or self.classes[0] != "background":
             raise UserError(f"classes are {list(self.classes)}; give background and at least one more")
-        values, num_classes = self.label_values, len(self.classes)
-        if len(values) != num_classes:
-            raise UserError(f"{len(values)} label_values for {num_classes} classes; give one each")
+        values = self.label_values
+        if len(values) != len(self.classes):
+            raise UserError(f"{len(values)} label_values for {len(self.classes)} classes; give one each")
         if len(set(values)) != len(values) or not all(0 <= value <= MAX_VALUE for value in values):
             raise UserError(f"label_values are {list(values)}; set distinct ones from 0 to {MAX_VALUE}")
         if self.modality not in MODALITIES:
             raise UserError(f"modality is '{self.modality}'; it must be one of {', '.join(MODALITIES)}")
+
+    @property
+    def one_modality(self) -> str:
+        """What a scan is if nothing else is known of it; "" for a model of several modalities."""
+        return "" if self.modality == "mixed" else self.modality
+
+    @property
+    def foreground(self) -> dict[int, str]:
+        """Label value -> class, of all but the value 0."""
+        return {value: name for value, name in zip(self.label_values, self.classes) if value}
 
 
 def files(spec: Spec, weights: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
@@ -85,10 +95,8 @@ def read(folder_uri: str) -> tuple[Spec, dict[str, torch.Tensor]]:
     Raises:
         UserError: naming the file that is missing, damaged or of another kind.
     """
-    return parse(
-        {n: object_store.read(object_store.join(folder_uri, n)) for n in (CONFIG_FILE, WEIGHTS_FILE)},
-        folder_uri,
-    )
+    blobs = {n: object_store.read(object_store.join(folder_uri, n)) for n in (CONFIG_FILE, WEIGHTS_FILE)}
+    return parse(blobs, folder_uri)
 
 
 def parse(blobs: Mapping[str, bytes], where: str = "") -> tuple[Spec, dict[str, torch.Tensor]]:
@@ -103,13 +111,11 @@ def parse(blobs: Mapping[str, bytes], where: str = "") -> tuple[Spec, dict[str, 
     names = (CONFIG_FILE, WEIGHTS_FILE)
     config_name, weights_name = (object_store.join(where, n) if where else n for n in names)
     try:
-        values = config.parse_json(blobs[CONFIG_FILE])
-    except ValueError as err:
-        raise UserError(f"{config_name} is not valid JSON ({err}); fetch the model again") from None
-    try:
-        spec = config.from_dict(Spec, values)
+        spec = config.from_dict(Spec, config.parse_json(blobs[CONFIG_FILE]))
     except UserError as err:
         raise UserError(f"{config_name}: {err}") from None
+    except ValueError as err:
+        raise UserError(f"{config_name} is not valid JSON ({err}); fetch the model again") from None
     try:
         return spec, load(blobs[WEIGHTS_FILE])
     except (SafetensorError, KeyError, ValueError) as err:

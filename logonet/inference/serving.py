@@ -26,6 +26,7 @@ import numpy as np
 from logonet.core.errors import BadScan, UserError
 from logonet.data import volume
 from logonet.data.volume import Volume
+from logonet.inference import metrics
 from logonet.inference.sliding_window import Predictor
 
 if TYPE_CHECKING:
@@ -99,9 +100,7 @@ class Served:
         for b, array_CXYZ in enumerate(scans_BCXYZ):
             scan, name = Volume(array_CXYZ, affine), f"scan {b}"
             # A part of a CT may hold no negative value, so the model's own modality decides.
-            modality = self.spec.modality
-            if modality == "mixed":
-                modality = volume.modality(scan, hint, name)
+            modality = self.spec.one_modality or volume.modality(scan, hint, name)
             labels.append(self._segment(scan, modality, name))
         return np.stack(labels)
 
@@ -110,9 +109,9 @@ class Served:
 
         if "nifti" not in table.columns:
             raise UserError(f"the table has columns {list(table.columns)}; it must have one named 'nifti'")
-        if hint is None and self.spec.modality != "mixed":
-            hint = self.spec.modality
+        hint = hint or self.spec.one_modality or None
         given = table["modality"] if "modality" in table.columns else [None] * len(table)
+        classes = dict(list(zip(self.spec.label_values, self.spec.classes))[1:])
         maps, volumes_ml = [], []
         for row, (cell, said) in enumerate(zip(table["nifti"], given)):
             name = f"row {row}"
@@ -120,20 +119,14 @@ class Served:
             scan = volume.decode_nifti(data, name)
             modality = volume.modality(scan, said if isinstance(said, str) else hint, name)
             labels_XYZ = self._segment(scan, modality, name)
-            label_map = volume.encode_labels(labels_XYZ, data, scan.affine)
-            maps.append(base64.b64encode(label_map).decode())
-            volumes_ml.append(json.dumps(self._volumes_ml(labels_XYZ, scan.affine)))
+            maps.append(base64.b64encode(volume.encode_labels(labels_XYZ, data, scan.affine)).decode())
+            in_ml = metrics.volumes_ml(labels_XYZ, scan.affine, classes, digits=6)
+            volumes_ml.append(json.dumps(in_ml))
         return pd.DataFrame({"nifti": maps, "volumes_ml": volumes_ml}, index=table.index)
 
     def _segment(self, scan: Volume, modality: str, name: str) -> np.ndarray:
         with self._one:
             return self.predictor.segment(scan, modality, name)
-
-    def _volumes_ml(self, labels_XYZ: np.ndarray, affine: np.ndarray) -> dict[str, float]:
-        voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
-        counts = np.bincount(labels_XYZ.ravel(), minlength=256)
-        named = list(zip(self.spec.classes, self.spec.label_values))[1:]
-        return {name: round(float(counts[value]) * voxel_ml, 6) for name, value in named}
 
 
 def _decoded(cell: Any, name: str) -> bytes:

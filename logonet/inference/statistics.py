@@ -17,8 +17,15 @@ from logonet.core import seeding, tables
 from logonet.core.errors import UserError
 from logonet.inference.metrics import EMPTY_DICE, HD95, METRICS
 
-COMPARED = ("dice", "hd95_mm", "nsd_1mm", "nsd_2mm")
+# What people compare: titles, and digits of a mean.
+SHOWN = {
+    "dice": ("Dice", 3),
+    "hd95_mm": ("HD95 mm", 2),
+    "nsd_1mm": ("NSD 1 mm", 3),
+    "nsd_2mm": ("NSD 2 mm", 3),
+}
 MEAN = "mean"  # the class in the rows of the mean over classes
+COLUMNS = ("class", "value", "metric", "mean", "ci_low", "ci_high")
 RESAMPLES = 9999
 CONFIDENCE = 0.95
 
@@ -78,12 +85,10 @@ def summary(
         low_C, high_C, low, high = _intervals(values_NC, times_RN)
         for c, (value, name) in enumerate(order):
             num_rows = int((rows["class"] == name).sum())
-            spread = _spread(values_NC[:, c], num_rows)
-            line = {"class": name, "value": value, "metric": metric, "mean": means_C[c]}
-            out.append(line | {"ci_low": low_C[c], "ci_high": high_C[c]} | spread)
+            numbers = (name, value, metric, means_C[c], low_C[c], high_C[c])
+            out.append(dict(zip(COLUMNS, numbers)) | _spread(values_NC[:, c], num_rows))
         over_classes = _spread(_row_means(values_NC), 0) | {"skipped": int(rows[metric].isna().sum())}
-        line = {"class": MEAN, "value": 0, "metric": metric, "mean": mean, "ci_low": low, "ci_high": high}
-        out.append(line | over_classes)
+        out.append(dict(zip(COLUMNS, (MEAN, 0, metric, mean, low, high))) | over_classes)
     return _class_by_class(pd.DataFrame(out), order)
 
 
@@ -108,7 +113,7 @@ def compare(
         empty, released: see ``under_rules``.
 
     Returns:
-        One row per class and metric of COMPARED, the class "mean" last: ``class``, ``value``, ``metric``; ``a``
+        One row per class and metric of SHOWN, the class "mean" last: ``class``, ``value``, ``metric``; ``a``
         and ``b``, the means over the pairs; ``difference`` b - a with ``ci_low``, ``ci_high`` (95 %, bootstrap of
         the paired differences); ``p`` of the two-sided Wilcoxon signed-rank test, zero differences left
         out (Wilcoxon's way; 1 when all are zero); ``p_holm``, p after Holm's correction over the classes
@@ -127,7 +132,7 @@ def compare(
     scans = sorted({*a["scan_id"], *b["scan_id"]})
     times_RN = _resamples(len(scans), seed)
     out = []
-    for metric in COMPARED:
+    for metric in SHOWN:
         a_NC, b_NC = (_by_case(rows, metric, scans, order) for rows in (a, b))
         difference_NC = b_NC - a_NC
         paired_NC = ~np.isnan(difference_NC)
@@ -267,13 +272,12 @@ def _some(names: set[str]) -> str:
 
 def table(summarised: pd.DataFrame) -> str:
     """``summary`` for the terminal: a line per class, "mean (95 % interval)" per metric."""
-    shown = {"dice": "Dice", "hd95_mm": "HD95 mm", "nsd_1mm": "NSD 1 mm", "nsd_2mm": "NSD 2 mm"}
     rows = []
     for name, lines in summarised.groupby("class", sort=False):
         by_metric = lines.set_index("metric")
-        cells = [_cell(by_metric.loc[m], "mean", 2 if m == "hd95_mm" else 3) for m in shown]
+        cells = [cell(by_metric.loc[metric], "mean", digits) for metric, (_, digits) in SHOWN.items()]
         rows.append((name, *cells, by_metric.loc["dice", "n"], by_metric.loc["hd95_mm", "skipped"]))
-    columns = ("class", *(f">{title}" for title in shown.values()), ">cases", ">no HD95")
+    columns = ("class", *(f">{title}" for title, _ in SHOWN.values()), ">cases", ">no HD95")
     return tables.to_text(columns, rows, title="mean over cases (95 % bootstrap interval)")
 
 
@@ -283,7 +287,7 @@ def compare_table(compared: pd.DataFrame) -> str:
     for line in compared.to_dict("records"):
         digits = 2 if line["metric"] == "hd95_mm" else 4
         means = (f"{line[side]:.{digits}f}" for side in ("a", "b"))
-        difference, tests = _cell(line, "difference", digits), (f"{line[p]:.2g}" for p in ("p", "p_holm"))
+        difference, tests = cell(line, "difference", digits), (f"{line[p]:.2g}" for p in ("p", "p_holm"))
         rows.append((line["class"], line["metric"], *means, difference, *tests, line["n"], line["dropped"]))
     numbers = (">A", ">B", ">B - A", ">p Wilcoxon", ">p Holm", ">pairs", ">dropped")
     title = "paired over cases; B - A (95 % bootstrap interval)"
@@ -295,7 +299,8 @@ def to_json(frame: pd.DataFrame) -> bytes:
     return frame.to_json(orient="records", indent=1, double_precision=15).encode()
 
 
-def _cell(line: Mapping[str, Any], key: str, digits: int) -> str:
+def cell(line: Mapping[str, Any], key: str, digits: int) -> str:
+    """A number and its interval."""
     if math.isnan(line[key]):
         return "-"
     return f"{line[key]:.{digits}f} ({line['ci_low']:.{digits}f} to {line['ci_high']:.{digits}f})"

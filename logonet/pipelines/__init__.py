@@ -8,38 +8,11 @@ lies it is finished and returns at once; where it does not, it goes on with what
 same command twice computes nothing twice, and a sweep's trials share everything upstream of what they vary.
 """
 
+# ruff: noqa: F401
 from logonet.pipelines.evaluation import Evaluation, evaluate_model, scores_of
 from logonet.pipelines.finetuning import Finetuning, finetune, resolve_finetuning
 from logonet.pipelines.prediction import predict_bucket
-from logonet.pipelines.preparation import (
-    import_scans,
-    make_clusterers,
-    make_crops,
-    make_labels,
-    open_manifest,
-)
-from logonet.pipelines.pretraining import Pretraining, cluster_sheet, pretrain, resolve, upstream
+from logonet.pipelines.preparation import import_scans, make_clusterers, make_crops, open_manifest
+from logonet.pipelines.pretraining import Pretraining, pretrain, resolve, upstream
 from logonet.pipelines.registration import register
 from logonet.pipelines.stage import Trial
-
-__all__ = [
-    "Evaluation",
-    "Finetuning",
-    "Pretraining",
-    "Trial",
-    "cluster_sheet",
-    "evaluate_model",
-    "finetune",
-    "import_scans",
-    "make_clusterers",
-    "make_crops",
-    "make_labels",
-    "open_manifest",
-    "predict_bucket",
-    "pretrain",
-    "register",
-    "resolve",
-    "resolve_finetuning",
-    "scores_of",
-    "upstream",
-]

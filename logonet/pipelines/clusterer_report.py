@@ -13,11 +13,11 @@ import pandas as pd
 from logonet import reporting
 from logonet.clustering import fitting, kmeans, quality
 from logonet.clustering.pseudo_labels import Labeller
-from logonet.core.errors import UserError
 from logonet.core.execution import Executor
 from logonet.data import crop_shards
 from logonet.data.volume import UINT16_MAX, from_uint16
-from logonet.storage import artifacts, object_store
+from logonet.pipelines.stage import open_stage
+from logonet.storage import object_store
 from logonet.storage.artifacts import Artifact
 
 SHEETS = 4  # contact sheets: clusterers with the fewest, the most and in-between numbers of codes
@@ -38,10 +38,9 @@ def write(uri: str, out: str, max_slices: int, stability: int, executor: Executo
     Raises:
         UserError: ``uri`` is no clusterers artifact, or its crops are gone.
     """
-    artifact = _open(uri, "clusterers")
-    root = uri.rstrip("/").rsplit("/", 2)[0]
-    crops_artifact = _open(object_store.join(root, "crops", artifact.parents["crops"]), "crops")
-    table = crop_shards.CropTable.open(crops_artifact)
+    artifact = open_stage(uri.rstrip("/"), "clusterers")
+    crops_uri = object_store.join(artifact.uri.rsplit("/", 2)[0], "crops", artifact.parents["crops"])
+    table = crop_shards.CropTable.open(open_stage(crops_uri, "crops"))
     fitted = kmeans.ClustererSet.from_bytes(artifact.read("clusterers.safetensors"), uri)
     # Another seed than the fit's: half of the point is slices that it may not have seen.
     slices_ST = fitting.sample_slices(table, max_slices, seed=artifact.config["seed"] + 1, executor=executor)
@@ -58,7 +57,8 @@ def write(uri: str, out: str, max_slices: int, stability: int, executor: Executo
         ("Summary", _summary(scores, nmi_MM, len(slices_ST))),
         ("Codes in use, majority floors, agreement", files["clusters.png"]),
     ]
-    for n in _spread(fitted.sizes_N):
+    by_size = np.argsort(fitted.sizes_N, kind="stable")
+    for n in by_size[np.unique(np.linspace(0, len(by_size) - 1, SHEETS).astype(int))].tolist():
         name = f"sheet_{n:03d}.png"
         files[name] = _sheet(table, slices_ST, labels_SN[:, n], int(fitted.sizes_N[n]), n)
         sections.append((f"Clusterer {n}", files[name]))
@@ -67,13 +67,6 @@ def write(uri: str, out: str, max_slices: int, stability: int, executor: Executo
     for file, content in files.items():
         object_store.write(object_store.join(out, file), content)
     return scores
-
-
-def _open(uri: str, stage: str) -> Artifact:
-    artifact = artifacts.find(uri.rstrip("/"))
-    if artifact is None or artifact.stage != stage:
-        raise UserError(f"{uri} is no finished {stage} artifact; name a folder ROOT/{stage}/<fingerprint>")
-    return artifact
 
 
 def _two_seeds(
@@ -98,11 +91,6 @@ def _two_seeds(
     return pair.set_index(pd.Index(chosen_M)).rename(columns=lambda c: f"{c}_two_seeds")
 
 
-def _spread(sizes_N: np.ndarray) -> list[int]:
-    order = np.argsort(sizes_N, kind="stable")
-    return [int(order[i]) for i in np.unique(np.linspace(0, len(order) - 1, SHEETS).astype(int))]
-
-
 def _sheet(
     table: crop_shards.CropTable, slices_ST: np.ndarray, labels_S: np.ndarray, k: int, n: int
 ) -> bytes:
@@ -125,7 +113,6 @@ def _summary(scores: pd.DataFrame, nmi_MM: np.ndarray, num_slices: int) -> pd.Da
         "majority-class floor, mean": scores["majority_share"].mean(),
         "agreement between clusterers (NMI), mean": off.mean() if len(off) else np.nan,
     }
-    for column, name in (("nmi_two_seeds", "stability over two seeds (NMI), mean"),):
-        if column in scores:
-            rows[name] = scores[column].mean()
+    if "nmi_two_seeds" in scores:
+        rows["stability over two seeds (NMI), mean"] = scores["nmi_two_seeds"].mean()
     return pd.DataFrame({"": rows.keys(), "value": [f"{v:.4g}" for v in rows.values()]})

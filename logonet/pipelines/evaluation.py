@@ -23,8 +23,8 @@ from logonet.distributed import bucket_inference
 from logonet.inference import metrics, model, sliding_window, statistics
 from logonet.inference.load import LoadedModel, load_model
 from logonet.pipelines.preparation import import_scans
-from logonet.pipelines.stage import Made, Run, page, run_tracked, say
-from logonet.storage import artifacts, object_store
+from logonet.pipelines.stage import Made, Run, open_stage, page, run_tracked, say, transfer_section
+from logonet.storage import object_store
 from logonet.storage.artifacts import Artifact
 from logonet.training import weight_transfer
 
@@ -84,15 +84,10 @@ def evaluate_model(
         known = sorted({leak.scan_id for leak in leaking})
         say("evaluate", f"{run.name} on {len(scans)} cases  {run.uri}")
         output = object_store.join(run.uri, "predictions")
+        items = [bucket_inference.Item(s.scan_id, scan=s) for s in scans]
+        about = {"model": chosen.id, **own}
         rows = bucket_inference.run(
-            [bucket_inference.Item(s.scan_id, scan=s) for s in scans],
-            chosen.folder,
-            output,
-            cfg.infer,
-            executor,
-            about={"model": chosen.id, **own},
-            attempt=f"{time.time_ns():x}",
-            score=True,
+            items, chosen.folder, output, cfg.infer, executor, about=about, score=True
         )
         bad = [row for row in rows if row.status != bucket_inference.DONE]
         for row in bad:
@@ -130,18 +125,11 @@ def evaluate_model(
         }
         return Made(files, metadata)
 
-    artifact = run_tracked(
-        root,
-        "evaluation",
-        f"evaluate-{spec.backbone.name}-{chosen.id[:8]}",
-        cfg,
-        own,
-        parents,
-        lineage,
-        make,
-        lambda a: f"{a.facts['cases']} cases",
-        experiment,
-    )
+    def describe(artifact: Artifact) -> str:
+        return f"{artifact.facts['cases']} cases"
+
+    label = f"evaluate-{spec.backbone.name}-{chosen.id[:8]}"
+    artifact = run_tracked(root, "evaluation", label, cfg, own, parents, lineage, make, describe, experiment)
     print(artifact.read("summary.txt").decode())
     return artifact
 
@@ -182,7 +170,6 @@ def _cases_picture(
     per_case = scores.groupby("scan_id")["dice"].mean().fillna(1.0).sort_values(kind="stable")
     by_id = {s.scan_id: s for s in scans}
     output = {row.name: row for row in rows}
-    names = dict(zip(spec.label_values, spec.classes))
     shown = []
     last = len(per_case) - 1
     for place, label in {last: "best", last // 2: "median", 0: "worst"}.items():
@@ -190,28 +177,17 @@ def _cases_picture(
         image = manifest.load(by_id[scan_id])
         truth_XYZ = manifest.load_label(by_id[scan_id], image)
         row = output[scan_id]
-        found = volume.decode_nifti(
-            object_store.read(row.output, sha256=row.sha256), row.output, allow_constant=True
-        )
+        blob = object_store.read(row.output, sha256=row.sha256)
+        found = volume.decode_nifti(blob, row.output, allow_constant=True)
         ras = [
             volume.to_ras(volume.Volume(a, image.affine)).array_CXYZ[0]
             for a in (image.array_CXYZ, truth_XYZ[None], found.array_CXYZ)
         ]
         spacing_mm = volume.to_ras(image).spacing_mm
         low_high = spec.intensity_range(ras[0], by_id[scan_id].modality, scan_id)
-        picture_XYZ = volume.window(ras[0], low_high)
-        shown.append(
-            (f"{label}: {scan_id[-10:]}", picture_XYZ, ras[1].astype(int), ras[2].astype(int), spacing_mm)
-        )
-    return reporting.cases_overlay(shown[::-1], {v: n for v, n in names.items() if v})
-
-
-SHOWN = {
-    "dice": ("Dice", 3),
-    "hd95_mm": ("HD95 mm", 2),
-    "nsd_1mm": ("NSD 1 mm", 3),
-    "nsd_2mm": ("NSD 2 mm", 3),
-}
+        maps = (volume.window(ras[0], low_high), ras[1].astype(int), ras[2].astype(int))
+        shown.append((f"{label}: {scan_id[-10:]}", *maps, spacing_mm))
+    return reporting.cases_overlay(shown[::-1], spec.foreground)
 
 
 def _wide(summary: pd.DataFrame) -> pd.DataFrame:
@@ -220,10 +196,10 @@ def _wide(summary: pd.DataFrame) -> pd.DataFrame:
     for name, part in summary.groupby("class", sort=False):
         values = part.set_index("metric")
         line: dict[str, Any] = {"class": name, "cases": int(values.loc["dice", "n"])}
-        for metric, (title, digits) in SHOWN.items():
-            mean, low, high = (f"{values.loc[metric, k]:.{digits}f}" for k in ("mean", "ci_low", "ci_high"))
-            line[title] = f"{mean} ({low} to {high})" if mean != "nan" else "-"
-        lines.append(line)
+        cells = {
+            title: statistics.cell(values.loc[m], "mean", n) for m, (title, n) in statistics.SHOWN.items()
+        }
+        lines.append(line | cells)
     return pd.DataFrame(lines)
 
 
@@ -245,41 +221,30 @@ def _page(
         sections.append(("How it was trained", trained.read("curves.png")))
         if "transfer.json" in trained.files:
             handover = weight_transfer.Report.from_dict(json.loads(trained.read("transfer.json")))
-            section = reporting.transfer_section(handover.by_module(), handover.summary())
-            sections.append(("Weights taken over", section))
+            sections.append(transfer_section(handover))
     # Counts, not names: this page goes to MLflow, and file names can be patients'.
-    told = [
-        f"{len({k.scan_id for k in leaking})} test cases are known to training or pretraining: leaks.csv"
-    ] * bool(leaking)
-    told += [f"{len(bad)} cases could not be segmented: predictions/predictions.csv"] * bool(bad)
+    known = len({k.scan_id for k in leaking})
+    told = f"<p>{known} test cases are known to training or pretraining: leaks.csv</p>" if known else ""
+    if bad:
+        told += f"<p>{len(bad)} cases could not be segmented: predictions/predictions.csv</p>"
     if told:
-        sections.append(("Cases to look at", "".join(f"<p>{line}</p>" for line in told)))
+        sections.append(("Cases to look at", told))
     text = trained.read("config.yaml").decode() if trained is not None else ""
     return page(run, sections, lineage, "evaluation", text)
-
-
-# Ids and names stay text: "035" is no number and "NA" not nothing.
-AS_WRITTEN: dict[str, Any] = {
-    "dtype": {"scan_id": str, "class": str},
-    "keep_default_na": False,
-    "na_values": [""],
-}
 
 
 def scores_of(uri: str) -> pd.DataFrame:
     """The scores per case and class of an evaluation artifact, or of a cases.csv."""
     if uri.endswith(".csv"):
-        return _scores(object_store.read(uri), uri)
-    artifact = artifacts.find(uri)
-    if artifact is None or artifact.stage != "evaluation":
-        raise UserError(f"{uri} is no finished evaluation; give <root>/evaluation/<id> or its cases.csv")
-    return _scores(artifact.read("cases.csv"), artifact.uri_of("cases.csv"))
-
-
-def _scores(data: bytes, where: str) -> pd.DataFrame:
+        data, where = object_store.read(uri), uri
+    else:
+        artifact = open_stage(uri, "evaluation")
+        data, where = artifact.read("cases.csv"), artifact.uri_of("cases.csv")
     numbers = ["value", *metrics.METRICS]
     try:
-        rows = pd.read_csv(io.BytesIO(data), **AS_WRITTEN)
+        # Ids and names stay text: "035" is no number and "NA" not nothing.
+        text = {"scan_id": str, "class": str}
+        rows = pd.read_csv(io.BytesIO(data), dtype=text, keep_default_na=False, na_values=[""])
         if missing := [c for c in ("scan_id", "class", "empty", *numbers) if c not in rows]:
             raise ValueError(f"no column '{missing[0]}'")
         rows[numbers] = rows[numbers].apply(pd.to_numeric)

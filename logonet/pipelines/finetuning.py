@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -36,6 +34,7 @@ from logonet.pipelines.stage import (
     run_stage,
     run_tracked,
     say,
+    transfer_section,
 )
 from logonet.pipelines.weights import InitialWeights, find_weights
 from logonet.storage import object_store
@@ -116,8 +115,7 @@ def resolve_finetuning(cfg: Finetuning, weights: InitialWeights | None = None) -
         )
     backbone = backbone.resolve(networks.config, "backbone")
     rows = cfg.train.batch_size * cfg.crops.per_case
-    data_spec = DataSpec(size_vox=cfg.crops.size_vox, num_classes=2, batch_size=rows)
-    training.dry_run(backbone, method, data_spec)
+    training.dry_run(backbone, method, DataSpec(size_vox=cfg.crops.size_vox, num_classes=2, batch_size=rows))
     return replace(cfg, backbone=backbone, method=method)
 
 
@@ -142,8 +140,7 @@ def make_split(
     others = provenance.from_bytes(provenance.join(trained, known) if known else trained)
     test = [by_id[i] for i in split.test]
     found = leakage.find(provenance.anonymous(test), others)
-    hint = " ('logonet data leakcheck' shows all)"
-    leaking = leakage.refused(found, len(split.test), rule, hint)
+    leaking = leakage.refused(found, len(split.test), rule, " ('logonet data leakcheck' shows all)")
     if leaking and rule == "exclude":
         split = splits.without(split, leaking)
         say("leaks", f"{len(leaking)} contaminated test cases left out")
@@ -151,9 +148,7 @@ def make_split(
     parents = {"manifest": table.id, "seen": hashlib.sha256(known or b"").hexdigest()[:16]}
     metadata = {
         "id": split.id,
-        "train": len(split.train),
-        "val": len(split.val),
-        "test": len(split.test),
+        **{part: len(getattr(split, part)) for part in ("train", "val", "test")},
         "leaking": leaking,
         "pretraining_known": known is not None,
     }
@@ -210,9 +205,7 @@ def finetune(
     own = {
         "backbone": cfg.backbone,
         "method": cfg.method,
-        "train": config.to_dict(cfg.train),
-        "crops": config.to_dict(cfg.crops),
-        "validation": config.to_dict(cfg.validation),
+        **{key: config.to_dict(getattr(cfg, key)) for key in ("train", "crops", "validation")},
         "init": {k: v for k, v in config.to_dict(cfg.init).items() if k != "weights"},
     }
     parents = {
@@ -229,18 +222,10 @@ def finetune(
             batch_size=cfg.train.batch_size * cfg.crops.per_case,
         )
         methods.check(cfg.method.name, cfg.method.config, data_spec)
-        schedule = SampleSchedule(
-            len(train_ids), cfg.train.global_batch, cfg.train.seed, cfg.train.steps_per_epoch
-        )
-        dataset = LabelledDataset(
-            cfg.method.name,
-            cfg.method.config,
-            schedule,
-            cases_table,
-            train=tuple(place[i] for i in train_ids),
-            val=tuple(place[i] for i in val_ids),
-            crops=cfg.crops,
-        )
+        schedule = SampleSchedule.of(len(train_ids), cfg.train)
+        train, val = (tuple(place[i] for i in ids) for ids in (train_ids, val_ids))
+        prepared_by = cfg.method.name, cfg.method.config
+        dataset = LabelledDataset(*prepared_by, schedule, cases_table, train, val, cfg.crops)
         files: dict[str, bytes] = {"config.yaml": config.to_yaml(cfg).encode()}
         init, handover = None, None
         if weights is not None:
@@ -252,32 +237,19 @@ def finetune(
             if weights.seen is None:
                 say("transfer", "which scans these weights have seen is not known; leaks cannot be ruled out")
             files["transfer.json"] = json.dumps(handover.to_dict(), indent=1).encode()
-        job = training.Job(
-            uri=run.uri,
-            fingerprint=run.fingerprint,
-            backbone=cfg.backbone,
-            method=cfg.method,
-            train=cfg.train,
-            data_spec=data_spec,
-            tracking=run.tracking,
-            progress=sys.stdout.isatty(),
-            files=dict(files),
-            init=init,
-            validation=cfg.validation,
-        )
-        say(
-            "finetune",
-            f"{run.name} on {len(train_ids)} cases, {schedule.steps_per_epoch} steps an epoch, {len(val_ids)} to "
-            f"validate  {run.uri}",
-        )
+        what = (cfg.backbone, cfg.method, cfg.train, data_spec)
+        job = run.job(*what, files, init=init, validation=cfg.validation)
+        steps = f"{schedule.steps_per_epoch} steps an epoch, {len(val_ids)} to validate"
+        say("finetune", f"{run.name} on {len(train_ids)} cases, {steps}  {run.uri}")
         result = executor.train(job, dataset)
         history = result["history"]
         done = {k: Stored(**v) for k, v in result["files"].items()}
         chosen = "best.safetensors" if "best.safetensors" in done else "backbone.safetensors"
         by_id = {s.scan_id: s for s in table.scans}
-        spec = model_spec(cfg, cases_table, [by_id[i] for i in train_ids])
+        train_scans = [by_id[i] for i in train_ids]
+        spec = model_spec(cfg, cases_table, train_scans)
         final = training.load_weights(training.Init(object_store.join(run.uri, chosen), done[chosen].sha256))
-        trained_on = provenance.to_bytes([by_id[i] for i in train_ids], "training")
+        trained_on = provenance.to_bytes(train_scans, "training")
         if val_ids:
             validated_on = provenance.to_bytes([by_id[i] for i in val_ids], "validation")
             trained_on = provenance.join(trained_on, validated_on)
@@ -286,7 +258,10 @@ def finetune(
         files[SEEN_FILE] = trained_on
         files |= {f"{MODEL_FOLDER}/{n}": blob for n, blob in model.files(spec, final).items()}
         files["curves.png"] = reporting.curves(history)
-        files["report.html"] = _page(run, cfg, files, handover, lineage)
+        sections: list[tuple[str, Any]] = [("Training", files["curves.png"])]
+        if handover is not None:
+            sections.append(transfer_section(handover))
+        files["report.html"] = page(run, sections, lineage, "finetuning", config.to_yaml(cfg))
         metadata = {
             "final": history[-1],
             "steps": history[-1]["step"],
@@ -301,8 +276,7 @@ def finetune(
         }
         return Made({**done, **files}, metadata)
 
-    origin = "pretrained" if weights else "scratch"
-    label = f"finetune-{cfg.method.name}-{cfg.backbone.name}-{origin}"
+    label = f"finetune-{cfg.method.name}-{cfg.backbone.name}-{'pretrained' if weights else 'scratch'}"
     return run_tracked(
         root, "finetune", label, cfg, own, parents, lineage, make, last_loss, experiment, trial
     )
@@ -311,13 +285,7 @@ def finetune(
 def transfer_report(cfg: Finetuning, init: training.Init, facts: DataSpec) -> weight_transfer.Report:
     """What loading ``init`` will do, shown before anything is launched."""
     net = networks.from_component(cfg.backbone, facts.in_channels, facts.num_classes)
-    return weight_transfer.transfer(
-        net,
-        training.load_weights(init),
-        source=init.uri,
-        parts=init.parts,
-        min_encoder_share=init.min_encoder_share,
-    )
+    return training.load_initial(net, init)
 
 
 def model_spec(cfg: Finetuning, table: prepared_scans.Table, scans: list[manifest.Scan]) -> model.Spec:
@@ -331,17 +299,3 @@ def model_spec(cfg: Finetuning, table: prepared_scans.Table, scans: list[manifes
         modality=modalities[0] if len(modalities) == 1 else "mixed",
         **vars(Preprocessing.of(cfg.cases)),
     )
-
-
-def _page(
-    run: Run,
-    cfg: Finetuning,
-    files: Mapping[str, bytes],
-    handover: weight_transfer.Report | None,
-    lineage: Mapping[str, str],
-) -> bytes:
-    sections: list[tuple[str, Any]] = [("Training", files["curves.png"])]
-    if handover is not None:
-        section = reporting.transfer_section(handover.by_module(), handover.summary())
-        sections.append(("Weights taken over", section))
-    return page(run, sections, lineage, "finetuning", config.to_yaml(cfg))

@@ -41,16 +41,8 @@ def predict_bucket(
         text = ", ".join(f"{name} {ml:,.1f} ml" for name, ml in row.volumes_ml.items())
         say(f"{done}/{total}", f"{row.name}  {row.seconds:.1f} s  {text or row.reason}")
 
-    rows = bucket_inference.run(
-        items,
-        chosen.folder,
-        output,
-        cfg,
-        executor,
-        about={"model": chosen.id, "infer": config.to_dict(cfg)},
-        attempt=f"{time.time_ns():x}",
-        note=note,
-    )
+    about = {"model": chosen.id, "infer": config.to_dict(cfg)}
+    rows = bucket_inference.run(items, chosen.folder, output, cfg, executor, about=about, note=note)
     uri = bucket_inference.write_table(rows, output)
     counts = Counter(row.status for row in rows)
     told = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))

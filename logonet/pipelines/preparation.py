@@ -20,7 +20,7 @@ from logonet.core.errors import UserError
 from logonet.core.execution import Executor, run_all
 from logonet.data import crop_shards, cropping, importers, manifest, prepared_scans, preparing
 from logonet.data.manifest import Manifest, Quarantined, Scan, Source
-from logonet.pipelines.stage import Made, run_stage, say
+from logonet.pipelines.stage import Made, open_stage, run_stage, say
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
 
@@ -67,8 +67,8 @@ def import_scans(source: str, root: str, executor: Executor) -> tuple[Manifest, 
         counts = {"id": table.id, "scans": len(table.scans), "quarantined": len(table.quarantined)}
         return Made(files, counts)
 
-    artifact = run_stage(root, "manifest", cfg, {}, make, lambda a: _opened(a, table).summary())
-    table = _opened(artifact, table)
+    artifact = run_stage(root, "manifest", cfg, {}, make, lambda a: (table or _opened(a)).summary())
+    table = table or _opened(artifact)
     if not table.scans:
         raise UserError(
             f"none of the {len(table.quarantined)} scans at {source} can be used; the reasons are in "
@@ -111,19 +111,11 @@ def _answers(uri: str, sources: list[Source]) -> tuple[list[Scan | Quarantined],
 
 
 def open_manifest(uri: str) -> Manifest:
-    """The table of a finished manifest artifact."""
-    artifact = artifacts.find(uri)
-    if artifact is None or artifact.stage != "manifest":
-        raise UserError(
-            f"{uri} holds no finished manifest; give ROOT/manifest/<id>, which 'logonet data import' makes"
-        )
-    return _opened(artifact)
+    """The table of scans of a finished import, ROOT/manifest/ID. UserError where there is none."""
+    return _opened(open_stage(uri, "manifest"))
 
 
-def _opened(artifact: Artifact, table: Manifest | None = None) -> Manifest:
-    """The artifact's table, or the one that it has just been made of."""
-    if table is not None:
-        return table
+def _opened(artifact: Artifact) -> Manifest:
     scans, quarantine = artifact.read("scans.parquet"), artifact.read("quarantine.parquet")
     return Manifest.from_parquet(scans, quarantine, artifact.uri)
 
@@ -148,14 +140,8 @@ def make_crops(
         files = {"crops.parquet": crops.to_parquet(), "quarantine.json": quarantine}
         return Made(files, {"crops": len(refs), "in_channels": 1, "quarantined": len(bad)})
 
-    artifact = run_stage(
-        root,
-        "crops",
-        config.to_dict(cfg),
-        {"manifest": table.id},
-        make,
-        lambda a: f"{a.facts['crops']} crops",
-    )
+    own, parents = config.to_dict(cfg), {"manifest": table.id}
+    artifact = run_stage(root, "crops", own, parents, make, lambda a: f"{a.facts['crops']} crops")
     return crop_shards.CropTable.open(artifact), artifact
 
 
@@ -177,12 +163,8 @@ def make_clusterers(
         say("clusterers", f"fitting {cfg.n} on {len(slices_ST):,} slices of {slices_ST.shape[1]:,} voxels")
         fits = fitting.fit_clusterers(slices_ST, cfg, uri, executor, note=_note_quarters)
         fitted = kmeans.ClustererSet.from_fitted(fits, meta={"config": own, "crops": parent.fingerprint})
-        metadata = {
-            "id": fitted.id,
-            "n": len(fitted.sizes_N),
-            "slices": len(slices_ST),
-            **fitted.summary(),
-        }
+        counts = {"n": len(fitted.sizes_N), "slices": len(slices_ST)}
+        metadata = {"id": fitted.id, **counts, **fitted.summary()}
         about = object_store.json_bytes({**metadata, "config": own})
         return Made({CLUSTERERS_FILE: fitted.to_bytes(), "clusterers.json": about}, metadata)
 
@@ -222,8 +204,7 @@ def make_labels(
         return Made({LABELS_FILE: save({"labels_PNZ": labels_PNZ})}, metadata)
 
     def describe(artifact: Artifact) -> str:
-        n = len(artifact.facts["cluster_sizes"])
-        return f"{len(table) * n * table.size_vox[2]:,} pseudo-labels"
+        return f"{len(table) * len(artifact.facts['cluster_sizes']) * table.size_vox[2]:,} pseudo-labels"
 
     parents = {a.stage: a.fingerprint for a in (crops_artifact, clusterers_artifact)}
     artifact = run_stage(root, "labels", {}, parents, make, describe)

@@ -5,9 +5,7 @@ Shapes: P crops, N clusterers, Z slices of a crop.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -26,6 +24,13 @@ from logonet.storage.object_store import Stored
 from logonet.training import linear_probe, weight_transfer
 from logonet.training.dataset import TrainingDataset
 from logonet.training.schedule import SampleSchedule
+
+# Of the report's pictures.
+TITLES = {
+    "curves.png": "Training",
+    "masked_chain.png": "A masked chain of slices and its pseudo-labels",
+    "clusters.png": "What one clusterer calls alike",
+}
 
 
 @dataclass(frozen=True)
@@ -113,11 +118,8 @@ def upstream(
         return Upstream(crop_table, None, data_spec, crops_artifact, lineage, known, task)
     fitted = make_clusterers(crop_table, crops_artifact, cfg.clusterers, root, executor)
     labels_PNZ, labels = make_labels(crop_table, crops_artifact, fitted, root, executor)
-    data_spec = replace(
-        data_spec,
-        cluster_sizes=tuple(labels.facts["cluster_sizes"]),
-        majority_labels=tuple(labels.facts["majority_labels"]),
-    )
+    sizes, majority = (tuple(labels.facts[key]) for key in ("cluster_sizes", "majority_labels"))
+    data_spec = replace(data_spec, cluster_sizes=sizes, majority_labels=majority)
     lineage |= {"clusterers": fitted.facts["id"], "clusterers_uri": fitted.uri, "labels": labels.fingerprint}
     return Upstream(crop_table, labels_PNZ, data_spec, labels, lineage, known, task)
 
@@ -130,9 +132,7 @@ def probe_cases(
     # As finetuning prepares them, so that both share one artifact.
     same = prepared_scans.Config.of(cfg.crops)
     cases_table, artifact = make_cases(table, split.test + split.excluded, same, root, executor)
-    place = cases_table.index_of()
-    train_ids, val_ids = (tuple(i for i in ids if i in place) for ids in (split.train, split.val))
-    task = linear_probe.task(own, cases_table, train_ids, val_ids, cfg.crops.size_vox)
+    task = linear_probe.task(own, cases_table, split.train, split.val, cfg.crops.size_vox)
     return task, artifact.fingerprint
 
 
@@ -176,42 +176,26 @@ def pretrain(
     if up.probe is not None:
         own["probe"] = {**config.to_dict(up.probe.cfg), "cases": lineage["probe_cases"]}
     parents = {up.parent.stage: up.parent.fingerprint}
-    schedule = SampleSchedule(
-        len(crop_table), cfg.train.global_batch, cfg.train.seed, cfg.train.steps_per_epoch
-    )
+    schedule = SampleSchedule.of(len(crop_table), cfg.train)
     dataset = TrainingDataset(cfg.method.name, cfg.method.config, schedule, crop_table, labels_PNZ)
 
     def make(run: Run) -> Made:
         # Before any hour is spent: what this run will save is what finetuning will be able to load.
         net = networks.from_component(cfg.backbone, up.data_spec.in_channels, num_classes=2)
         handover = weight_transfer.prove(cfg.backbone, up.data_spec.in_channels, 3, net.state_dict())
-        say(
-            "handover",
-            f"{handover.encoder_share:.0%} of the encoder's parameters arrive in a segmentation network",
-        )
+        share = f"{handover.encoder_share:.0%}"
+        say("handover", f"{share} of the encoder's parameters arrive in a segmentation network")
         pictures = _pictures(dataset, cfg)
         files: dict[str, bytes] = {**pictures, "config.yaml": config.to_yaml(cfg).encode()}
-        job = training.Job(
-            uri=run.uri,
-            fingerprint=run.fingerprint,
-            backbone=cfg.backbone,
-            method=cfg.method,
-            train=cfg.train,
-            data_spec=up.data_spec,
-            tracking=run.tracking,
-            progress=sys.stdout.isatty(),
-            files=dict(files),
-            probe=up.probe,
-        )
-        say(
-            "pretrain",
-            f"{run.name} on {len(crop_table)} crops, {schedule.steps_per_epoch} steps an epoch  {run.uri}",
-        )
+        job = run.job(cfg.backbone, cfg.method, cfg.train, up.data_spec, files, probe=up.probe)
+        steps = f"{schedule.steps_per_epoch} steps an epoch"
+        say("pretrain", f"{run.name} on {len(crop_table)} crops, {steps}  {run.uri}")
         result = executor.train(job, dataset)
         history = result["history"]
         pictures["curves.png"] = reporting.curves(history)
         files |= {**pictures, SEEN_FILE: up.seen}
-        files["report.html"] = page(run, _sections(pictures), lineage, "pretraining", config.to_yaml(cfg))
+        sections = [(title, pictures[name]) for name, title in TITLES.items() if name in pictures]
+        files["report.html"] = page(run, sections, lineage, "pretraining", config.to_yaml(cfg))
         metadata = {"final": history[-1], "steps": history[-1]["step"], "tracked": result["tracked"]}
         return Made({**{k: Stored(**v) for k, v in result["files"].items()}, **files}, metadata)
 
@@ -228,13 +212,8 @@ def _pictures(dataset: TrainingDataset, cfg: Pretraining) -> dict[str, bytes]:
     shown = dataset.rows([(0, 0)])[0]
     pictures = {}
     if "chain" in shown:
-        pictures["masked_chain.png"] = reporting.chain_picture(
-            from_uint16(shown["image"]),
-            shown["hidden"],
-            shown["chain"],
-            shown["patch_size"],
-            shown["labels"],
-        )
+        rest = (shown[key] for key in ("hidden", "chain", "patch_size", "labels"))
+        pictures["masked_chain.png"] = reporting.chain_picture(from_uint16(shown["image"]), *rest)
     pictures["clusters.png"] = cluster_sheet(dataset.table, dataset.labels_PNZ, which=0, seed=cfg.train.seed)
     return pictures
 
@@ -248,12 +227,3 @@ def cluster_sheet(table: crop_shards.CropTable, labels_PNZ: np.ndarray, which: i
     exemplars = quality.exemplars(labels_S, per_code=8, seed=seed)
     title = f"Clusterer {which}: slices that share a pseudo-label"
     return reporting.contact_sheet(from_uint16(slices_SXY), labels_S, k, exemplars, title)
-
-
-def _sections(pictures: dict[str, bytes]) -> list[tuple[str, Any]]:
-    titles = {
-        "curves.png": "Training",
-        "masked_chain.png": "A masked chain of slices and its pseudo-labels",
-        "clusters.png": "What one clusterer calls alike",
-    }
-    return [(title, pictures[name]) for name, title in titles.items() if name in pictures]

@@ -13,12 +13,11 @@ from logonet.data.preprocessing import Preprocessing
 from logonet.inference import model
 from logonet.inference.load import LINEAGE_FILE, SEEN_FILE, model_files
 from logonet.pipelines.preparation import CLUSTERERS_FILE
-from logonet.pipelines.stage import say
+from logonet.pipelines.stage import open_stage, say
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
 
 ENCODER, CLUSTERERS = "logonet-encoder", "logonet-clusterers"
-STAGES = ("pretrain", "finetune", "evaluation")
 
 
 def register(
@@ -38,11 +37,7 @@ def register(
     Raises:
         UserError: ``uri`` holds none of these, or ``task`` is missing.
     """
-    artifact = artifacts.find(uri)
-    if artifact is None or artifact.stage not in STAGES:
-        raise UserError(
-            f"{uri} is no finished pretraining, finetuning or evaluation; give <root>/<stage>/<id>"
-        )
+    artifact = open_stage(uri, "pretrain", "finetune", "evaluation")
     more = dict(lineage or {})
     scores: dict[str, str] = {}
     if artifact.stage == "evaluation":
@@ -97,15 +92,11 @@ def _pretrained(artifact: Artifact, more: Mapping[str, str], aliases: Sequence[s
         LINEAGE_FILE: json.dumps(lineage, indent=1, sort_keys=True).encode(),
     }
     made = [_register(ENCODER, files, lineage, "encoder", aliases, artifact)]
-    fitted = (
-        artifacts.find(artifact.parents["clusterers_uri"]) if "clusterers_uri" in artifact.parents else None
-    )
-    if fitted is not None:
-        names = (CLUSTERERS_FILE, "clusterers.json")
+    where = artifact.parents.get("clusterers_uri")
+    if where is not None and (fitted := artifacts.find(where)) is not None:
+        files = {n: fitted.read(n) for n in (CLUSTERERS_FILE, "clusterers.json")}
         chain = {"clusterers": fitted.facts["id"], "clusterers_uri": fitted.uri, **fitted.parents}
-        made.append(
-            _register(CLUSTERERS, {n: fitted.read(n) for n in names}, chain, "clusterers", aliases, artifact)
-        )
+        made.append(_register(CLUSTERERS, files, chain, "clusterers", aliases, artifact))
     return made
 
 
@@ -118,15 +109,8 @@ def _register(
     artifact: Artifact,
 ) -> str:
     tags = {f"logonet.{k}": v for k, v in lineage.items()}
-    root = artifact.uri.rsplit("/", 2)[0]
-    uri = tracking.register(
-        name,
-        files,
-        tags,
-        kind=kind,
-        aliases=aliases,
-        run_fingerprint=artifact.fingerprint,
-        artifact_root=object_store.join(root, "mlflow-artifacts"),
-    )
+    place = object_store.join(artifact.uri.rsplit("/", 2)[0], "mlflow-artifacts")
+    run = {"run_fingerprint": artifact.fingerprint, "artifact_root": place}
+    uri = tracking.register(name, files, tags, kind=kind, aliases=aliases, **run)
     say("register", f"{uri} is now {', '.join(f'models:/{name}@{alias}' for alias in aliases)}")
     return uri

@@ -15,10 +15,13 @@ import logonet
 from logonet import reporting, tracking, training
 from logonet.core import config, redaction
 from logonet.core.config import Component
+from logonet.core.errors import UserError
 from logonet.core.execution import Executor
+from logonet.methods import DataSpec
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
 from logonet.storage.object_store import Stored
+from logonet.training import weight_transfer
 from logonet.training.dataset import LabelledDataset, TrainingDataset
 
 
@@ -51,6 +54,16 @@ class Made:
 
     files: Mapping[str, bytes | Stored]
     metadata: Mapping[str, Any]
+
+
+def open_stage(uri: str, *stages: str) -> Artifact:
+    """The finished artifact at ``uri``. UserError when it is none of ``stages``."""
+    artifact = artifacts.find(uri)
+    if artifact is None or artifact.stage not in stages:
+        raise UserError(
+            f"{uri} is no finished {' or '.join(stages)} artifact; give ROOT/{'|'.join(stages)}/<fingerprint>"
+        )
+    return artifact
 
 
 def run_stage(
@@ -124,6 +137,21 @@ class Run:
     name: str
     tracking: dict[str, Any] | None
 
+    def job(
+        self,
+        backbone: Component,
+        method: Component,
+        train: training.Config,
+        data_spec: DataSpec,
+        files: Mapping[str, bytes],
+        **more: Any,
+    ) -> training.Job:
+        """The training of this run; ``files`` are those that MLflow gets at its beginning."""
+        job = training.Job(
+            self.uri, self.fingerprint, backbone, method, train, data_spec, self.tracking, **more
+        )
+        return replace(job, progress=sys.stdout.isatty(), files=dict(files))
+
 
 def run_tracked(
     root: str,
@@ -175,10 +203,8 @@ def run_tracked(
 
 def catch_up(run: dict[str, Any] | None, artifact: Artifact) -> None:
     """Bring MLflow up to date from the run's own records, once; until the server was there, at every call."""
-    if run is None:
-        return
     delivered = object_store.join(artifact.uri, "tracked.json")
-    if object_store.exists(delivered):
+    if run is None or object_store.exists(delivered):
         return
     history = json.loads(artifact.read("history.json"))
     files = {n: artifact.read(n) for n in artifact.files if n.endswith(TRACKED)}
@@ -186,36 +212,39 @@ def catch_up(run: dict[str, Any] | None, artifact: Artifact) -> None:
         object_store.write_json(delivered, {"run": run["run_name"], "experiment": run["experiment"]})
         say("mlflow", f"run '{run['run_name']}' in experiment '{run['experiment']}'")
     else:
-        say(
-            "mlflow", "the tracking server is away; the run is complete and the same command catches up later"
-        )
+        told = "the tracking server is away; the run is complete and the same command catches up later"
+        say("mlflow", told)
 
 
-CHAIN = (
-    ("pretrain_manifest", "scans of pretraining"),
-    ("pretrain_crops", "crops"),
-    ("pretrain_clusterers", "clusterers"),
-    ("pretrain_labels", "pseudo-labels"),
-    ("pretrain", "pretraining"),
-    ("manifest", "scans"),
-    ("crops", "crops"),
-    ("clusterers", "clusterers"),
-    ("labels", "pseudo-labels"),
-    ("sweep", "sweep"),
-    ("split", "split"),
-    ("cases", "labelled cases"),
-    ("weights", "initial weights"),
-    ("finetune", "finetuning"),
-    ("registered", "registered model"),
-    ("test_manifest", "scans judged on"),
-)
+SAMPLES = {"crops": "crops", "clusterers": "clusterers", "labels": "pseudo-labels"}
+CHAIN = {
+    "pretrain_manifest": "scans of pretraining",
+    **{f"pretrain_{key}": what for key, what in SAMPLES.items()},
+    "pretrain": "pretraining",
+    "manifest": "scans",
+    **SAMPLES,
+    "sweep": "sweep",
+    "split": "split",
+    "cases": "labelled cases",
+    "weights": "initial weights",
+    "finetune": "finetuning",
+    "registered": "registered model",
+    "test_manifest": "scans judged on",
+}
+
+
+def transfer_section(handover: weight_transfer.Report) -> tuple[str, Any]:
+    """A page's section of what weights were taken over."""
+    return "Weights taken over", reporting.transfer_section(handover.by_module(), handover.summary())
 
 
 def page(
     run: Run, sections: Sequence[tuple[str, Any]], lineage: Mapping[str, str], own: str, config_yaml: str
 ) -> bytes:
     """A run's page: its sections, where it comes from (``own`` names its own box), and the config behind it."""
-    known = [(what, lineage[key], lineage.get(f"{key}_uri", "")) for key, what in CHAIN if lineage.get(key)]
+    known = [
+        (what, lineage[key], lineage.get(f"{key}_uri", "")) for key, what in CHAIN.items() if lineage.get(key)
+    ]
     end: list[tuple[str, Any]] = [
         ("Lineage", reporting.lineage([*known, (own, run.fingerprint, "this page")])),
         ("Artifact", f"<p><code>{html.escape(run.uri)}</code></p>"),

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from logonet.core.config import Component
 from logonet.core.errors import UserError
@@ -80,27 +81,14 @@ def _registered(uri: str, root: str) -> InitialWeights:
     known = {"registered": lineage.pop("registered")}
     if stage is not None:
         known |= _descent(stage, lineage.pop(stage), lineage.pop(f"{stage}_uri"), lineage)
-    return _copied(
-        blobs[model.WEIGHTS_FILE],
-        root,
-        Component.of(own["backbone"], "backbone"),
-        Preprocessing.of(own),
-        known,
-        blobs.get(SEEN_FILE),
-    )
+    about = (Component.of(own["backbone"], "backbone"), Preprocessing.of(own), known, blobs.get(SEEN_FILE))
+    return _copied(blobs[model.WEIGHTS_FILE], root, *about)
 
 
-def _copied(
-    blob: bytes,
-    root: str,
-    backbone: Component,
-    preparation: Preprocessing | None,
-    lineage: dict[str, str],
-    known: bytes | None,
-) -> InitialWeights:
+def _copied(blob: bytes, root: str, *about: Any) -> InitialWeights:
     """A copy of the weights under ``root``: workers cannot read a file of the driver's machine."""
     digest = hashlib.sha256(blob).hexdigest()
     uri = object_store.join(root, "weights", f"{digest[:16]}.safetensors")
     if not object_store.exists(uri):
         object_store.write(uri, blob)
-    return InitialWeights(uri, digest, backbone, preparation, lineage, known)
+    return InitialWeights(uri, digest, *about)

@@ -13,6 +13,7 @@ from logonet.core.config import Component
 from logonet.core.errors import UserError
 from logonet.methods import DataSpec
 from logonet.storage import object_store
+from logonet.training import weight_transfer
 from logonet.training.config import Init
 
 
@@ -25,6 +26,13 @@ def load_weights(init: Init) -> dict[str, torch.Tensor]:
         return load(object_store.read(init.uri, sha256=init.sha256))
     except SafetensorError as err:
         raise UserError(f"{init.uri} is no safetensors file ({err}); give weights saved by logonet") from None
+
+
+def load_initial(net: Any, init: Init) -> weight_transfer.Report:
+    """Load ``init``'s weights into the backbone ``net``."""
+    return weight_transfer.transfer(
+        net, load_weights(init), source=init.uri, min_encoder_share=init.min_encoder_share, parts=init.parts
+    )
 
 
 def dry_run(backbone: Component, method: Component, data_spec: DataSpec) -> None:

@@ -7,10 +7,10 @@ rest, ``manifest.json`` last. Nothing is pickled.
 
 from __future__ import annotations
 
-import json
+import copy
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,51 +61,23 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
     world: int = 1
 
-    def groups(self) -> dict[str, dict[str, torch.Tensor]]:
-        partial = {f"{rank}/{name}": t for rank, part in enumerate(self.partial) for name, t in part.items()}
-        return {"model": self.model, "optimizer": self.optimizer, "partial": partial}
-
     def tensors(self) -> Iterator[torch.Tensor]:
-        for group in self.groups().values():
+        for group in (self.model, self.optimizer, *self.partial):
             yield from group.values()
 
-    def describe(self) -> dict[str, Any]:
-        """Everything but the tensors' values, to build a blank copy from on another rank."""
-        shapes = {
-            group: {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-            for group, tensors in self.groups().items()
-        }
-        return {"step": self.step, "history": self.history, "world": self.world, "shapes": shapes}
-
-    @classmethod
-    def blank(cls, description: dict[str, Any]) -> State:
-        groups = {
-            group: {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
-            for group, shapes in description["shapes"].items()
-        }
-        return cls._of(groups, description["step"], description["history"], description["world"])
-
-    @classmethod
-    def _of(
-        cls,
-        groups: Mapping[str, dict[str, torch.Tensor]],
-        step: int,
-        history: list[dict[str, Any]],
-        world: int,
-    ) -> State:
-        partial: list[dict[str, torch.Tensor]] = [{} for _ in range(world)]
-        for name, tensor in groups["partial"].items():
-            rank, _, metric = name.partition("/")
-            partial[int(rank)][metric] = tensor
-        return cls(step, groups["model"], groups["optimizer"], partial, history, world)
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> State:
+        """A copy with every tensor changed."""
+        groups = (self.model, self.optimizer, *self.partial)
+        model, optimizer, *partial = ({n: change(t) for n, t in group.items()} for group in groups)
+        return State(self.step, model, optimizer, partial, copy.deepcopy(self.history), self.world)
 
 
 def save_state(uri: str, fingerprint: str, state: State) -> None:
     """Write a checkpoint at ``uri``, its manifest last."""
-    files = {
-        f"{group}.safetensors": _write_tensors(object_store.join(uri, f"{group}.safetensors"), tensors)
-        for group, tensors in state.groups().items()
-    }
+    partial = {f"{rank}/{name}": t for rank, part in enumerate(state.partial) for name, t in part.items()}
+    groups = {"model": state.model, "optimizer": state.optimizer, "partial": partial}
+    blobs = {f"{group}.safetensors": _tensor_bytes(tensors) for group, tensors in groups.items()}
+    files = {name: object_store.write(object_store.join(uri, name), blob) for name, blob in blobs.items()}
     facts = {"step": state.step, "world": state.world, "history": state.history}
     artifacts.commit(uri, STAGE, fingerprint, config={}, parents={}, files=files, facts=facts)
 
@@ -135,7 +107,11 @@ def load_state(uri: str, fingerprint: str) -> State:
         facts = config.from_dict(_Facts, artifact.facts)
         if not 1 <= facts.world <= MAX_WORLD:
             raise ValueError(f"world {facts.world}")
-        return State._of(groups, facts.step, facts.history, facts.world)
+        partial: list[dict[str, torch.Tensor]] = [{} for _ in range(facts.world)]
+        for name, tensor in groups["partial"].items():
+            rank, _, metric = name.partition("/")
+            partial[int(rank)][metric] = tensor
+        return State(facts.step, groups["model"], groups["optimizer"], partial, facts.history, facts.world)
     except (UserError, ValueError, IndexError) as err:
         raise Damaged(f"{uri} is no checkpoint of this version of logonet ({err})") from None
 
@@ -173,15 +149,10 @@ class Writer:
     def save(self, state: State) -> None:
         """Take a copy of ``state`` and return; the copy is written while training goes on."""
         self.wait()
-        copy = State(
-            state.step,
-            _copied(state.model),
-            _copied(state.optimizer),
-            [_copied(p) for p in state.partial],
-            json.loads(json.dumps(state.history)),
-            state.world,
+        copied = state.mapped(
+            lambda t: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         )
-        self._thread = threading.Thread(target=self._write, args=(copy,), name="checkpoint", daemon=False)
+        self._thread = threading.Thread(target=self._write, args=(copied,), name="checkpoint", daemon=False)
         self._thread.start()
 
     def wait(self) -> None:
@@ -228,7 +199,7 @@ def save_best(run_uri: str, step: int, backbone: torch.nn.Module, keep: int) -> 
     ``keep`` checkpoints, for the one that may still be being written, and for the one that will name this best.
     """
     uri = _best_uri(run_uri, step)
-    _write_tensors(uri, backbone.state_dict())
+    object_store.write(uri, _tensor_bytes(backbone.state_dict()))
     # Later ones are left of a run that went on from before them, and are about to be written again.
     earlier = sorted(e.uri for e in object_store.listing(object_store.join(run_uri, "best")) if e.uri < uri)
     for old in earlier[: max(0, len(earlier) - keep - 1)]:
@@ -246,30 +217,16 @@ def save_final(
 
     With ``best_step`` also ``best.safetensors``: the backbone after that step.
     """
-    files = {}
+    blobs = {}
     if best_step is not None:
-        weights = object_store.read(_best_uri(run_uri, best_step))
-        files["best.safetensors"] = object_store.write(
-            object_store.join(run_uri, "best.safetensors"), weights
-        )
-    return files | {
-        "backbone.safetensors": _write_tensors(
-            object_store.join(run_uri, "backbone.safetensors"), dict(method.backbone.state_dict())
-        ),
-        "method.safetensors": _write_tensors(
-            object_store.join(run_uri, "method.safetensors"), dict(method.state_dict())
-        ),
-        "history.json": object_store.write_json(object_store.join(run_uri, "history.json"), history),
-    }
+        blobs["best.safetensors"] = object_store.read(_best_uri(run_uri, best_step))
+    blobs["backbone.safetensors"] = _tensor_bytes(method.backbone.state_dict())
+    blobs["method.safetensors"] = _tensor_bytes(method.state_dict())
+    blobs["history.json"] = object_store.json_bytes(history)
+    return {name: object_store.write(object_store.join(run_uri, name), b) for name, b in blobs.items()}
 
 
-def _write_tensors(uri: str, tensors: Mapping[str, torch.Tensor]) -> Stored:
+def _tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
     from safetensors.torch import save
 
-    return object_store.write(uri, save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
-
-
-def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in tensors.items()
-    }
+    return save({n: t.detach().cpu().contiguous() for n, t in tensors.items()})

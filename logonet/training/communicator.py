@@ -69,11 +69,12 @@ class ProcessGroup(Communicator):
 
     def broadcast_state(self, state: checkpoints.State | None) -> checkpoints.State | None:
         # Pickle stays between the ranks of one job; nothing unpickled ever came from a store.
-        head: list[Any] = [None if state is None else state.describe()]
+        head: list[Any] = [None if state is None else state.mapped(lambda t: t.to("meta"))]
         dist.broadcast_object_list(head, src=0, device=self.device if self.device.type == "cuda" else None)
         if head[0] is None:
             return None
-        state = state or checkpoints.State.blank(head[0])
+        state = state or head[0].mapped(lambda t: torch.empty_like(t, device="cpu"))
+        assert state is not None
         for tensor in state.tensors():
             moved = tensor.to(self.device)
             dist.broadcast(moved, src=0)
@@ -87,11 +88,9 @@ class ProcessGroup(Communicator):
     def parallel(self, module: nn.Module, gradient_sync: str) -> tuple[nn.Module, Sync]:
         cuda = self.device.type == "cuda"
         if gradient_sync == "ddp" or (gradient_sync == "auto" and cuda):
+            devices = [self.device] if cuda else None
             wrapped = nn.parallel.DistributedDataParallel(
-                module,
-                device_ids=[self.device] if cuda else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
+                module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
             return wrapped, _nothing_to_do
         # DDP rebuilds its buckets after the first step, and gloo's ring adds in an order that depends on the place in

@@ -67,10 +67,9 @@ class Config(Section, key="train"):
         if self.patience is not None and not self.validate_every_epochs:
             raise UserError("train.patience counts validations; set train.validate_every_epochs above 0 too")
         for name, limit in (("min_lr", "lr"), ("warmup_epochs", "epochs")):
-            if getattr(self, name) > getattr(self, limit):
-                raise UserError(
-                    f"train.{name} is {getattr(self, name)}; it must be at most train.{limit} ({getattr(self, limit)})"
-                )
+            value, most = getattr(self, name), getattr(self, limit)
+            if value > most:
+                raise UserError(f"train.{name} is {value}; it must be at most train.{limit} ({most})")
 
 
 @dataclass(frozen=True)

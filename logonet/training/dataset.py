@@ -34,11 +34,6 @@ class _Dataset:
     rows_per_sample = 1
 
     @property
-    def row_bytes(self) -> int:
-        """About how much memory a prepared row takes."""
-        raise NotImplementedError
-
-    @property
     def validation(self) -> tuple[prepared_scans.Ref, ...]:
         """Labelled scans to validate on."""
         return ()
@@ -49,7 +44,7 @@ class _Dataset:
 
     def batch(self, positions: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
         """The samples at some (step, slot) of the schedule, stacked."""
-        rows = self.rows([self.schedule.at(step, slot) for step, slot in positions])
+        rows = self.rows([self.schedule.at(*position) for position in positions])
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
@@ -62,18 +57,18 @@ class TrainingDataset(_Dataset):
 
     @property
     def row_bytes(self) -> int:
+        """About how much memory a prepared row takes."""
         return 4 * int(np.prod(self.table.size_vox)) * self.table.in_channels
 
     def rows(self, samples: Sequence[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
-        crops = self.table.read_all(index for _, index in samples)
-        return [self._prepared(repeat, index, crop) for (repeat, index), crop in zip(samples, crops)]
-
-    def _prepared(self, repeat: int, index: int, crop_CXYZ: np.ndarray) -> dict[str, np.ndarray]:
-        raw: dict[str, Any] = {"image_CXYZ": crop_CXYZ}
-        if self.labels_PNZ is not None:
-            raw["labels_NZ"] = self.labels_PNZ[index]
-        rng = seeding.rng(self.schedule.seed, "prepare", repeat, self.table.refs[index].crop_id)
-        return methods.prepare(self.method)(raw, self.method_config, rng)
+        rows = []
+        for (repeat, index), crop_CXYZ in zip(samples, self.table.read_all(index for _, index in samples)):
+            raw: dict[str, Any] = {"image_CXYZ": crop_CXYZ}
+            if self.labels_PNZ is not None:
+                raw["labels_NZ"] = self.labels_PNZ[index]
+            rng = seeding.rng(self.schedule.seed, "prepare", repeat, self.table.refs[index].crop_id)
+            rows.append(methods.prepare(self.method)(raw, self.method_config, rng))
+        return rows
 
 
 @dataclass(frozen=True)

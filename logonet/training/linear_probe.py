@@ -179,8 +179,7 @@ class Probe:
         return seeding.rng(self.task.cfg.seed, "probe", use, self.task.table.refs[place].scan_id)
 
     def _encode(self, net: Any, image_CXYZ: np.ndarray) -> list[Tensor]:
-        x_CXYZ = torch.from_numpy(volume.from_uint16(image_CXYZ))
-        return net.encode(x_CXYZ[None].to(self.device))
+        return net.encode(torch.from_numpy(volume.from_uint16(image_CXYZ))[None].to(self.device))
 
     def _fit(self, net: Any) -> Head:
         crops = self._train_crops
@@ -234,13 +233,11 @@ def dense_logits(feats: Sequence[Tensor], head: Head, size_vox: Sequence[int]) -
     The head goes first and the interpolation after, which commute, both being linear: so K channels of a level are
     brought to full resolution instead of hundreds.
     """
-    per_level = head.weight_KF.split([f.shape[1] for f in feats], 1)
     logits_1KXYZ = head.bias_K[:, None, None, None]
-    for feat_1FXYZ, weight_KF in zip(feats, per_level):
+    for feat_1FXYZ, weight_KF in zip(feats, head.weight_KF.split([f.shape[1] for f in feats], 1)):
         small_1KXYZ = torch.einsum("kf,bfxyz->bkxyz", weight_KF, feat_1FXYZ)
-        logits_1KXYZ = logits_1KXYZ + F.interpolate(
-            small_1KXYZ, tuple(size_vox), mode="trilinear", align_corners=False
-        )
+        large_1KXYZ = F.interpolate(small_1KXYZ, tuple(size_vox), mode="trilinear", align_corners=False)
+        logits_1KXYZ = logits_1KXYZ + large_1KXYZ
     return logits_1KXYZ[0]
 
 
@@ -251,14 +248,12 @@ def fit_head(x_VF: Tensor, labels_V: Tensor, weights_V: Tensor, num_classes: int
     ``x_VF`` is standardised in place. The head is NaN when a feature is not finite.
     """
     mean_F, scale_F = standardise(x_VF)
+    weight_KF, bias_K = x_VF.new_zeros(num_classes, x_VF.shape[1]), x_VF.new_zeros(num_classes)
     if not torch.isfinite(mean_F).all():
-        return Head(
-            x_VF.new_full((num_classes, len(mean_F)), math.nan), x_VF.new_full((num_classes,), math.nan)
-        )
-    weight_KF = torch.zeros(num_classes, x_VF.shape[1], device=x_VF.device, requires_grad=True)
-    bias_K = torch.zeros(num_classes, device=x_VF.device, requires_grad=True)
+        return Head(weight_KF + math.nan, bias_K + math.nan)
+    params = [weight_KF.requires_grad_(), bias_K.requires_grad_()]
     optimizer = torch.optim.LBFGS(
-        [weight_KF, bias_K], max_iter=cfg.iterations, history_size=10, line_search_fn="strong_wolfe"
+        params, max_iter=cfg.iterations, history_size=10, line_search_fn="strong_wolfe"
     )
     share_V = weights_V / weights_V.sum()
     truth_VK = F.one_hot(labels_V, num_classes)

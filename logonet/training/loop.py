@@ -22,15 +22,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 
 from logonet import methods
 from logonet.core import seeding
 from logonet.core.errors import BadScan
 from logonet.data import prepared_scans, volume
 from logonet.inference import sliding_window
-from logonet.training import checkpoints, linear_probe, weight_transfer
-from logonet.training.building import build_method, load_weights
+from logonet.training import checkpoints, linear_probe
+from logonet.training.building import build_method, load_initial
 from logonet.training.communicator import Communicator
 from logonet.training.config import Job, accumulation, micro_batches
 from logonet.training.schedule import SampleSchedule, lr_at, shard_micro_batches
@@ -39,6 +40,19 @@ from logonet.training.validation import best_step, case_dice, out_of_patience
 
 # History keys that depend on the machine; ignored when runs are compared.
 TIMINGS = ("unix_s", "samples_per_s", "data_wait_share", "peak_memory_mb")
+# What a log shows of an epoch, where its entry has the key.
+SHOWN = {
+    "epoch": "epoch {epoch}/{epochs}",
+    "loss": "loss {loss:.4f}",
+    "accuracy": "masked accuracy {accuracy:.3f} (floor {accuracy_floor:.3f})",
+    "train_dice": "Dice {train_dice:.3f}",
+    "val_dice": "validation Dice {val_dice:.4f}",
+    "probe_dice": "probe Dice {probe_dice:.3f} (untrained {probe_dice_floor:.3f})",
+    "effective_rank": "effective rank {effective_rank:.1f}",
+    "lr": "lr {lr:.2e}",
+    "samples_per_s": "{samples_per_s:.2f} {unit}/s, {data_wait_share:.0%} waiting for data",
+    "peak_memory_mb": "peak {peak_memory_mb:,.0f} MB",
+}
 GO_ON, SAVE, LEAVE = range(3)  # what is due at a step's end; LEAVE saves too
 
 
@@ -61,29 +75,6 @@ class Interruptions(Protocol):
 
     def left(self) -> None:
         """The ranks have saved and leave."""
-
-
-class Tracker(Protocol):
-    """What the loop needs of `logonet.tracking.Tracker`."""
-
-    def sync(self, history: Sequence[dict[str, Any]]) -> None:
-        """Bring the tracking server up to date."""
-
-
-class Bar(Protocol):
-    """A progress bar, as tqdm's."""
-
-    def update(self, n: int) -> Any: ...
-
-    def close(self) -> None: ...
-
-
-class NoBar:
-    """Shows nothing."""
-
-    def update(self, n: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Loop:
@@ -113,10 +104,9 @@ class Loop:
         # Every rank builds from the same seed, so all start alike without a broadcast.
         torch.manual_seed(seeding.integer(self.cfg.seed, "init"))
         self.method: Any = build_method(job.backbone, job.method, job.data_spec).to(self.device).train()
-        self.params = [p for p in self.method.parameters() if p.requires_grad]
-        self.names = [n for n, p in self.method.named_parameters() if p.requires_grad]
+        self.params = {name: p for name, p in self.method.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self.params, lr=self.cfg.lr, betas=self.cfg.betas, weight_decay=self.cfg.weight_decay
+            self.params.values(), lr=self.cfg.lr, betas=self.cfg.betas, weight_decay=self.cfg.weight_decay
         )
         self.writer = checkpoints.Writer(job.uri, job.fingerprint, keep=self.cfg.keep_checkpoints)
         self.probe = (
@@ -132,18 +122,13 @@ class Loop:
 
     def state(self) -> checkpoints.State:
         """The state after ``self.step`` steps; every rank must call it (metric sums are gathered)."""
-        optimizer = {}
-        for name, p in zip(self.names, self.params):
-            for key, value in self.optimizer.state[p].items():
-                optimizer[f"{key}/{name}"] = value
-        return checkpoints.State(
-            step=self.step,
-            model=dict(self.method.state_dict()),
-            optimizer=optimizer,
-            partial=self.communicator.gather(self.partial),
-            history=self.history,
-            world=self.world,
-        )
+        moments = {
+            f"{key}/{name}": value
+            for name, p in self.params.items()
+            for key, value in self.optimizer.state[p].items()
+        }
+        partial, model = self.communicator.gather(self.partial), dict(self.method.state_dict())
+        return checkpoints.State(self.step, model, moments, partial, self.history, self.world)
 
     def restore(self) -> None:
         """Continue from the newest sound checkpoint, or start from the job's initial weights.
@@ -156,37 +141,30 @@ class Loop:
         found = checkpoints.newest(self.job.uri, self.job.fingerprint) if self.rank == 0 else None
         state = self.communicator.broadcast_state(found)
         if state is None:
-            self._load_initial_weights()
+            if self.job.init is not None:  # every rank reads them itself
+                load_initial(self.method.backbone, self.job.init)
             return
         self.method.load_state_dict(state.model, strict=True)
-        params = dict(zip(self.names, self.params))
         for key, value in state.optimizer.items():
             moment, name = key.split("/", 1)
+            p = self.params[name]
             # AdamW keeps its step counter on the CPU, and its moments in the parameter's own memory layout.
-            own = value.clone() if moment == "step" else torch.empty_like(params[name])
-            self.optimizer.state[params[name]][moment] = own.copy_(value)
+            own = value.clone() if moment == "step" else torch.empty_like(p)
+            self.optimizer.state[p][moment] = own.copy_(value)
         self.step, self.history = state.step, list(state.history)
-        self.partial = _own_partial(state, self.rank, self.world)
+        self.partial = {}
+        if state.world == self.world:
+            self.partial = dict(state.partial[self.rank])
+        elif self.rank == 0:  # on another number of workers it takes the interrupted epoch's sums of all
+            for part in state.partial:
+                add_metrics(self.partial, part)
         if self.rank == 0:
-            tensors = len(state.model) + len(state.optimizer)
             lr = lr_at(min(self.step, self.total_steps - 1), self.cfg, self.schedule.steps_per_epoch)
             print(
                 f"resumed after step {self.step:,} of {self.total_steps:,} "
-                f"(epoch {self.step // self.schedule.steps_per_epoch + 1}), lr {lr:.3g}, {tensors:,} tensors, "
-                f"{self.world} workers",
+                f"(epoch {self.step // self.schedule.steps_per_epoch + 1}), lr {lr:.3g}, "
+                f"{len(state.model) + len(state.optimizer):,} tensors, {self.world} workers",
                 flush=True,
-            )
-
-    def _load_initial_weights(self) -> None:
-        """Every rank reads them itself."""
-        init = self.job.init
-        if init is not None:
-            weight_transfer.transfer(
-                self.method.backbone,
-                load_weights(init),
-                source=init.uri,
-                parts=init.parts,
-                min_encoder_share=init.min_encoder_share,
             )
 
     # -- the loop
@@ -195,15 +173,17 @@ class Loop:
         self,
         batches: Iterable[dict[str, Tensor]],
         report: Callable[[dict[str, Any]], None] = lambda metrics: None,
-        tracker: Tracker | None = None,
+        tracker: Any = None,
         interruptions: Interruptions | None = None,
-        bar: Bar | None = None,
+        bar: Any = None,
     ) -> list[dict[str, Any]]:
         """Train to the end; returns the history (one mapping per epoch).
 
         Args:
             batches: this rank's micro-batches from step ``self.step`` on, on ``device``.
             report: called with the scalars of each epoch.
+            tracker: a `logonet.tracking.Tracker`, or what else has its ``sync``.
+            bar: of progress, as tqdm's.
 
         Raises:
             Diverged: a gradient or a validation's logits are not finite.
@@ -213,10 +193,14 @@ class Loop:
             tracker.sync(self.history)
         if self.finished():
             return self.history
-        module, sync = self.communicator.parallel(self._compiled(), self.cfg.gradient_sync)
+        if self.cfg.compile:
+            # The network alone: the number of masked slices differs from step to step, and would recompile the rest.
+            net = self.method.backbone
+            net.encode, net.decode_features = torch.compile(net.encode), torch.compile(net.decode_features)
+        module, sync = self.communicator.parallel(self.method, self.cfg.gradient_sync)
         steps_per_epoch = self.schedule.steps_per_epoch
-        timed = _Timed(iter(batches))
-        bar = bar or NoBar()
+        timed = self._timed(iter(batches))
+        bar = bar or tqdm(disable=True)
         started = time.monotonic()
         save_s = 0.0
         while not self.finished():
@@ -242,8 +226,7 @@ class Loop:
             epoch_done = self.step % steps_per_epoch == 0
             every = self.cfg.checkpoint_every_steps
             if epoch_done:
-                self.timing["wall_s"], started = time.monotonic() - started, time.monotonic()
-                self.timing["wait_s"] = timed.reset()
+                self.timing["wall_s"] = time.monotonic() - started
                 self._end_epoch()
                 started = time.monotonic()  # validating and probing are not training
             due = self._due(interruptions, time.monotonic() - step_started, save_s)
@@ -268,6 +251,17 @@ class Loop:
         self.writer.wait()
         return self.history
 
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches; ``timing`` adds up how long they are waited for."""
+        while True:
+            started = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.timing["wait_s"] += time.monotonic() - started
+            yield batch
+
     def finished(self) -> bool:
         """Whether the last epoch is done, or patience is out at the end of one."""
         at_epochs_end = self.step % self.schedule.steps_per_epoch == 0
@@ -283,23 +277,15 @@ class Loop:
             interruptions.ask()
         return due
 
-    def _compiled(self) -> nn.Module:
-        if self.cfg.compile:
-            # The network alone: the number of masked slices differs from step to step, and would recompile the rest.
-            net = self.method.backbone
-            net.encode, net.decode_features = torch.compile(net.encode), torch.compile(net.decode_features)
-        return self.method
-
     def _end_epoch(self) -> None:
         """Turn the epoch's sums, over all ranks, into one entry of the history."""
-        values = reduce_metrics(self.communicator.gather(self.partial))
         epoch = self.step // self.schedule.steps_per_epoch
         entry: dict[str, Any] = {
             "epoch": epoch,
             "step": self.step,
             "unix_s": time.time(),
             "lr": lr_at(self.step - 1, self.cfg, self.schedule.steps_per_epoch),
-            **values,
+            **reduce_metrics(self.communicator.gather(self.partial)),
             **self._validate(epoch),
             **self._measure_probe(epoch),
             "samples_per_s": self.timing["samples"] / max(self.timing["wall_s"], 1e-9),
@@ -372,38 +358,6 @@ def to_tensors(batches: Iterable[dict[str, np.ndarray]], device: torch.device) -
         yield tensors
 
 
-class _Timed:
-    """An iterator that adds up the time its consumer waits."""
-
-    def __init__(self, inner: Iterator[Any]):
-        self.inner, self.wait_s = inner, 0.0
-
-    def __iter__(self) -> _Timed:
-        return self
-
-    def __next__(self) -> Any:
-        started = time.monotonic()
-        try:
-            return next(self.inner)
-        finally:
-            self.wait_s += time.monotonic() - started
-
-    def reset(self) -> float:
-        wait_s, self.wait_s = self.wait_s, 0.0
-        return wait_s
-
-
-def _own_partial(state: checkpoints.State, rank: int, world: int) -> dict[str, torch.Tensor]:
-    """A rank's own part of the interrupted epoch's sums; on another number of workers rank 0 takes all."""
-    if state.world == world:
-        return dict(state.partial[rank])
-    merged: dict[str, torch.Tensor] = {}
-    if rank == 0:
-        for part in state.partial:
-            add_metrics(merged, part)
-    return merged
-
-
 def peak_memory_mb(device: torch.device) -> float:
     """The most memory this process has held so far: of the GPU where it trains on one, else resident."""
     if device.type == "cuda":
@@ -416,21 +370,6 @@ def peak_memory_mb(device: torch.device) -> float:
 
 def epoch_line(entry: dict[str, Any], epochs: int) -> str:
     """What a log shows of one epoch."""
-    parts = [f"epoch {entry['epoch']}/{epochs}", f"loss {entry['loss']:.4f}"]
-    if "accuracy" in entry:
-        parts.append(
-            f"masked accuracy {entry['accuracy']:.3f} (floor {entry.get('accuracy_floor', math.nan):.3f})"
-        )
-    if "train_dice" in entry:
-        parts.append(f"Dice {entry['train_dice']:.3f}")
-    if "val_dice" in entry:
-        parts.append(f"validation Dice {entry['val_dice']:.4f}")
-    if "probe_dice" in entry:
-        parts.append(f"probe Dice {entry['probe_dice']:.3f} (untrained {entry['probe_dice_floor']:.3f})")
-    if "effective_rank" in entry:
-        parts.append(f"effective rank {entry['effective_rank']:.1f}")
-    parts.append(f"lr {entry['lr']:.2e}")
     unit = "cases" if "train_dice" in entry else "crops"
-    parts.append(f"{entry['samples_per_s']:.2f} {unit}/s, {entry['data_wait_share']:.0%} waiting for data")
-    parts.append(f"peak {entry['peak_memory_mb']:,.0f} MB")
-    return "  ".join(parts)
+    values = {"accuracy_floor": math.nan, **entry, "epochs": epochs, "unit": unit}
+    return "  ".join(text.format_map(values) for key, text in SHOWN.items() if key in entry)

@@ -7,8 +7,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from logonet.core import seeding
 
 if TYPE_CHECKING:  # that file imports torch, which data tasks do without
@@ -35,6 +33,10 @@ class SampleSchedule:
     seed: int
     epoch_steps: int | None = None
 
+    @classmethod
+    def of(cls, num_samples: int, cfg: Config) -> SampleSchedule:
+        return cls(num_samples, cfg.global_batch, cfg.seed, cfg.steps_per_epoch)
+
     @property
     def steps_per_pass(self) -> int:
         return -(-self.num_samples // self.global_batch)
@@ -53,9 +55,8 @@ class SampleSchedule:
         order = _epoch_order(self.seed, number, self.num_samples)
         position = within * self.global_batch + slot
         repeats_per_pass = -(-self.steps_per_pass * self.global_batch // self.num_samples)
-        return number * repeats_per_pass + position // self.num_samples, int(
-            order[position % self.num_samples]
-        )
+        repeat, place = divmod(position, self.num_samples)
+        return number * repeats_per_pass + repeat, int(order[place])
 
 
 def shard_micro_batches(count: int, rank: int, world: int) -> range:
@@ -86,9 +87,7 @@ class MicroBatches:
         return [(step, place * self.batch_size + k) for k in range(self.batch_size)]
 
 
-@functools.lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    return seeding.epoch_order(seed, epoch, num_samples)
+_epoch_order = functools.lru_cache(maxsize=4)(seeding.epoch_order)
 
 
 def lr_at(step: int, cfg: Config, steps_per_epoch: int) -> float:

@@ -72,9 +72,9 @@ def step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    after = getattr(unwrap(method), "after_step", None)
-    if after is not None:
-        after(progress)
+    own: Any = method if ddp is None else ddp.module
+    if hasattr(own, "after_step"):
+        own.after_step(progress)
     return totals
 
 
@@ -82,17 +82,11 @@ def add_metrics(totals: dict[str, torch.Tensor], metrics: dict[str, torch.Tensor
     """Add (total, count) pairs in float64; embeddings are collected, up to MAX_EMBEDDINGS."""
     for name, value in metrics.items():
         if name == "embeddings_BF":
-            value = value.detach().float().cpu()
-            value = torch.cat([totals[name], value]) if name in totals else value
-            totals[name] = value[:MAX_EMBEDDINGS]
+            known = [totals[name]] if name in totals else []
+            totals[name] = torch.cat([*known, value.detach().float().cpu()])[:MAX_EMBEDDINGS]
         else:
             value = value.detach().double().cpu()
             totals[name] = totals[name] + value if name in totals else value
-
-
-def unwrap(method: nn.Module) -> Any:
-    """The method itself, without DDP's wrapper."""
-    return getattr(method, "module", method)
 
 
 def average_gradients(params: list[nn.Parameter]) -> None:
@@ -103,10 +97,8 @@ def average_gradients(params: list[nn.Parameter]) -> None:
     flat = torch.cat([g.reshape(-1) for g in grads])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    offset = 0
-    for p, g in zip(params, grads):
-        p.grad = flat[offset : offset + g.numel()].view_as(g)
-        offset += g.numel()
+    for p, part in zip(params, flat.split([g.numel() for g in grads])):
+        p.grad = part.view_as(p)
 
 
 def reduce_metrics(gathered: list[dict[str, torch.Tensor]]) -> dict[str, Any]:

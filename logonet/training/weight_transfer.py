@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Action = Literal["matched", "adapted", "skipped", "new"]
-ACTIONS: tuple[Action, ...] = ("matched", "adapted", "skipped", "new")
+ACTIONS: tuple[Action, ...] = get_args(Action)
 SHOWN = 3  # names in a message
 
 
@@ -73,19 +73,15 @@ class Report:
         import pandas as pd
 
         rows = pd.DataFrame([asdict(row) for row in self.rows])
-        params = rows.pivot_table(
-            index="module", columns="action", values="params", aggfunc="sum", sort=False
-        )
+        params = rows.pivot_table("params", "module", "action", aggfunc="sum", sort=False)
         params = params.reindex(columns=list(ACTIONS)).fillna(0).astype(int)
         params.insert(0, "tensors", rows.groupby("module").size())
         return params.rename_axis(columns=None)
 
     def summary(self) -> str:
         """Lines for a log."""
-        totals = ", ".join(
-            f"{action} {n['tensors']} tensors ({n['params']:,} parameters)"
-            for action, n in self.totals().items()
-        )
+        text = "{} {tensors} tensors ({params:,} parameters)"
+        totals = ", ".join(text.format(action, **count) for action, count in self.totals().items())
         return (
             f"{self.source}: {_percent(self.encoder_share)} of the encoder's {self.encoder_params:,} parameters\n"
             f"{totals}\n{self.by_module().to_string()}"
@@ -147,12 +143,8 @@ def transfer(
             add(name, "matched", size)
             loaded[name] = given
         elif _differ_in_channels(given, tensor, channels):
-            add(
-                name,
-                "adapted",
-                size,
-                f"{given.shape[1]} input channels in the source, {tensor.shape[1]} here",
-            )
+            why = f"{given.shape[1]} input channels in the source, {tensor.shape[1]} here"
+            add(name, "adapted", size, why)
             loaded[name] = other_channels(given, tensor.shape[1])
         else:
             unused[name] = f"{_size(given)} in the source, {_size(tensor)} here"
@@ -160,12 +152,8 @@ def transfer(
     for name in weights:
         if name not in loaded:
             buffer = name in own and name not in params
-            add(
-                name,
-                "skipped",
-                0 if buffer else weights[name].numel(),
-                unused.get(name, "not in the network"),
-            )
+            size = 0 if buffer else weights[name].numel()
+            add(name, "skipped", size, unused.get(name, "not in the network"))
 
     total = sum(params.get(name, 0) for name in encoder)
     assert total, "the encoder prefixes cover no parameter"
@@ -207,14 +195,10 @@ def prove(backbone: Component, in_channels: int, num_classes: int, weights: Mapp
         net: Any = networks.from_component(backbone, in_channels, num_classes)
     # clone: safetensors refuses tensors that share memory
     written = save({key: w.detach().cpu().contiguous().clone() for key, w in weights.items()})
-    report = transfer(
-        net, load(written), source=f"what pretraining of '{name}' writes", min_encoder_share=1.0
-    )
-    lost = [
-        key
-        for key, tensor in net.state_dict().items()
-        if _under(key, net.encoder_prefixes) and not (key in weights and _same_bits(tensor, weights[key]))
-    ]
+    source = f"what pretraining of '{name}' writes"
+    report = transfer(net, load(written), source=source, min_encoder_share=1.0)
+    encoder = {key: t for key, t in net.state_dict().items() if _under(key, net.encoder_prefixes)}
+    lost = [key for key, t in encoder.items() if not (key in weights and _same_bits(t, weights[key]))]
     if lost:
         raise UserError(
             f"backbone '{name}' does not hand its encoder over: {_some(lost)} would not arrive in a segmentation "
@@ -266,18 +250,16 @@ def _diagnosis(encoder: Collection[str], own: Mapping[str, Tensor], weights: Map
     """What is wrong with weights that do not fit the encoder, and the mend."""
     wrong = [name for name in encoder if name in weights and weights[name].shape != own[name].shape]
     missing = [name for name in encoder if name not in weights]
-    names = (
-        f"the encoder wants {_some(missing)} and the source has {_some(n for n in weights if n not in own)}"
-    )
+    extra_names = _some(n for n in weights if n not in own)
+    names = f"the encoder wants {_some(missing)} and the source has {extra_names}"
     if extra := _common_prefix(weights, missing):
         return f"{names}: its names fit once '{extra}' is taken off their front, so rename them so"
     if extra := _common_prefix([name for name in own if name not in weights], weights):
         return f"{names}: its names fit once '{extra}' is put before them, so rename them so"
     if wrong:
         sizes = _some(f"{n} {_size(weights[n])} instead of {_size(own[n])}" for n in wrong)
-        return f"shapes differ, {sizes}; build the backbone with the options of the source" + (
-            f" ({names})" if missing else ""
-        )
+        more = f" ({names})" if missing else ""
+        return f"shapes differ, {sizes}; build the backbone with the options of the source{more}"
     return f"{names}; give weights of the same backbone"
 
 
@@ -310,9 +292,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 def _some(names: Iterable[str]) -> str:
     names = list(names)
-    return (
-        ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "") or "none"
-    )
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more or "none"
 
 
 def _size(tensor: Tensor) -> str:
