@@ -32,7 +32,7 @@ _FEW_CHANNELS = 4
 
 
 def conv(
-    in_channels: int, out_channels: int, kernel: int, *, dilation: int = 1, groups: int = 1, plain: bool
+    ins: int, outs: int, kernel: int, *, dilation: int = 1, groups: int = 1, bias: bool = True, plain: bool
 ) -> nn.Conv3d:
     """A stride-1 convolution that keeps the volume's size.
 
@@ -47,7 +47,7 @@ def conv(
     elif kernel == 1:
         kind = PointConv3d
     padding = dilation * (kernel // 2)
-    return kind(in_channels, out_channels, kernel, padding=padding, dilation=dilation, groups=groups)
+    return kind(ins, outs, kernel, padding=padding, dilation=dilation, groups=groups, bias=bias)
 
 
 class Upsample(nn.Upsample):
@@ -119,12 +119,8 @@ def dense(x_BCXYZ: Tensor, weight_OCKKK: Tensor, bias_O: Tensor | None) -> Tenso
 def _taps_as_channels(x_BCXYZ: Tensor, weight_OCKKK: Tensor) -> tuple[Tensor, Tensor]:
     o, c, kx, ky, kz = weight_OCKKK.shape
     b, _, *size = x_BCXYZ.shape
-    x = (
-        F.pad(x_BCXYZ, (kz // 2, kz // 2))
-        .unfold(4, kz, 1)
-        .permute(0, 2, 3, 4, 1, 5)
-        .reshape(b, *size, c * kz)
-    )
+    taps_BCXYZK = F.pad(x_BCXYZ, (kz // 2, kz // 2)).unfold(4, kz, 1)
+    x = taps_BCXYZK.permute(0, 2, 3, 4, 1, 5).reshape(b, *size, c * kz)
     # contiguous(): of one channel the reshape is a view whose voxels overlap.
     return channels_first(x.contiguous()), weight_OCKKK.permute(0, 1, 4, 2, 3).reshape(o, c * kz, kx, ky, 1)
 

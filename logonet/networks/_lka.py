@@ -262,12 +262,11 @@ def run(module: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
     """``module(x)``, its inner activations recomputed in backward if ``checkpointing``."""
     if not (checkpointing and torch.is_grad_enabled()):
         return module(x)
-    return checkpoint(
-        module,
-        x,
-        use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _frozen_statistics(module)),
-    )
+
+    def contexts() -> tuple[Any, Any]:
+        return contextlib.nullcontext(), _frozen_statistics(module)
+
+    return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
 
 
 @contextlib.contextmanager

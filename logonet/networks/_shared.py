@@ -39,6 +39,16 @@ def chained(modules: Iterable[Callable[[Tensor], Tensor]], x: Tensor) -> list[Te
     return outputs
 
 
+def upwards(stages: Iterable[Callable[[Tensor, Tensor], Tensor]], feats: Sequence[Tensor]) -> list[Tensor]:
+    """The levels, fine to coarse, that a decoder's ``stages`` (coarse to fine) make of an encoder's features."""
+    *skips, x = feats
+    levels = []
+    for stage, skip in zip(stages, reversed(skips)):
+        x = stage(x, skip)
+        levels.append(x)
+    return levels[::-1]
+
+
 def total_strides(strides: Sequence[Triple]) -> list[Triple]:
     """Voxels of the crop per voxel of each level, where ``strides`` lead from each level to the next."""
     so_far = (strides[: level + 1] for level in range(len(strides)))

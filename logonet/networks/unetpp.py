@@ -61,12 +61,7 @@ class UNetPlusPlus(Network):
         from monai.networks.nets import BasicUNetPlusPlus as Wrapped
 
         self.net: Any = Wrapped(
-            3,
-            in_channels,
-            num_classes,
-            cfg.features,
-            deep_supervision=cfg.deep_supervision,
-            norm=norm_name(cfg.norm),
+            3, in_channels, num_classes, cfg.features, cfg.deep_supervision, norm=norm_name(cfg.norm)
         )
         heads = [f"final_conv_0_{column}" for column in range(LEVELS - 1, 0, -1)]
         if not cfg.deep_supervision:
