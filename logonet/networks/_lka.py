@@ -161,14 +161,11 @@ class ConvBlock(nn.Module):
         return F.leaky_relu(conv_norm(self.conv, self.norm, x_BCXYZ), 0.01, inplace=True)
 
 
-def conv_norm(conv3d: nn.Conv3d, norm: nn.BatchNorm3d, x_BCXYZ: Tensor) -> Tensor:
+def conv_norm(conv3d: Any, norm: Any, x_BCXYZ: Tensor) -> Tensor:
     """``norm(conv3d(x))``. In eval mode the normalisation is a fixed scale and shift, which go into
     the filter: at full resolution that spares a pass over memory."""
     if norm.training or not isinstance(conv3d, Conv3d):
         return norm(conv3d(x_BCXYZ))
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert conv3d.bias is not None
     scale_O = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     bias_O = (conv3d.bias - norm.running_mean) * scale_O + norm.bias
     return dense(x_BCXYZ, conv3d.weight * scale_O.view(-1, 1, 1, 1, 1), bias_O)

@@ -210,7 +210,8 @@ class PatchEmbedding(nn.Module):
         first = min(px, 2), min(py, 2), min(pz, 2)
         second = px // first[0], py // first[1], pz // first[2]
         widths = (half, half, dim, dim)
-        convs = zip((in_channels, *widths), widths, (first, 1, second, 1))
+        strides: tuple[Any, ...] = (first, 1, second, 1)
+        convs = zip((in_channels, *widths), widths, strides)
         self.convs = nn.ModuleList(nn.Conv3d(a, b, 3, stride, 1) for a, b, stride in convs)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
 

@@ -156,7 +156,7 @@ def local_path(uri: str) -> str:
     raise UserError(f"{uri}: this is not a possible file name; correct it")
 
 
-def _place(uri: str) -> dict[str, str]:
+def _place(uri: str) -> dict[str, Any]:
     """The bucket and the key of an S3 URI, as boto3 names them."""
     bucket, _, key = uri.removeprefix(S3).partition("/")
     if "@" in uri and holds_credentials(uri):
@@ -211,9 +211,8 @@ def _session(pid: int, settings: tuple[tuple[str, str], ...]) -> Any:
 def _add_md5(params: dict[str, Any], **_: Any) -> None:
     """Beside boto3's own checksum, for stores that compare the MD5 alone."""
     body = params["body"]
-    data = body
-    if not isinstance(body, bytes):
-        data = body.read()
+    data = body if isinstance(body, bytes) else body.read()
+    if data is not body:
         body.seek(0)
     params["headers"]["Content-MD5"] = base64.b64encode(_md5(data).digest()).decode()
 

@@ -90,13 +90,7 @@ def _extends(field: pa.Field) -> bool:
 def _schema(row_type: type) -> Any:
     import pyarrow as pa
 
-    types = {
-        "str": pa.string(),
-        "int": pa.int64(),
-        "float": pa.float64(),
-        "tuple[int, int, int]": pa.list_(pa.int64()),
-        "tuple[int, ...]": pa.list_(pa.int64()),
-        "tuple[float, float, float]": pa.list_(pa.float64()),
-        "tuple[str, ...]": pa.list_(pa.string()),
-    }
-    return pa.schema([(f.name, types[str(f.type)]) for f in fields(row_type)])
+    types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
+    types |= {f"tuple[{name}": pa.list_(of) for name, of in types.items()}
+    # Of a tuple's type only the first entry's counts: "tuple[int, ...]" and "tuple[int, int, int]" are lists alike.
+    return pa.schema([(f.name, types[str(f.type).partition(",")[0]]) for f in fields(row_type)])
