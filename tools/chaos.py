@@ -71,14 +71,8 @@ NOT_OF_THE_RUN = re.compile(
 COMPARED = (".safetensors", ".nii.gz", "crops.parquet")
 # Where a killed stage resumes from: the checkpoint; without one, a clusterer's fit or a prediction's row.
 KEPT = (r"/checkpoints/step-\d+/model\.safetensors$", r"/fits/\d+\.safetensors$", r"/row\.json$")
-# Below the run's root, what shows that a stage works; cutting crops is not yet pretraining.
-PROGRESS: dict[Stage, tuple[str, ...]] = {
-    "pretrain": ("pretrain",),
-    "cluster": ("crops", "clusterers", "labels"),
-    "finetune": ("finetune",),
-    "predict": (".cases",),
-    "sweep": ("pretrain",),
-}
+# Below the run's root, what shows that a stage works, if not its own folder; cutting crops is not yet pretraining.
+PROGRESS = {"cluster": ("crops", "clusterers", "labels"), "predict": (".cases",), "sweep": ("pretrain",)}
 # What a stage starts from is made by undisturbed runs of these.
 EARLIER: dict[Stage, tuple[Stage, ...]] = {"finetune": ("pretrain",), "predict": ("pretrain", "finetune")}
 # Short runs that write checkpoints all the time: starting again is what a kill costs.
@@ -639,11 +633,12 @@ class Chaos:
 
     def _await_moment(self, stage: Stage, process: subprocess.Popen[bytes], root: str, due: Kill) -> bool:
         """Wait for the moment of a kill; whether the command still ran then."""
-        before = last_write(root, PROGRESS[stage])
+        parts = PROGRESS.get(stage, (stage,))
+        before = last_write(root, parts)
         if due.kind == "checkpoint":  # killed before there is one, a command would begin anew for ever
             self._await_end(process, root, lambda: newest_kept(root) is not None)
         if not due.any_moment:
-            self._await_end(process, root, lambda: last_write(root, PROGRESS[stage]) != before)
+            self._await_end(process, root, lambda: last_write(root, parts) != before)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=due.delay_s)
         return process.poll() is None

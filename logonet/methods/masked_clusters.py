@@ -82,11 +82,10 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
         voxels are replaced on the device, because their value is learnt.
     """
     image_CXYZ = sample["image_CXYZ"]
-    _, num_x, num_y, num_z = image_CXYZ.shape
+    _, *size_xy, num_z = image_CXYZ.shape
     chain_Z = _chain_masks.draw_chains(num_z, cfg.phi1, cfg.chain_length, rng)
-    hidden_XYZ, patch_size_Z = _chain_masks.draw_patches(
-        (num_x, num_y), chain_Z, cfg.patch_sizes, cfg.phi2, rng
-    )
+    drawn = _chain_masks.draw_patches(tuple(size_xy), chain_Z, cfg.patch_sizes, cfg.phi2, rng)
+    hidden_XYZ, patch_size_Z = drawn
     # The paper says no more of "wo/ M" than "pretraining without masking". Masking (3.3.1) is two steps, choosing
     # chains and distorting their slices, and what Table 11 is said to show is the worth of "distorting": only that
     # step is left out, so the loss (Eq. 4) has as many terms as before. Predicting all slices instead would change
@@ -114,9 +113,8 @@ class MaskedClusters(MethodModule[Config]):
         freeze(network, network.head_prefixes)
         # The paper masks "by the method of" SimMIM, whose masked patches carry a learnt token. Before any
         # embedding a token is one scalar per channel; 0 is the window's darkest value, air in CT.
-        self.mask_token = nn.Parameter(
-            torch.zeros(data_spec.in_channels), requires_grad=cfg.masking != "none"
-        )
+        token_C = torch.zeros(data_spec.in_channels)
+        self.mask_token = nn.Parameter(token_C, requires_grad=cfg.masking != "none")
         sizes = data_spec.cluster_sizes
         shape = (network.feature_channels, data_spec.size_vox, len(sizes), max(sizes))
         self.head = Head(*shape, cfg.head_chunk_mib, cfg.final_relu)
@@ -151,10 +149,8 @@ class MaskedClusters(MethodModule[Config]):
     def _metrics(self, logits_SNK: Tensor, labels_SN: Tensor) -> dict[str, Tensor]:
         guess_SN = only_own_clusters(logits_SNK, self.cluster_sizes).argmax(-1)
         right_N, num_slices = guess_SN.eq(labels_SN).sum(0), len(labels_SN)
-        metrics = {
-            "accuracy": ratio(right_N.sum(), labels_SN.numel()),
-            "accuracy_per_clusterer": ratio(right_N, num_slices),
-        }
+        metrics = {"accuracy": ratio(right_N.sum(), labels_SN.numel())}
+        metrics["accuracy_per_clusterer"] = ratio(right_N, num_slices)
         if len(self.majority_labels):
             # What always answering the most frequent label would score on these very slices.
             floor = labels_SN.eq(self.majority_labels).sum()

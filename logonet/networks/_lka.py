@@ -109,13 +109,13 @@ class LkaModule(nn.Module):
     """Algorithm 3. It overwrites X by the normalised X, so the residual is taken from that
     (``prenorm=False``); ``prenorm=True`` is the usual residual around the normalisation."""
 
-    def __init__(self, dim: int, mlp_ratio: int, prenorm: bool, plain: bool) -> None:
+    def __init__(self, dim: int, mlp_ratio: int, cfg: UlkaConfig) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm3d(dim)
-        self.attention = LkaAttention(dim, plain)
+        self.attention = LkaAttention(dim, cfg.plain)
         self.norm2 = nn.BatchNorm3d(dim)
-        self.mlp = Mlp(dim, mlp_ratio * dim, plain)
-        self.prenorm = prenorm
+        self.mlp = Mlp(dim, mlp_ratio * dim, cfg.plain)
+        self.prenorm = cfg.prenorm_residual
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor:
         u = self.norm1(x_BCXYZ)
@@ -135,9 +135,7 @@ class EncoderBlock(nn.Module):
         kernel, stride = (7, 4) if first else (3, 2)
         self.patch = nn.Conv3d(in_channels, dim, kernel, stride, kernel // 2)
         self.patch_norm = nn.BatchNorm3d(dim)
-        self.lka = nn.ModuleList(
-            LkaModule(dim, mlp_ratio, cfg.prenorm_residual, cfg.plain) for _ in range(depth)
-        )
+        self.lka = nn.ModuleList(LkaModule(dim, mlp_ratio, cfg) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.channels_last, self.checkpointing = cfg.channels_last, cfg.checkpointing
 
@@ -171,19 +169,15 @@ def conv_norm(conv3d: Any, norm: Any, x_BCXYZ: Tensor) -> Tensor:
     return dense(x_BCXYZ, conv3d.weight * scale_O.view(-1, 1, 1, 1, 1), bias_O)
 
 
-def dec(in_channels: int, out_channels: int, plain: bool) -> nn.Sequential:
+def dec(ins: int, outs: int, plain: bool) -> nn.Sequential:
     """Three Conv blocks, then sides doubled (Figure 4)."""
     upsample = nn.Upsample(scale_factor=2, mode="trilinear", align_corners=False) if plain else Upsample()
-    return nn.Sequential(
-        ConvBlock(in_channels, out_channels, plain), *skip(out_channels, out_channels, plain), upsample
-    )
+    return nn.Sequential(ConvBlock(ins, outs, plain), *skip(outs, outs, plain), upsample)
 
 
-def skip(in_channels: int, out_channels: int, plain: bool) -> nn.Sequential:
+def skip(ins: int, outs: int, plain: bool) -> nn.Sequential:
     """ "Conv x 2" of Figure 4."""
-    return nn.Sequential(
-        ConvBlock(in_channels, out_channels, plain), ConvBlock(out_channels, out_channels, plain)
-    )
+    return nn.Sequential(ConvBlock(ins, outs, plain), ConvBlock(outs, outs, plain))
 
 
 class Decoder(nn.Module):

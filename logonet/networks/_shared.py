@@ -21,13 +21,8 @@ GROUPS = 4
 
 def norm_name(norm: Norm | Literal["batch"]) -> Any:
     """MONAI's name of a normalisation."""
-    names: dict[str, Any] = {
-        "batch": "batch",
-        "instance": "instance",
-        "instance_affine": ("instance", {"affine": True}),
-        "group": ("group", {"num_groups": GROUPS}),
-    }
-    return names[norm]
+    options = {"instance_affine": {"affine": True}, "group": {"num_groups": GROUPS}}
+    return (norm.removesuffix("_affine"), options[norm]) if norm in options else norm
 
 
 def chained(modules: Iterable[Callable[[Tensor], Tensor]], x: Tensor) -> list[Tensor]:

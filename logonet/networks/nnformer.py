@@ -74,10 +74,9 @@ class Config(Section, key="backbone"):
         check_heads("num_heads", self.num_heads, self.dims)
         check_heads("decoder_heads", self.heads_up, self.dims)
         least = self.total_strides[-1]
-        if any(side < low or side % p for side, low, p in zip(self.img_size, least, self.patch)):
-            near = tuple(
-                max(-(-side // p) * p, low) for side, low, p in zip(self.img_size, least, self.patch)
-            )
+        sides = list(zip(self.img_size, least, self.patch))
+        if any(side < low or side % p for side, low, p in sides):
+            near = tuple(max(-(-side // p) * p, low) for side, low, p in sides)
             raise UserError(
                 f"backbone.img_size is {self.img_size}; its sides must be multiples of backbone.patch "
                 f"{self.patch} and at least {least}; use {near}"
@@ -132,14 +131,10 @@ class NnFormer(TokenNetwork):
         self.cfg = cfg
         self.encoder = Encoder(cfg, in_channels)
         # Coarse to fine; the chance of skipping a branch grows along that way again.
-        rates = drop_rates(cfg.drop_path, cfg.depths[2::-1])
-        self.decoder = nn.ModuleList(
-            UpStage(cfg, stage, rate) for stage, rate in zip((2, 1, 0), rates, strict=True)
-        )
-        heads = cfg.dims[:3] if cfg.deep_supervision else cfg.dims[:1]
-        self.heads = nn.ModuleList(
-            nn.ConvTranspose3d(dim, num_classes, cfg.patch, cfg.patch) for dim in heads
-        )
+        rates = zip((2, 1, 0), drop_rates(cfg.drop_path, cfg.depths[2::-1]), strict=True)
+        self.decoder = nn.ModuleList(UpStage(cfg, stage, rate) for stage, rate in rates)
+        dims, patch = cfg.dims[: 3 if cfg.deep_supervision else 1], cfg.patch
+        self.heads = nn.ModuleList(nn.ConvTranspose3d(dim, num_classes, patch, patch) for dim in dims)
         self.channels, self.strides = tuple(cfg.dims), tuple(cfg.total_strides)
         self.feature_channels = self.embed_channels = cfg.embed_dim
         self.embed_stride = cfg.patch

@@ -95,11 +95,8 @@ class ReluBlock(ConvBlock):
         return F.relu(conv_norm(self.conv, self.norm, x_BCXYZ), inplace=True)
 
 
-def double_conv(in_channels: int, mid_channels: int, out_channels: int, plain: bool) -> nn.Sequential:
-    return nn.Sequential(
-        ReluBlock(in_channels, mid_channels, plain),
-        ReluBlock(mid_channels, out_channels, plain),
-    )
+def double_conv(ins: int, mid: int, outs: int, plain: bool) -> nn.Sequential:
+    return nn.Sequential(ReluBlock(ins, mid, plain), ReluBlock(mid, outs, plain))
 
 
 build = PCRLv2

@@ -7,7 +7,6 @@ through it, and training stalls (tests/test_methods.py; the option is method.fin
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from logonet import training
@@ -96,17 +95,14 @@ def demo() -> Pretraining:
     )
 
 
-PRETRAINING: dict[str, Callable[[], Pretraining]] = {
-    f.__name__: f for f in (paper, small, hippocampus, real_ct, demo)
-}
+PRETRAINING = {f.__name__: f for f in (paper, small, hippocampus, real_ct, demo)}
 
 
 # ------------------------------------------------------------------------------------------ finetuning
 
 
-SHORT = training.Config(
-    global_batch=2, lr=3e-4, warmup_epochs=1, grad_clip=1.0
-)  # all but the paper's vary this
+# All but the paper's vary this.
+SHORT = training.Config(global_batch=2, lr=3e-4, warmup_epochs=1, grad_clip=1.0)
 
 
 def paper_finetune() -> Finetuning:
@@ -159,7 +155,5 @@ def demo_finetune() -> Finetuning:
     )
 
 
-FINETUNING: dict[str, Callable[[], Finetuning]] = {
-    f.__name__.removesuffix("_finetune"): f
-    for f in (paper_finetune, small_finetune, hippocampus_finetune, demo_finetune)
-}
+_FINETUNING = (paper_finetune, small_finetune, hippocampus_finetune, demo_finetune)
+FINETUNING = {f.__name__.removesuffix("_finetune"): f for f in _FINETUNING}

@@ -751,9 +751,8 @@ def stat(uri: str) -> Entry | None:
             except ClientError as err:
                 if _status(err) != 404:
                     raise
-                _call(
-                    "head_bucket", Bucket=place["Bucket"]
-                )  # a 404 of HEAD leaves open which of the two is missing
+                # A 404 of HEAD leaves open which of the two is missing.
+                _call("head_bucket", Bucket=place["Bucket"])
                 return None
             return Entry(uri, head["ContentLength"], head["ETag"].strip('"'))
         try:

@@ -49,10 +49,8 @@ def from_parquet(data: bytes, row_type: type[T], where: str) -> list[T]:
             f"{where} has the columns {', '.join(names)}; it must have {', '.join(wanted.names)}, with values of "
             "their types: it is of another version of logonet"
         )
-    return [
-        row_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-        for row in table.to_pylist()
-    ]
+    rows = ({k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in table.to_pylist())
+    return [row_type(**row) for row in rows]
 
 
 def read_parquet(data: bytes, where: str) -> pa.Table:
