@@ -67,11 +67,10 @@ def git_commit(folder: str) -> str | None:
         return given
     # --exclude ignores tags, so the answer is always a commit hash.
     command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    with contextlib.suppress(FileNotFoundError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip() or None
+    return None
 
 
 @dataclass(eq=False)
