@@ -131,11 +131,9 @@ class Decoder(nn.Module):
         else:
             table = nn.init.trunc_normal_(torch.empty(1, math.prod(grid), width), std=0.02)
             self.positions = nn.Parameter(table)
-        blocks = nn.ModuleList(
-            TransformerBlock(width, 4 * width, num_heads, qkv_bias=glmae, use_flash_attention=True)
-            for _ in range(cfg.decoder_depth)
-        )
-        self.blocks = without_cross_attention(blocks)
+        options: Any = {"qkv_bias": glmae, "use_flash_attention": True}
+        blocks = [TransformerBlock(width, 4 * width, num_heads, **options) for _ in range(cfg.decoder_depth)]
+        self.blocks = without_cross_attention(nn.ModuleList(blocks))
         self.norm = nn.LayerNorm(width)
         self.predict = nn.Linear(width, data_spec.in_channels * math.prod(cfg.patch_vox))
 

@@ -102,9 +102,7 @@ class UXNet3D(Network):
         # The decoder's widths, by level: one more than the encoder has stages, as the image is one too.
         last = 2 * dims[-1] if cfg.variant == "normal" else dims[-1]
         widths = [*dims, last]
-        self.skips = nn.ModuleList(
-            ResBlock(*pair, cfg) for pair in zip([in_channels, *dims[:-1]], widths[:-1])
-        )
+        self.skips = nn.ModuleList(ResBlock(*pair, cfg) for pair in zip([in_channels, *dims], dims))
         bottleneck = ResBlock if cfg.variant == "normal" else ConvBlock
         self.bottleneck = bottleneck(dims[-1], last, cfg)
         self.ups = nn.ModuleList(Up(*pair, cfg) for pair in zip(widths[:0:-1], widths[-2::-1]))
