@@ -43,14 +43,8 @@ def main(args: Args) -> None:
     data = cli.absolute(args.data, "--data") if args.data else ""
     args.resources.fixed("an evaluation")
     with cluster.connected(args.resources):
-        pipelines.evaluate_model(
-            args.evaluation,
-            cli.absolute_model(args.model),
-            data,
-            root,
-            RayExecutor(args.resources),
-            args.experiment,
-        )
+        model, executor = cli.absolute_model(args.model), RayExecutor(args.resources)
+        pipelines.evaluate_model(args.evaluation, model, data, root, executor, args.experiment)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,9 @@ class Args(cli.JobArgs):
 
 
 def configure(cfg: pipelines.Finetuning, args: Args) -> pipelines.Finetuning:
-    return (
-        replace(cfg, init=replace(cfg.init, weights=cli.absolute_model(args.init, "--init")))
-        if args.init
-        else cfg
-    )
+    if not args.init:
+        return cfg
+    return replace(cfg, init=replace(cfg.init, weights=cli.absolute_model(args.init, "--init")))
 
 
 def run(cfg: pipelines.Finetuning, args: Args) -> None:
@@ -41,11 +39,5 @@ def run(cfg: pipelines.Finetuning, args: Args) -> None:
 
 if __name__ == "__main__":
     cli.job(
-        "jobs/finetune.py",
-        __doc__,
-        recipes.FINETUNING,
-        run,
-        pipelines.resolve_finetuning,
-        Args,
-        configure=configure,
+        "jobs/finetune.py", __doc__, recipes.FINETUNING, run, pipelines.resolve_finetuning, Args, configure
     )

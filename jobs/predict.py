@@ -45,14 +45,8 @@ def main(args: Args) -> None:
     source, output = cli.absolute(args.input, "--input"), cli.absolute(args.output, "--output")
     args.resources.fixed("a prediction")
     with cluster.connected(args.resources):
-        pipelines.predict_bucket(
-            args.infer,
-            cli.absolute_model(args.model),
-            source,
-            output,
-            RayExecutor(args.resources),
-            args.retry_quarantined,
-        )
+        model, executor = cli.absolute_model(args.model), RayExecutor(args.resources)
+        pipelines.predict_bucket(args.infer, model, source, output, executor, args.retry_quarantined)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,10 @@ class Args(cli.JobArgs):
     finetune_set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="A.B=C")] = ()
 
 
+def room(args: Args) -> cluster.Resources:
+    return cluster.room(args.resources, args.concurrent)
+
+
 def run(cfg: pipelines.Pretraining, args: Args) -> None:
     search(sweep_of(cfg, args), args.resources, args.budget, at_once=args.concurrent)
 
@@ -81,13 +85,7 @@ def sweep_of(cfg: pipelines.Pretraining, args: Args) -> Sweep:
 
 
 if __name__ == "__main__":
+    # Without logs: of many trials at once nobody could read them.
     cli.job(
-        "jobs/sweep.py",
-        __doc__,
-        recipes.PRETRAINING,
-        run,
-        pipelines.resolve,
-        Args,
-        room=lambda args: cluster.room(args.resources, args.concurrent),
-        logs=False,  # of many trials at once nobody could read them
+        "jobs/sweep.py", __doc__, recipes.PRETRAINING, run, pipelines.resolve, Args, room=room, logs=False
     )

@@ -98,7 +98,7 @@ def test_the_decoder_puts_patches_back_where_they_were(prefix: bool) -> None:
     cfg = SimpleNamespace(decoder_width=width, decoder_depth=0, decoder_heads=1, patch_vox=patch)
     network: Any = SimpleNamespace(embed_channels=width)
     data_spec = methods.DataSpec((4, 3, 8))
-    decoder = Decoder(cfg, network, data_spec, grid, positions="learned", qkv_bias=False)
+    decoder = Decoder(cfg, network, data_spec, grid)
     decoder.embed = decoder.norm = decoder.predict = nn.Identity()  # type: ignore[assignment]
     nn.init.zeros_(decoder.positions)
     keep_BV = torch.tensor([[7, 0, 11, 4], [1, 2, 3, 10]])

@@ -12,6 +12,7 @@ the log of kills also says what was met.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -70,14 +71,8 @@ NOT_OF_THE_RUN = re.compile(
 COMPARED = (".safetensors", ".nii.gz", "crops.parquet")
 # Where a killed stage resumes from: the checkpoint; without one, a clusterer's fit or a prediction's row.
 KEPT = (r"/checkpoints/step-\d+/model\.safetensors$", r"/fits/\d+\.safetensors$", r"/row\.json$")
-# Below the run's root, what shows that a stage works; cutting crops is not yet pretraining.
-PROGRESS: dict[Stage, tuple[str, ...]] = {
-    "pretrain": ("pretrain",),
-    "cluster": ("crops", "clusterers", "labels"),
-    "finetune": ("finetune",),
-    "predict": (".cases",),
-    "sweep": ("pretrain",),
-}
+# Below the run's root, what shows that a stage works, if not its own folder; cutting crops is not yet pretraining.
+PROGRESS = {"cluster": ("crops", "clusterers", "labels"), "predict": (".cases",), "sweep": ("pretrain",)}
 # What a stage starts from is made by undisturbed runs of these.
 EARLIER: dict[Stage, tuple[Stage, ...]] = {"finetune": ("pretrain",), "predict": ("pretrain", "finetune")}
 # Short runs that write checkpoints all the time: starting again is what a kill costs.
@@ -89,6 +84,7 @@ SETTINGS: dict[Stage, str] = {
     "finetune": f"split.test_share=0 split.folds=4 train.validate_every_epochs=2 {_SHORT}",
     "sweep": f"{_PRETRAINING} train.epochs=3",
 }
+PHANTOMS = (("scans", 4, 0, 40), ("new", 48, 1, 48))  # folder, how many, seed, side in voxels
 SPACE = "search:\n  method.phi1: {grid: [0.1, 0.2, 0.3]}\n"
 
 
@@ -135,8 +131,7 @@ class Config:
             )
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
+say = functools.partial(print, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------- the plan
@@ -255,20 +250,15 @@ def _rows(root: str) -> dict[str, dict[str, Any]]:
 
 def kill(process: subprocess.Popen[bytes], patience_s: float = 20.0) -> None:
     """SIGKILL the process, then, by pid, whatever of its own outlives it by ``patience_s``."""
-    children = _children(process)
+    children: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(children, timeout=patience_s)
     for child in alive:
         child.kill()
     psutil.wait_procs(alive, timeout=20)
-
-
-def _children(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    try:
-        return psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
 
 
 def wait_for(found: Callable[[], Any], process: subprocess.Popen[bytes], seconds: float, what: str) -> Any:
@@ -298,11 +288,6 @@ def clean_environment(**values: str) -> dict[str, str]:
     return {**kept, **own, "RAY_prestart_worker_first_driver": "0", "PYTHONPATH": path, **values}
 
 
-def tool(name: str) -> str:
-    """A command of this interpreter's environment."""
-    return os.path.join(os.path.dirname(sys.executable), name)
-
-
 class Raylets:
     """A Ray cluster on loopback, with this process's environment: a head, which drivers join, and nodes to be killed.
 
@@ -317,13 +302,10 @@ class Raylets:
         self.temp = tempfile.mkdtemp(prefix="chaos-", dir="/tmp")
         with mock.patch.dict(os.environ, RAY_TMPDIR=self.temp):
             self.cluster = Cluster(shutdown_at_exit=False)
-            dashboard = {
-                "include_dashboard": True,
-                "dashboard_host": "127.0.0.1",
-                "dashboard_port": free_ports(),
-            }
             try:
-                self._add(head_cpus, **dashboard)
+                self._add(
+                    head_cpus, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=free_ports()
+                )
                 self.nodes = [self._add(2) for _ in range(nodes)]
             except BaseException:
                 self.stop()
@@ -369,8 +351,8 @@ class TrackingServer:
     def __init__(self, folder: str) -> None:
         port = free_ports()
         self.uri, self.log = f"http://127.0.0.1:{port}", os.path.join(folder, "mlflow.log")
-        self.command = [tool("mlflow"), *f"server --host 127.0.0.1 --port {port} --workers 1".split()]
-        self.command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+        self.command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+        self.command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
         self.command += ["--default-artifact-root", os.path.join(folder, "mlflow-artifacts")]
 
     def start(self) -> None:
@@ -651,11 +633,12 @@ class Chaos:
 
     def _await_moment(self, stage: Stage, process: subprocess.Popen[bytes], root: str, due: Kill) -> bool:
         """Wait for the moment of a kill; whether the command still ran then."""
-        before = last_write(root, PROGRESS[stage])
+        parts = PROGRESS.get(stage, (stage,))
+        before = last_write(root, parts)
         if due.kind == "checkpoint":  # killed before there is one, a command would begin anew for ever
             self._await_end(process, root, lambda: newest_kept(root) is not None)
         if not due.any_moment:
-            self._await_end(process, root, lambda: last_write(root, PROGRESS[stage]) != before)
+            self._await_end(process, root, lambda: last_write(root, parts) != before)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=due.delay_s)
         return process.poll() is None
@@ -727,8 +710,10 @@ def run(cfg: Config) -> list[Result]:
     results = [Result.read(cfg, stage) for stage in stages]
     if all(r.done >= r.kills for r in results):
         return results
-    if not cfg.data:
-        _write_phantoms(cfg.dir)
+    for name, count, seed, size in PHANTOMS if not cfg.data else ():
+        at = os.path.join(cfg.dir, name)
+        if not object_store.exists(os.path.join(at, "dataset.json")):
+            phantom.write_dataset(at, count, seed=seed, size_vox=(size, size, size))
     object_store.write(os.path.join(cfg.dir, "grid.yaml"), SPACE.encode())
     with contextlib.ExitStack() as stack:
         # Whatever ends this process in order ends what it has started.
@@ -751,11 +736,9 @@ def print_table(results: Sequence[Result]) -> None:
     print(pd.DataFrame(rows).rename(columns=lambda name: name.replace("_", " ")).to_string(index=False))
     for result in results:
         for number, done in enumerate(result.rounds):
-            for name in (
-                *(f"differs: {n}" for n in done.differing),
-                *(f"half-written: {n}" for n in done.unfit),
-            ):
-                print(f"{result.stage}, run {number}: {name}")
+            for what, names in (("differs", done.differing), ("half-written", done.unfit)):
+                for name in names:
+                    print(f"{result.stage}, run {number}: {what}: {name}")
     print(json.dumps(rows))
 
 
@@ -767,10 +750,3 @@ def _claim(cfg: Config, uri: str) -> None:
     elif (there := object_store.read_json(uri)) != own:
         differing = ", ".join(k for k in own if own[k] != there.get(k))
         raise UserError(f"{cfg.dir} holds kills with other settings ({differing}); give another --dir")
-
-
-def _write_phantoms(folder: str) -> None:
-    for name, count, seed, size in (("scans", 4, 0, 40), ("new", 48, 1, 48)):
-        at = os.path.join(folder, name)
-        if not object_store.exists(os.path.join(at, "dataset.json")):
-            phantom.write_dataset(at, count, seed=seed, size_vox=(size, size, size))

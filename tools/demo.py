@@ -63,9 +63,8 @@ def main(dir: str = "demo-run", scans: int = 18, workers: int = 2) -> None:
     os.makedirs(folder, exist_ok=True)
     with S3Server(os.path.join(folder, "s3")) as server:
         os.environ.update(server.env())
-        home = os.environ.setdefault(
-            "LOGONET_HOME", folder
-        )  # MLflow's database; the user's own if there is one
+        # MLflow's database; the user's own if there is one.
+        home = os.environ.setdefault("LOGONET_HOME", folder)
         object_store.create_bucket(BUCKET)
         for place, count, seed in (("scans", scans, 0), ("new", NEW_SCANS, 1)):
             if not object_store.exists(f"{BUCKET}/{place}/dataset.json"):
@@ -118,10 +117,8 @@ def stages(shell: Shell, workers: int) -> dict[str, Artifact]:
 
 def newest(stage: str) -> Artifact:
     """The artifact of ``stage`` that was finished last."""
-    manifests = [
-        e.uri for e in object_store.listing(f"{BUCKET}/runs/{stage}") if e.uri.endswith(artifacts.MANIFEST)
-    ]
-    found = [artifacts.find(os.path.dirname(uri)) for uri in manifests]
+    uris = [entry.uri for entry in object_store.listing(f"{BUCKET}/runs/{stage}")]
+    found = [artifacts.find(os.path.dirname(uri)) for uri in uris if uri.endswith(artifacts.MANIFEST)]
     return max((a for a in found if a and a.stage == stage), key=lambda artifact: artifact.created_at)
 
 

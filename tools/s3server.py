@@ -238,13 +238,11 @@ def free_ports() -> int:
 
 
 def _is_free(port: int) -> bool:
-    for offset in range(1 + len(BACKENDS)):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do, past TIME_WAIT
-            try:
-                probe.bind((HOST, port + offset))
-            except OSError:
-                return False
+    try:
+        for offset in range(1 + len(BACKENDS)):
+            socket.create_server((HOST, port + offset)).close()  # past TIME_WAIT, as the servers do
+    except OSError:
+        return False
     return True
 
 

@@ -47,8 +47,5 @@ def app() -> tyro.extras.SubcommandApp:
 def main(args: list[str] | None = None) -> None:
     """Run the command that ``args`` names; by default those of the process."""
     with sentences():
-        app().cli(
-            prog="logonet",
-            description="Look after the data, the models and the results of pretraining and finetuning.",
-            args=args,
-        )
+        about = "Look after the data, the models and the results of pretraining and finetuning."
+        app().cli(prog="logonet", description=about, args=args)

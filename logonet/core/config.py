@@ -294,10 +294,8 @@ class _Loader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, OverflowError):
-            sort = node.tag.rpartition(":")[2]
-            raise yaml.constructor.ConstructorError(
-                problem=f"this is no {sort}", problem_mark=node.start_mark
-            ) from None
+            problem = f"this is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
 # YAML 1.1 reads 1e-4 as text; people mean the number.

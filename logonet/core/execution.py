@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
+Fn = Callable[..., Any]
 Workers = Literal["tasks", "data actors", "model actors"]
 
 
@@ -12,12 +13,7 @@ class Executor(Protocol):
     """Runs a function over items. What an item's answer is depends on the item alone, never on who computes it when."""
 
     def stream(
-        self,
-        fn: Callable[..., Any],
-        items: Sequence[Any],
-        *,
-        shared: Sequence[Any] = (),
-        workers: Workers = "tasks",
+        self, fn: Fn, items: Sequence[Any], *, shared: Sequence[Any] = (), workers: Workers = "tasks"
     ) -> Iterator[tuple[int, Any]]:
         """(position, answer) of every item, as the answers come.
 
@@ -33,12 +29,7 @@ class InProcess:
     """Runs everything in this process, one item after the other; a debugger can follow."""
 
     def stream(
-        self,
-        fn: Callable[..., Any],
-        items: Sequence[Any],
-        *,
-        shared: Sequence[Any] = (),
-        workers: Workers = "tasks",
+        self, fn: Fn, items: Sequence[Any], *, shared: Sequence[Any] = (), workers: Workers = "tasks"
     ) -> Iterator[tuple[int, Any]]:
         for i, item in enumerate(items):
             yield i, fn(item, *shared)
@@ -46,7 +37,7 @@ class InProcess:
 
 def run_all(
     executor: Executor,
-    fn: Callable[..., Any],
+    fn: Fn,
     items: Iterable[Any],
     *,
     shared: Sequence[Any] = (),

@@ -43,12 +43,8 @@ _SCANS = (
 def without_secrets(text: str) -> str:
     """``text``, such as a sentence, without passwords, signatures, access keys and the environment's secrets."""
     for name, value in os.environ.items():
-        if (
-            len(value) >= SHORTEST
-            and value in text
-            and SECRET_NAME.search(name)
-            and not _NO_SECRET.search(name)
-        ):
+        named = len(value) >= SHORTEST and value in text and SECRET_NAME.search(name)
+        if named and not _NO_SECRET.search(name):
             text = text.replace(value, HIDDEN)
     for pattern, by in _CREDENTIALS:
         text = pattern.sub(by, text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,19 +112,12 @@ class Decoder(nn.Module):
     Args:
         cfg: has ``decoder_width``, ``decoder_depth``, ``decoder_heads`` and ``patch_vox``.
         grid: patches along each axis; others are interpolated.
-        positions: "learned" vectors, or "sincos", which are fixed.
-        qkv_bias: a bias in attention's projections.
+        glmae: as in GL-MAE, vectors of positions are fixed and attention's projections have a bias; else vectors are
+            learnt and there is no bias.
     """
 
     def __init__(
-        self,
-        cfg: Any,
-        network: TokenNetwork,
-        data_spec: DataSpec,
-        grid: Triple,
-        *,
-        positions: Literal["learned", "sincos"],
-        qkv_bias: bool,
+        self, cfg: Any, network: TokenNetwork, data_spec: DataSpec, grid: Triple, glmae: bool = False
     ) -> None:
         super().__init__()
         from monai.networks.blocks.transformerblock import TransformerBlock
@@ -133,16 +126,14 @@ class Decoder(nn.Module):
         self.grid = grid
         self.embed = nn.Linear(network.embed_channels, width)
         self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(width), std=0.02))
-        if positions == "learned":
+        if glmae:
+            self.positions = sincos(grid, width)
+        else:
             table = nn.init.trunc_normal_(torch.empty(1, math.prod(grid), width), std=0.02)
             self.positions = nn.Parameter(table)
-        else:
-            self.positions = sincos(grid, width)
-        blocks = nn.ModuleList(
-            TransformerBlock(width, 4 * width, num_heads, qkv_bias=qkv_bias, use_flash_attention=True)
-            for _ in range(cfg.decoder_depth)
-        )
-        self.blocks = without_cross_attention(blocks)
+        options: Any = {"qkv_bias": glmae, "use_flash_attention": True}
+        blocks = [TransformerBlock(width, 4 * width, num_heads, **options) for _ in range(cfg.decoder_depth)]
+        self.blocks = without_cross_attention(nn.ModuleList(blocks))
         self.norm = nn.LayerNorm(width)
         self.predict = nn.Linear(width, data_spec.in_channels * math.prod(cfg.patch_vox))
 

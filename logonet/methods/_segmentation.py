@@ -137,10 +137,8 @@ def hard_dice(logits_BKXYZ: Tensor, labels_BXYZ: Tensor, num_classes: int) -> di
     count is 0 where there was nothing to find and nothing was found.
     """
     both_BK, sizes_BK = (x_BK[:, 1:] for x_BK in overlap(logits_BKXYZ.argmax(1), labels_BXYZ, num_classes))
-    return {
-        "train_dice_per_class": ratio(both_BK.sum(0), sizes_BK.sum(0)),
-        "train_dice": mean_dice(both_BK, sizes_BK),
-    }
+    per_class_2K = ratio(both_BK.sum(0), sizes_BK.sum(0))
+    return {"train_dice_per_class": per_class_2K, "train_dice": mean_dice(both_BK, sizes_BK)}
 
 
 def mean_dice(both_BK: Tensor, sizes_BK: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from scipy import ndimage
 from logonet.core.config import Section, SizeVox
 from logonet.core.errors import UserError
 from logonet.data import augment
+from logonet.methods import DataSpec
 from logonet.networks import Triple
 
 Views = Literal["nnssl", "texture"]
@@ -44,21 +45,13 @@ class Recipe:
     gibbs_prob: float = 0.0
 
 
+_MOVED = replace(augment.none(), flip_prob=0.5, rotate90_prob=0.75, gamma_prob=0.3, gamma=(0.7, 1.5))
+_SHIFTED = replace(augment.none(), shift_intensity_prob=0.1, shift_intensity=0.1)
 RECIPES: dict[str, Recipe] = {
     # nnU-Net's distortions as nnssl has them. Its noise, of variance 0 to 0.1 in images of variance 1, is in
     # ours of a window that spans about 3 standard deviations. Quarter turns, 0 to 3, are alike likely.
     "nnssl": Recipe(
-        replace(
-            augment.none(),
-            flip_prob=0.5,
-            rotate90_prob=0.75,
-            gamma_prob=0.3,
-            gamma=(0.7, 1.5),
-            scale_intensity_prob=0.15,
-            scale_intensity=0.25,
-            noise_prob=0.1,
-            noise_std=0.1,
-        ),
+        replace(_MOVED, scale_intensity_prob=0.15, scale_intensity=0.25, noise_prob=0.1, noise_std=0.1),
         blur_prob=0.2,
         contrast_prob=0.15,
         low_resolution_prob=0.1,
@@ -66,15 +59,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     # SimTROT, section 3.2: nothing moves. Strengths are those of the released code.
     "texture": Recipe(
-        replace(
-            augment.none(),
-            scale_intensity_prob=0.1,
-            scale_intensity=0.1,
-            shift_intensity_prob=0.1,
-            shift_intensity=0.1,
-            noise_prob=0.5,
-            noise_std=0.1,
-        ),
+        replace(_SHIFTED, scale_intensity_prob=0.1, scale_intensity=0.1, noise_prob=0.5, noise_std=0.1),
         gibbs_prob=0.5,
     ),
 }
@@ -192,8 +177,9 @@ def sizes(cfg: Config, size_vox: Triple) -> tuple[Triple, ...]:
     return (cfg.view_vox or size_vox,)
 
 
-def check(cfg: Config, size_vox: Triple) -> None:
-    """Raise UserError unless views fit into crops of ``size_vox``."""
+def check(cfg: Config, data_spec: DataSpec) -> None:
+    """Raise UserError unless views fit into the crops."""
+    size_vox = data_spec.size_vox
     if cfg.view_vox is not None and any(v > side for v, side in zip(cfg.view_vox, size_vox)):
         raise UserError(
             f"method.view_vox is {cfg.view_vox} and the crops have {size_vox} voxels; a view cannot be larger than its "

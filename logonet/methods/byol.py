@@ -46,7 +46,7 @@ class Config(_views.Config, key="method"):
 
 def check(cfg: Config, data_spec: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on crops like these."""
-    _views.check(cfg, data_spec.size_vox)
+    _views.check(cfg, data_spec)
     _selfsup.check_momentum(cfg)
 
 

@@ -160,17 +160,14 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
         ``keep_global`` and ``keep_local``, int64 (W, V), the visible patches.
     """
     image_CXYZ = sample["image_CXYZ"]
-    counts = {"global": cfg.num_global, "local": cfg.num_local}
-    scales = {"global": cfg.global_scale, "local": cfg.local_scale}
     out: dict[str, np.ndarray] = {}
-    for kind, size_vox in cfg.sizes(image_CXYZ.shape[1:]).items():
+    for kind in cfg.views:
+        size_vox, count = cfg.sizes(image_CXYZ.shape[1:])[kind], getattr(cfg, f"num_{kind}")
         num_patches = math.prod(grid_of(size_vox, cfg.patch_vox))
-        visible = num_visible(num_patches, cfg.ratio)
-        if kind in cfg.views:
-            views = [view(image_CXYZ, size_vox, scales[kind], cfg.augment, rng) for _ in range(counts[kind])]
-            out[kind] = np.stack(views)
-            keeps = [_masked.draw_visible(num_patches, visible, rng) for _ in range(counts[kind])]
-            out[f"keep_{kind}"] = np.stack(keeps)
+        visible, scale = num_visible(num_patches, cfg.ratio), getattr(cfg, f"{kind}_scale")
+        out[kind] = np.stack([view(image_CXYZ, size_vox, scale, cfg.augment, rng) for _ in range(count)])
+        keeps = [_masked.draw_visible(num_patches, visible, rng) for _ in range(count)]
+        out[f"keep_{kind}"] = np.stack(keeps)
     return out
 
 
@@ -233,7 +230,7 @@ class GLMAE(MethodModule[Config]):
         self.decoder: Any = None
         if cfg.w_global or cfg.w_local:
             grid = grid_of(size_vox, cfg.patch_vox)
-            self.decoder = _masked.Decoder(cfg, network, data_spec, grid, positions="sincos", qkv_bias=True)
+            self.decoder = _masked.Decoder(cfg, network, data_spec, grid, glmae=True)
         self.teacher: Any = None
         self.teacher_token: Any = None
         if cfg.w_gg or cfg.w_gl:

@@ -92,7 +92,7 @@ class MAE3D(MethodModule[Config]):
         _masked.check_patch(cfg.patch_vox, network)
         super().__init__(cfg, network)
         grid = grid_of(data_spec.size_vox, cfg.patch_vox)
-        self.decoder = _masked.Decoder(cfg, network, data_spec, grid, positions="learned", qkv_bias=False)
+        self.decoder = _masked.Decoder(cfg, network, data_spec, grid)
         x = torch.empty(1, data_spec.in_channels, *data_spec.size_vox, device="meta")
         keep = torch.zeros(1, 1, dtype=torch.int64, device="meta")
         freeze_unreached(network, lambda net: net.encode_visible(x, keep, None))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -82,11 +82,10 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
         voxels are replaced on the device, because their value is learnt.
     """
     image_CXYZ = sample["image_CXYZ"]
-    _, num_x, num_y, num_z = image_CXYZ.shape
+    _, *size_xy, num_z = image_CXYZ.shape
     chain_Z = _chain_masks.draw_chains(num_z, cfg.phi1, cfg.chain_length, rng)
-    hidden_XYZ, patch_size_Z = _chain_masks.draw_patches(
-        (num_x, num_y), chain_Z, cfg.patch_sizes, cfg.phi2, rng
-    )
+    drawn = _chain_masks.draw_patches(tuple(size_xy), chain_Z, cfg.patch_sizes, cfg.phi2, rng)
+    hidden_XYZ, patch_size_Z = drawn
     # The paper says no more of "wo/ M" than "pretraining without masking". Masking (3.3.1) is two steps, choosing
     # chains and distorting their slices, and what Table 11 is said to show is the worth of "distorting": only that
     # step is left out, so the loss (Eq. 4) has as many terms as before. Predicting all slices instead would change
@@ -114,18 +113,11 @@ class MaskedClusters(MethodModule[Config]):
         freeze(network, network.head_prefixes)
         # The paper masks "by the method of" SimMIM, whose masked patches carry a learnt token. Before any
         # embedding a token is one scalar per channel; 0 is the window's darkest value, air in CT.
-        self.mask_token = nn.Parameter(
-            torch.zeros(data_spec.in_channels), requires_grad=cfg.masking != "none"
-        )
+        token_C = torch.zeros(data_spec.in_channels)
+        self.mask_token = nn.Parameter(token_C, requires_grad=cfg.masking != "none")
         sizes = data_spec.cluster_sizes
-        self.head = Head(
-            network.feature_channels,
-            data_spec.size_vox,
-            len(sizes),
-            max(sizes),
-            cfg.head_chunk_mib,
-            cfg.final_relu,
-        )
+        shape = (network.feature_channels, data_spec.size_vox, len(sizes), max(sizes))
+        self.head = Head(*shape, cfg.head_chunk_mib, cfg.final_relu)
         self.register_buffer("cluster_sizes", torch.tensor(sizes), persistent=False)
         self.register_buffer("majority_labels", torch.tensor(data_spec.majority_labels), persistent=False)
 
@@ -157,10 +149,8 @@ class MaskedClusters(MethodModule[Config]):
     def _metrics(self, logits_SNK: Tensor, labels_SN: Tensor) -> dict[str, Tensor]:
         guess_SN = only_own_clusters(logits_SNK, self.cluster_sizes).argmax(-1)
         right_N, num_slices = guess_SN.eq(labels_SN).sum(0), len(labels_SN)
-        metrics = {
-            "accuracy": ratio(right_N.sum(), labels_SN.numel()),
-            "accuracy_per_clusterer": ratio(right_N, num_slices),
-        }
+        metrics = {"accuracy": ratio(right_N.sum(), labels_SN.numel())}
+        metrics["accuracy_per_clusterer"] = ratio(right_N, num_slices)
         if len(self.majority_labels):
             # What always answering the most frequent label would score on these very slices.
             floor = labels_SN.eq(self.majority_labels).sum()
@@ -207,10 +197,8 @@ class Head(nn.Module):
         num_x, num_y, num_z = size_vox
         narrow = max(1, num_x // 16)  # Algorithm 1 says x_dim // 16, which is nothing below 16 voxels
         self.chunk_bytes, self.final_relu = chunk_mib * 2**20, final_relu
-        self.conv2, self.norm3 = (
-            nn.Conv3d(feature_channels, num_clusterers, 1),
-            nn.BatchNorm3d(num_clusterers),
-        )
+        self.conv2 = nn.Conv3d(feature_channels, num_clusterers, 1)
+        self.norm3 = nn.BatchNorm3d(num_clusterers)
         self.conv4, self.norm5 = nn.Conv3d(num_clusterers, num_clusterers, 1), nn.BatchNorm3d(num_clusterers)
         self.conv7, self.norm8 = nn.Conv3d(num_y, num_classes, 1), nn.BatchNorm3d(num_classes)
         self.conv9, self.norm10 = nn.Conv3d(num_classes, num_classes, 1), nn.BatchNorm3d(num_classes)
@@ -249,8 +237,7 @@ class Head(nn.Module):
         """Lines 7-12 in chunks along N. Line 12 shrinks X 16 times, so its output is held whole."""
         num_n, num_b, num_x, num_z, _ = y_NBXZY.shape
         num_k = self.conv7.out_channels
-        weight_JX, bias_J = self.conv12.weight.flatten(1), self.conv12.bias
-        assert bias_J is not None
+        weight_JX, bias_J = self.conv12.weight.flatten(1), cast(Tensor, self.conv12.bias)
 
         def rows(chunk_nBXZY: Tensor) -> Tensor:
             return chunk_nBXZY.flatten(0, 3)
@@ -288,16 +275,13 @@ def _two_layers(chunks: Sequence[Tensor], rows: Rows, one: Layer, other: Layer, 
     return [_recomputed(both, chunk) for chunk in chunks]
 
 
-def _fold(
-    conv: nn.Conv3d, norm: nn.BatchNorm3d, chunks: Sequence[Tensor], rows: Rows
-) -> tuple[Tensor, Tensor]:
+def _fold(conv: Any, norm: Any, chunks: Sequence[Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
     """The one linear layer that ``norm(conv(rows))`` is: weight (out, in) and bias (out,).
 
     In training mode the statistics are those of all chunks together, with their gradients, and the
-    running ones move as nn.BatchNorm3d moves them.
+    running ones move as nn.BatchNorm3d moves them. (Torch types a layer's tensors as optional, so layers are Any.)
     """
     weight, bias = conv.weight.flatten(1), conv.bias
-    assert bias is not None
     parts = [_recomputed(lambda chunk: _moments(rows(chunk)), c) for c in chunks] if norm.training else []
     # Statistics are no place for bfloat16, which autocast would give their matrix products.
     with torch.autocast(weight.device.type, enabled=False):
@@ -308,8 +292,6 @@ def _fold(
             var = ((weight @ scatter_DD) * weight).sum(1).clamp_min(0) / count
             _move_running(norm, mean, var, count)
         else:
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
             mean, var = norm.running_mean, norm.running_var
         scale = norm.weight * torch.rsqrt(var + norm.eps)
         return scale[:, None] * weight, scale * (bias - mean) + norm.bias
@@ -335,11 +317,7 @@ def _pooled(parts: Sequence[Moments]) -> Moments:
 
 
 @torch.no_grad()
-def _move_running(norm: nn.BatchNorm3d, mean: Tensor, var: Tensor, count: int) -> None:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    assert norm.momentum is not None
+def _move_running(norm: Any, mean: Tensor, var: Tensor, count: int) -> None:
     norm.running_mean.lerp_(mean, norm.momentum)
     norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
     norm.num_batches_tracked += 1

@@ -167,9 +167,8 @@ class MedContext(MethodModule[Config]):
             loss = loss + whole.aux_loss
             metrics |= means(num_samples, aux_loss=whole.aux_loss)
         metrics |= means(num_samples, loss=loss) | sums(num_samples, dice_loss=dice_B, ce=ce_B)
-        metrics |= sums(
-            num_samples, masked_dice_loss=masked_dice_B, masked_ce=masked_ce_B, consistency=apart_B
-        )
+        metrics |= sums(num_samples, masked_dice_loss=masked_dice_B, masked_ce=masked_ce_B)
+        metrics |= sums(num_samples, consistency=apart_B)
         metrics["masked_share"] = ratio(hidden_BXYZ.sum(), hidden_BXYZ.numel())
         metrics["embeddings_BF"] = pooled(feats[-1].detach()).float()
         return loss, metrics

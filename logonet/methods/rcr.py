@@ -37,6 +37,7 @@ from logonet.networks import Network, Triple
 
 NEEDS = frozenset({"crops"})
 LEAST_BATCH = 2  # one crop has no negatives, and no other crop to fill its boxes from
+Box = tuple[slice, slice, slice]
 BOX_SIDES = (0.05, 0.25)  # of a box, as shares of the crop's
 warning = collapse
 
@@ -113,9 +114,7 @@ def _seen(image_CXYZ: np.ndarray, max_cut: float, rng: np.random.Generator) -> d
     }
 
 
-def draw_boxes(
-    size_vox: Sequence[int], max_cut: float, rng: np.random.Generator
-) -> list[tuple[slice, slice, slice]]:
+def draw_boxes(size_vox: Sequence[int], max_cut: float, rng: np.random.Generator) -> list[Box]:
     """Boxes, which may overlap, until their sizes add up to a share of the crop drawn from 0 to ``max_cut``.
 
     A box begins anywhere and ends at the crop's far faces at the latest.
@@ -175,9 +174,7 @@ class RCR(EncoderModule[Config]):
             "embeddings_BF": pooled(feats[-1].detach())[:num_samples].float(),
         }
 
-    def heads(
-        self, feats: Sequence[Tensor], size_vox: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def heads(self, feats: Sequence[Tensor], size_vox: Sequence[int]) -> tuple[Tensor, ...]:
         """Logits of the turns (N, 4), what is compared of both views (B, D) each, and the crops rebuilt."""
         map_NFxyz = joined(feats, self.levels)
         if self.cfg.pool == "mean":

@@ -162,11 +162,6 @@ def draw_moves(cfg: Config, size_vox: Sequence[int], rng: np.random.Generator) -
     return moves
 
 
-def inverse(moves: Sequence[Move]) -> list[Move]:
-    """What undoes ``moves``."""
-    return [move._replace(quarters=-move.quarters) for move in reversed(moves)]
-
-
 def moved(image_CXYZ: np.ndarray, moves: Sequence[Move], cubie_vox: int) -> np.ndarray:
     """A copy of the crop after ``moves``."""
     out = image_CXYZ.copy()

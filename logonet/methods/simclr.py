@@ -27,7 +27,7 @@ from logonet.networks import Network
 
 NEEDS = frozenset({"crops"})
 LEAST_BATCH = 2  # one crop has no negatives
-prepare, sizes, warning = _views.prepare, _views.sizes, collapse
+prepare, sizes, check, warning = _views.prepare, _views.sizes, _views.check, collapse
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,6 @@ class Config(_views.Config, key="method"):
 def gathers(cfg: Config) -> bool:
     """Whether ``forward`` waits for those of the other ranks."""
     return cfg.gather
-
-
-def check(cfg: Config, data_spec: DataSpec) -> None:
-    """Raise UserError when ``cfg`` cannot work on crops like these."""
-    _views.check(cfg, data_spec.size_vox)
 
 
 class SimCLR(EncoderModule[Config]):

@@ -68,8 +68,7 @@ def _check_unit(cfg: Config, unit_vox: Triple, size_vox: Triple) -> None:
     if math.prod(unit_vox) < LEAST_UNIT:
         raise UserError(f"method.unit_vox is {unit_vox}; a unit must have {LEAST_UNIT} voxels or more")
     units = math.prod(side // unit for side, unit in zip(size_vox, unit_vox))
-    hidden = int(cfg.ratio * units)
-    if hidden < 1:
+    if int(cfg.ratio * units) < 1:
         raise UserError(
             f"simmim hides {cfg.ratio} of {units} units of {unit_vox} voxels, which is less than one; use larger crops "
             "(crops.size_vox) or a larger method.ratio"
@@ -98,7 +97,8 @@ class SimMIM(MethodModule[Config]):
         super().__init__(cfg, network)
         self.tokens = hasattr(network, "encode_hidden")
         self.on_encoder = cfg.head == "encoder" or (cfg.head == "auto" and self.tokens)
-        self.stride = _triple(network.strides[-1])
+        stride = network.strides[-1]
+        self.stride: Triple = (stride, stride, stride) if isinstance(stride, int) else stride
         self.unit_vox = cfg.unit_vox or (self.stride if self.tokens else (UNIT,) * 3)
         _check_unit(cfg, self.unit_vox, data_spec.size_vox)
         if self.tokens and not divides(self.stride, self.unit_vox):
@@ -175,11 +175,6 @@ def enlarged(map_Bxyz: Tensor, times: Sequence[int]) -> Tensor:
     for axis, n in enumerate(times, start=1):
         map_Bxyz = map_Bxyz.repeat_interleave(n, dim=axis)
     return map_Bxyz
-
-
-def _triple(stride: int | Sequence[int]) -> Triple:
-    x, y, z = (stride,) * 3 if isinstance(stride, int) else stride
-    return x, y, z
 
 
 build = SimMIM

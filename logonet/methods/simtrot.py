@@ -186,10 +186,9 @@ class SimTROT(EncoderModule[Config]):
                 other = _selfsup.byol_loss(self.predictor(z_second.flatten(0, 1)), t_first.flatten(0, 1))
                 loss = one + other
         index = (position_collapse(z_first) + position_collapse(z_second)) / 2
+        apart = _selfsup.spread(z_first.flatten(0, 1))
         return loss, {
-            **means(
-                num_samples, loss=loss, position_collapse=index, spread=_selfsup.spread(z_first.flatten(0, 1))
-            ),
+            **means(num_samples, loss=loss, position_collapse=index, spread=apart),
             "embeddings_BF": _selfsup.pooled(feats[-1].detach())[:num_samples].float(),
         }
 

@@ -170,11 +170,19 @@ def check_size(name: str, cfg: Any, size_vox: Sequence[int]) -> None:
     if len(size_vox) != 3:
         raise UserError(f"crop size {tuple(size_vox)} must be three numbers of voxels (X, Y, Z)")
     check_img_size(name, getattr(cfg, "img_size", tuple(size_vox)), size_vox)
-    _check_coarsest(name, cfg, multiple, size_vox)
-    if all(side > 0 and side % m == 0 for side, m in zip(size_vox, multiple)):
+    sides = list(zip(size_vox, multiple))
+    above = tuple(max(-(-side // m), 1) * m for side, m in sides)
+    if getattr(cfg, "norm", "").startswith("instance") and all(side < 2 * m for side, m in sides):
+        norms = get_args(get_type_hints(type(cfg))["norm"])
+        others = " or ".join(norm for norm in norms if not norm.startswith("instance"))
+        wider = (2 * multiple[0], *multiple[1:]) if above == multiple else above
+        raise UserError(
+            f"crop size {tuple(size_vox)} leaves backbone '{name}' one voxel at its coarsest level, where its "
+            f"instance normalisation has nothing to average; set backbone.norm to {others} or use {wider}"
+        )
+    if all(side > 0 and side % m == 0 for side, m in sides):
         return
-    below = tuple(max(side // m, 1) * m for side, m in zip(size_vox, multiple))
-    above = tuple(max(-(-side // m), 1) * m for side, m in zip(size_vox, multiple))
+    below = tuple(max(side // m, 1) * m for side, m in sides)
     near = " or ".join(str(size) for size in dict.fromkeys((below, above)))
     raise UserError(
         f"crop size {tuple(size_vox)} does not fit backbone '{name}', whose sides must be multiples of "
@@ -193,21 +201,6 @@ def check_img_size(name: str, img_size: Sequence[int], size_vox: Sequence[int]) 
             f"crop size {tuple(size_vox)} does not fit backbone '{name}', which is built for one size; set "
             f"backbone.img_size to the crop's size or use crops of {img_size}"
         )
-
-
-def _check_coarsest(name: str, cfg: Any, multiple: Triple, size_vox: Sequence[int]) -> None:
-    """Refuse a crop whose coarsest feature would be a single voxel, if instance normalisation would meet it."""
-    instance = getattr(cfg, "norm", "").startswith("instance")
-    if not instance or any(side >= 2 * m for side, m in zip(size_vox, multiple)):
-        return
-    others = [norm for norm in get_args(get_type_hints(type(cfg))["norm"]) if not norm.startswith("instance")]
-    near = tuple(max(-(-side // m), 1) * m for side, m in zip(size_vox, multiple))
-    if near == multiple:
-        near = (2 * near[0], *near[1:])
-    raise UserError(
-        f"crop size {tuple(size_vox)} leaves backbone '{name}' one voxel at its coarsest level, where its instance "
-        f"normalisation has nothing to average; set backbone.norm to {' or '.join(others)} or use {near}"
-    )
 
 
 @functools.cache

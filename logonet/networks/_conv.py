@@ -32,7 +32,7 @@ _FEW_CHANNELS = 4
 
 
 def conv(
-    in_channels: int, out_channels: int, kernel: int, *, dilation: int = 1, groups: int = 1, plain: bool
+    ins: int, outs: int, kernel: int, *, dilation: int = 1, groups: int = 1, bias: bool = True, plain: bool
 ) -> nn.Conv3d:
     """A stride-1 convolution that keeps the volume's size.
 
@@ -47,7 +47,7 @@ def conv(
     elif kernel == 1:
         kind = PointConv3d
     padding = dilation * (kernel // 2)
-    return kind(in_channels, out_channels, kernel, padding=padding, dilation=dilation, groups=groups)
+    return kind(ins, outs, kernel, padding=padding, dilation=dilation, groups=groups, bias=bias)
 
 
 class Upsample(nn.Upsample):
@@ -69,9 +69,8 @@ class _Upsample(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         grad = grads[0].contiguous(memory_format=_CHANNELS_LAST)
-        return torch.ops.aten.upsample_trilinear3d_backward(
-            grad, grad.shape[2:], ctx.size, False, 2.0, 2.0, 2.0
-        )
+        size = grad.shape[2:]
+        return torch.ops.aten.upsample_trilinear3d_backward(grad, size, ctx.size, False, 2.0, 2.0, 2.0)
 
 
 class Conv3d(nn.Conv3d):
@@ -119,12 +118,8 @@ def dense(x_BCXYZ: Tensor, weight_OCKKK: Tensor, bias_O: Tensor | None) -> Tenso
 def _taps_as_channels(x_BCXYZ: Tensor, weight_OCKKK: Tensor) -> tuple[Tensor, Tensor]:
     o, c, kx, ky, kz = weight_OCKKK.shape
     b, _, *size = x_BCXYZ.shape
-    x = (
-        F.pad(x_BCXYZ, (kz // 2, kz // 2))
-        .unfold(4, kz, 1)
-        .permute(0, 2, 3, 4, 1, 5)
-        .reshape(b, *size, c * kz)
-    )
+    taps_BCXYZK = F.pad(x_BCXYZ, (kz // 2, kz // 2)).unfold(4, kz, 1)
+    x = taps_BCXYZK.permute(0, 2, 3, 4, 1, 5).reshape(b, *size, c * kz)
     # contiguous(): of one channel the reshape is a view whose voxels overlap.
     return channels_first(x.contiguous()), weight_OCKKK.permute(0, 1, 4, 2, 3).reshape(o, c * kz, kx, ky, 1)
 
@@ -194,10 +189,8 @@ def _weight_grad_by_planes(x_BCXYZ: Tensor, grad_BCXYZ: Tensor, padding: list[in
     x = F.pad(channels_last(x_BCXYZ), (0, 0, 0, 0, 0, 0, rx, rx))
     grad = planes(channels_last(grad_BCXYZ))
     size = (c, 1, 2 * ry + 1, 2 * rz + 1)
-    taps = [
-        conv2d_weight(planes(x[:, i : i + nx]), size, grad, padding=(ry, rz), groups=c)
-        for i in range(2 * rx + 1)
-    ]
+    shifted = (planes(x[:, i : i + nx]) for i in range(2 * rx + 1))
+    taps = [conv2d_weight(part, size, grad, padding=(ry, rz), groups=c) for part in shifted]
     return torch.stack(taps, dim=2)
 
 
@@ -214,15 +207,10 @@ def dilated_depthwise(x_BCXYZ: Tensor, weight_C1KKK: Tensor, bias_C: Tensor | No
     for axis, r in enumerate(reach, start=2):
         weight = weight.narrow(axis, weight.shape[axis] // 2 - r, 2 * r + 1)
     if not any(reach):
-        return _scale(x_BCXYZ, weight, bias_C)
+        out = x_BCXYZ * weight.view(-1, 1, 1, 1)  # a single tap is a scale
+        return out if bias_C is None else out + bias_C.view(-1, 1, 1, 1)
     out = depthwise(_split(x_BCXYZ), weight, bias_C)
     return _join(out, size, x_BCXYZ.stride(1) == 1)
-
-
-def _scale(x_BCXYZ: Tensor, weight_C111: Tensor, bias_C: Tensor | None) -> Tensor:
-    """A depthwise convolution by a single tap."""
-    out = x_BCXYZ * weight_C111.view(-1, 1, 1, 1)
-    return out if bias_C is None else out + bias_C.view(-1, 1, 1, 1)
 
 
 def _split(x_BCXYZ: Tensor) -> Tensor:

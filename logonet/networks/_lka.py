@@ -109,13 +109,13 @@ class LkaModule(nn.Module):
     """Algorithm 3. It overwrites X by the normalised X, so the residual is taken from that
     (``prenorm=False``); ``prenorm=True`` is the usual residual around the normalisation."""
 
-    def __init__(self, dim: int, mlp_ratio: int, prenorm: bool, plain: bool) -> None:
+    def __init__(self, dim: int, mlp_ratio: int, cfg: UlkaConfig) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm3d(dim)
-        self.attention = LkaAttention(dim, plain)
+        self.attention = LkaAttention(dim, cfg.plain)
         self.norm2 = nn.BatchNorm3d(dim)
-        self.mlp = Mlp(dim, mlp_ratio * dim, plain)
-        self.prenorm = prenorm
+        self.mlp = Mlp(dim, mlp_ratio * dim, cfg.plain)
+        self.prenorm = cfg.prenorm_residual
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor:
         u = self.norm1(x_BCXYZ)
@@ -135,9 +135,7 @@ class EncoderBlock(nn.Module):
         kernel, stride = (7, 4) if first else (3, 2)
         self.patch = nn.Conv3d(in_channels, dim, kernel, stride, kernel // 2)
         self.patch_norm = nn.BatchNorm3d(dim)
-        self.lka = nn.ModuleList(
-            LkaModule(dim, mlp_ratio, cfg.prenorm_residual, cfg.plain) for _ in range(depth)
-        )
+        self.lka = nn.ModuleList(LkaModule(dim, mlp_ratio, cfg) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.channels_last, self.checkpointing = cfg.channels_last, cfg.checkpointing
 
@@ -161,32 +159,25 @@ class ConvBlock(nn.Module):
         return F.leaky_relu(conv_norm(self.conv, self.norm, x_BCXYZ), 0.01, inplace=True)
 
 
-def conv_norm(conv3d: nn.Conv3d, norm: nn.BatchNorm3d, x_BCXYZ: Tensor) -> Tensor:
+def conv_norm(conv3d: Any, norm: Any, x_BCXYZ: Tensor) -> Tensor:
     """``norm(conv3d(x))``. In eval mode the normalisation is a fixed scale and shift, which go into
     the filter: at full resolution that spares a pass over memory."""
     if norm.training or not isinstance(conv3d, Conv3d):
         return norm(conv3d(x_BCXYZ))
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert conv3d.bias is not None
     scale_O = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     bias_O = (conv3d.bias - norm.running_mean) * scale_O + norm.bias
     return dense(x_BCXYZ, conv3d.weight * scale_O.view(-1, 1, 1, 1, 1), bias_O)
 
 
-def dec(in_channels: int, out_channels: int, plain: bool) -> nn.Sequential:
+def dec(ins: int, outs: int, plain: bool) -> nn.Sequential:
     """Three Conv blocks, then sides doubled (Figure 4)."""
     upsample = nn.Upsample(scale_factor=2, mode="trilinear", align_corners=False) if plain else Upsample()
-    return nn.Sequential(
-        ConvBlock(in_channels, out_channels, plain), *skip(out_channels, out_channels, plain), upsample
-    )
+    return nn.Sequential(ConvBlock(ins, outs, plain), *skip(outs, outs, plain), upsample)
 
 
-def skip(in_channels: int, out_channels: int, plain: bool) -> nn.Sequential:
+def skip(ins: int, outs: int, plain: bool) -> nn.Sequential:
     """ "Conv x 2" of Figure 4."""
-    return nn.Sequential(
-        ConvBlock(in_channels, out_channels, plain), ConvBlock(out_channels, out_channels, plain)
-    )
+    return nn.Sequential(ConvBlock(ins, outs, plain), ConvBlock(outs, outs, plain))
 
 
 class Decoder(nn.Module):
@@ -262,12 +253,11 @@ def run(module: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
     """``module(x)``, its inner activations recomputed in backward if ``checkpointing``."""
     if not (checkpointing and torch.is_grad_enabled()):
         return module(x)
-    return checkpoint(
-        module,
-        x,
-        use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _frozen_statistics(module)),
-    )
+
+    def contexts() -> tuple[Any, Any]:
+        return contextlib.nullcontext(), _frozen_statistics(module)
+
+    return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
 
 
 @contextlib.contextmanager

@@ -21,13 +21,8 @@ GROUPS = 4
 
 def norm_name(norm: Norm | Literal["batch"]) -> Any:
     """MONAI's name of a normalisation."""
-    names: dict[str, Any] = {
-        "batch": "batch",
-        "instance": "instance",
-        "instance_affine": ("instance", {"affine": True}),
-        "group": ("group", {"num_groups": GROUPS}),
-    }
-    return names[norm]
+    options = {"instance_affine": {"affine": True}, "group": {"num_groups": GROUPS}}
+    return (norm.removesuffix("_affine"), options[norm]) if norm in options else norm
 
 
 def chained(modules: Iterable[Callable[[Tensor], Tensor]], x: Tensor) -> list[Tensor]:
@@ -37,6 +32,16 @@ def chained(modules: Iterable[Callable[[Tensor], Tensor]], x: Tensor) -> list[Te
         x = module(x)
         outputs.append(x)
     return outputs
+
+
+def upwards(stages: Iterable[Callable[[Tensor, Tensor], Tensor]], feats: Sequence[Tensor]) -> list[Tensor]:
+    """The levels, fine to coarse, that a decoder's ``stages`` (coarse to fine) make of an encoder's features."""
+    *skips, x = feats
+    levels = []
+    for stage, skip in zip(stages, reversed(skips)):
+        x = stage(x, skip)
+        levels.append(x)
+    return levels[::-1]
 
 
 def total_strides(strides: Sequence[Triple]) -> list[Triple]:

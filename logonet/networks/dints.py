@@ -89,12 +89,8 @@ class Config(Section, key="backbone"):
 
     def active(self, block: int) -> dict[tuple[int, int], int]:
         """The number of each path that ``block`` has, by the levels (from, to) it joins."""
-        joins = [
-            (start, end)
-            for end in range(self.num_depths)
-            for start in (end - 1, end, end + 1)
-            if 0 <= start < self.num_depths
-        ]
+        levels = range(self.num_depths)
+        joins = [(start, end) for end in levels for start in (end - 1, end, end + 1) if start in levels]
         kept = self.paths[block] if self.paths is not None else (1,) * len(joins)
         return {join: path for path, (join, keep) in enumerate(zip(joins, kept)) if keep}
 
@@ -196,13 +192,8 @@ def _wrapped(cfg: Config, in_channels: int, num_classes: int) -> Any:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         # It prints a recommended size, and warns that an instance without a code is unusual.
         warnings.simplefilter("ignore", UserWarning)
-        space = space_of(
-            arch_code=code,
-            channel_mul=cfg.channel_mul,
-            num_blocks=cfg.num_blocks,
-            num_depths=cfg.num_depths,
-            norm_name=norm_name(cfg.norm),
-        )
+        same = {key: getattr(cfg, key) for key in ("channel_mul", "num_blocks", "num_depths")}
+        space = space_of(arch_code=code, norm_name=norm_name(cfg.norm), **same)
     return Wrapped(space, in_channels, num_classes, norm_name=norm_name(cfg.norm))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from logonet.core.config import Count, Section, SizeVox
 from logonet.core.errors import UserError
 from logonet.networks import Network, SegOut, Triple
-from logonet.networks._shared import Norm, chained, check_groups, norm_name, total_strides
+from logonet.networks._shared import Norm, chained, check_groups, norm_name, total_strides, upwards
 
 TINY: dict[str, Any] = {
     "kernel_size": ((1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3)),
@@ -93,18 +93,9 @@ class DynUNet(Network):
         super().__init__()
         from monai.networks.nets import DynUNet as Wrapped
 
-        self.net: Any = Wrapped(
-            3,
-            in_channels,
-            num_classes,
-            kernel_size=cfg.kernel_size,
-            strides=cfg.strides,
-            upsample_kernel_size=cfg.strides[1:],
-            filters=cfg.widths,
-            norm_name=norm_name(cfg.norm),
-            deep_supervision=cfg.deep_supervision,
-            deep_supr_num=cfg.deep_supr_num,
-        )
+        levels = (cfg.kernel_size, cfg.strides, cfg.strides[1:], cfg.widths)
+        deep: Any = {"deep_supervision": cfg.deep_supervision, "deep_supr_num": cfg.deep_supr_num}
+        self.net: Any = Wrapped(3, in_channels, num_classes, *levels, norm_name=norm_name(cfg.norm), **deep)
         # The recursion of MONAI's forward: the same blocks a second time, which would put every tensor
         # into the state dict twice. safetensors refuses that, and MONAI loads its own weights without.
         del self.net.skip_layers
@@ -118,23 +109,14 @@ class DynUNet(Network):
         return chained([self.net.input_block, *self.net.downsamples, self.net.bottleneck], x_BCXYZ)
 
     def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
-        return self._up(feats)[0]
+        return upwards(self.net.upsamples, feats)[0]
 
     def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
-        finest, *coarser = self._up(feats)
+        finest, *coarser = upwards(self.net.upsamples, feats)
         deep = []
         if self.training and self.net.deep_supervision:
             deep = [head(level) for head, level in zip(self.net.deep_supervision_heads, coarser)]
         return SegOut(self.net.output_block(finest), deep, None)
-
-    def _up(self, feats: list[Tensor]) -> list[Tensor]:
-        """The decoder's levels, fine to coarse."""
-        *skips, x = feats
-        levels = []
-        for block, skip in zip(self.net.upsamples, reversed(skips)):
-            x = block(x, skip)
-            levels.append(x)
-        return levels[::-1]
 
 
 build = DynUNet

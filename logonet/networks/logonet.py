@@ -85,10 +85,8 @@ class LoGoNet(Network):
         whole = [feat[:, :dim] for feat, dim in zip(feats, dims)]
         both = len(self.locals()[0].dims)
         per_level = [octants(feat[:, dim:]) for feat, dim in zip(feats[:both], dims)]
-        local = [
-            net.output(net.decoder(cube, list(cube_feats)))
-            for net, cube, cube_feats in zip(self.locals(), octants(x), zip(*per_level))
-        ]
+        per_cube = zip(self.locals(), octants(x), zip(*per_level))
+        local = [net.output(net.decoder(cube, list(levels))) for net, cube, levels in per_cube]
         return add_octants(self.global_net.output(self.global_net.decoder(x, whole)), local)
 
 

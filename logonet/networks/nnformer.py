@@ -21,7 +21,7 @@ from logonet.core.config import Count, Section, SizeVox
 from logonet.core.errors import UserError
 from logonet.networks import SegOut, TokenNetwork, Triple, check_img_size
 from logonet.networks._conv import channels_first, channels_last
-from logonet.networks._shared import check_heads, total_strides
+from logonet.networks._shared import check_heads, total_strides, upwards
 
 PatchSide = Literal[1, 2, 4]
 Stride = tuple[Literal[1, 2], Literal[1, 2], Literal[1, 2]]
@@ -74,10 +74,9 @@ class Config(Section, key="backbone"):
         check_heads("num_heads", self.num_heads, self.dims)
         check_heads("decoder_heads", self.heads_up, self.dims)
         least = self.total_strides[-1]
-        if any(side < low or side % p for side, low, p in zip(self.img_size, least, self.patch)):
-            near = tuple(
-                max(-(-side // p) * p, low) for side, low, p in zip(self.img_size, least, self.patch)
-            )
+        sides = list(zip(self.img_size, least, self.patch))
+        if any(side < low or side % p for side, low, p in sides):
+            near = tuple(max(-(-side // p) * p, low) for side, low, p in sides)
             raise UserError(
                 f"backbone.img_size is {self.img_size}; its sides must be multiples of backbone.patch "
                 f"{self.patch} and at least {least}; use {near}"
@@ -132,14 +131,10 @@ class NnFormer(TokenNetwork):
         self.cfg = cfg
         self.encoder = Encoder(cfg, in_channels)
         # Coarse to fine; the chance of skipping a branch grows along that way again.
-        rates = drop_rates(cfg.drop_path, cfg.depths[2::-1])
-        self.decoder = nn.ModuleList(
-            UpStage(cfg, stage, rate) for stage, rate in zip((2, 1, 0), rates, strict=True)
-        )
-        heads = cfg.dims[:3] if cfg.deep_supervision else cfg.dims[:1]
-        self.heads = nn.ModuleList(
-            nn.ConvTranspose3d(dim, num_classes, cfg.patch, cfg.patch) for dim in heads
-        )
+        rates = zip((2, 1, 0), drop_rates(cfg.drop_path, cfg.depths[2::-1]), strict=True)
+        self.decoder = nn.ModuleList(UpStage(cfg, stage, rate) for stage, rate in rates)
+        dims, patch = cfg.dims[: 3 if cfg.deep_supervision else 1], cfg.patch
+        self.heads = nn.ModuleList(nn.ConvTranspose3d(dim, num_classes, patch, patch) for dim in dims)
         self.channels, self.strides = tuple(cfg.dims), tuple(cfg.total_strides)
         self.feature_channels = self.embed_channels = cfg.embed_dim
         self.embed_stride = cfg.patch
@@ -160,24 +155,16 @@ class NnFormer(TokenNetwork):
         return self.encoder(torch.where(hidden_Bxyz[..., None], token_E, tokens_BxyzE))
 
     def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
-        finest = self._up(feats)[0]
+        finest = upwards(self.decoder, feats)[0]
         return F.interpolate(finest, x_BCXYZ.shape[2:], mode="trilinear", align_corners=False)
 
     def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
-        logits, *deep = [head(level) for head, level in zip(self._used_heads(), self._up(feats))]
+        heads, levels = self._used_heads(), upwards(self.decoder, feats)
+        logits, *deep = [head(level) for head, level in zip(heads, levels)]
         return SegOut(logits, deep, None)
 
     def _used_heads(self) -> list[nn.Module]:
         return list(self.heads) if self.training else [self.heads[0]]
-
-    def _up(self, feats: list[Tensor]) -> list[Tensor]:
-        """The decoder's levels, fine to coarse."""
-        *skips, x = feats
-        levels = []
-        for stage, skip in zip(self.decoder, reversed(skips)):
-            x = stage(x, skip)
-            levels.append(x)
-        return levels[::-1]
 
 
 class Encoder(nn.Module):
@@ -217,15 +204,11 @@ class PatchEmbedding(nn.Module):
         px, py, pz = cfg.patch
         first = min(px, 2), min(py, 2), min(pz, 2)
         second = px // first[0], py // first[1], pz // first[2]
-        self.convs = nn.ModuleList(
-            [
-                nn.Conv3d(in_channels, half, 3, first, 1),
-                nn.Conv3d(half, half, 3, 1, 1),
-                nn.Conv3d(half, dim, 3, second, 1),
-                nn.Conv3d(dim, dim, 3, 1, 1),
-            ]
-        )
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in (half, half, dim, dim))
+        widths = (half, half, dim, dim)
+        strides: tuple[Any, ...] = (first, 1, second, 1)
+        convs = zip((in_channels, *widths), widths, strides)
+        self.convs = nn.ModuleList(nn.Conv3d(a, b, 3, stride, 1) for a, b, stride in convs)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor:
         x = x_BCXYZ

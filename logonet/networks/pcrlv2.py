@@ -63,10 +63,8 @@ class PCRLv2(Network):
         )
         coarse_to_fine = widths[-2::-1]
         self.ups = nn.ModuleList(nn.ConvTranspose3d(2 * width, 2 * width, 2, 2) for width in coarse_to_fine)
-        self.decoder = nn.ModuleList(
-            double_conv(2 * width + (width if cfg.skips else 0), width, width, plain)
-            for width in coarse_to_fine
-        )
+        ins = 3 if cfg.skips else 2  # widths of what a level of the decoder takes
+        self.decoder = nn.ModuleList(double_conv(ins * w, w, w, plain) for w in coarse_to_fine)
         self.output = conv(widths[0], num_classes, 1, plain=plain)
         self.skips, self.channels_last = cfg.skips, cfg.channels_last
         self.channels = tuple(widths)
@@ -95,11 +93,8 @@ class ReluBlock(ConvBlock):
         return F.relu(conv_norm(self.conv, self.norm, x_BCXYZ), inplace=True)
 
 
-def double_conv(in_channels: int, mid_channels: int, out_channels: int, plain: bool) -> nn.Sequential:
-    return nn.Sequential(
-        ReluBlock(in_channels, mid_channels, plain),
-        ReluBlock(mid_channels, out_channels, plain),
-    )
+def double_conv(ins: int, mid: int, outs: int, plain: bool) -> nn.Sequential:
+    return nn.Sequential(ReluBlock(ins, mid, plain), ReluBlock(mid, outs, plain))
 
 
 build = PCRLv2

@@ -55,17 +55,13 @@ def size_multiple(cfg: Config) -> Triple:
 def build(cfg: Config, in_channels: int, num_classes: int) -> Network:
     from monai.networks.nets import SegResNet as Wrapped
 
-    return SegResNet(cfg, Wrapped(in_channels=in_channels, out_channels=num_classes, **options(cfg)))
+    return SegResNet(cfg, Wrapped(**options(cfg, in_channels, num_classes)))
 
 
-def options(cfg: Config) -> dict[str, Any]:
+def options(cfg: Config, in_channels: int, num_classes: int) -> dict[str, Any]:
     """MONAI's names for them. Without the final block, which it builds all the same, its ``decode`` stops before it."""
-    return {
-        "init_filters": cfg.init_filters,
-        "blocks_down": cfg.blocks_down,
-        "blocks_up": cfg.blocks_up,
-        "use_conv_final": False,
-    }
+    same = {key: getattr(cfg, key) for key in ("init_filters", "blocks_down", "blocks_up")}
+    return {"in_channels": in_channels, "out_channels": num_classes, "use_conv_final": False, **same}
 
 
 class SegResNet(Network):

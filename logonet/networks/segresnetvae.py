@@ -60,14 +60,8 @@ class SegResNetVAE(segresnet.SegResNet):
     def __init__(self, cfg: Config, in_channels: int, num_classes: int) -> None:
         from monai.networks.nets import SegResNetVAE as Wrapped
 
-        net = Wrapped(
-            cfg.img_size,
-            vae_estimate_std=cfg.vae_estimate_std,
-            vae_nz=cfg.vae_nz,
-            in_channels=in_channels,
-            out_channels=num_classes,
-            **segresnet.options(cfg),
-        )
+        options = segresnet.options(cfg, in_channels, num_classes)
+        net = Wrapped(cfg.img_size, cfg.vae_estimate_std, vae_nz=cfg.vae_nz, **options)
         if not cfg.vae_estimate_std:
             del net.vae_fc2  # nothing reads it, so no gradient would ever reach it
         super().__init__(cfg, net)

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from logonet.core.config import Count, Section
 from logonet.networks import TokenNetwork, Triple
-from logonet.networks._shared import Norm, check_heads, norm_name
+from logonet.networks._shared import Norm, check_heads, norm_name, upwards
+
+SAME = ("depths", "num_heads", "window_size", "feature_size", "use_v2")  # options that MONAI calls alike
 
 TINY: dict[str, Any] = {
     "feature_size": 12,
@@ -76,17 +78,9 @@ class SwinUNETR(TokenNetwork):
         device = torch.get_default_device()
         # MONAI reads numbers out of a tensor here, which the meta device has none of.
         with torch.device("cpu"):
-            self.net: Any = Wrapped(
-                in_channels,
-                num_classes,
-                depths=cfg.depths,
-                num_heads=cfg.num_heads,
-                window_size=cfg.window_size,
-                feature_size=cfg.feature_size,
-                norm_name=norm_name(cfg.norm),
-                use_checkpoint=cfg.checkpointing,
-                use_v2=cfg.use_v2,
-            )
+            others: Any = {"norm_name": norm_name(cfg.norm), "use_checkpoint": cfg.checkpointing}
+            same = {key: getattr(cfg, key) for key in SAME}
+            self.net: Any = Wrapped(in_channels, num_classes, **same, **others)
         self.net.to(device)
         self.channels = tuple(cfg.feature_size * 2**level for level in range(5))
         self.feature_channels = self.embed_channels = cfg.feature_size
@@ -114,10 +108,8 @@ class SwinUNETR(TokenNetwork):
         net = self.net
         encoders = (net.encoder1, net.encoder2, net.encoder3, net.encoder4)
         skips = [encoder(x) for encoder, x in zip(encoders, (x_BCXYZ, *feats))]
-        f = net.decoder5(net.encoder10(feats[4]), feats[3])
-        for up, skip in zip((net.decoder4, net.decoder3, net.decoder2, net.decoder1), reversed(skips)):
-            f = up(f, skip)
-        return f
+        ups = (net.decoder5, net.decoder4, net.decoder3, net.decoder2, net.decoder1)
+        return upwards(ups, [*skips, feats[3], net.encoder10(feats[4])])[0]
 
 
 build = SwinUNETR

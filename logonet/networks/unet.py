@@ -58,15 +58,8 @@ class UNet(Network):
         super().__init__()
         from monai.networks.nets import UNet as Wrapped
 
-        self.net: Any = Wrapped(
-            3,
-            in_channels,
-            num_classes,
-            cfg.channels,
-            cfg.strides,
-            num_res_units=cfg.num_res_units,
-            norm=norm_name(cfg.norm),
-        )
+        options: Any = {"num_res_units": cfg.num_res_units, "norm": norm_name(cfg.norm)}
+        self.net: Any = Wrapped(3, in_channels, num_classes, cfg.channels, cfg.strides, **options)
         self.channels = cfg.channels
         strides = [math.prod(cfg.strides[: level + 1]) for level in range(len(cfg.strides))]
         self.strides = (*strides, strides[-1])
@@ -88,10 +81,8 @@ class UNet(Network):
         return chained([down for down, _ in self._levels()], x_BCXYZ)
 
     def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
-        f = self._finest(feats)
-        return (
-            f if f.shape[2:] == x_BCXYZ.shape[2:] else F.interpolate(f, x_BCXYZ.shape[2:], mode="trilinear")
-        )
+        f, size = self._finest(feats), x_BCXYZ.shape[2:]
+        return f if f.shape[2:] == size else F.interpolate(f, size, mode="trilinear")
 
     def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
         return SegOut(self.net.model[2](self._finest(feats)), [], None)

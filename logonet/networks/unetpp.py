@@ -60,14 +60,8 @@ class UNetPlusPlus(Network):
         super().__init__()
         from monai.networks.nets import BasicUNetPlusPlus as Wrapped
 
-        self.net: Any = Wrapped(
-            3,
-            in_channels,
-            num_classes,
-            cfg.features,
-            deep_supervision=cfg.deep_supervision,
-            norm=norm_name(cfg.norm),
-        )
+        norm = norm_name(cfg.norm)
+        self.net: Any = Wrapped(3, in_channels, num_classes, cfg.features, cfg.deep_supervision, norm=norm)
         heads = [f"final_conv_0_{column}" for column in range(LEVELS - 1, 0, -1)]
         if not cfg.deep_supervision:
             for head in heads[1:]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
 from logonet.networks import TokenNetwork, Triple, check_img_size
-from logonet.networks._shared import chained, resized_positions, sincos, without_cross_attention
+from logonet.networks._shared import chained, resized_positions, sincos, upwards, without_cross_attention
 
 PATCH = 16  # side in voxels of what becomes one token; fixed by the four doublings of the decoder
 Patches = Annotated[int, Ge(PATCH), MultipleOf(PATCH)]
@@ -101,12 +101,7 @@ class UNETR(TokenNetwork):
         from monai.networks.nets import UNETR as Wrapped
 
         self.net: Any = Wrapped(
-            in_channels,
-            num_classes,
-            img_size=cfg.img_size,
-            feature_size=cfg.feature_size,
-            qkv_bias=cfg.qkv_bias,
-            **cfg.vit,
+            in_channels, num_classes, cfg.img_size, cfg.feature_size, qkv_bias=cfg.qkv_bias, **cfg.vit
         )
         without_cross_attention(self.net.vit.blocks)
         self.cfg = cfg
@@ -162,10 +157,8 @@ class UNETR(TokenNetwork):
         net = self.net
         encoders = (net.encoder1, net.encoder2, net.encoder3, net.encoder4)
         skips = [encoder(x) for encoder, x in zip(encoders, (x_BCXYZ, *feats))]
-        f = feats[3]
-        for up, skip in zip((net.decoder5, net.decoder4, net.decoder3, net.decoder2), reversed(skips)):
-            f = up(f, skip)
-        return f
+        ups = (net.decoder5, net.decoder4, net.decoder3, net.decoder2)
+        return upwards(ups, [*skips, feats[3]])[0]
 
 
 build = UNETR

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
 from logonet.networks import Network, Triple
-from logonet.networks._conv import Conv3d, DepthwiseConv3d, PointConv3d, channels_first, channels_last
+from logonet.networks._conv import PointConv3d, channels_first, channels_last, conv
 from logonet.networks._lka import to_layout
 from logonet.networks._shared import GROUPS, Norm, check_groups
 
@@ -102,14 +102,12 @@ class UXNet3D(Network):
         # The decoder's widths, by level: one more than the encoder has stages, as the image is one too.
         last = 2 * dims[-1] if cfg.variant == "normal" else dims[-1]
         widths = [*dims, last]
-        self.skips = nn.ModuleList(
-            ResBlock(*pair, cfg) for pair in zip([in_channels, *dims[:-1]], widths[:-1])
-        )
+        self.skips = nn.ModuleList(ResBlock(*pair, cfg) for pair in zip([in_channels, *dims], dims))
         bottleneck = ResBlock if cfg.variant == "normal" else ConvBlock
         self.bottleneck = bottleneck(dims[-1], last, cfg)
         self.ups = nn.ModuleList(Up(*pair, cfg) for pair in zip(widths[:0:-1], widths[-2::-1]))
         self.last = ResBlock(dims[0], dims[0], cfg)
-        self.output = (PointConv3d if cfg.channels_last else nn.Conv3d)(dims[0], num_classes, 1)
+        self.output = conv(dims[0], num_classes, 1, plain=not cfg.channels_last)
         self.channels, self.feature_channels = tuple(dims), dims[0]
         self.channels_last = cfg.channels_last
 
@@ -155,7 +153,7 @@ class ReleasedBlock(nn.Module):
 
     def __init__(self, dim: int, cfg: Config) -> None:
         super().__init__()
-        self.large = depthwise(dim, cfg)
+        self.large = conv(dim, dim, cfg.kernel_size, groups=dim, plain=not cfg.channels_last)
         self.norm = nn.LayerNorm(dim, EPS)
         self.scaling = Scaling(dim, cfg)
         self.gamma = nn.Parameter(torch.full((dim,), 1e-6))
@@ -170,7 +168,7 @@ class PaperBlock(nn.Module):
 
     def __init__(self, dim: int, cfg: Config) -> None:
         super().__init__()
-        self.large = depthwise(dim, cfg)
+        self.large = conv(dim, dim, cfg.kernel_size, groups=dim, plain=not cfg.channels_last)
         self.scaling = Scaling(dim, cfg)
         self.norm1, self.norm2 = nn.LayerNorm(dim, EPS), nn.LayerNorm(dim, EPS)
 
@@ -185,20 +183,16 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, cfg: Config) -> None:
         super().__init__()
         self.first = ConvBlock(in_channels, out_channels, cfg)
-        self.conv = conv(out_channels, out_channels, 3, cfg)
+        self.conv = unbiased(out_channels, out_channels, 3, cfg)
         self.norm = decoder_norm(out_channels, cfg)
-        self.shortcut = (
-            nn.Identity() if in_channels == out_channels else Shortcut(in_channels, out_channels, cfg)
-        )
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            one = unbiased(in_channels, out_channels, 1, cfg)
+            self.shortcut = nn.Sequential(one, decoder_norm(out_channels, cfg))
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor:
         f = self.norm(self.conv(self.first(x_BCXYZ)))
         return F.leaky_relu(f + self.shortcut(x_BCXYZ), 0.01)
-
-
-class Shortcut(nn.Sequential):
-    def __init__(self, in_channels: int, out_channels: int, cfg: Config) -> None:
-        super().__init__(conv(in_channels, out_channels, 1, cfg), decoder_norm(out_channels, cfg))
 
 
 class ConvBlock(nn.Module):
@@ -206,7 +200,7 @@ class ConvBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, cfg: Config) -> None:
         super().__init__()
-        self.conv = conv(in_channels, out_channels, 3, cfg)
+        self.conv = unbiased(in_channels, out_channels, 3, cfg)
         self.norm = decoder_norm(out_channels, cfg)
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor:
@@ -241,16 +235,9 @@ def decoder_norm(channels: int, cfg: Config) -> nn.Module:
     return kind(channels, affine=cfg.norm == "instance_affine")
 
 
-def conv(in_channels: int, out_channels: int, kernel: int, cfg: Config) -> nn.Conv3d:
-    """Without bias, which the normalisation after it would take away."""
-    fast = PointConv3d if kernel == 1 else Conv3d
-    kind = fast if cfg.channels_last else nn.Conv3d
-    return kind(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
-
-
-def depthwise(dim: int, cfg: Config) -> nn.Conv3d:
-    kind = DepthwiseConv3d if cfg.channels_last else nn.Conv3d
-    return kind(dim, dim, cfg.kernel_size, padding=cfg.kernel_size // 2, groups=dim)
+def unbiased(in_channels: int, out_channels: int, kernel: int, cfg: Config) -> nn.Conv3d:
+    """A convolution without bias, which the normalisation after it would take away."""
+    return conv(in_channels, out_channels, kernel, bias=False, plain=not cfg.channels_last)
 
 
 def channel_norm(norm: nn.Module, x_BCXYZ: Tensor) -> Tensor:

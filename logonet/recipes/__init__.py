@@ -7,7 +7,7 @@ through it, and training stalls (tests/test_methods.py; the option is method.fin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 from logonet import training
 from logonet.clustering import kmeans
@@ -95,12 +95,14 @@ def demo() -> Pretraining:
     )
 
 
-PRETRAINING: dict[str, Callable[[], Pretraining]] = {
-    f.__name__: f for f in (paper, small, hippocampus, real_ct, demo)
-}
+PRETRAINING = {f.__name__: f for f in (paper, small, hippocampus, real_ct, demo)}
 
 
 # ------------------------------------------------------------------------------------------ finetuning
+
+
+# All but the paper's vary this.
+SHORT = training.Config(global_batch=2, lr=3e-4, warmup_epochs=1, grad_clip=1.0)
 
 
 def paper_finetune() -> Finetuning:
@@ -119,14 +121,8 @@ def small_finetune() -> Finetuning:
         split=splits.Config(test_share=0.2),
         crops=prepared_scans.CropSampling(size_vox=(64, 64, 64)),
         backbone=small().backbone,
-        train=training.Config(
-            epochs=200,
-            steps_per_epoch=250,
-            global_batch=4,
-            lr=3e-4,
-            warmup_epochs=5,
-            grad_clip=1.0,
-            validate_every_epochs=10,
+        train=replace(
+            SHORT, epochs=200, steps_per_epoch=250, global_batch=4, warmup_epochs=5, validate_every_epochs=10
         ),
     )
 
@@ -141,9 +137,7 @@ def hippocampus_finetune() -> Finetuning:
         backbone=SMALL_LOGONET,
         # Left and right hippocampus are one class here, and each scan shows one of them.
         method=Component("supervised", {"augment": config.to_dict(augment.Config(flip_prob=0.5))}),
-        train=training.Config(
-            epochs=10, steps_per_epoch=50, global_batch=2, lr=1e-3, warmup_epochs=1, grad_clip=1.0
-        ),
+        train=replace(SHORT, epochs=10, steps_per_epoch=50, lr=1e-3),
     )
 
 
@@ -156,20 +150,10 @@ def demo_finetune() -> Finetuning:
         crops=prepared_scans.CropSampling(size_vox=(32, 32, 32)),
         backbone=TINY_LOGONET,
         method=Component("supervised", {"augment": {"flip_prob": 0.0, "rotate90_prob": 0.0}}),
-        train=training.Config(
-            epochs=14,
-            steps_per_epoch=25,
-            global_batch=2,
-            lr=3e-3,
-            warmup_epochs=1,
-            grad_clip=1.0,
-            validate_every_epochs=7,
-        ),
+        train=replace(SHORT, epochs=14, steps_per_epoch=25, lr=3e-3, validate_every_epochs=7),
         validation=sliding_window.Config(overlap=0.25),
     )
 
 
-FINETUNING: dict[str, Callable[[], Finetuning]] = {
-    f.__name__.removesuffix("_finetune"): f
-    for f in (paper_finetune, small_finetune, hippocampus_finetune, demo_finetune)
-}
+_FINETUNING = (paper_finetune, small_finetune, hippocampus_finetune, demo_finetune)
+FINETUNING = {f.__name__.removesuffix("_finetune"): f for f in _FINETUNING}

@@ -26,6 +26,7 @@ import errno
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -149,28 +150,25 @@ def local_path(uri: str) -> str:
     if not uri.startswith("file://") and "://" in uri:
         raise UserError(f"{uri} is not a place logonet can use; give s3://bucket/key, file:///path or a path")
     path = uri.removeprefix("file://") if uri.startswith("file://") else os.path.expanduser(uri)
-    try:
-        possible = b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:
-        possible = False
-    if not possible:
-        raise UserError(f"{uri}: this is not a possible file name; correct it")
-    return path
+    with contextlib.suppress(UnicodeEncodeError):
+        if b"\0" not in os.fsencode(path):
+            return path
+    raise UserError(f"{uri}: this is not a possible file name; correct it")
 
 
-def _bucket_key(uri: str) -> tuple[str, str]:
+def _place(uri: str) -> dict[str, Any]:
+    """The bucket and the key of an S3 URI, as boto3 names them."""
     bucket, _, key = uri.removeprefix(S3).partition("/")
     if "@" in uri and holds_credentials(uri):
-        raise UserError(
-            f"{uri}: holds credentials, which would end up in logs; leave them out and set {_KEYS} or AWS_PROFILE"
-        )
+        hint = f"leave them out and set {_KEYS} or AWS_PROFILE"
+        raise UserError(f"{uri}: holds credentials, which would end up in logs; {hint}")
     if not bucket:
         raise UserError(f"{uri} names no bucket; write s3://bucket/key")
     try:
         key.encode()
     except UnicodeEncodeError:
         raise UserError(f"{uri}: this is not a possible object key; correct it") from None
-    return bucket, key
+    return {"Bucket": bucket, "Key": key}
 
 
 # --------------------------------------------------------------------------------------------- client
@@ -230,9 +228,8 @@ _READING = {"get_object", "head_object", "head_bucket", "list_objects_v2"}
 # upload) its last reply got lost and the repeated request finds the upload completed.
 _TRANSIENT = {"BadDigest", "IncompleteBody", "InvalidDigest", "NoSuchUpload", "RequestTimeout"}
 _TRANSIENT |= {"XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
-_latencies_s: dict[str, deque[float]] = defaultdict(
-    lambda: deque(maxlen=64)
-)  # of recent replies, by operation
+# Of recent replies, by operation.
+_latencies_s: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=64))
 _reached: set[str] = set()  # endpoints that have answered
 
 
@@ -405,10 +402,8 @@ def _transport(err: Exception) -> str:
         case aws.ConnectionError() | aws.ConnectionClosedError() | aws.ReadTimeoutError():
             parts = urlsplit(_client().meta.endpoint_url)
             named = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"  # without user:password@
-            why = type(err).__name__
-            return (
-                f"cannot reach the object store at {named} ({why}); start it or correct AWS_ENDPOINT_URL_S3"
-            )
+            what = f"cannot reach the object store at {named} ({type(err).__name__})"
+            return f"{what}; start it or correct AWS_ENDPOINT_URL_S3"
     return f"the transfer broke off ({type(err).__name__}); check the network, then run again"
 
 
@@ -485,6 +480,7 @@ _PART_SIZES = [n << 20 for n in (5, 8, 10, 15, 16, 25, 32, 50, 64, 100, 128, 256
 
 
 _NOT_OURS = "the object store's reply is not this object; check it"
+_TORN_PAGE = "a page of the object store's listing is torn or comes twice; check the store"
 _WRONG_SHA256 = "its SHA-256 is not the recorded one; write it again"
 
 
@@ -601,14 +597,15 @@ class _Read:
         return (not first and "ChecksumAlgorithm" in reply["ResponseMetadata"]) or self.matches_etag()
 
     def request(self, first: int) -> Any:
-        bucket, key = _bucket_key(self.uri)
-        args: dict[str, Any] = {"IfMatch": self.etag} if self.etag else {}
+        args: dict[str, Any] = _place(self.uri)
+        if self.etag:
+            args["IfMatch"] = self.etag
         if first or self.partial:
             last = self.start + self.length - 1 if self.length is not None else ""
             args["Range"] = f"bytes={first}-{last}"
         try:
             with _user_errors(self.uri):
-                return _call("get_object", timeouts=self.timeouts, Bucket=bucket, Key=key, **args)
+                return _call("get_object", timeouts=self.timeouts, **args)
         except _Replaced as err:
             # Unless only the ETag of the first reply was wrong: the caller's size or digest shows that.
             if self.replaced is None and (self.size_bytes is not None or self.sha256):
@@ -685,18 +682,14 @@ def _write(file: BinaryIO, uri: str) -> Stored:
         with _atomic(local_path(uri)) as out:
             shutil.copyfileobj(file, out, PIECE_BYTES)
         return stored
-    bucket, key = _bucket_key(uri)
+    place = _place(uri)
     with _user_errors(uri):
         if stored.size_bytes < MULTIPART_BYTES:
             checksum = base64.b64encode(digest.digest()).decode()
-            _call("put_object", Bucket=bucket, Key=key, Body=file.read(), ChecksumSHA256=checksum)
+            _call("put_object", **place, Body=file.read(), ChecksumSHA256=checksum)
         else:
-            parts = TransferConfig(
-                multipart_threshold=MULTIPART_BYTES,
-                multipart_chunksize=MULTIPART_BYTES // 4,
-                max_concurrency=PARTS_AT_ONCE,
-            )
-            _call("upload_fileobj", Fileobj=file, Bucket=bucket, Key=key, Config=parts)
+            parts = TransferConfig(MULTIPART_BYTES, PARTS_AT_ONCE, MULTIPART_BYTES // 4)
+            _call("upload_fileobj", **place, Fileobj=file, Config=parts)
     return stored
 
 
@@ -706,7 +699,7 @@ def create_bucket(uri: str) -> None:
         if not is_s3(uri):
             os.makedirs(local_path(uri), exist_ok=True)
             return
-        bucket, _ = _bucket_key(uri)
+        bucket = _place(uri)["Bucket"]
         region = _client().meta.region_name
         elsewhere = region not in ("us-east-1", "aws-global")  # the one region that may not be named
         args: Any = {"CreateBucketConfiguration": {"LocationConstraint": region}} if elsewhere else {}
@@ -752,13 +745,14 @@ def stat(uri: str) -> Entry | None:
     """
     with _user_errors(uri):
         if is_s3(uri):
-            bucket, key = _bucket_key(uri)
+            place = _place(uri)
             try:
-                head = _call("head_object", Bucket=bucket, Key=key)
+                head = _call("head_object", **place)
             except ClientError as err:
                 if _status(err) != 404:
                     raise
-                _call("head_bucket", Bucket=bucket)  # a 404 of HEAD leaves open which of the two is missing
+                # A 404 of HEAD leaves open which of the two is missing.
+                _call("head_bucket", Bucket=place["Bucket"])
                 return None
             return Entry(uri, head["ContentLength"], head["ETag"].strip('"'))
         try:
@@ -786,18 +780,17 @@ def listing(prefix_uri: str) -> Iterator[Entry]:
             if entry is not None:  # another process may have deleted it meanwhile
                 yield entry
         return
-    bucket, _ = _bucket_key(prefix_uri)
-    for page in _pages(prefix_uri):
-        for item in page:
-            if not item["Key"].endswith("/"):  # empty folder markers of other programs
-                yield Entry(f"{S3}{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
+    bucket = _place(prefix_uri)["Bucket"]
+    for item in itertools.chain.from_iterable(_pages(prefix_uri)):
+        if not item["Key"].endswith("/"):  # empty folder markers of other programs
+            yield Entry(f"{S3}{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"'))
 
 
 def _pages(prefix_uri: str) -> Iterator[list[dict[str, Any]]]:
     """The items below a prefix, page by page; a page that is torn or repeats the one before is requested again."""
-    bucket, key = _bucket_key(prefix_uri)
-    prefix = key.rstrip("/") + "/" if key.strip("/") else ""
-    args: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS}
+    place = _place(prefix_uri)
+    prefix = place["Key"].rstrip("/") + "/" if place["Key"].strip("/") else ""
+    args: dict[str, Any] = {"Bucket": place["Bucket"], "Prefix": prefix, "MaxKeys": PAGE_KEYS}
     before: set[str] = set()
 
     def whole_page() -> dict[str, Any]:
@@ -807,9 +800,7 @@ def _pages(prefix_uri: str) -> Iterator[list[dict[str, Any]]]:
         counted = page.get("KeyCount", len(items)) == len(items) == len(keys)
         ends = page.get("IsTruncated") is False or "NextContinuationToken" in page
         if not (counted and ends) or keys & before:
-            raise _fault(
-                prefix_uri, "a page of the object store's listing is torn or comes twice; check the store"
-            )
+            raise _fault(prefix_uri, _TORN_PAGE)
         return page
 
     while True:
@@ -841,8 +832,7 @@ def delete(uri: str) -> None:
     """Delete one object; a missing one is no error."""
     with _user_errors(uri):
         if is_s3(uri):
-            bucket, key = _bucket_key(uri)
-            _call("delete_object", Bucket=bucket, Key=key)
+            _call("delete_object", **_place(uri))
         else:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(local_path(uri))
@@ -861,7 +851,7 @@ def delete_prefix(uri: str) -> int:
             left = {item["Key"] for item in page}
             count += len(left)
             if left:
-                _until_good(functools.partial(_delete_keys, _bucket_key(uri)[0], left))
+                _until_good(functools.partial(_delete_keys, _place(uri)["Bucket"], left))
     return count
 
 

@@ -49,10 +49,8 @@ def from_parquet(data: bytes, row_type: type[T], where: str) -> list[T]:
             f"{where} has the columns {', '.join(names)}; it must have {', '.join(wanted.names)}, with values of "
             "their types: it is of another version of logonet"
         )
-    return [
-        row_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-        for row in table.to_pylist()
-    ]
+    rows = ({k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in table.to_pylist())
+    return [row_type(**row) for row in rows]
 
 
 def read_parquet(data: bytes, where: str) -> pa.Table:
@@ -90,13 +88,7 @@ def _extends(field: pa.Field) -> bool:
 def _schema(row_type: type) -> Any:
     import pyarrow as pa
 
-    types = {
-        "str": pa.string(),
-        "int": pa.int64(),
-        "float": pa.float64(),
-        "tuple[int, int, int]": pa.list_(pa.int64()),
-        "tuple[int, ...]": pa.list_(pa.int64()),
-        "tuple[float, float, float]": pa.list_(pa.float64()),
-        "tuple[str, ...]": pa.list_(pa.string()),
-    }
-    return pa.schema([(f.name, types[str(f.type)]) for f in fields(row_type)])
+    types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
+    types |= {f"tuple[{name}": pa.list_(of) for name, of in types.items()}
+    # Of a tuple's type only the first entry's counts: "tuple[int, ...]" and "tuple[int, int, int]" are lists alike.
+    return pa.schema([(f.name, types[str(f.type).partition(",")[0]]) for f in fields(row_type)])

@@ -67,11 +67,10 @@ def git_commit(folder: str) -> str | None:
         return given
     # --exclude ignores tags, so the answer is always a commit hash.
     command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    with contextlib.suppress(FileNotFoundError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip() or None
+    return None
 
 
 @dataclass(eq=False)
@@ -135,9 +134,7 @@ class Tracker:
         """
         # The time is fixed when first seen: MLflow drops a repeated point only if its time is the same.
         now_s = time.time()
-        self._history = [
-            {"unix_s": self._seen_s.setdefault(entry["epoch"], now_s), **entry} for entry in history
-        ]
+        self._history = [{"unix_s": self._seen_s.setdefault(e["epoch"], now_s), **e} for e in history]
         self._deliver_soon()
 
     def log_files(self, files: Mapping[str, bytes]) -> None:
@@ -145,11 +142,8 @@ class Tracker:
 
         They are kept in memory, so this is for reports and configs, not for weights.
         """
-        clean = {
-            name: without_secrets(data.decode()).encode() if name.endswith(TEXTS) else data
-            for name, data in files.items()
-        }
-        self._files = {**self._files, **clean}
+        texts = {k: without_secrets(v.decode()).encode() for k, v in files.items() if k.endswith(TEXTS)}
+        self._files = {**self._files, **files, **texts}
         self._deliver_soon()
 
     def run_id(self, timeout_s: float = 20.0) -> str | None:
@@ -195,10 +189,8 @@ class Tracker:
             self._client = self._run_id = None
             if not self._away:
                 reason = redact(" ".join(str(err).split()) or type(err).__name__)[:300]
-                then = "training continues and they are sent when it answers again"
-                log.warning(
-                    "MLflow at %s does not take this run's metrics (%s); %s", self._named, reason, then
-                )
+                said = "MLflow at %s does not take this run's metrics (%s); training continues and they are sent "
+                log.warning(said + "when it answers again", self._named, reason)
             self._away = True
             return False
         if self._away:
