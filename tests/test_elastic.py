@@ -224,7 +224,9 @@ class Table(dict[str, bytes]):
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Unix time and the monotonic one, both where the test puts them; and an empty table."""
     now = [1000.0]
-    monkeypatch.setattr(preemption, "time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
+    fake = SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0])
+    monkeypatch.setattr(preemption, "time", fake)
+    monkeypatch.setattr(ray_compat, "time", fake)
     table = Table()
     monkeypatch.setattr(ray_compat, "_kv", lambda: table)
     return now
@@ -308,7 +310,7 @@ def test_the_controllers_callback_waits_until_the_ranks_have_left(clock: list[fl
         if len(steps) == 4:
             ray_compat._kv()["logonet/run"] = ray_compat.LEFT
 
-    preemption.time.sleep = sleep  # type: ignore[attr-defined]
+    ray_compat.time.sleep = sleep  # type: ignore[assignment]
     callback.after_controller_state_update(None, RunningState())
     assert ray_compat._kv() == {}
     callback.after_controller_state_update(None, ResizingState(scaling_decision=None))

@@ -208,7 +208,9 @@ def test_a_reader_asks_again_soon_a_writer_waits(
         proxy.requests.clear()
         proxy.add(kind, method="GET", at=500, seconds=2.0)
         assert object_store.read(uri, size_bytes=1000, sha256=stored.sha256) == b"1" * 1000
-        assert [r.fault for r in proxy.requests] == [kind, None]
+        first, *more = [r.fault for r in proxy.requests]
+        assert first == kind
+        assert set(more) == {None}, "asked again, on a busy machine more than once"
 
 
 def test_a_store_that_is_always_slow_is_not_asked_twice() -> None:
