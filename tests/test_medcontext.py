@@ -552,4 +552,4 @@ def test_finetuning_takes_it_by_name() -> None:
         method={"name": "medcontext", "beta": 0.4},
     )
     method = finetuning.resolve_finetuning(cfg).method
-    assert (method["name"], method["beta"], method["mask_ratio"]) == ("medcontext", 0.4, 0.4)
+    assert (method.name, method.config.beta, method.config.mask_ratio) == ("medcontext", 0.4, 0.4)
