@@ -15,6 +15,7 @@ from helpers import HERE
 from sweeps import ONE, SPLIT, finetuning, finished, pretraining, runs_of, sweep, versions, write_scans
 
 from logonet import tracking, training
+from logonet.core.config import Component
 from logonet.core.errors import UserError
 from logonet.data import splits
 from logonet.distributed import cluster, trainer
@@ -248,7 +249,7 @@ def test_objectives(name: Any, expected: float) -> None:
 def test_the_finetuning_of_a_sweep_is_judged_on_the_pretrainings_split() -> None:
     resolved = settings.resolve(planned(finetuning=replace(finetuning(), split=splits.Config(seed=9))))
     assert resolved.finetuning.split == SPLIT
-    assert resolved.finetuning.backbone == {}
+    assert resolved.finetuning.backbone == Component("")
     assert resolved.finetuning.train.validate_every_epochs == 1
     with pytest.raises(UserError, match=r"split\.fold=0"):
         settings.resolve(planned(base=replace(pretraining(), split=replace(SPLIT, fold=None))))
