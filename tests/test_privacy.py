@@ -15,7 +15,7 @@ from typing import Any
 
 import pydicom
 import pytest
-from test_volume import dicom_series
+from test_dicom import dicom_series
 
 from logonet import cli, pipelines, tracking
 from logonet.cli import endings

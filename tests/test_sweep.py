@@ -155,10 +155,10 @@ def test_one_trials_failure_is_recorded_and_tried_again(
     # A kill leaves a record that says "running", with the epochs of before.
     records.write(tried.uri, replace(learns, status="running", history=learns.history[:1]))
     assert searching.run(tried, ONE, Budget()) is not None
-    assert trials_run_here == [2, 2]
+    assert trials_run_here == [2, 2], "the failed trial was not tried again"
     after = {t.settings["train.lr"]: t for t in records.read_all(tried.uri)}
     assert replace(after[1e-2], wall_s=learns.wall_s) == learns
-    assert after[1e30].wall_s > diverges.wall_s, "a failed trial was not tried again"
+    assert after[1e30].status == "failed"
 
 
 def test_a_sweep_out_of_hours_waits_for_more(
