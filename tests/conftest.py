@@ -120,12 +120,22 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def mlflow_session_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where MLflow's files of this session lie, for this process and for Ray's workers."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def ray_local(s3_server: S3Server, mlflow_session_home: Path) -> Iterator[None]:
     """One Ray for the whole session; its workers know the S3 server and keep MLflow's files to themselves."""
     from logonet.distributed import cluster
 
-    home = tmp_path_factory.mktemp("home")
-    settings = {**s3_server.env(), "LOGONET_HOME": str(home), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+    settings = {
+        **s3_server.env(),
+        "LOGONET_HOME": str(mlflow_session_home),
+        "OMP_NUM_THREADS": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
     # Idle worker processes are kept for the next test: Ray ends them after a second, and each costs seconds of imports.
     # Nor do they yield to the tests that the other process of `-n 2` runs.
     settings |= {"RAY_num_workers_soft_limit": "8", "RAY_idle_worker_killing_time_threshold_ms": "600000"}
@@ -142,16 +152,15 @@ def ray_local(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def place(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def place(s3_server: S3Server, mlflow_session_home: Path) -> Iterator[str]:
     """One bucket for a whole file, so that what one test has made serves the next; MLflow's files lie apart."""
     with pytest.MonkeyPatch.context() as patch:
-        home = tmp_path_factory.mktemp("home")
         settings = {
             **s3_server.env(),
             "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
             "NO_PROXY": "127.0.0.1",
-            "LOGONET_HOME": os.environ.get("LOGONET_HOME", str(home)),
+            "LOGONET_HOME": str(mlflow_session_home),
         }
         for name, value in settings.items():
             patch.setenv(name, value)
