@@ -17,20 +17,11 @@ from logonet import methods, networks, pipelines, recipes, training
 from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.data import phantom
-from logonet.inference.load import LoadedModel, load_model
+from logonet.inference.load import LoadedModel as LoadedModel
+from logonet.inference.load import load_model as load_model
 from logonet.storage import object_store
 from logonet.storage.artifacts import Artifact
 from logonet.training.local import LocalExecutor
-
-__all__ = [
-    "LoadedModel",
-    "LocalRun",
-    "build_method",
-    "build_network",
-    "load_model",
-    "read_manifest",
-    "train_local",
-]
 
 build_network = networks.build
 build_method = methods.build

@@ -148,8 +148,9 @@ def test_one_trials_failure_is_recorded_and_tried_again(
     assert learns is not None and learns.status == "done"
     assert diverges.status == "failed"
     assert "lower train.lr" in diverges.reason
-    trace = object_store.read(f"{tried.uri}/trials/{diverges.index:04d}.error.txt").decode()
-    assert "Traceback" in trace
+    error = f"{tried.uri}/trials/{diverges.index:04d}.error.txt"
+    assert "Traceback" in object_store.read(error).decode()
+    object_store.delete(error)
     statuses = {r.data.tags.get("logonet.sweep.trial"): r.info.status for r in runs_of(tried.experiment)}
     assert (statuses[str(learns.index)], statuses[str(diverges.index)]) == ("FINISHED", "FAILED")
     # A kill leaves a record that says "running", with the epochs of before.
@@ -159,6 +160,7 @@ def test_one_trials_failure_is_recorded_and_tried_again(
     after = {t.settings["train.lr"]: t for t in records.read_all(tried.uri)}
     assert replace(after[1e-2], wall_s=learns.wall_s) == learns
     assert after[1e30].status == "failed"
+    assert object_store.exists(error), "a failed trial was not tried again"
 
 
 def test_a_sweep_out_of_hours_waits_for_more(
