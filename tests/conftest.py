@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,3 +168,23 @@ def place(s3_server: S3Server, mlflow_session_home: Path) -> Iterator[str]:
         uri = f"s3://place-{uuid.uuid4().hex}"
         object_store.create_bucket(uri)
         yield uri
+
+
+@pytest.fixture(scope="module")
+def mlflow_folder(mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mlflow")
+    shutil.copy(mlflow_template, folder)
+    return folder
+
+
+@pytest.fixture
+def mlflow_home(mlflow_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where MLflow writes everything; one for the file."""
+    from logonet import tracking
+
+    monkeypatch.setenv("LOGONET_HOME", str(mlflow_folder))
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in tracking.MLFLOW_DEFAULTS.items():
+        monkeypatch.setenv(name, value)
+    return mlflow_folder

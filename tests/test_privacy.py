@@ -31,24 +31,6 @@ ROOT = Path(__file__).parents[1]
 PLANTED = "pLaNtEd0123456789"  # a secret, wherever one could be
 
 
-@pytest.fixture(scope="module")
-def mlflow_folder(mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mlflow")
-    shutil.copy(mlflow_template, folder)
-    return folder
-
-
-@pytest.fixture
-def mlflow_home(mlflow_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where MLflow writes everything; one for the file."""
-    monkeypatch.setenv("LOGONET_HOME", str(mlflow_folder))
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in tracking.MLFLOW_DEFAULTS.items():
-        monkeypatch.setenv(name, value)
-    return mlflow_folder
-
-
 # ------------------------------------------------------------------------------------------- secrets
 
 URIS = [

@@ -9,7 +9,6 @@ import json
 import logging
 import pickle
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,24 +174,6 @@ def trace(tmp_path: Path) -> Iterator[Path]:
     trace.unlink()
     yield trace
     assert not trace.exists(), "a planted pickle was run"
-
-
-@pytest.fixture(scope="module")
-def mlflow_folder(mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mlflow")
-    shutil.copy(mlflow_template, folder)
-    return folder
-
-
-@pytest.fixture
-def mlflow_home(mlflow_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where MLflow writes everything; one for the file."""
-    monkeypatch.setenv("LOGONET_HOME", str(mlflow_folder))
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in tracking.MLFLOW_DEFAULTS.items():
-        monkeypatch.setenv(name, value)
-    return mlflow_folder
 
 
 def bombs(trace: Path) -> dict[str, bytes]:
