@@ -20,8 +20,9 @@ from typing import Any
 
 import pandas as pd
 import tyro
+from _pictures import bars_with_ci
 
-from logonet import networks, pipelines, reporting
+from logonet import networks, pipelines
 from logonet.inference import statistics
 from logonet.storage import artifacts
 
@@ -135,7 +136,7 @@ def main(args: Args) -> None:
             )
     print(pd.DataFrame(tests).round(5).to_string(index=False))
     shown = table.rename(columns={"dice_mean": "mean", "dice_ci_low": "ci_low", "dice_ci_high": "ci_high"})
-    picture = reporting.bars_with_ci(
+    picture = bars_with_ci(
         shown[["name", "group", "mean", "ci_low", "ci_high"]], "Hippocampus, 40 test cases"
     )
     (root / "hippocampus.png").write_bytes(picture)

@@ -19,8 +19,9 @@ from typing import Any
 
 import pandas as pd
 import tyro
+from _pictures import bars_with_ci
 
-from logonet import pipelines, recipes, reporting, training
+from logonet import pipelines, recipes, training
 from logonet.data import cropping, prepared_scans, splits
 from logonet.distributed import cluster
 from logonet.distributed.cluster import Resources
@@ -208,7 +209,7 @@ def main(args: Args) -> None:
         }
     print(f"\n{markdown(lines)}\n")
     shown = pd.DataFrame(lines).rename(columns={"label": "name", "backbone": "group", "dice": "mean"})
-    picture = reporting.bars_with_ci(
+    picture = bars_with_ci(
         shown[["name", "group", "mean", "ci_low", "ci_high"]],
         "Pretexts, hippocampus, 13 training and 40 test cases",
     )

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.text import Text
 
 from logonet.data import cropping, manifest, phantom, volume
 from logonet.storage import object_store
@@ -18,6 +20,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import ingest  # noqa: E402  (the benchmarks are no package)
+from _pictures import bars_with_ci  # noqa: E402
 
 
 @pytest.mark.parametrize("spacing_mm", [None, (1.0, 1.2, 1.5)])
@@ -59,3 +62,18 @@ def test_benchmarks_run_and_end_on_json(command: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     line = json.loads(done.stdout.splitlines()[-1])
     assert line["cores"] == os.cpu_count()
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_means_with_intervals_in_groups(rows: int) -> None:
+    names, groups = ["LoGoNet", "DynUNet", "SwinUNETR"], ["10 % of the labels", "100 % of the labels"]
+    mean = np.linspace(0.7, 0.9, 6)
+    table = pd.DataFrame({"name": names * 2, "group": np.repeat(groups, 3), "mean": mean})
+    table = table.assign(ci_low=mean - 0.02, ci_high=mean + 0.01)[:rows]
+    table.loc[1:1, ["mean", "ci_low", "ci_high"]] = np.nan
+    assert bars_with_ci(table, "Hippocampus").startswith(b"\x89PNG")
+    figure = bars_with_ci.__wrapped__(table, "Hippocampus", "mean Dice")  # type: ignore[attr-defined]
+    said = [text.get_text().strip() for text in figure.findobj(Text) if text.get_visible()]
+    assert {"10 % of the labels", "0.700 [0.680, 0.710]", "mean Dice"} <= set(said)
+    if rows > 1:
+        assert said.count("DynUNet") == 2 and {"100 % of the labels", "-"} <= set(said)

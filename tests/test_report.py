@@ -104,20 +104,6 @@ def comparison(metrics=("dice", "hd95_mm", "nsd_1mm", "nsd_2mm"), classes=("live
     )
 
 
-def fractions():
-    names, groups = ["LoGoNet", "DynUNet", "SwinUNETR"], ["10 % of the labels", "100 % of the labels"]
-    mean = np.linspace(0.7, 0.9, 6)
-    return pd.DataFrame(
-        {
-            "name": names * 2,
-            "group": np.repeat(groups, 3),
-            "mean": mean,
-            "ci_low": mean - 0.02,
-            "ci_high": mean + 0.01,
-        }
-    )
-
-
 def scan(seed=0, size_vox=(40, 36, 32), spacing_mm=(2.0, 2.0, 3.0), classes=4, shift=(1, 1, 0)):
     """A phantom in [0, 1], its labels, and the same labels moved, as a prediction."""
     volume, truth_XYZ = phantom.phantom(seed, size_vox, spacing_mm, "CT", classes)
@@ -177,12 +163,9 @@ PICTURES = {
     "a forest of NaN": lambda: reporting.compare_picture(
         nothing(comparison(("dice",), ["mean"]), "difference", "p", *INTERVAL)
     ),
-    "intervals": lambda: reporting.bars_with_ci(fractions(), "Results"),
-    "one interval": lambda: reporting.bars_with_ci(fractions()[:1], "One"),
-    "intervals of NaN": lambda: reporting.bars_with_ci(nothing(fractions(), "mean", *INTERVAL), "NaN"),
-    "an overlay": lambda: reporting.overlay(*scan(), ORGANS, "case"),
-    "an overlay without classes": lambda: reporting.overlay(*scan(), {}, "none"),
-    "an overlay of a flat scan": lambda: reporting.overlay(*scan(0, (40, 36, 2)), ORGANS, "flat"),
+    "a case": lambda: reporting.cases_overlay([("case", *scan())], ORGANS),
+    "a case without classes": lambda: reporting.cases_overlay([("none", *scan())], {}),
+    "a flat case": lambda: reporting.cases_overlay([("flat", *scan(0, (40, 36, 2)))], ORGANS),
     "cases": lambda: reporting.cases_overlay([("worst", *scan()), ("best", *scan(1))], ORGANS),
 }
 
@@ -200,7 +183,7 @@ def test_every_picture_can_be_looked_at(name):
     assert 100 < picture.shape[0] < 2600 and 300 < picture.shape[1] < 2600
 
 
-@pytest.mark.parametrize("name", ["curves of one epoch", "an overlay"])
+@pytest.mark.parametrize("name", ["curves of one epoch", "a case"])
 def test_the_same_data_give_the_same_bytes(name):
     assert PICTURES[name]() == PICTURES[name]()
 
@@ -210,8 +193,8 @@ LEGIBLE = {
     "a chain": (reporting.chain_picture, *sample(8, 7, list(range(7)), 6)),
     "boxes": (reporting.organ_boxes, results(14, 8).replace({"organ number 3": MANY[0]})),
     "a forest": (reporting.compare_picture, comparison(("dice", "hd95_mm", "nsd_2mm"), [*MANY[:14], "mean"])),
-    "an overlay": (reporting.overlay, *scan(), ORGANS, "case"),
-    "a tall overlay": (reporting.overlay, *scan(0, (16, 16, 60)), ORGANS, "case"),
+    "a case": (reporting.cases_overlay, [("case", *scan())], ORGANS),
+    "a tall case": (reporting.cases_overlay, [("case", *scan(0, (16, 16, 60)))], ORGANS),
 }
 
 
@@ -385,16 +368,6 @@ def test_better_is_blue_worse_is_red_and_undecided_grey(metric, difference, spre
     assert {to_hex(c) for shape in axes.collections for c in shape.get_edgecolor()} == {expected.lower()}
 
 
-def test_means_with_intervals_in_groups():
-    table = fractions()
-    table.loc[1, ["mean", *INTERVAL]] = NAN
-    said = words(reporting.bars_with_ci, table, "Hippocampus", "mean Dice")
-    assert {"10 % of the labels", "100 % of the labels", "0.700 [0.680, 0.710]", "mean Dice"} <= {
-        w.strip() for w in said
-    }
-    assert said.count("DynUNet") == 2 and "-" in [w.strip() for w in said]
-
-
 # --------------------------------------------------------------------------------------- segmentations
 
 
@@ -403,7 +376,8 @@ def test_three_planes_face_the_reader_as_radiologists_expect():
     x, y, z = np.meshgrid(np.arange(6), np.arange(7), np.arange(8), indexing="ij")
     image_XYZ = (100 * x + 10 * y + z).astype(float)
     pred_XYZ = block((6, 7, 8), (1, 2, 3), (4, 5, 6))
-    (axes,) = figure(reporting.overlay, image_XYZ, None, pred_XYZ, (1, 1, 1), {1: "a"}, "").axes
+    case = "case", image_XYZ, pred_XYZ, pred_XYZ, (1, 1, 1)
+    (axes,) = figure(reporting.cases_overlay, [case], {1: "a"}).axes
     axial, coronal, sagittal = (np.asarray(plane.get_array()) for plane in axes.images)
     np.testing.assert_array_equal(axial, drawing.shown(image_XYZ[:, :, 4]))
     np.testing.assert_array_equal(coronal, drawing.shown(image_XYZ[:, 3]))
@@ -415,7 +389,8 @@ def test_three_planes_face_the_reader_as_radiologists_expect():
 @pytest.mark.parametrize("size_vox", [(40, 36, 4), (16, 16, 60)])
 def test_planes_have_the_proportions_of_the_body(spacing_mm, size_vox):
     image, truth, pred, _ = scan(size_vox=size_vox)
-    axes = figure(reporting.overlay, image, truth, pred, spacing_mm, ORGANS, "case").axes[0]
+    truth[0, 0, 0] = truth[-1, -1, -1] = 1  # so that the whole scan is shown
+    (axes,) = figure(reporting.cases_overlay, [("case", image, truth, pred, spacing_mm)], ORGANS).axes
     x, y, z = (n * s for n, s in zip(size_vox, spacing_mm))
     extents = [plane.get_extent() for plane in axes.images]
     assert [(right - left, bottom - top) for left, right, bottom, top in extents] == [
@@ -433,37 +408,35 @@ def test_planes_pass_where_small_classes_are_too():
 
 def test_the_picture_says_the_dice_of_its_label_maps():
     image, truth, pred, spacing = scan()
-    said = words(reporting.overlay, image, truth, pred, spacing, ORGANS, "case_1")
+    said = words(reporting.cases_overlay, [("case_1", image, truth, pred, spacing)], ORGANS)
     dice = [
         2 * ((truth == v) & (pred == v)).sum() / ((truth == v).sum() + (pred == v).sum()) for v in (1, 2, 3)
     ]
     for value, expected in enumerate(dice, start=1):
         assert f"{expected:.3f}  {ORGANS[value]}" in said
-    assert f"mean Dice {np.mean(dice):.3f}" in said
+    assert any(w.startswith(f"case_1\nmean Dice {np.mean(dice):.3f}: ") for w in said)
     assert not any(ORGANS[5] in w for w in said)  # declared, and neither in truth nor in prediction
-    assert {"truth", "prediction", "case_1"} <= set(said)
+    assert {"truth", "prediction", "Dice of each class"} <= set(said)
 
 
-def test_a_prediction_alone_and_an_empty_one():
+def test_an_empty_prediction_and_an_empty_case():
     image, truth, pred, spacing = scan()
-    said = words(reporting.overlay, image, None, pred, spacing, ORGANS, "new scan")
-    assert "prediction alone: no truth was given" in said and ORGANS[1] in said
-    assert not {"truth", "Dice of each class"} & set(said)
     empty = np.zeros_like(pred)
-    said = words(reporting.overlay, image, truth, empty, spacing, ORGANS, "missed")
-    assert sum(w.startswith("0.000  ") for w in said) == 3 and "mean Dice 0.000" in said
-    said = words(reporting.overlay, image, empty, empty, spacing, ORGANS, "empty")
-    assert "no class in truth or prediction" in said and "axial, 17/32" in said
+    said = words(reporting.cases_overlay, [("missed", image, truth, empty, spacing)], ORGANS)
+    assert sum(w.startswith("0.000  ") for w in said) == 3
+    assert any(w.startswith("missed\nmean Dice 0.000: ") for w in said)
+    said = words(reporting.cases_overlay, [("empty", image, empty, empty, spacing)], ORGANS)
+    assert "empty\nno class in truth or prediction" in said and "axial, 17/32" in said
 
 
 def test_truth_is_solid_and_prediction_dashed():
     image, truth, pred, spacing = scan(classes=2)
 
     def styles(*labels):
-        axes = figure(reporting.overlay, image, *labels, spacing, {1: "liver"}, "").axes[0]
+        (axes,) = figure(reporting.cases_overlay, [("case", image, *labels, spacing)], {1: "liver"}).axes
         return {dashes is None for lines in axes.collections for _, dashes in lines.get_linestyle()}
 
-    assert styles(truth, np.zeros_like(truth)) == styles(None, pred) == {True}
+    assert styles(truth, np.zeros_like(truth)) == {True}
     assert styles(np.zeros_like(truth), pred) == {False}
     assert styles(truth, pred) == {True, False}
 
@@ -471,23 +444,23 @@ def test_truth_is_solid_and_prediction_dashed():
 def test_a_small_part_is_enlarged():
     truth_XYZ = block((60, 60, 40), (20, 20, 10), (26, 26, 14))
     image_XYZ = rng(0, "image").random(truth_XYZ.shape)
-    spacing_mm = (1, 1, 2.5)
-    whole, enlarged = figure(
-        reporting.overlay, image_XYZ, truth_XYZ, truth_XYZ, spacing_mm, {1: "a"}, ""
-    ).axes
+    full_XYZ = np.ones_like(truth_XYZ)
+    cases = [
+        (label, image_XYZ, part, part, (1, 1, 2.5)) for label, part in (("a", truth_XYZ), ("b", full_XYZ))
+    ]
+    enlarged, whole = figure(reporting.cases_overlay, cases, {1: "a"}).axes
     # 6 mm of margin: 6 voxels in the plane, 3 slices of 2.5 mm.
     axial, coronal, _ = (plane.get_array() for plane in enlarged.images)
     np.testing.assert_array_equal(axial, drawing.shown(image_XYZ[14:32, 14:32, 12]))
     np.testing.assert_array_equal(coronal, drawing.shown(image_XYZ[14:32, 23, 7:17]))
     assert whole.images[0].get_array().shape == (60, 60)
-    full = np.ones_like(truth_XYZ)
-    assert len(figure(reporting.overlay, image_XYZ, None, full, spacing_mm, {1: "all"}, "large").axes) == 1
 
 
 def test_many_classes_end_in_a_count():
     labels_XYZ = np.arange(1, 41, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
     classes = {v: f"class {v}" for v in range(60)}
-    said = words(reporting.overlay, labels_XYZ / 40, labels_XYZ, labels_XYZ, (1, 1, 1), classes, "many")
+    case = "many", labels_XYZ / 40, labels_XYZ, labels_XYZ, (1, 1, 1)
+    said = words(reporting.cases_overlay, [case], classes)
     assert f"and {40 - segmentation.MAX_KEY} more" in said
     assert "1.000  class 24" in said and "1.000  class 25" not in said
 
@@ -495,7 +468,7 @@ def test_many_classes_end_in_a_count():
 def test_cases_stand_below_one_another_with_their_dice():
     labels = ["worst: case_17", "best: case_31"]
     cases = [(label, *scan(i, (40, 36, 32), shift=(3 - i, 0, 0))) for i, label in enumerate(labels)]
-    fig = figure(reporting.cases_overlay, cases, ORGANS, "Two cases")
+    fig = figure(reporting.cases_overlay, cases, ORGANS)
     assert len(fig.axes) == 2
     for axes, (label, _, truth, pred, _) in zip(fig.axes, cases):
         both = [
@@ -508,4 +481,4 @@ def test_cases_stand_below_one_another_with_their_dice():
 def test_labels_of_another_shape_are_refused():
     image, truth, pred, spacing = scan()
     with pytest.raises(AssertionError, match="shape"):
-        reporting.overlay(image, truth[1:], pred, spacing, ORGANS, "")
+        reporting.cases_overlay([("case", image, truth[1:], pred, spacing)], ORGANS)

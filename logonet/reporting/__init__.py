@@ -2,13 +2,12 @@
 
 from logonet.reporting.page import lineage, run_page, transfer_section
 from logonet.reporting.pretraining import chain_picture, clusters_picture, contact_sheet
-from logonet.reporting.results import bars_with_ci, compare_picture, organ_boxes
-from logonet.reporting.segmentation import cases_overlay, overlay
+from logonet.reporting.results import compare_picture, organ_boxes
+from logonet.reporting.segmentation import cases_overlay
 from logonet.reporting.sweeping import heat_axes, heat_map, importance_bars, parallel, progress, proxy_scatter
 from logonet.reporting.training import curves
 
 __all__ = [
-    "bars_with_ci",
     "cases_overlay",
     "chain_picture",
     "clusters_picture",
@@ -20,7 +19,6 @@ __all__ = [
     "importance_bars",
     "lineage",
     "organ_boxes",
-    "overlay",
     "parallel",
     "progress",
     "proxy_scatter",

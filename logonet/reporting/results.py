@@ -1,4 +1,4 @@
-"""Pictures of measured results: per-organ boxes, paired differences, means with confidence intervals."""
+"""Pictures of measured results: per-organ boxes and paired differences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from logonet.reporting import drawing
-from logonet.reporting.drawing import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, ROW_IN, RULE
+from logonet.reporting.drawing import BLUE, GREEN, GREY, ORANGE, RED, ROW_IN, RULE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,6 @@ METRICS = {
 BOXED = ("dice", "hd95_mm", "nsd_2mm")
 MIN_BOXED = 5  # quartiles of fewer cases say nothing
 SKEWED = 5.0
-PALETTE = (BLUE, RED, GREEN, PURPLE, ORANGE, GREY)
 
 
 @drawing.picture
@@ -121,37 +120,6 @@ def compare_picture(table: pd.DataFrame, a: str = "A", b: str = "B") -> Figure:
             axes.axhline(len(classes) - 1.5, color=RULE)
     for axes in grid.flat[len(metrics) :]:
         axes.set_axis_off()
-    return fig
-
-
-@drawing.picture
-def bars_with_ci(table: pd.DataFrame, title: str, measured: str = "Dice") -> Figure:
-    """Means with confidence intervals in groups, such as networks in groups of label fractions.
-
-    Bars need a zero that such results are far from: a dot and its interval can be read at any scale.
-
-    Args:
-        table: ``name``, ``group``, ``mean``, ``ci_low``, ``ci_high``; groups and names in the order of rows.
-            One colour a name, in all groups.
-        title: heading.
-        measured: what the means are of, with its unit.
-    """
-    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(dict.fromkeys(table["name"]))}
-    groups = [(str(name), group) for name, group in table.groupby("group", sort=False)]
-    sizes = [len(group) for _, group in groups]
-    high = ROW_IN * sum(sizes) + 0.4 * len(groups) + 0.9
-    fig = drawing.figure(7.5, high, title, "dot: mean, bar: its confidence interval")
-    stack = fig.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=sizes)[:, 0]
-    for axes, (name, group) in zip(stack, groups):
-        middle, low, high = (group[c].to_numpy(np.float64) for c in ("mean", "ci_low", "ci_high"))
-        numbers = [
-            f"{_number(m, 3):>6}" + (f" [{lo:.3f}, {hi:.3f}]" if math.isfinite(lo + hi) else "")
-            for m, lo, hi in zip(middle, low, high)
-        ]
-        drawing.rows(axes, group["name"].astype(str).tolist(), numbers)
-        axes.set_title(name, fontweight="bold")
-        drawing.intervals(axes, middle, low, high, [colours[n] for n in group["name"]])
-    stack[-1].set_xlabel(measured)
     return fig
 
 

@@ -39,7 +39,6 @@ NAME_IN, GAP_IN = 1.1, 0.1  # a plane is given the width of its name, whatever i
 
 Box = tuple[slice, ...]
 Classes = Mapping[int, str]  # label value -> name
-Window = tuple[float, float]
 
 
 class Case:
@@ -47,13 +46,13 @@ class Case:
 
     Attributes:
         areas: (classes, slices) across X, Y and Z: voxels in truth or prediction.
-        dice: by label value, where there is a truth; NaN where it and the prediction are empty.
+        dice: by label value; NaN where truth and prediction are empty.
     """
 
     def __init__(
         self,
         image_XYZ: np.ndarray,
-        truth_XYZ: np.ndarray | None,
+        truth_XYZ: np.ndarray,
         pred_XYZ: np.ndarray,
         spacing_mm: Sequence[float],
         classes: Classes,
@@ -63,90 +62,70 @@ class Case:
         self.whole = tuple(slice(0, n) for n in image_XYZ.shape)
         self.dice: dict[int, float] = {}
         self.areas = [np.zeros((len(_drawn(classes)), n)) for n in image_XYZ.shape]
-        shapes = {array.shape for array in (image_XYZ, truth_XYZ, pred_XYZ) if array is not None}
-        assert len(shapes) == 1, "image and labels differ in shape"
+        assert image_XYZ.shape == truth_XYZ.shape == pred_XYZ.shape, "image and labels differ in shape"
         for row, value in enumerate(_drawn(classes)):
-            found_XYZ = pred_XYZ == value
-            if truth_XYZ is not None:
-                true_XYZ = truth_XYZ == value
-                size = np.count_nonzero(found_XYZ) + np.count_nonzero(true_XYZ)
-                found_XYZ |= true_XYZ
-                # |P and G| = |P| + |G| - |P or G|
-                union = np.count_nonzero(found_XYZ)
-                self.dice[value] = 2 * (size - union) / size if size else math.nan
+            found_XYZ, true_XYZ = pred_XYZ == value, truth_XYZ == value
+            size = np.count_nonzero(found_XYZ) + np.count_nonzero(true_XYZ)
+            found_XYZ |= true_XYZ
+            # |P and G| = |P| + |G| - |P or G|
+            union = np.count_nonzero(found_XYZ)
+            self.dice[value] = 2 * (size - union) / size if size else math.nan
             # Two passes over the voxels, not three: a large scan has 1e8 of them.
             sums_YZ = found_XYZ.sum(0, dtype=np.int32)
             for areas, found in zip(self.areas, (found_XYZ.sum((1, 2)), sums_YZ.sum(1), sums_YZ.sum(0))):
                 areas[row] = found
 
 
-Row = tuple[Case, Box, str]  # with its heading
-
-
-@drawing.picture
-def overlay(
-    image_XYZ: np.ndarray,
-    truth_XYZ: np.ndarray | None,
-    pred_XYZ: np.ndarray,
-    spacing_mm: Sequence[float],
-    classes: Classes,
-    title: str,
-    window: Window = (0.0, 1.0),
-) -> Figure:
-    """One scan on three planes, truth as solid outlines and prediction as dashed ones.
-
-    The planes pass where the classes have most area, every class counting alike. Where what is segmented
-    is small, a second row shows its box, enlarged.
-
-    Args:
-        image_XYZ: intensities.
-        truth_XYZ: label values; None: only the prediction is drawn, in solid lines.
-        pred_XYZ: label values.
-        spacing_mm: voxel size along X, Y, Z.
-        classes: label value -> name; 0 is background and not drawn. The key names those that occur, at most
-            MAX_KEY, with their Dice (a class missed altogether has 0).
-        title: heading.
-        window: the intensities shown black and white.
-    """
-    seen = Case(image_XYZ, truth_XYZ, pred_XYZ, spacing_mm, classes)
-    rows = [(seen, box, "") for box in (seen.whole, zoom(seen)) if box is not None]
-    return _figure(title, summary(seen, {}), rows, classes, window)
-
-
 @drawing.picture
 def cases_overlay(
-    cases: Sequence[tuple[str, np.ndarray, np.ndarray | None, np.ndarray, Sequence[float]]],
-    classes: Classes,
-    title: str = "Cases",
-    window: Window = (0.0, 1.0),
+    cases: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray, Sequence[float]]], classes: Classes
 ) -> Figure:
-    """Several scans, such as the worst, the median and the best, a row each, with the Dice of each.
+    """Scans, such as the worst, the median and the best, a row each: truth in solid outlines, prediction in dashed.
+
+    The planes pass where the classes have most area, every class counting alike. Beside them is the key: at most
+    MAX_KEY of the classes that occur and, of a single case, their Dice (a class missed altogether has 0).
 
     Args:
-        cases: (label, image_XYZ, truth_XYZ or None, pred_XYZ, spacing_mm) as for ``overlay``. A case whose
-            segmented part is small is shown as the enlarged box around it.
+        cases: (label, image_XYZ in [0, 1], truth_XYZ, pred_XYZ, spacing_mm). A case whose segmented part is small is
+            shown as the enlarged box around it.
         classes: label value -> name; 0 is background and not drawn.
-        title: heading.
-        window: the intensities shown black and white, in all cases.
     """
-    rows = []
-    for label, image_XYZ, truth_XYZ, pred_XYZ, spacing_mm in cases:
-        seen = Case(image_XYZ, truth_XYZ, pred_XYZ, spacing_mm, classes)
-        rows.append((seen, zoom(seen) or seen.whole, f"{label}\n{summary(seen, classes)}"))
-    return _figure(title, "the planes pass where the classes have most area", rows, classes, window)
+    # One colour a class, whichever classes a scan has.
+    colours = {value: COLOURS[i % len(COLOURS)] for i, value in enumerate(_drawn(classes))}
+    scans = [Case(*case[1:], classes) for case in cases]
+    boxes = [zoom(seen) or seen.whole for seen in scans]
+    keyed = [v for i, v in enumerate(colours) if any(seen.areas[0][i].any() for seen in scans)]
+    dice = scans[0].dice if keyed and len(scans) == 1 else {}
+    shapes = [max(_lengths_mm(*drawn)[1:]) / _mm_per_inch(*drawn) for drawn in zip(scans, boxes)]
+    heads = [f"{label}\n{summary(seen, classes)}" for (label, *_), seen in zip(cases, scans)]
+    above = sum(0.35 + 0.17 * head.count("\n") for head in heads)
+    high = max(sum(shapes) + above, 0.17 * min(len(keyed) + 4, MAX_KEY + 5)) + 0.7
+    note = "the planes pass where the classes have most area"
+    fig = drawing.figure(WIDE_IN + 2.2, high, "Cases", note)
+    stack = fig.subplots(len(scans), 1, squeeze=False, height_ratios=shapes)[:, 0]
+    for axes, seen, box, head in zip(stack, scans, boxes, heads):
+        _draw_planes(axes, seen, box, colours)
+        axes.set_title(head, pad=14)
+    axes.plot([], [], color=INK, label="truth")
+    axes.plot([], [], color=INK, linestyle=DASHES, label="prediction")
+    for value in keyed[:MAX_KEY]:
+        name = f"{dice[value]:.3f}  {classes[value]}" if dice else classes[value]
+        axes.plot([], [], color=colours[value], linewidth=5, label=name)
+    if len(keyed) > MAX_KEY:
+        axes.plot([], [], alpha=0, label=f"and {len(keyed) - MAX_KEY} more")
+    fig.legend(loc="outside right upper", title="Dice of each class" if dice else None, alignment="left")
+    return fig
 
 
-def summary(seen: Case, names: Classes) -> str:
-    """Mean Dice, and that of each class in ``names`` when there are few."""
-    if seen.truth_XYZ is None:
-        return "prediction alone: no truth was given"
+def summary(seen: Case, classes: Classes) -> str:
+    """Mean Dice, and that of each class when there are few."""
     defined = {v: d for v, d in seen.dice.items() if math.isfinite(d)}
     if not defined:
         return "no class in truth or prediction"
     mean = f"mean Dice {np.mean(list(defined.values())):.3f}"
-    if not names or not 1 < len(defined) <= MAX_NAMED:
+    if not 1 < len(defined) <= MAX_NAMED:
         return mean
-    return f"{mean}: " + ", ".join(f"{names[v]} {d:.3f}" for v, d in defined.items())
+    return f"{mean}: " + ", ".join(f"{classes[v]} {d:.3f}" for v, d in defined.items())
 
 
 def focus(seen: Case) -> list[int]:
@@ -190,35 +169,7 @@ def _drawn(classes: Classes) -> list[int]:
     return [value for value in classes if value != 0]
 
 
-def _figure(title: str, note: str, rows: Sequence[Row], classes: Classes, window: Window) -> Figure:
-    """Three planes a row, and beside them the key: names, and of one case each class's Dice."""
-    # One colour a class, whichever classes a scan has.
-    colours = {value: COLOURS[i % len(COLOURS)] for i, value in enumerate(_drawn(classes))}
-    cases = [seen for seen, *_ in rows]
-    keyed = [v for i, v in enumerate(colours) if any(seen.areas[0][i].any() for seen in cases)]
-    with_truth = any(seen.truth_XYZ is not None for seen in cases)
-    dice = cases[0].dice if keyed and all(seen is cases[0] for seen in cases) else {}
-    shapes = [max(_lengths_mm(seen, box)[1:]) / _mm_per_inch(seen, box) for seen, box, _ in rows]
-    heads = sum(0.35 + 0.17 * head.count("\n") for *_, head in rows)
-    high = max(sum(shapes) + heads, 0.17 * min(len(keyed) + 4, MAX_KEY + 5)) + 0.7
-    fig = drawing.figure(WIDE_IN + 2.2, high, title, note)
-    stack = fig.subplots(len(rows), 1, squeeze=False, height_ratios=shapes)[:, 0]
-    for axes, (seen, box, head) in zip(stack, rows):
-        _draw_planes(axes, seen, box, colours, window)
-        axes.set_title(head, pad=14)
-    if with_truth:
-        axes.plot([], [], color=INK, label="truth")
-    axes.plot([], [], color=INK, linestyle=DASHES if with_truth else "solid", label="prediction")
-    for value in keyed[:MAX_KEY]:
-        name = f"{dice[value]:.3f}  {classes[value]}" if dice else classes[value]
-        axes.plot([], [], color=colours[value], linewidth=5, label=name)
-    if len(keyed) > MAX_KEY:
-        axes.plot([], [], alpha=0, label=f"and {len(keyed) - MAX_KEY} more")
-    fig.legend(loc="outside right upper", title="Dice of each class" if dice else None, alignment="left")
-    return fig
-
-
-def _draw_planes(axes: Axes, seen: Case, box: Box, colours: Mapping[int, str], window: Window) -> None:
+def _draw_planes(axes: Axes, seen: Case, box: Box, colours: Mapping[int, str]) -> None:
     """The three planes of ``box`` side by side, in mm."""
     at = focus(seen)
     lengths = _lengths_mm(seen, box)
@@ -230,12 +181,10 @@ def _draw_planes(axes: Axes, seen: Case, box: Box, colours: Mapping[int, str], w
         wide, high = (n for i, n in enumerate(lengths) if i != axis)
         extent = (left, left + wide, high, 0.0)
         image_RC = shown(seen.image_XYZ[cut])
-        axes.imshow(image_RC, cmap="gray", vmin=window[0], vmax=window[1], extent=extent)
+        axes.imshow(image_RC, cmap="gray", vmin=0, vmax=1, extent=extent)
         for value, colour in colours.items():
-            if seen.truth_XYZ is not None:
-                _outline(axes, shown(seen.truth_XYZ[cut] == value), extent, colour, "solid")
-            style = "solid" if seen.truth_XYZ is None else DASHES
-            _outline(axes, shown(seen.pred_XYZ[cut] == value), extent, colour, style)
+            _outline(axes, shown(seen.truth_XYZ[cut] == value), extent, colour, "solid")
+            _outline(axes, shown(seen.pred_XYZ[cut] == value), extent, colour, DASHES)
         where = f"{at[axis] + 1}/{seen.image_XYZ.shape[axis]}" if box == seen.whole else "enlarged"
         axes.text(left, -0.05 * inch, f"{name}, {where}", fontsize=8, color=GREY)
         if min(wide, high) > 0.3 * inch:

@@ -91,7 +91,7 @@ def heat_map(table: pd.DataFrame, x: str, y: str | None, measured: str, best: in
 
 def _cell(trials: pd.DataFrame) -> tuple[float, bool, str]:
     """The mean of the trials of one setting or NaN, whether it is of stopped ones, and what else is to say."""
-    found = trials[(trials["status"] != "failed") & _numbers(trials["objective"]).notna()]
+    found = trials[(trials["status"] != "failed") & numbers(trials["objective"]).notna()]
     ended = found[found["status"] == "done"]
     shown = ended if len(ended) else found
     stopped = len(found) > 0 and not len(ended)
@@ -106,7 +106,7 @@ def _cell(trials: pd.DataFrame) -> tuple[float, bool, str]:
     if len(trials) > 1:
         of = f"{len(shown)} of " if 0 < len(shown) < len(trials) else ""
         words.append(f"{of}{len(trials)} trials")
-    return float(_numbers(shown["objective"]).mean()), stopped, "\n".join(words)
+    return float(numbers(shown["objective"]).mean()), stopped, "\n".join(words)
 
 
 def _groups(values: pd.Series) -> tuple[np.ndarray, list[str]]:
@@ -155,7 +155,7 @@ def parallel(table: pd.DataFrame, keys: Sequence[str], measured: str, best: int 
     logarithmic axis where they span more than LOG_FROM. The best is drawn last, failed trials dashed.
     """
     failed = table["status"] == "failed"
-    objective = _numbers(table["objective"]).where(~failed)
+    objective = numbers(table["objective"]).where(~failed)
     shade = _shades(objective.dropna())
     scales = [scale(table[k]) for k in keys]
     note = "a line a trial, darker is better; thin: stopped early; dashed: failed; without an objective: not drawn"
@@ -217,7 +217,7 @@ def progress(history: pd.DataFrame, table: pd.DataFrame, best: int | None, measu
     Args:
         history: ``trial``, ``epoch``, ``objective``; what is not finite is left out.
     """
-    points = history.assign(objective=_numbers(history["objective"])).dropna(subset="objective")
+    points = history.assign(objective=numbers(history["objective"])).dropna(subset="objective")
     lines = {int(t): line.sort_values("epoch") for t, line in points.groupby("trial")}
     last = {t: line["objective"].iloc[-1] for t, line in lines.items()}
     status = dict(zip(table["trial"], table["status"])) | {best: "best"}
@@ -279,7 +279,7 @@ def proxy_scatter(table: pd.DataFrame, correlation: Mapping[str, Any], measured:
     title = f"Does {measured} order the trials as the finetuned Dice does?"
     fig = drawing.figure(6.0, 4.4, title, f"{said}. {correlation['note']}")
     axes = fig.subplots()
-    x_N, y_N = (_numbers(table[c]).to_numpy() for c in ("objective", "final_dice"))
+    x_N, y_N = (numbers(table[c]).to_numpy() for c in ("objective", "final_dice"))
     axes.scatter(x_N, y_N, s=26, color=BLUE, linewidths=0)
     # Neighbours have their numbers on different sides.
     for place, n in enumerate(np.argsort(x_N)):
@@ -293,7 +293,7 @@ def proxy_scatter(table: pd.DataFrame, correlation: Mapping[str, Any], measured:
     return fig
 
 
-def _numbers(values: pd.Series) -> pd.Series:
+def numbers(values: pd.Series) -> pd.Series:
     """As floats; NaN where there is no finite number."""
     numbers = pd.to_numeric(values, errors="coerce").astype(float)
     return numbers.where(np.isfinite(numbers))
