@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from logonet.core import seeding
+from logonet.reporting.sweeping import numbers
 
 MIN_TRIALS = 6  # a forest fitted to two thirds of fewer than these has nothing to find
 MIN_PAIRS = 4  # of 3 pairs even the best order of all has p = 1/3
@@ -39,7 +40,7 @@ def contenders(table: pd.DataFrame) -> pd.DataFrame:
     By finetuned Dice where any trial has one; else by the objective, of those that ran to the end; where none
     did yet, of those that have not failed. Of equals the first trial is the better.
     """
-    final, objective = numbers(table, "final_dice"), numbers(table, "objective")
+    final, objective = numbers(table["final_dice"]), numbers(table["objective"])
     done, failed = table["status"] == "done", table["status"] == "failed"
     scores = [final, objective.where(done), objective.where(~failed)]
     score = next((s for s in scores if s.notna().any()), scores[-1])
@@ -53,12 +54,6 @@ def best(table: pd.DataFrame) -> int | None:
     return int(ranked.loc[0, "trial"]) if len(ranked) else None
 
 
-def numbers(table: pd.DataFrame, column: str) -> pd.Series:
-    """A column as floats; NaN where it has no finite number."""
-    values = pd.to_numeric(table[column], errors="coerce").astype(float)
-    return values.where(np.isfinite(values))
-
-
 # ------------------------------------------------------------------------------------- importances
 
 
@@ -69,7 +64,7 @@ def comparable(table: pd.DataFrame, history: pd.DataFrame) -> tuple[pd.DataFrame
     of all the epochs at which nearly all can be compared, the least noisy. Trials without an objective at it
     get NaN. None, and a column of NaN, where nothing was measured.
     """
-    measured = history[numbers(history, "objective").notna()]
+    measured = history[numbers(history["objective"]).notna()]
     wide = measured.pivot_table(index="trial", columns="epoch", values="objective", aggfunc="last")
     if wide.empty:
         return table.assign(objective=math.nan), None
@@ -95,7 +90,7 @@ def importance(table: pd.DataFrame, keys: Sequence[str], seed: int = 0) -> pd.Da
         ``note``. Where there is nothing to measure both numbers are NaN and the note says why; where the
         forest does not predict unseen trials at all, the note says that too.
     """
-    objective = numbers(table, "objective")
+    objective = numbers(table["objective"])
     counted, y_N = table[objective.notna()], objective.dropna().to_numpy()
     varied = [k for k in keys if counted[k].nunique(dropna=False) > 1]
     index = pd.Index(keys, name="key")

@@ -11,6 +11,7 @@ import pandas as pd
 
 from logonet import reporting
 from logonet.core import config
+from logonet.reporting.sweeping import numbers
 from logonet.storage import object_store
 from logonet.sweep import analysis, records
 from logonet.sweep import space as spaces
@@ -90,12 +91,12 @@ def page(spec: Spec, trials: Sequence[Trial]) -> dict[str, bytes]:
     def add(heading: str, file: str, drawn: bytes) -> None:
         sections[heading] = files[file] = drawn
 
-    measured = analysis.numbers(table, "objective").notna()
+    measured = numbers(table["objective"]).notna()
     axes = reporting.heat_axes(table, keys)
     if axes:
         x, y = axes[0], axes[1] if len(axes) > 1 else None
         add("Heat map", "heat_map.png", reporting.heat_map(table, x, y, measure, best))
-    if analysis.numbers(history, "objective").notna().any():
+    if numbers(history["objective"]).notna().any():
         add("Progress", "progress.png", reporting.progress(history, table, best, measure))
     if axes and measured.any():
         add("All keys", "parallel.png", reporting.parallel(table, keys, measure, best))
@@ -108,7 +109,7 @@ def page(spec: Spec, trials: Sequence[Trial]) -> dict[str, bytes]:
         add(heading, "importance.png", reporting.importance_bars(importances, note))
     else:
         sections[heading] = f"<p>Not known: {html.escape('; '.join(dict.fromkeys(importances['note'])))}.</p>"
-    both = table[measured & analysis.numbers(table, "final_dice").notna()]
+    both = table[measured & numbers(table["final_dice"]).notna()]
     heading = "Can the objective be trusted"
     if len(both) > 1:
         correlation = analysis.rank_correlation(both["objective"], both["final_dice"])
@@ -118,7 +119,7 @@ def page(spec: Spec, trials: Sequence[Trial]) -> dict[str, bytes]:
         sections[heading] = f"<p>{html.escape(said)}</p>"
     # What the page shows of the table; where the runs are is in trials.csv.
     shown = table[["trial", "status", "epochs", "objective", "final_dice", *keys]]
-    shown = shown.assign(minutes=analysis.numbers(table, "wall_s") / 60, reason=table["reason"])
+    shown = shown.assign(minutes=numbers(table["wall_s"]) / 60, reason=table["reason"])
     sections["Trials"] = shown.rename(columns={"objective": measure, "final_dice": "finetuned Dice"})
     sections["Specification"] = f"<pre>{html.escape(config.to_yaml(spec))}</pre>"
     return {**files, "report.html": reporting.run_page(spec.name, list(sections.items())).encode()}
@@ -150,7 +151,7 @@ def _answer(
     if base is not None and base in others[1:]:
         leads.append(lead(base, f"the base setting (trial {base})"))
     score = f"{measure} {won['objective']:.4f}"
-    if analysis.numbers(table, "final_dice").notna().any():
+    if numbers(table["final_dice"]).notna().any():
         proxy = f" ({score})" if math.isfinite(won["objective"]) else ""
         score = f"finetuned Dice {scores[best]:.4f}{proxy}"
     chosen = {k: won[k] for k in keys if pd.notna(won[k])}

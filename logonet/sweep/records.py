@@ -73,17 +73,6 @@ class Trial:
         values = [entry.get("objective") for entry in reversed(self.history)]
         return next((float(v) for v in values if v is not None and math.isfinite(v)), math.nan)
 
-    @classmethod
-    def from_bytes(cls, data: bytes, where: str) -> Trial:
-        """Raises UserError when ``data`` is no trial's record, or one that was damaged; ``where`` names it."""
-        trial = _unseal(cls, data, where)
-        trial.history, trial.final = _nan_for_null(trial.history), _nan_for_null(trial.final)
-        epochs = [entry.get("epoch") for entry in trial.history]
-        objectives = [entry.get("objective", 0.0) for entry in trial.history]
-        if not all(map(_is_number, [*epochs, *objectives, trial.final.get("dice", 0.0)])):
-            raise UserError(f"{where} is no record of a trial: an epoch, objective or Dice is not a number")
-        return trial
-
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -142,9 +131,14 @@ def _record(uri: str, index: int) -> str:
 def _parsed(data: bytes, index: int, record: str) -> Trial | str:
     """The trial, or why the record cannot be trusted."""
     try:
-        trial = Trial.from_bytes(data, record)
+        trial = _unseal(Trial, data, record)
     except UserError as err:
         return str(err)
+    trial.history, trial.final = _nan_for_null(trial.history), _nan_for_null(trial.final)
+    epochs = [entry.get("epoch") for entry in trial.history]
+    objectives = [entry.get("objective", 0.0) for entry in trial.history]
+    if not all(map(_is_number, [*epochs, *objectives, trial.final.get("dice", 0.0)])):
+        return f"{record} is no record of a trial: an epoch, objective or Dice is not a number"
     return trial if trial.index == index else f"{record} is the record of trial {trial.index}"
 
 
@@ -200,7 +194,7 @@ def claim(uri: str, spec: Spec) -> None:
     if not object_store.exists(object_store.join(uri, SPEC)):
         object_store.write(object_store.join(uri, SPEC), seal(spec))
         return
-    old, new = (_flat(config.to_dict(s)) for s in (read_spec(uri), spec))
+    old, new = (config.flat(config.to_dict(s)) for s in (read_spec(uri), spec))
     if not (changed := [k for k in old | new if k not in old or k not in new or old[k] != new[k]]):
         return
     said = [f"{k} was {_shown(old, k)}, now {_shown(new, k)}" for k in changed[:SHOWN_DIFFERENCES]]
@@ -223,14 +217,6 @@ def read_spec(uri: str) -> Spec:
     except UserError as err:
         # Not absence: whatever this call asks for, the trials beside it may have been tried for something else.
         raise UserError(f"{err}; begin another sweep with --name, or restore the file") from None
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested mappings."""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return out
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import logonet
+from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.core.redaction import SECRET_NAME, redact, without_secrets
 from logonet.storage import object_store
@@ -106,7 +107,7 @@ class Tracker:
         set_defaults()  # here, not only in the thread: setenv is not safe while other threads call getenv
         self._uri = tracking_uri()
         self._named = redact(self._uri)
-        self._params = {k: "REDACTED" if SECRET_NAME.search(k) else redact(v) for k, v in _flat(self.params)}
+        self._params = {key: _param(key, value) for key, value in config.flat(self.params).items()}
         own = {FINGERPRINT_TAG: self.fingerprint, "logonet.version": logonet.__version__}
         self._tags = clean_tags({**own, **self.tags})
         # What to deliver. The thread only reads these, and they are replaced, never changed in place.
@@ -350,13 +351,10 @@ def clean_tags(tags: Mapping[str, Any]) -> dict[str, str]:
     return {key: redact(str(value)) for key, value in tags.items() if value is not None}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """``{"train": {"lr": 1.0}}`` as ``("train.lr", "1.0")``; lists and None as JSON."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, default=str)
+def _param(key: str, value: Any) -> str:
+    """A value as MLflow shows it: lists and None as JSON, and no secrets."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return "REDACTED" if SECRET_NAME.search(key) else redact(text)
 
 
 def _metrics(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
