@@ -122,15 +122,14 @@ def load_model(
 
 def _find(uri: str) -> tuple[dict[str, bytes], dict[str, str], bytes | None, Artifact | None]:
     """The model's files, its lineage, the scans it has seen, and the finetuning artifact that it is of."""
-    names = (model.CONFIG_FILE, model.WEIGHTS_FILE)
     if uri.startswith("models:/"):
         blobs, lineage = fetch_registered(uri)
-        if not set(names) <= blobs.keys():
+        if not set(model.FILES) <= blobs.keys():
             raise UserError(f"{uri} is no segmentation model; it holds {', '.join(sorted(blobs))}")
-        return {n: blobs[n] for n in names}, lineage, blobs.get(SEEN_FILE), None
+        return {n: blobs[n] for n in model.FILES}, lineage, blobs.get(SEEN_FILE), None
     artifact = artifacts.find(uri)
     if artifact is None:
-        blobs = {n: object_store.read(object_store.join(uri, n)) for n in names}
+        blobs = {n: object_store.read(object_store.join(uri, n)) for n in model.FILES}
         return blobs, {"model_folder": uri}, None, None
     if artifact.stage != "finetune":
         raise UserError(f"{uri} is a '{artifact.stage}' artifact; give a finetuning one, ROOT/finetune/ID")
@@ -140,7 +139,7 @@ def _find(uri: str) -> tuple[dict[str, bytes], dict[str, str], bytes | None, Art
 
 def model_files(artifact: Artifact) -> dict[str, bytes]:
     """The model folder of a finetuning artifact."""
-    return {n: artifact.read(f"{MODEL_FOLDER}/{n}") for n in (model.CONFIG_FILE, model.WEIGHTS_FILE)}
+    return {n: artifact.read(f"{MODEL_FOLDER}/{n}") for n in model.FILES}
 
 
 def fetch_registered(uri: str) -> tuple[dict[str, bytes], dict[str, str]]:

@@ -73,13 +73,12 @@ def dice(overlap_2K: np.ndarray) -> np.ndarray:
 
 def surface(mask_XYZ: np.ndarray) -> np.ndarray:
     """The mask without its 6-connected erosion: bool, same shape."""
-    padded = np.pad(mask_XYZ, 1)
     inner_XYZ = mask_XYZ.copy()
-    for axis, length in enumerate(mask_XYZ.shape):
-        for shift in (0, 2):
-            window = [slice(1, -1)] * mask_XYZ.ndim
-            window[axis] = slice(shift, shift + length)
-            inner_XYZ &= padded[tuple(window)]
+    for axis in range(mask_XYZ.ndim):
+        inner, mask = (np.moveaxis(array_XYZ, axis, 0) for array_XYZ in (inner_XYZ, mask_XYZ))
+        inner[1:] &= mask[:-1]
+        inner[:-1] &= mask[1:]
+        inner[[0, -1]] = False
     return mask_XYZ & ~inner_XYZ
 
 
@@ -174,8 +173,6 @@ def case_rows(
     spacing_mm: Sequence[float],
     classes: Mapping[int, str],
     scan_id: str,
-    *,
-    regions: Mapping[str, Sequence[int]] | None = None,
 ) -> list[dict[str, Any]]:
     """The rows of one scan: ``scan_id``, ``value``, ``class`` and what ``score`` gives.
 
@@ -185,26 +182,20 @@ def case_rows(
         classes: label value -> name. 0 is background and has no row; values without a name are background
             too.
         scan_id: as the manifest has it.
-        regions: name -> the label values whose union it is (BraTS's ET, TC, WT). Given, they are scored
-            instead of the classes, and ``value`` is -1.
 
     Raises:
         UserError: naming the scan, when shapes differ, or labels are not whole numbers.
     """
     _check_grid(pred_XYZ, truth_XYZ, spacing_mm, f"scan {scan_id}")
     pred_XYZ, truth_XYZ = (_whole(labels, scan_id) for labels in (pred_XYZ, truth_XYZ))
-    wanted: list[tuple[int, str, Sequence[int]]]
-    wanted = [(value, name, [value]) for value, name in classes.items() if value != 0 and name]
-    if regions is not None:
-        wanted = [(-1, name, values) for name, values in regions.items()]
-    assert all(value > 0 for _, _, values in wanted for value in values), wanted
-    largest = max((value for _, _, values in wanted for value in values), default=0)
+    wanted = {value: name for value, name in classes.items() if value != 0 and name}
+    largest = max(wanted, default=0)
     pred_boxes, truth_boxes = (ndimage.find_objects(labels, largest) for labels in (pred_XYZ, truth_XYZ))
     rows = []
-    for value, name, values in wanted:
+    for value, name in wanted.items():
         # Most organs fill a few per cent of a scan: nothing below looks outside the box of both masks.
-        box_XYZ = _union([boxes[v - 1] for v in values for boxes in (pred_boxes, truth_boxes)])
-        pred, truth = (np.isin(labels[box_XYZ], values) for labels in (pred_XYZ, truth_XYZ))
+        box_XYZ = _union([pred_boxes[value - 1], truth_boxes[value - 1]])
+        pred, truth = (labels[box_XYZ] == value for labels in (pred_XYZ, truth_XYZ))
         rows.append({"scan_id": scan_id, "value": value, "class": name, **score(pred, truth, spacing_mm)})
     return rows
 

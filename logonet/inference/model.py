@@ -20,7 +20,7 @@ from logonet.core.errors import UserError
 from logonet.data.preprocessing import Percentile, Preprocessing
 from logonet.storage import object_store
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = FILES = "config.json", "weights.safetensors"
 MODALITIES = ("CT", "MR", "mixed")
 MAX_VALUE = 255  # label maps are uint8
 
@@ -95,7 +95,7 @@ def read(folder_uri: str) -> tuple[Spec, dict[str, torch.Tensor]]:
     Raises:
         UserError: naming the file that is missing, damaged or of another kind.
     """
-    blobs = {n: object_store.read(object_store.join(folder_uri, n)) for n in (CONFIG_FILE, WEIGHTS_FILE)}
+    blobs = {n: object_store.read(object_store.join(folder_uri, n)) for n in FILES}
     return parse(blobs, folder_uri)
 
 
@@ -108,8 +108,7 @@ def parse(blobs: Mapping[str, bytes], where: str = "") -> tuple[Spec, dict[str, 
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    names = (CONFIG_FILE, WEIGHTS_FILE)
-    config_name, weights_name = (object_store.join(where, n) if where else n for n in names)
+    config_name, weights_name = (object_store.join(where, n) if where else n for n in FILES)
     try:
         spec = config.from_dict(Spec, config.parse_json(blobs[CONFIG_FILE]))
     except UserError as err:

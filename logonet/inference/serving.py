@@ -19,18 +19,16 @@ import binascii
 import json
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from logonet.core.errors import BadScan, UserError
 from logonet.data import volume
 from logonet.data.volume import Volume
 from logonet.inference import metrics
 from logonet.inference.sliding_window import Predictor
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def _load_pyfunc(path: str) -> Served:
@@ -63,8 +61,6 @@ class Served:
         Raises:
             UserError: for a bad request or scan.
         """
-        import pandas as pd
-
         hint = str((params or {}).get("modality") or "") or None
         if isinstance(model_input, pd.DataFrame):
             return self._table(model_input, hint)
@@ -105,8 +101,6 @@ class Served:
         return np.stack(labels)
 
     def _table(self, table: pd.DataFrame, hint: str | None) -> pd.DataFrame:
-        import pandas as pd
-
         if "nifti" not in table.columns:
             raise UserError(f"the table has columns {list(table.columns)}; it must have one named 'nifti'")
         hint = hint or self.spec.one_modality or None

@@ -6,6 +6,7 @@ Shapes: N cases, C classes, R bootstrap resamples.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,8 +43,7 @@ def under_rules(rows: pd.DataFrame, empty: str = "default", released: bool = Fal
     Raises:
         UserError: there is no such rule, or there are no rows.
     """
-    if rows.empty:
-        raise UserError("there are no scores: no case was evaluated")
+    _need_some(rows)
     if empty not in EMPTY_DICE:
         raise UserError(f"{empty!r} is no rule for empty masks; there are {', '.join(EMPTY_DICE)}")
     rows = rows.copy()
@@ -55,9 +55,12 @@ def under_rules(rows: pd.DataFrame, empty: str = "default", released: bool = Fal
     return rows
 
 
-def summary(
-    rows: pd.DataFrame, seed: int = 0, *, empty: str = "default", released: bool = False
-) -> pd.DataFrame:
+def _need_some(rows: pd.DataFrame) -> None:
+    if rows.empty:
+        raise UserError("there are no scores: no case was evaluated")
+
+
+def summary(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Each metric of each class over the cases, and the mean over classes, with bootstrap intervals.
 
     A class's mean is over the cases in which its score is defined; the mean over classes is the mean of
@@ -65,9 +68,8 @@ def summary(
     so all classes of a case come and go together.
 
     Args:
-        rows: of ``case_rows``, any number of scans, in any order.
+        rows: of ``case_rows`` or ``under_rules``, any number of scans, in any order.
         seed: of the resampling.
-        empty, released: see ``under_rules``.
 
     Returns:
         One row per class and metric, the class "mean" last: ``class``, ``value`` (0 for the mean),
@@ -75,42 +77,31 @@ def summary(
         score, ``skipped`` without. In the row of the mean, std and median are those of the cases' averages
         over their classes, n counts cases, skipped scores.
     """
-    rows = under_rules(rows, empty, released)
+    _need_some(rows)
     order, scans = _class_order(rows), sorted(set(rows["scan_id"]))
     times_RN = _resamples(len(scans), seed)
     out = []
     for metric in METRICS:
-        values_NC = _by_case(rows, metric, scans, order)
-        means_C, mean = _class_means(values_NC)
-        low_C, high_C, low, high = _intervals(values_NC, times_RN)
-        for c, (value, name) in enumerate(order):
-            num_rows = int((rows["class"] == name).sum())
-            numbers = (name, value, metric, means_C[c], low_C[c], high_C[c])
-            out.append(dict(zip(COLUMNS, numbers)) | _spread(values_NC[:, c], num_rows))
-        over_classes = _spread(_row_means(values_NC), 0) | {"skipped": int(rows[metric].isna().sum())}
-        out.append(dict(zip(COLUMNS, (MEAN, 0, metric, mean, low, high))) | over_classes)
+        values_NC, missing = _by_case(rows, metric, scans, order), rows[metric].isna()
+        means = zip(_class_means(values_NC), *_intervals(values_NC, times_RN))
+        columns = [*values_NC.T, _row_means(values_NC)]
+        skipped = [*(missing[rows["class"] == name].sum() for _, name in order), missing.sum()]
+        for (value, name), mean_low_high, values_N, num in zip([*order, (0, MEAN)], means, columns, skipped):
+            line = dict(zip(COLUMNS, (name, value, metric, *mean_low_high)))
+            out.append(line | _spread(values_N) | {"skipped": int(num)})
     return _class_by_class(pd.DataFrame(out), order)
 
 
-def compare(
-    a: pd.DataFrame,
-    b: pd.DataFrame,
-    seed: int = 0,
-    *,
-    common: bool = False,
-    empty: str = "default",
-    released: bool = False,
-) -> pd.DataFrame:
+def compare(a: pd.DataFrame, b: pd.DataFrame, seed: int = 0, *, common: bool = False) -> pd.DataFrame:
     """Two models on the same cases: is B different from A?
 
     A pair is a case and class that have a score in both. Where HD95 is undefined for one model (it missed
     the organ) the pair is dropped and counted, so read HD95 together with Dice.
 
     Args:
-        a, b: rows of ``case_rows``, paired by ``scan_id`` and ``class``.
+        a, b: rows of ``case_rows`` or ``under_rules``, paired by ``scan_id`` and ``class``.
         seed: of the resampling of the cases.
         common: compare on the scans and classes that both have, where they differ.
-        empty, released: see ``under_rules``.
 
     Returns:
         One row per class and metric of SHOWN, the class "mean" last: ``class``, ``value``, ``metric``; ``a``
@@ -124,7 +115,8 @@ def compare(
     Raises:
         UserError: the scans or classes differ and ``common`` was not asked for, or none is common.
     """
-    a, b = (under_rules(rows, empty, released) for rows in (a, b))
+    _need_some(a)
+    _need_some(b)
     for key, noun in (("scan_id", "scans"), ("class", "classes")):
         shared = _shared(set(a[key]), set(b[key]), noun, common)
         a, b = a[a[key].isin(shared)], b[b[key].isin(shared)]
@@ -136,24 +128,20 @@ def compare(
         a_NC, b_NC = (_by_case(rows, metric, scans, order) for rows in (a, b))
         difference_NC = b_NC - a_NC
         paired_NC = ~np.isnan(difference_NC)
-        a_C, a_mean = _class_means(np.where(paired_NC, a_NC, np.nan))
-        b_C, b_mean = _class_means(np.where(paired_NC, b_NC, np.nan))
-        low_C, high_C, low, high = _intervals(difference_NC, times_RN)
-        difference_C, difference = _class_means(difference_NC)
-        p_C = np.array([_wilcoxon_p(difference_NC[:, c]) for c in range(len(order))])
-        p_mean = _wilcoxon_p(_row_means(difference_NC))
+        low, high = _intervals(difference_NC, times_RN)
+        *p_C, p_mean = map(_wilcoxon_p, [*difference_NC.T, _row_means(difference_NC)])
         n_C = paired_NC.sum(0)
         frame = {
             "class": [*(name for _, name in order), MEAN],
             "value": [*(value for value, _ in order), 0],
             "metric": metric,
-            "a": [*a_C, a_mean],
-            "b": [*b_C, b_mean],
-            "difference": [*difference_C, difference],
-            "ci_low": [*low_C, low],
-            "ci_high": [*high_C, high],
+            "a": _class_means(np.where(paired_NC, a_NC, np.nan)),
+            "b": _class_means(np.where(paired_NC, b_NC, np.nan)),
+            "difference": _class_means(difference_NC),
+            "ci_low": low,
+            "ci_high": high,
             "p": [*p_C, p_mean],
-            "p_holm": [*holm(p_C), p_mean],
+            "p_holm": [*holm(np.array(p_C)), p_mean],
             "n": [*n_C, int(paired_NC.any(1).sum())],
             "dropped": [*(len(paired_NC) - n_C), int((~paired_NC).sum())],
         }
@@ -202,10 +190,10 @@ def _row_means(values_NC: np.ndarray) -> np.ndarray:
     return _mean(np.nansum(values_NC, 1), (~np.isnan(values_NC)).sum(1))
 
 
-def _class_means(values_NC: np.ndarray) -> tuple[np.ndarray, float]:
-    """Each class's mean over cases, and the mean of those over classes."""
+def _class_means(values_NC: np.ndarray) -> np.ndarray:
+    """Each class's mean over cases and, last, the mean of those over classes."""
     means_C = _row_means(values_NC.T)
-    return means_C, float(_row_means(means_C[None])[0])
+    return np.append(means_C, _row_means(means_C[None]))
 
 
 def _resamples(num_cases: int, seed: int) -> np.ndarray:
@@ -214,31 +202,25 @@ def _resamples(num_cases: int, seed: int) -> np.ndarray:
     return seeding.rng(seed, "bootstrap").multinomial(num_cases, shares_N, size=RESAMPLES).astype(np.float64)
 
 
-def _intervals(values_NC: np.ndarray, times_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Bootstrap percentile intervals of ``_class_means``: (low_C, high_C, low, high)."""
+def _intervals(values_NC: np.ndarray, times_RN: np.ndarray) -> np.ndarray:
+    """Bootstrap percentile intervals of ``_class_means``: their lower and their upper ends (2, C + 1)."""
     seen_NC = ~np.isnan(values_NC)
     centre_C = _row_means(values_NC.T)  # taken off first: resamples of equal values then have equal means
     off_NC = np.where(seen_NC, values_NC - centre_C, 0.0)
     means_RC = _mean(times_RN @ off_NC, times_RN @ seen_NC) + centre_C
-    low_C, high_C = np.array([_percentile_interval(means_R) for means_R in means_RC.T]).T
-    return low_C, high_C, *_percentile_interval(_row_means(means_RC))
+    both = np.column_stack([means_RC, _row_means(means_RC)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a class that no case has
+        # Resamples that drew no case with a class say nothing of it.
+        return np.nanpercentile(both, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)], axis=0)
 
 
-def _percentile_interval(means_R: np.ndarray) -> tuple[float, float]:
-    means_R = means_R[~np.isnan(means_R)]  # resamples that drew no case with this class
-    if not len(means_R):
-        return math.nan, math.nan
-    low, high = np.percentile(means_R, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
-    return float(low), float(high)
-
-
-def _spread(values_N: np.ndarray, num_rows: int) -> dict[str, float | int]:
+def _spread(values_N: np.ndarray) -> dict[str, float | int]:
     seen = values_N[~np.isnan(values_N)]
     return {
         "std": float(seen.std(ddof=1)) if len(seen) > 1 else math.nan,
         "median": float(np.median(seen)) if len(seen) else math.nan,
         "n": len(seen),
-        "skipped": num_rows - len(seen),
     }
 
 

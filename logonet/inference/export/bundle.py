@@ -111,8 +111,8 @@ def metadata(spec: model.Spec) -> dict[str, Any]:
     values.update(
         version=logonet.__version__,
         changelog={logonet.__version__: "exported by logonet"},
-        monai_version=_public(monai.__version__),
-        pytorch_version=_public(torch.__version__),
+        monai_version=monai.__version__.split("+")[0],
+        pytorch_version=torch.__version__.split("+")[0],
         numpy_version=np.__version__,
         required_packages_version={name: v for name in PACKAGES if (v := _installed(name))},
         name=f"{backbone} segmentation of {organs}",
@@ -140,10 +140,6 @@ def _installed(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _public(version: str) -> str:
-    return version.split("+")[0]
 
 
 def _json(values: Mapping[str, Any]) -> bytes:
