@@ -197,7 +197,7 @@ class Literal:
 
     def encode(self, x: Tensor) -> list[Tensor]:
         feats = []
-        for n, depth in enumerate(self.cfg.stage_depths):
+        for n, depth in enumerate(self.cfg.depths or uxnet3d._DEPTHS[self.cfg.variant]):
             if n == 0:
                 x = self.layer_norm(self.conv(x, "stem", stride=2, padding=3), "stem_norm")
             else:

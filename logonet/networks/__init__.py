@@ -128,15 +128,6 @@ def config(name: str, options: Mapping[str, Any] | None = None) -> Any:
     return from_dict(_load(name).Config, options or {}, where="backbone")
 
 
-def parse(values: Mapping[str, Any] | Component) -> Component:
-    """The network that ``{"name": ..., **options}`` describes, with its whole ``Config``.
-
-    Raises:
-        UserError: there is no name, no such network, an unknown option or a value of the wrong type.
-    """
-    return Component.of(values, "backbone").resolve(config, "backbone")
-
-
 def build(name: str, in_channels: int = 1, num_classes: int = 14, cfg: Any = None, **options: Any) -> Network:
     """A fresh network, initialised from torch's global random state.
 

@@ -213,11 +213,11 @@ class Ulka(nn.Module):
 
     def __init__(self, cfg: UlkaConfig, blocks: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.columns = cfg.widths(blocks)
-        dims = [dim for dim, _, _ in self.columns]
+        columns = cfg.widths(blocks)
+        dims = [dim for dim, _, _ in columns]
         self.encoder = nn.ModuleList(
             EncoderBlock(dims[i - 1] if i else in_channels, dim, depth, ratio, i == 0, cfg)
-            for i, (dim, depth, ratio) in enumerate(self.columns)
+            for i, (dim, depth, ratio) in enumerate(columns)
         )
         self.decoder = Decoder(in_channels, dims, cfg)
         self.output = conv(cfg.full_width, out_channels, 1, plain=cfg.plain)
@@ -226,9 +226,6 @@ class Ulka(nn.Module):
 
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
         return chained(self.encoder, x_BCXYZ)
-
-    def forward(self, x_BCXYZ: Tensor) -> Tensor:
-        return self.output(self.decoder(x_BCXYZ, self.encode(x_BCXYZ)))
 
 
 class SegHead(nn.Module):

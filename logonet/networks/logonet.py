@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +58,9 @@ class LoGoNet(Network):
         super().__init__()
         width = cfg.full_width
         self.global_net = Ulka(cfg, cfg.global_blocks, in_channels, width)
-        self.local_nets = nn.ModuleList(Ulka(cfg, cfg.local_blocks, in_channels, width) for _ in range(8))
+        self.local_nets: Any = nn.ModuleList(
+            Ulka(cfg, cfg.local_blocks, in_channels, width) for _ in range(8)
+        )
         self.head = SegHead(width, num_classes, cfg.plain)
         dims, both = self.global_net.dims, cfg.local_blocks
         self.channels = tuple(2 * dim if level < both else dim for level, dim in enumerate(dims))
@@ -68,13 +69,10 @@ class LoGoNet(Network):
         self.encoder_prefixes = ("global_net.encoder.", *(f"local_nets.{n}.encoder." for n in range(8)))
         self.channels_last = cfg.channels_last
 
-    def locals(self) -> list[Ulka]:
-        return cast(list[Ulka], list(self.local_nets))
-
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
         x = to_layout(x_BCXYZ, self.channels_last)
         feats = self.global_net.encode(x)
-        per_cube = [net.encode(cube) for net, cube in zip(self.locals(), octants(x))]
+        per_cube = [net.encode(cube) for net, cube in zip(self.local_nets, octants(x))]
         local = [join_octants(level) for level in zip(*per_cube)]
         both = len(local)
         return [torch.cat(pair, dim=1) for pair in zip(feats, local)] + feats[both:]
@@ -83,20 +81,16 @@ class LoGoNet(Network):
         x = to_layout(x_BCXYZ, self.channels_last)
         dims = self.global_net.dims
         whole = [feat[:, :dim] for feat, dim in zip(feats, dims)]
-        both = len(self.locals()[0].dims)
+        both = len(self.local_nets[0].dims)
         per_level = [octants(feat[:, dim:]) for feat, dim in zip(feats[:both], dims)]
-        per_cube = zip(self.locals(), octants(x), zip(*per_level))
+        per_cube = zip(self.local_nets, octants(x), zip(*per_level))
         local = [net.output(net.decoder(cube, list(levels))) for net, cube, levels in per_cube]
-        return add_octants(self.global_net.output(self.global_net.decoder(x, whole)), local)
+        return AddOctants.apply(self.global_net.output(self.global_net.decoder(x, whole)), *local)
 
 
 def octants(x_BCXYZ: Tensor) -> list[Tensor]:
     """The eight half-sided sub-volumes (views); number 4i + 2j + k is half i of X, j of Y and k of Z."""
-    hx, hy, hz = (n // 2 for n in x_BCXYZ.shape[2:])
-    return [
-        x_BCXYZ[:, :, i * hx : (i + 1) * hx, j * hy : (j + 1) * hy, k * hz : (k + 1) * hz]
-        for i, j, k in product((0, 1), repeat=3)
-    ]
+    return [octant for x in x_BCXYZ.chunk(2, 2) for xy in x.chunk(2, 3) for octant in xy.chunk(2, 4)]
 
 
 def join_octants(cubes: Sequence[Tensor]) -> Tensor:
@@ -106,12 +100,9 @@ def join_octants(cubes: Sequence[Tensor]) -> Tensor:
     return torch.cat(planes, dim=2)
 
 
-def add_octants(whole_BCXYZ: Tensor, cubes: Sequence[Tensor]) -> Tensor:
+class AddOctants(torch.autograd.Function):
     """``whole + join_octants(cubes)`` without joining them first: at full resolution each copy shows."""
-    return _AddOctants.apply(whole_BCXYZ, *cubes)
 
-
-class _AddOctants(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whole_BCXYZ: Tensor, *cubes: Tensor) -> Tensor:
         out = whole_BCXYZ.clone()

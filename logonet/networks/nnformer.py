@@ -201,12 +201,10 @@ class PatchEmbedding(nn.Module):
     def __init__(self, cfg: Config, in_channels: int) -> None:
         super().__init__()
         half, dim = cfg.embed_dim // 2, cfg.embed_dim
-        px, py, pz = cfg.patch
-        first = min(px, 2), min(py, 2), min(pz, 2)
-        second = px // first[0], py // first[1], pz // first[2]
+        first: Any = tuple(min(p, 2) for p in cfg.patch)
+        second: Any = tuple(p // f for p, f in zip(cfg.patch, first))
         widths = (half, half, dim, dim)
-        strides: tuple[Any, ...] = (first, 1, second, 1)
-        convs = zip((in_channels, *widths), widths, strides)
+        convs = zip((in_channels, *widths), widths, (first, 1, second, 1))
         self.convs = nn.ModuleList(nn.Conv3d(a, b, 3, stride, 1) for a, b, stride in convs)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
 
@@ -279,6 +277,9 @@ class Block(nn.Module):
         self, cfg: Config, stage: int, num_heads: int, drop_rate: float, shifted: bool, skip: bool = False
     ) -> None:
         super().__init__()
+        from monai.networks.layers.drop_path import DropPath
+        from monai.networks.nets.swin_unetr import compute_mask
+
         dim, grid = cfg.dims[stage], cfg.grids[stage]
         self.window, shift = fit_window(grid, cfg.windows[stage])
         self.shift = shift if shifted else (0, 0, 0)
@@ -287,7 +288,11 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.drop_path = DropPath(drop_rate)
-        mask = shift_mask(grid, self.window, self.shift) if any(self.shift) else None
+        # (windows, N, N): -100 between tokens that the roll brought together from opposite borders, else 0.
+        mask: Tensor | None = None
+        if any(self.shift):
+            padded = [-(-n // w) * w for n, w in zip(grid, self.window)]
+            mask = compute_mask(padded, self.window, self.shift, torch.get_default_device())
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(
@@ -338,20 +343,6 @@ class Attention(nn.Module):
         return x_WND.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
-class DropPath(nn.Module):
-    """In training, zero for some samples and scaled up for the others."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        kept = torch.rand(len(x), *(1,) * (x.ndim - 1), device=x.device) >= self.rate
-        return x * kept / (1 - self.rate)
-
-
 def drop_rates(highest: float, depths: Sequence[int]) -> list[list[float]]:
     """From 0 to ``highest`` evenly over all blocks, by stage."""
     rates = iter([highest * n / max(sum(depths) - 1, 1) for n in range(sum(depths))])
@@ -389,16 +380,6 @@ def from_windows(x_WND: Tensor, shape: Sequence[int], window: Triple, shift: Tri
     x = rearrange(x_WND, "(b x y z) (wx wy wz) d -> b (x wx) (y wy) (z wz) d", **sizes)
     x = torch.roll(x, shift, (1, 2, 3)) if any(shift) else x
     return x[:, :nx, :ny, :nz]
-
-
-def shift_mask(grid: Triple, window: Triple, shift: Triple) -> Tensor:
-    """(windows, N, N): -100 between tokens that the roll brought together from opposite borders, else 0."""
-    region = torch.zeros(())
-    for n, w, s in zip(grid, window, shift):
-        at = torch.arange(-(-n // w) * w)
-        region = 3 * region[..., None] + (at >= len(at) - w) + (at >= len(at) - s)
-    region_WN = to_windows(region[None, ..., None], window, (0, 0, 0)).squeeze(-1)
-    return -100.0 * (region_WN[:, :, None] != region_WN[:, None, :])
 
 
 def offsets(window: Triple) -> Tensor:

@@ -61,10 +61,6 @@ class Config(Section, key="backbone"):
         if self.kernel_size % 2 == 0:
             raise UserError(f"backbone.kernel_size is {self.kernel_size}; it must be odd")
 
-    @property
-    def stage_depths(self) -> tuple[int, ...]:
-        return _DEPTHS[self.variant] if self.depths is None else self.depths
-
 
 def size_multiple(cfg: Config) -> Triple:
     return 16, 16, 16
@@ -95,7 +91,7 @@ class UXNet3D(Network):
         kind = ReleasedBlock if cfg.block == "released" else PaperBlock
         self.stages = nn.ModuleList(
             nn.Sequential(*(kind(dim, cfg) for _ in range(depth)))
-            for dim, depth in zip(dims, cfg.stage_depths)
+            for dim, depth in zip(dims, cfg.depths or _DEPTHS[cfg.variant])
         )
         self.out_norms = nn.ModuleList(nn.LayerNorm(dim, EPS) for dim in dims)
 
