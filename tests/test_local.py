@@ -45,7 +45,7 @@ from logonet import methods, networks
 
 losses = {{}}
 for name in methods.names():
-    wanted = methods.wants(name)
+    wanted = methods.lacking(name, networks.Network())
     network = next(n for n in ("logonet", *networks.names()) if not wanted - networks.abilities(n))
     settings = {FINETUNING!r} if "labels" in methods.needs(name) else {PRETRAINING!r}
     run = logonet.train_local(

@@ -129,15 +129,6 @@ def config(name: str, options: Mapping[str, Any] | None = None) -> Any:
     return from_dict(_file(name).Config, options or {}, "method")
 
 
-def parse(values: Mapping[str, Any] | Component) -> Component:
-    """The method that ``{"name": ..., **options}`` describes, with its whole ``Config``.
-
-    Raises:
-        UserError: there is no name, no such method, an unknown option or a value of the wrong type.
-    """
-    return Component.of(values, "method").resolve(config, "method")
-
-
 def needs(name: str) -> frozenset[str]:
     """What the method needs of a sample, out of {"crops", "pseudo_labels", "labels"}."""
     return _file(name).NEEDS
@@ -171,14 +162,9 @@ def check(name: str, cfg: Any, data_spec: DataSpec) -> None:
     _file(name).check(cfg, data_spec)
 
 
-def wants(name: str) -> frozenset[str]:
-    """What the method needs of its network beyond the contract."""
-    return getattr(_file(name), "WANTS", frozenset())
-
-
 def lacking(name: str, network: Network) -> set[str]:
-    """What the method needs of its network and this one does not have."""
-    return {part for part in wants(name) if not hasattr(network, part)}
+    """What the method needs of its network beyond the contract, and this one does not have."""
+    return {part for part in getattr(_file(name), "WANTS", ()) if not hasattr(network, part)}
 
 
 def warning(name: str, entry: Mapping[str, Any], num_samples: int = ENOUGH_TO_RANK) -> str | None:

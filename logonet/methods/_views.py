@@ -129,7 +129,7 @@ def view(image_CXYZ: np.ndarray, views: Views, rng: np.random.Generator) -> np.n
     return apply(image_CXYZ, draw(RECIPES[views], size_vox, rng))
 
 
-def starts(size_vox: Triple, view_vox: Triple, rng: np.random.Generator) -> tuple[Triple, Triple]:
+def starts(size_vox: Triple, view_vox: Triple, rng: np.random.Generator) -> list[tuple[int, ...]]:
     """The first voxels of two views of a crop: the first anywhere, the second at most half a view from it."""
     pairs = []
     for side, view_side in zip(size_vox, view_vox):
@@ -137,8 +137,7 @@ def starts(size_vox: Triple, view_vox: Triple, rng: np.random.Generator) -> tupl
         first = int(rng.integers(last + 1))
         second = int(rng.integers(max(0, first - half), min(last, first + half) + 1))
         pairs.append((first, second))
-    (x, xx), (y, yy), (z, zz) = pairs
-    return (x, y, z), (xx, yy, zz)
+    return list(zip(*pairs))
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from logonet.networks import Network, Triple
 
 NEEDS = frozenset({"crops"})
 LEAST_BATCH = 2  # one crop has no negatives, and no other crop to fill its boxes from
-Box = tuple[slice, slice, slice]
+Box = tuple[slice, ...]
 BOX_SIDES = (0.05, 0.25)  # of a box, as shares of the crop's
 warning = collapse
 
@@ -127,8 +127,7 @@ def draw_boxes(size_vox: Sequence[int], max_cut: float, rng: np.random.Generator
             low, high = (max(1, int(share * side)) for share in BOX_SIDES)
             start = int(rng.integers(side - low + 1))
             box.append(slice(start, min(start + int(rng.integers(low, high + 1)), side)))
-        x, y, z = box
-        boxes.append((x, y, z))
+        boxes.append(tuple(box))
         left -= math.prod(edge.stop - edge.start for edge in box)
     return boxes
 

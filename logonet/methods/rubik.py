@@ -98,7 +98,7 @@ def sizes(cfg: Config, size_vox: Triple) -> tuple[Triple, ...]:
 
 def cut_size(cfg: Config, size_vox: tuple[int, ...]) -> Triple:
     """Sides (voxels) of what is cut out of a cell; 0 where nothing fits."""
-    multiple = max(cfg.cell_multiple_vox, 1)
+    multiple = cfg.cell_multiple_vox
     x, y, z = ((side // 2 - 1) // multiple * multiple for side in size_vox)
     return x, y, z
 
