@@ -74,7 +74,8 @@ def test_shards_labels_and_clusterers_have_the_sizes_that_are_written() -> None:
     assert abs(sizes.clusterers_bytes(counts, 64, meta) - len(real)) <= 3 * len(counts) + 8
     from safetensors.numpy import save
 
-    assert sizes.labels_bytes(5, 3, 7) == len(save({"labels_PNZ": np.zeros((5, 3, 7), np.int16)}))
+    labels = save({"labels_PNZ": np.zeros((5, 3, 7), np.int16)})
+    assert sizes.safetensors_bytes({"labels_PNZ": ("I16", (5, 3, 7))}) == len(labels)
 
 
 def test_a_checkpoint_and_the_final_weights_have_the_sizes_that_are_written(

@@ -61,9 +61,8 @@ class Work:
 def raw_sample(spec: DataSpec, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """A smooth random crop with random labels, as a method's ``prepare`` takes it."""
     x, y, z = spec.size_vox
-    crop_CXYZ = rng.random((spec.in_channels, *(-(-n // 8) for n in spec.size_vox)), dtype=np.float32)
-    for axis in (1, 2, 3):
-        crop_CXYZ = np.repeat(crop_CXYZ, 8, axis)
+    coarse_CXYZ = rng.random((spec.in_channels, *(-(-n // 8) for n in spec.size_vox)), dtype=np.float32)
+    crop_CXYZ = np.kron(coarse_CXYZ, np.ones((1, 8, 8, 8), np.float32))
     raw: dict[str, np.ndarray] = {"image_CXYZ": (crop_CXYZ[:, :x, :y, :z] * 65535).astype(np.uint16)}
     if spec.cluster_sizes:
         raw["labels_NZ"] = np.stack([rng.integers(0, k, z) for k in spec.cluster_sizes]).astype(np.int16)

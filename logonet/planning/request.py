@@ -87,10 +87,10 @@ def find_scans(cfg: Pretraining, asked: Question) -> Scans:
             uri = pipelines.import_scans(uri, asked.root, RayExecutor(asked.resources))[1].uri
         table = pipelines.open_manifest(uri)
         return sizes.of_manifest(training_part(table, cfg.split), f"the import at {uri}")
-    told = asked.scans or asked.data
-    found = (
-        sizes.equal_scans(told, shape, spacing) if isinstance(told, int) else _listed(told, shape, spacing)
-    )
+    if asked.scans:
+        found = sizes.equal_scans(asked.scans, shape, spacing)
+    else:
+        found = _listed(asked.data, shape, spacing)
     if cfg.split is None:
         return found
     # Only an import tells which scans are held out.

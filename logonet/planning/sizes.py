@@ -123,11 +123,6 @@ def clusterers_bytes(sizes: Sequence[int], length: int, meta: Mapping[str, Any])
     return safetensors_bytes(arrays, {"logonet": json.dumps(about, sort_keys=True, separators=(",", ":"))})
 
 
-def labels_bytes(num_crops: int, num_clusterers: int, depth: int) -> int:
-    """Size of the pseudo-labels."""
-    return safetensors_bytes({"labels_PNZ": ("I16", (num_crops, num_clusterers, depth))})
-
-
 # --------------------------------------------------------------------------------------------- network
 
 
@@ -263,7 +258,7 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
     meta = {"config": config.to_dict(cfg.clusterers), "crops": "0" * 16}
     fitted = clusterers_bytes(counts, x * y, meta) if counts else 0
     centroids = 4 * sum(counts) * x * y
-    labels = labels_bytes(num_crops, len(counts), depth) if counts else 0
+    labels = safetensors_bytes({"labels_PNZ": ("I16", (num_crops, len(counts), depth))}) if counts else 0
     per_epoch = cfg.train.steps_per_epoch or -(-num_crops // cfg.train.global_batch)
     steps = per_epoch * cfg.train.epochs
     # A checkpoint at the end of every epoch, and at every so many steps in between.
