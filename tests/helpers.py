@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from logonet.data.volume import Volume
 from logonet.distributed.cluster import Resources
 from logonet.distributed.executor import RayExecutor
 from logonet.storage.artifacts import Artifact
@@ -16,6 +20,13 @@ HERE = LocalExecutor(device="cpu")
 
 def on_ray(workers: int = 2) -> RayExecutor:
     return RayExecutor(Resources(workers=workers))
+
+
+def tilted(scan: Volume, tilt_deg: float) -> Volume:
+    """A scan whose acquisition was turned about the first axis."""
+    c, s = np.cos(np.deg2rad(tilt_deg)), np.sin(np.deg2rad(tilt_deg))
+    turn = np.array([[1, 0, 0, 0], [0, c, -s, 0], [0, s, c, 0], [0, 0, 0, 1.0]])
+    return replace(scan, affine=turn @ scan.affine)
 
 
 def tiny_backbone() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from logonet.data import augment
 from logonet.data.augment import Config, Drawn, apply, draw
 
 SIZE = (12, 12, 10)
-EVERY: dict[str, Any] = dict.fromkeys(augment.probabilities(), 1.0)
+EVERY: dict[str, Any] = {f.name: 1.0 for f in dataclasses.fields(augment.Config) if f.name.endswith("_prob")}
 ALL = Config(**EVERY)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import tilted
 
 from logonet import networks
 from logonet.core.errors import UserError
@@ -115,7 +116,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def write_scans(folder: pathlib.Path, modality: str) -> None:
     folder.mkdir()
     for seed, (name, (size, spacing_mm, orientation, tilt_deg, _)) in enumerate(SCANS.items()):
-        scan, _ = phantom(seed, size, spacing_mm, modality, orientation=orientation, tilt_deg=tilt_deg)
+        scan = tilted(phantom(seed, size, spacing_mm, modality, orientation=orientation)[0], tilt_deg)
         data = volume.encode_nifti(scan.array_CXYZ[0].astype(np.int16), scan.affine)
         (folder / f"{name}.nii.gz").write_bytes(data)
 

@@ -74,15 +74,6 @@ def test_orientation_moves_voxels_not_anatomy(orientation: str) -> None:
     np.testing.assert_array_equal(volume.to_ras(labels).array_CXYZ[0], labels_XYZ)
 
 
-def test_tilt_makes_the_affine_oblique() -> None:
-    plain, _ = phantom.phantom(0, SMALL)
-    tilted, _ = phantom.phantom(0, SMALL, tilt_deg=17)
-    np.testing.assert_array_equal(tilted.array_CXYZ, plain.array_CXYZ)
-    np.testing.assert_allclose(tilted.spacing_mm, plain.spacing_mm)
-    rise = tilted.affine[:3, 2] / np.linalg.norm(tilted.affine[:3, 2])
-    np.testing.assert_allclose(np.rad2deg(np.arccos(rise[2])), 17)
-
-
 def test_slices_tell_their_height() -> None:
     """The nearest slice of another anatomy lies at nearly the same height: Z can be learned."""
     a, b = (phantom.phantom(seed, (48, 48, 48))[0].array_CXYZ[0].reshape(-1, 48).T for seed in (0, 1))

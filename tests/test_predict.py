@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import HERE, on_ray, tiny_backbone
+from helpers import HERE, on_ray, tilted, tiny_backbone
 
 from logonet import networks, pipelines
 from logonet.core.errors import UserError
@@ -60,9 +60,8 @@ def write_model(uri: str, seed: int = 0) -> str:
 def write_scan(
     uri: str, seed: int, orientation: str = "RAS", modality: str = "CT", tilt_deg: float = 0.0
 ) -> None:
-    scan, _ = phantom.phantom(
-        seed, (34, 32, 30), modality=modality, orientation=orientation, tilt_deg=tilt_deg
-    )
+    scan, _ = phantom.phantom(seed, (34, 32, 30), modality=modality, orientation=orientation)
+    scan = tilted(scan, tilt_deg)
     object_store.write(uri, volume.encode_nifti(scan.array_CXYZ[0].astype(np.int16), scan.affine))
 
 

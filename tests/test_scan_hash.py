@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from helpers import tilted
 
 from logonet.core import seeding
 from logonet.core.errors import UserError
@@ -65,7 +66,7 @@ def similarity(a: str, b: str) -> float:
 @pytest.mark.parametrize("modality", ["CT", "MR"])
 @pytest.mark.parametrize("copy", COPIES)
 def test_a_copy_keeps_the_print(modality: str, copy: Callable[[Volume], Volume]) -> None:
-    scan, _ = phantom(3, (48, 40, 44), (2.0, 2.0, 2.2), modality, orientation="LAS", tilt_deg=7)
+    scan = tilted(phantom(3, (48, 40, 44), (2.0, 2.0, 2.2), modality, orientation="LAS")[0], 7)
     print_ = scan_hash.perceptual_hash(scan)
     assert similarity(print_, scan_hash.perceptual_hash(copy(scan))) > 0.94 > scan_hash.SAME
 

@@ -75,13 +75,10 @@ class Config(Section, key="augment"):
                 raise UserError(f"augment.{name} is ({low}, {high}); set (low, high) with low <= high")
 
 
-def probabilities() -> list[str]:
-    return [f.name for f in fields(Config) if f.name.endswith("_prob")]
-
-
 def none() -> Config:
     """A config that distorts nothing."""
-    return Config(**dict.fromkeys(probabilities(), 0.0))  # type: ignore[arg-type]
+    off: Any = {f.name: 0.0 for f in fields(Config) if f.name.endswith("_prob")}
+    return Config(**off)
 
 
 @dataclass(frozen=True)

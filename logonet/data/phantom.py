@@ -40,13 +40,12 @@ def phantom(
     modality: str = "CT",
     classes: int = 4,
     orientation: str = "RAS",
-    tilt_deg: float = 0.0,
 ) -> tuple[Volume, np.ndarray]:
     """A scan and its labels_XYZ uint8 in 0..classes-1, pure in the arguments.
 
     ``size_vox`` and ``spacing_mm`` are along R, A, S; the arrays come in the axes that ``orientation`` names,
-    with an affine that says so; ``tilt_deg`` turns the acquisition about the first axis. CT values are
-    integers in HU (air -1000), MR values integers from 0, with a smooth bias field.
+    with an affine that says so. CT values are integers in HU (air -1000), MR values integers from 0, with a smooth
+    bias field.
     """
     if modality not in ("CT", "MR") or not 1 <= classes <= MAX_CLASSES:
         raise UserError(f"a phantom is CT or MR with 1 to {MAX_CLASSES} classes, not {modality}, {classes}")
@@ -76,8 +75,6 @@ def phantom(
     turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), target)
     affine = affine @ nib.orientations.inv_ornt_aff(turn, size_vox)
     array_XYZ, labels_XYZ = (nib.orientations.apply_orientation(a, turn) for a in (array_XYZ, labels_XYZ))
-    c, s = np.cos(np.deg2rad(tilt_deg)), np.sin(np.deg2rad(tilt_deg))
-    affine = np.array([[1, 0, 0, 0], [0, c, -s, 0], [0, s, c, 0], [0, 0, 0, 1.0]]) @ affine
     return Volume(array_XYZ[None], affine, modality), np.ascontiguousarray(labels_XYZ)
 
 
