@@ -159,7 +159,7 @@ def holm(p_C: np.ndarray) -> np.ndarray:
 
 
 def _class_order(rows: pd.DataFrame) -> list[tuple[int, str]]:
-    """(value, class) pairs by value, regions by name: an order that does not depend on that of the rows."""
+    """(value, class) pairs by value: an order that does not depend on that of the rows."""
     twice = rows[rows.duplicated(["scan_id", "class"])]
     if len(twice):
         first = twice.iloc[0]
