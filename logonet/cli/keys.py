@@ -102,7 +102,8 @@ def describe(cfg: Any) -> str:
             chosen, package = Component.of(part, name), CHOSEN_BY_NAME[name]
             others = ", ".join(other for other in package.names() if other != chosen.name)
             title = f"{name}={chosen.name or '(that of init.weights)'}, or {others} ({name}=NAME --help shows its keys)"
-            out += _described(title, walk(package.parse(chosen).config, name) if chosen.name else ())
+            keys = walk(chosen.resolve(package.config, name).config, name) if chosen.name else ()
+            out += _described(title, keys)
         elif cls is not None:
             off = f" Off; {name}={{}} turns it on with these." if part is None else ""
             title = f"{name}: {_first_sentence(cls.__doc__ or '')}{off}"
