@@ -19,6 +19,7 @@ from unittest import mock
 import psutil
 import pytest
 
+from logonet.cli.machines import ChaosArgs
 from logonet.core import seeding
 from logonet.data import phantom
 from logonet.storage import artifacts
@@ -346,7 +347,7 @@ def test_a_sweep_goes_on(
 
 def test_every_kind_of_kill_on_several_raylets(tmp_path: Path) -> None:
     """What `make chaos` does to every stage, 20 times, done 10 times to pretraining."""
-    cfg = chaos.Config(dir=str(tmp_path), stages=("pretrain",), kills=10)
+    cfg = ChaosArgs(dir=str(tmp_path), stages=("pretrain",), kills=10)
     (result,) = chaos.run(cfg)
     assert result.equal, result
     row = result.row()

@@ -118,7 +118,7 @@ def test_every_call_does_what_it_says_while_a_quarter_of_all_requests_fail(
     assert object_store.read(object_store.join(bucket, "large")) == big
     assert object_store.stat(object_store.join(bucket, "none")) is None
     object_store.delete(object_store.join(bucket, "large"))
-    assert object_store.delete_prefix(object_store.join(bucket, "x")) == len(blobs)
+    object_store.delete_prefix(object_store.join(bucket, "x"))
     assert list(object_store.listing(bucket)) == []
     faults = [r for r in proxy.requests if r.fault]
     assert len(faults) > 15

@@ -250,7 +250,7 @@ def test_models_of_a_sqlite_registry_go_to_the_bucket(
     object_store.delete(f"{location}/data/config.json")
     with pytest.raises(UserError, match="not what was registered"):
         download(uri, str(tmp_path / "other"))
-    assert object_store.delete_prefix(location)
+    object_store.delete_prefix(location)
     with pytest.raises(UserError, match="register the model again"):
         download(uri, str(tmp_path / "other"))
 

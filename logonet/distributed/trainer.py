@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 import threading
 import time
@@ -71,6 +72,7 @@ def fit(
         raise UserError("there are no labelled cases to validate on; set train.validate_every_epochs=0")
     # References in lists: Ray would otherwise put the values themselves into every worker's arguments.
     config = {"job": job, "dataset": [ray.put(dataset)], "allocation": allocation}
+    config["progress"] = sys.stdout.isatty()
     elastic = resources.least < resources.most
     num_workers: Any = (resources.least, resources.most) if elastic else allocation.workers
     per_worker = {"CPU": allocation.cpus_per_worker, **({"GPU": 1} if allocation.use_gpu else {})}
@@ -148,7 +150,7 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     loop.restore()
     positions = MicroBatches(dataset.schedule, job.train.batch_size, loop.step, loop.total_steps, rank, world)
     batches = to_tensors(feed.batches(config["dataset"], positions, allocation), device)
-    bar = ray_compat.progress_bar(loop.total_steps, loop.step) if job.progress and rank == 0 else None
+    bar = ray_compat.progress_bar(loop.total_steps, loop.step) if config["progress"] and rank == 0 else None
     notices = preemption.Notices(config["run"], rank, ray.train.get_preemption_info)
     try:
         with notices.listening():

@@ -50,11 +50,11 @@ def write(uri: str, out: str, max_slices: int, stability: int, executor: Executo
     scores.insert(0, "clusterer", np.arange(len(scores)))
     if stability:
         scores = scores.join(_two_seeds(table, artifact, fitted, slices_ST, labels_SN, stability, executor))
-    nmi_MM, _ = quality.agreement(labels_SN, limit=len(fitted.sizes_N))
+    nmi_NN = quality.agreement(labels_SN)
     files: dict[str, bytes] = {"quality.csv": scores.to_csv(index=False).encode()}
-    files["clusters.png"] = reporting.clusters_picture(scores, nmi_MM)
+    files["clusters.png"] = reporting.clusters_picture(scores, nmi_NN)
     sections: list[tuple[str, str | bytes | pd.DataFrame]] = [
-        ("Summary", _summary(scores, nmi_MM, len(slices_ST))),
+        ("Summary", _summary(scores, nmi_NN, len(slices_ST))),
         ("Codes in use, majority floors, agreement", files["clusters.png"]),
     ]
     by_size = np.argsort(fitted.sizes_N, kind="stable")
@@ -101,8 +101,8 @@ def _sheet(
     return reporting.contact_sheet(from_uint16(slices_SXY), labels_S, k, exemplars, title)
 
 
-def _summary(scores: pd.DataFrame, nmi_MM: np.ndarray, num_slices: int) -> pd.DataFrame:
-    off = nmi_MM[~np.eye(len(nmi_MM), dtype=bool)]
+def _summary(scores: pd.DataFrame, nmi_NN: np.ndarray, num_slices: int) -> pd.DataFrame:
+    off = nmi_NN[~np.eye(len(nmi_NN), dtype=bool)]
     rows = {
         "clusterers": len(scores),
         "slices judged on": num_slices,

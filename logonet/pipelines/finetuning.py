@@ -238,7 +238,9 @@ def finetune(
                 say("transfer", "which scans these weights have seen is not known; leaks cannot be ruled out")
             files["transfer.json"] = json.dumps(handover.to_dict(), indent=1).encode()
         what = (cfg.backbone, cfg.method, cfg.train, data_spec)
-        job = run.job(*what, files, init=init, validation=cfg.validation)
+        job = training.Job(
+            run.uri, run.fingerprint, *what, run.tracking, dict(files), init, validation=cfg.validation
+        )
         steps = f"{schedule.steps_per_epoch} steps an epoch, {len(val_ids)} to validate"
         say("finetune", f"{run.name} on {len(train_ids)} cases, {steps}  {run.uri}")
         result = executor.train(job, dataset)
