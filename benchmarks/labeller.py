@@ -89,9 +89,9 @@ def fit_all(slices_ST: np.ndarray, cfg: kmeans.Config) -> ClustererSet:
 
 def sklearn_models(fitted: ClustererSet) -> list[MiniBatchKMeans]:
     models = []
-    for n, k in enumerate(fitted.sizes_N):
-        model = MiniBatchKMeans(int(k))
-        model.cluster_centers_, model.n_features_in_ = fitted.of(n), fitted.centroids_VT.shape[1]
+    for centroids_KT in np.split(fitted.centroids_VT, fitted.sizes_N.cumsum()[:-1]):
+        model = MiniBatchKMeans(len(centroids_KT))
+        model.cluster_centers_, model.n_features_in_ = centroids_KT, fitted.centroids_VT.shape[1]
         models.append(model)
     return models
 

@@ -53,14 +53,13 @@ def stored(client: Any, name: str, version: str = "1") -> pathlib.Path:
 
 
 def test_what_is_registered_comes_back(client: Any, tmp_path: pathlib.Path) -> None:
-    uri = put("back", aliases=["candidate", "champion"], description="an encoder")
+    uri = put("back", aliases=["candidate", "champion"])
     assert uri == "models:/back/1"
     for source in (uri, "models:/back@champion", "models:/back@candidate"):
         folder = download(source, str(tmp_path / "cache"))
         assert folder == str(tmp_path / "cache" / "back" / "1")
         assert contents(folder) == FILES
     version = client.get_model_version("back", "1")
-    assert version.description == "an encoder"
     assert version.current_stage == "None"
     assert [p.name for p in (tmp_path / "cache" / "back").iterdir()] == ["1"], "temporary folders are left"
 

@@ -219,22 +219,6 @@ def kill(process: subprocess.Popen[bytes], patience_s: float = 20.0) -> None:
     psutil.wait_procs(alive, timeout=20)
 
 
-def wait_for(found: Callable[[], Any], process: subprocess.Popen[bytes], seconds: float, what: str) -> Any:
-    """The first true value of ``found``.
-
-    Raises:
-        UserError: ``process`` ended first, or ``seconds`` went by.
-    """
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if value := found():
-            return value
-        if process.poll() is not None:
-            raise UserError(f"{what}: it ended with status {process.returncode} before it was ready")
-        time.sleep(0.05)
-    raise UserError(f"{what}: it was not ready within {seconds:g} s")
-
-
 def clean_environment(**values: str) -> dict[str, str]:
     """This environment without what would lead Ray or MLflow elsewhere, and with ``values``."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}

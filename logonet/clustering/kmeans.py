@@ -243,11 +243,6 @@ class ClustererSet:
         sizes_N = np.array([f.k for f in fitted], np.int64)
         return cls(np.concatenate([f.centroids_KT for f in fitted]), sizes_N, {**meta, **facts})
 
-    def of(self, n: int) -> np.ndarray:
-        """Centroids (K, T) of clusterer ``n``, a view."""
-        end = int(self.sizes_N[: n + 1].sum())
-        return self.centroids_VT[end - int(self.sizes_N[n]) : end]
-
     def summary(self) -> dict[str, Any]:
         """Facts for an artifact's manifest, JSON-able."""
         facts = {"codes": len(self.centroids_VT), "cluster_sizes": self.sizes_N.tolist()}

@@ -153,10 +153,8 @@ def _machine() -> Iterator[Check]:
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     usage = shutil.disk_usage(folder)
     free, full = usage.free / GIB, usage.used / (usage.used + usage.free)
-    value, mend = (
-        f"{free:.1f} GiB free, {full:.0%} used",
-        f"free space in {folder}, or set RAY_TMPDIR and TMPDIR to a larger disk",
-    )
+    value = f"{free:.1f} GiB free, {full:.0%} used"
+    mend = f"free space in {folder}, or set RAY_TMPDIR and TMPDIR to a larger disk"
     yield _graded(f"disk of {folder}", value, full > DISK_FAIL_USED, free < DISK_WARN_GIB, mend)
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     mend = "raise it: ulimit -n 65536, or docker --ulimit nofile=65536:65536"

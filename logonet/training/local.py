@@ -55,13 +55,8 @@ def local_batches(
     """The prepared batches at ``positions``, in order, from a plain loader of ``num_workers`` processes."""
     prepared: Any = dataset  # which torch asks for the batch at each of the sampler's positions
     order = (positions[i] for i in range(len(positions)))
-    yield from DataLoader(
-        prepared, batch_size=None, sampler=order, num_workers=num_workers, collate_fn=_as_it_is
-    )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    # As dict, or torch would make tensors of the arrays.
+    yield from DataLoader(prepared, batch_size=None, sampler=order, num_workers=num_workers, collate_fn=dict)
 
 
 def finish(job: Job, loop: Loop, history: list[dict[str, Any]], tracked: bool = False) -> dict[str, Any]:
