@@ -140,7 +140,12 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(allocation.threads_per_worker)
-    tracker = _tracker(job) if rank == 0 else None
+    tracker = None
+    if rank == 0 and job.tracking is not None:
+        from logonet.tracking import Tracker
+
+        tracker = Tracker(**job.tracking)
+        tracker.log_files(job.files)
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives of Python objects go through the current device
@@ -168,13 +173,3 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     if tracker is not None:
         made["tracked"] = tracker.close(timeout_s=15)  # the driver tries again, for longer
     return made
-
-
-def _tracker(job: Job) -> Any:
-    if job.tracking is None:
-        return None
-    from logonet.tracking import Tracker
-
-    tracker = Tracker(**job.tracking)
-    tracker.log_files(job.files)
-    return tracker
