@@ -324,7 +324,7 @@ def test_a_case_that_is_refused_is_no_bad_case(tmp_path: Path, withheld: set[str
     predictor: Any = SimpleNamespace(spec=SimpleNamespace(one_modality="CT"))
     segment = bucket_inference._Segment(output, sliding_window.Config(), "1", False, predictor)
     withheld.add(uri)
-    row = segment(bucket_inference.Item("a", source=manifest.Source(uri)), {})
+    row = segment(bucket_inference.Item("a", manifest.Source(uri)), {})
     assert (row.status, "access is refused" in row.reason) == (bucket_inference.UNREAD, True)
     assert bucket_inference.finished(output) == {}
 
