@@ -82,7 +82,7 @@ def bare_loop(line: Connection, job: training.Job, feed: dataset.TrainingDataset
     batches = []
     for step in range(job.train.steps_per_epoch or 1):
         for begin in range(0, cfg.global_batch, cfg.batch_size):
-            arrays = feed.batch([(step, begin + i) for i in range(cfg.batch_size)])
+            arrays = feed[[(step, begin + i) for i in range(cfg.batch_size)]]
             batches.append({k: torch.from_numpy(array) for k, array in arrays.items()})
     method = training.build_method(job.backbone, job.method, job.data_spec).train()
     params = [p for p in method.parameters() if p.requires_grad]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
 from torch import nn
 
 from logonet import methods, networks, pipelines, recipes, training
@@ -118,9 +117,7 @@ def train_local(
     source = _source(scans, place)
     executor = LocalExecutor(num_workers, device)
     if isinstance(cfg, pipelines.Finetuning):
-        cfg = config.from_dict(
-            pipelines.Finetuning, config.merge(config.to_dict(cfg), {"init": {"weights": init}})
-        )
+        cfg = replace(cfg, init=replace(cfg.init, weights=init))
         artifact = pipelines.finetune(cfg, source, place, executor, experiment=None)
     elif init:
         raise UserError(f"init is for finetuning; the method '{name}' pretrains from random weights")
@@ -142,14 +139,11 @@ def _source(scans: Scans, root: str) -> str:
         return object_store.join(folder, "dataset.json")
     if isinstance(scans, str):
         return _absolute(scans)
-    table = io.StringIO()
-    rows = csv.writer(table)
-    rows.writerow(["image", "label"])
-    for scan in scans:
-        image, label = scan if isinstance(scan, tuple) else (scan, "")
-        rows.writerow([_absolute(image), _absolute(label) if label else ""])
-    uri = object_store.join(root, f"scans-{config.fingerprint(table.getvalue())}.csv")
-    object_store.write(uri, table.getvalue().encode())
+    pairs = (scan if isinstance(scan, tuple) else (scan, "") for scan in scans)
+    rows = [(_absolute(image), _absolute(label) if label else "") for image, label in pairs]
+    table = pd.DataFrame(rows, columns=["image", "label"]).to_csv(index=False, lineterminator="\r\n")
+    uri = object_store.join(root, f"scans-{config.fingerprint(table)}.csv")
+    object_store.write(uri, table.encode())
     return uri
 
 

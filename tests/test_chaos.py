@@ -19,6 +19,7 @@ from unittest import mock
 import psutil
 import pytest
 
+from logonet.cli.machines import ChaosArgs
 from logonet.core import seeding
 from logonet.data import phantom
 from logonet.storage import artifacts
@@ -86,7 +87,14 @@ def log_of(root: Path) -> str:
 
 
 def wait_for(found: Callable[[], Any], process: subprocess.Popen[bytes], seconds: float = 300) -> Any:
-    return chaos.wait_for(found, process, seconds, "the run, which was to be killed")
+    """The first true value of ``found``."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if value := found():
+            return value
+        assert process.poll() is None, f"the run, which was to be killed, ended ({process.returncode})"
+        time.sleep(0.05)
+    raise AssertionError(f"the run was not where it was to be killed within {seconds:g} s")
 
 
 def checkpoint_done(root: Path, step: int, stage: str = "pretrain") -> Path | None:
@@ -346,7 +354,7 @@ def test_a_sweep_goes_on(
 
 def test_every_kind_of_kill_on_several_raylets(tmp_path: Path) -> None:
     """What `make chaos` does to every stage, 20 times, done 10 times to pretraining."""
-    cfg = chaos.Config(dir=str(tmp_path), stages=("pretrain",), kills=10)
+    cfg = ChaosArgs(dir=str(tmp_path), stages=("pretrain",), kills=10)
     (result,) = chaos.run(cfg)
     assert result.equal, result
     row = result.row()

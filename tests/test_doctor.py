@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import pytest
 from faultproxy import FaultProxy
 
 from logonet.core.errors import UserError
-from logonet.distributed import doctor
+from logonet.distributed import doctor, ray_compat
 from logonet.distributed.doctor import GIB, Check
 from logonet.storage import object_store
 from tools.s3server import S3Server
@@ -31,9 +30,7 @@ class Usage(NamedTuple):
 def ample_machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Usage]:
     """A machine on which nothing is wrong, whatever runs the tests; returns the disks, to be changed."""
     disks = {"/dev/shm": Usage(32 * GIB, 0, 32 * GIB), "disk": Usage(100 * GIB, 10 * GIB, 90 * GIB)}
-    memory = psutil.virtual_memory()._replace(total=64 * GIB)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(doctor, "_container_limit", lambda: 1 << 62)
+    monkeypatch.setattr(ray_compat, "memory_bytes", lambda: 64 * GIB)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disks.get(path, disks["disk"]))
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (65536, 65536))
     return disks
@@ -69,10 +66,8 @@ def test_a_sound_setup_passes_and_leaves_nothing_behind(root: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("ram_gib", "want"), [(3.9, "fail"), (4.1, "warn"), (7.9, "warn"), (8.1, "ok")])
-def test_ram_is_the_containers_when_that_is_less(
-    monkeypatch: pytest.MonkeyPatch, ram_gib: float, want: str
-) -> None:
-    monkeypatch.setattr(doctor, "_container_limit", lambda: int(ram_gib * GIB))
+def test_ram(monkeypatch: pytest.MonkeyPatch, ram_gib: float, want: str) -> None:
+    monkeypatch.setattr(ray_compat, "memory_bytes", lambda: int(ram_gib * GIB))
     assert status(list(doctor._machine()), "RAM") == want
 
 

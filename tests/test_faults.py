@@ -118,7 +118,7 @@ def test_every_call_does_what_it_says_while_a_quarter_of_all_requests_fail(
     assert object_store.read(object_store.join(bucket, "large")) == big
     assert object_store.stat(object_store.join(bucket, "none")) is None
     object_store.delete(object_store.join(bucket, "large"))
-    assert object_store.delete_prefix(object_store.join(bucket, "x")) == len(blobs)
+    object_store.delete_prefix(object_store.join(bucket, "x"))
     assert list(object_store.listing(bucket)) == []
     faults = [r for r in proxy.requests if r.fault]
     assert len(faults) > 15
@@ -324,7 +324,7 @@ def test_a_case_that_is_refused_is_no_bad_case(tmp_path: Path, withheld: set[str
     predictor: Any = SimpleNamespace(spec=SimpleNamespace(one_modality="CT"))
     segment = bucket_inference._Segment(output, sliding_window.Config(), "1", False, predictor)
     withheld.add(uri)
-    row = segment(bucket_inference.Item("a", source=manifest.Source(uri)), {})
+    row = segment(bucket_inference.Item("a", manifest.Source(uri)), {})
     assert (row.status, "access is refused" in row.reason) == (bucket_inference.UNREAD, True)
     assert bucket_inference.finished(output) == {}
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from logonet import cli
+from logonet.cli.machines import ChaosArgs
 from logonet.core.errors import UserError
 from logonet.storage import artifacts, object_store
 from logonet.sweep import records
@@ -145,7 +146,7 @@ def test_a_result_knows_whether_it_is_equal_and_survives_its_file(tmp_path: Path
     assert row["lost_s"] == 40
     assert result.done < result.kills
     object_store.write_json(str(tmp_path / "pretrain.json"), asdict(result))
-    assert chaos.Result.read(chaos.Config(dir=str(tmp_path)), "pretrain") == result
+    assert chaos.Result.read(ChaosArgs(dir=str(tmp_path)), "pretrain") == result
     for bad in ({"differing": ["x"]}, {"unfit": ["x"]}, {"statuses": [2]}, {"statuses": []}):
         assert not replace(good, **bad).equal
 
@@ -191,7 +192,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., chaos.
         )
         ray: Any = SimpleNamespace(address="none", nodes=[None], workers=lambda: [])
         doer = chaos.Chaos(
-            chaos.Config(dir=str(tmp_path), limit_s=limit_s), ray, chaos.TrackingServer(str(tmp_path))
+            ChaosArgs(dir=str(tmp_path), limit_s=limit_s), ray, chaos.TrackingServer(str(tmp_path))
         )
         kills = [chaos.Kill(i, kind, False, 0.0, 0.0, 0.3) for i, kind in enumerate(kinds)]
         expected = {"pretrain/0123/method.safetensors": hashlib.sha256(b"0").hexdigest()}
@@ -238,9 +239,9 @@ def test_a_run_that_never_ends_well_ends(
 
 def test_what_cannot_be_done_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="pretrain"):
-        chaos.Config(stages=("pretran",))
+        chaos.run(ChaosArgs(stages=("pretran",)))
     with pytest.raises(UserError, match="--nodes 3"):
-        chaos.Config(workers=4)
+        chaos.run(ChaosArgs(workers=4))
     object_store.write_json(str(tmp_path / "settings.json"), {"seed": 1})
     monkeypatch.setattr("sys.argv", ["logonet", "chaos", "--dir", str(tmp_path), "--seed", "2"])
     with pytest.raises(SystemExit) as ended:

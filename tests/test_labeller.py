@@ -22,6 +22,21 @@ from logonet.core.errors import UserError
 SIDE = 40  # T = 1600: more than one block of every kind
 
 
+class Counting(Labeller):
+    """Counts the (slice, code) pairs that get past the screen: products of float32, and distances in float64."""
+
+    products = 0
+    distances = 0
+
+    def _products(self, x_ST: torch.Tensor, rows_U: torch.Tensor) -> torch.Tensor:
+        self.products += len(x_ST) * len(rows_U)
+        return super()._products(x_ST, rows_U)
+
+    def _distances(self, x_ST: torch.Tensor, slice_P: torch.Tensor, code_P: torch.Tensor) -> torch.Tensor:
+        self.distances += len(code_P)
+        return super()._distances(x_ST, slice_P, code_P)
+
+
 def smooth(S: int, seed: int, noise: float = 0.01) -> np.ndarray:
     """Uint16 slices like those of a scan: soft shapes that drift along Z, air around and between, noise."""
     g = np.random.default_rng(seed)
@@ -45,6 +60,11 @@ def stack(codes: list[np.ndarray]) -> ClustererSet:
     return ClustererSet(np.concatenate(codes).astype(np.float32), np.array([len(c) for c in codes]))
 
 
+def of(fitted: ClustererSet, n: int) -> np.ndarray:
+    """Centroids (K, T) of clusterer ``n``."""
+    return np.split(fitted.centroids_VT, fitted.sizes_N.cumsum()[:-1])[n]
+
+
 def distances2(x_ST: np.ndarray, c_KT: np.ndarray) -> np.ndarray:
     """Squared distances by their definition, float64 (S, K)."""
     return np.stack([((x_T.astype(np.float64) - c_KT) ** 2).sum(1) for x_T in x_ST])
@@ -55,7 +75,7 @@ def check(fitted: ClustererSet, x_ST: np.ndarray, labels_SN: np.ndarray) -> None
     assert labels_SN.dtype == np.int16
     assert labels_SN.shape == (len(x_ST), len(fitted.sizes_N))
     for n in range(len(fitted.sizes_N)):
-        d2_SK = distances2(x_ST, fitted.of(n))
+        d2_SK = distances2(x_ST, of(fitted, n))
         chosen_S = d2_SK[np.arange(len(x_ST)), labels_SN[:, n]]
         best_S = d2_SK.min(1)
         wrong = (labels_SN[:, n] != d2_SK.argmin(1)) & (chosen_S > best_S * (1 + 1e-12))
@@ -91,8 +111,8 @@ def test_labels_are_scikit_learns(make: Callable[..., np.ndarray]):
     assert (labels_SN == theirs_SN).mean() >= 0.999
     # What differs are ties of scikit-learn's |c|^2 - 2 x.c in float32: gaps below its rounding bound.
     for s, n in np.argwhere(labels_SN != theirs_SN):
-        d2_K = distances2(x_ST[s : s + 1], fitted.of(n))[0]
-        scale = np.linalg.norm(x_ST[s]) * np.linalg.norm(fitted.of(n)[theirs_SN[s, n]])
+        d2_K = distances2(x_ST[s : s + 1], of(fitted, n))[0]
+        scale = np.linalg.norm(x_ST[s]) * np.linalg.norm(of(fitted, n)[theirs_SN[s, n]])
         assert (
             d2_K[theirs_SN[s, n]] - d2_K[labels_SN[s, n]] <= 4 * pseudo_labels._gamma(x_ST.shape[1]) * scale
         )
@@ -100,10 +120,13 @@ def test_labels_are_scikit_learns(make: Callable[..., np.ndarray]):
 
 def test_the_screen_saves_work_on_slices_like_the_fitted(fitted_smooth, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pseudo_labels, "RANK", 32)  # few next to V = 152, as 510 are to 23,000
-    labels_SN, work = Labeller(fitted_smooth[0]).label(smooth(96, seed=2))
-    assert work.survivor_share < 0.1
-    assert work.row_share < 0.5
-    assert work.gflop < work.brute_gflop
+    labeller, S = Counting(fitted_smooth[0]), 96
+    labels_SN = labeller(smooth(S, seed=2))
+    V, T = labeller.centroids_VT.shape
+    assert labeller.products < 0.5 * S * V
+    assert labeller.distances < 0.1 * S * V
+    screen = S * (T * labeller.rank + V * (labeller.rank + 4))
+    assert screen + T * labeller.products + 1.5 * T * labeller.distances < S * V * T
     assert len(np.unique(labels_SN[:, 2])) > 5  # not a trivial clustering
 
 
@@ -182,11 +205,12 @@ def test_labels_are_the_float64_argmin(family: str, seed: int):
 def test_of_equal_centroids_the_first_wins():
     codes, _ = duplicates(np.random.default_rng(0))
     fitted = stack(codes)
-    labels_SN, work = Labeller(fitted).label(fitted.of(0))
+    labeller = Counting(fitted)
+    labels_SN = labeller(of(fitted, 0))
     assert labels_SN[:, 0].tolist() == [0, 1, 1, 3, 0, 5, 6, 6]
     assert (labels_SN[:, 1] == 0).all()
     assert 2 not in labels_SN[:, 2]
-    assert work.float64_pairs == 0  # a repeat is no tie to settle: it never enters
+    assert labeller.distances == 0  # a repeat is no tie to settle: it never enters
 
 
 def test_of_equally_near_centroids_the_first_wins():
@@ -298,7 +322,7 @@ def test_fitted_clusterers_label_their_own_slices():
     fitted = ClustererSet.from_bytes(ClustererSet.from_fitted(fits, {}).to_bytes())
     labels_SN = Labeller(fitted)(x_ST)
     check(fitted, unit(x_ST), labels_SN)
-    assert (quality.quality(fitted, labels_SN)["perplexity"] > 2).all()
+    assert (quality.quality(fitted, labels_SN, unit(x_ST).mean(1))["perplexity"] > 2).all()
 
 
 @pytest.mark.cuda

@@ -261,7 +261,7 @@ def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str, ray_
 
     names = ("a.nii.gz", "d.nii", "deep/c.nii.gz")
     items = bucket_inference.items_of([Source(f"{scans}{name}") for name in names], scans)
-    items.insert(1, bucket_inference.Item("huge", source=TooLarge()))  # type: ignore[arg-type]
+    items.insert(1, bucket_inference.Item("huge", TooLarge()))  # type: ignore[arg-type]
     output, deaths = f"{place}/killed-out", f"{place}/deaths"
 
     def once() -> list[bucket_inference.Row]:
@@ -291,7 +291,7 @@ def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str, ray_
 
 def test_a_case_whose_answer_got_lost_is_not_done_again(scans: str, place: str) -> None:
     """Ray gives a finished case again when the node that held its answer goes; it must not count as a death."""
-    item, output = bucket_inference.Item("a", source=Source(f"{scans}a.nii.gz")), f"{place}/lost-out"
+    item, output = bucket_inference.Item("a", Source(f"{scans}a.nii.gz")), f"{place}/lost-out"
     segment = bucket_inference._Segment(output, CFG, "attempt", False)
     first = segment(item, model_files())
     before = versions(output)

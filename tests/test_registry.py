@@ -18,7 +18,7 @@ import pytest
 from logonet import tracking
 from logonet.core.errors import UserError
 from logonet.core.redaction import command_line
-from logonet.tracking import Tracker, catch_up
+from logonet.tracking import Tracker
 
 PARAMS = {"train": {"lr": 1e-4, "epochs": 4, "amp": True}, "method": {"name": "masked", "sizes": [1, 2]}}
 
@@ -148,16 +148,21 @@ def test_a_resumed_job_continues_its_run(client):
     assert len(runs(client, "resumed")) == 2
 
 
-def test_catch_up_completes_a_run_and_leaves_a_complete_one_alone(client):
-    given = {"fingerprint": "f00d", "experiment": "caught", "run_name": "a run", "params": PARAMS, "tags": {}}
+def test_another_tracker_completes_a_run_and_leaves_a_complete_one_alone(client):
+    def catch_up() -> bool:
+        again = tracker("caught")
+        again.sync(history(3))
+        again.log_files({"a.txt": b"a"})
+        return again.close()
+
     t = tracker("caught")
     t.sync(history(1))
     assert t.close("KILLED")
-    assert catch_up(**given, history=history(3), files={"a.txt": b"a"})
+    assert catch_up()
     (before,) = runs(client, "caught")
     assert before.info.status == "FINISHED"
     assert len(points(client, "caught")) == 3
-    assert catch_up(**given, history=history(3), files={"a.txt": b"a"})
+    assert catch_up()
     (after,) = runs(client, "caught")
     assert after.info.end_time == before.info.end_time
     assert len(points(client, "caught")) == 3

@@ -33,6 +33,7 @@ import pandas as pd
 import psutil
 
 from logonet import training
+from logonet.cli.machines import ChaosArgs
 from logonet.core import config, seeding
 from logonet.core.errors import UserError
 from logonet.data import phantom
@@ -86,49 +87,6 @@ SETTINGS: dict[Stage, str] = {
 }
 PHANTOMS = (("scans", 4, 0, 40), ("new", 48, 1, 48))  # folder, how many, seed, side in voxels
 SPACE = "search:\n  method.phi1: {grid: [0.1, 0.2, 0.3]}\n"
-
-
-@dataclass(frozen=True)
-class Config:
-    """What `logonet chaos` does.
-
-    Attributes:
-        dir: keeps the runs and the results; the same command goes on with what is left.
-        stages: done in the order of `STAGES`; "cluster" is crops, clusterers and pseudo-labels.
-        kills: of each stage.
-        seed: of kinds, moments and victims.
-        data: scans, with labels for finetuning; empty writes phantoms.
-        recipe: of the jobs; empty is the demo's made smaller.
-        set: section.key=value for pretraining, clustering and sweeping.
-        finetune_set: the same for finetuning.
-        workers: training workers; at a fixed number results are equal bit for bit.
-        nodes: raylets beside the head's, 2 CPUs each; one at a time is killed.
-        limit_s: a command that wrote nothing for so long has hung, and its stage fails.
-    """
-
-    dir: str = "chaos-run"
-    stages: tuple[str, ...] = STAGES
-    kills: int = 20
-    seed: int = 0
-    data: str = ""
-    recipe: str = ""
-    set: tuple[str, ...] = ()
-    finetune_set: tuple[str, ...] = ()
-    workers: int = 2
-    nodes: int = 2
-    limit_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        if self.kills < 1 or self.nodes < 2 or self.workers < 1:
-            raise UserError("--kills and --workers must be at least 1, and --nodes at least 2")
-        for stage in self.stages:
-            if stage not in STAGES:
-                raise UserError(config.unknown("stage", stage, STAGES))
-        if self.workers > 2 * (self.nodes - 1):
-            enough = -(-self.workers // 2) + 1
-            raise UserError(
-                f"{self.workers} workers do not fit while one of {self.nodes} nodes is away; use --nodes {enough}"
-            )
 
 
 say = functools.partial(print, flush=True)
@@ -259,22 +217,6 @@ def kill(process: subprocess.Popen[bytes], patience_s: float = 20.0) -> None:
     for child in alive:
         child.kill()
     psutil.wait_procs(alive, timeout=20)
-
-
-def wait_for(found: Callable[[], Any], process: subprocess.Popen[bytes], seconds: float, what: str) -> Any:
-    """The first true value of ``found``.
-
-    Raises:
-        UserError: ``process`` ended first, or ``seconds`` went by.
-    """
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if value := found():
-            return value
-        if process.poll() is not None:
-            raise UserError(f"{what}: it ended with status {process.returncode} before it was ready")
-        time.sleep(0.05)
-    raise UserError(f"{what}: it was not ready within {seconds:g} s")
 
 
 def clean_environment(**values: str) -> dict[str, str]:
@@ -442,7 +384,7 @@ def last_write(root: str, parts: Sequence[str] = ("",)) -> int:
 # --------------------------------------------------------------------------------------------------- the run
 
 
-def command(stage: Stage, cfg: Config, root: str, experiment: str) -> list[str]:
+def command(stage: Stage, cfg: ChaosArgs, root: str, experiment: str) -> list[str]:
     """What a user would type, with ``python -m`` for the script."""
     words = [sys.executable, "-m", f"jobs.{stage}"]
     # Every command outlives any number of kills of workers: how often is not what is asked here.
@@ -463,7 +405,7 @@ def command(stage: Stage, cfg: Config, root: str, experiment: str) -> list[str]:
     return words
 
 
-def undisturbed_artifact(cfg: Config, stage: Stage) -> str:
+def undisturbed_artifact(cfg: ChaosArgs, stage: Stage) -> str:
     """What the undisturbed run of ``stage`` has made, for the next stage to start from."""
     folders = _folders_with(artifacts.MANIFEST, os.path.join(cfg.dir, stage, "undisturbed", stage))
     (uri,) = (a.uri for a in map(artifacts.find, folders) if a is not None and a.stage == stage)
@@ -506,7 +448,7 @@ class Result:
     rounds: list[Round] = field(default_factory=list)
 
     @classmethod
-    def read(cls, cfg: Config, stage: Stage) -> Result:
+    def read(cls, cfg: ChaosArgs, stage: Stage) -> Result:
         """What there is of a stage."""
         kept = os.path.join(cfg.dir, f"{stage}.json")
         if object_store.exists(kept):
@@ -542,7 +484,7 @@ class Result:
 class Chaos:
     """A cluster, a tracking server, and what is done to them while a stage's command runs."""
 
-    def __init__(self, cfg: Config, ray: Raylets, mlflow: TrackingServer) -> None:
+    def __init__(self, cfg: ChaosArgs, ray: Raylets, mlflow: TrackingServer) -> None:
         self.cfg, self.ray, self.mlflow = cfg, ray, mlflow
 
     def start(self, stage: Stage, root: str) -> subprocess.Popen[bytes]:
@@ -697,12 +639,13 @@ class Chaos:
         return process.returncode
 
 
-def run(cfg: Config) -> list[Result]:
+def run(cfg: ChaosArgs) -> list[Result]:
     """Every stage of ``cfg``, each with its kills; results lie in ``<dir>/<stage>.json`` as soon as there are any.
 
     Raises:
-        UserError: ``dir`` is of other settings, or a stage fails without any kill.
+        UserError: settings that cannot work, ``dir`` is of others, or a stage fails without any kill.
     """
+    check(cfg)
     cfg = replace(cfg, dir=os.path.abspath(cfg.dir))
     os.makedirs(cfg.dir, exist_ok=True)
     _claim(cfg, os.path.join(cfg.dir, "settings.json"))
@@ -742,7 +685,21 @@ def print_table(results: Sequence[Result]) -> None:
     print(json.dumps(rows))
 
 
-def _claim(cfg: Config, uri: str) -> None:
+def check(cfg: ChaosArgs) -> None:
+    """UserError for settings that cannot work."""
+    if cfg.kills < 1 or cfg.nodes < 2 or cfg.workers < 1:
+        raise UserError("--kills and --workers must be at least 1, and --nodes at least 2")
+    for stage in cfg.stages:
+        if stage not in STAGES:
+            raise UserError(config.unknown("stage", stage, STAGES))
+    if cfg.workers > 2 * (cfg.nodes - 1):
+        enough = -(-cfg.workers // 2) + 1
+        raise UserError(
+            f"{cfg.workers} workers do not fit while one of {cfg.nodes} nodes is away; use --nodes {enough}"
+        )
+
+
+def _claim(cfg: ChaosArgs, uri: str) -> None:
     """Write down whose results these are, or refuse where those of other settings lie."""
     own = {k: v for k, v in config.to_dict(cfg).items() if k not in ("dir", "stages", "limit_s")}
     if not object_store.exists(uri):

@@ -22,7 +22,7 @@ from logonet.data import phantom
 from logonet.storage import object_store
 from logonet.sweep import outcome, records
 from logonet.sweep.records import Trial
-from tools.chaos import kill, wait_for
+from tools.chaos import kill
 
 SPACE = "jobs/spaces/phantoms.yaml"
 NAME = "phantoms"
@@ -49,14 +49,15 @@ def main(dir: str = "sweep-run", kill_after: int = 3, limit_s: float = 1200.0) -
     env = {"OMP_NUM_THREADS": "1", **os.environ, "LOGONET_HOME": os.path.join(folder, "home")}
     print(f"$ python {shlex.join(command)}".replace(folder, dir), flush=True)
 
-    def ended() -> list[Trial]:
-        trials = records.read_all(sweep) if object_store.exists(spec) else []
-        found = [t for t in trials if t.status in ENDED]
-        return found if len(found) >= kill_after else []
-
+    before: list[Trial] = []
     first = subprocess.Popen([sys.executable, *command], env=env, start_new_session=True)
     try:
-        before = wait_for(ended, first, limit_s, f"the first {kill_after} trials")
+        while len(before) < kill_after:
+            if first.poll() is not None or time.monotonic() > began + limit_s:
+                raise UserError(f"{kill_after} trials were to end within {limit_s:g} s; {len(before)} did")
+            time.sleep(0.05)
+            if object_store.exists(spec):
+                before = [t for t in records.read_all(sweep) if t.status in ENDED]
     finally:
         kill(first)
     print(f"\n[SIGKILL after {time.monotonic() - began:.0f} s; {len(before)} trials had ended]\n", flush=True)

@@ -67,24 +67,13 @@ def plan(args: tyro.conf.OmitArgPrefixes[PlanArgs]) -> None:
         sys.exit(1)
 
 
-def chaos(
-    dir: str = "chaos-run",
-    stages: tuple[str, ...] = ("pretrain", "cluster", "finetune", "predict", "sweep"),
-    kills: int = 20,
-    seed: int = 0,
-    data: str = "",
-    recipe: str = "",
-    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="A.B=C")] = (),
-    finetune_set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="A.B=C")] = (),
-    workers: int = 2,
-    nodes: int = 2,
-    limit_s: float = 600.0,
-) -> None:
-    """Kill every stage at random moments and compare with the undisturbed run; exit status 1 on a difference.
+@dataclass(frozen=True)
+class ChaosArgs:
+    """What is killed, how often, and on what.
 
-    Args:
+    Attributes:
         dir: keeps runs, results and the log of kills; the same command goes on with what is left.
-        stages: "cluster" is crops, clusterers and pseudo-labels.
+        stages: done in the order of the default; "cluster" is crops, clusterers and pseudo-labels.
         kills: of each stage: workers, drivers, raylets, the MLflow server, the newest checkpoint, the disk, on a Ray
             cluster of its own on this machine.
         seed: of kinds, moments and victims.
@@ -92,14 +81,32 @@ def chaos(
         recipe: of the jobs; empty for the demo's made smaller.
         set: section.key=value for pretraining, clustering and sweeping; may be repeated.
         finetune_set: the same for finetuning.
-        workers: training workers.
-        nodes: raylets beside the head's.
-        limit_s: a command that wrote nothing for so long has hung.
+        workers: training workers; at a fixed number results are equal bit for bit.
+        nodes: raylets beside the head's, 2 CPUs each; one at a time is killed.
+        limit_s: a command that wrote nothing for so long has hung, and its stage fails.
+    """
+
+    dir: str = "chaos-run"
+    stages: tuple[str, ...] = ("pretrain", "cluster", "finetune", "predict", "sweep")
+    kills: int = 20
+    seed: int = 0
+    data: str = ""
+    recipe: str = ""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="A.B=C")] = ()
+    finetune_set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="A.B=C")] = ()
+    workers: int = 2
+    nodes: int = 2
+    limit_s: float = 600.0
+
+
+def chaos(args: tyro.conf.OmitArgPrefixes[ChaosArgs]) -> None:
+    """Kill every stage at random moments and compare with the undisturbed run; exit status 1 on a difference.
+
+    Args:
+        args: what is killed.
     """
     killing = developers_tool("chaos")
-    where = absolute(data, "--data") if data else ""
-    cfg = killing.Config(dir, stages, kills, seed, where, recipe, set, finetune_set, workers, nodes, limit_s)
-    results = killing.run(cfg)
+    results = killing.run(replace(args, data=absolute(args.data, "--data") if args.data else ""))
     killing.print_table(results)
     if not all(result.equal for result in results):
         sys.exit(1)

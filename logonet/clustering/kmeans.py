@@ -100,10 +100,6 @@ class Fitted:
     centroids_KT: np.ndarray
     inertia: float
 
-    @property
-    def k(self) -> int:
-        return len(self.centroids_KT)
-
     def to_bytes(self) -> bytes:
         facts = {"index": self.index, "inertia": self.inertia}
         return _pack(FITTED_FORMAT, {"centroids_KT": self.centroids_KT}, facts)
@@ -240,13 +236,8 @@ class ClustererSet:
         fitted = sorted(fitted, key=lambda f: f.index)
         assert [f.index for f in fitted] == list(range(len(fitted))), "a clusterer is missing or there twice"
         facts = {"inertia": [f.inertia for f in fitted], "sklearn": sklearn.__version__}
-        sizes_N = np.array([f.k for f in fitted], np.int64)
+        sizes_N = np.array([len(f.centroids_KT) for f in fitted], np.int64)
         return cls(np.concatenate([f.centroids_KT for f in fitted]), sizes_N, {**meta, **facts})
-
-    def of(self, n: int) -> np.ndarray:
-        """Centroids (K, T) of clusterer ``n``, a view."""
-        end = int(self.sizes_N[: n + 1].sum())
-        return self.centroids_VT[end - int(self.sizes_N[n]) : end]
 
     def summary(self) -> dict[str, Any]:
         """Facts for an artifact's manifest, JSON-able."""

@@ -34,7 +34,6 @@ value, to at most |c|^2 + 2 |a| |b| + 2 X Y. Step 2 is within 2 gamma_block |x| 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Iterator
 
@@ -58,19 +57,6 @@ SKEW = 8.0  # k in (2): slices have larger residuals than centroids, so they can
 LARGEST = 1e16  # |x|^2 up to here; intensities in [0, 1] stay far below
 TINY = 1e-24  # what float32 products that underflow can add up to; relative bounds do not see them
 NEVER = 1e30  # stands for +inf: a real inf could meet 0 * inf in a padded kernel
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What one call had to do. Shares are of the S x V pairs that brute force looks at."""
-
-    slices: int
-    codes: int
-    survivor_share: float  # (slice, code) pairs left open by the screen
-    row_share: float  # the same after rounding up to whole codes: what step 2 multiplies
-    float64_pairs: int  # pairs that reached step 3
-    gflop: float
-    brute_gflop: float
 
 
 class Labeller:
@@ -153,31 +139,22 @@ class Labeller:
         Raises:
             UserError: the slices' length is not the centroids', or they are not finite.
         """
-        return self.label(slices_ST)[0]
-
-    def label(self, slices_ST: torch.Tensor | np.ndarray) -> tuple[np.ndarray, Work]:
-        """As a call, and what it took."""
         if isinstance(slices_ST, np.ndarray):
             # On the CPU: CUDA divides by a constant less exactly, and labels belong to these very floats.
             x_ST = from_uint16(slices_ST) if slices_ST.dtype == np.uint16 else np.ascontiguousarray(slices_ST)
             slices_ST = torch.from_numpy(x_ST)
-        V, T = self.centroids_VT.shape
+        T = self.centroids_VT.shape[1]
         if slices_ST.ndim != 2 or slices_ST.shape[1] != T:
             odd = f"slices have shape {tuple(slices_ST.shape)}, the clusterers were fitted to slices of {T} pixels"
             raise UserError(f"{odd}; label crops of the size the clusterers were fitted on")
-        if not (S := len(slices_ST)):
-            return np.zeros((0, len(self.sizes)), np.int16), Work(0, V, 0.0, 0.0, 0, 0.0, 0.0)
+        if not len(slices_ST):
+            return np.zeros((0, len(self.sizes)), np.int16)
         with torch.inference_mode(), _ieee_float32():
             parts = slices_ST.to(self.device, torch.float32).split(SLICES)
-            labels, done = zip(*map(self._label, parts))
-        survivors, row_slices, float64_pairs, flop = map(sum, zip(*done))
-        shares = survivors / (S * V), row_slices / (S * V)
-        work = Work(S, V, *shares, float64_pairs, flop / 1e9, 2 * S * V * T / 1e9)
-        return torch.cat(labels).cpu().numpy(), work
+            return torch.cat([self._label(part) for part in parts]).cpu().numpy()
 
-    def _label(self, x_ST: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
-        S, T = x_ST.shape
-        N, V = len(self.sizes), len(self.norm2_V)
+    def _label(self, x_ST: torch.Tensor) -> torch.Tensor:
+        S, N = len(x_ST), len(self.sizes)
         norm2_S = _norm2(x_ST)
         if not bool((norm2_S <= LARGEST).all()):
             raise UserError("slices to label are not finite; the crop stage must clip intensities to [0, 1]")
@@ -189,7 +166,6 @@ class Labeller:
         labels = torch.full((N * S,), -1, device=self.device)
         key_P = self.clusterer_V[code_P] * S + slice_P
         key_P, code_P = _settle(labels, key_P, code_P, torch.ones_like(code_P, dtype=torch.bool))
-        survivors = len(key_P)
 
         rows_U, row_P = torch.unique_consecutive(code_P, return_inverse=True)
         slice_P = key_P % S
@@ -201,9 +177,7 @@ class Labeller:
         distance_P = self._distances(x_ST, key_P % S, code_P)
         _settle(labels, key_P, code_P, distance_P == _least(distance_P, key_P, N * S)[key_P], lowest=True)
         assert not bool((labels < 0).any()), "a slice lost its last candidate: the bounds are wrong"
-        labels_SN = (labels.view(N, S) - self.first_N[:, None]).T.to(torch.int16)
-        flop = 2 * S * (T * self.rank + V * (self.rank + 4) + len(rows_U) * T) + 3 * len(key_P) * T
-        return labels_SN, (survivors, S * len(rows_U), len(key_P), flop)
+        return (labels.view(N, S) - self.first_N[:, None]).T.to(torch.int16)
 
     def _bounds(self, x_ST: torch.Tensor, norm2_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Lower and upper bounds (2) of |c|^2 - 2 x.c, float32 (V, S)."""

@@ -11,7 +11,9 @@ import pandas as pd
 from logonet.clustering.kmeans import ClustererSet
 from logonet.core import seeding
 
-AGREEMENT_LIMIT = 20
+# Slices with a lower mean count as air. In the window -1000..1000 HU soft tissue is 0.5, so less than a tenth of such a
+# slice is body.
+AIR_BELOW = 0.05
 
 
 def majority(labels_PNZ: np.ndarray, sizes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -23,15 +25,11 @@ def majority(labels_PNZ: np.ndarray, sizes_N: np.ndarray) -> tuple[np.ndarray, n
     return np.array([c.argmax() for c in counts]), np.array([c.max() / c.sum() for c in counts])
 
 
-def quality(
-    fitted: ClustererSet, labels_SN: np.ndarray, mean_S: np.ndarray | None = None, air_below: float = 0.05
-) -> pd.DataFrame:
+def quality(fitted: ClustererSet, labels_SN: np.ndarray, mean_S: np.ndarray) -> pd.DataFrame:
     """How much there is to learn from each clusterer's labels, one row a clusterer.
 
     Args:
-        mean_S: mean intensity of each slice, in [0, 1]; without it the columns on air are NaN.
-        air_below: slices with a lower mean count as air. In the window -1000..1000 HU soft tissue is 0.5,
-            so 0.05 is a slice of which less than a tenth is body.
+        mean_S: mean intensity of each slice, in [0, 1].
 
     Columns:
         k: number of codes.
@@ -47,40 +45,32 @@ def quality(
     for n, k in enumerate(fitted.sizes_N):
         counts_K = np.bincount(labels_SN[:, n], minlength=k)
         share_K = counts_K[counts_K > 0] / counts_K.sum()
+        air_K = np.bincount(labels_SN[mean_S < AIR_BELOW, n], minlength=k)
+        is_air_K = 2 * air_K > counts_K
         row = {
             "k": int(k),
             "inertia": inertia[n],
             "perplexity": float(np.exp(-(share_K * np.log(share_K)).sum())),
             "dead_codes": int((counts_K == 0).sum()),
-            "air_codes": np.nan,
-            "air_share": np.nan,
+            "air_codes": int(is_air_K.sum()),
+            "air_share": counts_K[is_air_K].sum() / counts_K.sum(),
             "majority_share": float(share_K.max()),
         }
-        if mean_S is not None:
-            air_K = np.bincount(labels_SN[mean_S < air_below, n], minlength=k)
-            is_air_K = 2 * air_K > counts_K
-            row |= {"air_codes": int(is_air_K.sum()), "air_share": counts_K[is_air_K].sum() / counts_K.sum()}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def agreement(labels_SN: np.ndarray, limit: int = AGREEMENT_LIMIT) -> tuple[np.ndarray, np.ndarray]:
-    """Normalised mutual information between clusterers, and which: ``limit`` evenly spaced ones at most.
+def agreement(labels_SN: np.ndarray) -> np.ndarray:
+    """Normalised mutual information between clusterers, (N, N) symmetric, 1 on the diagonal.
 
     Near 1 the clusterers say the same and N could be smaller; near 0 they share no structure.
-
-    Returns:
-        (M, M) symmetric, 1 on the diagonal; and the M clusterers' positions in 0..N-1.
     """
     from sklearn.metrics import normalized_mutual_info_score
 
-    N = labels_SN.shape[1]
-    chosen_M = np.linspace(0, N - 1, min(N, limit)).round().astype(int)
-    nmi_MM = np.eye(len(chosen_M))
-    for i, j in zip(*np.tril_indices(len(chosen_M), -1)):
-        a_S, b_S = labels_SN[:, chosen_M[i]], labels_SN[:, chosen_M[j]]
-        nmi_MM[i, j] = nmi_MM[j, i] = normalized_mutual_info_score(a_S, b_S)
-    return nmi_MM, chosen_M
+    nmi_NN = np.eye(labels_SN.shape[1])
+    for i, j in zip(*np.tril_indices(len(nmi_NN), -1)):
+        nmi_NN[i, j] = nmi_NN[j, i] = normalized_mutual_info_score(labels_SN[:, i], labels_SN[:, j])
+    return nmi_NN
 
 
 def stability(labels_a_SN: np.ndarray, labels_b_SN: np.ndarray) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Iterable, Sequence
 
@@ -29,8 +28,6 @@ def to_text(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str
 
 
 def to_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return out.getvalue().encode()
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=columns, dtype=object).to_csv(index=False).encode()

@@ -64,19 +64,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Item:
-    """One case to segment: a scan as found (``source``), or a row of a manifest, verified against it (``scan``)."""
+    """One case to segment: a scan as found, or a row of a manifest, verified against it."""
 
     name: str
-    source: Source | None = None
-    scan: Scan | None = None
+    scan: Source | Scan
 
     @property
     def uri(self) -> str:
-        return (self.scan or self.source).uri  # type: ignore[union-attr]
+        return self.scan.uri
 
     @property
     def version(self) -> str:
-        return self.scan.sha256 if self.scan else self.source.version  # type: ignore[union-attr]
+        return self.scan.sha256 if isinstance(self.scan, Scan) else self.scan.version
 
 
 def items_of(sources: Sequence[Source], root: str) -> list[Item]:
@@ -94,7 +93,7 @@ def items_of(sources: Sequence[Source], root: str) -> list[Item]:
             raise UserError(
                 f"{source.uri} and {found[name].uri} would both be written to {name}.nii.gz; rename one of them"
             )
-        found[name] = Item(name, source=source)
+        found[name] = Item(name, source)
     return [found[name] for name in sorted(found)]
 
 
@@ -173,18 +172,16 @@ def forget_quarantined(output: str) -> int:
     return len(bad)
 
 
-def table(rows: Sequence[Row]) -> pd.DataFrame:
-    """One line per case: what became of it, seconds, and ml of each class."""
+def write_table(rows: Sequence[Row], output: str) -> str:
+    """``predictions.csv`` and ``.parquet`` under ``output``, unless they say this already; returns the CSV's URI.
+
+    One line per case: what became of it, seconds, and ml of each class.
+    """
     lines = []
     for row in rows:
         line = {k: v for k, v in asdict(row).items() if k not in ("volumes_ml", "metrics")}
         lines.append(line | {f"{name}_ml": ml for name, ml in row.volumes_ml.items()})
-    return pd.DataFrame(lines)
-
-
-def write_table(rows: Sequence[Row], output: str) -> str:
-    """``predictions.csv`` and ``.parquet`` under ``output``, unless they say this already; returns the CSV's URI."""
-    frame = table(rows)
+    frame = pd.DataFrame(lines)
     files = {"parquet": frame.to_parquet(index=False), "csv": frame.to_csv(index=False).encode()}
     for suffix, blob in files.items():
         uri = object_store.join(output, f"{TABLE}.{suffix}")
@@ -251,7 +248,7 @@ class _Segment:
         except UserError:  # the store is out of reach, or takes nothing: that concerns every case
             raise
         except Exception as err:  # one case must not stop a bucket; the reason is kept in its row
-            if item.scan is not None:
+            if isinstance(item.scan, Scan):
                 raise
             reason = f"{item.uri}: {type(err).__name__}: {' '.join(str(err).split())[:300]}"
             row = replace(row, reason=reason)
@@ -273,7 +270,7 @@ class _Segment:
         try:
             image, modality, original = _open(item, predictor.spec.one_modality)
         except object_store.NotGiven as err:
-            if item.scan is not None:  # a mean over the others would pass for the whole
+            if isinstance(item.scan, Scan):  # a mean over the others would pass for the whole
                 raise
             return Row(item.name, item.uri, UNREAD, item.version, str(err))
         labels_XYZ = predictor.segment(image, modality, item.name)
@@ -282,7 +279,7 @@ class _Segment:
         scores: list[dict[str, Any]] = []
         classes = predictor.spec.foreground
         if self.score:
-            assert item.scan is not None
+            assert isinstance(item.scan, Scan)
             truth_XYZ = manifest.load_label(item.scan, image)
             scores = metrics.case_rows(labels_XYZ, truth_XYZ, image.spacing_mm, classes, item.scan.scan_id)
             scores = json.loads(json.dumps(scores, default=lambda value: value.item()))  # no NumPy types
@@ -293,16 +290,14 @@ class _Segment:
 
 def _open(item: Item, known: str) -> tuple[Volume, str, bytes | None]:
     """The scan, its modality, and the bytes whose NIfTI header the label map takes over (None for DICOM)."""
-    if item.scan is not None:
-        image = manifest.load(item.scan)
-        header = None if item.scan.files else object_store.read(item.scan.uri, sha256=item.scan.sha256)
-        return image, item.scan.modality, header
-    assert item.source is not None
-    source = item.source
-    blobs, sha256 = manifest.read_scan(source)
-    if fault := manifest.checksum_fault(source, sha256):
+    scan = item.scan
+    if isinstance(scan, Scan):
+        header = None if scan.files else object_store.read(scan.uri, sha256=scan.sha256)
+        return manifest.load(scan), scan.modality, header
+    blobs, sha256 = manifest.read_scan(scan)
+    if fault := manifest.checksum_fault(scan, sha256):
         raise BadScan(fault)
-    image = manifest.decode(source, blobs)
+    image = manifest.decode(scan, blobs)
     # What is known of the scan, else what the model is for: a part of a CT may hold no air to tell it by.
-    modality = volume.modality(image, source.modality or image.modality or known, item.uri)
-    return image, modality, None if source.files else blobs[0]
+    modality = volume.modality(image, scan.modality or image.modality or known, item.uri)
+    return image, modality, None if scan.files else blobs[0]

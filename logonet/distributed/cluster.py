@@ -338,11 +338,8 @@ def allocate_trials(resources: Resources, most: int, at_once: int = 0) -> tuple[
                 f"{at_once} trials of {workers} workers do not fit on the cluster's {each.cpus:g} CPUs "
                 f"and {total.get('GPU', 0.0):g} GPUs at once; use --concurrent {runs} or fewer workers"
             )
-        shared: dict[str, Any] = {
-            "cpus_per_data_task": task_cpus,
-            "cpus_per_task": min(each.cpus_per_task, task_cpus),
-        }
-        return runs, replace(each, workers=workers, **shared)
+        before_cpus = min(each.cpus_per_task, task_cpus)  # of the stages before training
+        return runs, replace(each, workers=workers, cpus_per_data_task=task_cpus, cpus_per_task=before_cpus)
     raise UserError(
         f"{workers} workers leave no CPU of the cluster's {one.cpus:g} to the data tasks; use fewer workers "
         "or a smaller --cpus-per-worker"

@@ -21,9 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import psutil
-
 from logonet.core.errors import UserError
+from logonet.distributed import ray_compat
 from logonet.storage import object_store
 
 Status = Literal["ok", "warn", "fail"]
@@ -144,7 +143,7 @@ def _agree(checks: list[Check]) -> list[Check]:
 
 
 def _machine() -> Iterator[Check]:
-    ram = min(psutil.virtual_memory().total, _container_limit())
+    ram = ray_compat.memory_bytes()
     mend, have = "use a larger machine or fewer workers", ram / GIB
     yield _graded("RAM", f"{have:.1f} GiB", have < RAM_FAIL_GIB, have < RAM_WARN_GIB, mend)
     if os.path.isdir("/dev/shm"):
@@ -154,10 +153,8 @@ def _machine() -> Iterator[Check]:
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     usage = shutil.disk_usage(folder)
     free, full = usage.free / GIB, usage.used / (usage.used + usage.free)
-    value, mend = (
-        f"{free:.1f} GiB free, {full:.0%} used",
-        f"free space in {folder}, or set RAY_TMPDIR and TMPDIR to a larger disk",
-    )
+    value = f"{free:.1f} GiB free, {full:.0%} used"
+    mend = f"free space in {folder}, or set RAY_TMPDIR and TMPDIR to a larger disk"
     yield _graded(f"disk of {folder}", value, full > DISK_FAIL_USED, free < DISK_WARN_GIB, mend)
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     mend = "raise it: ulimit -n 65536, or docker --ulimit nofile=65536:65536"
@@ -167,17 +164,6 @@ def _machine() -> Iterator[Check]:
 def _graded(what: str, value: str, fail: bool, warn: bool, mend: str) -> Check:
     status: Status = "fail" if fail else "warn" if warn else "ok"
     return Check("", what, value, status, "" if status == "ok" else mend)
-
-
-def _container_limit() -> int:
-    """The memory this container may use, in bytes; psutil only knows the whole machine's."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if os.path.exists(path):
-            with open(path) as file:
-                text = file.read().strip()
-            if text.isdigit():
-                return int(text)
-    return 1 << 62
 
 
 def _versions() -> Iterator[Check]:

@@ -54,7 +54,7 @@ def batches(
 
 def _prepare(dataset_ref: Any, positions: list[tuple[int, int]]) -> dict[str, np.ndarray]:
     """Runs as a Ray task."""
-    return opened(dataset_ref[0]).batch(positions)
+    return opened(dataset_ref[0])[positions]
 
 
 _OPENED: dict[str, TrainingDataset | LabelledDataset] = {}

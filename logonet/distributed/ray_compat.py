@@ -69,6 +69,13 @@ def leave_before_resizing(run: str) -> Any:
 # ---------------------------------------------------------------------------------------------- one machine
 
 
+def memory_bytes() -> int:
+    """What this container may use of the machine's memory."""
+    from ray._common.utils import get_system_memory
+
+    return get_system_memory()
+
+
 @contextlib.contextmanager
 def on_loopback() -> Iterator[None]:
     """A Ray that starts within this block listens on 127.0.0.1 and nowhere else.

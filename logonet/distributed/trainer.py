@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 import threading
 import time
@@ -71,6 +72,7 @@ def fit(
         raise UserError("there are no labelled cases to validate on; set train.validate_every_epochs=0")
     # References in lists: Ray would otherwise put the values themselves into every worker's arguments.
     config = {"job": job, "dataset": [ray.put(dataset)], "allocation": allocation}
+    config["progress"] = sys.stdout.isatty()
     elastic = resources.least < resources.most
     num_workers: Any = (resources.least, resources.most) if elastic else allocation.workers
     per_worker = {"CPU": allocation.cpus_per_worker, **({"GPU": 1} if allocation.use_gpu else {})}
@@ -138,7 +140,12 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(allocation.threads_per_worker)
-    tracker = _tracker(job) if rank == 0 else None
+    tracker = None
+    if rank == 0 and job.tracking is not None:
+        from logonet.tracking import Tracker
+
+        tracker = Tracker(**job.tracking)
+        tracker.log_files(job.files)
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives of Python objects go through the current device
@@ -148,7 +155,7 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     loop.restore()
     positions = MicroBatches(dataset.schedule, job.train.batch_size, loop.step, loop.total_steps, rank, world)
     batches = to_tensors(feed.batches(config["dataset"], positions, allocation), device)
-    bar = ray_compat.progress_bar(loop.total_steps, loop.step) if job.progress and rank == 0 else None
+    bar = ray_compat.progress_bar(loop.total_steps, loop.step) if config["progress"] and rank == 0 else None
     notices = preemption.Notices(config["run"], rank, ray.train.get_preemption_info)
     try:
         with notices.listening():
@@ -166,13 +173,3 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     if tracker is not None:
         made["tracked"] = tracker.close(timeout_s=15)  # the driver tries again, for longer
     return made
-
-
-def _tracker(job: Job) -> Any:
-    if job.tracking is None:
-        return None
-    from logonet.tracking import Tracker
-
-    tracker = Tracker(**job.tracking)
-    tracker.log_files(job.files)
-    return tracker

@@ -18,7 +18,6 @@ from logonet.data import crop_shards
 from logonet.data.volume import UINT16_MAX, from_uint16
 from logonet.pipelines.stage import open_stage
 from logonet.storage import object_store
-from logonet.storage.artifacts import Artifact
 
 SHEETS = 4  # contact sheets: clusterers with the fewest, the most and in-between numbers of codes
 
@@ -49,12 +48,17 @@ def write(uri: str, out: str, max_slices: int, stability: int, executor: Executo
     scores = quality.quality(fitted, labels_SN, mean_S)
     scores.insert(0, "clusterer", np.arange(len(scores)))
     if stability:
-        scores = scores.join(_two_seeds(table, artifact, fitted, slices_ST, labels_SN, stability, executor))
-    nmi_MM, _ = quality.agreement(labels_SN, limit=len(fitted.sizes_N))
+        last = len(fitted.sizes_N) - 1
+        chosen_M = np.unique(np.linspace(0, last, min(last + 1, stability)).round().astype(int))
+        again = _refit(table, kmeans.Config(**artifact.config), fitted.sizes_N[chosen_M], executor)
+        pair = quality.stability(labels_SN[:, chosen_M], Labeller(again)(slices_ST))
+        pair = pair.set_index(pd.Index(chosen_M)).rename(columns=lambda c: f"{c}_two_seeds")
+        scores = scores.join(pair)
+    nmi_NN = quality.agreement(labels_SN)
     files: dict[str, bytes] = {"quality.csv": scores.to_csv(index=False).encode()}
-    files["clusters.png"] = reporting.clusters_picture(scores, nmi_MM)
+    files["clusters.png"] = reporting.clusters_picture(scores, nmi_NN)
     sections: list[tuple[str, str | bytes | pd.DataFrame]] = [
-        ("Summary", _summary(scores, nmi_MM, len(slices_ST))),
+        ("Summary", _summary(scores, nmi_NN, len(slices_ST))),
         ("Codes in use, majority floors, agreement", files["clusters.png"]),
     ]
     by_size = np.argsort(fitted.sizes_N, kind="stable")
@@ -69,26 +73,14 @@ def write(uri: str, out: str, max_slices: int, stability: int, executor: Executo
     return scores
 
 
-def _two_seeds(
-    table: crop_shards.CropTable,
-    artifact: Artifact,
-    fitted: kmeans.ClustererSet,
-    slices_ST: np.ndarray,
-    labels_SN: np.ndarray,
-    count: int,
-    executor: Executor,
-) -> pd.DataFrame:
-    """Refit ``count`` evenly spaced clusterers from another seed, with the same K; compare their labels."""
-    num = len(fitted.sizes_N)
-    chosen_M = np.unique(np.linspace(0, num - 1, min(num, count)).round().astype(int))
-    cfg = kmeans.Config(**artifact.config)
+def _refit(
+    table: crop_shards.CropTable, cfg: kmeans.Config, sizes_M: np.ndarray, executor: Executor
+) -> kmeans.ClustererSet:
+    """Clusterers of ``sizes_M`` codes, fitted to the sample of ``cfg`` from another seed."""
     sample_ST = fitting.sample_slices(table, cfg.max_slices, cfg.seed, executor)
     other = replace(cfg, seed=cfg.seed + 1)
-    sizes_M = fitted.sizes_N[chosen_M]
     refits = [kmeans.fit_one(sample_ST, int(k), m, other) for m, k in enumerate(sizes_M)]
-    again = kmeans.ClustererSet.from_fitted(refits, meta={})
-    pair = quality.stability(labels_SN[:, chosen_M], Labeller(again)(slices_ST))
-    return pair.set_index(pd.Index(chosen_M)).rename(columns=lambda c: f"{c}_two_seeds")
+    return kmeans.ClustererSet.from_fitted(refits, meta={})
 
 
 def _sheet(
@@ -101,8 +93,8 @@ def _sheet(
     return reporting.contact_sheet(from_uint16(slices_SXY), labels_S, k, exemplars, title)
 
 
-def _summary(scores: pd.DataFrame, nmi_MM: np.ndarray, num_slices: int) -> pd.DataFrame:
-    off = nmi_MM[~np.eye(len(nmi_MM), dtype=bool)]
+def _summary(scores: pd.DataFrame, nmi_NN: np.ndarray, num_slices: int) -> pd.DataFrame:
+    off = nmi_NN[~np.eye(len(nmi_NN), dtype=bool)]
     rows = {
         "clusterers": len(scores),
         "slices judged on": num_slices,

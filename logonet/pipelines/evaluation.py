@@ -84,7 +84,7 @@ def evaluate_model(
         known = sorted({leak.scan_id for leak in leaking})
         say("evaluate", f"{run.name} on {len(scans)} cases  {run.uri}")
         output = object_store.join(run.uri, "predictions")
-        items = [bucket_inference.Item(s.scan_id, scan=s) for s in scans]
+        items = [bucket_inference.Item(s.scan_id, s) for s in scans]
         about = {"model": chosen.id, **own}
         rows = bucket_inference.run(
             items, chosen.folder, output, cfg.infer, executor, about=about, score=True

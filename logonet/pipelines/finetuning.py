@@ -40,7 +40,6 @@ from logonet.pipelines.weights import InitialWeights, find_weights
 from logonet.storage import object_store
 from logonet.storage.artifacts import Artifact
 from logonet.storage.object_store import Stored
-from logonet.training import weight_transfer
 from logonet.training.dataset import LabelledDataset
 from logonet.training.schedule import SampleSchedule
 
@@ -230,7 +229,9 @@ def finetune(
         init, handover = None, None
         if weights is not None:
             init = training.Init(weights.uri, weights.sha256, cfg.init.parts, cfg.init.min_encoder_share)
-            handover = transfer_report(cfg, init, data_spec)
+            # What loading them will do, before anything is launched.
+            net = networks.from_component(cfg.backbone, data_spec.in_channels, data_spec.num_classes)
+            handover = training.load_initial(net, init)
             say("transfer", handover.summary())
             if weights.preparation and weights.preparation != Preprocessing.of(cfg.cases):
                 say("transfer", f"scans are prepared otherwise than for these weights: {weights.preparation}")
@@ -238,7 +239,9 @@ def finetune(
                 say("transfer", "which scans these weights have seen is not known; leaks cannot be ruled out")
             files["transfer.json"] = json.dumps(handover.to_dict(), indent=1).encode()
         what = (cfg.backbone, cfg.method, cfg.train, data_spec)
-        job = run.job(*what, files, init=init, validation=cfg.validation)
+        job = training.Job(
+            run.uri, run.fingerprint, *what, run.tracking, dict(files), init, validation=cfg.validation
+        )
         steps = f"{schedule.steps_per_epoch} steps an epoch, {len(val_ids)} to validate"
         say("finetune", f"{run.name} on {len(train_ids)} cases, {steps}  {run.uri}")
         result = executor.train(job, dataset)
@@ -280,12 +283,6 @@ def finetune(
     return run_tracked(
         root, "finetune", label, cfg, own, parents, lineage, make, last_loss, experiment, trial
     )
-
-
-def transfer_report(cfg: Finetuning, init: training.Init, facts: DataSpec) -> weight_transfer.Report:
-    """What loading ``init`` will do, shown before anything is launched."""
-    net = networks.from_component(cfg.backbone, facts.in_channels, facts.num_classes)
-    return training.load_initial(net, init)
 
 
 def model_spec(cfg: Finetuning, table: prepared_scans.Table, scans: list[manifest.Scan]) -> model.Spec:

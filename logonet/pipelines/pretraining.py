@@ -187,7 +187,8 @@ def pretrain(
         say("handover", f"{share} of the encoder's parameters arrive in a segmentation network")
         pictures = _pictures(dataset, cfg)
         files: dict[str, bytes] = {**pictures, "config.yaml": config.to_yaml(cfg).encode()}
-        job = run.job(cfg.backbone, cfg.method, cfg.train, up.data_spec, files, probe=up.probe)
+        what = (cfg.backbone, cfg.method, cfg.train, up.data_spec)
+        job = training.Job(run.uri, run.fingerprint, *what, run.tracking, dict(files), probe=up.probe)
         steps = f"{schedule.steps_per_epoch} steps an epoch"
         say("pretrain", f"{run.name} on {len(crop_table)} crops, {steps}  {run.uri}")
         result = executor.train(job, dataset)

@@ -17,7 +17,6 @@ from logonet.core import config, redaction
 from logonet.core.config import Component
 from logonet.core.errors import UserError
 from logonet.core.execution import Executor
-from logonet.methods import DataSpec
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
 from logonet.storage.object_store import Stored
@@ -137,21 +136,6 @@ class Run:
     name: str
     tracking: dict[str, Any] | None
 
-    def job(
-        self,
-        backbone: Component,
-        method: Component,
-        train: training.Config,
-        data_spec: DataSpec,
-        files: Mapping[str, bytes],
-        **more: Any,
-    ) -> training.Job:
-        """The training of this run; ``files`` are those that MLflow gets at its beginning."""
-        job = training.Job(
-            self.uri, self.fingerprint, backbone, method, train, data_spec, self.tracking, **more
-        )
-        return replace(job, progress=sys.stdout.isatty(), files=dict(files))
-
 
 def run_tracked(
     root: str,
@@ -208,7 +192,10 @@ def catch_up(run: dict[str, Any] | None, artifact: Artifact) -> None:
         return
     history = json.loads(artifact.read("history.json"))
     files = {n: artifact.read(n) for n in artifact.files if n.endswith(TRACKED)}
-    if tracking.catch_up(**run, history=history, files=files):
+    tracker = tracking.Tracker(**run)
+    tracker.sync(history)
+    tracker.log_files(files)
+    if tracker.close():
         object_store.write_json(delivered, {"run": run["run_name"], "experiment": run["experiment"]})
         say("mlflow", f"run '{run['run_name']}' in experiment '{run['experiment']}'")
     else:

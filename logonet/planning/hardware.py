@@ -17,6 +17,7 @@ from logonet.core import config
 from logonet.core.config import Count, Natural, NonNegative, Positive
 from logonet.core.errors import UserError
 from logonet.distributed import cluster as ray_cluster
+from logonet.distributed import ray_compat
 from logonet.storage import object_store
 
 GIB = 1 << 30
@@ -179,11 +180,7 @@ def pool_of(entry: Any, table: Prices, where: str) -> Pool:
 
 def this_machine(currency: str = "USD") -> Cluster:
     """The machine that runs this process, free of charge."""
-    import psutil
-
-    from logonet.distributed import doctor
-
-    memory = min(psutil.virtual_memory().total, doctor._container_limit())
+    memory = ray_compat.memory_bytes()
     shm = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else memory / 3
     machine = Machine(
         cpus=os.cpu_count() or 1,

@@ -838,21 +838,16 @@ def delete(uri: str) -> None:
                 os.unlink(local_path(uri))
 
 
-def delete_prefix(uri: str) -> int:
-    """Delete everything below the folder ``uri`` and return the number of objects."""
-    if not is_s3(uri):
-        count = sum(1 for _ in listing(uri))
-        with _user_errors(uri), contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(local_path(uri))
-        return count
-    count = 0
+def delete_prefix(uri: str) -> None:
+    """Delete everything below the folder ``uri``."""
     with _user_errors(uri):
+        if not is_s3(uri):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(local_path(uri))
+            return
         for page in _pages(uri):
-            left = {item["Key"] for item in page}
-            count += len(left)
-            if left:
+            if left := {item["Key"] for item in page}:
                 _until_good(functools.partial(_delete_keys, _place(uri)["Bucket"], left))
-    return count
 
 
 def _delete_keys(bucket: str, left: set[str]) -> None:

@@ -174,16 +174,14 @@ def _close_runs(sweep: Sweep, trials: Mapping[str, Trial], parent: str | None) -
     tags = {"logonet.stage": "pretrain", "logonet.sweep": sweep.uri, tracking.PARENT_TAG: parent}
     for key, trial in trials.items():
         said = f"{trial.status} {trial.reason}"
-        tracking.catch_up(
+        tracker = tracking.Tracker(
             fingerprint=trial.pretrain.rsplit("/", 1)[-1] or f"{own}-{key}",
             experiment=sweep.experiment,
             run_name=f"{sweep.name}-trial-{trial.index}",
             params=trial.settings,
             tags=tags | {"logonet.sweep.trial": str(trial.index), "logonet.sweep.outcome": said.strip()},
             artifact_root=object_store.join(sweep.root, "mlflow-artifacts"),
-            history=[{k: v for k, v in e.items() if k != "objective"} for e in trial.history],
-            files={},
-            status=MLFLOW_STATUS.get(trial.status, "KILLED"),
-            metrics={"objective": trial.objective, "final_dice": trial.final.get("dice", math.nan)},
-            timeout_s=20,
         )
+        tracker.sync([{k: v for k, v in e.items() if k != "objective"} for e in trial.history])
+        metrics = {"objective": trial.objective, "final_dice": trial.final.get("dice", math.nan)}
+        tracker.close(MLFLOW_STATUS.get(trial.status, "KILLED"), timeout_s=20, metrics=metrics)

@@ -5,11 +5,10 @@ from logonet.tracking.runs import (
     MLFLOW_DEFAULTS,
     PARENT_TAG,
     Tracker,
-    catch_up,
     check,
     git_commit,
     tracking_uri,
 )
 
-__all__ = ["MLFLOW_DEFAULTS", "PARENT_TAG", "Tracker", "catch_up", "check", "download", "git_commit"]
+__all__ = ["MLFLOW_DEFAULTS", "PARENT_TAG", "Tracker", "check", "download", "git_commit"]
 __all__ += ["lineage", "register", "set_alias", "tracking_uri"]

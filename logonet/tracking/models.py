@@ -40,7 +40,6 @@ def register(
     *,
     kind: Kind,
     aliases: Sequence[str] = ("candidate",),
-    description: str = "",
     run_fingerprint: str | None = None,
     artifact_root: str | None = None,
 ) -> str:
@@ -77,7 +76,7 @@ def register(
                     client.set_model_version_tag(name, version.version, key, value)
         else:
             run = _model_run(client, name, clean, run_fingerprint, artifact_root)
-            version = _new_version(client, run, name, files, clean, description)
+            version = _new_version(client, run, name, files, clean)
         for alias in aliases:
             client.set_registered_model_alias(name, alias, str(version.version))
     return f"models:/{name}/{version.version}"
@@ -181,9 +180,7 @@ def _model_run(
     return run
 
 
-def _new_version(
-    client: Any, run: Any, name: str, files: Files, tags: dict[str, str], description: str
-) -> Any:
+def _new_version(client: Any, run: Any, name: str, files: Files, tags: dict[str, str]) -> Any:
     from mlflow.entities import LoggedModelOutput
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
@@ -201,9 +198,7 @@ def _new_version(
     # A separate registry does not know the model's id either.
     separate = os.environ.get("MLFLOW_REGISTRY_URI") not in (None, "", client.tracking_uri)
     link = {"run_id": run_id, "model_id": None if separate else model.model_id}
-    version = client.create_model_version(
-        name, model.artifact_location, tags=tags, description=description, **link
-    )
+    version = client.create_model_version(name, model.artifact_location, tags=tags, **link)
     named = [{"name": name, "version": version.version}]  # for MLflow's page of the run
     client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: json.dumps(named)})
     return version

@@ -79,7 +79,9 @@ class Tracker:
     """The MLflow run of one training job. Every method but ``run_id`` and ``close`` returns at once.
 
     One background thread talks to the server. Each delivery sends whatever the run lacks, so a failed one is made up
-    by the next; in the end by :func:`catch_up`.
+    by the next. Another tracker of the same run can complete it from the driver: when the server was away to the end,
+    when rank 0 was lost before its last delivery, and when tracking is SQLite, whose file rank 0 wrote on a worker that
+    is gone. A run that is already complete stays as it is.
 
     Args:
         fingerprint: names the job by content; a resumed job has the same one and continues its run.
@@ -159,7 +161,7 @@ class Tracker:
         Args:
             metrics: of the run as a whole.
 
-        Returns whether everything is delivered. If not, :func:`catch_up` can do it later.
+        Returns whether everything is delivered. If not, another tracker can do it later.
         """
         self._final, self._status = dict(metrics or {}), status
         end_s = time.monotonic() + timeout_s
@@ -261,32 +263,6 @@ class Tracker:
         for i in range(0, len(metrics), MAX_METRICS_PER_BATCH):
             batch = [Metric(*values) for values in metrics[i : i + MAX_METRICS_PER_BATCH]]
             self._client.log_batch(self._run_id, metrics=batch)
-
-
-def catch_up(
-    *,
-    history: Sequence[Mapping[str, Any]],
-    files: Mapping[str, bytes],
-    status: str = "FINISHED",
-    timeout_s: float = 60.0,
-    metrics: Mapping[str, float] | None = None,
-    **run: Any,
-) -> bool:
-    """Complete a job's run, from the driver, after training.
-
-    Needed when the server was away to the end, when rank 0 was lost before its last delivery, and when
-    tracking is SQLite, whose file rank 0 wrote on a worker that is gone. Returns whether everything is
-    delivered; a run that is already complete stays as it is.
-
-    Args:
-        history, files: see :meth:`Tracker.sync` and :meth:`Tracker.log_files`.
-        status, timeout_s, metrics: see :meth:`Tracker.close`.
-        run: the arguments of :class:`Tracker`.
-    """
-    tracker = Tracker(**run)
-    tracker.sync(history)
-    tracker.log_files(files)
-    return tracker.close(status, timeout_s, metrics)
 
 
 def check() -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,8 +143,8 @@ class Writer:
 
     def __init__(self, run_uri: str, fingerprint: str, keep: int):
         self.run_uri, self.fingerprint, self.keep = run_uri, fingerprint, keep
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
 
     def save(self, state: State) -> None:
         """Take a copy of ``state`` and return; the copy is written while training goes on."""
@@ -152,25 +152,18 @@ class Writer:
         copied = state.mapped(
             lambda t: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         )
-        self._thread = threading.Thread(target=self._write, args=(copied,), name="checkpoint", daemon=False)
-        self._thread.start()
+        self._saving = self._thread.submit(self._write, copied)
 
     def wait(self) -> None:
         """Until the last save is in the store; raises what went wrong with it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def _write(self, state: State) -> None:
-        try:
-            uri = object_store.join(self.run_uri, "checkpoints", f"step-{state.step:08d}")
-            save_state(uri, self.fingerprint, state)
-            self._prune(uri)
-        except BaseException as err:  # handed to the training thread, which raises it in wait()
-            self._failure = err
+        uri = object_store.join(self.run_uri, "checkpoints", f"step-{state.step:08d}")
+        save_state(uri, self.fingerprint, state)
+        self._prune(uri)
 
     def _prune(self, newest: str) -> None:
         """Delete all but the last ``keep`` up to ``newest``, the one just written, and what is left of older ones.

@@ -97,7 +97,6 @@ class Job:
     train: Config
     data_spec: DataSpec
     tracking: dict[str, Any] | None = None
-    progress: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
     init: Init | None = None
     validation: sliding_window.Config = field(default_factory=sliding_window.Config)

@@ -15,7 +15,7 @@ from logonet import methods
 from logonet.core import seeding
 from logonet.data import prepared_scans
 from logonet.data.crop_shards import CropTable
-from logonet.training.schedule import MicroBatches, SampleSchedule
+from logonet.training.schedule import SampleSchedule
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class _Dataset:
         """The prepared rows of several (repeat, sample); see `SampleSchedule.at`."""
         raise NotImplementedError
 
-    def batch(self, positions: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+    def __getitem__(self, positions: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
         """The samples at some (step, slot) of the schedule, stacked."""
         rows = self.rows([self.schedule.at(*position) for position in positions])
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
@@ -106,17 +106,3 @@ class LabelledDataset(_Dataset):
             image_CXYZ, labels_XYZ = prepared_scans.read_crop(ref, start, self.crops.size_vox)
             raw = {"image_CXYZ": image_CXYZ, "labels_XYZ": labels_XYZ}
             yield methods.prepare(self.method)(raw, self.method_config, rng)
-
-
-@dataclass(frozen=True)
-class PreparedBatches:
-    """A rank's batches by number, as torch's DataLoader wants a dataset."""
-
-    dataset: TrainingDataset | LabelledDataset
-    positions: MicroBatches
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        return self.dataset.batch(self.positions[i])

@@ -14,7 +14,7 @@ from logonet.core.config import Component
 from logonet.core.execution import InProcess
 from logonet.training import checkpoints
 from logonet.training.config import Config, Job, accumulation
-from logonet.training.dataset import LabelledDataset, PreparedBatches, TrainingDataset
+from logonet.training.dataset import LabelledDataset, TrainingDataset
 from logonet.training.loop import Loop, to_tensors
 from logonet.training.schedule import MicroBatches
 from logonet.training.validation import best_step
@@ -53,12 +53,10 @@ def local_batches(
     dataset: TrainingDataset | LabelledDataset, positions: MicroBatches, num_workers: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
     """The prepared batches at ``positions``, in order, from a plain loader of ``num_workers`` processes."""
-    prepared: Any = PreparedBatches(dataset, positions)
-    yield from DataLoader(prepared, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    prepared: Any = dataset  # which torch asks for the batch at each of the sampler's positions
+    order = (positions[i] for i in range(len(positions)))
+    # As dict, or torch would make tensors of the arrays.
+    yield from DataLoader(prepared, batch_size=None, sampler=order, num_workers=num_workers, collate_fn=dict)
 
 
 def finish(job: Job, loop: Loop, history: list[dict[str, Any]], tracked: bool = False) -> dict[str, Any]:
