@@ -103,14 +103,6 @@ def _set(tag: str, value: object):
 
 
 BAD_SERIES = {
-    "two series": ({"x": _set("SeriesInstanceUID", "9.9")}, "one series per folder"),
-    "two modalities": ({"x": _set("Modality", "MR")}, "one series per folder"),
-    "two sizes": ({"x": _set("Rows", 4)}, "one series per folder"),
-    "two spacings": ({"x": _set("PixelSpacing", [0.5, 0.5])}, "orientation or spacing"),
-    "two orientations": (
-        {"x": _set("ImageOrientationPatient", [1, 0, 0, 0, 0, 1])},
-        "orientation or spacing",
-    ),
     "multi-frame": ({"x": _set("NumberOfFrames", 3)}, "multi-frame"),
     "inverted": ({"x": _set("PhotometricInterpretation", "MONOCHROME1")}, "MONOCHROME1"),
     "no position": ({"x": _drop("ImagePositionPatient")}, "without ImagePositionPatient"),
@@ -139,15 +131,62 @@ def test_missing_and_repeated_slices() -> None:
     files, _ = dicom_series((4, 4, 6), AXIAL)
     files.sort()
     with pytest.raises(
-        BadScan, match=r"series/2\.dcm: .* 5\.00 mm away, the others 2\.50 mm; a slice is missing"
+        BadScan, match=r"series/2\.dcm: .* 5\.00 mm away, others 2\.50 mm; a slice is missing"
     ):
         decode_dicom(files[:3] + files[4:])
-    with pytest.raises(BadScan, match="same place"):
-        decode_dicom([*files, files[2]])
+    whole, twice = decode_dicom(files), decode_dicom([*files, ("copy.dcm", files[2][1])])
+    np.testing.assert_array_equal(twice.array_CXYZ, whole.array_CXYZ)
+    assert (whole.note, twice.note) == ("", "left out: 1 exact duplicates")
     with pytest.raises(BadScan, match="one slice"):
         decode_dicom(files[:1])
     with pytest.raises(BadScan, match=r"series/0\.dcm: its series claims"):
         decode_dicom(files, max_bytes=100)
+
+
+OTHER_SLICES = {
+    "another series": {"SeriesInstanceUID": "9.9"},
+    "another modality": {"Modality": "MR"},
+    "another size": {"Rows": 4, "PixelData": bytes(2 * 4 * 6)},
+    "another spacing": {"PixelSpacing": [0.5, 0.5]},
+    "a localizer": {"ImageOrientationPatient": [1, 0, 0, 0, 0, 1]},
+    "a structure set": {"Modality": "RTSTRUCT"},
+}
+
+
+@pytest.mark.parametrize("tags", OTHER_SLICES.values(), ids=OTHER_SLICES)
+def test_the_largest_series_of_a_folder_is_taken_and_the_rest_is_told(tags: dict[str, object]) -> None:
+    files, hu_XYZ = dicom_series(affine=AXIAL)
+    others, _ = dicom_series(affine=AXIAL, **tags)
+    got = decode_dicom([*files, (f"other/{others[0][0]}", others[0][1]), ("notes", b"not DICOM")])
+    np.testing.assert_array_equal(got.array_CXYZ[0], hu_XYZ.astype(np.float32))
+    assert got.note.startswith("left out: 1 ")
+    assert "1 files that are not DICOM" in got.note
+    # A slice that is of another series is missing here.
+    with pytest.raises(BadScan, match="a slice is missing"):
+        decode_dicom([f for f in files if "2.dcm" not in f[0]] + others[:1])
+
+
+def test_rounded_positions_are_no_missing_slice() -> None:
+    files, hu_XYZ = dicom_series(
+        (6, 5, 24),
+        np.diag([-0.7, -0.8, 0.625, 1.0]),
+        x=lambda k, ds: setattr(ds, "ImagePositionPatient", [0, 0, round(0.625 * k, 1)]),
+    )
+    got = decode_dicom(files)
+    np.testing.assert_array_equal(got.array_CXYZ[0], hu_XYZ.astype(np.float32))
+    np.testing.assert_allclose(got.spacing_mm[2], 14.4 / 23)
+    with pytest.raises(BadScan, match="a slice is missing"):
+        decode_dicom(sorted(files)[:10] + sorted(files)[11:])
+
+
+def test_a_ct_without_rescale_tags_is_a_ct() -> None:
+    def without(k: int, ds: pydicom.Dataset) -> None:
+        del ds.RescaleSlope, ds.RescaleIntercept
+
+    got = decode_dicom(dicom_series(affine=AXIAL, x=without)[0])
+    assert got.array_CXYZ.min() >= 0
+    assert volume.modality(got, None, "x") == "CT"
+    assert "RescaleIntercept" in got.note
 
 
 def test_truncated_or_foreign_dicom_files() -> None:

@@ -101,9 +101,10 @@ def test_nnunet_folds(root: str) -> None:
             "trains one class per voxel, so declare one value per name",
         ),
         (
-            {"file_ending": ".nrrd"},
-            ["imagesTr/a_0000.nrrd"],
-            "{root}/dataset.json: its files end in '.nrrd'; logonet reads .nii.gz and .nii; convert them",
+            {"file_ending": ".png"},
+            ["imagesTr/a_0000.png"],
+            "{root}/dataset.json: its files end in '.png'; logonet reads .nii.gz, .nii, .nrrd, .nhdr, .mha, .mhd, .mgz, "
+            ".mgh, .hdr; convert them",
         ),
         (
             {},

@@ -24,18 +24,22 @@ from logonet.data import scan_hash, volume
 from logonet.data.volume import Volume
 from logonet.storage import object_store, parquet
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
 MAX_LABEL = 255
 GRID_TOLERANCE_VOX = 0.1  # between the corners of an image and of its label: rounding, not misplacement
+LABEL_TOLERANCE = 1e-3  # between a label map's value and a whole number: rounding by a program that stores floats
+FAR_FEWER = 8  # scans of one subject, on average, from which on a person should look
+MAX_LABEL_LIKE = 256  # different values of what may be a label map
+MIN_FLAT = 0.6  # share of a label map's voxels that equal their neighbour; images have noise
 ID_KEYS = ("scan_id", "sha256", "dataset", "subject", "modality", "split", "fold", "label_sha256", "classes")
 Grid = tuple[tuple[int, int, int], np.ndarray]  # shape and affine
 
 
 @dataclass(frozen=True)
 class Source:
-    """One scan to inspect: a NIfTI file, or the folder of a DICOM series whose slices are ``files``.
+    """One scan to inspect: a file, a header with its voxels beside it (both are ``files``), or the folder of a DICOM
+    series whose slices are ``files``.
 
-    ``modality`` is what the dataset says, ``split`` one of "train", "val" and "test", ``fold`` the fold that
+    ``case`` is the case's name where the file's own does not tell one case from the next, ``modality`` is what the dataset says, ``split`` one of "train", "val" and "test", ``fold`` the fold that
     the dataset puts the scan into (-1: none), ``classes[v]`` the declared name of label value v ("" where
     undeclared, () when nothing is declared), ``sha256`` the digest that the file must have, if one is given.
     ``version`` changes whenever the scan or its label is replaced, ``size_bytes`` is 0 where it is not known.
@@ -43,6 +47,7 @@ class Source:
 
     uri: str
     files: tuple[str, ...] = ()
+    case: str = ""
     subject: str = ""
     dataset: str = ""
     licence: str = ""
@@ -65,7 +70,9 @@ class Scan:
     ``volume.modality``). ``shape``, ``spacing_mm`` and ``orientation`` are those of the file, not yet RAS.
     ``sha256`` is that of the file, or of the sorted SHA-256s of a DICOM series' slices; ``voxel_sha256`` and
     ``thumbprint`` (its perceptual hash) are those of ``scan_hash``. ``fold`` and ``classes`` are the source's;
-    ``label_values`` are the values in the label, background 0 included.
+    ``label_values`` are the values in the label, background 0 included. ``note`` says what of the files was not used,
+    ``grid`` names shape and affine, ``label_like`` is the number of different values of a scan that looks like a label
+    map (0: it does not).
     """
 
     scan_id: str
@@ -91,6 +98,9 @@ class Scan:
     label_sha256: str
     label_values: tuple[int, ...]
     classes: tuple[str, ...]
+    note: str = ""
+    grid: str = ""
+    label_like: int = 0
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,7 @@ def _inspect(source: Source) -> Scan:
     return Scan(
         **from_source,
         # only characters that may stand in file names and object keys everywhere
-        scan_id=f"{re.sub(r'[^A-Za-z0-9._-]+', '_', stem(source.uri))}-{sha256[:10]}",
+        scan_id=f"{re.sub(r'[^A-Za-z0-9._-]+', '_', source.case or stem(source.uri))}-{sha256[:10]}",
         sha256=sha256,
         voxel_sha256=scan_hash.voxel_sha256(scan),
         thumbprint=scan_hash.perceptual_hash(scan),
@@ -160,7 +170,27 @@ def _inspect(source: Source) -> Scan:
         intensity_max=float(scan.array_CXYZ.max()),
         label_sha256=label_sha256,
         label_values=label_values,
+        note=scan.note,
+        grid=config.fingerprint(scan.shape_xyz, np.round(scan.affine, 3).tolist()),
+        # A dataset that tells the modality has said that this is an image.
+        label_like=0 if source.label_uri or source.modality else label_like(scan.array_CXYZ),
     )
+
+
+def label_like(array_CXYZ: np.ndarray) -> int:
+    """The number of different values where the voxels look like a label map's, else 0.
+
+    A label map has few whole values from 0 on, and most of its voxels equal their neighbour.
+    """
+    if array_CXYZ.min() != 0 or array_CXYZ.max() >= 2**16:
+        return 0
+    labels_CXYZ = array_CXYZ.astype(np.uint16)
+    values = int(np.count_nonzero(np.bincount(labels_CXYZ.ravel(order="K"))))
+    if values > MAX_LABEL_LIKE or (labels_CXYZ != array_CXYZ).any():
+        return 0
+    inside_CXYZ = labels_CXYZ[:, :-1] > 0
+    flat = np.count_nonzero(inside_CXYZ & (labels_CXYZ[:, :-1] == labels_CXYZ[:, 1:]))
+    return values if flat >= MIN_FLAT * np.count_nonzero(inside_CXYZ) else 0
 
 
 def read_scan(source: Source) -> tuple[list[bytes], str]:
@@ -203,9 +233,7 @@ def read_one(uri: str) -> bytes:
 
 def decode(source: Source | Scan, blobs: Sequence[bytes]) -> Volume:
     """The voxels of a scan from the bytes of its file, or of its slices."""
-    if source.files:
-        return volume.decode_dicom(list(zip(source.files, blobs)))
-    return volume.decode_nifti(blobs[0], source.uri)
+    return volume.decode(source.uri, list(zip(source.files or (source.uri,), blobs)))
 
 
 def _sha256(blobs: Sequence[bytes]) -> str:
@@ -215,19 +243,18 @@ def _sha256(blobs: Sequence[bytes]) -> str:
 
 
 def stem(uri: str) -> str:
-    """The file's name without .nii or .nii.gz."""
+    """The file's name without .nii.gz, .nrrd..."""
     name = PurePosixPath(uri).name
-    suffix = next((s for s in NIFTI_SUFFIXES if name.lower().endswith(s)), "")
-    return name[: len(name) - len(suffix)]
+    return name[: len(name) - len(volume.suffix_of(name))]
 
 
 def _decode_label(data: bytes, uri: str, image: Volume) -> np.ndarray:
-    """labels_XYZ uint8 on the image's own grid.
+    """labels_XYZ uint8 on the image's own grid; axes that were flipped or permuted in between are turned back.
 
     Raises:
         BadScan: for another shape or place than the image's, or values that are not integers in 0..255.
     """
-    label = volume.decode_nifti(data, uri, allow_constant=True)
+    label = volume.turned(volume.decode(uri, [(uri, data)], allow_constant=True), image.affine)
     labels_XYZ, wrong_values = to_labels(label, uri)
     apart = grid_faults(uri, (label.shape_xyz, label.affine), (image.shape_xyz, image.affine))
     for sentence in filter(None, [*apart.values(), wrong_values]):
@@ -246,7 +273,7 @@ def grid_faults(uri: str, label: Grid, image: Grid) -> dict[str, str]:
     shift_mm = apart[:3, :3] @ corners_3N + apart[:3, 3:]
     worst_mm = float(np.linalg.norm(shift_mm, axis=0).max())
     if worst_mm > GRID_TOLERANCE_VOX * np.linalg.norm(affine[:3, :3], axis=0).min():
-        faults["affine"] = f"{uri}: the label lies {worst_mm:.1f} mm off its image; give both one affine"
+        faults["affine"] = f"{uri}: the label lies {worst_mm:.1f} mm off its image; resample it onto the image's grid, or correct the affine that is wrong"
     return faults
 
 
@@ -257,8 +284,8 @@ def to_labels(label: Volume, uri: str) -> tuple[np.ndarray, str]:
     """
     values_XYZ = label.array_CXYZ[0]
     with np.errstate(invalid="ignore"):  # what does not fit is found in the next line
-        labels_XYZ = values_XYZ.astype(np.uint8)
-    wrong_XYZ = labels_XYZ != values_XYZ
+        labels_XYZ = np.rint(values_XYZ).astype(np.uint8)
+    wrong_XYZ = np.abs(values_XYZ - labels_XYZ) > LABEL_TOLERANCE
     if not wrong_XYZ.any():
         return labels_XYZ, ""
     wrong = np.unique(values_XYZ[wrong_XYZ])
@@ -295,6 +322,26 @@ def load_label(scan: Scan, image: Volume) -> np.ndarray:
 # ------------------------------------------------------------------------------------------- manifest
 
 
+def _suspicion(scan: Scan, image: Scan) -> str:
+    hint = "list the two in a CSV with the columns image,label; if it is an image, list it with its modality"
+    return (
+        f"{scan.uri}: looks like a label map ({scan.label_like} different whole values, on the grid of {image.uri}); "
+        f"if it is one, {hint}"
+    )
+
+
+def subjects_doubt(subjects: Sequence[str]) -> str:
+    """A sentence where so many scans are of one subject that names were likely misread, else ""."""
+    (subject, most), *_ = Counter(subjects).most_common(1) or [("", 0)]
+    count = len(set(subjects))
+    if most < 3 or len(subjects) < FAR_FEWER * count:
+        return ""
+    return (
+        f"{len(subjects)} scans are of {count} subject{'s' * (count != 1)} only ({most} of '{subject}'), and a subject "
+        "is never split; if that is wrong, list the scans in a CSV with the columns image,label,subject"
+    )
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The usable scans, in the order of their ids, and those that are left out."""
@@ -313,8 +360,18 @@ class Manifest:
             if first is not scan:
                 bad.append(Quarantined(scan.uri, f"{scan.uri}: duplicate of {first.uri} (same bytes)"))
         bad += [a for a in answers if isinstance(a, Quarantined)]
+        images = {(s.dataset, s.grid): s for s in kept.values() if not s.label_like}
+        for scan in [s for s in kept.values() if s.label_like and (s.dataset, s.grid) in images]:
+            del kept[scan.sha256]
+            bad.append(Quarantined(scan.uri, _suspicion(scan, images[scan.dataset, scan.grid])))
         scans = sorted(kept.values(), key=lambda s: s.scan_id)
         return cls(tuple(scans), tuple(sorted(bad, key=lambda q: q.uri)))
+
+    def remarks(self) -> list[str]:
+        """What people should look at though nothing is refused."""
+        notes = [f"{s.uri}: {s.note}" for s in self.scans if s.note]
+        doubt = subjects_doubt([f"{s.dataset}/{s.subject}" for s in self.scans])
+        return [*notes, doubt] if doubt else notes
 
     @property
     def id(self) -> str:

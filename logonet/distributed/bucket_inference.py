@@ -85,8 +85,7 @@ def items_of(sources: Sequence[Source], root: str) -> list[Item]:
         folder, uri = root.rstrip("/"), source.uri
         name = object_store.relative(uri, folder) if uri.startswith(f"{folder}/") else ""
         name = name or uri.rstrip("/").rpartition("/")[2]
-        for suffix in manifest.NIFTI_SUFFIXES:
-            name = name.removesuffix(suffix)
+        name = name[: len(name) - len(volume.suffix_of(name))]
         # A bucket's keys may have "..", "." or nothing between slashes, and the output may be a folder.
         name = "/".join("_" if part in ("", ".", "..") else part for part in name.split("/"))
         if name in found:

@@ -12,30 +12,30 @@ from typing import Any
 
 from logonet.core import config
 from logonet.core.errors import UserError
-from logonet.data.manifest import MAX_LABEL, NIFTI_SUFFIXES, Source, stem
+from logonet.data import volume
+from logonet.data.importers.naming import folder_of, name_of
+from logonet.data.manifest import MAX_LABEL, Source
 from logonet.storage import object_store
 from logonet.storage.object_store import Entry
 
 DICOM_SUFFIX = ".dcm"
-LABEL_FOLDERS = {"labelstr", "labelsts", "labels"}
-LABEL_ENDINGS = ("_labels", "_label", "_seg", "_mask", "_dseg")
+DICOM_ENDINGS = ("", ".ima", ".dicom", ".dic")  # and numbers: what slices are called beside .dcm
+DICOM_PREAMBLE = 132  # bytes, of which the last four are DICM
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
 STATS_AT_ONCE = 16
 DATA_ROOTS = "LOGONET_DATA_ROOTS"  # folders and prefixes that lists may name besides their own, by commas
 MAX_FOLD = 10**6
 Entries = Mapping[str, Entry]  # what a listing gave, by URI
+Unused = dict[str, list[str]]  # what was not used and why -> the files concerned
 
 
-def folder_of(uri: str) -> str:
-    return uri.rpartition("/")[0] or "."
-
-
-def name_of(uri: str) -> str:
-    return PurePosixPath(uri).name
+def hidden(uri: str) -> bool:
+    """Whether a file is hidden, as those are that macOS leaves (``._x.nii.gz``)."""
+    return name_of(uri).startswith(".")
 
 
 def list_files(uri: str) -> dict[str, Entry]:
-    return {e.uri: e for e in object_store.listing(uri) if not name_of(e.uri).startswith(".")}
+    return {e.uri: e for e in object_store.listing(uri) if not hidden(e.uri)}
 
 
 def _stat(uri: str) -> Entry | None:
@@ -47,6 +47,8 @@ def _stat(uri: str) -> Entry | None:
 
 def resolve(folder: str, path: str) -> str:
     """``path`` as a list in ``folder`` means it."""
+    if "\\" in path and "/" not in path:  # written on Windows
+        path = path.replace("\\", "/")
     if "://" in path or path.startswith(("/", "~")):
         return path
     for part in PurePosixPath(path).parts:  # drops the Decathlon's "./"
@@ -81,13 +83,21 @@ def _below_folder(uri: str, folder: str) -> bool:
 
 
 def versioned(found: Sequence[Source], known: Entries) -> list[Source]:
-    """``found`` with sizes and versions. ``known`` are the files listed already; lists may name others."""
+    """``found`` with sizes and versions. ``known`` are the files listed already; lists may name others.
+
+    Where a list names ``case.nii.gz`` and only nnU-Net's ``case_0000.nii.gz`` is there, that is taken.
+    """
     named = {u for s in found for u in (*(s.files or (s.uri,)), s.label_uri) if u}
     with ThreadPoolExecutor(STATS_AT_ONCE) as pool:
         more = pool.map(_stat, sorted(named - set(known)))
         entries = {**known, **{e.uri: e for e in more if e is not None}}
+        absent = [s.uri for s in found if not s.files and s.uri not in entries]
+        channels = dict(zip(absent, pool.map(_stat, map(_first_channel, absent))))
     out = []
     for source in found:
+        if entry := channels.get(source.uri):
+            source = replace(source, uri=entry.uri)
+            entries[entry.uri] = entry
         scan = [entries[u] for u in source.files or (source.uri,) if u in entries]
         label = [entries[source.label_uri]] if source.label_uri in entries else []
         version = config.fingerprint([[e.uri, e.size_bytes, e.version] for e in scan + label])
@@ -95,31 +105,54 @@ def versioned(found: Sequence[Source], known: Entries) -> list[Source]:
     return out
 
 
-def dicom_series(source: Source) -> Source:
-    """``source`` with its slices, where a list names the folder of a DICOM series."""
-    if source.uri.lower().endswith(NIFTI_SUFFIXES):
+def _first_channel(uri: str) -> str:
+    suffix = volume.suffix_of(uri)
+    return f"{uri[: len(uri) - len(suffix)]}_0000{suffix}"
+
+
+def with_files(source: Source, entries: Entries | None = None) -> Source:
+    """``source`` with the slices of a DICOM folder, or the file of a header's voxels.
+
+    Args:
+        entries: the files that are known; without, the source's folder is listed.
+    """
+    suffix = volume.suffix_of(source.uri)
+    if not suffix:
+        return replace(source, files=tuple(dicom_files(entries or list_files(source.uri), source.uri)))
+    if suffix.lower() not in volume.VOXEL_FILES:
         return source
-    return replace(source, files=tuple(u for u in list_files(source.uri) if u.lower().endswith(DICOM_SUFFIX)))
+    entries = entries or list_files(folder_of(source.uri))
+    base = source.uri.removesuffix(suffix)
+    beside = next((base + s for s in volume.VOXEL_FILES[suffix.lower()] if base + s in entries), None)
+    return replace(source, files=(source.uri, beside) if beside else ())
 
 
-def label_beside(image: str, entries: Entries) -> str:
-    """The label map that goes by ``image``'s name: labelsTr/x for imagesTr/x, or x_seg beside x."""
-    folder, name = folder_of(image), name_of(image)
-    plain = stem(name)
-    suffix = name[len(plain) :]
-    if name_of(folder) in ("imagesTr", "imagesTs"):
-        labels = folder[: -len("imagesTr")] + name_of(folder).replace("images", "labels")
-        channelless = re.sub(r"_[0-9]{4}$", "", plain)  # nnU-Net's images end in their channel
-        beside = [f"{labels}/{name}", f"{labels}/{channelless}{suffix}"]
-    else:
-        beside = [f"{folder}/{plain}{ending}{suffix}" for ending in LABEL_ENDINGS]
-    return next((uri for uri in beside if uri in entries), "")
+def dicom_files(entries: Entries, folder: str) -> list[str]:
+    """The files directly in ``folder`` that are, or may be, slices of a DICOM series.
+
+    Files with endings of other kinds are none. Without any .dcm, the first and the last of the others are looked into:
+    one that is DICOM makes all of them candidates, and decoding sorts out what is none.
+    """
+    here = sorted(u for u in entries if folder_of(u) == folder.rstrip("/") and name_of(u) != "DICOMDIR")
+    slices = [u for u in here if u.lower().endswith(DICOM_SUFFIX)]
+    others = [u for u in here if _may_be_dicom(u)]
+    if others and any(_is_dicom(u, entries[u]) for u in {others[0], others[-1]}):
+        slices += others
+    return sorted(slices)
 
 
-def subject_of(path: str) -> str:
-    """The BIDS subject in the path, else the file's stem without nnU-Net's channel number."""
-    bids = re.search(r"(?:^|/)(sub-[A-Za-z0-9]+)", path)
-    return bids[1] if bids else re.sub(r"_[0-9]{4}$", "", stem(path))
+def _may_be_dicom(uri: str) -> bool:
+    ending = PurePosixPath(uri).suffix.lower()
+    return ending in DICOM_ENDINGS or ending[1:].isdecimal()
+
+
+def _is_dicom(uri: str, entry: Entry) -> bool:
+    if entry.size_bytes < DICOM_PREAMBLE:
+        return False
+    try:
+        return object_store.read(uri, start=DICOM_PREAMBLE - 4, length=4) == b"DICM"
+    except object_store.NotGiven:  # reading the series will say so, if it is one
+        return False
 
 
 def read_json(uri: str) -> Any:

@@ -18,7 +18,7 @@ CSV_COLUMNS = ("image", "label", "subject", "dataset", "licence", "modality", "s
 def csv_sources(uri: str) -> list[Source]:
     """One scan per row: an image, and where given its label, subject, split, ..."""
     found: dict[str, Source] = {}
-    for where, row in read_rows(uri, ",", set(CSV_COLUMNS)):
+    for where, row in read_rows(uri, ",;\t", set(CSV_COLUMNS)):
         for column in row:
             if column not in CSV_COLUMNS:
                 raise UserError(f"{uri}: {config.unknown('column', column, CSV_COLUMNS)}")
@@ -34,7 +34,7 @@ def csv_sources(uri: str) -> list[Source]:
             raise UserError(f"{where}: lists {image} a second time; keep one of the rows")
         source = Source(
             uri=image,
-            subject=row.get("subject") or common.subject_of(row["image"]),
+            subject=row.get("subject", ""),
             dataset=row.get("dataset") or common.name_of(uri)[: -len(".csv")],
             licence=row.get("licence", ""),
             modality=row.get("modality", ""),
@@ -43,16 +43,19 @@ def csv_sources(uri: str) -> list[Source]:
             label_uri=label,
             sha256=common.parse_digest(row.get("sha256", ""), where),
         )
-        found[image] = common.dicom_series(source)
+        found[image] = common.with_files(source)
     return list(found.values())
 
 
-def read_rows(uri: str, delimiter: str, wanted: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def read_rows(uri: str, delimiters: str, wanted: set[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """(where, row) of each line below the header of a table, if it has one of the ``wanted`` columns.
 
-    ``where`` names file and line in errors.
+    ``where`` names file and line in errors. Of the ``delimiters`` the one that is most frequent in the header counts:
+    spreadsheets write semicolons in some languages.
     """
-    lines = csv.reader(io.StringIO(object_store.read_text(uri), newline=""), delimiter=delimiter)
+    text = object_store.read_text(uri)
+    delimiter = max(delimiters, key=text.partition("\n")[0].count)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     header: list[str] = []
     try:
         for cells in lines:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.data.importers import common
-from logonet.data.manifest import Source
+from logonet.data.importers.common import Unused
+from logonet.data.manifest import Source, stem
 
 DATASET_FILE = "dataset.json"
-LISTS = {"training": "train", "validation": "val", "test": "test"}
+LISTS = {"training": "train", "validation": "val", "test": "test", "testing": "test"}  # "testing": Auto3DSeg's
+ITEM_KEYS = ("image", "label", "fold", "subject")
 # nnU-Net's names of normalisations, where others name a modality
 NO_MODALITY = {"nonorm", "zscore", "rescale_to_0_1", "rgb_to_0_1"}
 
@@ -23,10 +27,10 @@ def read_description(uri: str) -> dict[str, Any]:
     return description
 
 
-def msd_sources(uri: str, description: Mapping[str, Any], root: str) -> list[Source]:
+def msd_sources(uri: str, description: Mapping[str, Any], root: str, unused: Unused) -> list[Source]:
     """The scans of an MSD dataset.json or a MONAI list; none when it has no lists of scans.
 
-    All of them must lie below ``root``.
+    All of them must lie below ``root``. What its items say beyond what is used is added to ``unused``.
     """
     if not any(description.get(key) for key in LISTS):
         return []
@@ -35,6 +39,9 @@ def msd_sources(uri: str, description: Mapping[str, Any], root: str) -> list[Sou
     if not isinstance(modalities, dict):
         modalities = {"0": modalities}
     fields = common_fields(uri, description)
+    for key, values in description.items():
+        if key not in LISTS and isinstance(values, list) and values and _names_image(values[0]):
+            raise UserError(f"{uri}: {config.unknown('list of scans', key, LISTS)}")
     found = []
     for key, split in LISTS.items():
         items = description.get(key) or []
@@ -46,6 +53,10 @@ def msd_sources(uri: str, description: Mapping[str, Any], root: str) -> list[Sou
             images = channel_paths(pair.get("image")) if isinstance(pair, dict) else []
             if not images:
                 raise UserError(f"{uri}: an item of '{key}' names no image: {item!r}; write {{image, label}}")
+            for unknown in set(pair) - set(ITEM_KEYS):
+                if near := difflib.get_close_matches(str(unknown), ITEM_KEYS, n=1, cutoff=0.75):
+                    raise UserError(f"{uri}: an item of '{key}' has the key '{unknown}'; did you mean '{near[0]}'?")
+                unused[f"keys of list items named '{unknown}'"].append(uri)
             label = channel_paths(pair.get("label"))
             if pair.get("label") and len(label) != 1:
                 raise UserError(f"{uri}: an item of '{key}' has the label {pair['label']!r}; give one path")
@@ -53,8 +64,8 @@ def msd_sources(uri: str, description: Mapping[str, Any], root: str) -> list[Sou
             if type(fold) is not int or abs(fold) > common.MAX_FOLD:  # True is an int too
                 raise UserError(f"{uri}: an item of '{key}' has the fold {fold!r}; write an integer")
             # one subject for all channels, or they could fall on both sides of a split
-            case = images[0] if len(images) == 1 else (label or images)[0]
-            subject = str(pair.get("subject") or common.subject_of(case))
+            case = stem((label or images)[0]) if len(images) > 1 else ""
+            subject = str(pair.get("subject") or case)
             for channel, image in enumerate(images):
                 source = Source(
                     uri=common.inside(root, common.resolve(folder, image), uri),
@@ -65,7 +76,7 @@ def msd_sources(uri: str, description: Mapping[str, Any], root: str) -> list[Sou
                     label_uri=common.inside(root, common.resolve(folder, label[0]), uri) if label else "",
                     **fields,
                 )
-                found.append(common.dicom_series(source))
+                found.append(common.with_files(source))
     return found
 
 
@@ -75,6 +86,10 @@ def common_fields(uri: str, description: Mapping[str, Any]) -> dict[str, Any]:
         "licence": str(description.get("licence") or description.get("license") or ""),
         "classes": common.class_names(description.get("labels"), uri),
     }
+
+
+def _names_image(item: Any) -> bool:
+    return isinstance(item, dict) and "image" in item
 
 
 def channel_paths(value: Any) -> list[str]:

@@ -1,10 +1,12 @@
-"""Scans as arrays in space: NIfTI and DICOM bytes in, orientation, resampling, windowing, NIfTI bytes out.
+"""Scans as arrays in space: bytes of NIfTI, DICOM, NRRD, MetaImage and MGH in, orientation, resampling, windowing, NIfTI bytes out.
 
 Shape suffixes: C channels (always 1 here), X Y Z voxel axes. Affines are (4, 4), voxel index -> RAS+ mm.
 Bytes come from anywhere, so every decoder treats them as hostile: it refuses with ``BadScan``, in one
 sentence that names the file, and before it allocates compares what the file claims to hold with ``max_bytes`` and with
 the file's own size (``check_claim``). The peak is four times that claim.
 """
+
+from collections.abc import Sequence
 
 from logonet.data.volume.dicom import decode_dicom
 from logonet.data.volume.intensity import (
@@ -16,11 +18,38 @@ from logonet.data.volume.intensity import (
     window,
 )
 from logonet.data.volume.nifti import MAX_BYTES, decode_nifti, encode_labels, encode_nifti, header_grid
-from logonet.data.volume.resampling import resample, resampled_shape, to_ras
+from logonet.data.volume.other import ITK_SUFFIXES, VOXEL_FILES, decode_other
+from logonet.data.volume.resampling import resample, resampled_shape, to_ras, turned
 from logonet.data.volume.volume import Volume
 
 __all__ = [
-    "MAX_BYTES", "UINT16_MAX", "Volume", "decode_dicom", "decode_nifti", "encode_labels", "encode_nifti",
-    "from_uint16", "header_grid", "modality", "percentile_range", "resample", "resampled_shape", "to_ras", "to_uint16",
-    "window",
+    "MAX_BYTES", "SUFFIXES", "UINT16_MAX", "VOXEL_FILES", "Volume", "decode", "decode_dicom", "decode_nifti",
+    "encode_labels", "encode_nifti", "from_uint16", "header_grid", "modality", "percentile_range", "resample",
+    "resampled_shape", "suffix_of", "to_ras", "to_uint16", "turned", "window",
 ]  # fmt: skip
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES, ".mgz", ".mgh", ".hdr")  # of files that are scans; DICOM has none
+
+
+def suffix_of(uri: str) -> str:
+    """The ending of ``uri``, as it is written there, if it is one of SUFFIXES; else ""."""
+    known = next((s for s in SUFFIXES if uri.lower().endswith(s)), "")
+    return uri[len(uri) - len(known) :]
+
+
+def decode(uri: str, files: Sequence[tuple[str, bytes]], *, allow_constant: bool = False) -> Volume:
+    """The scan at ``uri`` from (name, bytes) of its file, of its header and voxels, or of its DICOM slices.
+
+    Args:
+        allow_constant: for label maps, which may be empty.
+
+    Raises:
+        BadScan: in one sentence that names the file, for anything that is not one 3D scalar image.
+    """
+    suffix = suffix_of(uri).lower()
+    if suffix in NIFTI_SUFFIXES:
+        return decode_nifti(files[0][1], files[0][0], allow_constant=allow_constant)
+    if suffix:
+        return decode_other(files, allow_constant=allow_constant)
+    return decode_dicom(files)

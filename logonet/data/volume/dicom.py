@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,11 @@ from logonet.core.errors import BadScan
 from logonet.data.volume.nifti import MAX_BYTES, check_claim
 from logonet.data.volume.volume import Volume, check_affine, check_values
 
+ROUNDING = 0.25  # of the gap between slices: how far a rounded position may be off; a missing slice is a whole gap
+# Modalities of files beside images: structure sets, plans, doses, reports, presentation states, key objects...
+NO_IMAGES = {"RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "REG", "SR", "PR", "KO", "SEG", "DOC"}
 DEFLATED = "1.2.840.10008.1.2.1.99"  # pydicom inflates the whole of it, whatever it grows to
+PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 DICOM_TAGS = [
     "SeriesInstanceUID", "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows", "Columns",
     "PhotometricInterpretation",
@@ -22,8 +28,8 @@ DICOM_TAGS = [
 # Read where they are there: for the intensities and by pydicom's decoders.
 DICOM_MORE_TAGS = [
     "Modality", "RescaleSlope", "RescaleIntercept", "NumberOfFrames", "SamplesPerPixel", "PlanarConfiguration",
-    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData", "FloatPixelData",
-    "DoubleFloatPixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
+    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "ExtendedOffsetTable",
+    "ExtendedOffsetTableLengths", *PIXELS,
 ]  # fmt: skip
 
 
@@ -41,31 +47,32 @@ class _Slice:
     pixel_mm: np.ndarray  # (2,) between rows, between columns
     slope: float
     intercept: float
+    content: tuple[Any, ...]  # equal for copies of a slice
     dataset: Any
 
 
 def decode_dicom(files: Sequence[tuple[str, bytes]], *, max_bytes: int = MAX_BYTES) -> Volume:
     """One DICOM series of single-frame slices, given as (name, bytes) in any order.
 
+    Of several series or planes in a folder (a localizer beside the scan) the one with the most slices is taken; the
+    others, exact duplicates of slices and files that hold no image are counted in the volume's ``note``.
+
     Slices are sorted by their position along the slice normal, and the slice spacing comes from positions
     (``SliceThickness`` is often something else). Each slice's own rescale slope and intercept is applied.
     No patient tag leaves this function.
 
     Raises:
-        BadScan: naming a file, for a mixed, incomplete, irregular or unreadable series.
+        BadScan: naming a file, for an incomplete, irregular or unreadable series.
     """
-    if len(files) < 2:
-        raise BadScan(f"{files[0][0] if files else 'DICOM series'}: one slice is not a 3D scan")
-    slices = [_dicom_slice(name, data) for name, data in files]
+    slices, left_out = _largest_series([_dicom_slice(name, data) for name, data in files])
+    if len(slices) < 2:
+        why = f"; left out: {left_out}" if left_out else ""
+        raise BadScan(f"{files[0][0] if files else 'DICOM series'}: one slice is not a 3D scan{why}")
     first = slices[0]
-    for what in ("series", "modality", "rows", "columns"):
-        if len(values := {getattr(s, what) for s in slices}) > 1:
-            holds = f"its folder holds slices of {len(values)} different {what} values"
-            raise BadScan(f"{first.name}: {holds}; keep one series per folder")
     shape_xyz = (first.columns, first.rows, len(slices))
     claim = f"{first.name}: its series claims {'x'.join(map(str, shape_xyz))} voxels"
     check_claim(claim, 4 * math.prod(shape_xyz), sum(len(data) for _, data in files), max_bytes)
-    ordered, affine = _dicom_geometry(slices)
+    ordered, affine = _dicom_geometry(slices, left_out)
     check_affine(affine, first.name)
     array_XYZ = np.empty(shape_xyz, np.float32, order="F")
     for k, slice_ in enumerate(ordered):
@@ -78,10 +85,33 @@ def decode_dicom(files: Sequence[tuple[str, bytes]], *, max_bytes: int = MAX_BYT
             raise BadScan(f"{slice_.name}: its DICOM pixels have shape {pixels_YX.shape}, not its header's")
         array_XYZ[:, :, k] = pixels_YX.T * slice_.slope + slice_.intercept
     check_values(array_XYZ, first.name)
-    return Volume(array_XYZ[None], affine, first.modality or None, pixels_YX.dtype.name)
+    notes = [f"left out: {left_out}"] if left_out else []
+    if first.modality == "CT" and "RescaleIntercept" not in first.dataset:
+        notes.append("has no RescaleIntercept, so its values are taken for Hounsfield units as they are")
+    note = "; ".join(notes)
+    return Volume(array_XYZ[None], affine, first.modality or None, pixels_YX.dtype.name, note)
 
 
-def _dicom_slice(name: str, data: bytes) -> _Slice:
+def _largest_series(found: Sequence[_Slice | str]) -> tuple[list[_Slice], str]:
+    """The slices of the largest series of equal planes in a folder, each once, and what else there was."""
+    others = Counter(what for what in found if isinstance(what, str))
+    groups: dict[Any, list[_Slice]] = defaultdict(list)
+    for slice_ in (s for s in found if isinstance(s, _Slice)):
+        plane = slice_.rows, slice_.columns, *np.round([*slice_.orientation, *slice_.pixel_mm], 2).tolist()
+        groups[slice_.series, slice_.modality, plane].append(slice_)
+    largest = max(groups.values(), key=len, default=[])
+    for group in groups.values():
+        if group is not largest:
+            kind = f"{group[0].modality or 'image'} slices of another series or plane ({group[0].name} ...)"
+            others[kind] += len(group)
+    once = {s.content: s for s in largest}
+    others["exact duplicates"] += len(largest) - len(once)
+    told = [f"{count} {kind}" for kind, count in others.items() if count]
+    return list(once.values()), ", ".join(told)
+
+
+def _dicom_slice(name: str, data: bytes) -> _Slice | str:
+    """The slice, or what else the file is: a structure set, a report, no DICOM at all."""
     import pydicom
     from pydicom import filereader
 
@@ -91,6 +121,8 @@ def _dicom_slice(name: str, data: bytes) -> _Slice:
             raise ValueError(f"{tag} is not finite")
         return values
 
+    if data[128:132] != b"DICM" and not name.lower().endswith((".dcm", ".ima")):
+        return "files that are not DICOM"
     try:
         stream = io.BytesIO(data)
         filereader.read_preamble(stream, force=False)
@@ -99,12 +131,15 @@ def _dicom_slice(name: str, data: bytes) -> _Slice:
             raise BadScan(f"{name}: is deflated DICOM, which may grow to any size; inflate it (dcmconv)")
         # Nothing that names a patient is even parsed: pydicom's own warnings and errors repeat values.
         dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=DICOM_TAGS + DICOM_MORE_TAGS)
+        if dataset.get("Modality") in NO_IMAGES:
+            return f"{dataset.Modality} files"
         if int(dataset.get("NumberOfFrames") or 1) > 1:
             raise BadScan(f"{name}: is a multi-frame DICOM; convert it to NIfTI (dcm2niix)")
         if missing := [tag for tag in DICOM_TAGS if tag not in dataset]:
             raise BadScan(f"{name}: DICOM without {', '.join(missing)}; is it an image slice?")
         if dataset.PhotometricInterpretation != "MONOCHROME2":
             raise BadScan(f"{name}: has {dataset.PhotometricInterpretation} pixels; only MONOCHROME2 is read")
+        pixels = [dataset[tag].value for tag in PIXELS if tag in dataset]
         return _Slice(
             name=name,
             series=str(dataset.SeriesInstanceUID),
@@ -116,6 +151,7 @@ def _dicom_slice(name: str, data: bytes) -> _Slice:
             pixel_mm=numbers("PixelSpacing", 2),
             slope=float(dataset.get("RescaleSlope") or 1.0),
             intercept=float(dataset.get("RescaleIntercept") or 0.0),
+            content=(str(dataset.ImagePositionPatient), *(hashlib.sha256(p).digest() for p in pixels)),
             dataset=dataset,
         )
     except BadScan:
@@ -127,28 +163,28 @@ def _dicom_slice(name: str, data: bytes) -> _Slice:
         raise BadScan(f"{name}: unreadable DICOM slice ({reason})") from None
 
 
-def _dicom_geometry(slices: Sequence[_Slice]) -> tuple[list[_Slice], np.ndarray]:
+def _dicom_geometry(slices: Sequence[_Slice], left_out: str) -> tuple[list[_Slice], np.ndarray]:
     """The slices in order along their normal, and the affine of array[column, row, slice].
 
     DICOM PS3.3 C.7.6.2.1.1: ImageOrientationPatient holds the direction of growing column index, then that of
     growing row index; PixelSpacing holds the distance between rows, then between columns; mm, LPS.
     """
     first, name = slices[0], slices[0].name
-    for other in slices:
-        turned = np.abs(other.orientation - first.orientation).max() > 1e-3
-        if turned or np.abs(other.pixel_mm - first.pixel_mm).max() > 1e-3:
-            raise BadScan(f"{other.name}: differs from the other slices in orientation or spacing")
     column_dir, row_dir = first.orientation[:3], first.orientation[3:]
     normal = np.cross(column_dir, row_dir)
     ordered = sorted(slices, key=lambda s: float(s.position_mm @ normal))
-    gaps = np.diff([s.position_mm @ normal for s in ordered])
+    places_mm = np.array([s.position_mm @ normal for s in ordered])
+    gaps = np.diff(places_mm)
     gap = float(np.median(gaps))
     if gap < 1e-4 or gaps.min() < 0.05 * gap:
         raise BadScan(f"{name}: two slices of its series lie at the same place; remove the duplicates")
-    if np.abs(gaps - gap).max() > 0.05 * gap:
-        k = int(np.abs(gaps - gap).argmax())
-        apart = f"the next slice of its series is {gaps[k]:.2f} mm away, the others {gap:.2f} mm"
-        raise BadScan(f"{ordered[k].name}: {apart}; a slice is missing")
+    # Against an even spacing from the first to the last: scanners round the positions of thin slices.
+    even_mm = np.linspace(places_mm[0], places_mm[-1], len(ordered))
+    if np.abs(gaps - gap).max() > 0.05 * gap and np.abs(places_mm - even_mm).max() > ROUNDING * gap:
+        k, least = int(gaps.argmax()), float(gaps.min())
+        apart = f"the next slice of its series is {gaps[k]:.2f} mm away, others {least:.2f} mm"
+        why = "a slice is missing" if gaps[k] > 1.5 * least else "the series is unevenly spaced"
+        raise BadScan(f"{ordered[k].name}: {apart}; {why}{f' (left out: {left_out})' if left_out else ''}")
     lps = np.eye(4)
     lps[:3, 0] = column_dir * first.pixel_mm[1]
     lps[:3, 1] = row_dir * first.pixel_mm[0]

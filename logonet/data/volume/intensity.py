@@ -15,16 +15,17 @@ AIR_SHARE = 0.005
 def modality(volume: Volume, hint: str | None, name: str) -> str:
     """How the intensities are to be read: "CT" (Hounsfield units) or "MR" (no absolute scale).
 
-    ``hint`` is what a dataset.json says, else what the file says. A CT whose values never fall below zero has
-    been rescaled (to uint8, or without its intercept): air and fat are negative in Hounsfield units, so it is
-    read as "MR". Without a hint it is "CT" when more than 0.5 % of the voxels are air.
+    ``hint`` is what a dataset.json says, else what the file says. A CT by its dataset.json whose values never fall
+    below zero has been rescaled (to uint8, or without its intercept): air and fat are negative in Hounsfield units, so
+    it is read as "MR". A DICOM file's own tag is believed. Without a hint a scan is "CT" when more than 0.5 % of its
+    voxels are air.
 
     Raises:
         BadScan: for a hint that is neither CT nor some MR contrast.
     """
     hint = (hint or volume.modality or "").strip().lower()
     if hint == "ct":
-        return "CT" if float(volume.array_CXYZ.min()) < 0 else "MR"
+        return "CT" if volume.modality == "CT" or float(volume.array_CXYZ.min()) < 0 else "MR"
     if hint.startswith(("mr", "t1", "t2", "flair", "adc", "dwi", "pd")):
         return "MR"
     if hint:

@@ -109,6 +109,20 @@ def _read(stream: Any, size: int, name: str) -> bytes:
         raise BadScan(f"{name}: damaged gzip data ({err}); copy the file again") from None
 
 
+def inflated(data: bytes, name: str, max_bytes: int) -> bytes:
+    """``data``, decompressed where it is gzip data.
+
+    Raises:
+        BadScan: it is damaged, or becomes too large for what is stored.
+    """
+    stream, _ = _open(data, name)
+    most = min(max_bytes, max(SMALL_BYTES, MAX_EXPANSION * len(data)))
+    out = _read(stream, most + 1, name)
+    if len(out) > most:
+        raise BadScan(f"{name}: becomes more than {most / 2**30:.1f} GiB; save it without compression, or split it")
+    return out
+
+
 def _fill(stream: Any, raw: np.ndarray, filled: int, name: str) -> None:
     """Fill ``raw`` from ``filled`` on, then read to the end so that gzip's checksum is verified."""
     while filled < len(raw):

@@ -19,10 +19,16 @@ def to_ras(volume: Volume) -> Volume:
     No voxel is interpolated: an oblique scan stays oblique, its affine keeps the rotation. The array is
     a view.
     """
-    orientation = nib.orientations.io_orientation(volume.affine)
-    array_XYZ = nib.orientations.apply_orientation(volume.array_CXYZ[0], orientation)
-    affine = volume.affine @ nib.orientations.inv_ornt_aff(orientation, volume.shape_xyz)
-    return replace(volume, array_CXYZ=array_XYZ[None], affine=affine)
+    return turned(volume, np.eye(4))
+
+
+def turned(volume: Volume, affine: np.ndarray) -> Volume:
+    """The same scan with its axes permuted and flipped so that they point nearest to those of ``affine``."""
+    own, wanted = (nib.orientations.io_orientation(a) for a in (volume.affine, affine))
+    turn = nib.orientations.ornt_transform(own, wanted)
+    array_XYZ = nib.orientations.apply_orientation(volume.array_CXYZ[0], turn)
+    moved = volume.affine @ nib.orientations.inv_ornt_aff(turn, volume.shape_xyz)
+    return replace(volume, array_CXYZ=array_XYZ[None], affine=moved)
 
 
 def resample(volume: Volume, spacing_mm: Sequence[float], order: int = 1) -> Volume:

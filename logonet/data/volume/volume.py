@@ -22,13 +22,14 @@ class Volume:
     """One scan: ``array_CXYZ`` float32 (1, X, Y, Z) in any memory order, and where its voxels lie.
 
     ``modality`` is what the file itself says ("CT", "MR", ...; None for NIfTI), ``stored_dtype`` the type of
-    the voxels in the file.
+    the voxels in the file. ``note`` says what of the scan's files was left out.
     """
 
     array_CXYZ: np.ndarray
     affine: np.ndarray
     modality: str | None = None
     stored_dtype: str = "float32"
+    note: str = ""
 
     @property
     def shape_xyz(self) -> tuple[int, int, int]:

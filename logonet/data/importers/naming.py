@@ -1,0 +1,181 @@
+"""What names tell: which file is a label map, of which image, and which scans are of one case and one subject.
+
+Nothing here opens a file. Names are compared by their words, the parts between ``_``, ``-``, ``.`` and blanks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+from logonet.data.manifest import Source, stem
+
+LABEL_FOLDER = re.compile(
+    r"(labels?|masks?|segs?|segmentations?|annotations?|gt|ground_?truths?|manual)_?(tr|ts|va|val)?"
+)
+IMAGE_FOLDER = re.compile(r"(images?|imgs?|imaging|scans?|volumes?|data)_?(tr|ts|va|val)?")
+# First or last in a name, also with a number behind: label003, segmentation-17, case_seg.
+LABEL_WORDS = {
+    "label", "labels", "lbl", "seg", "segm", "dseg", "segmentation", "segmentations", "mask", "masks", "msk", "gt",
+    "groundtruth", "truth", "annotation", "annotations", "aseg", "roi", "rois",
+}  # fmt: skip
+IMAGE_WORDS = {"image", "img", "imaging", "volume", "vol", "scan", "ct", "mr", "mri", "orig"}
+CONTRASTS = {
+    "t1", "t1w", "t1n", "t1c", "t1ce", "t1gd", "t2", "t2w", "t2f", "flair", "pd", "pdw", "adc", "dwi", "ed", "es",
+}  # fmt: skip
+CHANNEL = re.compile(r"_([0-9]{4})$")  # nnU-Net's, at the end of an image's stem
+FRAME = re.compile(r"[_-](frame|phase|time|tp|t)[-_]?[0-9]+$", re.IGNORECASE)
+Key = tuple[tuple[str, ...], tuple[str, ...]]  # folders and words, without those that say "image" or "label"
+
+
+def folder_of(uri: str) -> str:
+    return uri.rpartition("/")[0] or "."
+
+
+def name_of(uri: str) -> str:
+    return PurePosixPath(uri).name
+
+
+# ----------------------------------------------------------------------------------------------- labels
+
+
+def is_label(uri: str, root: str) -> bool:
+    """Whether a file below ``root`` is named like a label map, or lies in a folder of them."""
+    below = [name_of(root), *PurePosixPath(uri[len(root) :]).parts[:-1]]
+    if any(LABEL_FOLDER.fullmatch(folder.lower()) for folder in below):
+        return True
+    words = _words(uri)
+    return len(words) > 0 and any(_bare(words[end]) in LABEL_WORDS for end in (0, -1))
+
+
+def labels_of(images: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
+    """The label map of each image that has one: the one whose name differs least beyond words such as "seg"."""
+    by_key: dict[Key, list[str]] = defaultdict(list)
+    for uri in labels:
+        by_key[_key(uri, _without(_words(uri), LABEL_WORDS, ends=(0, -1)))].append(uri)
+    found = {}
+    for uri in images:
+        same = next((by_key[k] for k in _label_keys(uri) if k in by_key), [])
+        if same:
+            found[uri] = min(same, key=lambda label: (len(label), label))
+    return found
+
+
+def _label_keys(image: str) -> Iterable[Key]:
+    """What the label map of ``image`` may be called, the likeliest first."""
+    words = _words(image)
+    channelless = words[:-1] if CHANNEL.search(stem(image)) else words
+    plain = _without(channelless, IMAGE_WORDS, ends=(0, -1))
+    for of in (words, channelless, plain, _without(plain, CONTRASTS, ends=(-1,))):
+        yield _key(image, of)
+
+
+def _words(uri: str) -> list[str]:
+    return [word for word in re.split(r"[-_. ]+", stem(uri).lower()) if word]
+
+
+def _bare(word: str) -> str:
+    """A word without the number behind it."""
+    return word.rstrip("0123456789") or word
+
+
+def _without(words: Sequence[str], dropped: set[str], ends: Sequence[int]) -> list[str]:
+    """``words`` without the first (0) or the last (-1) where it is one of ``dropped``; a number behind it stays."""
+    left = list(words)
+    for end in ends:
+        if left and left[end] in dropped:
+            left.pop(end)
+        elif left and _bare(left[end]) in dropped:
+            left[end] = left[end].removeprefix(_bare(left[end]))
+    return left
+
+
+def _key(uri: str, words: Sequence[str]) -> Key:
+    folders = []
+    for folder in PurePosixPath(uri).parts[:-1]:
+        match = LABEL_FOLDER.fullmatch(folder.lower()) or IMAGE_FOLDER.fullmatch(folder.lower())
+        folders += [match[match.lastindex or 0]] * (match.lastindex == 2) if match else [folder]
+    return tuple(folders), tuple(words)
+
+
+# ------------------------------------------------------------------------------------ cases and subjects
+
+
+def identify(found: Sequence[Source], root: str = "") -> list[Source]:
+    """``found`` with the subject and the case's name where its list did not give them.
+
+    - Where scans in different folders have one name (``<patient>/ct.nii.gz``), the folder is the case.
+    - A number of four digits at the end (nnU-Net's channel) is no part of the subject where several channels of one
+      case exist or the label map's name lacks it; else it is a part, as in ``amos_0001``.
+    - Frames, contrasts and channels of one patient are of one subject.
+    """
+    by_stem: dict[str, list[Source]] = defaultdict(list)
+    for source in found:
+        by_stem[stem(source.uri)].append(source)
+    channels = _channel_groups(found)
+    out = []
+    for source in found:
+        same, own = by_stem[stem(source.uri)], stem(source.uri)
+        case, subject = source.case, ""
+        if len({folder_of(s.uri) for s in same}) > 1:
+            folders = _differing_folders(source, same)
+            case, subject = case or "_".join([*folders, own]), folders[0]
+        subject = source.subject or _bids_subject(source.uri[len(root) :]) or subject
+        out.append(replace(source, case=case, subject=subject or _subject(source, channels)))
+    return out
+
+
+def _differing_folders(source: Source, same: Sequence[Source]) -> list[str]:
+    """The folders of ``source`` in which the scans of the same name differ."""
+    paths = [PurePosixPath(folder_of(s.uri)).parts for s in same]
+    own = PurePosixPath(folder_of(source.uri)).parts
+    before = len(os.path.commonprefix(paths))
+    behind = len(os.path.commonprefix([path[before:][::-1] for path in paths]))
+    return list(own[before : len(own) - behind]) or [own[-1]]
+
+
+def _channel_groups(found: Sequence[Source]) -> set[str]:
+    """The stems without number, with their folders, of cases whose images are numbered channels."""
+    numbers: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))  # folder -> case -> channels
+    groups = set()
+    for source in found:
+        match = CHANNEL.search(stem(source.uri))
+        if match is None:
+            continue
+        case = stem(source.uri)[: match.start()]
+        numbers[folder_of(source.uri)][case].add(int(match[1]))
+        if source.label_uri and not CHANNEL.search(stem(source.label_uri)):
+            groups.add(f"{folder_of(source.uri)}/{case}")
+    for folder, cases in numbers.items():
+        alike = Counter(frozenset(n) for n in cases.values())
+        for case, channels in cases.items():
+            if channels == set(range(len(channels))) and alike[frozenset(channels)] > 1:
+                groups.add(f"{folder}/{case}")
+    return groups
+
+
+def _subject(source: Source, channels: set[str]) -> str:
+    name = source.case or stem(source.uri)
+    folder = name_of(folder_of(source.uri))
+    if len(folder) > 1 and re.match(re.escape(folder) + r"[-_.]", name):  # patient001/patient001_frame01
+        return folder
+    if (match := CHANNEL.search(name)) and f"{folder_of(source.uri)}/{name[: match.start()]}" in channels:
+        name = name[: match.start()]
+    return patient(name)
+
+
+def patient(case: str) -> str:
+    """A case's name without the frame and the contrast."""
+    words = re.split(r"([-_.])", FRAME.sub("", case))
+    if len(words) > 2 and words[-1].lower() in CONTRASTS:
+        words = words[:-2]
+    return FRAME.sub("", "".join(words))
+
+
+def _bids_subject(path: str) -> str:
+    match = re.search(r"(?:^|/)(sub-[A-Za-z0-9]+)", path)
+    return match[1] if match else ""
