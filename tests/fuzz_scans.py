@@ -394,14 +394,13 @@ def damage_json_in(*names: str) -> Callable[[Random, Path], str]:
 
 def reach_list(folder: Path) -> Iterator[str]:
     """data import of the dataset.json itself, and split it."""
-    from logonet.data import importers, manifest, splits
-    from logonet.pipelines import preparation
+    from logonet.data import classes, importers, manifest, splits
 
     sources = importers.sources(f"{folder}/dataset.json")
     yield from _inspected(sources, manifest)
     table = manifest.Manifest.of(map(manifest.inspect, sources))
     if table.scans:
-        preparation.label_classes([s for s in table.scans if s.label_uri])
+        classes.union([s for s in table.scans if s.label_uri], classes.Config())
         splits.make(table.scans, splits.Config(folds=2, fold=None))
 
 

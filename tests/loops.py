@@ -85,7 +85,7 @@ def labelled_dataset(folder: Path) -> LabelledDataset:
     for i in range(7):
         scan, labels_XYZ = phantom.phantom(i, (20, 18, 16), (4.0, 4.0, 6.0), classes=len(CLASSES))
         image_CXYZ, indices_XYZ = prepared_scans.prepare(
-            scan, labels_XYZ, "CT", (0, 1, 2), prepared_scans.Config(), f"case{i}"
+            scan, labels_XYZ, "CT", prepared_scans.Config(), f"case{i}"
         )
         uri = f"{folder}/cases/case{i}.safetensors"
         blob = prepared_scans.to_bytes(f"case{i}", image_CXYZ, indices_XYZ, seed=0)

@@ -100,7 +100,7 @@ def test_data_check_passes_good_data(
 ) -> None:
     phantom.write_dataset(str(tmp_path), 3, size_vox=(24, 24, 24))
     assert logonet(monkeypatch, "data", "check", str(tmp_path)) == 0
-    assert capsys.readouterr().out == "3 of 3 cases are fine\n\n"
+    assert capsys.readouterr().out == "3 of 3 cases are fine\n\n3 of 3 cases are labelled\n"
 
 
 def test_data_check_prints_every_offender(

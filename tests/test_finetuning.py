@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from logonet import cli, networks, pipelines, tracking, training
 from logonet.clustering import kmeans
 from logonet.core.errors import UserError
-from logonet.data import cropping, phantom, prepared_scans, provenance, splits, volume
+from logonet.data import classes, cropping, phantom, prepared_scans, provenance, splits, volume
 from logonet.inference import sliding_window
 from logonet.inference.load import load_model
 from logonet.pipelines.finetuning import Init, make_split
@@ -383,7 +383,7 @@ def test_label_fractions_are_nested_and_share_the_prepared_cases(scans: str, roo
         cfg = replace(SPLIT, fraction=fraction)
         split, _ = make_split(table, cfg, "refuse", None, root)
         found, artifact = make_cases(
-            table, split.test + split.excluded, prepared_scans.Config(), root, executor
+            table, split.test + split.excluded, prepared_scans.Config(), classes.Config(), root, executor
         )
         used.append((set(split.train), split.val, split.test))
         prepared.add(artifact.uri)
@@ -550,7 +550,7 @@ def test_a_label_value_that_is_not_declared(root: str, home: str, capfd: Any) ->
     phantom.write_dataset(f"{home}/strange", 2, size_vox=(16, 16, 16))
     spoil(f"{home}/strange/labelsTr/phantom_001.nii.gz")
     table, _ = pipelines.import_scans(f"{home}/strange/", root, executor)
-    found, artifact = make_cases(table, (), prepared_scans.Config(), root, executor)
+    found, artifact = make_cases(table, (), prepared_scans.Config(), classes.Config(), root, executor)
     assert [ref.scan_id.rpartition("-")[0] for ref in found.refs] == ["phantom_000"]
     assert found.label_values == (0, 1, 2, 3)
     (left_out,) = json.loads(artifact.read("quarantine.json"))
@@ -564,7 +564,7 @@ def test_a_label_value_that_is_not_declared(root: str, home: str, capfd: Any) ->
     with pytest.raises(
         UserError, match=r"none of the 2 labelled scans can be used; the first says: .*value 200"
     ):
-        make_cases(table, (), prepared_scans.Config(), root, executor)
+        make_cases(table, (), prepared_scans.Config(), classes.Config(), root, executor)
 
 
 def spoil(uri: str) -> None:

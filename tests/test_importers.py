@@ -331,3 +331,179 @@ def test_real_decathlon_task(shared_data: Path) -> None:
     assert {(s.classes, s.split, s.fold, bool(s.label_uri), s.size_bytes > 0) for s in got} == {
         (("background", "Anterior", "Posterior"), "train", -1, True, True)
     }
+
+
+# -------------------------------------------------------------------------- names of cases and subjects
+
+
+@pytest.mark.parametrize(
+    ("images", "labels_", "wanted"),
+    [  # image -> (subject, start of the scan's id, label)
+        pytest.param(
+            ["p1/imaging.nii.gz", "p2/imaging.nii.gz"],
+            ["p1/segmentation.nii.gz", "p2/segmentation.nii.gz"],
+            {f"p{i}/imaging.nii.gz": (f"p{i}", f"p{i}_imaging", f"p{i}/segmentation.nii.gz") for i in (1, 2)},
+            id="KiTS: the folder is the case",
+        ),
+        pytest.param(
+            ["imagesTr/amos_0001.nii.gz", "imagesTr/amos_0002.nii.gz"],
+            ["labelsTr/amos_0001.nii.gz", "labelsTr/amos_0002.nii.gz"],
+            {
+                f"imagesTr/amos_000{i}.nii.gz": (
+                    f"amos_000{i}",
+                    f"amos_000{i}",
+                    f"labelsTr/amos_000{i}.nii.gz",
+                )
+                for i in (1, 2)
+            },
+            id="AMOS: a number of the case",
+        ),
+        pytest.param(
+            ["word_0001.nii.gz", "word_0002.nii.gz", "word_0003.nii.gz"],
+            [],
+            {f"word_000{i}.nii.gz": (f"word_000{i}", f"word_000{i}", "") for i in (1, 2, 3)},
+            id="unlabelled, with a number of the case",
+        ),
+        pytest.param(
+            ["imagesTr/a_0000.nii.gz", "imagesTr/b_0000.nii.gz"],
+            ["labelsTr/a.nii.gz", "labelsTr/b.nii.gz"],
+            {f"imagesTr/{c}_0000.nii.gz": (c, f"{c}_0000", f"labelsTr/{c}.nii.gz") for c in "ab"},
+            id="nnU-Net's channel",
+        ),
+        pytest.param(
+            [f"c{i}_000{c}.nii.gz" for i in (1, 2) for c in (0, 1)],
+            [],
+            {f"c{i}_000{c}.nii.gz": (f"c{i}", f"c{i}_000{c}", "") for i in (1, 2) for c in (0, 1)},
+            id="several channels of each case",
+        ),
+        pytest.param(
+            [f"patient00{p}/patient00{p}_frame{f}.nii.gz" for p in (1, 2) for f in ("01", "12")],
+            [f"patient00{p}/patient00{p}_frame{f}_gt.nii.gz" for p in (1, 2) for f in ("01", "12")],
+            {
+                f"patient00{p}/patient00{p}_frame{f}.nii.gz": (
+                    f"patient00{p}",
+                    f"patient00{p}_frame{f}",
+                    f"patient00{p}/patient00{p}_frame{f}_gt.nii.gz",
+                )
+                for p in (1, 2)
+                for f in ("01", "12")
+            },
+            id="ACDC: frames of a patient",
+        ),
+        pytest.param(
+            [f"BraTS_{p}/BraTS_{p}_{c}.nii.gz" for p in (1, 2) for c in ("flair", "t1ce")],
+            [f"BraTS_{p}/BraTS_{p}_seg.nii.gz" for p in (1, 2)],
+            {
+                f"BraTS_{p}/BraTS_{p}_{c}.nii.gz": (
+                    f"BraTS_{p}",
+                    f"BraTS_{p}_{c}",
+                    f"BraTS_{p}/BraTS_{p}_seg.nii.gz",
+                )
+                for p in (1, 2)
+                for c in ("flair", "t1ce")
+            },
+            id="BraTS: contrasts of a patient",
+        ),
+        pytest.param(
+            ["volume-0.nii", "volume-11.nii"],
+            ["segmentation-0.nii", "segmentation-11.nii"],
+            {f"volume-{i}.nii": (f"volume-{i}", f"volume-{i}", f"segmentation-{i}.nii") for i in (0, 11)},
+            id="LiTS",
+        ),
+        pytest.param(
+            ["img/img01.nii.gz", "img/img02.nii.gz"],
+            ["label/label01.nii.gz", "label/label02.nii.gz"],
+            {f"img/img0{i}.nii.gz": (f"img0{i}", f"img0{i}", f"label/label0{i}.nii.gz") for i in (1, 2)},
+            id="Synapse",
+        ),
+        pytest.param(
+            ["site/site_1.nii.gz", "site/site_2.nii.gz"],
+            [],
+            {f"site/site_{i}.nii.gz": (f"site_{i}", f"site_{i}", "") for i in (1, 2)},
+            id="a folder of numbered cases is no patient",
+        ),
+        pytest.param(
+            ["a/study/ct.nii.gz", "b/study/ct.nii.gz", "b/study/mr.nii.gz"],
+            ["a/study/ct_mask.nii.gz"],
+            {
+                "a/study/ct.nii.gz": ("a", "a_ct", "a/study/ct_mask.nii.gz"),
+                "b/study/ct.nii.gz": ("b", "b_ct", ""),
+                "b/study/mr.nii.gz": ("mr", "mr", ""),
+            },
+            id="a folder that all share says nothing",
+        ),
+    ],
+)
+def test_cases_subjects_and_label_maps_by_name(
+    tmp_path: Path, images: list[str], labels_: list[str], wanted: dict[str, tuple[str, str, str]]
+) -> None:
+    put(tmp_path, *images, *labels_)
+    got = found(tmp_path)
+    assert {
+        n: (s.subject, s.case or manifest.stem(s.uri), labels(tmp_path, got)[n]) for n, s in got.items()
+    } == wanted
+    assert importers.survey(str(tmp_path)).told() == ""
+
+
+def test_what_is_not_used_is_counted_with_its_reason(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        "a.nii.gz",
+        "b.nii.bz2",
+        "c.nrrd.zst",
+        "notes.txt",
+        "more.txt",
+        "x_seg.nii.gz",
+        "labelsTr/y.nii.gz",
+    )
+    (tmp_path / "gone.nii.gz").symlink_to(tmp_path / "annex/objects/MD5E-s1")
+    survey = importers.survey(str(tmp_path))
+    assert [s.uri for s in survey.sources] == [f"{tmp_path}/a.nii.gz"]
+    counts = {why: len(files) for why, files in survey.unused.items()}
+    assert sorted(counts.values()) == [1, 1, 1, 2, 2]
+    assert counts["label maps without an image of that name"] == 2
+    assert counts["packed as bz2, which is not read"] == 1
+    told = survey.told()
+    assert told.startswith("7 files are not used: ")
+    assert "git-annex" in told
+    assert "packed as zst" in refusal(tmp_path / "c.nrrd.zst") or "unpack" in refusal(tmp_path / "c.nrrd.zst")
+
+
+def test_lists_as_other_programs_write_them(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        *(f"imagesTr/c{i}_0000.nii.gz" for i in range(2)),
+        *(f"labelsTr/c{i}.nii.gz" for i in range(2)),
+    )
+    put(tmp_path, "imagesTs/t.nii.gz")
+    items = [{"image": f".\\imagesTr\\c{i}.nii.gz", "label": f".\\labelsTr\\c{i}.nii.gz"} for i in range(2)]
+    uri = put_json(tmp_path, "list.json", {"training": items, "testing": ["imagesTs/t.nii.gz"]})
+    got = {s.uri.removeprefix(f"{tmp_path}/"): (s.subject, s.split) for s in importers.sources(uri)}
+    assert got == {
+        "imagesTr/c0_0000.nii.gz": ("c0", "train"),
+        "imagesTr/c1_0000.nii.gz": ("c1", "train"),
+        "imagesTs/t.nii.gz": ("t", "test"),
+    }
+    uri = put_json(tmp_path, "typo.json", {"training": [items[0] | {"fold:": 1}]})
+    assert refusal(uri).endswith("has the key 'fold:'; did you mean 'fold'?")
+    uri = put_json(tmp_path, "other.json", {"training": items, "validatoin": items})
+    assert "unknown list of scans 'validatoin'; did you mean 'validation'?" in refusal(uri)
+    uri = put_text(
+        tmp_path, "excel.csv", "\ufeffimage;label\r\nimagesTr/c0_0000.nii.gz;labelsTr/c0.nii.gz\r\n"
+    )
+    assert [s.label_uri for s in importers.sources(uri)] == [f"{tmp_path}/labelsTr/c0.nii.gz"]
+
+
+def test_dicom_is_known_by_its_bytes(root: str) -> None:
+    slice_ = bytes(128) + b"DICM" + bytes(8)
+    for name in ("p1/IM0001", "p1/IM0002", "p2/x.1.2.840", "p3/a.IMA"):
+        object_store.write(f"{root}/{name}", slice_)
+    put(root, "p1/DICOMDIR", "p4/LICENCE")
+    object_store.write(f"{root}/p4/README", bytes(200))
+    survey = importers.survey(root)
+    assert {s.uri.removeprefix(f"{root}/"): len(s.files) for s in survey.sources} == {
+        "p1": 2,
+        "p2": 1,
+        "p3": 1,
+    }
+    assert sum(map(len, survey.unused.values())) == 3

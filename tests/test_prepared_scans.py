@@ -18,6 +18,7 @@ import pytest
 from logonet.core import config, seeding
 from logonet.core.errors import BadScan, UserError
 from logonet.data import cropping, manifest, phantom, prepared_scans, preparing, volume
+from logonet.data.classes import Classes
 from logonet.data.manifest import Scan, Source
 from logonet.data.volume import Volume
 from logonet.storage import object_store, safetensors_io
@@ -399,7 +400,7 @@ def test_a_case_holds_the_numbers_that_pretraining_sees(
     """A network is finetuned on intensities prepared just as those it was pretrained on."""
     scan, labels_XYZ = phantom.phantom(3, (15, 14, 9), modality=modality, classes=3, orientation=orientation)
     cfg = prepared_scans.Config(spacing_mm=spacing_mm)
-    image_CXYZ, _ = prepared_scans.prepare(scan, labels_XYZ, modality, (0, 1, 2), cfg, "a")
+    image_CXYZ, _ = prepared_scans.prepare(scan, labels_XYZ, modality, cfg, "a")
     assert image_CXYZ.dtype == np.uint16
     ref = kept(tmp_path, image_CXYZ, np.zeros(image_CXYZ.shape[1:], np.uint8))
     as_crops = cropping.Config(size_vox=(10, 16, 8), spacing_mm=spacing_mm, min_image_share=0.0)
@@ -418,11 +419,7 @@ def test_every_orientation_gives_the_same_file(spacing_mm: tuple[float, float, f
     for orientation in ("RAS", "LPS", "LAS", "PIR", "SAL"):
         scan, labels_XYZ = phantom.phantom(2, (13, 12, 11), classes=4, orientation=orientation)
         assert scan.orientation == orientation
-        files.add(
-            prepared_scans.to_bytes(
-                "a", *prepared_scans.prepare(scan, labels_XYZ, "CT", (0, 1, 2, 3), cfg, "a"), 0
-            )
-        )
+        files.add(prepared_scans.to_bytes("a", *prepared_scans.prepare(scan, labels_XYZ, "CT", cfg, "a"), 0))
     assert len(files) == 1
 
 
@@ -432,7 +429,7 @@ def test_labels_are_taken_from_the_nearest_voxel() -> None:
     scan = Volume(rng.uniform(-900, 900, (1, 7, 6, 5)).astype(np.float32), AFFINE)
     spacing_mm = (1.3, 2.7, 2.2)
     image_CXYZ, got_XYZ = prepared_scans.prepare(
-        scan, labels_XYZ, "CT", (0, 1, 2), prepared_scans.Config(spacing_mm=spacing_mm), "a"
+        scan, labels_XYZ, "CT", prepared_scans.Config(spacing_mm=spacing_mm), "a"
     )
     assert got_XYZ.dtype == np.uint8
     assert got_XYZ.shape == image_CXYZ.shape[1:] == (10, 5, 6)
@@ -444,30 +441,10 @@ def test_labels_are_taken_from_the_nearest_voxel() -> None:
         assert got_XYZ[place] == labels_XYZ[tuple(source)], place
 
 
-def test_label_values_become_class_indices() -> None:
-    scan, indices_XYZ = phantom.phantom(1, (12, 12, 12), classes=4)
-    values = np.array([0, 3, 7, 255], np.uint8)
-    _, got_XYZ = prepared_scans.prepare(scan, values[indices_XYZ], "CT", tuple(values.tolist()), CFG, "a")
-    np.testing.assert_array_equal(got_XYZ, indices_XYZ)
-    assert set(np.unique(got_XYZ)) == {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize("value", [2, 5, 255])
-def test_a_value_that_is_no_class_is_refused_with_the_scan(value: int) -> None:
-    scan, labels_XYZ = phantom.phantom(1, (12, 12, 12), classes=2)
-    labels_XYZ[3, 4, 5] = value
-    with pytest.raises(BadScan) as err:
-        prepared_scans.prepare(scan, labels_XYZ, "CT", (0, 1, 4), CFG, "knee-12ab")
-    said = str(err.value)
-    assert said.startswith(f"knee-12ab: its label map holds the value {value}, which is no class")
-    assert "those are 0, 1, 4" in said
-    assert "correct" in said
-
-
 def test_a_scan_without_contrast_is_refused() -> None:
     scan = Volume(np.full((1, 8, 8, 8), 5, np.float32), AFFINE)
     with pytest.raises(BadScan, match=r"knee-12ab.*contrast"):
-        prepared_scans.prepare(scan, np.zeros((8, 8, 8), np.uint8), "MR", (0, 1), CFG, "knee-12ab")
+        prepared_scans.prepare(scan, np.zeros((8, 8, 8), np.uint8), "MR", CFG, "knee-12ab")
 
 
 # ----------------------------------------------------------------------------------- from scan to table
@@ -489,14 +466,16 @@ def scan(tmp_path: Path) -> Scan:
 def test_a_scan_is_prepared_once_and_again_only_when_its_file_is_torn(
     tmp_path: Path, scan: Scan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = preparing.PrepareScan((0, 1, 2), CFG, f"{tmp_path}/cases/f")
+    prepare = preparing.PrepareScan(
+        Classes.named(("background", "a", "b"), (0, 1, 2)), CFG, f"{tmp_path}/cases/f"
+    )
     ref = prepare(scan)
     assert isinstance(ref, prepared_scans.Ref)
     assert ref.uri == f"{tmp_path}/cases/f/cases/{scan.scan_id}.safetensors"
     whole = Path(ref.uri).read_bytes()
     image_CXYZ, labels_XYZ = prepared_scans.read_case(ref)
     want = prepared_scans.prepare(
-        manifest.load(scan), manifest.load_label(scan, manifest.load(scan)), "CT", (0, 1, 2), CFG, "a"
+        manifest.load(scan), manifest.load_label(scan, manifest.load(scan)), "CT", CFG, "a"
     )
     np.testing.assert_array_equal(image_CXYZ, want[0])
     np.testing.assert_array_equal(labels_XYZ, want[1])
@@ -509,7 +488,9 @@ def test_a_scan_is_prepared_once_and_again_only_when_its_file_is_torn(
 
 
 def test_a_scan_that_cannot_be_used_is_set_aside_and_nothing_is_written(tmp_path: Path, scan: Scan) -> None:
-    answer = preparing.PrepareScan((0, 1), CFG, f"{tmp_path}/cases/f")(scan)
+    answer = preparing.PrepareScan(Classes.named(("background", "a"), (0, 1)), CFG, f"{tmp_path}/cases/f")(
+        scan
+    )
     assert isinstance(answer, manifest.Quarantined)
     assert answer.uri == scan.uri
     assert "holds the value 2, which is no class" in answer.reason

@@ -47,9 +47,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> prepared_scans.Table:
     folder, refs = tmp_path_factory.mktemp("cases"), []
     for i in range(8):
         scan, labels_XYZ = phantom.phantom(i, (40, 36, 34), (2.5, 2.5, 3.0), classes=len(CLASSES))
-        arrays = prepared_scans.prepare(
-            scan, labels_XYZ, "CT", (0, 1, 2), prepared_scans.Config(), f"case{i}"
-        )
+        arrays = prepared_scans.prepare(scan, labels_XYZ, "CT", prepared_scans.Config(), f"case{i}")
         refs.append(kept(folder, f"case{i}", *arrays))
     return prepared_scans.Table(tuple(refs), CLASSES, (0, 1, 2))
 

@@ -36,6 +36,8 @@ def data_import(source: Source, /, root: str, workers: int = 1) -> None:
         where = absolute(source, "SOURCE"), absolute(root, "--root")
         table, artifact = pipelines.import_scans(*where, RayExecutor(resources))
     print(shown(table.describe()))
+    if table.quarantined:
+        print(f"{len(table.quarantined)} scans are left out: {artifact.uri_of('quarantine.csv')}")
     print(f"id {table.id}\n{artifact.uri}")
 
 
@@ -50,10 +52,14 @@ def data_check(source: Source, /, workers: int = 1) -> None:
 
     resources = Resources(workers=workers)
     with cluster.connected(resources):
-        found = importers.sources(absolute(source, "SOURCE"))
-        checked = run_all(RayExecutor(resources), validate.check, found)
+        survey = importers.survey(absolute(source, "SOURCE"))
+        checked = run_all(RayExecutor(resources), validate.check, survey.sources)
     problems = validate.problems(checked)
     print(shown(validate.table(problems, cases=len(checked))))
+    labelled = sum(bool(case.label_uri) for case in survey.sources)
+    print(f"{labelled} of {len(checked)} cases are labelled")
+    if survey.unused:
+        print(shown(survey.told()))
     if validate.failed(problems):
         sys.exit(1)
 

@@ -26,7 +26,9 @@ from logonet.storage import object_store, parquet
 
 MAX_LABEL = 255
 GRID_TOLERANCE_VOX = 0.1  # between the corners of an image and of its label: rounding, not misplacement
-LABEL_TOLERANCE = 1e-3  # between a label map's value and a whole number: rounding by a program that stores floats
+LABEL_TOLERANCE = (
+    1e-3  # between a label map's value and a whole number: rounding by a program that stores floats
+)
 FAR_FEWER = 8  # scans of one subject, on average, from which on a person should look
 MAX_LABEL_LIKE = 256  # different values of what may be a label map
 MIN_FLAT = 0.6  # share of a label map's voxels that equal their neighbour; images have noise
@@ -273,7 +275,9 @@ def grid_faults(uri: str, label: Grid, image: Grid) -> dict[str, str]:
     shift_mm = apart[:3, :3] @ corners_3N + apart[:3, 3:]
     worst_mm = float(np.linalg.norm(shift_mm, axis=0).max())
     if worst_mm > GRID_TOLERANCE_VOX * np.linalg.norm(affine[:3, :3], axis=0).min():
-        faults["affine"] = f"{uri}: the label lies {worst_mm:.1f} mm off its image; resample it onto the image's grid, or correct the affine that is wrong"
+        faults["affine"] = (
+            f"{uri}: the label lies {worst_mm:.1f} mm off its image; resample it onto the image's grid, or correct the affine that is wrong"
+        )
     return faults
 
 
@@ -409,7 +413,7 @@ class Manifest:
         return ", ".join([*parts, f"{len(self.quarantined)} quarantined"])
 
     def describe(self) -> str:
-        """A table for people: what is in each dataset, and why scans were left out."""
+        """A table for people: what is in each dataset."""
         groups: dict[tuple[str, str, str], list[Scan]] = defaultdict(list)
         for scan in self.scans:
             groups[scan.dataset, scan.modality, scan.split].append(scan)
@@ -421,5 +425,4 @@ class Manifest:
             labelled, subjects = sum(bool(s.label_uri) for s in scans), len({s.subject for s in scans})
             size = f"{sum(s.size_bytes for s in scans) / 2**20:.1f}"
             rows.append((*key, len(scans), labelled, subjects, shape, spacing, size))
-        reasons = [f"quarantined: {bad.reason}\n" for bad in self.quarantined]
-        return "".join([tables.to_text(("dataset", "modality", "split", *numbers), rows), *reasons])
+        return tables.to_text(("dataset", "modality", "split", *numbers), rows)

@@ -25,6 +25,7 @@ from logonet.core import config, seeding
 from logonet.core.config import Count, Section, Share, SizeVox
 from logonet.core.errors import BadScan
 from logonet.data import volume
+from logonet.data.classes import IGNORE
 from logonet.data.preprocessing import Preprocessing
 from logonet.data.volume import Volume
 from logonet.storage import object_store, safetensors_io
@@ -66,27 +67,13 @@ class CropSampling(Section, key="crops"):
 
 
 def prepare(
-    scan: Volume,
-    labels_XYZ: np.ndarray,
-    modality: str,
-    label_values: Sequence[int],
-    cfg: Config,
-    scan_id: str,
+    scan: Volume, indices_XYZ: np.ndarray, modality: str, cfg: Config, scan_id: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """image_CXYZ uint16 (65535 x intensity) and labels_XYZ uint8 (class indices) on the prepared grid.
+    """image_CXYZ uint16 (65535 x intensity) and indices_XYZ uint8 (class indices) on the prepared grid.
 
     Raises:
-        BadScan: for a label value that is no class, or a scan without contrast.
+        BadScan: for a scan without contrast.
     """
-    assert label_values[0] == 0, label_values
-    index_of = np.full(256, 255, np.uint8)  # 255: no class
-    index_of[np.asarray(label_values)] = np.arange(len(label_values))
-    indices_XYZ = index_of[labels_XYZ]
-    if (indices_XYZ == 255).any():
-        known = ", ".join(map(str, label_values))
-        odd = f"the value {int(labels_XYZ[indices_XYZ == 255][0])}, which is no class of the dataset"
-        hint = "correct the label or the dataset's class list"
-        raise BadScan(f"{scan_id}: its label map holds {odd} (those are {known}); {hint}")
     prepared = cfg.to_grid(scan)
     low_high = cfg.intensity_range(prepared.array_CXYZ, modality, scan_id)
     image_CXYZ = volume.to_uint16(volume.window(prepared.array_CXYZ, low_high))
@@ -97,7 +84,7 @@ def prepare(
 def class_positions(labels_XYZ: np.ndarray, seed: int, scan_id: str) -> dict[int, np.ndarray]:
     """At most POSITIONS voxels of each class of the case but background: class index -> int16 (n, 3)."""
     found = {}
-    for index in np.flatnonzero(np.bincount(labels_XYZ.ravel())[1:]) + 1:
+    for index in np.flatnonzero(np.bincount(labels_XYZ.ravel())[1:IGNORE]) + 1:
         voxels_V = np.flatnonzero(labels_XYZ.ravel() == index)
         if len(voxels_V) > POSITIONS:
             rng = seeding.rng(seed, "places", scan_id, int(index))
@@ -293,11 +280,15 @@ def draw_corners(ref: Ref, cfg: CropSampling, rng: np.random.Generator) -> np.nd
 
 @dataclass(frozen=True)
 class Table:
-    """Every case of a cases artifact, in the order of scan ids, and the names and values of their classes."""
+    """Every case of a cases artifact, in the order of scan ids, and the names and values of their classes.
+
+    ``ignores``: some voxels have the index IGNORE.
+    """
 
     refs: tuple[Ref, ...]
     classes: tuple[str, ...]
     label_values: tuple[int, ...]
+    ignores: bool = False
 
     def __len__(self) -> int:
         return len(self.refs)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from logonet.core.errors import BadScan
 from logonet.core.execution import Executor, run_all
 from logonet.data import crop_shards, cropping, manifest, prepared_scans
+from logonet.data.classes import Classes, check_present
 from logonet.data.crop_shards import CropRef
 from logonet.data.manifest import Quarantined, Scan
 from logonet.storage import object_store, safetensors_io
@@ -43,7 +44,7 @@ class CutScan:
 class PrepareScan:
     """Prepares one labelled scan and stores it as one file of chunks."""
 
-    label_values: tuple[int, ...]
+    classes: Classes
     cfg: prepared_scans.Config
     uri: str
 
@@ -54,8 +55,10 @@ class PrepareScan:
             return ref
         try:
             image = manifest.load(scan)
-            told = scan.modality, self.label_values, self.cfg, scan.scan_id
-            prepared = prepared_scans.prepare(image, manifest.load_label(scan, image), *told)
+            values_XYZ, label_map = manifest.load_label(scan, image), self.classes.of(scan)
+            check_present(values_XYZ, label_map, scan.scan_id, self.classes)
+            told = scan.modality, self.cfg, scan.scan_id
+            prepared = prepared_scans.prepare(image, label_map.indices(values_XYZ), *told)
         except BadScan as err:
             return Quarantined(scan.uri, str(err))
         blob = prepared_scans.to_bytes(scan.scan_id, *prepared, self.cfg.seed)
@@ -76,12 +79,12 @@ def cut_scans(
 
 def prepare_scans(
     scans: Sequence[Scan],
-    label_values: tuple[int, ...],
+    classes: Classes,
     cfg: prepared_scans.Config,
     uri: str,
     executor: Executor,
 ) -> tuple[list[prepared_scans.Ref], list[Quarantined]]:
     """Prepare every labelled scan; files already stored by an interrupted run are kept."""
-    answers = run_all(executor, PrepareScan(label_values, cfg, uri), scans)
+    answers = run_all(executor, PrepareScan(classes, cfg, uri), scans)
     bad = [a for a in answers if isinstance(a, Quarantined)]
     return [a for a in answers if not isinstance(a, Quarantined)], bad

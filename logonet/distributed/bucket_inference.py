@@ -22,6 +22,7 @@ import pandas as pd
 from logonet.core.errors import BadScan, UserError
 from logonet.core.execution import Executor
 from logonet.data import manifest, volume
+from logonet.data.classes import LabelMap
 from logonet.data.manifest import Scan, Source
 from logonet.data.volume import Volume
 from logonet.inference import metrics, model, sliding_window
@@ -68,6 +69,7 @@ class Item:
 
     name: str
     scan: Source | Scan
+    labels: LabelMap | None = None  # how to read the truth that the case is scored against
 
     @property
     def uri(self) -> str:
@@ -279,8 +281,13 @@ class _Segment:
         classes = predictor.spec.foreground
         if self.score:
             assert isinstance(item.scan, Scan)
-            truth_XYZ = manifest.load_label(item.scan, image)
-            scores = metrics.case_rows(labels_XYZ, truth_XYZ, image.spacing_mm, classes, item.scan.scan_id)
+            assert item.labels is not None
+            values, present = predictor.spec.label_values, item.labels.present()
+            truth_XYZ, found_XYZ = item.labels.as_values(
+                manifest.load_label(item.scan, image), labels_XYZ, values
+            )
+            there = {value: classes[value] for i, value in enumerate(values) if i in present}
+            scores = metrics.case_rows(found_XYZ, truth_XYZ, image.spacing_mm, there, item.scan.scan_id)
             scores = json.loads(json.dumps(scores, default=lambda value: value.item()))  # no NumPy types
         volumes_ml = metrics.volumes_ml(labels_XYZ, image.affine, classes, digits=4)
         found = (uri, written.sha256, 0.0, volumes_ml, scores)

@@ -31,6 +31,7 @@ from scipy import ndimage
 from scipy.spatial import KDTree
 
 from logonet.core.errors import UserError
+from logonet.data.classes import IGNORE
 
 HD95 = ("hd95_mm", "hd95_pooled_mm", "hd95_vox", "hd95_pooled_vox")
 NSD_MM = {"nsd_1mm": 1.0, "nsd_2mm": 2.0}
@@ -57,7 +58,12 @@ EMPTY_DICE = {
 
 
 def overlap(found: np.ndarray, truth: np.ndarray, num_classes: int) -> np.ndarray:
-    """Voxel counts (2, K) of each class index: those that both maps give it, and those of either map, added up."""
+    """Voxel counts (2, K) of each class index: those that both maps give it, and those of either map, added up.
+
+    Where the truth is IGNORE, voxels do not count.
+    """
+    if (known := truth != IGNORE).sum() < truth.size:
+        found, truth = found[known], truth[known]
     both_K, found_K, truth_K = (
         np.bincount(indices.ravel(), minlength=num_classes)
         for indices in (truth[found == truth], found, truth)

@@ -36,6 +36,7 @@ class Spec(Preprocessing):
     size_vox: the window that the network was trained on, along R, A, S.
     spacing_mm, window_hu, mr_percentiles: see `Preprocessing`.
     modality: what it was trained on: "CT", "MR" or "mixed".
+    members: the names of the datasets' classes that were merged into, or renamed to, each class; empty: none were.
 
     Raises:
         UserError: for values that contradict each other.
@@ -51,6 +52,7 @@ class Spec(Preprocessing):
     spacing_mm: tuple[Positive, Positive, Positive] | None = field(kw_only=True)
     window_hu: tuple[float, float] = field(kw_only=True)
     mr_percentiles: tuple[Percentile, Percentile] = field(kw_only=True)
+    members: dict[str, tuple[str, ...]] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         Component.convert(self, "backbone")

@@ -73,6 +73,7 @@ class DataSpec:
         majority_labels: for each of the N clusterers its most frequent pseudo-label; () when unknown.
         num_classes: classes of the labels, background included; 0 without labels.
         batch_size: samples of one forward pass; None when unknown.
+        ignores: some voxels' labels are `classes.IGNORE`.
     """
 
     size_vox: tuple[int, int, int]
@@ -81,6 +82,7 @@ class DataSpec:
     majority_labels: tuple[int, ...] = ()
     num_classes: int = 0
     batch_size: int | None = None
+    ignores: bool = False
 
 
 class Method(Protocol):

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from logonet.core.errors import UserError
 from logonet.data import augment
+from logonet.data.classes import IGNORE
 from logonet.methods import DataSpec
 from logonet.methods._parts import ratio, wide
 from logonet.networks import SegOut
@@ -45,23 +46,29 @@ def distorted(
     return {"image": image_CXYZ, "labels": labels_XYZ}
 
 
-def of_all_outputs(out: SegOut, labels_BXYZ: Tensor) -> list[tuple[Tensor, Tensor]]:
+def of_all_outputs(out: SegOut, labels_BXYZ: Tensor, ignores: bool) -> list[tuple[Tensor, Tensor]]:
     """`dice_and_ce` of each output of a network, fine to coarse, against the labels at its size."""
-    return [dice_and_ce(logits, nearest(labels_BXYZ, logits)) for logits in (out.logits, *out.deep)]
+    outputs = (out.logits, *out.deep)
+    return [dice_and_ce(logits, nearest(labels_BXYZ, logits), ignores) for logits in outputs]
 
 
-def dice_and_ce(logits_BKXYZ: Tensor, labels_BXYZ: Tensor) -> tuple[Tensor, Tensor]:
+def dice_and_ce(logits_BKXYZ: Tensor, labels_BXYZ: Tensor, ignores: bool = False) -> tuple[Tensor, Tensor]:
     """Dice loss (Eq. 7) and cross-entropy (Eq. 8) of each sample, both (B,), whatever the logits in float32 or better.
 
     Eq. 7 is taken per class, background included, and averaged over classes; Eq. 8, a sum over classes, is
     averaged over voxels. The paper names MONAI's DiceCELoss, and this is that with softmax, one-hot labels and
     both smoothing terms equal to SMOOTH.
+
+    Args:
+        ignores: labels may be IGNORE; such voxels are left out of all sums, as nnU-Net leaves them out.
     """
     logits_BKV, labels_BV = logits_BKXYZ.flatten(2), labels_BXYZ.flatten(1)
     with torch.autocast(logits_BKV.device.type, enabled=False):
         logits_BKV = wide(logits_BKV)
-        ce_B, both_BK, p_BK = _SoftmaxSums.apply(logits_BKV, labels_BV.long())
-        t_BK = per_class(None, labels_BV, logits_BKV.shape[1]).to(p_BK)
+        known_BV = (labels_BV != IGNORE).to(logits_BKV) if ignores else None
+        labels_BV = labels_BV.long() if known_BV is None else labels_BV.long() * (known_BV > 0)
+        ce_B, both_BK, p_BK = _SoftmaxSums.apply(logits_BKV, labels_BV, known_BV)
+        t_BK = per_class(known_BV, labels_BV, logits_BKV.shape[1]).to(p_BK)
         dice_BK = (2 * both_BK + SMOOTH) / (p_BK + t_BK + SMOOTH)
         return 1 - dice_BK.mean(1), ce_B
 
@@ -75,25 +82,35 @@ class _SoftmaxSums(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_BKV: Tensor, labels_BV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits_BKV: Tensor, labels_BV: Tensor, known_BV: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         log_p_BKV = F.log_softmax(logits_BKV, dim=1)
-        ctx.save_for_backward(log_p_BKV, labels_BV)
-        log_p_BV = log_p_BKV.gather(1, labels_BV[:, None])[:, 0]
-        both_BK = per_class(log_p_BV.exp(), labels_BV, logits_BKV.shape[1])
-        return -log_p_BV.mean(1), both_BK.to(log_p_BV), log_p_BKV.exp().sum(2)
+        ctx.save_for_backward(log_p_BKV, labels_BV, known_BV)
+        log_p_BV, p_BKV = log_p_BKV.gather(1, labels_BV[:, None])[:, 0], log_p_BKV.exp()
+        p_BV = log_p_BV.exp()
+        if known_BV is None:
+            ce_B = -log_p_BV.mean(1)
+        else:
+            ce_B = -(log_p_BV * known_BV).sum(1) / known_BV.sum(1).clamp_min(1)
+            p_BV, p_BKV = p_BV * known_BV, p_BKV.mul_(known_BV[:, None])
+        both_BK = per_class(p_BV, labels_BV, logits_BKV.shape[1])
+        return ce_B, both_BK.to(log_p_BV), p_BKV.sum(2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_ce_B: Tensor, d_both_BK: Tensor, d_p_BK: Tensor) -> tuple[Tensor, None]:
-        log_p_BKV, labels_BV = ctx.saved_tensors
+    def backward(ctx: Any, d_ce_B: Tensor, d_both_BK: Tensor, d_p_BK: Tensor) -> tuple[Tensor, None, None]:
+        log_p_BKV, labels_BV, known_BV = ctx.saved_tensors
         label_B1V, p_BKV = labels_BV[:, None], log_p_BKV.exp()
         # dL/dz = p (dL/dp - sum over classes of p dL/dp), where dL/dp is d_p plus, at the label, d_both. Of
         # the cross-entropy it is p, at the label p - 1.
         at_label_B1V = d_both_BK.gather(1, labels_BV)[:, None] * p_BKV.gather(1, label_B1V)
         inner_B1V = (d_p_BK[:, :, None] * p_BKV).sum(1, keepdim=True) + at_label_B1V
-        d_ce_B11 = d_ce_B[:, None, None] / labels_BV.shape[1]
+        counted_B = labels_BV.shape[1] if known_BV is None else known_BV.sum(1).clamp_min(1)
+        d_ce_B11 = (d_ce_B / counted_B)[:, None, None]
         d_logits_BKV = (d_p_BK[:, :, None] - (inner_B1V - d_ce_B11)).mul_(p_BKV)
-        return d_logits_BKV.scatter_add_(1, label_B1V, at_label_B1V - d_ce_B11), None
+        d_logits_BKV = d_logits_BKV.scatter_add_(1, label_B1V, at_label_B1V - d_ce_B11)
+        return d_logits_BKV if known_BV is None else d_logits_BKV.mul_(known_BV[:, None]), None, None
 
 
 def per_class(values_BV: Tensor | None, labels_BV: Tensor, num_classes: int) -> Tensor:
@@ -122,8 +139,9 @@ def deep_weights(num_outputs: int) -> Sequence[float]:
 
 
 def overlap(guess_BXYZ: Tensor, truth_BXYZ: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """For each class 2 |P and G| and |P| + |G|, float64 (B, K)."""
-    guess_BV, truth_BV = guess_BXYZ.flatten(1), truth_BXYZ.flatten(1)
+    """For each class 2 |P and G| and |P| + |G|, float64 (B, K); voxels to ignore count as background in both."""
+    known_BV = truth_BXYZ.flatten(1) != IGNORE
+    guess_BV, truth_BV = guess_BXYZ.flatten(1) * known_BV, truth_BXYZ.flatten(1) * known_BV
     sizes_BK = per_class(None, guess_BV, num_classes) + per_class(None, truth_BV, num_classes)
     return 2 * per_class(guess_BV == truth_BV, truth_BV, num_classes), sizes_BK
 

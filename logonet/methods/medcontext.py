@@ -119,7 +119,7 @@ class MedContext(MethodModule[Config]):
             UserError: where it is, and units are not made of whole tokens.
         """
         super().__init__(cfg, network)
-        self.num_classes = data_spec.num_classes
+        self.num_classes, self.ignores = data_spec.num_classes, data_spec.ignores
         self.teacher = teacher_of(network)
         # In the released UNETR the first skip reads the unmasked crop, so the network sees what is hidden after all.
         # Here hidden voxels are blanked before anything reads them, and tokens, where there are any, are replaced too:
@@ -199,7 +199,7 @@ class MedContext(MethodModule[Config]):
     def _supervised(self, out: SegOut, labels_BXYZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted loss over all outputs, and the Dice loss and cross-entropy of the finest; each (B,)."""
         # Eq. 3 lacks 1/C and turns the cross-entropy's sign: the DiceCE of ``supervised`` is meant.
-        parts = _segmentation.of_all_outputs(out, labels_BXYZ)
+        parts = _segmentation.of_all_outputs(out, labels_BXYZ, self.ignores)
         losses = [self.cfg.w_dice * dice_B + self.cfg.w_ce * ce_B for dice_B, ce_B in parts]
         weighted = [w * loss_B for w, loss_B in zip(_segmentation.deep_weights(len(parts)), losses)]
         return torch.stack(weighted).sum(0), *parts[0]

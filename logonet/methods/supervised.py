@@ -62,7 +62,7 @@ class Supervised(MethodModule[Config]):
 
     def __init__(self, cfg: Config, network: Network, data_spec: DataSpec) -> None:
         super().__init__(cfg, network)
-        self.num_classes = data_spec.num_classes
+        self.num_classes, self.ignores = data_spec.num_classes, data_spec.ignores
         if cfg.encoder == "frozen":
             freeze(network, network.encoder_prefixes)
         self.train()
@@ -79,7 +79,7 @@ class Supervised(MethodModule[Config]):
         """Loss and metrics of one batch of what ``prepare`` returns; they do not depend on ``progress``."""
         x_BCXYZ, labels_BXYZ = batch["image"], batch["labels"]
         out = self.backbone.decode(x_BCXYZ, self.backbone.encode(x_BCXYZ))
-        parts = _segmentation.of_all_outputs(out, labels_BXYZ)
+        parts = _segmentation.of_all_outputs(out, labels_BXYZ, self.ignores)
         losses = [(self.cfg.w_dice * dice_B + self.cfg.w_ce * ce_B).mean() for dice_B, ce_B in parts]
         weights = _segmentation.deep_weights(len(parts))
         loss = torch.stack([w * one for w, one in zip(weights, losses)]).sum()

@@ -17,7 +17,7 @@ from logonet import reporting
 from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.core.execution import Executor
-from logonet.data import leakage, manifest, provenance, volume
+from logonet.data import classes, leakage, manifest, provenance, volume
 from logonet.data.manifest import Manifest, Scan
 from logonet.distributed import bucket_inference
 from logonet.inference import metrics, model, sliding_window, statistics
@@ -34,10 +34,12 @@ class Evaluation:
     """What decides the scores of a model.
 
     Attributes:
+        data: names of the dataset's classes that are the model's under another name, {liver: [hepar]}.
         infer: overlap of the windows, mirroring.
         leaks: what to do with test cases that the model's training or pretraining has seen.
     """
 
+    data: classes.Config = field(default_factory=classes.Config)
     infer: sliding_window.Config = field(default_factory=sliding_window.Config)
     leaks: leakage.LeakRule = "refuse"
 
@@ -75,7 +77,10 @@ def evaluate_model(
     scans = test_scans(table, chosen)
     scans, leaking = _without_leaks(scans, chosen, cfg.leaks)
     spec = chosen.spec
-    own = {"infer": config.to_dict(cfg.infer), "leaks": cfg.leaks}
+    label_maps, unscored = _label_maps(scans, spec, cfg.data)
+    own: dict[str, Any] = {"infer": config.to_dict(cfg.infer), "leaks": cfg.leaks}
+    if cfg.data.members:
+        own["classes"] = cfg.data.members
     cases = config.fingerprint([[s.sha256, s.label_sha256] for s in scans])
     lineage = {**chosen.lineage, "test_manifest": table.id}
     parents = {"model": chosen.id, "manifest": table.id, "cases": cases}
@@ -84,7 +89,7 @@ def evaluate_model(
         known = sorted({leak.scan_id for leak in leaking})
         say("evaluate", f"{run.name} on {len(scans)} cases  {run.uri}")
         output = object_store.join(run.uri, "predictions")
-        items = [bucket_inference.Item(s.scan_id, s) for s in scans]
+        items = [bucket_inference.Item(s.scan_id, s, label_maps[s.classes]) for s in scans]
         about = {"model": chosen.id, **own}
         rows = bucket_inference.run(
             items, chosen.folder, output, cfg.infer, executor, about=about, score=True
@@ -100,7 +105,7 @@ def evaluate_model(
         summary = statistics.summary(scores)
         pictures = {
             "organs.png": reporting.organ_boxes(scores),
-            "cases.png": _cases_picture(scores, scans, rows, spec),
+            "cases.png": _cases_picture(scores, scans, rows, spec, label_maps),
         }
         entry = {"epoch": 1, "step": 1, "unix_s": time.time(), **_headline(summary)}
         bucket_inference.write_table(rows, output)
@@ -119,6 +124,7 @@ def evaluate_model(
             **_headline(summary),
             "cases": len(rows) - len(bad),
             "quarantined": len(bad),
+            "not_scored": unscored,
             # Known to training or pretraining: judged on all the same, or left out.
             "contaminated": known if cfg.leaks == "allow" else [],
             "excluded": known if cfg.leaks == "exclude" else [],
@@ -132,6 +138,25 @@ def evaluate_model(
     artifact = run_tracked(root, "evaluation", label, cfg, own, parents, lineage, make, describe, experiment)
     print(artifact.read("summary.txt").decode())
     return artifact
+
+
+def _label_maps(
+    scans: Sequence[Scan], spec: model.Spec, cfg: classes.Config
+) -> tuple[dict[tuple[str, ...], classes.LabelMap], list[str]]:
+    """How to read the label maps of each dataset's classes, and the model's classes that no dataset has.
+
+    What a dataset has and the model does not know, and the other way round, is told.
+    """
+    known = classes.Classes.named(spec.classes, spec.label_values, spec.members, cfg.members)
+    found = classes.match(scans, known)
+    unknown = {name for label_map in found.values() for name in label_map.unknown.values()}
+    if unknown:
+        say("classes", f"the model does not know {', '.join(sorted(unknown))}: background in the truth")
+    present = {index for label_map in found.values() for index in label_map.present()}
+    unscored = [name for index, name in enumerate(spec.classes) if index and index not in present]
+    if unscored:
+        say("classes", f"the datasets do not label {', '.join(unscored)}: not scored")
+    return found, unscored
 
 
 def _without_leaks(
@@ -163,7 +188,11 @@ def _headline(summary: pd.DataFrame) -> dict[str, float]:
 
 
 def _cases_picture(
-    scores: pd.DataFrame, scans: Sequence[Scan], rows: Sequence[bucket_inference.Row], spec: model.Spec
+    scores: pd.DataFrame,
+    scans: Sequence[Scan],
+    rows: Sequence[bucket_inference.Row],
+    spec: model.Spec,
+    label_maps: Mapping[tuple[str, ...], classes.LabelMap],
 ) -> bytes:
     """The worst, the median and the best case by Dice, named by the digest that ends their ids."""
     # A case without a score has none of the classes and none was found: nothing is wrong with it.
@@ -175,13 +204,14 @@ def _cases_picture(
     for place, label in {last: "best", last // 2: "median", 0: "worst"}.items():
         scan_id = str(per_case.index[place])
         image = manifest.load(by_id[scan_id])
-        truth_XYZ = manifest.load_label(by_id[scan_id], image)
-        row = output[scan_id]
+        row, labels_XYZ = output[scan_id], manifest.load_label(by_id[scan_id], image)
         blob = object_store.read(row.output, sha256=row.sha256)
         found = volume.decode_nifti(blob, row.output, allow_constant=True)
+        label_map = label_maps[by_id[scan_id].classes]
+        pair = label_map.as_values(labels_XYZ, found.array_CXYZ[0], spec.label_values)
         ras = [
             volume.to_ras(volume.Volume(a, image.affine)).array_CXYZ[0]
-            for a in (image.array_CXYZ, truth_XYZ[None], found.array_CXYZ)
+            for a in (image.array_CXYZ, *(labels[None] for labels in pair))
         ]
         spacing_mm = volume.to_ras(image).spacing_mm
         low_high = spec.intensity_range(ras[0], by_id[scan_id].modality, scan_id)

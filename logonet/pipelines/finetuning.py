@@ -17,7 +17,7 @@ from logonet import methods, networks, reporting, training
 from logonet.core import config
 from logonet.core.config import Component, Section, Share
 from logonet.core.errors import UserError
-from logonet.data import leakage, manifest, prepared_scans, provenance, splits
+from logonet.data import classes, leakage, manifest, prepared_scans, provenance, splits
 from logonet.data.prepared_scans import CropSampling
 from logonet.data.preprocessing import Preprocessing
 from logonet.inference import model, sliding_window
@@ -70,6 +70,7 @@ class Finetuning:
         leaks: what to do with test cases that training or pretraining has seen.
     """
 
+    data: classes.Config = field(default_factory=classes.Config)
     split: splits.Config = field(default_factory=splits.Config)
     cases: prepared_scans.Config = field(default_factory=prepared_scans.Config)
     crops: CropSampling = field(default_factory=CropSampling)
@@ -185,7 +186,9 @@ def finetune(
     executor.check(cfg.train, cfg.method)
     table, _ = import_scans(source, root, executor)
     split, split_artifact = make_split(table, cfg.split, cfg.leaks, weights.seen if weights else None, root)
-    cases_table, cases_artifact = make_cases(table, split.test + split.excluded, cfg.cases, root, executor)
+    cases_table, cases_artifact = make_cases(
+        table, split.test + split.excluded, cfg.cases, cfg.data, root, executor
+    )
     place = cases_table.index_of()
     train_ids, val_ids = (tuple(i for i in ids if i in place) for ids in (split.train, split.val))
     if not train_ids:
@@ -219,6 +222,7 @@ def finetune(
             in_channels=cases_table.in_channels,
             num_classes=len(cases_table.classes),
             batch_size=cfg.train.batch_size * cfg.crops.per_case,
+            ignores=cases_table.ignores,
         )
         methods.check(cfg.method.name, cfg.method.config, data_spec)
         schedule = SampleSchedule.of(len(train_ids), cfg.train)
@@ -294,5 +298,6 @@ def model_spec(cfg: Finetuning, table: prepared_scans.Table, scans: list[manifes
         label_values=table.label_values,
         size_vox=cfg.crops.size_vox,
         modality=modalities[0] if len(modalities) == 1 else "mixed",
+        members=cfg.data.members,
         **vars(Preprocessing.of(cfg.cases)),
     )

@@ -18,13 +18,14 @@ from logonet.clustering import fitting, kmeans, quality
 from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.core.execution import Executor, run_all
-from logonet.data import crop_shards, cropping, importers, manifest, prepared_scans, preparing
+from logonet.data import classes, crop_shards, cropping, importers, manifest, prepared_scans, preparing
 from logonet.data.manifest import Manifest, Quarantined, Scan, Source
 from logonet.pipelines.stage import Made, open_stage, run_stage, say
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
 
 MAX_UNREAD = 32  # scans that a store may withhold before it has given one
+MAX_TOLD = 100  # lines about single scans
 UNREAD_FILE = "unread.json"
 CLUSTERERS_FILE = "clusterers.safetensors"
 LABELS_FILE = "labels.safetensors"
@@ -35,7 +36,8 @@ LABELS_FILE = "labels.safetensors"
 
 def import_scans(source: str, root: str, executor: Executor) -> tuple[Manifest, Artifact]:
     """The manifest of everything at ``source``: a prefix, an MSD dataset.json or a DICOM series folder."""
-    sources = importers.sources(source)
+    survey = importers.survey(source)
+    sources = survey.sources
     # Versions (ETags, modification times) stand in for content until it is read: an unchanged listing is not read
     # again, and a replaced scan gives a new manifest.
     listed = [asdict(s) for s in sources]
@@ -54,8 +56,11 @@ def import_scans(source: str, root: str, executor: Executor) -> tuple[Manifest, 
             uri, _ = artifacts.address(root, "manifest", cfg, {})
             object_store.write_json(earlier, {"manifest": uri, "unread": unread})
             say("manifest", f"{len(unread)} scans could not be read; the same command tries them again")
-        for bad in table.quarantined:
-            say("", f"quarantined: {bad.reason}")
+        told = [f"quarantined: {bad.reason}" for bad in table.quarantined] + table.remarks()
+        for line in [*filter(None, [survey.told()]), *told[:MAX_TOLD]]:
+            say("", line)
+        if len(told) > MAX_TOLD:
+            say("", f"and {len(told) - MAX_TOLD} more; quarantine.csv has them all")
 
     def make(uri: str) -> Made:
         assert table is not None
@@ -63,6 +68,7 @@ def import_scans(source: str, root: str, executor: Executor) -> tuple[Manifest, 
             "scans.parquet": table.scans_parquet(),
             "quarantine.parquet": table.quarantine_parquet(),
             "quarantine.csv": table.quarantine_csv(),
+            "unused.json": object_store.json_bytes(survey.unused),
         }
         counts = {"id": table.id, "scans": len(table.scans), "quarantined": len(table.quarantined)}
         return Made(files, counts)
@@ -215,59 +221,35 @@ def make_labels(
 
 
 def make_cases(
-    table: Manifest, test_ids: tuple[str, ...], cfg: prepared_scans.Config, root: str, executor: Executor
+    table: Manifest,
+    test_ids: tuple[str, ...],
+    cfg: prepared_scans.Config,
+    chosen: classes.Config,
+    root: str,
+    executor: Executor,
 ) -> tuple[prepared_scans.Table, Artifact]:
-    """Every labelled scan that is no test case, prepared for training."""
-    chosen = [s for s in table.scans if s.label_uri and s.scan_id not in set(test_ids)]
-    classes, values = label_classes([s for s in table.scans if s.label_uri])
-    own = {**config.to_dict(cfg), "label_values": list(values), "scans": [s.scan_id for s in chosen]}
+    """Every labelled scan that is no test case, prepared for training with the ``chosen`` classes."""
+    labelled = [s for s in table.scans if s.label_uri]
+    scans = [s for s in labelled if s.scan_id not in set(test_ids)]
+    known = classes.union(labelled, chosen)
+    own = {**config.to_dict(cfg), "label_values": list(known.values), "scans": [s.scan_id for s in scans]}
+    if chosen.members:
+        own["classes"] = chosen.members
 
     def make(uri: str) -> Made:
-        refs, bad = preparing.prepare_scans(chosen, values, cfg, uri, executor)
+        refs, bad = preparing.prepare_scans(scans, known, cfg, uri, executor)
         quarantine = _quarantine(bad)
         if not refs:
             raise UserError(
-                f"none of the {len(chosen)} labelled scans can be used; the first says: {bad[0].reason}"
+                f"none of the {len(scans)} labelled scans can be used; the first says: {bad[0].reason}"
             )
-        prepared = prepared_scans.Table(tuple(refs), classes, values)
+        ignores = any(classes.IGNORE in known.of(scan).index_of for scan in scans)
+        prepared = prepared_scans.Table(tuple(refs), known.names, known.values, ignores)
         files = {"cases.json": object_store.json_bytes(prepared.to_json()), "quarantine.json": quarantine}
-        return Made(files, {"cases": len(refs), "quarantined": len(bad), "classes": list(classes)})
+        return Made(files, {"cases": len(refs), "quarantined": len(bad), "classes": list(known.names)})
 
     def describe(artifact: Artifact) -> str:
         return f"{artifact.facts['cases']} labelled scans, {len(artifact.facts['classes'])} classes"
 
     artifact = run_stage(root, "cases", own, {"manifest": table.id}, make, describe)
     return prepared_scans.Table.from_json(config.parse_json(artifact.read("cases.json"))), artifact
-
-
-def label_classes(scans: list[manifest.Scan]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names and label values of the classes, background first: what is declared, else what occurs.
-
-    Raises:
-        UserError: when the scans' datasets declare different names for one value, or one name for two.
-    """
-    names: dict[int, str] = {}
-    for scan in scans:
-        for value, name in enumerate(scan.classes):
-            if name and names.setdefault(value, name) != name:
-                raise UserError(
-                    f"label value {value} is '{names[value]}' in one dataset and '{name}' in {scan.dataset}; "
-                    "finetune on one of them, or give both the same labels"
-                )
-    if not names:
-        names = {v: f"class {v}" for s in scans for v in s.label_values}
-    names[0] = names.get(0) or "background"
-    if not any(names):
-        raise UserError("no scan has a label but background; nothing can be learnt")
-    values = tuple(sorted(names))
-    if "ignore" in names.values():  # nnU-Net's name of voxels that nobody has labelled
-        raise UserError(
-            "the dataset labels voxels as 'ignore', which would be learnt as a class; finetune on fully labelled scans"
-        )
-    for value in values:
-        if list(names.values()).count(names[value]) > 1 or names[value] == "mean":
-            raise UserError(
-                f"the class name '{names[value]}' stands for several label values, or is 'mean', which the tables "
-                "of scores need; give every label value a name of its own"
-            )
-    return tuple("background" if v == 0 else names[v] for v in values), values

@@ -13,7 +13,7 @@ from logonet import methods, networks, reporting, training
 from logonet.clustering import kmeans, quality
 from logonet.core import config
 from logonet.core.config import Component
-from logonet.data import crop_shards, cropping, manifest, prepared_scans, provenance, splits
+from logonet.data import classes, crop_shards, cropping, manifest, prepared_scans, provenance, splits
 from logonet.data.volume import from_uint16
 from logonet.inference.load import SEEN_FILE
 from logonet.methods import DataSpec
@@ -38,10 +38,11 @@ class Pretraining:
     """Everything that decides what a pretraining run computes. ``logonet/recipes`` names full ones.
 
     ``split`` leaves out the scans that it puts into test and validation sets: give the finetuning's own split where
-    both stand on one dataset. None uses every scan. ``probe`` measures the encoder on a few labelled cases while it
+    both stand on one dataset. None uses every scan. ``data`` is about the labels of the probe. ``probe`` measures the encoder on a few labelled cases while it
     trains, fitting on the split's training cases and judging on its validation cases; None does not.
     """
 
+    data: classes.Config = field(default_factory=classes.Config)
     split: splits.Config | None = None
     crops: cropping.Config = field(default_factory=cropping.Config)
     clusterers: kmeans.Config = field(default_factory=kmeans.Config)
@@ -131,7 +132,7 @@ def probe_cases(
     split = splits.make(table.scans, cfg.split or splits.Config())
     # As finetuning prepares them, so that both share one artifact.
     same = prepared_scans.Config.of(cfg.crops)
-    cases_table, artifact = make_cases(table, split.test + split.excluded, same, root, executor)
+    cases_table, artifact = make_cases(table, split.test + split.excluded, same, cfg.data, root, executor)
     task = linear_probe.task(own, cases_table, split.train, split.val, cfg.crops.size_vox)
     return task, artifact.fingerprint
 

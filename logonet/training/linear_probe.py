@@ -30,6 +30,7 @@ from logonet.core import seeding
 from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
 from logonet.data import prepared_scans, volume
+from logonet.data.classes import IGNORE
 from logonet.inference import metrics
 
 FLAT = 1e-6  # a feature that varies by less than this share of its size is constant, but for rounding
@@ -203,7 +204,7 @@ def draw_voxels(
         voxels_V3 int64, and weights_V float32: voxels of the crop that each stands for.
     """
     voxels, weights = [], []
-    present = np.flatnonzero(np.bincount(labels_XYZ.ravel()))
+    present = np.flatnonzero(np.bincount(labels_XYZ.ravel())[:IGNORE])
     for k in present:
         of_class = np.flatnonzero(labels_XYZ.ravel() == k)
         drawn = rng.choice(of_class, min(len(of_class), -(-num_voxels // len(present))), replace=False)

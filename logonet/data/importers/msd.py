@@ -13,7 +13,12 @@ from logonet.data.importers.common import Unused
 from logonet.data.manifest import Source, stem
 
 DATASET_FILE = "dataset.json"
-LISTS = {"training": "train", "validation": "val", "test": "test", "testing": "test"}  # "testing": Auto3DSeg's
+LISTS = {
+    "training": "train",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}  # "testing": Auto3DSeg's
 ITEM_KEYS = ("image", "label", "fold", "subject")
 # nnU-Net's names of normalisations, where others name a modality
 NO_MODALITY = {"nonorm", "zscore", "rescale_to_0_1", "rgb_to_0_1"}
@@ -55,7 +60,9 @@ def msd_sources(uri: str, description: Mapping[str, Any], root: str, unused: Unu
                 raise UserError(f"{uri}: an item of '{key}' names no image: {item!r}; write {{image, label}}")
             for unknown in set(pair) - set(ITEM_KEYS):
                 if near := difflib.get_close_matches(str(unknown), ITEM_KEYS, n=1, cutoff=0.75):
-                    raise UserError(f"{uri}: an item of '{key}' has the key '{unknown}'; did you mean '{near[0]}'?")
+                    raise UserError(
+                        f"{uri}: an item of '{key}' has the key '{unknown}'; did you mean '{near[0]}'?"
+                    )
                 unused[f"keys of list items named '{unknown}'"].append(uri)
             label = channel_paths(pair.get("label"))
             if pair.get("label") and len(label) != 1:

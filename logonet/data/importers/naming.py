@@ -28,6 +28,7 @@ CONTRASTS = {
     "t1", "t1w", "t1n", "t1c", "t1ce", "t1gd", "t2", "t2w", "t2f", "flair", "pd", "pdw", "adc", "dwi", "ed", "es",
 }  # fmt: skip
 CHANNEL = re.compile(r"_([0-9]{4})$")  # nnU-Net's, at the end of an image's stem
+MAX_OF_PATIENT = 16  # scans in a patient's folder; more are a dataset's
 FRAME = re.compile(r"[_-](frame|phase|time|tp|t)[-_]?[0-9]+$", re.IGNORECASE)
 Key = tuple[tuple[str, ...], tuple[str, ...]]  # folders and words, without those that say "image" or "label"
 
@@ -95,7 +96,7 @@ def _without(words: Sequence[str], dropped: set[str], ends: Sequence[int]) -> li
 
 
 def _key(uri: str, words: Sequence[str]) -> Key:
-    folders = []
+    folders: list[str] = []
     for folder in PurePosixPath(uri).parts[:-1]:
         match = LABEL_FOLDER.fullmatch(folder.lower()) or IMAGE_FOLDER.fullmatch(folder.lower())
         folders += [match[match.lastindex or 0]] * (match.lastindex == 2) if match else [folder]
@@ -111,12 +112,13 @@ def identify(found: Sequence[Source], root: str = "") -> list[Source]:
     - Where scans in different folders have one name (``<patient>/ct.nii.gz``), the folder is the case.
     - A number of four digits at the end (nnU-Net's channel) is no part of the subject where several channels of one
       case exist or the label map's name lacks it; else it is a part, as in ``amos_0001``.
-    - Frames, contrasts and channels of one patient are of one subject.
+    - Frames, contrasts and channels of one patient are of one subject, also by their folder's name, as in
+      ``patient001/patient001_frame01``.
     """
     by_stem: dict[str, list[Source]] = defaultdict(list)
     for source in found:
         by_stem[stem(source.uri)].append(source)
-    channels = _channel_groups(found)
+    channels, patients = _channel_groups(found), _patient_folders(found)
     out = []
     for source in found:
         same, own = by_stem[stem(source.uri)], stem(source.uri)
@@ -125,7 +127,7 @@ def identify(found: Sequence[Source], root: str = "") -> list[Source]:
             folders = _differing_folders(source, same)
             case, subject = case or "_".join([*folders, own]), folders[0]
         subject = source.subject or _bids_subject(source.uri[len(root) :]) or subject
-        out.append(replace(source, case=case, subject=subject or _subject(source, channels)))
+        out.append(replace(source, case=case, subject=subject or _subject(source, channels, patients)))
     return out
 
 
@@ -140,7 +142,9 @@ def _differing_folders(source: Source, same: Sequence[Source]) -> list[str]:
 
 def _channel_groups(found: Sequence[Source]) -> set[str]:
     """The stems without number, with their folders, of cases whose images are numbered channels."""
-    numbers: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))  # folder -> case -> channels
+    numbers: dict[str, dict[str, set[int]]] = defaultdict(
+        lambda: defaultdict(set)
+    )  # folder -> case -> channels
     groups = set()
     for source in found:
         match = CHANNEL.search(stem(source.uri))
@@ -158,11 +162,24 @@ def _channel_groups(found: Sequence[Source]) -> set[str]:
     return groups
 
 
-def _subject(source: Source, channels: set[str]) -> str:
+def _patient_folders(found: Sequence[Source]) -> set[str]:
+    """The folders that are a patient's: several hold a few scans each, all named after their folder, not just numbered."""
+    of: dict[str, list[str]] = defaultdict(list)
+    for source in found:
+        of[folder_of(source.uri)].append(stem(source.uri))
+
+    def named_after(folder: str) -> bool:
+        own = re.compile(re.escape(name_of(folder)) + r"[-_.].*[A-Za-z].*")
+        return len(of[folder]) <= MAX_OF_PATIENT and all(map(own.fullmatch, of[folder]))
+
+    patients = {folder for folder in of if named_after(folder)}
+    return patients if len(patients) > 1 else set()
+
+
+def _subject(source: Source, channels: set[str], patients: set[str]) -> str:
     name = source.case or stem(source.uri)
-    folder = name_of(folder_of(source.uri))
-    if len(folder) > 1 and re.match(re.escape(folder) + r"[-_.]", name):  # patient001/patient001_frame01
-        return folder
+    if (folder := folder_of(source.uri)) in patients:
+        return name_of(folder)
     if (match := CHANNEL.search(name)) and f"{folder_of(source.uri)}/{name[: match.start()]}" in channels:
         name = name[: match.start()]
     return patient(name)

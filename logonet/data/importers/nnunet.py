@@ -81,7 +81,9 @@ def _listed(uri: str, cases: Any, root: str) -> Iterator[Case]:
             paths = [inside(root, resolve(folder_of(uri), path), uri) for path in (*images, label) if path]
             yield case, "train", dict(enumerate(paths[: len(images)])), paths[-1] if label else ""
     except (AttributeError, TypeError, KeyError):
-        raise UserError(f"{uri}: 'dataset' must hold {{case: {{images: [path, ...], label: path}}}}") from None
+        raise UserError(
+            f"{uri}: 'dataset' must hold {{case: {{images: [path, ...], label: path}}}}"
+        ) from None
 
 
 def _set_folds(found: dict[tuple[str, str], list[Source]], uri: str) -> None:

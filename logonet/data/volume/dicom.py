@@ -16,7 +16,9 @@ from logonet.core.errors import BadScan
 from logonet.data.volume.nifti import MAX_BYTES, check_claim
 from logonet.data.volume.volume import Volume, check_affine, check_values
 
-ROUNDING = 0.25  # of the gap between slices: how far a rounded position may be off; a missing slice is a whole gap
+ROUNDING = (
+    0.25  # of the gap between slices: how far a rounded position may be off; a missing slice is a whole gap
+)
 # Modalities of files beside images: structure sets, plans, doses, reports, presentation states, key objects...
 NO_IMAGES = {"RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "REG", "SR", "PR", "KO", "SEG", "DOC"}
 DEFLATED = "1.2.840.10008.1.2.1.99"  # pydicom inflates the whole of it, whatever it grows to

@@ -119,7 +119,9 @@ def inflated(data: bytes, name: str, max_bytes: int) -> bytes:
     most = min(max_bytes, max(SMALL_BYTES, MAX_EXPANSION * len(data)))
     out = _read(stream, most + 1, name)
     if len(out) > most:
-        raise BadScan(f"{name}: becomes more than {most / 2**30:.1f} GiB; save it without compression, or split it")
+        raise BadScan(
+            f"{name}: becomes more than {most / 2**30:.1f} GiB; save it without compression, or split it"
+        )
     return out
 
 

@@ -108,5 +108,11 @@ def _nibabel(files: Sequence[tuple[str, bytes]], max_bytes: int) -> tuple[np.nda
         image = nib.MGHImage.from_bytes(data)
     shape = [n for axis, n in enumerate(image.shape) if axis < 3 or n > 1]
     dtype = image.get_data_dtype()
-    _check(name, shape, "" if dtype.kind in "iuf" else "colour or complex", sum(len(d) for _, d in files), max_bytes)
+    _check(
+        name,
+        shape,
+        "" if dtype.kind in "iuf" else "colour or complex",
+        sum(len(d) for _, d in files),
+        max_bytes,
+    )
     return np.asarray(image.dataobj).reshape(shape), np.array(image.affine, np.float64)

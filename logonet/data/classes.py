@@ -1,0 +1,237 @@
+"""The classes of labels by name: the same organ has other numbers in other datasets.
+
+Names are compared by their words, whatever their order and case: "Left kidney" is "kidney_left". A dataset that declares
+no names has only numbers, and is believed to number as the others do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from logonet.core.config import Section
+from logonet.core.errors import BadScan, UserError
+from logonet.data.manifest import Scan
+
+IGNORE = 255  # index of voxels that nobody has labelled; they count neither in the loss nor in scores
+IGNORE_NAME = "ignore"  # nnU-Net's name of them
+BACKGROUND = "background"
+NUM_VALUES = 256
+
+
+@dataclass(frozen=True)
+class Config(Section, key="data"):
+    """Which classes of the labels count.
+
+    Attributes:
+        classes: chosen by name, all others become background; a mapping {new: [old, ...]} merges and renames. Empty: all.
+    """
+
+    classes: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
+
+    @property
+    def members(self) -> dict[str, tuple[str, ...]]:
+        """The names that each chosen class goes by in the datasets."""
+        if isinstance(self.classes, Mapping):
+            return dict(self.classes)
+        return {name: (name,) for name in self.classes}
+
+
+def key(name: str) -> tuple[str, ...]:
+    """What two names of one class have in common."""
+    return tuple(sorted(re.findall(r"[^\W_]+", name.casefold())))
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes that a network learns or gives.
+
+    Attributes:
+        names: of each class index; the first is "background".
+        values: what each index is written as in label maps.
+        members: names in datasets -> class index, by `key`; what is in none is background, if ``chosen``.
+        chosen: the user has chosen classes.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[int, ...]
+    members: Mapping[tuple[str, ...], int] = field(default_factory=dict)
+    chosen: bool = False
+
+    @classmethod
+    def named(
+        cls, names: Sequence[str], values: Sequence[int], *members: Mapping[str, Sequence[str]]
+    ) -> Classes:
+        """Classes that go by their own names, such as a trained model's, and by those that ``members`` adds.
+
+        Raises:
+            UserError: ``members`` adds names to a class that does not exist.
+        """
+        index_of = {key(name): i for i, name in enumerate(names)}
+        for new, olds in (item for more in members for item in more.items()):
+            if key(new) not in index_of:
+                raise UserError(
+                    f"data.classes names '{new}', which the model lacks (known: {', '.join(names[1:])})"
+                )
+            index_of |= {key(old): index_of[key(new)] for old in olds}
+        return cls(tuple(names), tuple(values), index_of)
+
+    def of(self, scan: Scan) -> LabelMap:
+        """How to read the label map of ``scan``: by the names its dataset declares, else by number."""
+        index_of, unknown = np.zeros(NUM_VALUES, np.uint8), {}
+        for value in range(1, NUM_VALUES):
+            name = scan.classes[value] if value < len(scan.classes) else ""
+            if name and key(name) == key(IGNORE_NAME):
+                index_of[value] = IGNORE
+            elif name:
+                index = self.members.get(key(name))
+                index_of[value] = index or 0
+                if index is None:
+                    unknown[value] = name
+            elif not any(scan.classes) and (index := self._by_number(value)):
+                index_of[value] = index
+            elif value in scan.label_values:
+                unknown[value] = f"class {value}"
+        return LabelMap(tuple(index_of.tolist()), unknown)
+
+    def _by_number(self, value: int) -> int:
+        """The class of a value that has no name; 0 for none."""
+        if value in self.values and not self.chosen:
+            return self.values.index(value)
+        return self.members.get(key(f"class {value}"), 0)
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """Class indices of the values of a dataset's label maps.
+
+    Attributes:
+        index_of: by value, 256 entries; IGNORE where a voxel does not count.
+        unknown: value -> name, of what is declared, or occurs, and is no class; it is read as background.
+    """
+
+    index_of: tuple[int, ...]
+    unknown: Mapping[int, str]
+
+    def indices(self, labels_XYZ: np.ndarray) -> np.ndarray:
+        """uint8 class indices of a label map's values."""
+        return np.array(self.index_of, np.uint8)[labels_XYZ]
+
+    def as_values(
+        self, labels_XYZ: np.ndarray, found_XYZ: np.ndarray, values: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A truth and what a model found, both in the model's ``values``; background where the truth is to be ignored."""
+        indices_XYZ = self.indices(labels_XYZ)
+        known_XYZ = indices_XYZ != IGNORE
+        values_of = np.array(values, np.uint8)
+        return values_of[indices_XYZ * known_XYZ], np.where(known_XYZ, found_XYZ, values_of[0])
+
+    def present(self) -> set[int]:
+        """The class indices, background apart, that the dataset has."""
+        return set(self.index_of) - {0, IGNORE}
+
+
+def union(scans: Iterable[Scan], cfg: Config) -> Classes:
+    """The classes of all labelled ``scans``, background first: what is declared, else what occurs.
+
+    Datasets that number a class differently are matched by name; the first one's numbers are written.
+
+    Raises:
+        UserError: a chosen class that no dataset has, two names of one class in a dataset, or nothing but background.
+    """
+    scans = list(scans)
+    numbers: dict[str, int] = {}  # name -> value, of the dataset that names it first
+    for declared in dict.fromkeys(scan.classes for scan in scans):
+        named = {name: v for v, name in enumerate(declared) if name and v and key(name) != key(IGNORE_NAME)}
+        _refuse_twice(named)
+        for name, value in named.items():
+            if key(name) not in map(key, numbers):
+                numbers[name] = value
+    if not numbers:
+        occurring = sorted({v for scan in scans for v in scan.label_values if v})
+        if 255 in occurring and occurring != [255]:
+            others = ", ".join(map(str, occurring[:-1]))
+            raise UserError(
+                f"label maps hold 255 beside {others} and no names are declared: is 255 a class, or voxels that nobody "
+                f"has labelled? Declare it in a dataset.json, as '{IGNORE_NAME}' in the latter case"
+            )
+        numbers = {f"class {value}": value for value in occurring}
+    if not numbers:
+        raise UserError("no scan has a label but background; nothing can be learnt")
+    members = cfg.members or {name: (name,) for name in numbers}
+    if missing := [n for names in members.values() for n in names if key(n) not in map(key, numbers)]:
+        raise UserError(
+            f"data.classes names '{missing[0]}', which no dataset has (known: {', '.join(numbers)})"
+        )
+    for name in members:
+        if key(name) in (key("mean"), key(BACKGROUND)):
+            raise UserError(f"the class name '{name}' is taken by the tables of scores; give it another name")
+    return Classes(
+        (BACKGROUND, *members),
+        (0, *_values(numbers, members)),
+        {key(old): i for i, olds in enumerate(members.values(), 1) for old in olds},
+        chosen=bool(cfg.members),
+    )
+
+
+def _values(numbers: Mapping[str, int], members: Mapping[str, tuple[str, ...]]) -> list[int]:
+    """The value of each class: its dataset's where it is one class there and no other has that value, else 1, 2, 3..."""
+    by_key = {key(name): value for name, value in numbers.items()}
+    own = [by_key[key(olds[0])] for olds in members.values() if len(olds) == 1]
+    return own if len(set(own)) == len(members) else list(range(1, len(members) + 1))
+
+
+def _refuse_twice(named: Mapping[str, int]) -> None:
+    seen: dict[tuple[str, ...], str] = {}
+    for name in named:
+        if (other := seen.setdefault(key(name), name)) != name:
+            raise UserError(
+                f"the class names '{other}' and '{name}' of one dataset are the same words; give each a name of its own"
+            )
+
+
+def check_present(labels_XYZ: np.ndarray, label_map: LabelMap, scan_id: str, classes: Classes) -> None:
+    """Refuse a label map with values that are no class, where the user has not chosen classes.
+
+    Raises:
+        BadScan: naming the first such value.
+    """
+    if classes.chosen or not label_map.unknown:
+        return
+    values = np.flatnonzero(np.bincount(labels_XYZ.ravel(order="K"), minlength=NUM_VALUES))
+    if odd := [int(v) for v in values if int(v) in label_map.unknown]:
+        known = ", ".join(map(str, classes.values))
+        what = f"the value {odd[0]}, which is no class of the dataset"
+        hint = "correct the label or the dataset's class list"
+        raise BadScan(f"{scan_id}: its label map holds {what} (those are {known}); {hint}")
+
+
+def match(scans: Sequence[Scan], model: Classes) -> dict[tuple[str, ...], LabelMap]:
+    """How to read the label maps of ``scans`` as a model's classes, by what their datasets declare.
+
+    Raises:
+        UserError: a dataset has none of the model's classes, or, where nothing is declared, other numbers; both tables
+            are shown.
+    """
+    found: dict[tuple[str, ...], LabelMap] = {}
+    for scan in scans:
+        label_map = model.of(scan)
+        declared = any(scan.classes[1:])
+        if not label_map.present() or (not declared and label_map.unknown):
+            theirs = {v: n for v, n in enumerate(scan.classes) if v and n} or {
+                v: "?" for v in scan.label_values if v
+            }
+            raise UserError(
+                f"the labels of {scan.dataset} are not the model's: they are {_table(theirs.items())}, the model's "
+                f"{_table(zip(model.values[1:], model.names[1:]))}; give the labels the model's names in a dataset.json, "
+                "or rename them with data.classes"
+            )
+        found[scan.classes] = label_map
+    return found
+
+
+def _table(pairs: Iterable[tuple[int, str]]) -> str:
+    return ", ".join(f"{value} {name}" for value, name in pairs)
