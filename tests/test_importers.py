@@ -428,7 +428,7 @@ def test_real_decathlon_task(shared_data: Path) -> None:
             {
                 "a/study/ct.nii.gz": ("a", "a_ct", "a/study/ct_mask.nii.gz"),
                 "b/study/ct.nii.gz": ("b", "b_ct", ""),
-                "b/study/mr.nii.gz": ("mr", "mr", ""),
+                "b/study/mr.nii.gz": ("b", "b_mr", ""),
             },
             id="a folder that all share says nothing",
         ),

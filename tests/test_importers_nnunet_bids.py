@@ -103,8 +103,8 @@ def test_nnunet_folds(root: str) -> None:
         (
             {"file_ending": ".png"},
             ["imagesTr/a_0000.png"],
-            "{root}/dataset.json: its files end in '.png'; logonet reads .nii.gz, .nii, .nrrd, .nhdr, .mha, .mhd, .mgz, "
-            ".mgh, .hdr; convert them",
+            "{root}/dataset.json: its files end in '.png'; logonet reads .nii.gz, .nii, .nrrd, .nhdr, .mha, .mhd, "
+            ".mgz, .mgh, .hdr; convert them",
         ),
         (
             {},

@@ -119,7 +119,8 @@ BROKEN: dict[str, tuple[bytes | None, bytes | None, dict[str, Any], dict[str, st
         {
             "checksum": f"a.nii.gz: its SHA-256 begins {hashlib.sha256(image(affine=moved(4))).hexdigest()[:10]}, not "
             "0000000000 as listed; copy the file again or correct the list",
-            "label affine": "l.nii.gz: the label lies 4.0 mm off its image; resample it onto the image's grid, or correct the affine that is wrong",
+            "label affine": "l.nii.gz: the label lies 4.0 mm off its image; resample it onto the image's grid, or "
+            "correct the affine that is wrong",
         },
     ),
     "torn, with a label of another shape": (
@@ -143,7 +144,8 @@ BROKEN: dict[str, tuple[bytes | None, bytes | None, dict[str, Any], dict[str, st
         {},
         {
             "finite": f"a.nii.gz: {NAN}",
-            "label affine": "l.nii.gz: the label lies 3.0 mm off its image; resample it onto the image's grid, or correct the affine that is wrong",
+            "label affine": "l.nii.gz: the label lies 3.0 mm off its image; resample it onto the image's grid, or "
+            "correct the affine that is wrong",
             "label values": "l.nii.gz: a label map holds integers from 0 to 255, this one also -1, 0.5, 1.5, ...; "
             "correct it",
             "label set": "l.nii.gz: holds 7, but the dataset declares 0 background, 1 liver, 2 spleen; correct one of "

@@ -1,7 +1,7 @@
 """The classes of labels by name: the same organ has other numbers in other datasets.
 
-Names are compared by their words, whatever their order and case: "Left kidney" is "kidney_left". A dataset that declares
-no names has only numbers, and is believed to number as the others do.
+Names are compared by their words, whatever their order and case: "Left kidney" is "kidney_left". A dataset that
+declares no names has only numbers, and is believed to number as the others do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Config(Section, key="data"):
     """Which classes of the labels count.
 
     Attributes:
-        classes: chosen by name, all others become background; a mapping {new: [old, ...]} merges and renames. Empty: all.
+        classes: chosen by name, all others become background; a mapping {new: [old, ...]} merges and renames. Empty:
+            all.
     """
 
     classes: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
@@ -123,7 +124,7 @@ class LabelMap:
     def as_values(
         self, labels_XYZ: np.ndarray, found_XYZ: np.ndarray, values: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A truth and what a model found, both in the model's ``values``; background where the truth is to be ignored."""
+        """A truth and what a model found, in the model's ``values``; background where the truth is to be ignored."""
         indices_XYZ = self.indices(labels_XYZ)
         known_XYZ = indices_XYZ != IGNORE
         values_of = np.array(values, np.uint8)
@@ -178,7 +179,7 @@ def union(scans: Iterable[Scan], cfg: Config) -> Classes:
 
 
 def _values(numbers: Mapping[str, int], members: Mapping[str, tuple[str, ...]]) -> list[int]:
-    """The value of each class: its dataset's where it is one class there and no other has that value, else 1, 2, 3..."""
+    """The value of each class: its dataset's where it is one class there and no other has it, else 1, 2, 3..."""
     by_key = {key(name): value for name, value in numbers.items()}
     own = [by_key[key(olds[0])] for olds in members.values() if len(olds) == 1]
     return own if len(set(own)) == len(members) else list(range(1, len(members) + 1))

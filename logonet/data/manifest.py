@@ -41,8 +41,9 @@ class Source:
     """One scan to inspect: a file, a header with its voxels beside it (both are ``files``), or the folder of a DICOM
     series whose slices are ``files``.
 
-    ``case`` is the case's name where the file's own does not tell one case from the next, ``modality`` is what the dataset says, ``split`` one of "train", "val" and "test", ``fold`` the fold that
-    the dataset puts the scan into (-1: none), ``classes[v]`` the declared name of label value v ("" where
+    ``case`` is the case's name where the file's own does not tell one case from the next, ``modality`` is what the
+    dataset says, ``split`` one of "train", "val" and "test", ``fold`` the fold that the dataset puts the scan into
+    (-1: none), ``classes[v]`` the declared name of label value v ("" where
     undeclared, () when nothing is declared), ``sha256`` the digest that the file must have, if one is given.
     ``version`` changes whenever the scan or its label is replaced, ``size_bytes`` is 0 where it is not known.
     """
@@ -276,7 +277,8 @@ def grid_faults(uri: str, label: Grid, image: Grid) -> dict[str, str]:
     worst_mm = float(np.linalg.norm(shift_mm, axis=0).max())
     if worst_mm > GRID_TOLERANCE_VOX * np.linalg.norm(affine[:3, :3], axis=0).min():
         faults["affine"] = (
-            f"{uri}: the label lies {worst_mm:.1f} mm off its image; resample it onto the image's grid, or correct the affine that is wrong"
+            f"{uri}: the label lies {worst_mm:.1f} mm off its image; resample it onto the image's grid, or correct the "
+            "affine that is wrong"
         )
     return faults
 

@@ -23,7 +23,6 @@ import numpy as np
 
 from logonet.core import config, seeding
 from logonet.core.config import Count, Section, Share, SizeVox
-from logonet.core.errors import BadScan
 from logonet.data import volume
 from logonet.data.classes import IGNORE
 from logonet.data.preprocessing import Preprocessing

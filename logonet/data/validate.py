@@ -108,7 +108,8 @@ def _check_label(source: Source, image: Grid | None, found: list[Problem]) -> No
         add("label opens", str(err))
         return
     try:
-        label = volume.decode_nifti(data, uri, allow_constant=True)
+        label = volume.decode(uri, [(uri, data)], allow_constant=True)
+        label = volume.turned(label, image[1]) if image else label
     except BadScan as err:
         label = None
         add(f"label {_why(err)}", str(err))

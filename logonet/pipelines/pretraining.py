@@ -38,8 +38,9 @@ class Pretraining:
     """Everything that decides what a pretraining run computes. ``logonet/recipes`` names full ones.
 
     ``split`` leaves out the scans that it puts into test and validation sets: give the finetuning's own split where
-    both stand on one dataset. None uses every scan. ``data`` is about the labels of the probe. ``probe`` measures the encoder on a few labelled cases while it
-    trains, fitting on the split's training cases and judging on its validation cases; None does not.
+    both stand on one dataset. None uses every scan. ``probe`` measures the encoder on a few labelled cases while it
+    trains, fitting on the split's training cases and judging on its validation cases; None does not. ``data`` is about
+    the labels of these.
     """
 
     data: classes.Config = field(default_factory=classes.Config)

@@ -5,11 +5,11 @@ Nothing here opens a file. Names are compared by their words, the parts between 
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import PurePosixPath
 
 from logonet.data.manifest import Source, stem
@@ -119,15 +119,16 @@ def identify(found: Sequence[Source], root: str = "") -> list[Source]:
     for source in found:
         by_stem[stem(source.uri)].append(source)
     channels, patients = _channel_groups(found), _patient_folders(found)
+    folders: dict[str, list[str]] = {}  # that are cases -> their names
+    for same in by_stem.values():
+        if len({folder_of(s.uri) for s in same}) > 1:
+            folders |= {folder_of(s.uri): _differing_folders(s, same) for s in same}
     out = []
     for source in found:
-        same, own = by_stem[stem(source.uri)], stem(source.uri)
-        case, subject = source.case, ""
-        if len({folder_of(s.uri) for s in same}) > 1:
-            folders = _differing_folders(source, same)
-            case, subject = case or "_".join([*folders, own]), folders[0]
-        subject = source.subject or _bids_subject(source.uri[len(root) :]) or subject
-        out.append(replace(source, case=case, subject=subject or _subject(source, channels, patients)))
+        case = folders.get(folder_of(source.uri), [])
+        subject = source.subject or _bids_subject(source.uri[len(root) :]) or "".join(case[:1])
+        named = source.case or ("_".join([*case, stem(source.uri)]) if case else "")
+        out.append(replace(source, case=named, subject=subject or _subject(source, channels, patients)))
     return out
 
 
@@ -135,9 +136,14 @@ def _differing_folders(source: Source, same: Sequence[Source]) -> list[str]:
     """The folders of ``source`` in which the scans of the same name differ."""
     paths = [PurePosixPath(folder_of(s.uri)).parts for s in same]
     own = PurePosixPath(folder_of(source.uri)).parts
-    before = len(os.path.commonprefix(paths))
-    behind = len(os.path.commonprefix([path[before:][::-1] for path in paths]))
+    before = _shared(paths)
+    behind = _shared([path[before:][::-1] for path in paths])
     return list(own[before : len(own) - behind]) or [own[-1]]
+
+
+def _shared(paths: Sequence[tuple[str, ...]]) -> int:
+    """How many first entries all ``paths`` have in common."""
+    return len(list(takewhile(lambda entries: len(set(entries)) == 1, zip(*paths))))
 
 
 def _channel_groups(found: Sequence[Source]) -> set[str]:
@@ -163,7 +169,7 @@ def _channel_groups(found: Sequence[Source]) -> set[str]:
 
 
 def _patient_folders(found: Sequence[Source]) -> set[str]:
-    """The folders that are a patient's: several hold a few scans each, all named after their folder, not just numbered."""
+    """The folders that are a patient's: several hold a few scans each, named after their folder, not numbered only."""
     of: dict[str, list[str]] = defaultdict(list)
     for source in found:
         of[folder_of(source.uri)].append(stem(source.uri))

@@ -1,4 +1,5 @@
-"""Scans as arrays in space: bytes of NIfTI, DICOM, NRRD, MetaImage and MGH in, orientation, resampling, windowing, NIfTI bytes out.
+"""Scans as arrays in space: bytes of NIfTI, DICOM, NRRD, MetaImage and MGH in, NIfTI bytes out; orientation,
+resampling, windowing.
 
 Shape suffixes: C channels (always 1 here), X Y Z voxel axes. Affines are (4, 4), voxel index -> RAS+ mm.
 Bytes come from anywhere, so every decoder treats them as hostile: it refuses with ``BadScan``, in one

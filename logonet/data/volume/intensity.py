@@ -8,6 +8,24 @@ from logonet.core.errors import BadScan
 from logonet.data.volume.volume import Volume
 
 UINT16_MAX = 65535  # stored crops: 0..65535 for intensities 0..1
+# How datasets begin the names of a modality: CTA, CT angiography, MRI, T1ce, FLAIR...
+CT_NAMES = ("ct", "cect", "ncct", "cbct", "computed")
+MR_NAMES = (
+    "mr",
+    "magnetic",
+    "t1",
+    "t2",
+    "flair",
+    "adc",
+    "dwi",
+    "pd",
+    "swi",
+    "tof",
+    "dce",
+    "bold",
+    "cine",
+    "hbv",
+)
 AIR_HU = -200.0  # below fat (-100 HU) and above air (-1000 HU)
 AIR_SHARE = 0.005
 
@@ -24,9 +42,9 @@ def modality(volume: Volume, hint: str | None, name: str) -> str:
         BadScan: for a hint that is neither CT nor some MR contrast.
     """
     hint = (hint or volume.modality or "").strip().lower()
-    if hint == "ct":
+    if hint.startswith(CT_NAMES):
         return "CT" if volume.modality == "CT" or float(volume.array_CXYZ.min()) < 0 else "MR"
-    if hint.startswith(("mr", "t1", "t2", "flair", "adc", "dwi", "pd")):
+    if hint.startswith(MR_NAMES):
         return "MR"
     if hint:
         raise BadScan(f"{name}: its modality '{hint}' is neither CT nor MR")

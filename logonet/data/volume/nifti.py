@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 
 from logonet.core.errors import BadScan
-from logonet.data.volume.volume import Volume, check_affine, check_values
+from logonet.data.volume.volume import Volume, check_affine, check_values, is_usable
 
 MAX_BYTES = 8 * 2**30  # of one decoded scan; 1024 x 1024 x 2048 float32 voxels
 # A file may claim SMALL_BYTES whatever its own size, an empty label map of a long CT for one; beyond that MAX_EXPANSION
@@ -195,6 +195,8 @@ def _nifti_affine(header: Any, name: str) -> np.ndarray:
     with np.errstate(all="ignore"):
         try:
             affine = np.array(header.get_best_affine(), np.float64)
+            if header["sform_code"] > 0 and header["qform_code"] > 0 and not is_usable(affine):
+                affine = np.array(header.get_qform(), np.float64)
         except (nib.spatialimages.HeaderDataError, ValueError, np.linalg.LinAlgError) as err:
             raise BadScan(f"{name}: no usable orientation in its header ({err})") from None
     affine[:3] *= {1: 1e3, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres, micrometres

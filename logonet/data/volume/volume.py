@@ -47,6 +47,15 @@ class Volume:
         return "".join(nib.orientations.aff2axcodes(self.affine))
 
 
+def is_usable(affine: np.ndarray) -> bool:
+    """Whether voxels have a size and three directions."""
+    try:
+        check_affine(affine, "")
+    except BadScan:
+        return False
+    return True
+
+
 def check_affine(affine: np.ndarray, name: str) -> None:
     lengths_mm = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or lengths_mm.min() < 1e-4:
