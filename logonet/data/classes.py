@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from logonet.core.config import Section
 from logonet.core.errors import BadScan, UserError
-from logonet.data.manifest import Scan
 
 IGNORE = 255  # index of voxels that nobody has labelled; they count neither in the loss nor in scores
 IGNORE_NAME = "ignore"  # nnU-Net's name of them
@@ -39,6 +39,17 @@ class Config(Section, key="data"):
         if isinstance(self.classes, Mapping):
             return dict(self.classes)
         return {name: (name,) for name in self.classes}
+
+
+class Labelled(Protocol):
+    """What of a manifest's row tells its classes."""
+
+    @property
+    def dataset(self) -> str: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def label_values(self) -> tuple[int, ...]: ...
 
 
 def key(name: str) -> tuple[str, ...]:
@@ -80,7 +91,7 @@ class Classes:
             index_of |= {key(old): index_of[key(new)] for old in olds}
         return cls(tuple(names), tuple(values), index_of)
 
-    def of(self, scan: Scan) -> LabelMap:
+    def of(self, scan: Labelled) -> LabelMap:
         """How to read the label map of ``scan``: by the names its dataset declares, else by number."""
         index_of, unknown = np.zeros(NUM_VALUES, np.uint8), {}
         for value in range(1, NUM_VALUES):
@@ -135,7 +146,7 @@ class LabelMap:
         return set(self.index_of) - {0, IGNORE}
 
 
-def union(scans: Iterable[Scan], cfg: Config) -> Classes:
+def union(scans: Iterable[Labelled], cfg: Config) -> Classes:
     """The classes of all labelled ``scans``, background first: what is declared, else what occurs.
 
     Datasets that number a class differently are matched by name; the first one's numbers are written.
@@ -210,7 +221,7 @@ def check_present(labels_XYZ: np.ndarray, label_map: LabelMap, scan_id: str, cla
         raise BadScan(f"{scan_id}: its label map holds {what} (those are {known}); {hint}")
 
 
-def match(scans: Sequence[Scan], model: Classes) -> dict[tuple[str, ...], LabelMap]:
+def match(scans: Sequence[Labelled], model: Classes) -> dict[tuple[str, ...], LabelMap]:
     """How to read the label maps of ``scans`` as a model's classes, by what their datasets declare.
 
     Raises:
@@ -225,10 +236,10 @@ def match(scans: Sequence[Scan], model: Classes) -> dict[tuple[str, ...], LabelM
             theirs = {v: n for v, n in enumerate(scan.classes) if v and n} or {
                 v: "?" for v in scan.label_values if v
             }
+            ours = _table(zip(model.values[1:], model.names[1:]))
             raise UserError(
                 f"the labels of {scan.dataset} are not the model's: they are {_table(theirs.items())}, the model's "
-                f"{_table(zip(model.values[1:], model.names[1:]))}; give the labels the model's names in a dataset.json, "
-                "or rename them with data.classes"
+                f"{ours}; give the labels the model's names in a dataset.json, or rename them with data.classes"
             )
         found[scan.classes] = label_map
     return found
