@@ -416,3 +416,27 @@ def test_check_names_the_server_or_says_it_is_away(
     with pytest.raises(UserError, match="could not answer") as err:
         tracking.check()
     assert "hunter2" not in str(err.value)
+
+
+def test_a_folder_of_runs_is_a_tracking_server_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "mlruns"))
+    uri = tracking.register("logonet-encoder", {"a.json": b"{}"}, {"x": "1"}, kind="encoder")
+    assert uri == "models:/logonet-encoder/1"
+    assert tracking.register("logonet-encoder", {"a.json": b"{}"}, {"x": "1"}, kind="encoder") == uri
+    folder = tracking.download(uri, str(tmp_path / "models"))
+    assert (pathlib.Path(folder) / "a.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize("address", ["localhost:5000", "mlflow.hospital:80/tracking"])
+def test_an_address_without_its_scheme_is_said(address, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    with pytest.raises(UserError, match=f"MLFLOW_TRACKING_URI is {address}; write http://{address}"):
+        tracking.tracking_uri()
+
+
+def test_a_home_that_cannot_be_made_is_said(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LOGONET_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(UserError, match=r"file/home, where runs are recorded, cannot be made .*set LOGONET_HOME"):
+        tracking.check()

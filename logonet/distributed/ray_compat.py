@@ -99,10 +99,16 @@ def on_loopback() -> Iterator[None]:
 
 
 def without_dashboard() -> None:
-    """Run in every worker process of a Ray that has no dashboard: Ray Train's watcher over its controller asks the
-    dashboard, and would complain every second."""
+    """Run in every worker process of a Ray of our own, which has no dashboard.
+
+    Ray Train's watcher over its controller asks the dashboard, and would complain every second. Where another Ray runs
+    on the machine it does not know which one it is of, and would end with a traceback.
+    """
     import logging
 
+    import ray
+
+    os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     name = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
     logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -40,6 +41,7 @@ MLFLOW_DEFAULTS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_UV_AUTO_DETECT": "false",  # it would copy a lock file from the current folder into the model
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # who has a folder of runs is to keep it
 }
 
 
@@ -52,8 +54,13 @@ def tracking_uri() -> str:
     """``MLFLOW_TRACKING_URI``, else a SQLite file under :func:`home`.
 
     SQLite paths come back absolute: train workers run in another folder than the driver.
+
+    Raises:
+        UserError: for host:port, which MLflow would take for a folder.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///" + os.path.join(home(), "mlflow.db")
+    if re.fullmatch(r"[\w.-]+:[0-9]+(/.*)?", uri):
+        raise UserError(f"MLFLOW_TRACKING_URI is {uri}; write http://{uri}")
     if uri.startswith("sqlite:///"):
         return "sqlite:///" + os.path.abspath(uri.removeprefix("sqlite:///"))
     return uri
@@ -300,7 +307,12 @@ def connect(uri: str) -> Any:
     from mlflow import MlflowClient
 
     if uri.startswith("sqlite:///"):
-        os.makedirs(os.path.dirname(uri.removeprefix("sqlite:///")), exist_ok=True)
+        folder = os.path.dirname(uri.removeprefix("sqlite:///"))
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as err:
+            ways = "set LOGONET_HOME to a folder that can be written, or MLFLOW_TRACKING_URI to a server"
+            raise UserError(f"{folder}, where runs are recorded, cannot be made ({err.strerror}); {ways}") from None
     return MlflowClient(tracking_uri=uri)
 
 
