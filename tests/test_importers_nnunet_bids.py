@@ -66,11 +66,12 @@ def test_several_nnunet_datasets_with_channels_and_test_labels(tmp_path: Path) -
         f"{name}/{file}": (name, subject, modality, split)
         for name in ("Dataset001_A", "Dataset002_B")
         for file, subject, modality, split in (
-            ("imagesTr/x_0000.nii.gz", "x", "T2w", "train"),
-            ("imagesTr/x_0001.nii.gz", "x", "", "train"),
+            ("imagesTr/x_0000.nii.gz", "x", "T2w+noNorm", "train"),
             ("imagesTs/y_0000.nii.gz", "y", "T2w", "test"),
         )
     }
+    channels = {n: [u.removeprefix(f"{tmp_path}/") for u in s.channels] for n, s in got.items()}
+    assert channels["Dataset001_A/imagesTr/x_0000.nii.gz"] == ["Dataset001_A/imagesTr/x_0001.nii.gz"]
     assert set(labels(tmp_path, got).values()) == {
         f"{name}/{label}.nii.gz"
         for name in ("Dataset001_A", "Dataset002_B")

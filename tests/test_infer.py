@@ -270,7 +270,7 @@ def test_another_modality_is_refused() -> None:
     scan = Volume(smooth((9, 9, 9)), OBLIQUE)
     with pytest.raises(BadScan, match=r"^case 7: is MR, but the model was trained on CT only"):
         Predictor(Net(), spec(modality="CT"), device="cpu").segment(scan, "MR", "case 7")
-    with pytest.raises(BadScan, match="has 1 channel, but the model wants 2"):
+    with pytest.raises(BadScan, match="has 1 channels, but the model wants 2"):
         Predictor(Net(), spec(in_channels=2), device="cpu").segment(scan, "CT", "case 7")
 
 

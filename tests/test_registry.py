@@ -438,5 +438,7 @@ def test_a_home_that_cannot_be_made_is_said(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LOGONET_HOME", str(tmp_path / "file" / "home"))
-    with pytest.raises(UserError, match=r"file/home, where runs are recorded, cannot be made .*set LOGONET_HOME"):
+    with pytest.raises(
+        UserError, match=r"file/home, where runs are recorded, cannot be made .*set LOGONET_HOME"
+    ):
         tracking.check()

@@ -173,7 +173,7 @@ BAD = {
     "truncated": (nifti_bytes(GOOD)[:-1], "truncated"),
     "2D": (nifti_bytes(GOOD[:, :, 0]), "2D"),
     "2D with singleton": (nifti_bytes(GOOD[:, :, :1]), "2D"),
-    "4D": (nifti_bytes(np.stack([GOOD, GOOD], -1)), "each channel or time point"),
+    "4D": (nifti_bytes(np.stack([GOOD] * 9, -1)), "more than 8 channels"),
     "0 axes": (nifti_bytes(GOOD, dim=[0, 6, 5, 4, 1, 1, 1, 1]), "impossible dimensions"),
     "9 axes": (nifti_bytes(GOOD, dim=[9, 6, 5, 4, 1, 1, 1, 1]), "impossible dimensions"),
     "zero side": (nifti_bytes(GOOD, dim=[3, 6, 0, 4, 1, 1, 1, 1]), "impossible dimensions"),

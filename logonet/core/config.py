@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # it takes a quarter of a second, and most data tasks make no
 
 T = TypeVar("T")
 MAX_YAML_NODES = 100_000
+# Metadata of a field that came later: what leaves it at its default is called by the same fingerprint as before.
+OMIT_DEFAULT = {"omit_default": True}
 MAX_DEPTH = 100  # of a JSON document
 
 
@@ -92,8 +94,13 @@ def _fields(value: Any) -> Mapping[str, Any]:
         options = value.config if isinstance(value.config, Mapping) else _fields(value.config)
         return {"name": value.name, **options} if value.name else options
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if not _omitted(f, value)}
     raise TypeError(f"{type(value).__name__} is no part of a config")
+
+
+def _omitted(field: dataclasses.Field[Any], value: Any) -> bool:
+    made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return OMIT_DEFAULT.items() <= field.metadata.items() and getattr(value, field.name) == made
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from logonet.core.config import Count, Share, SizeVox
 from logonet.core.errors import BadScan
 from logonet.data import volume
 from logonet.data.preprocessing import Preprocessing
-from logonet.data.volume import Volume
+from logonet.data.volume import LowHigh, Volume
 
 FOREGROUND = 0.05  # of the intensity range: -900 HU in the default window, so lung counts and air does not
 CANDIDATES = 4
@@ -82,9 +83,7 @@ def candidates(shape_xyz: Sequence[int], cfg: Config, scan_id: str) -> np.ndarra
     return np.where(room < 0, room // 2, corners_RK3)
 
 
-def choose_corners(
-    array_CXYZ: np.ndarray, low_high: tuple[float, float], cfg: Config, scan_id: str
-) -> np.ndarray:
+def choose_corners(array_CXYZ: np.ndarray, low_high: LowHigh, cfg: Config, scan_id: str) -> np.ndarray:
     """The lower corners of the crops to cut, int64 (R, 3).
 
     Of each crop's candidates the first whose foreground share reaches ``cfg.min_foreground`` is taken, else
@@ -103,10 +102,8 @@ def choose_corners(
     return np.stack(chosen)
 
 
-def cut(
-    array_CXYZ: np.ndarray, corner: Sequence[int], size_vox: Sequence[int], pad: float = 0.0
-) -> np.ndarray:
-    """The box of ``size_vox`` voxels from its lower ``corner``, (C, *size_vox); ``pad`` outside."""
+def cut(array_CXYZ: np.ndarray, corner: Sequence[int], size_vox: Sequence[int], pad: Any = 0.0) -> np.ndarray:
+    """The box of ``size_vox`` voxels from its lower ``corner``, (C, *size_vox); ``pad`` outside, one value or (C, 1, 1, 1)."""
     shape_xyz = array_CXYZ.shape[1:]
     crop_CXYZ = np.full((array_CXYZ.shape[0], *size_vox), pad, array_CXYZ.dtype)
     source = _inside(shape_xyz, corner, size_vox)

@@ -11,7 +11,7 @@ import hashlib
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -25,7 +25,6 @@ from logonet.data.volume import Volume
 from logonet.storage import object_store, parquet
 
 MAX_LABEL = 255
-GRID_TOLERANCE_VOX = 0.1  # between the corners of an image and of its label: rounding, not misplacement
 LABEL_TOLERANCE = (
     1e-3  # between a label map's value and a whole number: rounding by a program that stores floats
 )
@@ -39,7 +38,8 @@ Grid = tuple[tuple[int, int, int], np.ndarray]  # shape and affine
 @dataclass(frozen=True)
 class Source:
     """One scan to inspect: a file, a header with its voxels beside it (both are ``files``), or the folder of a DICOM
-    series whose slices are ``files``.
+    series whose slices are ``files``. Its further channels are files too, ``channels``; the label map is one file,
+    ``label_uri``, or a folder of ``label_files``, a mask for each class of ``classes``.
 
     ``case`` is the case's name where the file's own does not tell one case from the next, ``modality`` is what the
     dataset says, ``split`` one of "train", "val" and "test", ``fold`` the fold that the dataset puts the scan into
@@ -50,6 +50,7 @@ class Source:
 
     uri: str
     files: tuple[str, ...] = ()
+    channels: tuple[str, ...] = ()
     case: str = ""
     subject: str = ""
     dataset: str = ""
@@ -58,6 +59,7 @@ class Source:
     split: str = "train"
     fold: int = -1
     label_uri: str = ""
+    label_files: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     sha256: str = ""
     size_bytes: int = 0
@@ -69,8 +71,8 @@ class Scan:
     """One usable scan.
 
     ``scan_id`` is the file's stem and the start of its SHA-256: the same wherever the scan is stored.
-    ``modality`` is "CT" for Hounsfield units, "MR" for intensities without an absolute scale (see
-    ``volume.modality``). ``shape``, ``spacing_mm`` and ``orientation`` are those of the file, not yet RAS.
+    ``modality`` is "CT" for Hounsfield units, "MR" for intensities without an absolute scale, of several channels one
+    for each (see ``volume.modality``). ``shape``, ``spacing_mm`` and ``orientation`` are those of the file, not yet RAS.
     ``sha256`` is that of the file, or of the sorted SHA-256s of a DICOM series' slices; ``voxel_sha256`` and
     ``thumbprint`` (its perceptual hash) are those of ``scan_hash``. ``fold`` and ``classes`` are the source's;
     ``label_values`` are the values in the label, background 0 included. ``note`` says what of the files was not used,
@@ -104,6 +106,12 @@ class Scan:
     note: str = ""
     grid: str = ""
     label_like: int = 0
+    channels: tuple[str, ...] = ()
+    label_files: tuple[str, ...] = ()
+
+    @property
+    def num_channels(self) -> int:
+        return len(self.modality.split(volume.JOIN))
 
 
 @dataclass(frozen=True)
@@ -150,11 +158,14 @@ def _inspect(source: Source) -> Scan:
     modality = volume.modality(scan, source.modality, source.uri)
     label_sha256 = ""
     label_values: tuple[int, ...] = ()
+    notes = [scan.note] if scan.note else []
     if source.label_uri:
-        label = read_one(source.label_uri)
-        label_sha256 = _sha256([label])
-        label_values = label_values_of(_decode_label(label, source.label_uri, scan))
-    told = ("uri", "files", "subject", "dataset", "licence", "split", "fold", "label_uri", "classes")
+        blobs_of_label = read_label(source)
+        label_sha256 = _sha256_of_label(source, blobs_of_label)
+        labels_XYZ, note = decode_label(source, blobs_of_label, scan)
+        label_values = label_values_of(labels_XYZ)
+        notes += [note] if note else []
+    told = ["uri", "files", "channels", "subject", "dataset", "licence", "split", "fold", "label_uri", "label_files", "classes"]
     from_source: dict[str, Any] = {name: getattr(source, name) for name in told}
     return Scan(
         **from_source,
@@ -173,7 +184,7 @@ def _inspect(source: Source) -> Scan:
         intensity_max=float(scan.array_CXYZ.max()),
         label_sha256=label_sha256,
         label_values=label_values,
-        note=scan.note,
+        note="; ".join(notes),
         grid=config.fingerprint(scan.shape_xyz, np.round(scan.affine, 3).tolist()),
         # A dataset that tells the modality has said that this is an image.
         label_like=0 if source.label_uri or source.modality else label_like(scan.array_CXYZ),
@@ -203,15 +214,21 @@ def read_scan(source: Source) -> tuple[list[bytes], str]:
         BadScan: for a file that is too large or missing, or whose description no table can hold.
         NotGiven: where the store withholds it.
     """
-    names = (source.uri, source.label_uri, source.subject, source.dataset, *source.files, *source.classes)
+    names = (source.uri, source.label_uri, source.subject, source.dataset, *source.classes)
+    names += (*source.files, *source.channels, *source.label_files)
     for value in names:
         # half a UTF-8 letter: file systems allow it in names, JSON as "\\ud800"
         if value != value.encode(errors="ignore").decode():
             raise BadScan(f"{source.uri}: '{value}' is not UTF-8 text; rename it")
     if source.size_bytes > volume.MAX_BYTES:
         raise BadScan(f"{source.uri}: has {source.size_bytes / 2**30:.1f} GiB, too much to decode; split it")
-    blobs = [read_one(uri) for uri in source.files or (source.uri,)]
-    return blobs, _sha256(blobs)
+    blobs = [read_one(uri) for uri in _files(source)]
+    return blobs, _sha256_of_scan(source, blobs)
+
+
+def _files(source: Source | Scan) -> tuple[str, ...]:
+    """Every file of the scan, those of the first channel first."""
+    return (*(source.files or (source.uri,)), *source.channels)
 
 
 def checksum_fault(source: Source, sha256: str) -> str:
@@ -236,7 +253,12 @@ def read_one(uri: str) -> bytes:
 
 def decode(source: Source | Scan, blobs: Sequence[bytes]) -> Volume:
     """The voxels of a scan from the bytes of its file, or of its slices."""
-    return volume.decode(source.uri, list(zip(source.files or (source.uri,), blobs)))
+    of_first = len(blobs) - len(source.channels)
+    files = list(zip(_files(source), blobs))
+    first = volume.decode(source.uri, files[:of_first])
+    if not source.channels:
+        return first
+    return volume.stacked([first, *(volume.decode(uri, [(uri, data)]) for uri, data in files[of_first:])])
 
 
 def _sha256(blobs: Sequence[bytes]) -> str:
@@ -245,18 +267,56 @@ def _sha256(blobs: Sequence[bytes]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+def _sha256_of_scan(source: Source | Scan, blobs: Sequence[bytes]) -> str:
+    """The digest of a scan's one file; of several channels, which have an order, of their digests."""
+    of_first = len(blobs) - len(source.channels)
+    first = _sha256(blobs[:of_first])
+    if not source.channels:
+        return first
+    return _joined([first, *(_sha256([data]) for data in blobs[of_first:])])
+
+
+def _joined(digests: Iterable[str]) -> str:
+    return hashlib.sha256("+".join(digests).encode()).hexdigest()
+
+
+def read_label(source: Source | Scan) -> list[bytes]:
+    """The bytes of the label map's file or of its masks. Raises as `read_one` does."""
+    return [read_one(uri) for uri in source.label_files or (source.label_uri,)]
+
+
+def _sha256_of_label(source: Source | Scan, blobs: Sequence[bytes]) -> str:
+    if not source.label_files:
+        return _sha256(blobs)
+    names = [f"{stem(uri)}:{_sha256([data])}" for uri, data in zip(source.label_files, blobs)]
+    return _joined(names)
+
+
 def stem(uri: str) -> str:
     """The file's name without .nii.gz, .nrrd..."""
     name = PurePosixPath(uri).name
     return name[: len(name) - len(volume.suffix_of(name))]
 
 
-def _decode_label(data: bytes, uri: str, image: Volume) -> np.ndarray:
-    """labels_XYZ uint8 on the image's own grid; axes that were flipped or permuted in between are turned back.
+def decode_label(source: Source | Scan, blobs: Sequence[bytes], image: Volume) -> tuple[np.ndarray, str]:
+    """labels_XYZ uint8 on the image's own grid, and "" or a note; axes that were flipped or permuted are turned back.
+
+    Of several masks each is the class of its name; where they overlap the first one counts, and the note says so.
 
     Raises:
         BadScan: for another shape or place than the image's, or values that are not integers in 0..255.
     """
+    if not source.label_files:
+        return _one_label(source.label_uri, blobs[0], image), ""
+    labels_XYZ, twice = np.zeros(image.shape_xyz, np.uint8), 0
+    for uri, data in zip(source.label_files, blobs):
+        inside_XYZ = _one_label(uri, data, image) > 0
+        twice += int(np.count_nonzero(inside_XYZ & (labels_XYZ > 0)))
+        labels_XYZ[inside_XYZ & (labels_XYZ == 0)] = source.classes.index(stem(uri))
+    return labels_XYZ, f"{twice} voxels are in several masks; the first by name counts" if twice else ""
+
+
+def _one_label(uri: str, data: bytes, image: Volume) -> np.ndarray:
     label = volume.turned(volume.decode(uri, [(uri, data)], allow_constant=True), image.affine)
     labels_XYZ, wrong_values = to_labels(label, uri)
     apart = grid_faults(uri, (label.shape_xyz, label.affine), (image.shape_xyz, image.affine))
@@ -271,11 +331,8 @@ def grid_faults(uri: str, label: Grid, image: Grid) -> dict[str, str]:
     faults = {}
     if label_shape != shape:
         faults["shape"] = f"{uri}: the label has shape {label_shape}, its image {shape}; resample it"
-    corners_3N = np.indices((2, 2, 2)).reshape(3, 8) * (np.array(shape) - 1)[:, None]
-    apart = label_affine - affine
-    shift_mm = apart[:3, :3] @ corners_3N + apart[:3, 3:]
-    worst_mm = float(np.linalg.norm(shift_mm, axis=0).max())
-    if worst_mm > GRID_TOLERANCE_VOX * np.linalg.norm(affine[:3, :3], axis=0).min():
+    worst_mm = volume.worst_shift_mm(shape, affine, label_affine)
+    if worst_mm > volume.GRID_TOLERANCE_VOX * np.linalg.norm(affine[:3, :3], axis=0).min():
         faults["affine"] = (
             f"{uri}: the label lies {worst_mm:.1f} mm off its image; resample it onto the image's grid, or correct the "
             "affine that is wrong"
@@ -288,6 +345,10 @@ def to_labels(label: Volume, uri: str) -> tuple[np.ndarray, str]:
 
     Such values become 0.
     """
+    if len(label.array_CXYZ) > 1:
+        raise BadScan(
+            f"{uri}: a label map has one channel, this one {len(label.array_CXYZ)}; save it as one map"
+        )
     values_XYZ = label.array_CXYZ[0]
     with np.errstate(invalid="ignore"):  # what does not fit is found in the next line
         labels_XYZ = np.rint(values_XYZ).astype(np.uint8)
@@ -311,18 +372,25 @@ def load(scan: Scan) -> Volume:
     Raises:
         UserError: when they are not, or not there: the manifest no longer holds, so the run must stop.
     """
-    if not scan.files:
+    if not scan.files and not scan.channels:
         return decode(scan, [object_store.read(scan.uri, size_bytes=scan.size_bytes, sha256=scan.sha256)])
-    blobs = [object_store.read(uri) for uri in scan.files]
-    if _sha256(blobs) != scan.sha256:
-        raise object_store.IntegrityError(f"{scan.uri}: the series is not the manifest's; import it again")
+    blobs = [object_store.read(uri) for uri in _files(scan)]
+    if _sha256_of_scan(scan, blobs) != scan.sha256:
+        raise object_store.IntegrityError(f"{scan.uri}: its files are not the manifest's; import it again")
     return decode(scan, blobs)
 
 
 def load_label(scan: Scan, image: Volume) -> np.ndarray:
     """labels_XYZ uint8 of a labelled row, on the grid of ``image = load(scan)``."""
     assert scan.label_uri, scan.uri
-    return _decode_label(object_store.read(scan.label_uri, sha256=scan.label_sha256), scan.label_uri, image)
+    if not scan.label_files:
+        return decode_label(scan, [object_store.read(scan.label_uri, sha256=scan.label_sha256)], image)[0]
+    blobs = [object_store.read(uri) for uri in scan.label_files]
+    if _sha256_of_label(scan, blobs) != scan.label_sha256:
+        raise object_store.IntegrityError(
+            f"{scan.label_uri}: its masks are not the manifest's; import it again"
+        )
+    return decode_label(scan, blobs, image)[0]
 
 
 # ------------------------------------------------------------------------------------------- manifest
@@ -334,6 +402,15 @@ def _suspicion(scan: Scan, image: Scan) -> str:
         f"{scan.uri}: looks like a label map ({scan.label_like} different whole values, on the grid of {image.uri}); "
         f"if it is one, {hint}"
     )
+
+
+def _other_channels(scans: Sequence[Scan]) -> Iterator[tuple[Scan, int]]:
+    """The scans with another number of channels than most of their dataset have, and that number."""
+    for dataset in {s.dataset for s in scans}:
+        own = [s for s in scans if s.dataset == dataset]
+        counts = Counter(s.num_channels for s in own)
+        usual = min(counts, key=lambda n: (-counts[n], n))
+        yield from ((s, usual) for s in own if s.num_channels != usual)
 
 
 def subjects_doubt(subjects: Sequence[str]) -> str:
@@ -370,6 +447,10 @@ class Manifest:
         for scan in [s for s in kept.values() if s.label_like and (s.dataset, s.grid) in images]:
             del kept[scan.sha256]
             bad.append(Quarantined(scan.uri, _suspicion(scan, images[scan.dataset, scan.grid])))
+        for scan, usual in _other_channels(list(kept.values())):
+            del kept[scan.sha256]
+            odd = f"{scan.uri}: has {scan.num_channels} channels, most scans of {scan.dataset} have {usual}"
+            bad.append(Quarantined(scan.uri, f"{odd}; leave it out, or list the channels that all have"))
         scans = sorted(kept.values(), key=lambda s: s.scan_id)
         return cls(tuple(scans), tuple(sorted(bad, key=lambda q: q.uri)))
 

@@ -34,17 +34,17 @@ def voxel_sha256(scan: Volume) -> str:
     Equal whatever the container, compression, stored type, axis order or header text, as long as decoding
     gives the same values; the affine counts only for the axes it names, not for spacing or origin.
     """
-    array_XYZ = volume.to_ras(scan).array_CXYZ[0]
-    digest = hashlib.sha256(repr(tuple(map(int, array_XYZ.shape))).encode())
+    array_CXYZ = volume.to_ras(scan).array_CXYZ
+    digest = hashlib.sha256(repr(tuple(map(int, array_CXYZ.shape[1:]))).encode())
     # slice by slice along S: NIfTI voxels lie that way, so no second copy of the scan is made
-    for slice_YX in array_XYZ.T:
+    for slice_YX in (slice_YX for array_XYZ in array_CXYZ for slice_YX in array_XYZ.T):
         plain_YX = np.ascontiguousarray(slice_YX, dtype="<f4") + np.float32(0)  # -0.0 and 0.0 are one value
         digest.update(plain_YX.data)
     return digest.hexdigest()
 
 
 def perceptual_hash(scan: Volume) -> str:
-    """A coarse 3D picture of the scan: GRID^3 hex digits, x slowest, in RAS axes.
+    """A coarse 3D picture of the scan's first channel: GRID^3 hex digits, x slowest, in RAS axes.
 
     The box between the outermost voxel centres is averaged into GRID^3 cells, a smooth version is taken
     away, and what is left is divided by its standard deviation and rounded to 16 levels. So it survives

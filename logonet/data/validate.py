@@ -7,7 +7,7 @@ decoded scan and one label map.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -101,12 +101,29 @@ def _check_label(source: Source, image: Grid | None, found: list[Problem]) -> No
     def add(check: str, sentence: str) -> None:
         found.append(Problem(source.uri, check, ERROR, sentence))
 
-    uri = source.label_uri
+    held: set[int] = set()
+    for uri in source.label_files or (source.label_uri,):
+        if (values := _check_label_file(uri, image, add)) is None:
+            return
+        held |= set(values)
+    declared = {v: name for v, name in enumerate(source.classes) if name}
+    if declared and (undeclared := [v for v in sorted(held) if v > 0 and v not in declared]):
+        odd, names = ", ".join(map(str, undeclared)), ", ".join(f"{v} {n}" for v, n in declared.items())
+        add("label set", f"{uri}: holds {odd}, but the dataset declares {names}; correct one of them")
+    if held == {0}:
+        hint = "segment the case or leave its label out"
+        add("label empty", f"{source.label_uri}: holds nothing but background; {hint}")
+
+
+def _check_label_file(
+    uri: str, image: Grid | None, add: Callable[[str, str], None]
+) -> tuple[int, ...] | None:
+    """The values of a label map's file, -1 for what is no whole number; None where it cannot be read."""
     try:
         data = manifest.read_one(uri)
     except (BadScan, object_store.NotGiven) as err:
         add("label opens", str(err))
-        return
+        return None
     try:
         label = volume.decode(uri, [(uri, data)], allow_constant=True)
         label = volume.turned(label, image[1]) if image else label
@@ -118,17 +135,12 @@ def _check_label(source: Source, image: Grid | None, found: list[Problem]) -> No
         for name, sentence in manifest.grid_faults(uri, grid, image).items():
             add(f"label {name}", sentence)
     if label is None:
-        return
+        return None
     labels_XYZ, wrong_values = manifest.to_labels(label, uri)
     if wrong_values:
         add("label values", wrong_values)
     values = manifest.label_values_of(labels_XYZ)
-    declared = {v: name for v, name in enumerate(source.classes) if name}
-    if declared and (undeclared := [v for v in values if v and v not in declared]):
-        held, names = ", ".join(map(str, undeclared)), ", ".join(f"{v} {n}" for v, n in declared.items())
-        add("label set", f"{uri}: holds {held}, but the dataset declares {names}; correct one of them")
-    if values == (0,) and not wrong_values:
-        add("label empty", f"{uri}: holds nothing but background; segment the case or leave its label out")
+    return (*values, -1) if wrong_values else values
 
 
 def _why(err: BadScan) -> str:

@@ -17,11 +17,12 @@ from logonet import networks
 from logonet.core import config
 from logonet.core.config import Component, Positive
 from logonet.core.errors import UserError
+from logonet.data import volume
 from logonet.data.preprocessing import Percentile, Preprocessing
 from logonet.storage import object_store
 
 CONFIG_FILE, WEIGHTS_FILE = FILES = "config.json", "weights.safetensors"
-MODALITIES = ("CT", "MR", "mixed")
+MODALITIES = {"CT", "MR", "mixed", *volume.NORMALISATIONS}
 MAX_VALUE = 255  # label maps are uint8
 
 
@@ -35,7 +36,7 @@ class Spec(Preprocessing):
     label_values: the value that each output channel is written as, 0 to 255.
     size_vox: the window that the network was trained on, along R, A, S.
     spacing_mm, window_hu, mr_percentiles: see `Preprocessing`.
-    modality: what it was trained on: "CT", "MR" or "mixed".
+    modality: what it was trained on: "CT", "MR", ... (see `volume.modality`), or "mixed".
     members: the names of the datasets' classes that were merged into, or renamed to, each class; empty: none were.
 
     Raises:
@@ -52,7 +53,9 @@ class Spec(Preprocessing):
     spacing_mm: tuple[Positive, Positive, Positive] | None = field(kw_only=True)
     window_hu: tuple[float, float] = field(kw_only=True)
     mr_percentiles: tuple[Percentile, Percentile] = field(kw_only=True)
-    members: dict[str, tuple[str, ...]] = field(default_factory=dict, kw_only=True)
+    members: dict[str, tuple[str, ...]] = field(
+        default_factory=dict, kw_only=True, metadata=config.OMIT_DEFAULT
+    )
 
     def __post_init__(self) -> None:
         Component.convert(self, "backbone")
@@ -68,8 +71,10 @@ class Spec(Preprocessing):
             raise UserError(f"{len(values)} label_values for {len(self.classes)} classes; give one each")
         if len(set(values)) != len(values) or not all(0 <= value <= MAX_VALUE for value in values):
             raise UserError(f"label_values are {list(values)}; set distinct ones from 0 to {MAX_VALUE}")
-        if self.modality not in MODALITIES:
-            raise UserError(f"modality is '{self.modality}'; it must be one of {', '.join(MODALITIES)}")
+        if not {*self.modality.split(volume.JOIN)} <= MODALITIES:
+            raise UserError(
+                f"modality is '{self.modality}'; it must be one of {', '.join(sorted(MODALITIES))}"
+            )
 
     @property
     def one_modality(self) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from logonet.core.config import Count, Section
 from logonet.core.errors import BadScan
 from logonet.data import cropping, volume
-from logonet.data.volume import Volume
+from logonet.data.volume import LowHigh, Volume
 from logonet.inference import model
 
 SIGMA_SHARE = 0.125  # of the window's side, as in MONAI and nnU-Net
@@ -81,21 +81,20 @@ class Predictor:
 
         Args:
             scan: in any orientation, oblique or not, of any size.
-            modality: "CT" or "MR", as `volume.modality` tells.
+            modality: as `volume.modality` tells.
 
         Raises:
             BadScan: for a modality that the model has not been trained on, a scan without contrast, or one
                 for which the network's answer is not a number.
         """
         spec = self.spec
-        assert modality in ("CT", "MR"), modality
-        if spec.modality not in (modality, "mixed"):
-            raise BadScan(f"{scan_id}: is {modality}, but the model was trained on {spec.modality} only")
         if len(scan.array_CXYZ) != spec.in_channels:
             raise BadScan(
-                f"{scan_id}: has {len(scan.array_CXYZ)} channel, but the model wants {spec.in_channels}; "
-                "use another model"
+                f"{scan_id}: has {len(scan.array_CXYZ)} channels, but the model wants {spec.in_channels}; use another "
+                "model, or give its channels as they were given for training"
             )
+        if spec.modality not in (modality, "mixed"):
+            raise BadScan(f"{scan_id}: is {modality}, but the model was trained on {spec.modality} only")
         prepared = spec.to_grid(scan)
         low_high = spec.intensity_range(prepared.array_CXYZ, modality, scan_id)
         labels_XYZ = np.empty(scan.shape_xyz, np.uint8)
@@ -218,7 +217,7 @@ def _best(
 def planes(
     net: nn.Module,
     image_CXYZ: np.ndarray,
-    low_high: tuple[float, float],
+    low_high: LowHigh,
     size_vox: Sequence[int],
     cfg: Config,
     device: torch.device,
@@ -264,7 +263,7 @@ def planes(
 
 
 def _windows(
-    image_CXYZ: np.ndarray, corners_B3: np.ndarray, size: tuple[int, ...], low_high: tuple[float, float]
+    image_CXYZ: np.ndarray, corners_B3: np.ndarray, size: tuple[int, ...], low_high: LowHigh
 ) -> np.ndarray:
     """The windows from their lower corners, x_BCXYZ float32 in [0, 1], with 0 outside the image."""
     x_BCXYZ = np.empty((len(corners_B3), len(image_CXYZ), *size), np.float32)

@@ -312,7 +312,9 @@ def connect(uri: str) -> Any:
             os.makedirs(folder, exist_ok=True)
         except OSError as err:
             ways = "set LOGONET_HOME to a folder that can be written, or MLFLOW_TRACKING_URI to a server"
-            raise UserError(f"{folder}, where runs are recorded, cannot be made ({err.strerror}); {ways}") from None
+            raise UserError(
+                f"{folder}, where runs are recorded, cannot be made ({err.strerror}); {ways}"
+            ) from None
     return MlflowClient(tracking_uri=uri)
 
 

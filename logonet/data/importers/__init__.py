@@ -123,7 +123,7 @@ def survey(uri: str) -> Survey:
     if root:
         for why, file in _not_used(root, known, found):
             unused[why].append(file)
-    redaction.hide_names((s.uri, (*s.files, s.label_uri, s.subject)) for s in found)
+    redaction.hide_names((s.uri, (*s.files, *s.channels, s.label_uri, s.subject)) for s in found)
     return Survey(found, dict(unused))
 
 
@@ -152,7 +152,7 @@ def sources_below(root: str, entries: Entries, unused: Unused) -> list[Source]:
 
 def _not_used(root: str, entries: Entries, found: list[Source]) -> Iterator[tuple[str, str]]:
     """(why, file) of every file below ``root`` that is no part of a scan and does not describe any."""
-    used = {u for s in found for u in (s.uri, *s.files, s.label_uri)}
+    used = {u for s in found for u in (s.uri, *s.files, *s.channels, s.label_uri, *s.label_files)}
     for uri in entries:
         name, ending = name_of(uri), PurePosixPath(uri).suffix.lower()
         if uri in used or name == DATASET_FILE or ending in (".json", ".tsv"):

@@ -87,7 +87,7 @@ def versioned(found: Sequence[Source], known: Entries) -> list[Source]:
 
     Where a list names ``case.nii.gz`` and only nnU-Net's ``case_0000.nii.gz`` is there, that is taken.
     """
-    named = {u for s in found for u in (*(s.files or (s.uri,)), s.label_uri) if u}
+    named = {u for s in found for u in (*_scan_files(s), *_label_files(s))}
     with ThreadPoolExecutor(STATS_AT_ONCE) as pool:
         more = pool.map(_stat, sorted(named - set(known)))
         entries = {**known, **{e.uri: e for e in more if e is not None}}
@@ -98,11 +98,18 @@ def versioned(found: Sequence[Source], known: Entries) -> list[Source]:
         if entry := channels.get(source.uri):
             source = replace(source, uri=entry.uri)
             entries[entry.uri] = entry
-        scan = [entries[u] for u in source.files or (source.uri,) if u in entries]
-        label = [entries[source.label_uri]] if source.label_uri in entries else []
+        scan, label = ([entries[u] for u in of(source) if u in entries] for of in (_scan_files, _label_files))
         version = config.fingerprint([[e.uri, e.size_bytes, e.version] for e in scan + label])
         out.append(replace(source, size_bytes=sum(e.size_bytes for e in scan), version=version))
     return out
+
+
+def _scan_files(source: Source) -> tuple[str, ...]:
+    return (*(source.files or (source.uri,)), *source.channels)
+
+
+def _label_files(source: Source) -> tuple[str, ...]:
+    return source.label_files or ((source.label_uri,) if source.label_uri else ())
 
 
 def _first_channel(uri: str) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from logonet.data import volume
 from logonet.data.importers import common, naming
 from logonet.data.importers.bids import BIDS_MAP
 from logonet.data.importers.common import Entries
-from logonet.data.manifest import Source
+from logonet.data.manifest import Source, stem
 
 
 def folder_sources(entries: Entries, root: str) -> list[Source]:
@@ -18,13 +21,39 @@ def folder_sources(entries: Entries, root: str) -> list[Source]:
     named = {u: naming.is_label(u, root) for u in files}
     images = [u for u in files if not named[u]]
     label_of = naming.labels_of(images, [u for u in files if named[u]])
+    masks = _mask_folders(images, label_of, [u for u in files if named[u]])
+    names = ("background", *sorted({stem(m) for folder in masks.values() for m in folder}))
     found = []
     for uri in images:
         folders = {p.lower() for p in PurePosixPath(uri[len(root) :]).parts[:-1]} | {dataset.lower()}
         split = "test" if "imagests" in folders else "train"
         source = Source(uri, dataset=dataset, split=split, label_uri=label_of.get(uri, ""))
+        if uri in masks:
+            folder = common.folder_of(masks[uri][0])
+            source = replace(source, label_uri=folder, label_files=masks[uri], classes=names)
         found.append(common.with_files(source, entries))
+    found = naming.grouped(found)
     for folder in dict.fromkeys(map(common.folder_of, entries)):
         if slices := common.dicom_files(entries, folder):
             found.append(Source(folder, tuple(slices), dataset=dataset))
+    return found
+
+
+def _mask_folders(
+    images: Sequence[str], label_of: Mapping[str, str], labels: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """Masks by image, in TotalSegmentator's layout: one image in a folder, beside a folder of a mask for each class."""
+    of_folder: dict[str, list[str]] = defaultdict(list)
+    for uri in labels:
+        of_folder[common.folder_of(uri)].append(uri)
+    beside: dict[str, list[str]] = defaultdict(list)  # case folder -> folders of masks
+    for folder in of_folder:
+        if naming.MASK_FOLDER.fullmatch(common.name_of(folder).lower()):
+            beside[common.folder_of(folder)].append(folder)
+    alone = Counter(map(common.folder_of, images))
+    found = {}
+    for uri in images:
+        folder = common.folder_of(uri)
+        if uri not in label_of and alone[folder] == 1 and len(beside[folder]) == 1:
+            found[uri] = tuple(sorted(of_folder[beside[folder][0]]))
     return found

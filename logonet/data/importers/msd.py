@@ -8,9 +8,11 @@ from typing import Any
 
 from logonet.core import config
 from logonet.core.errors import UserError
+from logonet.data import volume
 from logonet.data.importers import common
 from logonet.data.importers.common import Unused
-from logonet.data.manifest import Source, stem
+from logonet.data.importers.naming import as_channels
+from logonet.data.manifest import Source
 
 DATASET_FILE = "dataset.json"
 LISTS = {
@@ -20,8 +22,6 @@ LISTS = {
     "testing": "test",
 }  # "testing": Auto3DSeg's
 ITEM_KEYS = ("image", "label", "fold", "subject")
-# nnU-Net's names of normalisations, where others name a modality
-NO_MODALITY = {"nonorm", "zscore", "rescale_to_0_1", "rgb_to_0_1"}
 
 
 def read_description(uri: str) -> dict[str, Any]:
@@ -70,20 +70,19 @@ def msd_sources(uri: str, description: Mapping[str, Any], root: str, unused: Unu
             fold = pair.get("fold", -1)
             if type(fold) is not int or abs(fold) > common.MAX_FOLD:  # True is an int too
                 raise UserError(f"{uri}: an item of '{key}' has the fold {fold!r}; write an integer")
-            # one subject for all channels, or they could fall on both sides of a split
-            case = stem((label or images)[0]) if len(images) > 1 else ""
-            subject = str(pair.get("subject") or case)
-            for channel, image in enumerate(images):
-                source = Source(
-                    uri=common.inside(root, common.resolve(folder, image), uri),
-                    subject=subject,
-                    modality=str(modalities.get(str(channel), "")),
-                    split=split,
-                    fold=fold,
-                    label_uri=common.inside(root, common.resolve(folder, label[0]), uri) if label else "",
-                    **fields,
-                )
-                found.append(common.with_files(source))
+            label_uri = common.inside(root, common.resolve(folder, label[0]), uri) if label else ""
+            own: dict[str, Any] = {"split": split, "fold": fold, "label_uri": label_uri, **fields}
+            own["subject"] = str(pair.get("subject") or "")
+            uris = [common.inside(root, common.resolve(folder, image), uri) for image in images]
+            # One image may hold all the channels that the list names, as the Decathlon's brains do.
+            names = [
+                str(modalities.get(str(c), "")) for c in range(len(images) if images[1:] else len(modalities))
+            ]
+            if images[1:]:
+                source = as_channels([Source(u, modality=m, **own) for u, m in zip(uris, names)])
+            else:
+                source = common.with_files(Source(uris[0], modality=volume.JOIN.join(names), **own))
+            found.append(source)
     return found
 
 

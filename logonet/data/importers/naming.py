@@ -12,11 +12,13 @@ from dataclasses import replace
 from itertools import takewhile
 from pathlib import PurePosixPath
 
+from logonet.data import volume
 from logonet.data.manifest import Source, stem
 
 LABEL_FOLDER = re.compile(
     r"(labels?|masks?|segs?|segmentations?|annotations?|gt|ground_?truths?|manual)_?(tr|ts|va|val)?"
 )
+MASK_FOLDER = re.compile(r"(segmentations?|segs?|masks?)")  # of one mask for each class
 IMAGE_FOLDER = re.compile(r"(images?|imgs?|imaging|scans?|volumes?|data)_?(tr|ts|va|val)?")
 # First or last in a name, also with a number behind: label003, segmentation-17, case_seg.
 LABEL_WORDS = {
@@ -130,6 +132,27 @@ def identify(found: Sequence[Source], root: str = "") -> list[Source]:
         named = source.case or ("_".join([*case, stem(source.uri)]) if case else "")
         out.append(replace(source, case=named, subject=subject or _subject(source, channels, patients)))
     return out
+
+
+def grouped(found: Sequence[Source]) -> list[Source]:
+    """``found`` with the numbered channels of a case, ``x_0000``, ``x_0001``..., as one scan of several channels."""
+    groups = _channel_groups(found)
+    cases: dict[str, list[Source]] = defaultdict(list)
+    for source in found:
+        match = CHANNEL.search(stem(source.uri))
+        name = f"{folder_of(source.uri)}/{stem(source.uri)[: match.start()]}" if match else source.uri
+        cases[name if name in groups else source.uri].append(source)
+    return [as_channels(sorted(case, key=lambda s: s.uri)) for case in cases.values()]
+
+
+def as_channels(case: Sequence[Source]) -> Source:
+    """One scan whose channels the sources of a case are, in this order."""
+    first, *others = case
+    if not others:
+        return first
+    name = CHANNEL.sub("", stem(first.uri))
+    modality = volume.JOIN.join(s.modality for s in case) if first.modality else ""
+    return replace(first, channels=tuple(s.uri for s in others), case=first.case or name, modality=modality)
 
 
 def _differing_folders(source: Source, same: Sequence[Source]) -> list[str]:

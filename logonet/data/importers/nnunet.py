@@ -10,8 +10,8 @@ from typing import Any
 from logonet.core.errors import UserError
 from logonet.data import volume
 from logonet.data.importers.common import Entries, folder_of, inside, read_json, resolve
-from logonet.data.importers.msd import NO_MODALITY, channel_paths, common_fields
-from logonet.data.importers.naming import CHANNEL, patient
+from logonet.data.importers.msd import channel_paths, common_fields
+from logonet.data.importers.naming import CHANNEL, as_channels, patient
 from logonet.data.manifest import Source, stem
 
 SPLITS_FILE = "splits_final.json"
@@ -22,7 +22,7 @@ def is_nnunet(description: Mapping[str, Any]) -> bool:
 
 
 def nnunet_sources(uri: str, description: Mapping[str, Any], entries: Entries, root: str) -> list[Source]:
-    """The scans of an nnU-Net v2 raw dataset: every channel is a scan, with its patient as subject.
+    """The scans of an nnU-Net v2 raw dataset, with all channels of a case.
 
     Files that its key "dataset" names must lie below ``root``.
     """
@@ -37,17 +37,17 @@ def nnunet_sources(uri: str, description: Mapping[str, Any], entries: Entries, r
     common = common_fields(uri, description)
     cases = description.get("dataset")
     pairs = _in_folders(uri, ending, channels, entries) if cases is None else _listed(uri, cases, root)
-    found: dict[tuple[str, str], list[Source]] = defaultdict(list)  # by split and case
+    found: dict[tuple[str, str], Source] = {}  # by split and case
     for case, split, images, label in pairs:
-        for channel, image in images.items():
-            modality = channels.get(channel, "")
-            own: dict[str, Any] = {"modality": "" if modality.lower() in NO_MODALITY else modality}
-            own |= {"split": split, "label_uri": label, "subject": patient(case)}
-            found[split, case].append(Source(uri=image, **own, **common))
+        own: dict[str, Any] = {"split": split, "label_uri": label, "subject": patient(case)}
+        scans = [
+            Source(uri=u, modality=channels.get(c, ""), **own, **common) for c, u in sorted(images.items())
+        ]
+        found[split, case] = as_channels(scans)
     splits = f"{folder}/{SPLITS_FILE}"
     if splits in entries:
         _set_folds(found, splits)
-    return [source for case in found.values() for source in case]
+    return list(found.values())
 
 
 Case = tuple[str, str, dict[int, str], str]  # name, split, channel -> image, label
@@ -86,7 +86,7 @@ def _listed(uri: str, cases: Any, root: str) -> Iterator[Case]:
         ) from None
 
 
-def _set_folds(found: dict[tuple[str, str], list[Source]], uri: str) -> None:
+def _set_folds(found: dict[tuple[str, str], Source], uri: str) -> None:
     """Give the cases in ``found`` the folds of nnU-Net's splits_final.json, a list of {train: [case], val: [case]}."""
     folds: dict[str, int] = {}
     try:
@@ -104,5 +104,4 @@ def _set_folds(found: dict[tuple[str, str], list[Source]], uri: str) -> None:
         lacks = f"{uri}: names {len(unknown)} cases that imagesTr lacks ({some})"
         raise UserError(f"{lacks}; copy them there or remove them from the splits")
     for case in training:
-        own = found["train", case]
-        found["train", case] = [replace(source, fold=folds.get(case, -1)) for source in own]
+        found["train", case] = replace(found["train", case], fold=folds.get(case, -1))

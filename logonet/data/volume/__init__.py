@@ -1,7 +1,7 @@
 """Scans as arrays in space: bytes of NIfTI, DICOM, NRRD, MetaImage and MGH in, NIfTI bytes out; orientation,
 resampling, windowing.
 
-Shape suffixes: C channels (always 1 here), X Y Z voxel axes. Affines are (4, 4), voxel index -> RAS+ mm.
+Shape suffixes: C channels, X Y Z voxel axes. Affines are (4, 4), voxel index -> RAS+ mm.
 Bytes come from anywhere, so every decoder treats them as hostile: it refuses with ``BadScan``, in one
 sentence that names the file, and before it allocates compares what the file claims to hold with ``max_bytes`` and with
 the file's own size (``check_claim``). The peak is four times that claim.
@@ -11,7 +11,11 @@ from collections.abc import Sequence
 
 from logonet.data.volume.dicom import decode_dicom
 from logonet.data.volume.intensity import (
+    JOIN,
+    NORMALISATIONS,
     UINT16_MAX,
+    LowHigh,
+    contrast,
     from_uint16,
     modality,
     percentile_range,
@@ -20,13 +24,46 @@ from logonet.data.volume.intensity import (
 )
 from logonet.data.volume.nifti import MAX_BYTES, decode_nifti, encode_labels, encode_nifti, header_grid
 from logonet.data.volume.other import ITK_SUFFIXES, VOXEL_FILES, decode_other
-from logonet.data.volume.resampling import resample, resampled_shape, to_ras, turned
+from logonet.data.volume.resampling import (
+    GRID_TOLERANCE_VOX,
+    resample,
+    resampled_shape,
+    stacked,
+    to_ras,
+    turned,
+    worst_shift_mm,
+)
 from logonet.data.volume.volume import Volume
 
 __all__ = [
-    "MAX_BYTES", "SUFFIXES", "UINT16_MAX", "VOXEL_FILES", "Volume", "decode", "decode_dicom", "decode_nifti",
-    "encode_labels", "encode_nifti", "from_uint16", "header_grid", "modality", "percentile_range", "resample",
-    "resampled_shape", "suffix_of", "to_ras", "to_uint16", "turned", "window",
+    "GRID_TOLERANCE_VOX",
+    "JOIN",
+    "MAX_BYTES",
+    "NORMALISATIONS",
+    "SUFFIXES",
+    "UINT16_MAX",
+    "VOXEL_FILES",
+    "LowHigh",
+    "Volume",
+    "contrast",
+    "decode",
+    "decode_dicom",
+    "decode_nifti",
+    "encode_labels",
+    "encode_nifti",
+    "from_uint16",
+    "header_grid",
+    "modality",
+    "percentile_range",
+    "resample",
+    "resampled_shape",
+    "stacked",
+    "suffix_of",
+    "to_ras",
+    "to_uint16",
+    "turned",
+    "window",
+    "worst_shift_mm",
 ]  # fmt: skip
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")

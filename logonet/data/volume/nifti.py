@@ -21,6 +21,7 @@ MAX_BYTES = 8 * 2**30  # of one decoded scan; 1024 x 1024 x 2048 float32 voxels
 SMALL_BYTES = 2**30
 MAX_EXPANSION = 200
 GZIP_MAX_RATIO = 1032  # deflate cannot expand further, so a shorter file cannot hold what its header claims
+MAX_CHANNELS = 8
 TRAILING_BYTES = 2**20  # some writers pad after the last voxel; more than this is not padding
 CHUNK_BYTES = 4 * 2**20
 
@@ -30,36 +31,36 @@ def decode_nifti(
 ) -> Volume:
     """A 3D scan from the bytes of a ``.nii`` or ``.nii.gz`` file (its magic tells which).
 
-    ``scl_slope`` and ``scl_inter`` are applied; units other than mm are converted; a trailing 4th axis of
-    length 1 is dropped. ``allow_constant`` is for label maps, which may be empty.
+    ``scl_slope`` and ``scl_inter`` are applied; units other than mm are converted; a 4th axis holds channels. ``allow_constant`` is for label maps, which may be empty.
 
     Raises:
-        BadScan: naming ``name``, for anything that is not one finite, non-constant 3D scalar image.
+        BadScan: naming ``name``, for anything that is not one finite, non-constant 3D image of real channels.
     """
     # nibabel reads the header; the voxels are mapped here, because nibabel on a stream inflates before any
     # check and holds the raw bytes twice beside a float64 copy.
     stream, limit = _open(data, name)
     head = _read(stream, 352, name)
     header = _header(head, name)
-    shape_xyz, dtype = _shape_xyz(header, name), _dtype(header, name)
+    shape_xyzc, dtype = _shape_xyzc(header, name), _dtype(header, name)
     offset = float(header["vox_offset"]) or 352.0
     if not (352 <= offset < 2**31):
         raise BadScan(f"{name}: its header puts the voxels at byte {offset}; the file is damaged")
     begin = int(offset)
-    end = begin + math.prod(shape_xyz) * dtype.itemsize
-    claimed = max(end, math.prod(shape_xyz) * 4)
+    end = begin + math.prod(shape_xyzc) * dtype.itemsize
+    claimed = max(end, math.prod(shape_xyzc) * 4)
     if end > limit and claimed <= max_bytes:
         raise BadScan(f"{name}: truncated; its header claims {end} bytes of voxels; copy the file again")
-    claim = f"{name}: its header claims {'x'.join(map(str, shape_xyz))} voxels"
+    claim = f"{name}: its header claims {'x'.join(map(str, shape_xyzc[: 3 + (shape_xyzc[3] > 1)]))} voxels"
     check_claim(claim, claimed, len(data), max_bytes)
     raw = np.empty(end, np.uint8)
     raw[: len(head)] = np.frombuffer(head, np.uint8)
     _fill(stream, raw, len(head), name)
-    stored_XYZ = raw[begin:end].view(dtype).reshape(shape_xyz, order="F")
-    array_XYZ = _scaled(stored_XYZ, header, name)
-    del raw, stored_XYZ
-    check_values(array_XYZ, name, allow_constant)
-    return Volume(array_XYZ[None], _nifti_affine(header, name), None, dtype.newbyteorder("=").name)
+    stored_XYZC = raw[begin:end].view(dtype).reshape(shape_xyzc, order="F")
+    array_CXYZ = np.moveaxis(_scaled(stored_XYZC, header, name), -1, 0)
+    del raw, stored_XYZC
+    for array_XYZ in array_CXYZ:
+        check_values(array_XYZ, name, allow_constant)
+    return Volume(array_CXYZ, _nifti_affine(header, name), None, dtype.newbyteorder("=").name)
 
 
 def check_claim(claim: str, claimed: int, stored: int, max_bytes: int = MAX_BYTES) -> None:
@@ -150,17 +151,17 @@ def _header(head: bytes, name: str) -> Any:
         raise BadScan(f"{name}: unreadable NIfTI header ({err})") from None
 
 
-def _shape_xyz(header: Any, name: str) -> tuple[int, int, int]:
+def _shape_xyzc(header: Any, name: str) -> tuple[int, int, int, int]:
     ndim = int(header["dim"][0])
     dims = tuple(int(n) for n in header["dim"][1 : max(ndim, 0) + 1])
     if not 1 <= ndim <= 7 or min(dims) < 1:
         raise BadScan(f"{name}: its header gives the impossible dimensions {(ndim, *dims)}")
-    if math.prod(dims[3:]) > 1:
-        hint = "a scan is one 3D image, so save each channel or time point as a file of its own"
-        raise BadScan(f"{name}: has {len(dims)} axes {dims}; {hint}")
+    if math.prod(dims[3:]) > MAX_CHANNELS:
+        hint = "that is a time series or a vector field; save what is to be used as 3D files"
+        raise BadScan(f"{name}: has {len(dims)} axes {dims}, and more than {MAX_CHANNELS} channels; {hint}")
     if ndim < 3 or min(dims[:3]) < 2:
         raise BadScan(f"{name}: is a 2D image {dims[:3]}; only 3D scans can be used")
-    return dims[0], dims[1], dims[2]
+    return dims[0], dims[1], dims[2], math.prod(dims[3:])
 
 
 def _dtype(header: Any, name: str) -> np.dtype:
@@ -174,7 +175,7 @@ def _dtype(header: Any, name: str) -> np.dtype:
     return dtype
 
 
-def _scaled(stored_XYZ: np.ndarray, header: Any, name: str) -> np.ndarray:
+def _scaled(stored_XYZC: np.ndarray, header: Any, name: str) -> np.ndarray:
     """float32 voxels with the header's slope and intercept applied."""
     try:
         slope, inter = header.get_slope_inter()
@@ -182,13 +183,13 @@ def _scaled(stored_XYZ: np.ndarray, header: Any, name: str) -> np.ndarray:
         raise BadScan(f"{name}: bad intensity scaling in its header ({err})") from None
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows float32 is refused as non-finite
         if slope is None or (slope, inter) == (1.0, 0.0):
-            return stored_XYZ.astype(np.float32)
+            return stored_XYZC.astype(np.float32)
         # wide integers minus a large intercept would cancel in float32
-        work = np.float32 if stored_XYZ.dtype.itemsize <= 2 else np.float64
-        array_XYZ = stored_XYZ.astype(work)
-        np.multiply(array_XYZ, slope, out=array_XYZ)
-        np.add(array_XYZ, inter, out=array_XYZ)
-        return array_XYZ.astype(np.float32, copy=False)
+        work = np.float32 if stored_XYZC.dtype.itemsize <= 2 else np.float64
+        array_XYZC = stored_XYZC.astype(work)
+        np.multiply(array_XYZC, slope, out=array_XYZC)
+        np.add(array_XYZC, inter, out=array_XYZC)
+        return array_XYZC.astype(np.float32, copy=False)
 
 
 def _nifti_affine(header: Any, name: str) -> np.ndarray:

@@ -12,6 +12,10 @@ import numpy as np
 
 from logonet.data.volume.volume import Volume
 
+GRID_TOLERANCE_VOX = (
+    0.1  # between the corners of two grids that are meant to be one: rounding, not misplacement
+)
+
 
 def to_ras(volume: Volume) -> Volume:
     """The same scan with its axes permuted and flipped so that they point nearest to R, A, S.
@@ -26,9 +30,42 @@ def turned(volume: Volume, affine: np.ndarray) -> Volume:
     """The same scan with its axes permuted and flipped so that they point nearest to those of ``affine``."""
     own, wanted = (nib.orientations.io_orientation(a) for a in (volume.affine, affine))
     turn = nib.orientations.ornt_transform(own, wanted)
-    array_XYZ = nib.orientations.apply_orientation(volume.array_CXYZ[0], turn)
+    array_XYZC = nib.orientations.apply_orientation(np.moveaxis(volume.array_CXYZ, 0, -1), turn)
     moved = volume.affine @ nib.orientations.inv_ornt_aff(turn, volume.shape_xyz)
-    return replace(volume, array_CXYZ=array_XYZ[None], affine=moved)
+    return replace(volume, array_CXYZ=np.moveaxis(array_XYZC, -1, 0), affine=moved)
+
+
+def same_grid(volume: Volume, other: Volume) -> bool:
+    """Whether the voxels of both lie in the same places, up to rounding."""
+    shift_mm = worst_shift_mm(volume.shape_xyz, volume.affine, other.affine)
+    return other.shape_xyz == volume.shape_xyz and shift_mm <= GRID_TOLERANCE_VOX * min(volume.spacing_mm)
+
+
+def worst_shift_mm(shape_xyz: Sequence[int], affine: np.ndarray, other: np.ndarray) -> float:
+    """The largest distance between where the two affines put a corner of a grid."""
+    corners_3N = np.indices((2, 2, 2)).reshape(3, 8) * (np.array(shape_xyz) - 1)[:, None]
+    apart = other - affine
+    return float(np.linalg.norm(apart[:3, :3] @ corners_3N + apart[:3, 3:], axis=0).max())
+
+
+def stacked(channels: Sequence[Volume]) -> Volume:
+    """One scan of several channels, on the grid of the first; its ``note`` says which ones had to be resampled to it."""
+    from scipy import ndimage
+
+    first, arrays, notes = channels[0], [channels[0].array_CXYZ], [c.note for c in channels if c.note]
+    for number, other in enumerate(channels[1:], 1):
+        other = turned(other, first.affine)
+        if same_grid(first, other):
+            arrays.append(other.array_CXYZ)
+            continue
+        place = np.linalg.inv(other.affine) @ first.affine
+        options: dict[str, Any] = {"output_shape": first.shape_xyz, "order": 1, "mode": "nearest"}
+        arrays += [
+            ndimage.affine_transform(a, place[:3, :3], place[:3, 3], **options)[None]
+            for a in other.array_CXYZ
+        ]
+        notes.append(f"channel {number} was resampled to the grid of channel 0")
+    return replace(first, array_CXYZ=np.concatenate(arrays), note="; ".join(notes))
 
 
 def resample(volume: Volume, spacing_mm: Sequence[float], order: int = 1) -> Volume:
@@ -46,15 +83,20 @@ def resample(volume: Volume, spacing_mm: Sequence[float], order: int = 1) -> Vol
     step = new_mm / old_mm
     shape_xyz = resampled_shape(volume.shape_xyz, old_mm, new_mm)
     if order == 1:
-        array_XYZ = _trilinear(volume.array_CXYZ[0], step, shape_xyz)
+        channels = [_trilinear(array_XYZ, step, shape_xyz) for array_XYZ in volume.array_CXYZ]
     else:
         from scipy import ndimage
 
         options: dict[str, Any] = {"order": order, "mode": "nearest", "prefilter": order > 1}
-        array_XYZ = ndimage.affine_transform(volume.array_CXYZ[0], step, output_shape=shape_xyz, **options)
+        channels = [
+            ndimage.affine_transform(array_XYZ, step, output_shape=shape_xyz, **options)
+            for array_XYZ in volume.array_CXYZ
+        ]
     affine = volume.affine.copy()
     affine[:3, :3] *= step
-    return replace(volume, array_CXYZ=array_XYZ[None], affine=affine)
+    # One channel as a view: a copy of a large scan is seconds.
+    array_CXYZ = channels[0][None] if len(channels) == 1 else np.stack(channels)
+    return replace(volume, array_CXYZ=array_CXYZ, affine=affine)
 
 
 def resampled_shape(

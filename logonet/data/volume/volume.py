@@ -1,6 +1,6 @@
 """Scans as arrays in space: NIfTI and DICOM bytes in, orientation, resampling, windowing, NIfTI bytes out.
 
-Shape suffixes: C channels (always 1 here), X Y Z voxel axes. Affines are (4, 4), voxel index -> RAS+ mm.
+Shape suffixes: C channels, X Y Z voxel axes. Affines are (4, 4), voxel index -> RAS+ mm.
 Bytes come from anywhere, so every decoder treats them as hostile: it refuses with ``BadScan``, in one
 sentence that names the file, and before it allocates compares what the file claims to hold with ``max_bytes`` and with
 the file's own size (``check_claim``). The peak is four times that claim.
@@ -19,7 +19,7 @@ from logonet.core.errors import BadScan
 
 @dataclass(frozen=True)
 class Volume:
-    """One scan: ``array_CXYZ`` float32 (1, X, Y, Z) in any memory order, and where its voxels lie.
+    """One scan: ``array_CXYZ`` float32 (C, X, Y, Z) in any memory order, and where its voxels lie.
 
     ``modality`` is what the file itself says ("CT", "MR", ...; None for NIfTI), ``stored_dtype`` the type of
     the voxels in the file. ``note`` says what of the scan's files was left out.
