@@ -111,7 +111,10 @@ def _bad_files() -> dict[str, tuple[bytes, str]]:
         "nan": (encode_nifti(nan, AFFINE), "not finite"),
         "flat": (encode_nifti(np.zeros((4, 4, 4), np.int16), AFFINE), "every voxel is 0"),
         "slice": (encode_nifti(np.arange(16, dtype=np.int16).reshape(4, 4, 1), AFFINE), "2D"),
-        "series": (encode_nifti(np.arange(128, dtype=np.int16).reshape(4, 4, 4, 2), AFFINE), "has 2 channels, most scans of"),
+        "series": (
+            encode_nifti(np.arange(128, dtype=np.int16).reshape(4, 4, 4, 2), AFFINE),
+            "has 2 channels, most",
+        ),
         "huge": (gzip.compress(bytes(raw)), "10000x10000x10000"),
         "bomb": (gzip.compress(gzip.decompress(good)) + gzip.compress(bytes(2**24)) * 8, "far more bytes"),
     }

@@ -103,7 +103,10 @@ def choose_corners(array_CXYZ: np.ndarray, low_high: LowHigh, cfg: Config, scan_
 
 
 def cut(array_CXYZ: np.ndarray, corner: Sequence[int], size_vox: Sequence[int], pad: Any = 0.0) -> np.ndarray:
-    """The box of ``size_vox`` voxels from its lower ``corner``, (C, *size_vox); ``pad`` outside, one value or (C, 1, 1, 1)."""
+    """The box of ``size_vox`` voxels from its lower ``corner``, (C, *size_vox).
+
+    ``pad`` outside: one value, or (C, 1, 1, 1).
+    """
     shape_xyz = array_CXYZ.shape[1:]
     crop_CXYZ = np.full((array_CXYZ.shape[0], *size_vox), pad, array_CXYZ.dtype)
     source = _inside(shape_xyz, corner, size_vox)

@@ -72,7 +72,7 @@ class Scan:
 
     ``scan_id`` is the file's stem and the start of its SHA-256: the same wherever the scan is stored.
     ``modality`` is "CT" for Hounsfield units, "MR" for intensities without an absolute scale, of several channels one
-    for each (see ``volume.modality``). ``shape``, ``spacing_mm`` and ``orientation`` are those of the file, not yet RAS.
+    for each (see ``volume.modality``). ``shape``, ``spacing_mm`` and ``orientation`` are the file's, not yet RAS.
     ``sha256`` is that of the file, or of the sorted SHA-256s of a DICOM series' slices; ``voxel_sha256`` and
     ``thumbprint`` (its perceptual hash) are those of ``scan_hash``. ``fold`` and ``classes`` are the source's;
     ``label_values`` are the values in the label, background 0 included. ``note`` says what of the files was not used,
@@ -165,7 +165,8 @@ def _inspect(source: Source) -> Scan:
         labels_XYZ, note = decode_label(source, blobs_of_label, scan)
         label_values = label_values_of(labels_XYZ)
         notes += [note] if note else []
-    told = ["uri", "files", "channels", "subject", "dataset", "licence", "split", "fold", "label_uri", "label_files", "classes"]
+    told = ["uri", "files", "channels", "subject", "dataset", "licence", "split", "fold"]
+    told += ["label_uri", "label_files", "classes"]
     from_source: dict[str, Any] = {name: getattr(source, name) for name in told}
     return Scan(
         **from_source,

@@ -8,6 +8,7 @@ Shapes: P crops, N clusterers, Z slices of a crop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -142,13 +143,27 @@ def make_crops(
                 f"no scan gave a crop of {'x'.join(map(str, cfg.size_vox))} voxels (the first says: "
                 f"{bad[0].reason}); use a smaller crops.size_vox or lower crops.min_image_share"
             )
-        crops = crop_shards.CropTable(uri, cfg.size_vox, 1, tuple(refs))
+        counts = {ref.num_bytes // (2 * math.prod(cfg.size_vox)) for ref in refs}
+        (in_channels,) = one_number_of_channels(counts)
+        crops = crop_shards.CropTable(uri, cfg.size_vox, in_channels, tuple(refs))
         files = {"crops.parquet": crops.to_parquet(), "quarantine.json": quarantine}
-        return Made(files, {"crops": len(refs), "in_channels": 1, "quarantined": len(bad)})
+        return Made(files, {"crops": len(refs), "in_channels": in_channels, "quarantined": len(bad)})
 
     own, parents = config.to_dict(cfg), {"manifest": table.id}
     artifact = run_stage(root, "crops", own, parents, make, lambda a: f"{a.facts['crops']} crops")
     return crop_shards.CropTable.open(artifact), artifact
+
+
+def one_number_of_channels(counts: set[int]) -> set[int]:
+    """``counts``.
+
+    Raises:
+        UserError: the scans have several numbers of channels, for which there is no one network.
+    """
+    if len(counts) > 1:
+        several = " and ".join(map(str, sorted(counts)))
+        raise UserError(f"scans have {several} channels; give datasets of one number of channels")
+    return counts
 
 
 def _quarantine(bad: Sequence[Quarantined]) -> bytes:
@@ -243,6 +258,7 @@ def make_cases(
             raise UserError(
                 f"none of the {len(scans)} labelled scans can be used; the first says: {bad[0].reason}"
             )
+        one_number_of_channels({ref.shape_cxyz[0] for ref in refs})
         ignores = any(classes.IGNORE in known.of(scan).index_of for scan in scans)
         prepared = prepared_scans.Table(tuple(refs), known.names, known.values, ignores)
         files = {"cases.json": object_store.json_bytes(prepared.to_json()), "quarantine.json": quarantine}

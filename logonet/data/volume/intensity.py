@@ -38,13 +38,13 @@ AIR_SHARE = 0.005
 
 
 def modality(volume: Volume, hint: str | None, name: str) -> str:
-    """How the intensities are to be read: "CT" (Hounsfield units), "MR" (no absolute scale), or a normalisation that the
-    dataset names, see NORMALISATIONS. Of several channels one for each, "MR+MR+CT".
+    """How the intensities are to be read: "CT" (Hounsfield units), "MR" (no absolute scale), or a normalisation that
+    the dataset names, see NORMALISATIONS. Of several channels one for each, "MR+MR+CT".
 
     ``hint`` is what a dataset.json says, one for all channels or one for each, else what the file says. A CT by its
     dataset.json whose values never fall below zero has been rescaled (to uint8, or without its intercept): air and fat
-    are negative in Hounsfield units, so it is read as "MR". A DICOM file's own tag is believed. Without a hint a scan is
-    "CT" when more than 0.5 % of its voxels are air.
+    are negative in Hounsfield units, so it is read as "MR". A DICOM file's own tag is believed. Without a hint a scan
+    is "CT" when more than 0.5 % of its voxels are air.
 
     Raises:
         BadScan: for a hint that is neither CT nor some MR contrast, or one for another number of channels.

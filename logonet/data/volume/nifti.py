@@ -31,7 +31,8 @@ def decode_nifti(
 ) -> Volume:
     """A 3D scan from the bytes of a ``.nii`` or ``.nii.gz`` file (its magic tells which).
 
-    ``scl_slope`` and ``scl_inter`` are applied; units other than mm are converted; a 4th axis holds channels. ``allow_constant`` is for label maps, which may be empty.
+    ``scl_slope`` and ``scl_inter`` are applied; units other than mm are converted; a 4th axis holds channels.
+    ``allow_constant`` is for label maps, which may be empty.
 
     Raises:
         BadScan: naming ``name``, for anything that is not one finite, non-constant 3D image of real channels.

@@ -49,7 +49,7 @@ def worst_shift_mm(shape_xyz: Sequence[int], affine: np.ndarray, other: np.ndarr
 
 
 def stacked(channels: Sequence[Volume]) -> Volume:
-    """One scan of several channels, on the grid of the first; its ``note`` says which ones had to be resampled to it."""
+    """One scan of several channels, on the grid of the first; its ``note`` says which ones were resampled to it."""
     from scipy import ndimage
 
     first, arrays, notes = channels[0], [channels[0].array_CXYZ], [c.note for c in channels if c.note]
