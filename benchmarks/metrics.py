@@ -106,7 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)  # MONAI's own, about an argument that it passes itself
     pred_XYZ, truth_XYZ = make_case(args.shape, args.classes)
-    names = {value: f"organ {value}" for value in range(1, args.classes)}
+    names = {f"organ {value}": (value,) for value in range(1, args.classes)}
 
     ours = Cost()
     rows = ours.of(lambda: metrics.case_rows(pred_XYZ, truth_XYZ, args.spacing, names, "case"))

@@ -354,7 +354,7 @@ def make_tables(folder: Path) -> None:
         truth_XYZ[1:3, 1:4, 1:4], truth_XYZ[4:, 4:, 3:] = 1, 2
         pred_XYZ = np.roll(truth_XYZ, i % 2, axis=0)
         rows += metrics.case_rows(
-            pred_XYZ, truth_XYZ, (1.0, 1.0, 2.0), {1: "liver", 2: "spleen"}, f"scan-{i}"
+            pred_XYZ, truth_XYZ, (1.0, 1.0, 2.0), {"liver": (1,), "spleen": (2,)}, f"scan-{i}"
         )
     (folder / "cases.csv").write_text(pd.DataFrame(rows).to_csv(index=False))
 

@@ -15,6 +15,7 @@ from logonet.data.classes import IGNORE, Classes, Config
 from logonet.data.manifest import Scan
 from logonet.inference import metrics
 from logonet.methods import _segmentation
+from logonet.networks import SegOut
 
 ABDOMEN = ("background", "liver", "spleen", "left kidney", "right kidney")
 
@@ -193,3 +194,77 @@ def test_without_ignored_voxels_the_loss_is_the_same() -> None:
 def test_a_scan_of_another_split_has_the_same_map() -> None:
     known = classes.union([scan(ABDOMEN)], Config())
     assert known.of(replace(scan(ABDOMEN), split="test")) == known.of(scan(ABDOMEN))
+
+
+# ------------------------------------------------------------------------------------------------ regions
+
+TUMOUR = ("background", "edema", "necrosis", "enhancing")
+WT_TC_ET = {"WT": ("edema", "necrosis", "enhancing"), "TC": ("necrosis", "enhancing"), "ET": ("enhancing",)}
+
+
+def test_regions_are_chosen_by_the_names_of_their_classes() -> None:
+    known = classes.union([scan(TUMOUR, (0, 1, 2, 3))], Config(regions=WT_TC_ET))
+    assert known.regions == {"WT": (1, 2, 3), "TC": (2, 3), "ET": (3,)}
+    assert known.region_values == (1, 2, 3)  # what a region has and none after it
+    given = classes.union(
+        [scan(TUMOUR)], Config(regions={"ET": ("enhancing",), "WT": ("edema",)}, region_values=(3, 1))
+    )
+    assert given.region_values == (3, 1)
+
+
+def test_regions_that_a_dataset_declares() -> None:
+    declared = scan(
+        ("background", "label 1", "label 2", "ET"),
+        regions=("WT:1,2,3", "TC:2,3", "ET:3"),
+        region_values=(1, 2, 3),
+    )
+    known = classes.union([declared], Config())
+    assert (known.regions, known.region_values) == ({"WT": (1, 2, 3), "TC": (2, 3), "ET": (3,)}, (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "said"),
+    [
+        (Config(regions={"WT": ("oedema",)}), "names the class 'oedema', which there is not (known: edema"),
+        (Config(regions={"WT": ("edema", "necrosis")}), "what the region 'WT' is written as is not clear"),
+        (Config(regions=WT_TC_ET, region_values=(1, 2)), "give each of WT, TC, ET one of 1, 2, 3"),
+    ],
+)
+def test_regions_that_make_no_sense(cfg: Config, said: str) -> None:
+    with pytest.raises(UserError) as err:
+        classes.union([scan(TUMOUR)], cfg)
+    assert said in str(err.value)
+
+
+def test_regions_become_bits_and_bits_the_last_region_on_top() -> None:
+    bits = classes.membership([(1, 2, 3), (2, 3), (3,)])
+    assert bits[:5].tolist() == [0b000, 0b001, 0b011, 0b111, 0]
+    assert classes.written_as((1, 2, 4))[[0b000, 0b001, 0b011, 0b111, 0b100, 0b101]].tolist() == [
+        0,
+        1,
+        2,
+        4,
+        4,
+        4,
+    ]
+
+
+def test_the_loss_of_regions_is_that_of_each_by_itself() -> None:
+    """Against plain torch on the voxels that count."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 2, 3, 4, 5, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 4, (2, 3, 4, 5), generator=generator)
+    labels[0, 0] = IGNORE
+    regions = _segmentation.Regions([(1, 2, 3), (3,)])
+    ((dice_B, ce_B),) = regions.losses(SegOut(logits, [], None), labels.to(torch.uint8))
+    for logits_RXYZ, labels_XYZ, dice, ce in zip(logits, labels, dice_B, ce_B):
+        known = labels_XYZ != IGNORE
+        t = torch.stack([(labels_XYZ[known] >= 1), (labels_XYZ[known] == 3)]).double()
+        p = logits_RXYZ[:, known].sigmoid()
+        parts = (2 * (p * t).sum(1) + 1e-5) / (p.sum(1) + t.sum(1) + 1e-5)
+        torch.testing.assert_close(dice, 1 - parts.mean())
+        torch.testing.assert_close(ce, torch.nn.functional.binary_cross_entropy(p, t))
+    measured = regions.metrics(torch.where(labels[:, None] == 3, 1.0, -1.0).expand(-1, 2, -1, -1, -1), labels)
+    both, sizes = measured["train_dice_per_class"]
+    assert both[1] == sizes[1] > 0
+    assert both[0] < sizes[0]

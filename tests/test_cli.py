@@ -201,7 +201,7 @@ def scores(path: Path, flips: int, cases: int = 8) -> str:
         pred_XYZ = truth_XYZ.copy()
         hit = np.flatnonzero(truth_XYZ)
         pred_XYZ.flat[np.random.default_rng(i).permutation(hit)[: flips + i]] = 0
-        rows += metrics.case_rows(pred_XYZ, truth_XYZ, (1.0, 1.0, 1.0), {1: "liver"}, f"case{i}")
+        rows += metrics.case_rows(pred_XYZ, truth_XYZ, (1.0, 1.0, 1.0), {"liver": (1,)}, f"case{i}")
     path.write_bytes(pd.DataFrame(rows).to_csv(index=False).encode())
     return str(path)
 

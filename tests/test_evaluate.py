@@ -211,7 +211,7 @@ def test_skipped_cases_are_counted() -> None:
     full, none = cube(4, (5, 5, 5)), cube(0, (0, 0, 0))
     rows = []
     for n, pair in enumerate([(full, full), (none, full), (full, none), (none, none)]):
-        rows += metrics.case_rows(*pair, UNIT, {1: "spleen"}, f"case{n}")
+        rows += metrics.case_rows(*pair, UNIT, {"spleen": (1,)}, f"case{n}")
     frame = pd.DataFrame(rows)
     dice, hd95 = (line_of(statistics.summary(frame), "spleen", m) for m in ("dice", "hd95_mm"))
     assert (dice["mean"], dice["n"], dice["skipped"]) == (pytest.approx(1 / 3), 3, 1)
@@ -242,7 +242,7 @@ def label_map(seed: int) -> np.ndarray:
 def test_case_rows_are_the_scores_of_each_class(dtype: str) -> None:
     pred, truth = label_map(1).astype(dtype), label_map(2)
     truth[truth == 7] = 9  # not declared
-    classes = {0: "background", 3: "liver", 1: "spleen", 2: "", 5: "aorta"}
+    classes = {"liver": (3,), "spleen": (1,), "aorta": (5,)}
     rows = metrics.case_rows(pred, truth, (0.8, 0.8, 2.5), classes, "s1")
     assert [(row["scan_id"], row["value"], row["class"]) for row in rows] == [
         ("s1", 3, "liver"),
@@ -255,9 +255,19 @@ def test_case_rows_are_the_scores_of_each_class(dtype: str) -> None:
     assert [row["empty"] for row in rows] == ["neither", "neither", "both"]
 
 
+def test_regions_are_the_unions_of_their_values() -> None:
+    pred, truth = label_map(1), label_map(2)
+    regions = {"whole": (1, 2, 3), "core": (2, 3), "enhancing": (3,)}
+    rows = metrics.case_rows(pred, truth, (0.8, 0.8, 2.5), regions, "s1")
+    assert [(row["value"], row["class"]) for row in rows] == [(-1, "whole"), (-1, "core"), (3, "enhancing")]
+    for row, values in zip(rows, regions.values()):
+        whole = metrics.score(np.isin(pred, values), np.isin(truth, values), (0.8, 0.8, 2.5))
+        assert {key: row[key] for key in whole} == pytest.approx(whole, nan_ok=True)
+
+
 def test_masks_apart_are_scored_in_the_box_of_both() -> None:
     pred, truth = cube(3, (1, 30, 8)), cube(4, (25, 2, 11))
-    (row,) = metrics.case_rows(pred, truth, (1.0, 1.5, 2.0), {1: "spleen"}, "s1")
+    (row,) = metrics.case_rows(pred, truth, (1.0, 1.5, 2.0), {"spleen": (1,)}, "s1")
     whole = metrics.score(pred, truth, (1.0, 1.5, 2.0))
     assert {key: row[key] for key in whole} == pytest.approx(whole)
     assert (row["dice"], row["volume_pred_ml"]) == (0, pytest.approx(0.081)) and row["hd95_mm"] > 40
@@ -276,7 +286,7 @@ def test_masks_apart_are_scored_in_the_box_of_both() -> None:
 )
 def test_bad_input_is_refused_by_name(pred: np.ndarray, spacing: Any, words: str) -> None:
     with pytest.raises(UserError, match=words), np.errstate(invalid="ignore"):
-        metrics.case_rows(pred, np.zeros((4, 4, 4), np.uint8), spacing, {1: "spleen"}, "s1")
+        metrics.case_rows(pred, np.zeros((4, 4, 4), np.uint8), spacing, {"spleen": (1,)}, "s1")
 
 
 # -------------------------------------------------------------------------------------- properties

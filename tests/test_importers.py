@@ -194,10 +194,8 @@ def test_a_list_sees_that_a_scan_far_away_was_replaced(
             "'liver' and 'lung' share the value 1",
         ),
         ('{"training": ["a"], "labels": {"liver": 300}}', "'liver' has the value 300; use 0 to 255"),
-        (
-            '{"training": ["a"], "labels": {"both": [1, 2]}}',
-            "the label 'both' is a region of the values [1, 2]",
-        ),
+        ('{"training": ["a"], "labels": {"both": [1, 2]}}', "regions want 'regions_class_order', 1 numbers"),
+        ('{"training": ["a"], "labels": {"both": [1, "x"]}}', "the label 'both' is [1, 'x']"),
     ],
 )
 def test_a_list_that_makes_no_sense(tmp_path: Path, text: str, reason: str) -> None:

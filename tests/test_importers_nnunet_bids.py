@@ -79,6 +79,16 @@ def test_several_nnunet_datasets_with_channels_and_test_labels(tmp_path: Path) -
     }
 
 
+def test_nnunet_regions(root: str) -> None:
+    put(root, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+    labels_ = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3, "ignore": 4}
+    uri = put_json(root, "dataset.json", NNUNET | {"labels": labels_, "regions_class_order": [1, 2, 3]})
+    (source,) = importers.sources(uri)
+    assert source.classes == ("background", "label 1", "label 2", "enhancing", "ignore")
+    assert source.regions == ("whole:1,2,3", "core:2,3", "enhancing:3")
+    assert source.region_values == (1, 2, 3)
+
+
 def test_nnunet_folds(root: str) -> None:
     put(root, *(f"imagesTr/c{i}_0000.nii.gz" for i in range(3)), "imagesTs/c0_0000.nii.gz")
     put_json(root, "dataset.json", NNUNET)
@@ -98,8 +108,8 @@ def test_nnunet_folds(root: str) -> None:
         (
             {"labels": {"background": 0, "whole": [1, 2], "core": 2}},
             ["imagesTr/a_0000.nii.gz"],
-            "{root}/dataset.json: the label 'whole' is a region of the values [1, 2]; regions overlap and logonet "
-            "trains one class per voxel, so declare one value per name",
+            "{root}/dataset.json: regions want 'regions_class_order', 2 numbers: the value that each region is written "
+            "as, those written later on top",
         ),
         (
             {"file_ending": ".png"},

@@ -7,9 +7,9 @@ declares no names has only numbers, and is believed to number as the others do.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,9 +29,15 @@ class Config(Section, key="data"):
     Attributes:
         classes: chosen by name, all others become background; a mapping {new: [old, ...]} merges and renames. Empty:
             all.
+        regions: {name: [class, ...]}: unions of classes that overlap, such as BraTS' whole tumour, tumour core and
+            enhancing tumour; each is an output of the network by itself. Empty: those that the dataset declares.
+        region_values: what each region is written as in a label map, those written later on top. Empty: the class
+            that a region has and none of those after it.
     """
 
     classes: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
+    regions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    region_values: tuple[int, ...] = ()
 
     @property
     def members(self) -> dict[str, tuple[str, ...]]:
@@ -48,6 +54,10 @@ class Labelled(Protocol):
     def dataset(self) -> str: ...
     @property
     def classes(self) -> tuple[str, ...]: ...
+    @property
+    def regions(self) -> tuple[str, ...]: ...
+    @property
+    def region_values(self) -> tuple[int, ...]: ...
     @property
     def label_values(self) -> tuple[int, ...]: ...
 
@@ -66,12 +76,16 @@ class Classes:
         values: what each index is written as in label maps.
         members: names in datasets -> class index, by `key`; what is in none is background, if ``chosen``.
         chosen: the user has chosen classes.
+        regions: name -> the class indices in it.
+        region_values: what each region is written as.
     """
 
     names: tuple[str, ...]
     values: tuple[int, ...]
     members: Mapping[tuple[str, ...], int] = field(default_factory=dict)
     chosen: bool = False
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    region_values: tuple[int, ...] = ()
 
     @classmethod
     def named(
@@ -181,12 +195,53 @@ def union(scans: Iterable[Labelled], cfg: Config) -> Classes:
     for name in members:
         if key(name) in (key("mean"), key(BACKGROUND)):
             raise UserError(f"the class name '{name}' is taken by the tables of scores; give it another name")
-    return Classes(
+    known = Classes(
         (BACKGROUND, *members),
         (0, *_values(numbers, members)),
         {key(old): i for i, olds in enumerate(members.values(), 1) for old in olds},
         chosen=bool(cfg.members),
     )
+    return replace(known, **_regions(scans, known, cfg))
+
+
+def _regions(scans: Sequence[Labelled], known: Classes, cfg: Config) -> dict[str, Any]:
+    """The ``regions`` and ``region_values`` of `Classes`: those chosen, else those that the one dataset declares."""
+    declared = {(scan.regions, scan.region_values) for scan in scans}
+    if cfg.regions:
+        index_of = {key(name): index for index, name in enumerate(known.names)}
+        names = [name for members in cfg.regions.values() for name in members]
+        if missing := [name for name in names if key(name) not in index_of]:
+            told = ", ".join(known.names[1:])
+            raise UserError(
+                f"data.regions names the class '{missing[0]}', which there is not (known: {told})"
+            )
+        regions = {name: tuple(index_of[key(m)] for m in members) for name, members in cfg.regions.items()}
+        values = cfg.region_values
+    elif declared == {((), ())}:
+        return {}
+    elif len(declared) > 1:
+        raise UserError("datasets declare different regions; give those that are meant as data.regions")
+    else:
+        ((texts, values),) = declared
+        pairs = [text.rpartition(":") for text in texts]
+        regions = {n: tuple(known.values.index(int(v)) for v in own.split(",")) for n, _, own in pairs}
+    values = values or tuple(_top_values(regions, known))
+    if len(values) != len(regions) or not {*values} <= {*known.values}:
+        told = ", ".join(map(str, known.values[1:]))
+        raise UserError(
+            f"data.region_values is {list(values)}; give each of {', '.join(regions)} one of {told}"
+        )
+    return {"regions": regions, "region_values": values}
+
+
+def _top_values(regions: Mapping[str, tuple[int, ...]], known: Classes) -> Iterator[int]:
+    """The value of the one class of each region that no later region has."""
+    for place, (name, members) in enumerate(regions.items()):
+        later = {index for others in list(regions.values())[place + 1 :] for index in others}
+        own = [index for index in members if index not in later]
+        if len(own) != 1:
+            raise UserError(f"what the region '{name}' is written as is not clear; set data.region_values")
+        yield known.values[own[0]]
 
 
 def _values(numbers: Mapping[str, int], members: Mapping[str, tuple[str, ...]]) -> list[int]:
@@ -247,3 +302,19 @@ def match(scans: Sequence[Labelled], model: Classes) -> dict[tuple[str, ...], La
 
 def _table(pairs: Iterable[tuple[int, str]]) -> str:
     return ", ".join(f"{value} {name}" for value, name in pairs)
+
+
+def membership(regions: Sequence[Sequence[int]]) -> np.ndarray:
+    """uint8 bits of each of 256 class indices: bit r is set where region r has the class."""
+    bits = np.zeros(NUM_VALUES, np.uint8)
+    for r, members in enumerate(regions):
+        bits[list(members)] |= np.uint8(1 << r)
+    return bits
+
+
+def written_as(region_values: Sequence[int]) -> np.ndarray:
+    """uint8 label value of each of 256 bit patterns of regions: that of the last region in it, 0 of none."""
+    values = np.zeros(NUM_VALUES, np.uint8)
+    for r, value in enumerate(region_values):
+        values[(np.arange(NUM_VALUES) & (1 << r)) > 0] = value
+    return values

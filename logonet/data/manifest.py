@@ -43,8 +43,9 @@ class Source:
 
     ``case`` is the case's name where the file's own does not tell one case from the next, ``modality`` is what the
     dataset says, ``split`` one of "train", "val" and "test", ``fold`` the fold that the dataset puts the scan into
-    (-1: none), ``classes[v]`` the declared name of label value v ("" where
-    undeclared, () when nothing is declared), ``sha256`` the digest that the file must have, if one is given.
+    (-1: none), ``classes[v]`` the declared name of label value v ("" where undeclared, () when nothing is declared),
+    ``regions`` unions of values that overlap ("whole tumour:1,2,3"), which are written as ``region_values`` one after
+    the other, ``sha256`` the digest that the file must have, if one is given.
     ``version`` changes whenever the scan or its label is replaced, ``size_bytes`` is 0 where it is not known.
     """
 
@@ -61,6 +62,8 @@ class Source:
     label_uri: str = ""
     label_files: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
+    region_values: tuple[int, ...] = ()
     sha256: str = ""
     size_bytes: int = 0
     version: str = ""
@@ -108,6 +111,8 @@ class Scan:
     label_like: int = 0
     channels: tuple[str, ...] = ()
     label_files: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
+    region_values: tuple[int, ...] = ()
 
     @property
     def num_channels(self) -> int:
@@ -166,7 +171,7 @@ def _inspect(source: Source) -> Scan:
         label_values = label_values_of(labels_XYZ)
         notes += [note] if note else []
     told = ["uri", "files", "channels", "subject", "dataset", "licence", "split", "fold"]
-    told += ["label_uri", "label_files", "classes"]
+    told += ["label_uri", "label_files", "classes", "regions", "region_values"]
     from_source: dict[str, Any] = {name: getattr(source, name) for name in told}
     return Scan(
         **from_source,

@@ -16,7 +16,7 @@ import json
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -281,13 +281,21 @@ def draw_corners(ref: Ref, cfg: CropSampling, rng: np.random.Generator) -> np.nd
 class Table:
     """Every case of a cases artifact, in the order of scan ids, and the names and values of their classes.
 
-    ``ignores``: some voxels have the index IGNORE.
+    ``ignores``: some voxels have the index IGNORE. ``regions``: the class indices of each region, which is written as
+    one of ``region_values``; empty where classes do not overlap.
     """
 
     refs: tuple[Ref, ...]
     classes: tuple[str, ...]
     label_values: tuple[int, ...]
     ignores: bool = False
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    region_values: tuple[int, ...] = ()
+
+    @property
+    def num_outputs(self) -> int:
+        """Of a network: one for each class, or for each region."""
+        return len(self.regions) or len(self.classes)
 
     def __len__(self) -> int:
         return len(self.refs)

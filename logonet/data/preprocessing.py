@@ -32,7 +32,7 @@ class Preprocessing(Section):
         mr_percentiles: of the nonzero voxels, mapped to [0, 1], for scans without an absolute scale.
         intensity: how a channel's values become [0, 1], one scheme for all channels or one for each. "window":
             ``window_hu``; "percentiles": ``mr_percentiles``; "window_percentiles": the percentiles of what the window
-            leaves; "zscore": five standard deviations on either side of the nonzero voxels' mean; "min_max"; "none": the
+            leaves; "zscore": five standard deviations on either side of the nonzero mean; "min_max"; "none": the
             values are in [0, 1] already. "auto": the window for CT, the percentiles for MR, and what nnU-Net's names of
             channels say ("zscore", "noNorm", "rescale_to_0_1").
     """

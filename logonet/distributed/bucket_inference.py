@@ -88,6 +88,8 @@ def items_of(sources: Sequence[Source], root: str) -> list[Item]:
         name = object_store.relative(uri, folder) if uri.startswith(f"{folder}/") else ""
         name = name or uri.rstrip("/").rpartition("/")[2]
         name = name[: len(name) - len(volume.suffix_of(name))]
+        if source.channels:  # the file's own name is that of one of them
+            name = "/".join([*name.split("/")[:-1], source.case])
         # A bucket's keys may have "..", "." or nothing between slashes, and the output may be a folder.
         name = "/".join("_" if part in ("", ".", "..") else part for part in name.split("/"))
         if name in found:
@@ -286,7 +288,8 @@ class _Segment:
             truth_XYZ, found_XYZ = item.labels.as_values(
                 manifest.load_label(item.scan, image), labels_XYZ, values
             )
-            there = {value: classes[value] for i, value in enumerate(values) if i in present}
+            known = {values[i] for i in present}
+            there = {name: own for name, own in predictor.spec.scored.items() if known & {*own}}
             scores = metrics.case_rows(found_XYZ, truth_XYZ, image.spacing_mm, there, item.scan.scan_id)
             scores = json.loads(json.dumps(scores, default=lambda value: value.item()))  # no NumPy types
         volumes_ml = metrics.volumes_ml(labels_XYZ, image.affine, classes, digits=4)
@@ -298,7 +301,9 @@ def _open(item: Item, known: str) -> tuple[Volume, str, bytes | None]:
     """The scan, its modality, and the bytes whose NIfTI header the label map takes over (None for DICOM)."""
     scan = item.scan
     if isinstance(scan, Scan):
-        header = None if scan.files else object_store.read(scan.uri, sha256=scan.sha256)
+        # Of several channels the digest is not that of the first one's file; loading compares them all.
+        own = None if scan.channels else scan.sha256
+        header = None if scan.files else object_store.read(scan.uri, sha256=own)
         return manifest.load(scan), scan.modality, header
     blobs, sha256 = manifest.read_scan(scan)
     if fault := manifest.checksum_fault(scan, sha256):

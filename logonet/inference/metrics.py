@@ -177,7 +177,7 @@ def case_rows(
     pred_XYZ: np.ndarray,
     truth_XYZ: np.ndarray,
     spacing_mm: Sequence[float],
-    classes: Mapping[int, str],
+    scored: Mapping[str, Sequence[int]],
     scan_id: str,
 ) -> list[dict[str, Any]]:
     """The rows of one scan: ``scan_id``, ``value``, ``class`` and what ``score`` gives.
@@ -185,8 +185,8 @@ def case_rows(
     Args:
         pred_XYZ, truth_XYZ: label values, whole numbers of any dtype, on one grid.
         spacing_mm: of that grid.
-        classes: label value -> name. 0 is background and has no row; values without a name are background
-            too.
+        scored: name -> its label values: one of a class, several of a region (BraTS's WT, TC, ET). ``value`` is the
+            one value, or -1. 0 is background and has no row; values without a name are background too.
         scan_id: as the manifest has it.
 
     Raises:
@@ -194,14 +194,14 @@ def case_rows(
     """
     _check_grid(pred_XYZ, truth_XYZ, spacing_mm, f"scan {scan_id}")
     pred_XYZ, truth_XYZ = (_whole(labels, scan_id) for labels in (pred_XYZ, truth_XYZ))
-    wanted = {value: name for value, name in classes.items() if value != 0 and name}
-    largest = max(wanted, default=0)
+    largest = max((value for values in scored.values() for value in values), default=0)
     pred_boxes, truth_boxes = (ndimage.find_objects(labels, largest) for labels in (pred_XYZ, truth_XYZ))
     rows = []
-    for value, name in wanted.items():
+    for name, values in scored.items():
         # Most organs fill a few per cent of a scan: nothing below looks outside the box of both masks.
-        box_XYZ = _union([pred_boxes[value - 1], truth_boxes[value - 1]])
-        pred, truth = (labels[box_XYZ] == value for labels in (pred_XYZ, truth_XYZ))
+        box_XYZ = _union([boxes[value - 1] for value in values for boxes in (pred_boxes, truth_boxes)])
+        pred, truth = (np.isin(labels[box_XYZ], values) for labels in (pred_XYZ, truth_XYZ))
+        value = values[0] if len(values) == 1 else -1
         rows.append({"scan_id": scan_id, "value": value, "class": name, **score(pred, truth, spacing_mm)})
     return rows
 

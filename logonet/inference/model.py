@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,13 +18,14 @@ from logonet import networks
 from logonet.core import config
 from logonet.core.config import Component, Positive
 from logonet.core.errors import UserError
-from logonet.data import volume
+from logonet.data import classes, volume
 from logonet.data.preprocessing import Percentile, Preprocessing
 from logonet.storage import object_store
 
 CONFIG_FILE, WEIGHTS_FILE = FILES = "config.json", "weights.safetensors"
 MODALITIES = {"CT", "MR", "mixed", *volume.NORMALISATIONS}
 MAX_VALUE = 255  # label maps are uint8
+MAX_REGIONS = 8  # a voxel's regions are the bits of a byte
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Spec(Preprocessing):
     size_vox: the window that the network was trained on, along R, A, S.
     spacing_mm, window_hu, mr_percentiles: see `Preprocessing`.
     modality: what it was trained on: "CT", "MR", ... (see `volume.modality`), or "mixed".
+    regions: the classes of each region, where the network's outputs are regions that overlap and not classes.
+    region_values: what each region is written as in a label map, those written later on top.
     members: the names of the datasets' classes that were merged into, or renamed to, each class; empty: none were.
 
     Raises:
@@ -56,6 +60,10 @@ class Spec(Preprocessing):
     members: dict[str, tuple[str, ...]] = field(
         default_factory=dict, kw_only=True, metadata=config.OMIT_DEFAULT
     )
+    regions: dict[str, tuple[str, ...]] = field(
+        default_factory=dict, kw_only=True, metadata=config.OMIT_DEFAULT
+    )
+    region_values: tuple[int, ...] = field(default=(), kw_only=True, metadata=config.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         Component.convert(self, "backbone")
@@ -71,10 +79,37 @@ class Spec(Preprocessing):
             raise UserError(f"{len(values)} label_values for {len(self.classes)} classes; give one each")
         if len(set(values)) != len(values) or not all(0 <= value <= MAX_VALUE for value in values):
             raise UserError(f"label_values are {list(values)}; set distinct ones from 0 to {MAX_VALUE}")
+        if strange := {m for members in self.regions.values() for m in members} - set(self.classes):
+            raise UserError(
+                f"regions hold '{min(strange)}', which is none of the classes {list(self.classes)}"
+            )
+        if len(self.region_values) != len(self.regions) or len(self.regions) > MAX_REGIONS:
+            given = f"{len(self.region_values)} region_values for {len(self.regions)} regions"
+            raise UserError(f"{given}; give one each, and at most {MAX_REGIONS}")
         if not {*self.modality.split(volume.JOIN)} <= MODALITIES:
             raise UserError(
                 f"modality is '{self.modality}'; it must be one of {', '.join(sorted(MODALITIES))}"
             )
+
+    @property
+    def num_outputs(self) -> int:
+        """Channels of the logits."""
+        return len(self.regions) or len(self.classes)
+
+    @property
+    def scored(self) -> dict[str, tuple[int, ...]]:
+        """What scores are of: name -> its values in label maps, of each class but background, or of each region."""
+        value_of = dict(zip(self.classes, self.label_values))
+        if self.regions:
+            return {name: tuple(value_of[m] for m in members) for name, members in self.regions.items()}
+        return {name: (value,) for value, name in self.foreground.items()}
+
+    @property
+    def written(self) -> np.ndarray:
+        """uint8 label values of what a voxel is found to be: of a class index, or of the bits of its regions."""
+        if self.regions:
+            return classes.written_as(self.region_values)
+        return np.array(self.label_values, np.uint8)
 
     @property
     def one_modality(self) -> str:
@@ -138,7 +173,7 @@ def build(spec: Spec, weights: Mapping[str, torch.Tensor]) -> nn.Module:
     backbone = spec.backbone.resolve(networks.config, "backbone")
     name = backbone.name
     networks.check_size(name, backbone.config, spec.size_vox)
-    net = networks.from_component(backbone, spec.in_channels, len(spec.classes))
+    net = networks.from_component(backbone, spec.in_channels, spec.num_outputs)
     try:
         net.load_state_dict(dict(weights), strict=True)
     except RuntimeError as err:  # one line per tensor

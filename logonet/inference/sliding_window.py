@@ -14,7 +14,7 @@ array exists, on either grid. ``benchmarks/inference.py`` has the formula of the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -102,11 +102,11 @@ class Predictor:
         native = volume.to_ras(Volume(labels_XYZ[None], scan.affine))
         assert np.may_share_memory(native.array_CXYZ, labels_XYZ)
         step = [new / old for new, old in zip(prepared.spacing_mm, native.spacing_mm)]
-        values = np.array(spec.label_values, np.uint8)
         axis = stream_axis(prepared.shape_xyz, spec.size_vox)
         finished = planes(self.net, prepared.array_CXYZ, low_high, spec.size_vox, self.cfg, self.device, axis)
         positions = _positions(native.shape_xyz, prepared.shape_xyz, step, self.device)
-        _write(finished, axis, positions, native.array_CXYZ[0], values, scan_id)
+        find = _regions if spec.regions else _best
+        _write(finished, axis, positions, native.array_CXYZ[0], spec.written, scan_id, find)
         return labels_XYZ
 
 
@@ -116,10 +116,13 @@ def labels(
     size_vox: Sequence[int],
     cfg: Config,
     device: str | torch.device,
+    *,
+    regions: bool = False,
 ) -> np.ndarray:
     """labels_XYZ uint8, class indices, of an image that is on the prepared grid already.
 
     Args:
+        regions: the outputs are regions; instead of class indices bit r says whether a voxel is in region r.
         net: a backbone in eval mode, on ``device``.
         image_CXYZ: float32 in [0, 1], on the host.
 
@@ -132,7 +135,8 @@ def labels(
     axis = stream_axis(shape, size_vox)
     finished = planes(net, image_CXYZ, (0.0, 1.0), size_vox, cfg, device, axis)
     positions = _positions(shape, shape, (1.0, 1.0, 1.0), device)
-    _write(finished, axis, positions, labels_XYZ, np.arange(256, dtype=np.uint8), "the image")
+    as_found, find = np.arange(256, dtype=np.uint8), _regions if regions else _best
+    _write(finished, axis, positions, labels_XYZ, as_found, "the image", find)
     return labels_XYZ
 
 
@@ -144,8 +148,9 @@ def _write(
     out_XYZ: np.ndarray,
     values: np.ndarray,
     name: str,
+    find: Callable[..., Tensor],
 ) -> None:
-    """Fill ``out_XYZ`` with the ``values`` of its most likely classes from prepared ``planes`` along ``axis``."""
+    """Fill ``out_XYZ`` with the ``values`` of what ``find`` finds in prepared ``planes`` along ``axis``."""
     along, rows, columns = (positions[d] for d in (axis, *_others(axis)))
     low, high, share = along.low.tolist(), along.high.tolist(), along.share.tolist()
     out_SAB = np.moveaxis(out_XYZ, axis, 0)
@@ -154,7 +159,7 @@ def _write(
         while n < len(out_SAB) and high[n] == p:
             low_KAB = plane_KAB if low[n] == p else before_KAB
             assert low_KAB is not None
-            class_AB = _best(low_KAB, plane_KAB, share[n], rows, columns, name)
+            class_AB = find(low_KAB, plane_KAB, share[n], rows, columns, name)
             out_SAB[n] = values[class_AB.cpu().numpy()]
             n += 1
         if n < len(out_SAB) and low[n] == p:  # the next one lies between this plane and the one to come
@@ -212,6 +217,22 @@ def _best(
     if best_AB.isnan().any():  # maximum keeps NaN
         raise BadScan(f"{name}: the network's answer is not a number; look at the scan's intensities")
     return class_AB
+
+
+def _regions(
+    low_KAB: Tensor, high_KAB: Tensor, share: float, rows: _Positions, columns: _Positions, name: str
+) -> Tensor:
+    """The regions of each voxel of a native plane, uint8: bit r is set where the logit of region r is above 0."""
+    bits_AB = None
+    for r, (low_AB, high_AB) in enumerate(zip(low_KAB, high_KAB)):
+        plane_AB = torch.lerp(low_AB, high_AB, share) if share else low_AB
+        plane_AB = columns.interpolate(rows.interpolate(plane_AB, 0), 1)
+        if plane_AB.isnan().any():
+            raise BadScan(f"{name}: the network's answer is not a number; look at the scan's intensities")
+        own_AB = (plane_AB > 0).to(torch.uint8) << r
+        bits_AB = own_AB if bits_AB is None else bits_AB | own_AB
+    assert bits_AB is not None
+    return bits_AB
 
 
 def planes(

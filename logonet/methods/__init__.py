@@ -74,6 +74,8 @@ class DataSpec:
         num_classes: classes of the labels, background included; 0 without labels.
         batch_size: samples of one forward pass; None when unknown.
         ignores: some voxels' labels are `classes.IGNORE`.
+        regions: the class indices of each region where regions overlap; ``num_classes`` is then their number, each
+            an output of its own, and a network has no output for background.
     """
 
     size_vox: tuple[int, int, int]
@@ -83,6 +85,7 @@ class DataSpec:
     num_classes: int = 0
     batch_size: int | None = None
     ignores: bool = False
+    regions: tuple[tuple[int, ...], ...] = ()
 
 
 class Method(Protocol):

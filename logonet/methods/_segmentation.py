@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from logonet.core.errors import UserError
 from logonet.data import augment
-from logonet.data.classes import IGNORE
+from logonet.data.classes import IGNORE, membership
 from logonet.methods import DataSpec
 from logonet.methods._parts import ratio, wide
 from logonet.networks import SegOut
@@ -28,7 +28,7 @@ SMOOTH = 1e-5  # the epsilon of Eq. 7
 
 def check_classes(name: str, data_spec: DataSpec) -> None:
     """Raise UserError where the labels have nothing but background."""
-    if data_spec.num_classes < 2:
+    if data_spec.num_classes < 2 and not data_spec.regions:
         raise UserError(
             f"{name} learns from labels and the data declares {data_spec.num_classes} classes, background included; "
             "import labelled scans that declare at least 2"
@@ -71,6 +71,55 @@ def dice_and_ce(logits_BKXYZ: Tensor, labels_BXYZ: Tensor, ignores: bool = False
         t_BK = per_class(known_BV, labels_BV, logits_BKV.shape[1]).to(p_BK)
         dice_BK = (2 * both_BK + SMOOTH) / (p_BK + t_BK + SMOOTH)
         return 1 - dice_BK.mean(1), ce_B
+
+
+class Regions(nn.Module):
+    """Losses and metrics of outputs that are regions, which overlap: each is decided by itself, by its own sigmoid.
+
+    Dice and binary cross-entropy as nnU-Net's DC_and_BCE_loss has them, of each sample, with Eq. 7's smoothing.
+
+    Args:
+        members: the class indices of each of the R regions.
+    """
+
+    bits: Tensor
+
+    def __init__(self, members: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.register_buffer("bits", torch.from_numpy(membership(members)), persistent=False)
+        self.num_regions = len(members)
+
+    def targets(self, labels_BXYZ: Tensor) -> tuple[Tensor, Tensor]:
+        """bool (B, R, V): the voxels of each region; bool (B, 1, V): those that count."""
+        labels_B1V = labels_BXYZ.flatten(1)[:, None]
+        shifts_R1 = torch.arange(self.num_regions, device=labels_B1V.device)[:, None]
+        inside_BRV = (self.bits[labels_B1V.long()].int() >> shifts_R1) & 1 > 0
+        return inside_BRV, labels_B1V != IGNORE
+
+    def losses(self, out: SegOut, labels_BXYZ: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Dice loss and cross-entropy, each (B,), of each output of a network, fine to coarse."""
+        return [self._losses(logits, nearest(labels_BXYZ, logits)) for logits in (out.logits, *out.deep)]
+
+    def _losses(self, logits_BRXYZ: Tensor, labels_BXYZ: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(logits_BRXYZ.device.type, enabled=False):
+            logits_BRV = wide(logits_BRXYZ.flatten(2))
+            inside_BRV, known_B1V = (mask.to(logits_BRV) for mask in self.targets(labels_BXYZ))
+            ce_BRV = F.binary_cross_entropy_with_logits(logits_BRV, inside_BRV, reduction="none")
+            ce_B = (ce_BRV.mean(1, keepdim=True) * known_B1V).sum((1, 2)) / known_B1V.sum((1, 2)).clamp_min(1)
+            p_BRV = logits_BRV.sigmoid() * known_B1V
+            t_BRV = inside_BRV * known_B1V
+            dice_BR = (2 * (p_BRV * t_BRV).sum(2) + SMOOTH) / (p_BRV.sum(2) + t_BRV.sum(2) + SMOOTH)
+            return 1 - dice_BR.mean(1), ce_B
+
+    @torch.no_grad()
+    def metrics(self, logits_BRXYZ: Tensor, labels_BXYZ: Tensor) -> dict[str, Tensor]:
+        """As `hard_dice`, of each region."""
+        inside_BRV, known_B1V = self.targets(labels_BXYZ)
+        found_BRV, inside_BRV = (logits_BRXYZ.flatten(2) > 0) & known_B1V, inside_BRV & known_B1V
+        both_BR = 2 * (found_BRV & inside_BRV).sum(2).double()
+        sizes_BR = (found_BRV.sum(2) + inside_BRV.sum(2)).double()
+        per_region_2R = ratio(both_BR.sum(0), sizes_BR.sum(0))
+        return {"train_dice_per_class": per_region_2R, "train_dice": mean_dice(both_BR, sizes_BR)}
 
 
 class _SoftmaxSums(torch.autograd.Function):

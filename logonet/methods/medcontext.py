@@ -66,6 +66,10 @@ def check(cfg: Config, data_spec: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on labelled crops like these."""
     check_weights(cfg, "w_dice", "w_ce")
     check_momentum(cfg)
+    if data_spec.regions:
+        raise UserError(
+            "medcontext does not learn regions that overlap; use method supervised, or set data.classes"
+        )
     if any(side % cfg.unit_vox for side in data_spec.size_vox[:2]):
         num_x, num_y, _ = data_spec.size_vox
         raise UserError(

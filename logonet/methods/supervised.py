@@ -1,6 +1,7 @@
 """Segmentation from labels with Dice and cross-entropy (LoGoNet's appendix, Eq. 6-8 and Table 10).
 
-Finetuning and training from scratch are both this; they differ in the weights the backbone comes with.
+Where the data declares regions that overlap (BraTS), each is an output with a sigmoid of its own, under Dice and binary
+cross-entropy. Finetuning and training from scratch are both this; they differ in the weights the backbone comes with.
 
 Shapes: B samples, C input channels, K classes (0 is background), X Y Z the crop's axes.
 """
@@ -63,6 +64,7 @@ class Supervised(MethodModule[Config]):
     def __init__(self, cfg: Config, network: Network, data_spec: DataSpec) -> None:
         super().__init__(cfg, network)
         self.num_classes, self.ignores = data_spec.num_classes, data_spec.ignores
+        self.regions = _segmentation.Regions(data_spec.regions) if data_spec.regions else None
         if cfg.encoder == "frozen":
             freeze(network, network.encoder_prefixes)
         self.train()
@@ -79,12 +81,16 @@ class Supervised(MethodModule[Config]):
         """Loss and metrics of one batch of what ``prepare`` returns; they do not depend on ``progress``."""
         x_BCXYZ, labels_BXYZ = batch["image"], batch["labels"]
         out = self.backbone.decode(x_BCXYZ, self.backbone.encode(x_BCXYZ))
-        parts = _segmentation.of_all_outputs(out, labels_BXYZ, self.ignores)
+        if self.regions is None:
+            parts = _segmentation.of_all_outputs(out, labels_BXYZ, self.ignores)
+            metrics = _segmentation.hard_dice(out.logits, labels_BXYZ, self.num_classes)
+        else:
+            parts = self.regions.losses(out, labels_BXYZ)
+            metrics = self.regions.metrics(out.logits, labels_BXYZ)
         losses = [(self.cfg.w_dice * dice_B + self.cfg.w_ce * ce_B).mean() for dice_B, ce_B in parts]
         weights = _segmentation.deep_weights(len(parts))
         loss = torch.stack([w * one for w, one in zip(weights, losses)]).sum()
         num_samples = len(labels_BXYZ)
-        metrics = _segmentation.hard_dice(out.logits, labels_BXYZ, self.num_classes)
         if out.aux_loss is not None:
             loss = loss + out.aux_loss
             metrics |= means(num_samples, aux_loss=out.aux_loss)

@@ -209,14 +209,14 @@ def _cases_picture(
         found = volume.decode_nifti(blob, row.output, allow_constant=True)
         label_map = label_maps[by_id[scan_id].classes]
         pair = label_map.as_values(labels_XYZ, found.array_CXYZ[0], spec.label_values)
-        ras = [
-            volume.to_ras(volume.Volume(a, image.affine)).array_CXYZ[0]
-            for a in (image.array_CXYZ, *(labels[None] for labels in pair))
+        maps = [
+            volume.to_ras(volume.Volume(labels[None], image.affine)).array_CXYZ[0].astype(int)
+            for labels in pair
         ]
-        spacing_mm = volume.to_ras(image).spacing_mm
-        low_high = spec.intensity_range(ras[0], by_id[scan_id].modality, scan_id)
-        maps = (volume.window(ras[0], low_high), ras[1].astype(int), ras[2].astype(int))
-        shown.append((f"{label}: {scan_id[-10:]}", *maps, spacing_mm))
+        ras = volume.to_ras(image)
+        low_high = spec.intensity_range(ras.array_CXYZ, by_id[scan_id].modality, scan_id)
+        first_XYZ = volume.window(ras.array_CXYZ, low_high)[0]
+        shown.append((f"{label}: {scan_id[-10:]}", first_XYZ, *maps, ras.spacing_mm))
     return reporting.cases_overlay(shown[::-1], spec.foreground)
 
 

@@ -220,9 +220,10 @@ def finetune(
         data_spec = DataSpec(
             size_vox=cfg.crops.size_vox,
             in_channels=cases_table.in_channels,
-            num_classes=len(cases_table.classes),
+            num_classes=cases_table.num_outputs,
             batch_size=cfg.train.batch_size * cfg.crops.per_case,
             ignores=cases_table.ignores,
+            regions=tuple(cases_table.regions.values()),
         )
         methods.check(cfg.method.name, cfg.method.config, data_spec)
         schedule = SampleSchedule.of(len(train_ids), cfg.train)
@@ -274,6 +275,7 @@ def finetune(
             "steps": history[-1]["step"],
             "best_step": training.best_step(history),
             "classes": list(cases_table.classes),
+            **({"regions": list(cases_table.regions)} if cases_table.regions else {}),
             "test": list(split.test),
             "excluded": list(split.excluded),
             # Test cases that training or pretraining knows, and that are test cases all the same.
@@ -299,5 +301,7 @@ def model_spec(cfg: Finetuning, table: prepared_scans.Table, scans: list[manifes
         size_vox=cfg.crops.size_vox,
         modality=modalities[0] if len(modalities) == 1 else "mixed",
         members=cfg.data.members,
+        regions={n: tuple(table.classes[i] for i in own) for n, own in table.regions.items()},
+        region_values=table.region_values,
         **vars(Preprocessing.of(cfg.cases)),
     )

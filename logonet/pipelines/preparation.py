@@ -250,6 +250,8 @@ def make_cases(
     own = {**config.to_dict(cfg), "label_values": list(known.values), "scans": [s.scan_id for s in scans]}
     if chosen.members:
         own["classes"] = chosen.members
+    if known.regions:
+        own["regions"] = [list(known.regions.items()), known.region_values]
 
     def make(uri: str) -> Made:
         refs, bad = preparing.prepare_scans(scans, known, cfg, uri, executor)
@@ -260,7 +262,8 @@ def make_cases(
             )
         one_number_of_channels({ref.shape_cxyz[0] for ref in refs})
         ignores = any(classes.IGNORE in known.of(scan).index_of for scan in scans)
-        prepared = prepared_scans.Table(tuple(refs), known.names, known.values, ignores)
+        regions = dict(known.regions), known.region_values
+        prepared = prepared_scans.Table(tuple(refs), known.names, known.values, ignores, *regions)
         files = {"cases.json": object_store.json_bytes(prepared.to_json()), "quarantine.json": quarantine}
         return Made(files, {"cases": len(refs), "quarantined": len(bad), "classes": list(known.names)})
 

@@ -320,12 +320,17 @@ class Loop:
             try:
                 with autocast_of(self.cfg, self.device):
                     found_XYZ = sliding_window.labels(
-                        net, unit_CXYZ, data_spec.size_vox, self.job.validation, self.device
+                        net,
+                        unit_CXYZ,
+                        data_spec.size_vox,
+                        self.job.validation,
+                        self.device,
+                        regions=bool(data_spec.regions),
                     )
             except BadScan as err:  # its logits are not finite
                 broken = f"validation failed ({err}); lower train.lr or set train.grad_clip=1.0"
                 break
-            dice[position] = case_dice(found_XYZ, truth_XYZ, data_spec.num_classes)
+            dice[position] = case_dice(found_XYZ, truth_XYZ, data_spec.num_classes, data_spec.regions)
         self.method.train()
         for part, sentence in self.communicator.gather((dice, broken)):
             dice.update(part)

@@ -8,13 +8,25 @@ from typing import Any
 
 import numpy as np
 
+from logonet.data import classes
 from logonet.inference import metrics
 from logonet.training.config import Config
 
 
-def case_dice(found_XYZ: np.ndarray, truth_XYZ: np.ndarray, num_classes: int) -> list[float]:
-    """Dice of each class but background; NaN where neither has it, so that it is left out of means."""
-    return metrics.dice(metrics.overlap(found_XYZ, truth_XYZ, num_classes))[1:].tolist()
+def case_dice(
+    found_XYZ: np.ndarray, truth_XYZ: np.ndarray, num_classes: int, regions: Sequence[Sequence[int]] = ()
+) -> list[float]:
+    """Dice of each class but background; NaN where neither has it, so that it is left out of means.
+
+    Args:
+        regions: the class indices of each region; ``found_XYZ`` are then bits, and Dice is that of each region.
+    """
+    if not regions:
+        return metrics.dice(metrics.overlap(found_XYZ, truth_XYZ, num_classes))[1:].tolist()
+    inside = classes.membership(regions)[truth_XYZ]
+    known = truth_XYZ != classes.IGNORE
+    pairs = [(found_XYZ[known] >> r & 1, inside[known] >> r & 1) for r in range(len(regions))]
+    return [float(metrics.dice(metrics.overlap(found, truth, 2))[1]) for found, truth in pairs]
 
 
 def best_step(history: Sequence[dict[str, Any]]) -> int | None:

@@ -177,9 +177,6 @@ def class_names(labels: Any, uri: str) -> tuple[str, ...]:
         raise UserError(f'{uri}: \'labels\' must be a mapping such as {{"1": "liver"}}, not {labels!r}')
     names: dict[int, str] = {}
     for key, value in labels.items():
-        if isinstance(value, list):
-            why = "regions overlap and logonet trains one class per voxel, so declare one value per name"
-            raise UserError(f"{uri}: the label '{key}' is a region of the values {value}; {why}")
         number, name = (key, value) if isinstance(value, str) else (value, key)
         if not re.fullmatch(r"-?[0-9]+", str(number)):
             raise UserError(f"{uri}: 'labels' has the item {key!r}: {value!r}; one must be an integer")
@@ -190,6 +187,38 @@ def class_names(labels: Any, uri: str) -> tuple[str, ...]:
             raise UserError(f"{uri}: the labels '{names[number]}' and '{name}' share the value {number}")
         names[number] = str(name)
     return tuple(names.get(v, "") for v in range(max(names) + 1))
+
+
+def region_fields(description: Mapping[str, Any], uri: str) -> dict[str, Any]:
+    """The ``classes``, ``regions`` and ``region_values`` of nnU-Net's labels, some of which are lists of values.
+
+    Every label but background and "ignore" is then a region. A value that is a region by itself has its name.
+    """
+    labels = description["labels"]
+    regions: dict[str, list[int]] = {}
+    names: dict[Any, str] = {}
+    for name, value in labels.items():
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(type(v) is int and 0 <= v <= MAX_LABEL for v in values):
+            raise UserError(f"{uri}: the label '{name}' is {value!r}; write values from 0 to {MAX_LABEL}")
+        if values in ([0], [labels.get("ignore")]):
+            names[values[0]] = str(name)
+        else:
+            regions[str(name)] = sorted(set(values))
+    names |= {
+        v: next((n for n, own in regions.items() if own == [v]), f"label {v}")
+        for r in regions.values()
+        for v in r
+    }
+    order = description.get("regions_class_order")
+    if not isinstance(order, list) or len(order) != len(regions) or not all(type(v) is int for v in order):
+        what = "the value that each region is written as, those written later on top"
+        raise UserError(f"{uri}: regions want 'regions_class_order', {len(regions)} numbers: {what}")
+    return {
+        "classes": tuple(names.get(v, "") for v in range(max(names) + 1)),
+        "regions": tuple(f"{name}:{','.join(map(str, values))}" for name, values in regions.items()),
+        "region_values": tuple(order),
+    }
 
 
 def parse_split(word: str, where: str) -> str:

@@ -90,8 +90,15 @@ def common_fields(uri: str, description: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "dataset": str(description.get("name") or common.name_of(common.folder_of(uri))),
         "licence": str(description.get("licence") or description.get("license") or ""),
-        "classes": common.class_names(description.get("labels"), uri),
+        **_classes(uri, description),
     }
+
+
+def _classes(uri: str, description: Mapping[str, Any]) -> dict[str, Any]:
+    labels = description.get("labels")
+    if isinstance(labels, dict) and any(isinstance(value, list) for value in labels.values()):
+        return common.region_fields(description, uri)
+    return {"classes": common.class_names(labels, uri)}
 
 
 def _names_image(item: Any) -> bool:
