@@ -8,7 +8,7 @@ from logonet.distributed.executor import RayExecutor
 
 def run(cfg: pipelines.Pretraining, args: cli.JobArgs) -> None:
     executor = RayExecutor(args.resources)
-    table, _ = pipelines.import_scans(args.data, args.root, executor)
+    table, _ = pipelines.import_scans(args.data, args.root, executor, cfg.data.channels)
     pipelines.make_crops(table, cfg.crops, args.root, executor)
 
 

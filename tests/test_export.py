@@ -72,13 +72,15 @@ def make(
     modality: str = "CT",
     name: str = "logonet",
     size_vox: tuple[int, int, int] = (32, 32, 32),
+    in_channels: int = 1,
+    special: dict[str, Any] | None = None,
     **options: Any,
 ) -> str:
-    """An untrained model's folder."""
+    """An untrained model's folder; ``special`` are keys of its config beside the usual ones."""
     options = networks.tiny(name) | options
     spec = model.Spec(
         backbone={"name": name, **options},
-        in_channels=1,
+        in_channels=in_channels,
         classes=("background", "liver", "spleen"),
         label_values=VALUES,
         size_vox=size_vox,
@@ -86,9 +88,10 @@ def make(
         window_hu=(-200.0, 300.0),
         mr_percentiles=(0.5, 99.5),
         modality=modality,
+        **(special or {}),
     )
     torch.manual_seed(0)
-    net = networks.build(name, 1, 3, **options)
+    net = networks.build(name, in_channels, spec.num_outputs, **options)
     folder.mkdir(parents=True, exist_ok=True)
     for file, data in model.files(spec, net.state_dict()).items():
         (folder / file).write_bytes(data)
@@ -178,6 +181,36 @@ def test_monai_runs_the_bundle_with_our_labels(
     workflow.run()
     workflow.finalize()
     check_labels(folder, tmp_path / "scans", tmp_path / "eval", modality)
+
+
+def test_monai_runs_a_bundle_of_several_channels_and_regions(tmp_path: pathlib.Path) -> None:
+    from monai.bundle import ConfigWorkflow
+
+    regions = {"regions": {"both": ("liver", "spleen"), "spleen": ("spleen",)}, "region_values": (7, 3)}
+    special = {**regions, "intensity": ("window_percentiles", "zscore")}
+    folder = make(tmp_path / "model", "CT+MR", "unet", in_channels=2, special=special)
+    export.write_bundle(folder, str(tmp_path / "bundle"))
+    (tmp_path / "scans").mkdir()
+    pair = [phantom(seed, (36, 30, 28), (3.0, 3.0, 3.0), m) for seed, m in enumerate(("CT", "MR"))]
+    both_XYZC = np.stack([scan.array_CXYZ[0] for scan, _ in pair], -1).astype(np.int16)
+    data = volume.encode_nifti(both_XYZC, pair[0][0].affine)
+    (tmp_path / "scans/a.nii.gz").write_bytes(data)
+    workflow = ConfigWorkflow(
+        str(tmp_path / "bundle/configs/inference.json"),
+        logging_file=False,
+        workflow_type="infer",
+        bundle_root=str(tmp_path / "bundle"),
+        dataset_dir=str(tmp_path / "scans"),
+        output_dir=str(tmp_path / "eval"),
+    )
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    own_XYZ = Predictor.load(folder).segment(volume.decode_nifti(data, "a"), "CT+MR")
+    found = volume.decode_nifti((tmp_path / "eval/a_seg.nii.gz").read_bytes(), "a", allow_constant=True)
+    assert set(np.unique(own_XYZ)) <= {0, 7, 3}
+    assert len(np.unique(own_XYZ)) > 1, "the test needs a network that says more than one thing"
+    assert np.mean(own_XYZ != found.array_CXYZ[0]) <= 0.001
 
 
 @pytest.mark.slow

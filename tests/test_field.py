@@ -199,8 +199,9 @@ def test_a_4d_file_is_the_same_scan_as_its_channels(tmp_path: Path) -> None:
     assert of_4d.modality == "MR+MR+MR+MR"
     assert (of_4d.voxel_sha256, of_4d.shape) == (of_files.voxel_sha256, of_files.shape)
     np.testing.assert_array_equal(manifest.load(of_4d).array_CXYZ, manifest.load(of_files).array_CXYZ)
+    other = encode_nifti(contrasts[0], affine)
+    (tmp_path / "brats/imagesTr/BraTS_000_0002.nii.gz").write_bytes(other)
     with pytest.raises(object_store.IntegrityError, match="not the manifest's"):
-        (tmp_path / "brats/imagesTr/BraTS_000_0002.nii.gz").write_bytes(encode_nifti(contrasts[0], affine))
         manifest.load(of_files)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from importing import SMALL, found, labels, put, put_json, put_text, refusal
 
+from logonet.core.errors import UserError
 from logonet.data import importers, manifest, phantom
 from logonet.data.manifest import Manifest, Scan, Source
 from logonet.data.volume import encode_nifti
@@ -505,3 +506,21 @@ def test_dicom_is_known_by_its_bytes(root: str) -> None:
         "p3": 1,
     }
     assert sum(map(len, survey.unused.values())) == 3
+
+
+def test_channels_are_chosen_by_the_last_word_of_a_name(tmp_path: Path) -> None:
+    for case in ("BraTS_1", "BraTS_2"):
+        put(tmp_path, *(f"{case}/{case}_{c}.nii.gz" for c in ("t1", "t1ce", "flair", "seg")))
+    put(tmp_path, "BraTS_3/BraTS_3_flair.nii.gz", "BraTS_3/BraTS_3_seg.nii.gz")
+    survey = importers.survey(str(tmp_path), ("flair", "T1ce"))
+    first, second = survey.sources
+    assert first.uri == f"{tmp_path}/BraTS_1/BraTS_1_flair.nii.gz"
+    assert first.channels == (f"{tmp_path}/BraTS_1/BraTS_1_t1ce.nii.gz",)
+    assert first.label_uri == f"{tmp_path}/BraTS_1/BraTS_1_seg.nii.gz"
+    assert (first.subject, first.case, second.subject) == ("BraTS_1", "BraTS_1", "BraTS_2")
+    assert len(survey.unused["scans without all of the channels flair, T1ce"]) == 3
+    put(tmp_path, "bids/sub-1/anat/sub-1_T1w.nii.gz", "bids/sub-1/anat/sub-1_T2w.nii.gz")
+    (session,) = importers.sources(f"{tmp_path}/bids", ("T2w", "T1w"))
+    assert (session.uri, session.subject) == (f"{tmp_path}/bids/sub-1/anat/sub-1_T2w.nii.gz", "sub-1")
+    with pytest.raises(UserError, match="no case has all of the channels adc"):
+        importers.survey(str(tmp_path), ("adc",))

@@ -21,12 +21,13 @@ Root = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ROOT")]
 Manifests = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="MANIFEST...")]
 
 
-def data_import(source: Source, /, root: str, workers: int = 1) -> None:
+def data_import(source: Source, /, root: str, channels: tuple[str, ...] = (), workers: int = 1) -> None:
     """Read and check every scan at SOURCE and store one table of them under ROOT/manifest.
 
     Args:
         source: a folder or s3:// prefix, an MSD dataset.json, or a DICOM series folder.
         root: where the artifact goes.
+        channels: contrasts that make up a scan, by the last word of their files' names, such as flair t1ce.
         workers: parallelism hint where the command starts its own Ray.
     """
     from logonet import pipelines
@@ -34,25 +35,26 @@ def data_import(source: Source, /, root: str, workers: int = 1) -> None:
     resources = Resources(workers=workers)
     with cluster.connected(resources):
         where = absolute(source, "SOURCE"), absolute(root, "--root")
-        table, artifact = pipelines.import_scans(*where, RayExecutor(resources))
+        table, artifact = pipelines.import_scans(*where, RayExecutor(resources), channels)
     print(shown(table.describe()))
     if table.quarantined:
         print(f"{len(table.quarantined)} scans are left out: {artifact.uri_of('quarantine.csv')}")
     print(f"id {table.id}\n{artifact.uri}")
 
 
-def data_check(source: Source, /, workers: int = 1) -> None:
+def data_check(source: Source, /, channels: tuple[str, ...] = (), workers: int = 1) -> None:
     """Verify every case at SOURCE and print every offender; exit status 1 when there is one.
 
     Args:
         source: as for data import.
+        channels: as for data import.
         workers: parallelism hint where the command starts its own Ray.
     """
     from logonet.data import importers, validate
 
     resources = Resources(workers=workers)
     with cluster.connected(resources):
-        survey = importers.survey(absolute(source, "SOURCE"))
+        survey = importers.survey(absolute(source, "SOURCE"), channels)
         checked = run_all(RayExecutor(resources), validate.check, survey.sources)
     problems = validate.problems(checked)
     print(shown(validate.table(problems, cases=len(checked))))

@@ -24,9 +24,11 @@ NUM_VALUES = 256
 
 @dataclass(frozen=True)
 class Config(Section, key="data"):
-    """Which classes of the labels count.
+    """Which channels of the scans and which classes of the labels count.
 
     Attributes:
+        channels: contrasts that make up a scan, in this order, by the last word of their files' names: [flair, t1ce].
+            Empty: as the dataset says.
         classes: chosen by name, all others become background; a mapping {new: [old, ...]} merges and renames. Empty:
             all.
         regions: {name: [class, ...]}: unions of classes that overlap, such as BraTS' whole tumour, tumour core and
@@ -35,6 +37,7 @@ class Config(Section, key="data"):
             that a region has and none of those after it.
     """
 
+    channels: tuple[str, ...] = ()
     classes: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
     regions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     region_values: tuple[int, ...] = ()

@@ -64,8 +64,8 @@ class LoadedModel:
         """Label values of every voxel of a scan, labels_XYZ uint8 on the scan's own grid.
 
         Args:
-            scan: a NIfTI file or DICOM series folder (local or s3://), or (array_XYZ, affine) with a (4, 4) affine from
-                voxel indices to RAS+ mm.
+            scan: a file or DICOM series folder (local or s3://), or (array, affine): array_XYZ or array_CXYZ, and a
+                (4, 4) affine from voxel indices to RAS+ mm.
             modality: "CT" or "MR"; empty to take it from the file or from what the model was trained on.
 
         Raises:
@@ -73,12 +73,14 @@ class LoadedModel:
             BadScan: it cannot be used; the sentence says why.
         """
         if isinstance(scan, str):
-            source = importers.sources(scan)[0]
+            source = importers.sources(scan, self.spec.channels)[0]
             blobs, _ = manifest.read_scan(source)
             image, name = manifest.decode(source, blobs), scan
         else:
-            array_XYZ, affine = scan
-            image = Volume(np.asarray(array_XYZ, np.float32)[None], np.asarray(affine, np.float64))
+            array, affine = scan
+            array_CXYZ = np.asarray(array, np.float32)
+            array_CXYZ = array_CXYZ[None] if array_CXYZ.ndim == 3 else array_CXYZ
+            image = Volume(array_CXYZ, np.asarray(affine, np.float64))
             name = "the array"
         hint = modality or image.modality or self.spec.one_modality
         return self.predictor.segment(image, volume.modality(image, hint, name), name)

@@ -39,6 +39,7 @@ class Spec(Preprocessing):
     size_vox: the window that the network was trained on, along R, A, S.
     spacing_mm, window_hu, mr_percentiles: see `Preprocessing`.
     modality: what it was trained on: "CT", "MR", ... (see `volume.modality`), or "mixed".
+    channels: the last words of the names of a case's files, where channels were chosen so.
     regions: the classes of each region, where the network's outputs are regions that overlap and not classes.
     region_values: what each region is written as in a label map, those written later on top.
     members: the names of the datasets' classes that were merged into, or renamed to, each class; empty: none were.
@@ -60,6 +61,7 @@ class Spec(Preprocessing):
     members: dict[str, tuple[str, ...]] = field(
         default_factory=dict, kw_only=True, metadata=config.OMIT_DEFAULT
     )
+    channels: tuple[str, ...] = field(default=(), kw_only=True, metadata=config.OMIT_DEFAULT)
     regions: dict[str, tuple[str, ...]] = field(
         default_factory=dict, kw_only=True, metadata=config.OMIT_DEFAULT
     )

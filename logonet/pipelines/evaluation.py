@@ -73,7 +73,7 @@ def evaluate_model(
         if chosen.artifact is None:
             raise UserError(f"--data is missing; {model_uri} does not say which scans it was split on")
         source = chosen.artifact.facts["source"]
-    table, _ = import_scans(source, root, executor)
+    table, _ = import_scans(source, root, executor, chosen.spec.channels)
     scans = test_scans(table, chosen)
     scans, leaking = _without_leaks(scans, chosen, cfg.leaks)
     spec = chosen.spec

@@ -184,7 +184,7 @@ def finetune(
     weights = find_weights(cfg.init.weights, root)
     cfg = resolve_finetuning(cfg, weights)
     executor.check(cfg.train, cfg.method)
-    table, _ = import_scans(source, root, executor)
+    table, _ = import_scans(source, root, executor, cfg.data.channels)
     split, split_artifact = make_split(table, cfg.split, cfg.leaks, weights.seen if weights else None, root)
     cases_table, cases_artifact = make_cases(
         table, split.test + split.excluded, cfg.cases, cfg.data, root, executor
@@ -300,6 +300,7 @@ def model_spec(cfg: Finetuning, table: prepared_scans.Table, scans: list[manifes
         label_values=table.label_values,
         size_vox=cfg.crops.size_vox,
         modality=modalities[0] if len(modalities) == 1 else "mixed",
+        channels=cfg.data.channels,
         members=cfg.data.members,
         regions={n: tuple(table.classes[i] for i in own) for n, own in table.regions.items()},
         region_values=table.region_values,

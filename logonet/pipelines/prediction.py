@@ -30,7 +30,7 @@ def predict_bucket(
     """
     started = time.monotonic()
     chosen = load_model(model_uri)
-    items = bucket_inference.items_of(importers.sources(source), source)
+    items = bucket_inference.items_of(importers.sources(source, chosen.spec.channels), source)
     bucket_inference.check_apart(items, source, output)
     if retry:
         say("predict", f"{bucket_inference.forget_quarantined(output)} quarantined cases are tried again")

@@ -35,9 +35,15 @@ LABELS_FILE = "labels.safetensors"
 # ---------------------------------------------------------------------------------------------- manifest
 
 
-def import_scans(source: str, root: str, executor: Executor) -> tuple[Manifest, Artifact]:
-    """The manifest of everything at ``source``: a prefix, an MSD dataset.json or a DICOM series folder."""
-    survey = importers.survey(source)
+def import_scans(
+    source: str, root: str, executor: Executor, channels: Sequence[str] = ()
+) -> tuple[Manifest, Artifact]:
+    """The manifest of everything at ``source``: a prefix, an MSD dataset.json or a DICOM series folder.
+
+    Args:
+        channels: see `importers.survey`.
+    """
+    survey = importers.survey(source, channels)
     sources = survey.sources
     # Versions (ETags, modification times) stand in for content until it is read: an unchanged listing is not read
     # again, and a replaced scan gives a new manifest.

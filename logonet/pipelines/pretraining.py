@@ -102,7 +102,7 @@ def upstream(
     cfg: Pretraining, source: str, root: str, executor: StageExecutor, labelled: str = ""
 ) -> Upstream:
     """Manifest, crops and, where they are needed, clusterers, pseudo-labels and cases to probe on."""
-    scans, _ = import_scans(source, root, executor)
+    scans, _ = import_scans(source, root, executor, cfg.data.channels)
     table = training_part(scans, cfg.split)
     crop_table, crops_artifact = make_crops(table, cfg.crops, root, executor)
     data_spec = DataSpec(
@@ -114,7 +114,7 @@ def upstream(
     task = None
     if cfg.probe is not None:
         if labelled and labelled != source:
-            scans, _ = import_scans(labelled, root, executor)
+            scans, _ = import_scans(labelled, root, executor, cfg.data.channels)
         task, lineage["probe_cases"] = probe_cases(cfg, cfg.probe, scans, root, executor)
     if not _pseudo(cfg.method.name):
         return Upstream(crop_table, None, data_spec, crops_artifact, lineage, known, task)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -71,18 +71,22 @@ class Survey:
         return f"{sum(count for _, count in frequent)} files are not used: {', '.join(parts)}"
 
 
-def sources(uri: str) -> list[Source]:
+def sources(uri: str, channels: Sequence[str] = ()) -> list[Source]:
     """The scans at ``uri``; see `survey`."""
-    return survey(uri).sources
+    return survey(uri, channels).sources
 
 
-def survey(uri: str) -> Survey:
+def survey(uri: str, channels: Sequence[str] = ()) -> Survey:
     """The scans at ``uri``: one scan, those of a list (JSON or CSV), or all below a folder or prefix.
 
     Below a folder: each Decathlon or nnU-Net dataset.json, each BIDS tree and each folder of DICOM slices is
     read by its own rules, and every other file that can hold a scan is one. Hidden files (macOS leaves
     ``._x.nii.gz``) and label maps (in labelsTr/, or named like an image with "_labels", "_seg", ... behind)
     are not scans; the latter become their image's ``label_uri``.
+
+    Args:
+        channels: contrasts by the last word of their files' names, such as ("flair", "t1ce"): the files of a case
+            become one scan with these channels, in this order, and other scans are not used.
 
     Raises:
         UserError: when nothing is found, or a list, table or dataset.json cannot be understood.
@@ -119,6 +123,14 @@ def survey(uri: str) -> Survey:
         nothing = f"no scans found ({len(known)} files; looked for {endings}, DICOM and dataset.json); correct the URI"
     if not found:
         raise UserError(f"{uri}: {nothing}")
+    if channels:
+        found, others = naming.chosen(found, channels)
+        if not found:
+            raise UserError(
+                f"{uri}: no case has all of the channels {', '.join(channels)} at the end of its files' names"
+            )
+        unused[f"scans without all of the channels {', '.join(channels)}"] += others
+        known = {u: e for u, e in known.items() if u not in set(others)}
     found = versioned(naming.identify(found, root), known)
     if root:
         for why, file in _not_used(root, known, found):

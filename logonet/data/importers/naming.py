@@ -145,6 +145,38 @@ def grouped(found: Sequence[Source]) -> list[Source]:
     return [as_channels(sorted(case, key=lambda s: s.uri)) for case in cases.values()]
 
 
+def chosen(found: Sequence[Source], channels: Sequence[str]) -> tuple[list[Source], list[str]]:
+    """The cases that have all of ``channels``, the last words of their files' names ("flair", "T1w"), and other files.
+
+    A case's scans lie in one folder and differ in that word only.
+    """
+    wanted = [channel.lower() for channel in channels]
+    cases: dict[str, dict[str, Source]] = defaultdict(dict)
+    other = []
+    for source in found:
+        name, _, word = stem(source.uri).replace("-", "_").replace(".", "_").rpartition("_")
+        if word.lower() in wanted:
+            cases[f"{folder_of(source.uri)}/{name}"][word.lower()] = source
+        else:
+            other.append(source.uri)
+    out = []
+    for case, own in cases.items():
+        if len(own) < len(wanted):
+            other += [source.uri for source in own.values()]
+            continue
+        ordered = [own[word] for word in wanted]
+        label = next((s for s in ordered if s.label_uri), ordered[0])
+        first = replace(
+            ordered[0],
+            case=name_of(case) or name_of(folder_of(case)),
+            label_uri=label.label_uri,
+            label_files=label.label_files,
+            classes=label.classes,
+        )
+        out.append(as_channels([first, *ordered[1:]]))
+    return out, other
+
+
 def as_channels(case: Sequence[Source]) -> Source:
     """One scan whose channels the sources of a case are, in this order."""
     first, *others = case

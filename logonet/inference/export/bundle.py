@@ -16,6 +16,7 @@ import logonet
 from logonet.core.config import to_dict
 from logonet.core.errors import UserError
 from logonet.data import volume
+from logonet.data.preprocessing import Preprocessing
 from logonet.inference import model
 from logonet.inference.sliding_window import Config as InferConfig
 from logonet.storage import object_store
@@ -77,10 +78,25 @@ def unit_range(image: Any, percentiles: Sequence[float]) -> Any:
     return ((image - low) / (high - low)).clip(0, 1)
 
 
+def scaled(image: Any, settings: Mapping[str, Any], modality: str) -> Any:
+    """A scan's channels mapped to [0, 1] as the model's config says, where a window or `unit_range` does not do it."""
+    array_CXYZ = np.asarray(image)
+    low_high = Preprocessing.of(settings).intensity_range(array_CXYZ, modality, "the scan")
+    return image * 0 + torch.from_numpy(volume.window(array_CXYZ, low_high))
+
+
+def region_labels(logits_RXYZ: Any, region_values: Sequence[int]) -> Any:
+    """The label map (1, X, Y, Z) of regions' logits: each region as its value, those later on top."""
+    values_XYZ = torch.zeros_like(logits_RXYZ[:1])
+    for logits_XYZ, value in zip(logits_RXYZ, region_values):
+        values_XYZ[0][logits_XYZ > 0] = value
+    return values_XYZ
+
+
 def inference(spec: model.Spec) -> dict[str, Any]:
     """``configs/inference.json``."""
     config: dict[str, Any] = json.loads(_template("inference.json"))
-    num_classes, options = len(spec.classes), InferConfig()
+    num_classes, options = spec.num_outputs, InferConfig()
     config["network_def"].update(
         backbone=to_dict(spec.backbone), in_channels=spec.in_channels, num_classes=num_classes
     )
@@ -93,13 +109,30 @@ def inference(spec: model.Spec) -> dict[str, Any]:
     if spec.modality == "mixed":
         ct["_disabled_"], mr["_disabled_"] = "$@modality != 'CT'", "$@modality == 'CT'"
         config["modality"] = "CT"
-    steps = [load, orientation, *{"CT": [ct], "MR": [mr], "mixed": [ct, mr]}[spec.modality]]
+    usual = {"CT": [ct], "MR": [mr], "mixed": [ct, mr]}
+    if spec.modality in usual and spec.intensity == "auto":
+        intensities = usual[spec.modality]
+    elif spec.modality == "mixed":
+        raise UserError("a bundle cannot tell how to scale scans of mixed modalities; use 'logonet predict'")
+    else:
+        settings = {"settings": to_dict(Preprocessing.of(spec)), "modality": spec.modality}
+        intensities = [_call("image", "scaled", settings)]
+    steps = [load, orientation, *intensities]
     if spec.spacing_mm is not None:
         steps.insert(2, {**spacing, "pixdim": list(spec.spacing_mm)})
     config["preprocessing"]["transforms"] = steps
-    _, _, values, _ = config["postprocessing"]["transforms"]
+    inverse, _, values, save = config["postprocessing"]["transforms"]
     values.update(orig_labels=list(range(num_classes)), target_labels=list(spec.label_values))
+    if spec.regions:
+        found = _call("pred", "region_labels", {"region_values": list(spec.region_values)})
+        config["postprocessing"]["transforms"] = [inverse, found, save]
     return config
+
+
+def _call(key: str, function: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A transform that calls one of our functions."""
+    name = f"logonet.inference.export.{function}"
+    return {"_target_": "Lambdad", "keys": key, "func": {"_target_": name, "_mode_": "callable", **given}}
 
 
 def metadata(spec: model.Spec) -> dict[str, Any]:
@@ -123,9 +156,12 @@ def metadata(spec: model.Spec) -> dict[str, Any]:
     )
     formats = {"CT": "hounsfield", "MR": "magnitude", "mixed": "hounsfield or magnitude"}
     image = values["network_data_format"]["inputs"]["image"]
-    image.update(format=formats[spec.modality], modality=spec.modality)
+    image.update(format=formats.get(spec.modality, "hounsfield or magnitude"), modality=spec.modality)
     pred = values["network_data_format"]["outputs"]["pred"]
-    for tensor, channels in ((image, ["image"] * spec.in_channels), (pred, spec.classes)):
+    for tensor, channels in (
+        (image, ["image"] * spec.in_channels),
+        (pred, list(spec.regions) or spec.classes),
+    ):
         channel_def = {str(c): name for c, name in enumerate(channels)}
         tensor.update(num_channels=len(channels), spatial_shape=list(spec.size_vox), channel_def=channel_def)
     return values
