@@ -22,7 +22,9 @@ from helpers import HERE
 
 from logonet import pipelines, recipes
 from logonet.core import config
-from logonet.data import importers, manifest, phantom
+from logonet.core.errors import UserError
+from logonet.data import importers, manifest, phantom, volume
+from logonet.data.classes import Config
 from logonet.data.manifest import Manifest
 from logonet.data.volume import Volume, encode_nifti
 from logonet.inference import sliding_window
@@ -94,9 +96,11 @@ class Run:
         settings = [*SMALL, *TWO_STEPS, *PRETRAIN, *own, "split.test_share=0.25", "split.folds=3"]
         return self._train("pretrain", recipes.PRETRAINING["demo"], settings, pipelines.pretrain)
 
-    def finetune(self, init: Artifact) -> Artifact:
+    def finetune(self, init: Artifact | None) -> Artifact:
         settings = [*SMALL, *TWO_STEPS, *FINETUNE, *self.own, "split.test_share=0.25", "split.folds=3"]
-        return self._train("finetune", recipes.FINETUNING["demo"], settings, pipelines.finetune, init.uri)
+        return self._train(
+            "finetune", recipes.FINETUNING["demo"], settings, pipelines.finetune, init.uri if init else ""
+        )
 
     def evaluate(self, model: Artifact) -> Artifact:
         if self.by_jobs:
@@ -211,8 +215,6 @@ def test_a_channel_on_another_grid_is_resampled_and_told(tmp_path: Path) -> None
     coarse = np.diag([2.0, 2.0, 2.0, 1.0])
     fine = Volume(ramp[None], np.eye(4))
     other = Volume(ramp[None, ::2, ::2, ::2], coarse)
-    from logonet.data import volume
-
     both = volume.stacked([fine, other])
     assert both.array_CXYZ.shape == (2, 24, 24, 24)
     np.testing.assert_allclose(both.array_CXYZ[1, :23, :23, :23], ramp[:23, :23, :23], atol=1e-5)
@@ -267,3 +269,59 @@ def test_cine_of_two_frames_a_patient_from_import_to_prediction(
     assert evaluation.facts["cases"] == 4  # both frames of two patients
     rows = run.predict(finetuned.uri, tmp_path / "acdc" / "patient000", tmp_path / "out")
     assert sorted(rows["status"]) == ["done", "done", "quarantined"]
+
+
+def renumbered(folder: Path, value_of: dict[str, int], rename: dict[str, str]) -> Path:
+    """Four phantoms whose organs have other numbers and names."""
+    listed = phantom.write_dataset(str(folder), 4, seed=9, size_vox=(28, 26, 24), orientations=["RAS"])
+    described = json.loads(Path(listed).read_text())
+    own = {name: int(value) for value, name in described["labels"].items()}
+    for path in (folder / "labelsTr").iterdir():
+        image = nib.load(path)
+        labels_XYZ = np.asarray(image.dataobj)
+        moved_XYZ = np.zeros_like(labels_XYZ)
+        for name, value in value_of.items():
+            moved_XYZ[labels_XYZ == own[name]] = value
+        path.write_bytes(encode_nifti(moved_XYZ, image.affine))
+    described["labels"] = {"0": "background"} | {str(v): rename.get(n, n) for n, v in value_of.items()}
+    described["name"] = folder.name
+    Path(listed).write_text(json.dumps(described))
+    return folder
+
+
+def test_an_external_test_set_is_scored_by_the_names_of_its_organs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    phantom.write_dataset(str(tmp_path / "own"), 8, size_vox=(28, 26, 24), orientations=["RAS"])
+    finetuned = Run(tmp_path / "own", tmp_path / "runs", False, []).finetune(None)
+    same = {"liver": 1, "spleen": 2, "right kidney": 3}
+
+    def scores(folder: Path, **data: Any) -> pd.DataFrame:
+        cfg = pipelines.Evaluation(data=Config(**data), infer=sliding_window.Config(overlap=0), leaks="allow")
+        made = pipelines.evaluate_model(
+            cfg, finetuned.uri, str(folder), str(tmp_path / "runs"), HERE, "field"
+        )
+        rows = pd.read_csv(io.BytesIO(made.read("cases.csv")))
+        # The label map's digest does not stand in a scan's id, so rows can be compared.
+        return rows.drop(columns="value").sort_values(["scan_id", "class"], ignore_index=True)
+
+    expected = scores(renumbered(tmp_path / "same", same, {}))
+    moved = renumbered(
+        tmp_path / "moved", {"spleen": 1, "right kidney": 2, "liver": 9}, {"right kidney": "Kidney, right"}
+    )
+    pd.testing.assert_frame_equal(scores(moved), expected)
+    part = renumbered(tmp_path / "part", {"liver": 3, "spleen": 5}, {"spleen": "gall bladder"})
+    capfd.readouterr()
+    only = scores(part)
+    said = capfd.readouterr().out
+    pd.testing.assert_frame_equal(only, expected[expected["class"] == "liver"].reset_index(drop=True))
+    assert "the model does not know gall bladder" in said
+    assert "the datasets do not label spleen, right kidney: not scored" in said
+    german = {"liver": "Leber", "spleen": "Milz", "right kidney": "rechte Niere"}
+    foreign = renumbered(tmp_path / "foreign", same, german)
+    with pytest.raises(
+        UserError, match=r"1 Leber, 2 Milz, 3 rechte Niere, the model's 1 liver, 2 spleen, 3 right kidney"
+    ):
+        scores(foreign)
+    translated = scores(foreign, classes={ours: (theirs,) for ours, theirs in german.items()})
+    pd.testing.assert_frame_equal(translated, expected)

@@ -57,6 +57,8 @@ def _noun(hint: Any) -> str:
     if origin is tuple:
         each = {_noun(arg) for arg in args}
         return f"{len(args)} {each.pop()}s" if len(each) == 1 else " and ".join(map(_noun, args))
+    if origin is dict:
+        return "mapping"
     name = getattr(hint, "__name__", str(hint))
     return {"int": "integer", "float": "number", "bool": "true or false", "str": "text"}.get(name, name)
 

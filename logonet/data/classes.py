@@ -24,9 +24,11 @@ NUM_VALUES = 256
 
 @dataclass(frozen=True)
 class Config(Section, key="data"):
-    """Which channels of the scans and which classes of the labels count.
+    """Which channels of the scans and which classes of the labels count, and how crops are drawn.
 
     Attributes:
+        fresh_crops: pretraining cuts new crops of every scan in each epoch, as the papers do, and labels them on the
+            spot. False trains on the fixed pool of crops that clusterers are fitted on.
         channels: contrasts that make up a scan, in this order, by the last word of their files' names: [flair, t1ce].
             Empty: as the dataset says.
         classes: chosen by name, all others become background; a mapping {new: [old, ...]} merges and renames. Empty:
@@ -37,6 +39,7 @@ class Config(Section, key="data"):
             that a region has and none of those after it.
     """
 
+    fresh_crops: bool = True
     channels: tuple[str, ...] = ()
     classes: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
     regions: dict[str, tuple[str, ...]] = field(default_factory=dict)

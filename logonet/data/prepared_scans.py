@@ -1,8 +1,8 @@
-"""Labelled scans as training reads them: prepared once, stored in chunks, cut anew at every step.
+"""Scans as training reads them: prepared once, stored in chunks, cut anew at every draw.
 
-Finetuning draws fresh random crops of every scan at every iteration (paper section 4.2), so a scan is stored whole;
-in chunks, so that a crop of a large scan reads a few byte ranges and not the scan. A prepared scan with its labels is a
-*case*.
+Pretraining and finetuning draw fresh random crops of every scan (paper sections 4.1 and 4.2), so a scan is stored
+whole; in chunks, so that a crop of a large scan reads a few byte ranges and not the scan. A prepared scan with its
+labels is a *case*; an unlabelled one has, instead of labels, a coarse map of where there is anything but air.
 
 Shapes: C channels, X Y Z voxels of the prepared grid (RAS), R crops, n positions of a class.
 """
@@ -25,10 +25,12 @@ from logonet.core import config, seeding
 from logonet.core.config import Count, Section, Share, SizeVox
 from logonet.data import volume
 from logonet.data.classes import IGNORE
+from logonet.data.cropping import CANDIDATES, FOREGROUND
 from logonet.data.preprocessing import Preprocessing
 from logonet.data.volume import Volume
 from logonet.storage import object_store, safetensors_io
 
+CELL_VOX = 8  # side of a cell of `coverage`
 CHUNK_VOX = 64  # side of a chunk: 512 KiB of image, so a request's latency is worth its bytes
 POSITIONS = 1000  # voxels kept of each class to centre crops on
 CHUNKS_CACHED = 128  # by a process, at most 96 MiB
@@ -65,6 +67,17 @@ class CropSampling(Section, key="crops"):
 # ------------------------------------------------------------------------------------------ preparing
 
 
+def prepare_image(scan: Volume, modality: str, cfg: Preprocessing, scan_id: str) -> np.ndarray:
+    """image_CXYZ uint16 (65535 x intensity) on the prepared grid.
+
+    Raises:
+        BadScan: for a scan without contrast.
+    """
+    prepared = cfg.to_grid(scan)
+    low_high = cfg.intensity_range(prepared.array_CXYZ, modality, scan_id)
+    return np.ascontiguousarray(volume.to_uint16(volume.window(prepared.array_CXYZ, low_high)))
+
+
 def prepare(
     scan: Volume, indices_XYZ: np.ndarray, modality: str, cfg: Config, scan_id: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -73,11 +86,19 @@ def prepare(
     Raises:
         BadScan: for a scan without contrast.
     """
-    prepared = cfg.to_grid(scan)
-    low_high = cfg.intensity_range(prepared.array_CXYZ, modality, scan_id)
-    image_CXYZ = volume.to_uint16(volume.window(prepared.array_CXYZ, low_high))
+    image_CXYZ = prepare_image(scan, modality, cfg, scan_id)
     label = cfg.to_grid(Volume(indices_XYZ[None].astype(np.float32), scan.affine), order=0)
-    return np.ascontiguousarray(image_CXYZ), np.ascontiguousarray(label.array_CXYZ[0].astype(np.uint8))
+    return image_CXYZ, np.ascontiguousarray(label.array_CXYZ[0].astype(np.uint8))
+
+
+def coverage(image_CXYZ: np.ndarray) -> np.ndarray:
+    """uint8 share, in 1/255, of each cell of CELL_VOX voxels a side in which any channel is not air."""
+    shares: Any = np.asarray((image_CXYZ > FOREGROUND * volume.UINT16_MAX).any(0), np.float32)
+    for axis, length in enumerate(shares.shape):
+        starts = np.arange(0, length, CELL_VOX)
+        sizes = np.diff([*starts, length]).reshape([-1 if a == axis else 1 for a in range(3)])
+        shares = np.add.reduceat(shares, starts, axis) / sizes
+    return np.round(255 * shares).astype(np.uint8)
 
 
 def class_positions(labels_XYZ: np.ndarray, seed: int, scan_id: str) -> dict[int, np.ndarray]:
@@ -92,14 +113,19 @@ def class_positions(labels_XYZ: np.ndarray, seed: int, scan_id: str) -> dict[int
     return found
 
 
-def to_bytes(scan_id: str, image_CXYZ: np.ndarray, labels_XYZ: np.ndarray, seed: int) -> bytes:
-    """One case as a safetensors file: chunks of image and labels, positions of each class, all with checksums."""
+def to_bytes(scan_id: str, image_CXYZ: np.ndarray, labels_XYZ: np.ndarray | None, seed: int = 0) -> bytes:
+    """One scan as a safetensors file, all with checksums: chunks of the image; chunks of labels and positions of each
+    class, or, without labels, `coverage`."""
     arrays: dict[str, np.ndarray] = {}
-    for name, box in _chunks(labels_XYZ.shape):
+    for name, box in _chunks(image_CXYZ.shape[1:]):
         arrays[f"image/{name}"] = np.ascontiguousarray(image_CXYZ[(slice(None), *box)])
-        arrays[f"labels/{name}"] = np.ascontiguousarray(labels_XYZ[box])
-    for index, voxels_n3 in class_positions(labels_XYZ, seed, scan_id).items():
-        arrays[f"places/{index}"] = voxels_n3
+        if labels_XYZ is not None:
+            arrays[f"labels/{name}"] = np.ascontiguousarray(labels_XYZ[box])
+    if labels_XYZ is None:
+        arrays["coverage"] = coverage(image_CXYZ)
+    else:
+        for index, voxels_n3 in class_positions(labels_XYZ, seed, scan_id).items():
+            arrays[f"places/{index}"] = voxels_n3
     about = {"scan_id": scan_id, "shape": json.dumps(image_CXYZ.shape)}
     return safetensors_io.to_bytes_with_checksums(arrays, about)
 
@@ -169,13 +195,20 @@ def _parsed(header: bytes) -> _Header:
         meta = entries.pop("__metadata__")
         c, x, y, z = map(operator.index, config.parse_json(meta["shape"]))
         sums, scan_id = config.parse_json(meta["sha256"]), meta["scan_id"]
+        labelled = "coverage" not in entries
         # counted first: a shape of any size would be walked through
-        if min(c, x, y, z) < 1 or 2 * math.prod(-(-n // CHUNK_VOX) for n in (x, y, z)) > len(entries):
+        if min(c, x, y, z) < 1 or math.prod(-(-n // CHUNK_VOX) for n in (x, y, z)) * (1 + labelled) > len(
+            entries
+        ):
             raise NotACase(f"shape {(c, x, y, z)}")
         wanted: dict[str, tuple[str, list[int]]] = {}
         for name, box in _chunks((x, y, z)):
             shape = [b.stop - b.start for b in box]
-            wanted |= {f"image/{name}": ("U16", [c, *shape]), f"labels/{name}": ("U8", shape)}
+            wanted[f"image/{name}"] = ("U16", [c, *shape])
+            if labelled:
+                wanted[f"labels/{name}"] = ("U8", shape)
+        if not labelled:
+            wanted["coverage"] = ("U8", [-(-n // CELL_VOX) for n in (x, y, z)])
         for name in entries.keys() - wanted.keys():
             count = operator.index(entries[name]["shape"][0])
             if not (name.startswith("places/") and name.removeprefix("places/").isdecimal() and count > 0):
@@ -230,8 +263,21 @@ def read_crop(ref: Ref, corner: Sequence[int], size_vox: Sequence[int]) -> tuple
 
     Outside the case both are 0: the darkest value of the window, and background.
     """
-    image_CXYZ = np.zeros((ref.shape_cxyz[0], *size_vox), np.uint16)
     labels_XYZ = np.zeros(tuple(size_vox), np.uint8)
+    return _read_box(ref, corner, size_vox, labels_XYZ), labels_XYZ
+
+
+def read_image(ref: Ref, corner: Sequence[int], size_vox: Sequence[int]) -> np.ndarray:
+    """The same of an unlabelled scan: image_CXYZ uint16."""
+    return _read_box(ref, corner, size_vox, None)
+
+
+def _read_box(
+    ref: Ref, corner: Sequence[int], size_vox: Sequence[int], labels_XYZ: np.ndarray | None
+) -> np.ndarray:
+    """image_CXYZ uint16 of a box; its labels are written into ``labels_XYZ`` where that is given."""
+    image_CXYZ = np.zeros((ref.shape_cxyz[0], *size_vox), np.uint16)
+    kinds = ("image",) if labels_XYZ is None else ("image", "labels")
     touched = []
     for name, box in _chunks(ref.shape_cxyz[1:]):
         shared = [(max(b.start, int(a)), min(b.stop, int(a) + n)) for b, a, n in zip(box, corner, size_vox)]
@@ -240,12 +286,13 @@ def read_crop(ref: Ref, corner: Sequence[int], size_vox: Sequence[int]) -> tuple
             target = tuple(slice(low - int(a), high - int(a)) for (low, high), a in zip(shared, corner))
             touched.append((name, source, target))
     _header(ref)  # once, before the chunks ask for it all at once
-    names = [f"{kind}/{name}" for name, *_ in touched for kind in ("image", "labels")]
+    names = [f"{kind}/{name}" for name, *_ in touched for kind in kinds]
     chunks = dict(zip(names, object_store.at_once(functools.partial(_tensor, ref), names)))
     for name, source, target in touched:
         image_CXYZ[(slice(None), *target)] = chunks[f"image/{name}"][(slice(None), *source)]
-        labels_XYZ[target] = chunks[f"labels/{name}"][source]
-    return image_CXYZ, labels_XYZ
+        if labels_XYZ is not None:
+            labels_XYZ[target] = chunks[f"labels/{name}"][source]
+    return image_CXYZ
 
 
 def read_case(ref: Ref) -> tuple[np.ndarray, np.ndarray]:
@@ -272,6 +319,26 @@ def draw_corners(ref: Ref, cfg: CropSampling, rng: np.random.Generator) -> np.nd
             anywhere = np.clip(centre - size // 2, 0, np.maximum(room, 0))
         corners.append(np.where(room < 0, room // 2, anywhere))
     return np.stack(corners)
+
+
+def draw_corner(
+    ref: Ref, size_vox: Sequence[int], min_foreground: float, rng: np.random.Generator
+) -> np.ndarray:
+    """The lower corner of a crop of an unlabelled scan, int64 (3,), uniform over the positions where it fits.
+
+    Of CANDIDATES the first whose share of anything but air reaches ``min_foreground`` is taken, else the one with the
+    largest: most of a scanner's field is air, which teaches nothing. Shares are those of the cells of `coverage`.
+    """
+    cells_IJK = _tensor(ref, "coverage")
+    room = np.array(ref.shape_cxyz[1:]) - size_vox
+    corners_K3 = rng.integers(0, np.maximum(room, 0) + 1, (CANDIDATES, 3))
+    shares = []
+    for corner in corners_K3:
+        box = tuple(slice(int(a) // CELL_VOX, -(-(int(a) + n) // CELL_VOX)) for a, n in zip(corner, size_vox))
+        shares.append(float(cells_IJK[box].mean()) / 255)
+    good = [k for k, share in enumerate(shares) if share >= min_foreground]
+    corner = corners_K3[good[0] if good else int(np.argmax(shares))]
+    return np.where(room < 0, room // 2, corner)
 
 
 # ---------------------------------------------------------------------------------------------- table

@@ -42,9 +42,9 @@ class CutScan:
 
 @dataclass(frozen=True)
 class PrepareScan:
-    """Prepares one labelled scan and stores it as one file of chunks."""
+    """Prepares one scan and stores it as one file of chunks; with labels, unless ``classes`` is None."""
 
-    classes: Classes
+    classes: Classes | None
     cfg: prepared_scans.Config
     uri: str
 
@@ -55,13 +55,18 @@ class PrepareScan:
             return ref
         try:
             image = manifest.load(scan)
+            if self.classes is None:
+                array_CXYZ = prepared_scans.prepare_image(image, scan.modality, self.cfg, scan.scan_id)
+                return self._stored(uri, prepared_scans.to_bytes(scan.scan_id, array_CXYZ, None))
             values_XYZ, label_map = manifest.load_label(scan, image), self.classes.of(scan)
             check_present(values_XYZ, label_map, scan.scan_id, self.classes)
             told = scan.modality, self.cfg, scan.scan_id
             prepared = prepared_scans.prepare(image, label_map.indices(values_XYZ), *told)
         except BadScan as err:
             return Quarantined(scan.uri, str(err))
-        blob = prepared_scans.to_bytes(scan.scan_id, *prepared, self.cfg.seed)
+        return self._stored(uri, prepared_scans.to_bytes(scan.scan_id, *prepared, self.cfg.seed))
+
+    def _stored(self, uri: str, blob: bytes) -> prepared_scans.Ref:
         object_store.write(uri, blob)
         return prepared_scans.ref_of(uri, safetensors_io.header_of(blob))
 
@@ -79,12 +84,12 @@ def cut_scans(
 
 def prepare_scans(
     scans: Sequence[Scan],
-    classes: Classes,
+    classes: Classes | None,
     cfg: prepared_scans.Config,
     uri: str,
     executor: Executor,
 ) -> tuple[list[prepared_scans.Ref], list[Quarantined]]:
-    """Prepare every labelled scan; files already stored by an interrupted run are kept."""
+    """Prepare every scan, with labels unless ``classes`` is None; files stored by an interrupted run are kept."""
     answers = run_all(executor, PrepareScan(classes, cfg, uri), scans)
     bad = [a for a in answers if isinstance(a, Quarantined)]
     return [a for a in answers if not isinstance(a, Quarantined)], bad

@@ -20,7 +20,7 @@ from logonet.distributed.cluster import ResourceAllocation, Resources
 
 if TYPE_CHECKING:  # these import torch, which data tasks do without
     from logonet.training.config import Config, Job
-    from logonet.training.dataset import LabelledDataset, TrainingDataset
+    from logonet.training.dataset import Dataset
 
 MAX_TASKS = 2000  # blocks of a graph over items: enough to balance, few enough to schedule
 ITEMS_PER_ACTOR = 16  # a data actor with fewer would take longer to start than to work
@@ -94,7 +94,7 @@ class RayExecutor:
 
         trainer.check_workers(cfg, method, self.resources)
 
-    def train(self, job: Job, dataset: TrainingDataset | LabelledDataset) -> dict[str, Any]:
+    def train(self, job: Job, dataset: Dataset) -> dict[str, Any]:
         """As `logonet.distributed.trainer.fit`."""
         from logonet.distributed import trainer
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from logonet.distributed.cluster import ResourceAllocation
-from logonet.training.dataset import LabelledDataset, TrainingDataset
+from logonet.training.dataset import Dataset
 from logonet.training.schedule import MicroBatches
 
 TASK_BYTES = 8 << 20  # prepared samples of one task
@@ -57,10 +57,10 @@ def _prepare(dataset_ref: Any, positions: list[tuple[int, int]]) -> dict[str, np
     return opened(dataset_ref[0])[positions]
 
 
-_OPENED: dict[str, TrainingDataset | LabelledDataset] = {}
+_OPENED: dict[str, Dataset] = {}
 
 
-def opened(ref: Any) -> TrainingDataset | LabelledDataset:
+def opened(ref: Any) -> Dataset:
     """The dataset, unpickled once a process: a big run's takes longer to unpickle than a sample to prepare."""
     import ray
 

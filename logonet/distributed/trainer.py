@@ -19,7 +19,7 @@ from logonet.distributed import feed, preemption, ray_compat
 from logonet.distributed.cluster import ResourceAllocation, Resources, on_loopback, quiet
 from logonet.training.communicator import Communicator, ProcessGroup
 from logonet.training.config import Config, Job, accumulation, micro_batches
-from logonet.training.dataset import LabelledDataset, TrainingDataset
+from logonet.training.dataset import Dataset
 from logonet.training.local import finish
 from logonet.training.loop import Left, Loop, to_tensors
 from logonet.training.schedule import MicroBatches
@@ -47,7 +47,7 @@ def check_workers(cfg: Config, method: Component, resources: Resources) -> None:
 
 def fit(
     job: Job,
-    dataset: TrainingDataset | LabelledDataset,
+    dataset: Dataset,
     resources: Resources,
     allocation: ResourceAllocation,
     callbacks: Sequence[Any] = (),

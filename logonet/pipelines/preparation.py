@@ -21,6 +21,7 @@ from logonet.core.errors import UserError
 from logonet.core.execution import Executor, run_all
 from logonet.data import classes, crop_shards, cropping, importers, manifest, prepared_scans, preparing
 from logonet.data.manifest import Manifest, Quarantined, Scan, Source
+from logonet.data.preprocessing import Preprocessing
 from logonet.pipelines.stage import Made, open_stage, run_stage, say
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
@@ -158,6 +159,29 @@ def make_crops(
     own, parents = config.to_dict(cfg), {"manifest": table.id}
     artifact = run_stage(root, "crops", own, parents, make, lambda a: f"{a.facts['crops']} crops")
     return crop_shards.CropTable.open(artifact), artifact
+
+
+def make_scans(
+    table: Manifest, cfg: Preprocessing, root: str, executor: Executor
+) -> tuple[tuple[prepared_scans.Ref, ...], str]:
+    """Every scan, prepared to cut fresh crops of, and the fingerprint of where they lie."""
+    own = config.to_dict(prepared_scans.Config.of(cfg)) | {"scans": [s.scan_id for s in table.scans]}
+
+    def make(uri: str) -> Made:
+        refs, bad = preparing.prepare_scans(table.scans, None, prepared_scans.Config.of(cfg), uri, executor)
+        quarantine = _quarantine(bad)
+        if not refs:
+            raise UserError(
+                f"none of the {len(table.scans)} scans can be used; the first says: {bad[0].reason}"
+            )
+        files = {"scans.json": object_store.json_bytes([asdict(ref) for ref in refs])}
+        return Made({**files, "quarantine.json": quarantine}, {"scans": len(refs), "quarantined": len(bad)})
+
+    artifact = run_stage(
+        root, "prepared", own, {"manifest": table.id}, make, lambda a: f"{a.facts['scans']} scans"
+    )
+    rows = config.parse_json(artifact.read("scans.json"))
+    return tuple(config.from_dict(prepared_scans.Ref, row) for row in rows), artifact.fingerprint
 
 
 def one_number_of_channels(counts: set[int]) -> set[int]:

@@ -17,12 +17,20 @@ from logonet.data import classes, crop_shards, cropping, manifest, prepared_scan
 from logonet.data.volume import from_uint16
 from logonet.inference.load import SEEN_FILE
 from logonet.methods import DataSpec
-from logonet.pipelines.preparation import import_scans, make_cases, make_clusterers, make_crops, make_labels
+from logonet.pipelines.preparation import (
+    CLUSTERERS_FILE,
+    import_scans,
+    make_cases,
+    make_clusterers,
+    make_crops,
+    make_labels,
+    make_scans,
+)
 from logonet.pipelines.stage import Made, Run, StageExecutor, Trial, last_loss, page, run_tracked, say
 from logonet.storage.artifacts import Artifact
 from logonet.storage.object_store import Stored
 from logonet.training import linear_probe, weight_transfer
-from logonet.training.dataset import TrainingDataset
+from logonet.training.dataset import FreshCrops, TrainingDataset
 from logonet.training.schedule import SampleSchedule
 
 # Of the report's pictures.
@@ -80,13 +88,15 @@ class Upstream:
     """What a training run stands on.
 
     Attributes:
-        crops: the samples.
-        labels_PNZ: their pseudo-labels, or None for a method that needs none.
+        crops: the fixed pool of crops, which clusterers are fitted on.
+        labels_PNZ: its pseudo-labels, or None for a method that needs none.
         data_spec: what the method may know of them.
         parent: the artifact trained on.
         lineage: fingerprints and ids, from the scans on.
         seen: the scans that gave crops, without names, for leak checks (`seen`).
         probe: labelled cases to measure the encoder on, or None.
+        scans: prepared scans to cut fresh crops of; none where the pool is trained on.
+        clusterers: the artifact of what labels fresh crops.
     """
 
     crops: crop_shards.CropTable
@@ -96,6 +106,8 @@ class Upstream:
     lineage: dict[str, str]
     seen: bytes
     probe: linear_probe.Task | None = None
+    scans: tuple[prepared_scans.Ref, ...] = ()
+    clusterers: Artifact | None = None
 
 
 def upstream(
@@ -116,14 +128,18 @@ def upstream(
         if labelled and labelled != source:
             scans, _ = import_scans(labelled, root, executor, cfg.data.channels)
         task, lineage["probe_cases"] = probe_cases(cfg, cfg.probe, scans, root, executor)
+    refs: tuple[prepared_scans.Ref, ...] = ()
+    if cfg.data.fresh_crops:
+        kept = replace(table, scans=tuple(s for s in table.scans if s.scan_id in cut))
+        refs, lineage["prepared"] = make_scans(kept, cfg.crops, root, executor)
     if not _pseudo(cfg.method.name):
-        return Upstream(crop_table, None, data_spec, crops_artifact, lineage, known, task)
+        return Upstream(crop_table, None, data_spec, crops_artifact, lineage, known, task, refs)
     fitted = make_clusterers(crop_table, crops_artifact, cfg.clusterers, root, executor)
     labels_PNZ, labels = make_labels(crop_table, crops_artifact, fitted, root, executor)
     sizes, majority = (tuple(labels.facts[key]) for key in ("cluster_sizes", "majority_labels"))
     data_spec = replace(data_spec, cluster_sizes=sizes, majority_labels=majority)
     lineage |= {"clusterers": fitted.facts["id"], "clusterers_uri": fitted.uri, "labels": labels.fingerprint}
-    return Upstream(crop_table, labels_PNZ, data_spec, labels, lineage, known, task)
+    return Upstream(crop_table, labels_PNZ, data_spec, labels, lineage, known, task, refs, fitted)
 
 
 def probe_cases(
@@ -173,13 +189,15 @@ def pretrain(
     cfg = resolve(cfg)
     executor.check(cfg.train, cfg.method)
     up = upstream(cfg, source, root, executor, labelled)
-    crop_table, labels_PNZ, lineage = up.crops, up.labels_PNZ, up.lineage
+    lineage = up.lineage
     own = {"backbone": cfg.backbone, "method": cfg.method, "train": config.to_dict(cfg.train)}
     if up.probe is not None:
         own["probe"] = {**config.to_dict(up.probe.cfg), "cases": lineage["probe_cases"]}
     parents = {up.parent.stage: up.parent.fingerprint}
-    schedule = SampleSchedule.of(len(crop_table), cfg.train)
-    dataset = TrainingDataset(cfg.method.name, cfg.method.config, schedule, crop_table, labels_PNZ)
+    if up.scans:
+        parents["prepared"] = lineage["prepared"]
+    dataset = dataset_of(cfg, up)
+    schedule = dataset.schedule
 
     def make(run: Run) -> Made:
         # Before any hour is spent: what this run will save is what finetuning will be able to load.
@@ -187,12 +205,13 @@ def pretrain(
         handover = weight_transfer.prove(cfg.backbone, up.data_spec.in_channels, 3, net.state_dict())
         share = f"{handover.encoder_share:.0%}"
         say("handover", f"{share} of the encoder's parameters arrive in a segmentation network")
-        pictures = _pictures(dataset, cfg)
+        pictures = _pictures(dataset, up, cfg)
         files: dict[str, bytes] = {**pictures, "config.yaml": config.to_yaml(cfg).encode()}
         what = (cfg.backbone, cfg.method, cfg.train, up.data_spec)
         job = training.Job(run.uri, run.fingerprint, *what, run.tracking, dict(files), probe=up.probe)
         steps = f"{schedule.steps_per_epoch} steps an epoch"
-        say("pretrain", f"{run.name} on {len(crop_table)} crops, {steps}  {run.uri}")
+        on = f"fresh crops of {len(up.scans)} scans" if up.scans else f"{len(up.crops)} crops"
+        say("pretrain", f"{run.name} on {on}, {steps}  {run.uri}")
         result = executor.train(job, dataset)
         history = result["history"]
         pictures["curves.png"] = reporting.curves(history)
@@ -208,16 +227,28 @@ def pretrain(
     )
 
 
-def _pictures(dataset: TrainingDataset, cfg: Pretraining) -> dict[str, bytes]:
+def dataset_of(cfg: Pretraining, up: Upstream) -> TrainingDataset | FreshCrops:
+    """What the run trains on: fresh crops of the prepared scans, or the fixed pool."""
+    method = cfg.method.name, cfg.method.config
+    if not up.scans:
+        return TrainingDataset(*method, SampleSchedule.of(len(up.crops), cfg.train), up.crops, up.labels_PNZ)
+    schedule = SampleSchedule.of(len(up.scans) * cfg.crops.per_scan, cfg.train)
+    if up.clusterers is None:
+        return FreshCrops(*method, schedule, up.scans, cfg.crops)
+    fitted = kmeans.ClustererSet.from_bytes(up.clusterers.read(CLUSTERERS_FILE))
+    return FreshCrops(*method, schedule, up.scans, cfg.crops, fitted.centroids_VT, fitted.sizes_N)
+
+
+def _pictures(dataset: TrainingDataset | FreshCrops, up: Upstream, cfg: Pretraining) -> dict[str, bytes]:
     """What the run is asked to learn, before it starts: a masked chain and a sheet of clusters."""
-    if dataset.labels_PNZ is None:
+    if up.labels_PNZ is None:
         return {}
     shown = dataset.rows([(0, 0)])[0]
     pictures = {}
     if "chain" in shown:
         rest = (shown[key] for key in ("hidden", "chain", "patch_size", "labels"))
         pictures["masked_chain.png"] = reporting.chain_picture(from_uint16(shown["image"]), *rest)
-    pictures["clusters.png"] = cluster_sheet(dataset.table, dataset.labels_PNZ, which=0, seed=cfg.train.seed)
+    pictures["clusters.png"] = cluster_sheet(up.crops, up.labels_PNZ, which=0, seed=cfg.train.seed)
     return pictures
 
 

@@ -21,7 +21,7 @@ from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
 from logonet.storage.object_store import Stored
 from logonet.training import weight_transfer
-from logonet.training.dataset import LabelledDataset, TrainingDataset
+from logonet.training.dataset import Dataset
 
 
 class StageExecutor(Executor, Protocol):
@@ -30,7 +30,7 @@ class StageExecutor(Executor, Protocol):
     def check(self, cfg: training.Config, method: Component) -> None:
         """UserError when the workers cannot share the steps of ``cfg``."""
 
-    def train(self, job: training.Job, dataset: TrainingDataset | LabelledDataset) -> dict[str, Any]:
+    def train(self, job: training.Job, dataset: Dataset) -> dict[str, Any]:
         """Train ``job``; returns {"history", "files", "tracked"}. Run again, it resumes."""
 
 

@@ -28,7 +28,13 @@ from logonet.sweep.trial import Plan, Upstream, key_of
 from logonet.sweep.tuning import Recorder, drive
 
 # What trials have in common: stage -> the key of a run's lineage that ends on the artifact's fingerprint.
-SHARED = {"crops": "crops", "clusterers": "clusterers_uri", "labels": "labels", "cases": "probe_cases"}
+SHARED = {
+    "crops": "crops",
+    "prepared": "prepared",
+    "clusterers": "clusterers_uri",
+    "labels": "labels",
+    "cases": "probe_cases",
+}
 SAME_DRAWS = 200  # draws that bring nothing new before a space counts as exhausted
 MLFLOW_STATUS = {"done": "FINISHED", "failed": "FAILED"}  # all others: KILLED
 
@@ -135,7 +141,9 @@ def make_shared(sweep: Sweep, trials: Sequence[Trial], executor: RayExecutor) ->
     for trial in trials:
         try:
             cfg = pretraining_of(spaces.apply(base, trial.settings))
-            parts = cfg.split, cfg.crops, cfg.clusterers, cfg.probe, cfg.method.name
+            parts = config.fingerprint(
+                cfg.data, cfg.split, cfg.crops, cfg.clusterers, cfg.probe, cfg.method.name
+            )
             if parts in seen:
                 continue
             up = pipelines.upstream(cfg, sweep.source, sweep.root, executor, sweep.labelled)

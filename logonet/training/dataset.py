@@ -13,8 +13,8 @@ import numpy as np
 
 from logonet import methods
 from logonet.core import seeding
-from logonet.data import prepared_scans
-from logonet.data.crop_shards import CropTable
+from logonet.data import cropping, prepared_scans
+from logonet.data.crop_shards import CropTable, slices_of
 from logonet.training.schedule import SampleSchedule
 
 
@@ -72,6 +72,59 @@ class TrainingDataset(_Dataset):
 
 
 @dataclass(frozen=True)
+class FreshCrops(_Dataset):
+    """Unlabelled scans, of which every draw cuts a new crop; pseudo-labels are computed on the spot.
+
+    Attributes:
+        scans: prepared; sample ``i`` is crop ``i % per_scan`` of scan ``i // per_scan``.
+        crops: their size, how many an epoch takes of a scan, and how much of them must not be air.
+        centroids_VT, sizes_N: the clusterers that label crops, or None; in a cluster they lie once a node in shared
+            memory.
+    """
+
+    scans: tuple[prepared_scans.Ref, ...]
+    crops: cropping.Config
+    centroids_VT: np.ndarray | None = None
+    sizes_N: np.ndarray | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        return 4 * int(np.prod(self.crops.size_vox)) * self.scans[0].shape_cxyz[0]
+
+    def rows(self, samples: Sequence[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
+        return [self._row(repeat, index) for repeat, index in samples]
+
+    def _row(self, repeat: int, index: int) -> dict[str, np.ndarray]:
+        number, slot = divmod(index, self.crops.per_scan)
+        ref = self.scans[number]
+        rng = seeding.rng(self.schedule.seed, "fresh", repeat, slot, ref.scan_id)
+        corner = prepared_scans.draw_corner(ref, self.crops.size_vox, self.crops.min_foreground, rng)
+        crop_CXYZ = prepared_scans.read_image(ref, corner.tolist(), self.crops.size_vox)
+        raw: dict[str, Any] = {"image_CXYZ": crop_CXYZ}
+        if self.centroids_VT is not None:
+            raw["labels_NZ"] = self._labeller()(slices_of(crop_CXYZ)).T.astype(np.int16)
+        return methods.prepare(self.method)(raw, self.method_config, rng)
+
+    def _labeller(self) -> Any:
+        """The fused labeller of these centroids, built once a process: that takes seconds."""
+        from logonet.clustering.kmeans import ClustererSet
+        from logonet.clustering.pseudo_labels import Labeller
+
+        known = _LABELLERS.get(id(self.centroids_VT))
+        if known is None:
+            assert self.centroids_VT is not None
+            assert self.sizes_N is not None
+            _LABELLERS.clear()
+            # The centroids stay with their labeller, or another array might be given their address.
+            known = self.centroids_VT, Labeller(ClustererSet(self.centroids_VT, self.sizes_N))
+            _LABELLERS[id(self.centroids_VT)] = known
+        return known[1]
+
+
+_LABELLERS: dict[int, tuple[np.ndarray, Any]] = {}
+
+
+@dataclass(frozen=True)
 class LabelledDataset(_Dataset):
     """Labelled scans, each of which gives ``crops.per_case`` freshly cut rows.
 
@@ -106,3 +159,6 @@ class LabelledDataset(_Dataset):
             image_CXYZ, labels_XYZ = prepared_scans.read_crop(ref, start, self.crops.size_vox)
             raw = {"image_CXYZ": image_CXYZ, "labels_XYZ": labels_XYZ}
             yield methods.prepare(self.method)(raw, self.method_config, rng)
+
+
+Dataset = TrainingDataset | FreshCrops | LabelledDataset

@@ -14,7 +14,7 @@ from logonet.core.config import Component
 from logonet.core.execution import InProcess
 from logonet.training import checkpoints
 from logonet.training.config import Config, Job, accumulation
-from logonet.training.dataset import LabelledDataset, TrainingDataset
+from logonet.training.dataset import Dataset
 from logonet.training.loop import Loop, to_tensors
 from logonet.training.schedule import MicroBatches
 from logonet.training.validation import best_step
@@ -36,7 +36,7 @@ class LocalExecutor(InProcess):
         """UserError when the batch sizes do not fit together."""
         accumulation(cfg, 1)
 
-    def train(self, job: Job, dataset: TrainingDataset | LabelledDataset) -> dict[str, Any]:
+    def train(self, job: Job, dataset: Dataset) -> dict[str, Any]:
         """Train ``job``; returns {"history", "files", "tracked"}. Run again, it resumes.
 
         Raises:
@@ -50,7 +50,7 @@ class LocalExecutor(InProcess):
 
 
 def local_batches(
-    dataset: TrainingDataset | LabelledDataset, positions: MicroBatches, num_workers: int = 0
+    dataset: Dataset, positions: MicroBatches, num_workers: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
     """The prepared batches at ``positions``, in order, from a plain loader of ``num_workers`` processes."""
     prepared: Any = dataset  # which torch asks for the batch at each of the sampler's positions
