@@ -79,7 +79,9 @@ def test_trials_share_what_they_have_in_common_and_the_winner_is_registered(
     for stage in ("manifest", "crops", "clusterers", "labels", "cases"):
         assert len(finished(tried.root, stage)) == 1, stage
     said = capsys.readouterr().out
-    assert "2 trials stand on 1 crops (1 made now), 1 clusterers (1 made now)" in said
+    assert (
+        "2 trials stand on 1 crops (1 made now), 1 prepared (1 made now), 1 clusterers (1 made now)" in said
+    )
     trials = records.read_all(tried.uri)
     assert [t.status for t in trials] == ["done"] * 2, [t.reason for t in trials]
     assert {t.settings["method.phi1"] for t in trials} == {0.1, 0.4}

@@ -128,9 +128,8 @@ def make(scans: Sequence[Scan], cfg: Config) -> Split:
         if scan.label_uri:
             scans_of[f"{scan.dataset}/{scan.subject or scan.scan_id}"].append(scan)
     if not scans_of:
-        raise UserError(
-            f"none of the {len(scans)} scans has a label; import a labelled dataset, or set split=null to pretrain on all"
-        )
+        ways = "import a labelled dataset, or set split=null to pretrain on all"
+        raise UserError(f"none of the {len(scans)} scans has a label; {ways}")
     given = {subject: min((s.split for s in own), key=SETS.index) for subject, own in scans_of.items()}
     role = dict(given)
 
