@@ -7,11 +7,12 @@ On the test cases of the model's own split, or on all labelled scans of --data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import tyro
 
 from logonet import cli, pipelines
+from logonet.core import config
 from logonet.distributed import cluster
 from logonet.distributed.cluster import Resources
 from logonet.distributed.executor import RayExecutor
@@ -25,6 +26,7 @@ class Args:
         model: a finetuning artifact <root>/finetune/<id>, models:/NAME@alias, or a model folder.
         root: folder or s3:// prefix that holds every stage's artifacts.
         data: labelled scans to judge on; empty for the test cases of the model's own split.
+        classes: names by which the data call the model's classes, such as '{liver: [hepar], spleen: [milz, lien]}'.
         evaluation: how.
         resources: what the job may use; never changes a result.
         experiment: MLflow experiment.
@@ -33,6 +35,7 @@ class Args:
     model: str
     root: str
     data: str = ""
+    classes: str = ""
     evaluation: tyro.conf.OmitArgPrefixes[pipelines.Evaluation] = field(default_factory=pipelines.Evaluation)
     resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
     experiment: str = "logonet"
@@ -42,9 +45,15 @@ def main(args: Args) -> None:
     root = cli.absolute(args.root, "--root")
     data = cli.absolute(args.data, "--data") if args.data else ""
     args.resources.fixed("an evaluation")
+    cfg = args.evaluation
+    if args.classes:
+        cfg = config.from_dict(
+            pipelines.Evaluation, {"classes": config.read_yaml(args.classes, "--classes")}, "evaluation"
+        )
+        cfg = replace(args.evaluation, classes=cfg.classes)
     with cluster.connected(args.resources):
         model, executor = cli.absolute_model(args.model), RayExecutor(args.resources)
-        pipelines.evaluate_model(args.evaluation, model, data, root, executor, args.experiment)
+        pipelines.evaluate_model(cfg, model, data, root, executor, args.experiment)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from logonet import pipelines, recipes
 from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.data import importers, manifest, phantom, volume
-from logonet.data.classes import Config
 from logonet.data.manifest import Manifest
 from logonet.data.volume import Volume, encode_nifti
 from logonet.inference import sliding_window
@@ -296,8 +295,9 @@ def test_an_external_test_set_is_scored_by_the_names_of_its_organs(
     finetuned = Run(tmp_path / "own", tmp_path / "runs", False, []).finetune(None)
     same = {"liver": 1, "spleen": 2, "right kidney": 3}
 
-    def scores(folder: Path, **data: Any) -> pd.DataFrame:
-        cfg = pipelines.Evaluation(data=Config(**data), infer=sliding_window.Config(overlap=0), leaks="allow")
+    def scores(folder: Path, classes: dict[str, tuple[str, ...]] | None = None) -> pd.DataFrame:
+        infer = sliding_window.Config(overlap=0)
+        cfg = pipelines.Evaluation(classes=classes or {}, infer=infer, leaks="allow")
         made = pipelines.evaluate_model(
             cfg, finetuned.uri, str(folder), str(tmp_path / "runs"), HERE, "field"
         )

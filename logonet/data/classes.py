@@ -106,7 +106,7 @@ class Classes:
         for new, olds in (item for more in members for item in more.items()):
             if key(new) not in index_of:
                 raise UserError(
-                    f"data.classes names '{new}', which the model lacks (known: {', '.join(names[1:])})"
+                    f"classes names '{new}', which the model lacks (known: {', '.join(names[1:])})"
                 )
             index_of |= {key(old): index_of[key(new)] for old in olds}
         return cls(tuple(names), tuple(values), index_of)
@@ -300,7 +300,7 @@ def match(scans: Sequence[Labelled], model: Classes) -> dict[tuple[str, ...], La
             ours = _table(zip(model.values[1:], model.names[1:]))
             raise UserError(
                 f"the labels of {scan.dataset} are not the model's: they are {_table(theirs.items())}, the model's "
-                f"{ours}; give the labels the model's names in a dataset.json, or rename them with data.classes"
+                f"{ours}; give them its names in a dataset.json, or say which are which as {{model's: [dataset's]}}"
             )
         found[scan.classes] = label_map
     return found

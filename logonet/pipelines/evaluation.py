@@ -8,10 +8,11 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+import tyro
 
 from logonet import reporting
 from logonet.core import config
@@ -34,12 +35,12 @@ class Evaluation:
     """What decides the scores of a model.
 
     Attributes:
-        data: names of the dataset's classes that are the model's under another name, {liver: [hepar]}.
+        classes: names by which the dataset calls the model's classes, {"liver": ("hepar",)}.
         infer: overlap of the windows, mirroring.
         leaks: what to do with test cases that the model's training or pretraining has seen.
     """
 
-    data: classes.Config = field(default_factory=classes.Config)
+    classes: Annotated[dict[str, tuple[str, ...]], tyro.conf.Suppress] = field(default_factory=dict)
     infer: sliding_window.Config = field(default_factory=sliding_window.Config)
     leaks: leakage.LeakRule = "refuse"
 
@@ -77,10 +78,10 @@ def evaluate_model(
     scans = test_scans(table, chosen)
     scans, leaking = _without_leaks(scans, chosen, cfg.leaks)
     spec = chosen.spec
-    label_maps, unscored = _label_maps(scans, spec, cfg.data)
+    label_maps, unscored = _label_maps(scans, spec, cfg.classes)
     own: dict[str, Any] = {"infer": config.to_dict(cfg.infer), "leaks": cfg.leaks}
-    if cfg.data.members:
-        own["classes"] = cfg.data.members
+    if cfg.classes:
+        own["classes"] = cfg.classes
     cases = config.fingerprint([[s.sha256, s.label_sha256] for s in scans])
     lineage = {**chosen.lineage, "test_manifest": table.id}
     parents = {"model": chosen.id, "manifest": table.id, "cases": cases}
@@ -141,13 +142,13 @@ def evaluate_model(
 
 
 def _label_maps(
-    scans: Sequence[Scan], spec: model.Spec, cfg: classes.Config
+    scans: Sequence[Scan], spec: model.Spec, renamed: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[tuple[str, ...], classes.LabelMap], list[str]]:
     """How to read the label maps of each dataset's classes, and the model's classes that no dataset has.
 
     What a dataset has and the model does not know, and the other way round, is told.
     """
-    known = classes.Classes.named(spec.classes, spec.label_values, spec.members, cfg.members)
+    known = classes.Classes.named(spec.classes, spec.label_values, spec.members, renamed)
     found = classes.match(scans, known)
     unknown = {name for label_map in found.values() for name in label_map.unknown.values()}
     if unknown:
