@@ -39,6 +39,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_node_cache() -> None:
+    """What a test damages in a bucket must not come from this machine's disk; the cache's own tests turn it on."""
+    os.environ["LOGONET_CACHE_GB"] = "0"
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server. In CI its absence is a failure: an integration test that is skipped proves nothing."""

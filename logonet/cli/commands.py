@@ -23,11 +23,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": machines.plan,
     "doctor": machines.doctor,
     "chaos": machines.chaos,
+    "cache clear": machines.cache_clear,
     "s3 serve": machines.s3_serve,
 }
 GROUPS = {
     "data": "Import, check and compare scans.",
     "clusters": "Judge clusterers.",
+    "cache": "Look after what this machine keeps of a bucket.",
     "s3": "Serve S3 on this machine.",
 }
 

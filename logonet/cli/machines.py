@@ -18,6 +18,7 @@ from logonet.core.errors import UserError
 from logonet.distributed import cluster
 from logonet.distributed.cluster import Resources
 from logonet.planning.question import Question
+from logonet.storage import node_cache
 
 
 def doctor(root: str = "/tmp/logonet-doctor", nodes: bool = True) -> None:
@@ -133,3 +134,8 @@ def developers_tool(name: str) -> ModuleType:
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
     return importlib.import_module(f"tools.{name}")
+
+
+def cache_clear() -> None:
+    """Delete what this machine keeps of buckets (LOGONET_CACHE_DIR); later epochs fetch it again."""
+    print(f"{node_cache.clear() / 1e9:.2f} GB deleted in {node_cache.folder()}")

@@ -15,7 +15,7 @@ import numpy as np
 
 from logonet.core import config
 from logonet.core.errors import UserError
-from logonet.storage import object_store, parquet, safetensors_io
+from logonet.storage import node_cache, object_store, parquet, safetensors_io
 from logonet.storage.artifacts import Artifact
 
 SHARD_DTYPE = "U16"
@@ -90,7 +90,7 @@ class CropTable:
         ref = self.refs[index]
         shard = object_store.join(self.uri, ref.shard)
         try:
-            data = object_store.read(shard, start=ref.offset, length=ref.num_bytes, sha256=ref.sha256)
+            data = node_cache.read(shard, start=ref.offset, length=ref.num_bytes, sha256=ref.sha256)
         except object_store.IntegrityError as err:
             hint = f"to have it cut again delete {shard} and {self.uri}/manifest.json"
             raise object_store.IntegrityError(f"{err}; {hint} and run the same command") from None

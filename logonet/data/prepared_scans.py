@@ -28,7 +28,7 @@ from logonet.data.classes import IGNORE
 from logonet.data.cropping import CANDIDATES, FOREGROUND
 from logonet.data.preprocessing import Preprocessing
 from logonet.data.volume import Volume
-from logonet.storage import object_store, safetensors_io
+from logonet.storage import node_cache, object_store, safetensors_io
 
 CELL_VOX = 8  # side of a cell of `coverage`
 CHUNK_VOX = 64  # side of a chunk: 512 KiB of image, so a request's latency is worth its bytes
@@ -251,7 +251,7 @@ def _tensor(ref: Ref, name: str) -> np.ndarray:
 
 def _read(ref: Ref, start: int, length: int, sha256: str | None) -> bytes:
     try:
-        return object_store.read(ref.uri, start=start, length=length, sha256=sha256)
+        return node_cache.read(ref.uri, start=start, length=length, sha256=sha256)
     except object_store.IntegrityError as err:
         both = f"{ref.uri} and {ref.uri.rsplit('/', 2)[0]}/manifest.json"
         hint = f"to have it prepared again delete {both} and run the same command"
