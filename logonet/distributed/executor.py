@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # these import torch, which data tasks do without
     from logonet.training.config import Config, Job
     from logonet.training.dataset import Dataset
 
-MAX_TASKS = 2000  # blocks of a graph over items: enough to balance, few enough to schedule
+MAX_TASKS = 400  # blocks of a graph over items: enough to balance, few enough to schedule
 ITEMS_PER_ACTOR = 16  # a data actor with fewer would take longer to start than to work
 
 
@@ -64,8 +64,10 @@ class RayExecutor:
             return
         given = self.allocation
         # In a list, so that Ray hands references on and does not copy the values into every call.
-        constructor = (fn, list(items), [ray.put(value) for value in shared])
-        rows = ray.data.range(len(items), override_num_blocks=min(len(items), MAX_TASKS))
+        constructor = (fn, [ray.put(value) for value in shared])
+        # Items travel as rows: each task would have to unpickle all of them if its function knew them.
+        numbers = np.array_split(np.arange(len(items)), min(len(items), MAX_TASKS))
+        rows = ray.data.from_arrow([_table(items, part) for part in numbers])
         if workers == "tasks":
             answers = rows.map_batches(
                 lambda batch: _Call(*constructor)(batch), batch_size=None, num_cpus=given.cpus_per_task
@@ -101,22 +103,27 @@ class RayExecutor:
         return trainer.fit(job, dataset, self.resources, self.allocation, self.callbacks)
 
 
-class _Call:
-    """Calls a function on the items whose numbers are in a batch of rows."""
+def _table(items: Sequence[Any], numbers: np.ndarray) -> Any:
+    """The rows of a block: the numbers of items, and the items, pickled by us so that they need no Arrow schema."""
+    import pyarrow as pa
 
-    def __init__(
-        self, fn: Callable[..., Any], items: list[Any], refs: list[Any], threads: int | None = None
-    ) -> None:
+    return pa.table({"id": numbers, "item": [pickle.dumps(items[int(i)]) for i in numbers]})
+
+
+class _Call:
+    """Calls a function on the items in a batch of rows."""
+
+    def __init__(self, fn: Callable[..., Any], refs: list[Any], threads: int | None = None) -> None:
         import ray
 
         if threads is not None:
             import torch
 
             torch.set_num_threads(threads)
-        self.fn, self.items = fn, items
+        self.fn = fn
         self.shared = [ray.get(ref) for ref in refs]
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         # Answers are small mixed objects; pickled by us they need no Arrow schema. They never leave Ray.
-        answers = [pickle.dumps(self.fn(self.items[int(i)], *self.shared)) for i in batch["id"]]
+        answers = [pickle.dumps(self.fn(pickle.loads(item), *self.shared)) for item in batch["item"]]
         return {"id": batch["id"], "answer": answers}

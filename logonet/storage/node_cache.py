@@ -1,8 +1,8 @@
 """Bytes from a bucket, kept on the node's own disk: later epochs read what the first one has fetched.
 
 Files are named by the SHA-256 of their content, so that all processes of a node, and all runs, share them. One is
-written under another name first and takes its own when it is whole, so a kill at any instant leaves a whole file or none.
-Bytes are checked when they are fetched; a file of another length is fetched again.
+written under another name first and takes its own when it is whole, so a kill at any instant leaves a whole file or
+none. Bytes are checked when they are fetched; a file of another length is fetched again.
 
     LOGONET_CACHE_DIR   the folder; by default below the system's temporary one
     LOGONET_CACHE_GB    the budget; by default a quarter of the disk that is free at first, 0 turns the cache off

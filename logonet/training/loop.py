@@ -35,7 +35,7 @@ from logonet.training.building import build_method, load_initial
 from logonet.training.communicator import Communicator
 from logonet.training.config import Job, accumulation, micro_batches
 from logonet.training.schedule import SampleSchedule, lr_at, shard_micro_batches
-from logonet.training.step import Diverged, add_metrics, autocast_of, reduce_metrics, step
+from logonet.training.step import MAX_EMBEDDINGS, Diverged, add_metrics, autocast_of, reduce_metrics, step
 from logonet.training.validation import best_step, case_dice, out_of_patience
 
 # History keys that depend on the machine; ignored when runs are compared.
@@ -219,7 +219,8 @@ class Loop:
                 autocast=autocast_of(self.cfg, self.device),
                 sync=sync,
             )
-            add_metrics(self.partial, totals)
+            # All ranks' embeddings meet on each of them once an epoch.
+            add_metrics(self.partial, totals, -(-MAX_EMBEDDINGS // self.world))
             self.step += 1
             self.timing["samples"] += self.cfg.global_batch
             bar.update(1)

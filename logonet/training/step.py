@@ -78,12 +78,14 @@ def step(
     return totals
 
 
-def add_metrics(totals: dict[str, torch.Tensor], metrics: dict[str, torch.Tensor]) -> None:
-    """Add (total, count) pairs in float64; embeddings are collected, up to MAX_EMBEDDINGS."""
+def add_metrics(
+    totals: dict[str, torch.Tensor], metrics: dict[str, torch.Tensor], most: int = MAX_EMBEDDINGS
+) -> None:
+    """Add (total, count) pairs in float64; embeddings are collected, up to ``most``."""
     for name, value in metrics.items():
         if name == "embeddings_BF":
             known = [totals[name]] if name in totals else []
-            totals[name] = torch.cat([*known, value.detach().float().cpu()])[:MAX_EMBEDDINGS]
+            totals[name] = torch.cat([*known, value.detach().float().cpu()])[:most]
         else:
             value = value.detach().double().cpu()
             totals[name] = totals[name] + value if name in totals else value
