@@ -74,6 +74,15 @@ def test_classes_are_chosen_merged_and_renamed_by_name() -> None:
     assert indices(by_number, scan(values=(0, 1, 2)), 0, 1, 2) == [0, 0, 1]
 
 
+def test_a_dataset_without_names_is_numbered_as_the_others() -> None:
+    known = classes.union([scan(("", "spleen", "liver")), scan(values=(0, 1, 2))], Config(classes=("liver",)))
+    assert indices(known, scan(values=(0, 1, 2)), 0, 1, 2) == [0, 0, 1]
+    # A model of merged classes numbers them by itself, so numbers alone say nothing.
+    merged = Classes.named(("background", "kidneys"), (0, 1), {"kidneys": ["left kidney", "right kidney"]})
+    with pytest.raises(UserError, match="are not the model's"):
+        classes.match([scan(values=(0, 1))], merged)
+
+
 @pytest.mark.parametrize(
     ("scans", "cfg", "said"),
     [
@@ -220,6 +229,15 @@ def test_regions_that_a_dataset_declares() -> None:
     )
     known = classes.union([declared], Config())
     assert (known.regions, known.region_values) == ({"WT": (1, 2, 3), "TC": (2, 3), "ET": (3,)}, (1, 2, 3))
+
+
+def test_classes_that_regions_need_cannot_be_left_out() -> None:
+    declared = scan(("", "label 1", "ET"), regions=("WT:1,2", "ET:2"), region_values=(1, 2))
+    with pytest.raises(UserError, match="leaves out a class of the region 'WT'"):
+        classes.union([declared], Config(classes=("ET",)))
+    many = scan(("", *(f"c{i}" for i in range(9))), regions=tuple(f"r{i}:{i + 1}" for i in range(9)))
+    with pytest.raises(UserError, match="there are 9 regions; at most 8"):
+        classes.union([many], Config())
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,35 @@ def test_missing_and_repeated_slices() -> None:
         decode_dicom(files, max_bytes=100)
 
 
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"SeriesInstanceUID": "9.9", "PhotometricInterpretation": "RGB"},
+        {"SeriesInstanceUID": "9.9", "NumberOfFrames": 3},
+        {"SeriesInstanceUID": "9.9", "x": lambda k, ds: delattr(ds, "ImagePositionPatient")},
+    ],
+    ids=["a screenshot", "a multi-frame file", "a dose report"],
+)
+def test_other_files_of_a_study_do_not_spoil_its_scan(tags: dict[str, object]) -> None:
+    files, hu_XYZ = dicom_series(affine=AXIAL)
+    others, _ = dicom_series(affine=AXIAL, **tags)
+    got = decode_dicom([*files, ("other/1.dcm", others[0][1])])
+    np.testing.assert_array_equal(got.array_CXYZ[0], hu_XYZ.astype(np.float32))
+    assert got.note == "left out: 1 files of another series that are no slices"
+    with pytest.raises(BadScan):
+        decode_dicom([("other/1.dcm", others[0][1])])
+
+
+def test_directions_that_differ_by_rounding_are_one_series() -> None:
+    def jitter(k: int, ds: pydicom.Dataset) -> None:
+        turn = 0.00499 if k % 3 else 0.00501
+        ds.ImageOrientationPatient = [np.cos(turn), np.sin(turn), 0, -np.sin(turn), np.cos(turn), 0]
+
+    got = decode_dicom(dicom_series((6, 5, 9), AXIAL, x=jitter)[0])
+    assert got.shape_xyz == (6, 5, 9)
+    assert got.note == ""
+
+
 OTHER_SLICES = {
     "another series": {"SeriesInstanceUID": "9.9"},
     "another modality": {"Modality": "MR"},

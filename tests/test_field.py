@@ -22,7 +22,7 @@ from helpers import HERE
 
 from logonet import pipelines, recipes
 from logonet.core import config
-from logonet.core.errors import UserError
+from logonet.core.errors import BadScan, UserError
 from logonet.data import importers, manifest, phantom, volume
 from logonet.data.manifest import Manifest
 from logonet.data.volume import Volume, encode_nifti
@@ -219,6 +219,10 @@ def test_a_channel_on_another_grid_is_resampled_and_told(tmp_path: Path) -> None
     np.testing.assert_allclose(both.array_CXYZ[1, :23, :23, :23], ramp[:23, :23, :23], atol=1e-5)
     assert both.note == "channel 1 was resampled to the grid of channel 0"
     assert volume.stacked([fine, Volume(ramp[None], np.eye(4))]).note == ""
+    elsewhere = np.eye(4)
+    elsewhere[0, 3] = 500
+    with pytest.raises(BadScan, match="channel 1 shows another place"):
+        volume.stacked([fine, Volume(ramp[None], elsewhere)])
 
 
 def acdc(folder: Path, patients: int) -> None:

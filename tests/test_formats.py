@@ -17,6 +17,7 @@ from logonet.core.errors import BadScan
 from logonet.data import importers, manifest, phantom, volume
 from logonet.data.manifest import Manifest, Quarantined, Scan, Source
 from logonet.data.volume import Volume, encode_nifti
+from logonet.storage import object_store
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SIZE = (20, 18, 16)
@@ -80,10 +81,7 @@ def test_a_scan_is_the_same_in_every_format(tmp_path: Path, kind: str) -> None:
     np.testing.assert_allclose(got.affine, scan.affine, atol=1e-4)
     assert (row.modality, row.dtype) == ("CT", "int16")
     with pytest.raises(BadScan):
-        volume.decode(
-            source.uri,
-            [(u, Path(u).read_bytes()[: 40 + i]) for i, u in enumerate(source.files or (source.uri,))],
-        )
+        volume.decode(source.uri, [(source.uri, Path(source.uri).read_bytes()[:40])])
 
 
 @pytest.mark.parametrize("kind", [".nrrd", ".mha", ".mgz"])
@@ -107,9 +105,11 @@ def test_damaged_files_are_refused_in_one_sentence(tmp_path: Path, kind: str) ->
     ("header", "said"),
     [
         ("ElementDataFile = /etc/passwd", "says that its voxels are in '/etc/passwd'"),
-        ("ElementDataFile = ../b.raw", "says that its voxels are in '../b.raw'"),
+        ("ElementDataFile : ../b.raw", "says that its voxels are in '../b.raw'"),
+        ("elementdatafile=LIST", "says that its voxels are in 'LIST'"),
         ("DimSize = 9999 9999 9999\nElementDataFile = a.raw", "its header claims 9999x9999x9999 voxels"),
         ("DimSize = 20 18 16\nElementDataFile = a.raw", "cannot be read"),
+        ("Comment = " + "x" * 70_000 + "\nElementDataFile = a.raw", "its header is damaged or none"),
     ],
 )
 def test_a_header_names_no_other_file_and_claims_no_more_than_there_is(
@@ -117,9 +117,58 @@ def test_a_header_names_no_other_file_and_claims_no_more_than_there_is(
 ) -> None:
     head = f"ObjectType = Image\nNDims = 3\nElementType = MET_SHORT\n{header}\n"
     head = head if "DimSize" in head else head.replace("NDims = 3\n", "NDims = 3\nDimSize = 2 2 2\n")
-    with pytest.raises(BadScan) as err:
-        volume.decode("d/a.mhd", [("d/a.mhd", head.encode()), ("d/a.raw", bytes(64))])
-    assert said in str(err.value)
+    (tmp_path / "a.mhd").write_text(head)
+    (tmp_path / "a.raw").write_bytes(bytes(64))
+    row = manifest.inspect(Source(str(tmp_path / "a.mhd")))
+    assert isinstance(row, Quarantined)
+    assert said in row.reason
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "NDims = 3\nDimSize = 4 4 4\nElementType = MET_SHORT\nElementDataFile = {secret}\n",
+        "NDims = 3\nDimSize = 4 4 4\nElementType = MET_SHORT\nElementDataFile : {secret}\n",
+        "NDims = 3\nDimSize = 4 4 4\nElementType = MET_SHORT\ndata file: LOCAL\nElementDataFile = {secret}\n",
+        "NDims = 3\nDimSize = 4 4 4\nElementType = MET_SHORT\nelementdatafile = LOCAL\nElementDataFile = {secret}\n",
+        "NRRD0004\ntype: short\ndimension: 3\nsizes: 4 4 4\nencoding: raw\nendian: little\ndata file: {secret}\n\n",
+        "NRRD0004\ntype: short\ndimension: 3\nsizes: 4 4 4\nencoding: raw\nendian: little\n" + "#\n" * 40_000
+        + "datafile: {secret}\n\n",
+        "NRRD0004\rtype: short\rdimension: 3\rsizes: 4 4 4\rencoding: raw\rdata file: {secret}\r\r",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["a.mha", "a.nrrd"])
+def test_no_header_reads_another_file_of_this_machine(tmp_path: Path, head: str, name: str) -> None:
+    secret = tmp_path / "secret.raw"
+    secret.write_bytes(np.arange(64, dtype=np.int16).tobytes())
+    data = head.format(secret=secret).encode()
+    for tail in (b"", bytes(np.arange(64, dtype=np.int16)[::-1].tobytes())):
+        try:
+            got = volume.decode(name, [(name, data + tail)])
+        except BadScan:
+            continue
+        assert not np.array_equal(np.sort(got.array_CXYZ.ravel())[1:4], [1, 2, 3]) or tail
+
+
+def test_label_maps_and_channels_may_lie_beside_their_headers(tmp_path: Path) -> None:
+    """As PROMISE12 is handed out."""
+    scan, labels_XYZ = ct(0, "MR")
+    as_itk(".mhd", False)(scan, tmp_path)
+    label = Volume(labels_XYZ[None].astype(np.float32), scan.affine)
+    sitk.WriteImage(itk(label, np.uint8), str(tmp_path / "a_segmentation.mhd"))
+    survey = importers.survey(str(tmp_path))
+    (row,) = Manifest.of(map(manifest.inspect, survey.sources)).scans
+    assert survey.told() == ""
+    np.testing.assert_array_equal(manifest.load_label(row, manifest.load(row)), labels_XYZ)
+    before = survey.sources[0].version
+    (tmp_path / "a_segmentation.raw").write_bytes(bytes(labels_XYZ.size))
+    assert importers.sources(str(tmp_path))[0].version != before
+    with pytest.raises(object_store.IntegrityError):
+        manifest.load_label(row, manifest.load(row))
+    (tmp_path / "a.raw").unlink()
+    bad = manifest.inspect(importers.sources(str(tmp_path))[0])
+    assert isinstance(bad, Quarantined)
+    assert "the file with its voxels, a.raw or a.zraw, is not beside it" in bad.reason
 
 
 def test_what_is_no_3d_scalar_image(tmp_path: Path) -> None:

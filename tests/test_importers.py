@@ -422,6 +422,37 @@ def test_real_decathlon_task(shared_data: Path) -> None:
             id="a folder of numbered cases is no patient",
         ),
         pytest.param(
+            ["a.nii.gz", "b.nii.gz", "c.nii.gz", "backup/a.nii.gz"],
+            [],
+            {
+                n: (n.split("/")[-1][0], n.split("/")[-1][0], "")
+                for n in ("a.nii.gz", "b.nii.gz", "c.nii.gz", "backup/a.nii.gz")
+            },
+            id="a copy changes no other scan",
+        ),
+        pytest.param(
+            [f"{site}/{p}/ct.nii.gz" for site in ("siteA", "siteB") for p in ("p1", "p2", "p3")],
+            [],
+            {
+                f"{site}/{p}/ct.nii.gz": (f"{site}_{p}", f"{site}_{p}_ct", "")
+                for site in ("siteA", "siteB")
+                for p in ("p1", "p2", "p3")
+            },
+            id="patients of sites",
+        ),
+        pytest.param(
+            [f"p{p}/ses-{s}/ct.nii.gz" for p in (1, 2) for s in (1, 2)],
+            [],
+            {f"p{p}/ses-{s}/ct.nii.gz": (f"p{p}", f"p{p}_ses-{s}_ct", "") for p in (1, 2) for s in (1, 2)},
+            id="sessions of a patient",
+        ),
+        pytest.param(
+            [f"{m}/p{p}.nii.gz" for m in ("CT", "MR") for p in range(4)],
+            [],
+            {f"{m}/p{p}.nii.gz": (f"p{p}", f"p{p}", "") for m in ("CT", "MR") for p in range(4)},
+            id="the file is the case, the folder a contrast",
+        ),
+        pytest.param(
             ["a/study/ct.nii.gz", "b/study/ct.nii.gz", "b/study/mr.nii.gz"],
             ["a/study/ct_mask.nii.gz"],
             {
@@ -524,3 +555,46 @@ def test_channels_are_chosen_by_the_last_word_of_a_name(tmp_path: Path) -> None:
     assert (session.uri, session.subject) == (f"{tmp_path}/bids/sub-1/anat/sub-1_T2w.nii.gz", "sub-1")
     with pytest.raises(UserError, match="no case has all of the channels adc"):
         importers.survey(str(tmp_path), ("adc",))
+
+
+def test_importers_take_time_in_proportion_to_the_scans(tmp_path: Path) -> None:
+    """Counted in calls, not in seconds: what is called for each scan is called once for each."""
+    import cProfile
+    import pstats
+
+    from logonet.data.importers import folder, naming
+    from logonet.storage.object_store import Entry
+
+    def calls(n: int) -> int:
+        entries = {
+            u: Entry(u, 10, "v") for i in range(n) for u in (f"/d/p{i}/ct.nii.gz", f"/d/p{i}/seg.nii.gz")
+        }
+        profile = cProfile.Profile()
+        profile.runcall(lambda: naming.identify(folder.folder_sources(entries, "/d"), "/d"))
+        return pstats.Stats(profile).total_calls
+
+    assert calls(400) < 2.5 * calls(200)
+
+
+def test_a_list_of_too_many_channels_and_a_plus_in_a_modality(tmp_path: Path) -> None:
+    put(tmp_path, "a.nii.gz")
+    uri = put_json(tmp_path, "dataset.json", {"training": [{"image": ["a.nii.gz"] * 50}]})
+    assert "is listed with 50 channels; give at most 8 different files" in refusal(uri)
+    uri = put_json(tmp_path, "dataset.json", {"modality": {"0": "T1+C"}, "training": ["a.nii.gz"]})
+    assert importers.sources(uri)[0].modality == "T1 C"
+
+
+def test_masks_of_more_names_than_a_label_map_can_hold(tmp_path: Path) -> None:
+    for case in range(2):
+        put(
+            tmp_path,
+            f"c{case}/ct.nii.gz",
+            *(f"c{case}/segmentations/lesion_{case}_{i}.nii.gz" for i in range(130)),
+        )
+    assert "hold 260 different names, more than the 254 classes" in refusal(tmp_path)
+
+
+def test_a_root_of_any_name(tmp_path: Path) -> None:
+    root = tmp_path / "segmentation"
+    put(root, "p1/ct.nii.gz", "p1/seg.nii.gz", "p2/ct.nii.gz")
+    assert labels(root, found(root)) == {"p1/ct.nii.gz": "p1/seg.nii.gz", "p2/ct.nii.gz": ""}

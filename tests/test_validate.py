@@ -397,3 +397,15 @@ def test_real_decathlon_task_is_fine(shared_data: Path) -> None:
     checked = [validate.check(s) for s in sources[:40]]
     assert validate.problems(checked) == []
     assert len({c.voxel_sha256 for c in checked}) == 40
+
+
+def test_a_label_map_of_several_channels_is_a_problem_like_others(tmp_path: Path) -> None:
+    one_hot = np.zeros((12, 12, 12, 3), np.uint8)
+    one_hot[..., 0] = 1
+    (tmp_path / "l.nii.gz").write_bytes(encode_nifti(one_hot, np.eye(4)))
+    rng = np.random.default_rng(0)
+    image = rng.integers(-1000, 1000, (12, 12, 12)).astype(np.int16)
+    (tmp_path / "a.nii.gz").write_bytes(encode_nifti(image, np.eye(4)))
+    checked = validate.check(Source(f"{tmp_path}/a.nii.gz", label_uri=f"{tmp_path}/l.nii.gz"))
+    assert [p.check for p in checked.problems] == ["label values"]
+    assert "a label map has one channel, this one 3" in checked.problems[0].sentence

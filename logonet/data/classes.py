@@ -20,6 +20,7 @@ IGNORE = 255  # index of voxels that nobody has labelled; they count neither in 
 IGNORE_NAME = "ignore"  # nnU-Net's name of them
 BACKGROUND = "background"
 NUM_VALUES = 256
+MAX_REGIONS = 8  # a voxel's regions are the bits of a byte
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Classes:
         names: of each class index; the first is "background".
         values: what each index is written as in label maps.
         members: names in datasets -> class index, by `key`; what is in none is background, if ``chosen``.
+        numbers: label value -> class index, for datasets that declare no names.
         chosen: the user has chosen classes.
         regions: name -> the class indices in it.
         region_values: what each region is written as.
@@ -89,6 +91,7 @@ class Classes:
     names: tuple[str, ...]
     values: tuple[int, ...]
     members: Mapping[tuple[str, ...], int] = field(default_factory=dict)
+    numbers: Mapping[int, int] = field(default_factory=dict)
     chosen: bool = False
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     region_values: tuple[int, ...] = ()
@@ -109,7 +112,9 @@ class Classes:
                     f"classes names '{new}', which the model lacks (known: {', '.join(names[1:])})"
                 )
             index_of |= {key(old): index_of[key(new)] for old in olds}
-        return cls(tuple(names), tuple(values), index_of)
+        # Classes that were merged or renamed have numbers of their own, which no other dataset has.
+        numbers = {} if any(members) else {value: i for i, value in enumerate(values) if value}
+        return cls(tuple(names), tuple(values), index_of, numbers)
 
     def of(self, scan: Labelled) -> LabelMap:
         """How to read the label map of ``scan``: by the names its dataset declares, else by number."""
@@ -131,9 +136,7 @@ class Classes:
 
     def _by_number(self, value: int) -> int:
         """The class of a value that has no name; 0 for none."""
-        if value in self.values and not self.chosen:
-            return self.values.index(value)
-        return self.members.get(key(f"class {value}"), 0)
+        return self.numbers.get(value) or self.members.get(key(f"class {value}"), 0)
 
 
 @dataclass(frozen=True)
@@ -201,10 +204,12 @@ def union(scans: Iterable[Labelled], cfg: Config) -> Classes:
     for name in members:
         if key(name) in (key("mean"), key(BACKGROUND)):
             raise UserError(f"the class name '{name}' is taken by the tables of scores; give it another name")
+    index_of = {key(old): i for i, olds in enumerate(members.values(), 1) for old in olds}
     known = Classes(
         (BACKGROUND, *members),
         (0, *_values(numbers, members)),
-        {key(old): i for i, olds in enumerate(members.values(), 1) for old in olds},
+        index_of,
+        {value: index_of[key(name)] for name, value in numbers.items() if key(name) in index_of},
         chosen=bool(cfg.members),
     )
     return replace(known, **_regions(scans, known, cfg))
@@ -230,7 +235,13 @@ def _regions(scans: Sequence[Labelled], known: Classes, cfg: Config) -> dict[str
     else:
         ((texts, values),) = declared
         pairs = [text.rpartition(":") for text in texts]
-        regions = {n: tuple(known.values.index(int(v)) for v in own.split(",")) for n, _, own in pairs}
+        regions = {n: tuple(known.numbers.get(int(v), 0) for v in own.split(",")) for n, _, own in pairs}
+        if lost := [name for name, own in regions.items() if 0 in own]:
+            raise UserError(
+                f"data.classes leaves out a class of the region '{lost[0]}'; give data.regions too"
+            )
+    if len(regions) > MAX_REGIONS:
+        raise UserError(f"there are {len(regions)} regions; at most {MAX_REGIONS} can be learnt at once")
     values = values or tuple(_top_values(regions, known))
     if len(values) != len(regions) or not {*values} <= {*known.values}:
         told = ", ".join(map(str, known.values[1:]))

@@ -37,8 +37,8 @@ Grid = tuple[tuple[int, int, int], np.ndarray]  # shape and affine
 
 @dataclass(frozen=True)
 class Source:
-    """One scan to inspect: a file, a header with its voxels beside it (both are ``files``), or the folder of a DICOM
-    series whose slices are ``files``. Its further channels are files too, ``channels``; the label map is one file,
+    """One scan to inspect: a file, a header with its voxels beside it, or the folder of a DICOM series whose slices are
+    ``files``. Its further channels are files too, ``channels``; the label map is one file,
     ``label_uri``, or a folder of ``label_files``, a mask for each class of ``classes``.
 
     ``case`` is the case's name where the file's own does not tell one case from the next, ``modality`` is what the
@@ -246,7 +246,18 @@ def checksum_fault(source: Source, sha256: str) -> str:
 
 
 def read_one(uri: str) -> bytes:
-    """The bytes of one object; that it is missing is a BadScan."""
+    """The bytes of one object, with the voxels that lie beside a header; that it is missing is a BadScan."""
+    data = _read_file(uri)
+    if candidates := volume.voxel_files(uri):
+        beside = next((u for u in candidates if object_store.exists(u)), None)
+        if beside is None:
+            some = " or ".join(dict.fromkeys(PurePosixPath(u).name for u in candidates[:2]))
+            raise BadScan(f"{uri}: the file with its voxels, {some}, is not beside it; copy it there")
+        return volume.with_voxels(uri, data, PurePosixPath(beside).name, _read_file(beside))
+    return data
+
+
+def _read_file(uri: str) -> bytes:
     try:
         return object_store.read(uri)
     except object_store.NotGiven:
@@ -264,7 +275,11 @@ def decode(source: Source | Scan, blobs: Sequence[bytes]) -> Volume:
     first = volume.decode(source.uri, files[:of_first])
     if not source.channels:
         return first
-    return volume.stacked([first, *(volume.decode(uri, [(uri, data)]) for uri, data in files[of_first:])])
+    others = [volume.decode(uri, [(uri, data)]) for uri, data in files[of_first:]]
+    try:
+        return volume.stacked([first, *others])
+    except BadScan as err:
+        raise BadScan(f"{source.uri}: {err}") from None
 
 
 def _sha256(blobs: Sequence[bytes]) -> str:
@@ -378,9 +393,9 @@ def load(scan: Scan) -> Volume:
     Raises:
         UserError: when they are not, or not there: the manifest no longer holds, so the run must stop.
     """
-    if not scan.files and not scan.channels:
+    if not scan.files and not scan.channels and not volume.voxel_files(scan.uri):
         return decode(scan, [object_store.read(scan.uri, size_bytes=scan.size_bytes, sha256=scan.sha256)])
-    blobs = [object_store.read(uri) for uri in _files(scan)]
+    blobs = [read_one(uri) for uri in _files(scan)]
     if _sha256_of_scan(scan, blobs) != scan.sha256:
         raise object_store.IntegrityError(f"{scan.uri}: its files are not the manifest's; import it again")
     return decode(scan, blobs)
@@ -389,9 +404,9 @@ def load(scan: Scan) -> Volume:
 def load_label(scan: Scan, image: Volume) -> np.ndarray:
     """labels_XYZ uint8 of a labelled row, on the grid of ``image = load(scan)``."""
     assert scan.label_uri, scan.uri
-    if not scan.label_files:
+    if not scan.label_files and not volume.voxel_files(scan.label_uri):
         return decode_label(scan, [object_store.read(scan.label_uri, sha256=scan.label_sha256)], image)[0]
-    blobs = [object_store.read(uri) for uri in scan.label_files]
+    blobs = read_label(scan)
     if _sha256_of_label(scan, blobs) != scan.label_sha256:
         raise object_store.IntegrityError(
             f"{scan.label_uri}: its masks are not the manifest's; import it again"

@@ -136,7 +136,11 @@ def _check_label_file(
             add(f"label {name}", sentence)
     if label is None:
         return None
-    labels_XYZ, wrong_values = manifest.to_labels(label, uri)
+    try:
+        labels_XYZ, wrong_values = manifest.to_labels(label, uri)
+    except BadScan as err:
+        add("label values", str(err))
+        return None
     if wrong_values:
         add("label values", wrong_values)
     values = manifest.label_values_of(labels_XYZ)

@@ -25,7 +25,6 @@ from logonet.storage import object_store
 CONFIG_FILE, WEIGHTS_FILE = FILES = "config.json", "weights.safetensors"
 MODALITIES = {"CT", "MR", "mixed", *volume.NORMALISATIONS}
 MAX_VALUE = 255  # label maps are uint8
-MAX_REGIONS = 8  # a voxel's regions are the bits of a byte
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,9 @@ class Spec(Preprocessing):
             raise UserError(
                 f"regions hold '{min(strange)}', which is none of the classes {list(self.classes)}"
             )
-        if len(self.region_values) != len(self.regions) or len(self.regions) > MAX_REGIONS:
+        if len(self.region_values) != len(self.regions) or len(self.regions) > classes.MAX_REGIONS:
             given = f"{len(self.region_values)} region_values for {len(self.regions)} regions"
-            raise UserError(f"{given}; give one each, and at most {MAX_REGIONS}")
+            raise UserError(f"{given}; give one each, and at most {classes.MAX_REGIONS}")
         if not {*self.modality.split(volume.JOIN)} <= MODALITIES:
             raise UserError(
                 f"modality is '{self.modality}'; it must be one of {', '.join(sorted(MODALITIES))}"

@@ -30,8 +30,10 @@ from logonet.data.importers.common import (
     Unused,
     folder_of,
     hidden,
+    label_files,
     list_files,
     name_of,
+    scan_files,
     versioned,
 )
 from logonet.data.importers.csv import csv_sources
@@ -111,8 +113,7 @@ def survey(uri: str, channels: Sequence[str] = ()) -> Survey:
         if entry is None:
             raise UserError(f"{uri}: no such scan; correct the path")
         known = {uri: entry}
-        beside = list_files(folder_of(uri)) if volume.suffix_of(uri).lower() in volume.VOXEL_FILES else known
-        found = [s for s in folder_sources(beside, folder_of(uri)) if s.uri == uri]
+        found = folder_sources(known, folder_of(uri))
         nothing = "is named like a label map; give its image"
     elif PACKED.search(uri) and object_store.stat(uri) is not None:
         raise UserError(f"{uri}: is packed in a way that is not read; unpack it, and save scans as .nii.gz")
@@ -129,7 +130,8 @@ def survey(uri: str, channels: Sequence[str] = ()) -> Survey:
             raise UserError(
                 f"{uri}: no case has all of the channels {', '.join(channels)} at the end of its files' names"
             )
-        unused[f"scans without all of the channels {', '.join(channels)}"] += others
+        if others:
+            unused[f"scans without all of the channels {', '.join(channels)}"] += others
         known = {u: e for u, e in known.items() if u not in set(others)}
     found = versioned(naming.identify(found, root), known)
     if root:
@@ -164,7 +166,7 @@ def sources_below(root: str, entries: Entries, unused: Unused) -> list[Source]:
 
 def _not_used(root: str, entries: Entries, found: list[Source]) -> Iterator[tuple[str, str]]:
     """(why, file) of every file below ``root`` that is no part of a scan and does not describe any."""
-    used = {u for s in found for u in (s.uri, *s.files, *s.channels, s.label_uri, *s.label_files)}
+    used = {u for s in found for u in (*scan_files(s), *label_files(s))}
     for uri in entries:
         name, ending = name_of(uri), PurePosixPath(uri).suffix.lower()
         if uri in used or name == DATASET_FILE or ending in (".json", ".tsv"):

@@ -87,7 +87,7 @@ def versioned(found: Sequence[Source], known: Entries) -> list[Source]:
 
     Where a list names ``case.nii.gz`` and only nnU-Net's ``case_0000.nii.gz`` is there, that is taken.
     """
-    named = {u for s in found for u in (*_scan_files(s), *_label_files(s))}
+    named = {u for s in found for u in (*scan_files(s), *label_files(s))}
     with ThreadPoolExecutor(STATS_AT_ONCE) as pool:
         more = pool.map(_stat, sorted(named - set(known)))
         entries = {**known, **{e.uri: e for e in more if e is not None}}
@@ -98,18 +98,25 @@ def versioned(found: Sequence[Source], known: Entries) -> list[Source]:
         if entry := channels.get(source.uri):
             source = replace(source, uri=entry.uri)
             entries[entry.uri] = entry
-        scan, label = ([entries[u] for u in of(source) if u in entries] for of in (_scan_files, _label_files))
+        scan, label = ([entries[u] for u in of(source) if u in entries] for of in (scan_files, label_files))
         version = config.fingerprint([[e.uri, e.size_bytes, e.version] for e in scan + label])
         out.append(replace(source, size_bytes=sum(e.size_bytes for e in scan), version=version))
     return out
 
 
-def _scan_files(source: Source) -> tuple[str, ...]:
-    return (*(source.files or (source.uri,)), *source.channels)
+def scan_files(source: Source) -> list[str]:
+    """Every file that a scan's voxels may lie in."""
+    return [u for uri in (*(source.files or (source.uri,)), *source.channels) for u in _with_voxels(uri)]
 
 
-def _label_files(source: Source) -> tuple[str, ...]:
-    return source.label_files or ((source.label_uri,) if source.label_uri else ())
+def label_files(source: Source) -> list[str]:
+    """Every file that its label map may lie in."""
+    named = source.label_files or ((source.label_uri,) if source.label_uri else ())
+    return [u for uri in named for u in _with_voxels(uri)]
+
+
+def _with_voxels(uri: str) -> list[str]:
+    return [uri, *volume.voxel_files(uri)]
 
 
 def _first_channel(uri: str) -> str:
@@ -117,21 +124,11 @@ def _first_channel(uri: str) -> str:
     return f"{uri[: len(uri) - len(suffix)]}_0000{suffix}"
 
 
-def with_files(source: Source, entries: Entries | None = None) -> Source:
-    """``source`` with the slices of a DICOM folder, or the file of a header's voxels.
-
-    Args:
-        entries: the files that are known; without, the source's folder is listed.
-    """
-    suffix = volume.suffix_of(source.uri)
-    if not suffix:
-        return replace(source, files=tuple(dicom_files(entries or list_files(source.uri), source.uri)))
-    if suffix.lower() not in volume.VOXEL_FILES:
+def with_slices(source: Source) -> Source:
+    """``source`` with its slices, where a list names the folder of a DICOM series."""
+    if volume.suffix_of(source.uri):
         return source
-    entries = entries or list_files(folder_of(source.uri))
-    base = source.uri.removesuffix(suffix)
-    beside = next((base + s for s in volume.VOXEL_FILES[suffix.lower()] if base + s in entries), None)
-    return replace(source, files=(source.uri, beside) if beside else ())
+    return replace(source, files=tuple(dicom_files(list_files(source.uri), source.uri)))
 
 
 def dicom_files(entries: Entries, folder: str) -> list[str]:

@@ -43,7 +43,7 @@ def csv_sources(uri: str) -> list[Source]:
             label_uri=label,
             sha256=common.parse_digest(row.get("sha256", ""), where),
         )
-        found[image] = common.with_files(source)
+        found[image] = common.with_slices(source)
     return list(found.values())
 
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
+from logonet.core.errors import UserError
 from logonet.data import volume
 from logonet.data.importers import common, naming
 from logonet.data.importers.bids import BIDS_MAP
 from logonet.data.importers.common import Entries
-from logonet.data.manifest import Source, stem
+from logonet.data.manifest import MAX_LABEL, Source, stem
 
 
 def folder_sources(entries: Entries, root: str) -> list[Source]:
@@ -22,7 +23,13 @@ def folder_sources(entries: Entries, root: str) -> list[Source]:
     images = [u for u in files if not named[u]]
     label_of = naming.labels_of(images, [u for u in files if named[u]])
     masks = _mask_folders(images, label_of, [u for u in files if named[u]])
+    masks = {image: tuple(m for m in own if stem(m).lower() != "background") for image, own in masks.items()}
     names = ("background", *sorted({stem(m) for folder in masks.values() for m in folder}))
+    if len(names) > MAX_LABEL:
+        few = f"more than the {MAX_LABEL - 1} classes that a label map can hold"
+        raise UserError(
+            f"{root}: its folders of masks hold {len(names) - 1} different names, {few}; name them alike"
+        )
     found = []
     for uri in images:
         folders = {p.lower() for p in PurePosixPath(uri[len(root) :]).parts[:-1]} | {dataset.lower()}
@@ -31,10 +38,13 @@ def folder_sources(entries: Entries, root: str) -> list[Source]:
         if uri in masks:
             folder = common.folder_of(masks[uri][0])
             source = replace(source, label_uri=folder, label_files=masks[uri], classes=names)
-        found.append(common.with_files(source, entries))
+        found.append(source)
     found = naming.grouped(found)
-    for folder in dict.fromkeys(map(common.folder_of, entries)):
-        if slices := common.dicom_files(entries, folder):
+    of_folder: dict[str, list[str]] = defaultdict(list)
+    for uri in entries:
+        of_folder[common.folder_of(uri)].append(uri)
+    for folder, files in of_folder.items():
+        if slices := common.dicom_files({u: entries[u] for u in files}, folder):
             found.append(Source(folder, tuple(slices), dataset=dataset))
     return found
 

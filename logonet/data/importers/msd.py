@@ -8,10 +8,9 @@ from typing import Any
 
 from logonet.core import config
 from logonet.core.errors import UserError
-from logonet.data import volume
 from logonet.data.importers import common
 from logonet.data.importers.common import Unused
-from logonet.data.importers.naming import as_channels
+from logonet.data.importers.naming import as_channels, joined
 from logonet.data.manifest import Source
 
 DATASET_FILE = "dataset.json"
@@ -81,7 +80,7 @@ def msd_sources(uri: str, description: Mapping[str, Any], root: str, unused: Unu
             if images[1:]:
                 source = as_channels([Source(u, modality=m, **own) for u, m in zip(uris, names)])
             else:
-                source = common.with_files(Source(uris[0], modality=volume.JOIN.join(names), **own))
+                source = common.with_slices(Source(uris[0], modality=joined(names), **own))
             found.append(source)
     return found
 

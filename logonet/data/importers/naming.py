@@ -12,12 +12,14 @@ from dataclasses import replace
 from itertools import takewhile
 from pathlib import PurePosixPath
 
+from logonet.core.errors import UserError
 from logonet.data import volume
 from logonet.data.manifest import Source, stem
 
 LABEL_FOLDER = re.compile(
     r"(labels?|masks?|segs?|segmentations?|annotations?|gt|ground_?truths?|manual)_?(tr|ts|va|val)?"
 )
+LABELS_ROOT = re.compile(r"labels?(tr|ts|va|val)?")
 MASK_FOLDER = re.compile(r"(segmentations?|segs?|masks?)")  # of one mask for each class
 IMAGE_FOLDER = re.compile(r"(images?|imgs?|imaging|scans?|volumes?|data)_?(tr|ts|va|val)?")
 # First or last in a name, also with a number behind: label003, segmentation-17, case_seg.
@@ -30,6 +32,22 @@ CONTRASTS = {
     "t1", "t1w", "t1n", "t1c", "t1ce", "t1gd", "t2", "t2w", "t2f", "flair", "pd", "pdw", "adc", "dwi", "ed", "es",
 }  # fmt: skip
 CHANNEL = re.compile(r"_([0-9]{4})$")  # nnU-Net's, at the end of an image's stem
+SPLIT_FOLDERS = {
+    "train",
+    "training",
+    "test",
+    "testing",
+    "val",
+    "validation",
+    "tr",
+    "ts",
+    "imagestr",
+    "imagests",
+}
+# Of several folders above a scan: a visit of the patient that is above it.
+SESSION = re.compile(
+    r"(ses(sion)?|s|visit|v|study|day|tp?|time|scan|baseline|follow-?up|[12][0-9]{7})[-_]?[0-9]{0,2}", re.I
+)
 MAX_OF_PATIENT = 16  # scans in a patient's folder; more are a dataset's
 FRAME = re.compile(r"[_-](frame|phase|time|tp|t)[-_]?[0-9]+$", re.IGNORECASE)
 Key = tuple[tuple[str, ...], tuple[str, ...]]  # folders and words, without those that say "image" or "label"
@@ -48,8 +66,9 @@ def name_of(uri: str) -> str:
 
 def is_label(uri: str, root: str) -> bool:
     """Whether a file below ``root`` is named like a label map, or lies in a folder of them."""
-    below = [name_of(root), *PurePosixPath(uri[len(root) :]).parts[:-1]]
-    if any(LABEL_FOLDER.fullmatch(folder.lower()) for folder in below):
+    below = PurePosixPath(uri[len(root) :]).parts[:-1]
+    # The root itself only where its name is a dataset's: people call all sorts of folders "segmentation".
+    if LABELS_ROOT.fullmatch(name_of(root).lower()) or any(LABEL_FOLDER.fullmatch(f.lower()) for f in below):
         return True
     words = _words(uri)
     return len(words) > 0 and any(_bare(words[end]) in LABEL_WORDS for end in (0, -1))
@@ -117,21 +136,48 @@ def identify(found: Sequence[Source], root: str = "") -> list[Source]:
     - Frames, contrasts and channels of one patient are of one subject, also by their folder's name, as in
       ``patient001/patient001_frame01``.
     """
-    by_stem: dict[str, list[Source]] = defaultdict(list)
-    for source in found:
-        by_stem[stem(source.uri)].append(source)
-    channels, patients = _channel_groups(found), _patient_folders(found)
-    folders: dict[str, list[str]] = {}  # that are cases -> their names
-    for same in by_stem.values():
-        if len({folder_of(s.uri) for s in same}) > 1:
-            folders |= {folder_of(s.uri): _differing_folders(s, same) for s in same}
+    channels, patients, folders = _channel_groups(found), _patient_folders(found), _case_folders(found)
     out = []
     for source in found:
         case = folders.get(folder_of(source.uri), [])
-        subject = source.subject or _bids_subject(source.uri[len(root) :]) or "".join(case[:1])
+        subject = source.subject or _bids_subject(source.uri[len(root) :])
+        if case and not subject:
+            # Not the session, nor what all patients have such a folder of.
+            own = [f for f in case if f.lower() not in IMAGE_WORDS | CONTRASTS | SPLIT_FOLDERS]
+            subject = "_".join([f for f in own if not SESSION.fullmatch(f)] or own)
         named = source.case or ("_".join([*case, stem(source.uri)]) if case else "")
         out.append(replace(source, case=named, subject=subject or _subject(source, channels, patients)))
     return out
+
+
+def _case_folders(found: Sequence[Source]) -> dict[str, list[str]]:
+    """The folders that are cases, because file names repeat in them -> the parts of their paths that differ.
+
+    At least half of the names in such a folder repeat elsewhere, and there are at least as many such folders as names: else the names
+    are the cases, and the folders sites or contrasts.
+    """
+    of_stem: dict[str, set[str]] = defaultdict(set)
+    of_folder: dict[str, set[str]] = defaultdict(set)
+    for source in found:
+        of_stem[stem(source.uri)].add(folder_of(source.uri))
+        of_folder[folder_of(source.uri)].add(stem(source.uri))
+    repeated = {name for name, folders in of_stem.items() if len(folders) > 1}
+    cases = {
+        folder
+        for folder, names in of_folder.items()
+        if len(names) <= MAX_OF_PATIENT and 2 * len(names & repeated) >= len(names)
+    }
+    if len(cases) < len({name for f in cases for name in of_folder[f] & repeated}):
+        return {}
+    whole: dict[str, list[str]] = {}
+    for name in repeated:
+        if not of_stem[name] <= cases:
+            continue
+        paths = {folder: PurePosixPath(folder).parts for folder in of_stem[name]}
+        before = _shared(list(paths.values()))
+        behind = _shared([path[before:][::-1] for path in paths.values()])
+        whole |= {f: list(path[before : len(path) - behind]) or [path[-1]] for f, path in paths.items()}
+    return whole
 
 
 def grouped(found: Sequence[Source]) -> list[Source]:
@@ -182,18 +228,20 @@ def as_channels(case: Sequence[Source]) -> Source:
     first, *others = case
     if not others:
         return first
+    if len(case) > volume.MAX_CHANNELS or len({s.uri for s in case}) < len(case):
+        raise UserError(
+            f"{first.uri}: is listed with {len(case)} channels; give at most {volume.MAX_CHANNELS} different files"
+        )
+    if folder := next((s.uri for s in case if s.files), ""):
+        raise UserError(f"{folder}: a DICOM series cannot be one of several channels; convert it to .nii.gz")
     name = CHANNEL.sub("", stem(first.uri))
-    modality = volume.JOIN.join(s.modality for s in case) if first.modality else ""
+    modality = joined(s.modality for s in case) if first.modality else ""
     return replace(first, channels=tuple(s.uri for s in others), case=first.case or name, modality=modality)
 
 
-def _differing_folders(source: Source, same: Sequence[Source]) -> list[str]:
-    """The folders of ``source`` in which the scans of the same name differ."""
-    paths = [PurePosixPath(folder_of(s.uri)).parts for s in same]
-    own = PurePosixPath(folder_of(source.uri)).parts
-    before = _shared(paths)
-    behind = _shared([path[before:][::-1] for path in paths])
-    return list(own[before : len(own) - behind]) or [own[-1]]
+def joined(modalities: Iterable[str]) -> str:
+    """The modalities of channels as one text, in which a "+" stands between channels only."""
+    return volume.JOIN.join(m.replace(volume.JOIN, " ") for m in modalities)
 
 
 def _shared(paths: Sequence[tuple[str, ...]]) -> int:
@@ -218,7 +266,8 @@ def _channel_groups(found: Sequence[Source]) -> set[str]:
     for folder, cases in numbers.items():
         alike = Counter(frozenset(n) for n in cases.values())
         for case, channels in cases.items():
-            if channels == set(range(len(channels))) and alike[frozenset(channels)] > 1:
+            few = len(channels) <= volume.MAX_CHANNELS
+            if few and channels == set(range(len(channels))) and alike[frozenset(channels)] > 1:
                 groups.add(f"{folder}/{case}")
     return groups
 
@@ -230,8 +279,10 @@ def _patient_folders(found: Sequence[Source]) -> set[str]:
         of[folder_of(source.uri)].append(stem(source.uri))
 
     def named_after(folder: str) -> bool:
-        own = re.compile(re.escape(name_of(folder)) + r"[-_.].*[A-Za-z].*")
-        return len(of[folder]) <= MAX_OF_PATIENT and all(map(own.fullmatch, of[folder]))
+        own = name_of(folder)
+        rests = [name.removeprefix(own) for name in of[folder] if name.startswith(own)]
+        alike = len(rests) == len(of[folder]) <= MAX_OF_PATIENT
+        return alike and all(rest[:1] in tuple("-_.") and rest.upper() != rest.lower() for rest in rests)
 
     patients = {folder for folder in of if named_after(folder)}
     return patients if len(patients) > 1 else set()

@@ -11,7 +11,7 @@ from logonet.core.errors import UserError
 from logonet.data import volume
 from logonet.data.importers.common import Entries, folder_of, inside, read_json, resolve
 from logonet.data.importers.msd import channel_paths, common_fields
-from logonet.data.importers.naming import CHANNEL, as_channels, patient
+from logonet.data.importers.naming import CHANNEL, as_channels, joined, patient
 from logonet.data.manifest import Source, stem
 
 SPLITS_FILE = "splits_final.json"
@@ -41,7 +41,8 @@ def nnunet_sources(uri: str, description: Mapping[str, Any], entries: Entries, r
     for case, split, images, label in pairs:
         own: dict[str, Any] = {"split": split, "label_uri": label, "subject": patient(case)}
         scans = [
-            Source(uri=u, modality=channels.get(c, ""), **own, **common) for c, u in sorted(images.items())
+            Source(uri=u, modality=joined([channels.get(c, "")]), **own, **common)
+            for c, u in sorted(images.items())
         ]
         found[split, case] = as_channels(scans)
     splits = f"{folder}/{SPLITS_FILE}"

@@ -22,8 +22,15 @@ from logonet.data.volume.intensity import (
     to_uint16,
     window,
 )
-from logonet.data.volume.nifti import MAX_BYTES, decode_nifti, encode_labels, encode_nifti, header_grid
-from logonet.data.volume.other import ITK_SUFFIXES, VOXEL_FILES, decode_other
+from logonet.data.volume.nifti import (
+    MAX_BYTES,
+    MAX_CHANNELS,
+    decode_nifti,
+    encode_labels,
+    encode_nifti,
+    header_grid,
+)
+from logonet.data.volume.other import ITK_SUFFIXES, decode_other, voxel_files, with_voxels
 from logonet.data.volume.resampling import (
     GRID_TOLERANCE_VOX,
     resample,
@@ -39,10 +46,10 @@ __all__ = [
     "GRID_TOLERANCE_VOX",
     "JOIN",
     "MAX_BYTES",
+    "MAX_CHANNELS",
     "NORMALISATIONS",
     "SUFFIXES",
     "UINT16_MAX",
-    "VOXEL_FILES",
     "LowHigh",
     "Volume",
     "contrast",
@@ -62,7 +69,9 @@ __all__ = [
     "to_ras",
     "to_uint16",
     "turned",
+    "voxel_files",
     "window",
+    "with_voxels",
     "worst_shift_mm",
 ]  # fmt: skip
 
@@ -77,7 +86,7 @@ def suffix_of(uri: str) -> str:
 
 
 def decode(uri: str, files: Sequence[tuple[str, bytes]], *, allow_constant: bool = False) -> Volume:
-    """The scan at ``uri`` from (name, bytes) of its file, of its header and voxels, or of its DICOM slices.
+    """The scan at ``uri`` from (name, bytes) of its file or of its DICOM slices.
 
     Args:
         allow_constant: for label maps, which may be empty.
@@ -89,5 +98,5 @@ def decode(uri: str, files: Sequence[tuple[str, bytes]], *, allow_constant: bool
     if suffix in NIFTI_SUFFIXES:
         return decode_nifti(files[0][1], files[0][0], allow_constant=allow_constant)
     if suffix:
-        return decode_other(files, allow_constant=allow_constant)
+        return decode_other(files[0][1], files[0][0], allow_constant=allow_constant)
     return decode_dicom(files)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from logonet.data.volume.volume import Volume, check_affine, check_values
 ROUNDING = (
     0.25  # of the gap between slices: how far a rounded position may be off; a missing slice is a whole gap
 )
+SAME_PLANE = 1e-2  # between directions and spacings (mm) of the slices of one stack
 # Modalities of files beside images: structure sets, plans, doses, reports, presentation states, key objects...
 NO_IMAGES = {"RTSTRUCT", "RTPLAN", "RTDOSE", "RTRECORD", "REG", "SR", "PR", "KO", "SEG", "DOC"}
 DEFLATED = "1.2.840.10008.1.2.1.99"  # pydicom inflates the whole of it, whatever it grows to
@@ -51,6 +52,12 @@ class _Slice:
     intercept: float
     content: tuple[Any, ...]  # equal for copies of a slice
     dataset: Any
+
+    def lies_like(self, other: _Slice) -> bool:
+        """Whether both are slices of one stack: the same series, size, direction and spacing, up to rounding."""
+        same = all(getattr(self, n) == getattr(other, n) for n in ("series", "modality", "rows", "columns"))
+        turned = np.abs(self.orientation - other.orientation).max() > SAME_PLANE
+        return same and not turned and np.abs(self.pixel_mm - other.pixel_mm).max() <= SAME_PLANE
 
 
 def decode_dicom(files: Sequence[tuple[str, bytes]], *, max_bytes: int = MAX_BYTES) -> Volume:
@@ -94,15 +101,35 @@ def decode_dicom(files: Sequence[tuple[str, bytes]], *, max_bytes: int = MAX_BYT
     return Volume(array_XYZ[None], affine, first.modality or None, pixels_YX.dtype.name, note)
 
 
-def _largest_series(found: Sequence[_Slice | str]) -> tuple[list[_Slice], str]:
-    """The slices of the largest series of equal planes in a folder, each once, and what else there was."""
+@dataclass(frozen=True)
+class _Unusable:
+    """A file of a series that cannot be a slice of a scan, and why."""
+
+    series: str
+    sentence: str
+
+
+def _largest_series(found: Sequence[_Slice | _Unusable | str]) -> tuple[list[_Slice], str]:
+    """The slices of the largest series of equal planes in a folder, each once, and what else there was.
+
+    Raises:
+        BadScan: a file of that series cannot be used, or none of any.
+    """
     others = Counter(what for what in found if isinstance(what, str))
-    groups: dict[Any, list[_Slice]] = defaultdict(list)
+    unusable = [what for what in found if isinstance(what, _Unusable)]
+    groups: list[list[_Slice]] = []
     for slice_ in (s for s in found if isinstance(s, _Slice)):
-        plane = slice_.rows, slice_.columns, *np.round([*slice_.orientation, *slice_.pixel_mm], 2).tolist()
-        groups[slice_.series, slice_.modality, plane].append(slice_)
-    largest = max(groups.values(), key=len, default=[])
-    for group in groups.values():
+        same = next((group for group in groups if slice_.lies_like(group[0])), None)
+        if same is None:
+            groups.append([slice_])
+        else:
+            same.append(slice_)
+    largest = max(groups, key=len, default=[])
+    for what in unusable:
+        if not largest or what.series in ("", largest[0].series):
+            raise BadScan(what.sentence)
+        others["files of another series that are no slices"] += 1
+    for group in groups:
         if group is not largest:
             kind = f"{group[0].modality or 'image'} slices of another series or plane ({group[0].name} ...)"
             others[kind] += len(group)
@@ -112,8 +139,8 @@ def _largest_series(found: Sequence[_Slice | str]) -> tuple[list[_Slice], str]:
     return list(once.values()), ", ".join(told)
 
 
-def _dicom_slice(name: str, data: bytes) -> _Slice | str:
-    """The slice, or what else the file is: a structure set, a report, no DICOM at all."""
+def _dicom_slice(name: str, data: bytes) -> _Slice | _Unusable | str:
+    """The slice, or what else the file is: a structure set, a screenshot, a report, no DICOM at all."""
     import pydicom
     from pydicom import filereader
 
@@ -135,16 +162,17 @@ def _dicom_slice(name: str, data: bytes) -> _Slice | str:
         dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=DICOM_TAGS + DICOM_MORE_TAGS)
         if dataset.get("Modality") in NO_IMAGES:
             return f"{dataset.Modality} files"
+        series = str(dataset.get("SeriesInstanceUID") or "")
         if int(dataset.get("NumberOfFrames") or 1) > 1:
-            raise BadScan(f"{name}: is a multi-frame DICOM; convert it to NIfTI (dcm2niix)")
+            return _Unusable(series, f"{name}: is a multi-frame DICOM; convert it to NIfTI (dcm2niix)")
         if missing := [tag for tag in DICOM_TAGS if tag not in dataset]:
-            raise BadScan(f"{name}: DICOM without {', '.join(missing)}; is it an image slice?")
-        if dataset.PhotometricInterpretation != "MONOCHROME2":
-            raise BadScan(f"{name}: has {dataset.PhotometricInterpretation} pixels; only MONOCHROME2 is read")
+            return _Unusable(series, f"{name}: DICOM without {', '.join(missing)}; is it an image slice?")
+        if (pixels_are := dataset.PhotometricInterpretation) != "MONOCHROME2":
+            return _Unusable(series, f"{name}: has {pixels_are} pixels; only MONOCHROME2 is read")
         pixels = [dataset[tag].value for tag in PIXELS if tag in dataset]
         return _Slice(
             name=name,
-            series=str(dataset.SeriesInstanceUID),
+            series=series,
             modality=str(dataset.get("Modality") or ""),
             rows=int(dataset.Rows),
             columns=int(dataset.Columns),

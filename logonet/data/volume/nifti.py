@@ -22,6 +22,7 @@ SMALL_BYTES = 2**30
 MAX_EXPANSION = 200
 GZIP_MAX_RATIO = 1032  # deflate cannot expand further, so a shorter file cannot hold what its header claims
 MAX_CHANNELS = 8
+VECTORS = {1004, 1005, 1006, 1007}  # NIfTI's intents of matrices, displacements and vectors
 TRAILING_BYTES = 2**20  # some writers pad after the last voxel; more than this is not padding
 CHUNK_BYTES = 4 * 2**20
 
@@ -160,6 +161,8 @@ def _shape_xyzc(header: Any, name: str) -> tuple[int, int, int, int]:
     if math.prod(dims[3:]) > MAX_CHANNELS:
         hint = "that is a time series or a vector field; save what is to be used as 3D files"
         raise BadScan(f"{name}: has {len(dims)} axes {dims}, and more than {MAX_CHANNELS} channels; {hint}")
+    if math.prod(dims[3:]) > 1 and (math.prod(dims[4:]) > 1 or int(header["intent_code"]) in VECTORS):
+        raise BadScan(f"{name}: is a field of vectors or matrices, not a scan; leave it out")
     if ndim < 3 or min(dims[:3]) < 2:
         raise BadScan(f"{name}: is a 2D image {dims[:3]}; only 3D scans can be used")
     return dims[0], dims[1], dims[2], math.prod(dims[3:])

@@ -1,4 +1,8 @@
-"""NRRD and MetaImage, read by SimpleITK; FreeSurfer's MGH and pairs of .hdr and .img, read by nibabel."""
+"""NRRD and MetaImage, read by SimpleITK; FreeSurfer's MGH and pairs of .hdr and .img, read by nibabel.
+
+A header whose voxels lie in another file is joined with them before it is decoded, so that all else knows one file.
+No header that is handed on names another file: it could name any file of this machine.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +21,56 @@ from logonet.core.errors import BadScan
 from logonet.data.volume import nifti
 from logonet.data.volume.volume import Volume, check_affine, check_values
 
-ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
+# What ITK is told to read a file as; it would else try whatever the content looks like.
+ITK_READERS = {".nrrd": "NrrdImageIO", ".nhdr": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
+ITK_SUFFIXES = tuple(ITK_READERS)
 # A header's suffix -> those of the file that has its voxels.
-VOXEL_FILES = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz"), ".hdr": (".img", ".img.gz")}
-# The header's line that names the file of the voxels, in MetaImage and in NRRD.
-_VOXELS_IN = re.compile(rb"^\s*(?:ElementDataFile\s*=|data ?file:)\s*(.*?)\s*$", re.IGNORECASE | re.MULTILINE)
-_HEADER_BYTES = 1 << 20
+VOXEL_SUFFIXES = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz"), ".hdr": (".img", ".img.gz")}
+HEADER_BYTES = 1 << 16  # a longer text header is no header
+NIFTI_BYTES, NIFTI_PAIR = 348, b"ni1\0"
+
+
+def voxel_files(uri: str) -> list[str]:
+    """Where the voxels of the header ``uri`` may lie; none where the file holds its own."""
+    base, suffix = os.path.splitext(uri)
+    known = VOXEL_SUFFIXES.get(suffix.lower(), ())
+    return [base + (s.upper() if suffix.isupper() else s) for s in known]
+
+
+def with_voxels(uri: str, header: bytes, name: str, voxels: bytes) -> bytes:
+    """One file's bytes of a header and of its voxels, which were read from the file ``name`` beside it.
+
+    Raises:
+        BadScan: the header is none, or names another file.
+    """
+    if uri.lower().endswith(".hdr"):
+        voxels = nifti.inflated(voxels, uri, nifti.MAX_BYTES)
+        return header[:NIFTI_BYTES].ljust(NIFTI_BYTES + 4, b"\0") + voxels
+    lines, _ = _header(uri, header)
+    kept = []
+    for line in lines:
+        if _names_voxels(line):
+            named = re.split(rb"[:=]", line, maxsplit=1)[1].strip().decode(errors="replace")
+            if named != name:
+                raise BadScan(
+                    f"{uri}: says that its voxels are in '{named}', not in {name} beside it; rename one"
+                )
+        else:
+            kept.append(line)
+    return _with_data(uri, kept, voxels)
 
 
 def decode_other(
-    files: Sequence[tuple[str, bytes]], *, max_bytes: int = nifti.MAX_BYTES, allow_constant: bool = False
+    data: bytes, name: str, *, max_bytes: int = nifti.MAX_BYTES, allow_constant: bool = False
 ) -> Volume:
-    """A 3D scan from (name, bytes) of its file, or of its header and then its voxels.
+    """A 3D scan from the bytes of its file, or of what `with_voxels` gives.
 
     Raises:
-        BadScan: naming the first file, for anything that is not one finite, non-constant 3D scalar image.
+        BadScan: naming the file, for anything that is not one finite, non-constant 3D scalar image.
     """
-    name = files[0][0]
     try:
         read = _itk if name.lower().endswith(ITK_SUFFIXES) else _nibabel
-        array_XYZ, affine = read(files, max_bytes)
+        array_XYZ, affine = read(data, name, max_bytes)
     except BadScan:
         raise
     except Exception as err:  # both libraries raise whatever they like on damaged files
@@ -60,30 +94,76 @@ def _check(name: str, shape: Sequence[int], kind: str, stored: int, max_bytes: i
     nifti.check_claim(f"{name}: its header claims {said} voxels", 4 * math.prod(shape), stored, max_bytes)
 
 
-def _itk(files: Sequence[tuple[str, bytes]], max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+# ------------------------------------------------------------------------------------------- text headers
+
+
+def _is_nrrd(name: str) -> bool:
+    return name.lower().endswith((".nrrd", ".nhdr"))
+
+
+def _header(name: str, data: bytes) -> tuple[list[bytes], int]:
+    """The lines of a text header, without the one that ends it, and where its data begin.
+
+    Raises:
+        BadScan: it does not end within HEADER_BYTES, or has line ends that programs read differently.
+    """
+    lines, at = [], 0
+    while at < min(len(data), HEADER_BYTES):
+        end = data.find(b"\n", at, HEADER_BYTES)
+        end = len(data) if end < 0 else end
+        line, at = data[at:end].removesuffix(b"\r"), end + 1
+        if b"\r" in line or b"\0" in line:
+            break
+        lines.append(line)
+        if (_is_nrrd(name) and not line) or (not _is_nrrd(name) and _names_voxels(line)):
+            return lines if not _is_nrrd(name) else lines[:-1], at
+    if _is_nrrd(name) and name.lower().endswith(".nhdr") and at >= len(data) and lines:
+        return lines, at  # a detached header need not end with an empty line
+    raise BadScan(f"{name}: its header is damaged or none; convert the scan to .nii.gz")
+
+
+def _names_voxels(line: bytes) -> bool:
+    key = re.split(rb"[:=]", line, maxsplit=1)[0].replace(b" ", b"").strip().lower()
+    return not line.startswith(b"#") and key in (b"elementdatafile", b"datafile")
+
+
+def _with_data(name: str, lines: Sequence[bytes], voxels: bytes) -> bytes:
+    """A file of one piece."""
+    end = b"" if _is_nrrd(name) else b"ElementDataFile = LOCAL"
+    return b"\n".join([*lines, end, voxels])
+
+
+def _of_one_piece(name: str, data: bytes) -> bytes:
+    """``data`` with a header that names no other file, whatever program reads it.
+
+    Raises:
+        BadScan: it names one.
+    """
+    lines, begin = _header(name, data)
+    named = [line for line in lines if _names_voxels(line)]
+    if any(re.split(rb"[:=]", line, maxsplit=1)[1].strip().lower() != b"local" for line in named):
+        raise BadScan(f"{name}: says that its voxels are in another file; save the scan as .nii.gz")
+    return _with_data(name, [line for line in lines if not _names_voxels(line)], data[begin:])
+
+
+# ---------------------------------------------------------------------------------------------- libraries
+
+
+def _itk(data: bytes, name: str, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     import SimpleITK as sitk  # half a second
 
-    name, header = files[0]
-    named = _VOXELS_IN.search(header[:_HEADER_BYTES])
-    beside = [os.path.basename(n) for n, _ in files[1:]]
-    if named and named[1].lower() not in (b"local", b""):
-        wanted = named[1].decode(errors="replace")
-        # Never another path: a header could name any file of this machine.
-        if wanted not in beside:
-            raise BadScan(
-                f"{name}: says that its voxels are in '{wanted}', which is not beside it; copy that file there, or "
-                "save the scan as .nii.gz"
-            )
+    suffix = os.path.splitext(name)[1].lower()
     with tempfile.TemporaryDirectory(prefix="logonet-scan-") as folder:  # ITK reads files only
-        for file, data in files:
-            with open(os.path.join(folder, os.path.basename(file)), "xb") as out:
-                out.write(data)
+        path = os.path.join(folder, "scan.nrrd" if _is_nrrd(name) else "scan.mha")
+        with open(path, "xb") as out:
+            out.write(_of_one_piece(name, data))
         reader = sitk.ImageFileReader()
-        reader.SetFileName(os.path.join(folder, os.path.basename(name)))
+        reader.SetImageIO(ITK_READERS[suffix])
+        reader.SetFileName(path)
         reader.ReadImageInformation()
         shape = [n for axis, n in enumerate(reader.GetSize()) if axis < 3 or n > 1]
         kind = "colour or vector" if reader.GetNumberOfComponents() > 1 else ""
-        _check(name, shape, kind, sum(len(data) for _, data in files), max_bytes)
+        _check(name, shape, kind, len(data), max_bytes)
         if reader.GetDimension() > 3:
             reader.SetExtractSize([*reader.GetSize()[:3], *[0] * (reader.GetDimension() - 3)])
         image = reader.Execute()
@@ -94,25 +174,16 @@ def _itk(files: Sequence[tuple[str, bytes]], max_bytes: int) -> tuple[np.ndarray
     return array_XYZ, np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
 
 
-def _nibabel(files: Sequence[tuple[str, bytes]], max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
-    name, data = files[0]
+def _nibabel(data: bytes, name: str, max_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     image: Any
-    if len(files) > 1:
+    if name.lower().endswith(".hdr"):
         # Its magic tells NIfTI's pair from Analyze, whose header has no place for an orientation.
-        kind = nib.Nifti1Pair if data[344:348] == b"ni1\0" else nib.Spm2AnalyzeImage
-        voxels = nifti.inflated(files[1][1], files[1][0], max_bytes)
-        maps = {"header": io.BytesIO(data), "image": io.BytesIO(voxels)}
+        kind = nib.Nifti1Pair if data[344:348] == NIFTI_PAIR else nib.Spm2AnalyzeImage
+        maps = {"header": io.BytesIO(data[:NIFTI_BYTES]), "image": io.BytesIO(data[NIFTI_BYTES + 4 :])}
         image = kind.from_file_map({key: nib.FileHolder(fileobj=of) for key, of in maps.items()})
     else:
-        data = nifti.inflated(data, name, max_bytes)
-        image = nib.MGHImage.from_bytes(data)
+        image = nib.MGHImage.from_bytes(nifti.inflated(data, name, max_bytes))
     shape = [n for axis, n in enumerate(image.shape) if axis < 3 or n > 1]
     dtype = image.get_data_dtype()
-    _check(
-        name,
-        shape,
-        "" if dtype.kind in "iuf" else "colour or complex",
-        sum(len(d) for _, d in files),
-        max_bytes,
-    )
+    _check(name, shape, "" if dtype.kind in "iuf" else "colour or complex", len(data), max_bytes)
     return np.asarray(image.dataobj).reshape(shape), np.array(image.affine, np.float64)

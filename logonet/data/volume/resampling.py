@@ -10,8 +10,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from logonet.core.errors import BadScan
 from logonet.data.volume.volume import Volume
 
+MIN_OVERLAP = 0.5  # of a channel that is to be resampled onto the first
 GRID_TOLERANCE_VOX = (
     0.1  # between the corners of two grids that are meant to be one: rounding, not misplacement
 )
@@ -48,8 +50,24 @@ def worst_shift_mm(shape_xyz: Sequence[int], affine: np.ndarray, other: np.ndarr
     return float(np.linalg.norm(apart[:3, :3] @ corners_3N + apart[:3, 3:], axis=0).max())
 
 
+def overlap(first: Volume, other: Volume) -> float:
+    """The share of the box around the grid of ``first`` that lies in that of ``other``."""
+    ends = []
+    for scan in (first, other):
+        corners_3N = np.indices((2, 2, 2)).reshape(3, 8) * (np.array(scan.shape_xyz) - 1)[:, None]
+        corners_mm = scan.affine[:3, :3] @ corners_3N + scan.affine[:3, 3:]
+        ends.append((corners_mm.min(1), corners_mm.max(1)))
+    (low, high), (other_low, other_high) = ends
+    shared = np.clip(np.minimum(high, other_high) - np.maximum(low, other_low), 0, None)
+    return float(np.prod(shared / np.maximum(high - low, 1e-6)))
+
+
 def stacked(channels: Sequence[Volume]) -> Volume:
-    """One scan of several channels, on the grid of the first; its ``note`` says which ones were resampled to it."""
+    """One scan of several channels, on the grid of the first; its ``note`` says which ones were resampled to it.
+
+    Raises:
+        BadScan: a channel shows another place.
+    """
     from scipy import ndimage
 
     first, arrays, notes = channels[0], [channels[0].array_CXYZ], [c.note for c in channels if c.note]
@@ -59,6 +77,11 @@ def stacked(channels: Sequence[Volume]) -> Volume:
             arrays.append(other.array_CXYZ)
             continue
         place = np.linalg.inv(other.affine) @ first.affine
+        if overlap(first, other) < MIN_OVERLAP:
+            raise BadScan(
+                f"channel {number} shows another place than channel 0; are they of one examination? List the channels "
+                "that belong together"
+            )
         options: dict[str, Any] = {"output_shape": first.shape_xyz, "order": 1, "mode": "nearest"}
         arrays += [
             ndimage.affine_transform(a, place[:3, :3], place[:3, 3], **options)[None]
