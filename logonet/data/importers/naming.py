@@ -153,8 +153,8 @@ def identify(found: Sequence[Source], root: str = "") -> list[Source]:
 def _case_folders(found: Sequence[Source]) -> dict[str, list[str]]:
     """The folders that are cases, because file names repeat in them -> the parts of their paths that differ.
 
-    At least half of the names in such a folder repeat elsewhere, and there are at least as many such folders as names: else the names
-    are the cases, and the folders sites or contrasts.
+    At least half of the names in such a folder repeat elsewhere, and there are at least as many such folders as names:
+    else the names are the cases, and the folders sites or contrasts.
     """
     of_stem: dict[str, set[str]] = defaultdict(set)
     of_folder: dict[str, set[str]] = defaultdict(set)
