@@ -164,8 +164,8 @@ def make_case(folder: Path) -> None:
     from logonet.data import manifest, volume
 
     scan = volume.decode_nifti(image, "x.nii")
-    labels_XYZ = manifest._decode_label(label, "y.nii", scan)
-    prepared = prepared_scans.prepare(scan, labels_XYZ, "CT", (0, 1, 2), prepared_scans.Config(), "scan-1")
+    labels_XYZ = manifest._one_label("y.nii", label, scan)
+    prepared = prepared_scans.prepare(scan, labels_XYZ, "CT", prepared_scans.Config(), "scan-1")
     blob = prepared_scans.to_bytes("scan-1", *prepared, 0)
     (folder / "cases").mkdir()
     (folder / "cases" / "scan-1.safetensors").write_bytes(blob)

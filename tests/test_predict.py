@@ -251,7 +251,7 @@ def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str, ray_
 
         uri, version = "s3://somewhere/huge.nii.gz", "1"
         label_uri = subject = dataset = ""
-        files = classes = ()
+        files = channels = label_files = classes = ()
 
         @property
         def size_bytes(self) -> int:  # asked of it before a byte is read

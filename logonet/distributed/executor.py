@@ -106,8 +106,9 @@ class RayExecutor:
 def _table(items: Sequence[Any], numbers: np.ndarray) -> Any:
     """The rows of a block: the numbers of items, and the items, pickled by us so that they need no Arrow schema."""
     import pyarrow as pa
+    from ray import cloudpickle
 
-    return pa.table({"id": numbers, "item": [pickle.dumps(items[int(i)]) for i in numbers]})
+    return pa.table({"id": numbers, "item": [cloudpickle.dumps(items[int(i)]) for i in numbers]})
 
 
 class _Call:
