@@ -183,7 +183,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     from logonet.recipes import TINY_LOGONET
 
     torch.manual_seed(1)
-    net = networks.build("logonet", 1, 2, **{k: v for k, v in TINY_LOGONET.items() if k != "name"})
+    net = networks.build(TINY_LOGONET.name, 1, 2, **TINY_LOGONET.config)
     path = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
     save_file(net.state_dict(), path)
     return str(path)

@@ -384,7 +384,9 @@ def test_a_reply_that_is_not_the_one_asked_for_is_not_believed(
     proxy.add("header", method="GET", name=name, value=value)
     want = data[500_000:2_500_000]
     assert object_store.read(uri, start=500_000, length=2 * MB, sha256=sha(want)) == want
-    assert [r.fault for r in proxy.requests if r.method == "GET"] == ["close_body", "header", None]
+    # More requests where the machine is so busy that one times out.
+    faults = [r.fault for r in proxy.requests if r.method == "GET"]
+    assert (faults[:2], set(faults[2:])) == (["close_body", "header"], {None})
 
 
 @pytest.mark.parametrize(
