@@ -16,13 +16,14 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import SimpleITK as sitk
 import torch
 from helpers import HERE, on_ray, tilted, tiny_backbone
 
 from logonet import networks, pipelines
 from logonet.core.errors import UserError
-from logonet.data import phantom, volume
-from logonet.data.manifest import Source
+from logonet.data import importers, manifest, phantom, volume
+from logonet.data.manifest import Manifest, Source
 from logonet.distributed import bucket_inference
 from logonet.inference import model, sliding_window
 from logonet.storage import object_store
@@ -225,6 +226,25 @@ def test_a_replaced_scan_is_segmented_anew_and_quarantined_ones_when_asked(
     ]
     after = versions(output)
     assert all(after[f"{output}/{name}.nii.gz"] == before[f"{output}/{name}.nii.gz"] for name in GOOD)
+
+
+def test_a_manifests_rows_are_segmented_as_their_files_are(tmp_path: Path) -> None:
+    """As an evaluation does, also where a header's voxels lie in another file."""
+    write_scan(f"{tmp_path}/in/a.nii.gz", 0)
+    scan, _ = phantom.phantom(1, (34, 32, 30))
+    image = sitk.GetImageFromArray(scan.array_CXYZ[0].T.astype(np.int16))
+    sitk.WriteImage(image, f"{tmp_path}/in/b.mhd")
+    sources = importers.sources(f"{tmp_path}/in")
+    rows = Manifest.of(map(manifest.inspect, sources)).scans
+    assert [row.uri for row in rows] == [source.uri for source in sources]
+
+    def digests(which: str, scans: Any) -> list[str]:
+        items = [bucket_inference.Item(letter, scan) for letter, scan in zip("ab", scans)]
+        out = bucket_inference.run(items, model_files(), f"{tmp_path}/{which}", CFG, HERE, about={})
+        return [row.sha256 for row in out]
+
+    assert digests("rows", rows) == digests("files", sources)
+    assert all(digests("rows", rows))
 
 
 def test_another_model_or_setting_does_not_mix_into_an_output(

@@ -387,18 +387,23 @@ def label_values_of(labels_XYZ: np.ndarray) -> tuple[int, ...]:
     return tuple(int(v) for v in np.flatnonzero(np.bincount(labels_XYZ.ravel(order="K"), minlength=1)))
 
 
-def load(scan: Scan) -> Volume:
-    """The voxels of a row, from bytes that are the row's.
+def read_row(scan: Scan) -> list[bytes]:
+    """The bytes of a row's files, known to be the row's.
 
     Raises:
         UserError: when they are not, or not there: the manifest no longer holds, so the run must stop.
     """
     if not scan.files and not scan.channels and not volume.voxel_files(scan.uri):
-        return decode(scan, [object_store.read(scan.uri, size_bytes=scan.size_bytes, sha256=scan.sha256)])
+        return [object_store.read(scan.uri, size_bytes=scan.size_bytes, sha256=scan.sha256)]
     blobs = [read_one(uri) for uri in _files(scan)]
     if _sha256_of_scan(scan, blobs) != scan.sha256:
         raise object_store.IntegrityError(f"{scan.uri}: its files are not the manifest's; import it again")
-    return decode(scan, blobs)
+    return blobs
+
+
+def load(scan: Scan) -> Volume:
+    """The voxels of a manifest's row; raises as `read_row` does."""
+    return decode(scan, read_row(scan))
 
 
 def load_label(scan: Scan, image: Volume) -> np.ndarray:

@@ -301,14 +301,13 @@ def _open(item: Item, known: str) -> tuple[Volume, str, bytes | None]:
     """The scan, its modality, and the bytes whose NIfTI header the label map takes over (None for DICOM)."""
     scan = item.scan
     if isinstance(scan, Scan):
-        # Of several channels the digest is not that of the first one's file; loading compares them all.
-        own = None if scan.channels else scan.sha256
-        header = None if scan.files else object_store.read(scan.uri, sha256=own)
-        return manifest.load(scan), scan.modality, header
-    blobs, sha256 = manifest.read_scan(scan)
-    if fault := manifest.checksum_fault(scan, sha256):
-        raise BadScan(fault)
-    image = manifest.decode(scan, blobs)
-    # What is known of the scan, else what the model is for: a part of a CT may hold no air to tell it by.
-    modality = volume.modality(image, scan.modality or image.modality or known, item.uri)
+        blobs, modality = manifest.read_row(scan), scan.modality
+        image = manifest.decode(scan, blobs)
+    else:
+        blobs, sha256 = manifest.read_scan(scan)
+        if fault := manifest.checksum_fault(scan, sha256):
+            raise BadScan(fault)
+        image = manifest.decode(scan, blobs)
+        # What is known of the scan, else what the model is for: a part of a CT may hold no air to tell it by.
+        modality = volume.modality(image, scan.modality or image.modality or known, item.uri)
     return image, modality, None if scan.files else blobs[0]
