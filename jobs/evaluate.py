@@ -7,7 +7,7 @@ On the test cases of the model's own split, or on all labelled scans of --data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import tyro
 
@@ -47,10 +47,8 @@ def main(args: Args) -> None:
     args.resources.fixed("an evaluation")
     cfg = args.evaluation
     if args.classes:
-        cfg = config.from_dict(
-            pipelines.Evaluation, {"classes": config.read_yaml(args.classes, "--classes")}, "evaluation"
-        )
-        cfg = replace(args.evaluation, classes=cfg.classes)
+        given = {**config.to_dict(cfg), "classes": config.read_yaml(args.classes, "--classes")}
+        cfg = config.from_dict(pipelines.Evaluation, given, "evaluation")
     with cluster.connected(args.resources):
         model, executor = cli.absolute_model(args.model), RayExecutor(args.resources)
         pipelines.evaluate_model(cfg, model, data, root, executor, args.experiment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,17 @@ def test_pseudo_labels_are_the_nearest_centroids(
             distance_SK = ((slices_ST[:, None] - centroids_KT) ** 2).sum(-1)
             np.testing.assert_array_equal(raw["labels_NZ"][n], distance_SK.argmin(1))
             start += k
+
+
+def test_what_travels_to_data_tasks_has_no_labeller(
+    refs: tuple[prepared_scans.Ref, ...], clusterers: ClustererSet
+) -> None:
+    fresh = dataset(refs, clusterers)
+    before = pickle.dumps(fresh)
+    (row,) = fresh.rows([(0, 3)])
+    assert pickle.dumps(fresh) == before
+    (same,) = pickle.loads(before).rows([(0, 3)])
+    np.testing.assert_equal(same, row)
 
 
 def pretraining(**data: Any) -> pipelines.Pretraining:

@@ -5,8 +5,10 @@ Shapes: S slices, T pixels of a slice, N clusterers, K codes of one, V codes of 
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,22 +21,11 @@ from logonet.clustering.kmeans import ClustererSet
 from logonet.clustering.pseudo_labels import Labeller
 from logonet.core.errors import UserError
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from labeller import Counting
+
 SIDE = 40  # T = 1600: more than one block of every kind
-
-
-class Counting(Labeller):
-    """Counts the (slice, code) pairs that get past the screen: products of float32, and distances in float64."""
-
-    products = 0
-    distances = 0
-
-    def _products(self, x_ST: torch.Tensor, rows_U: torch.Tensor) -> torch.Tensor:
-        self.products += len(x_ST) * len(rows_U)
-        return super()._products(x_ST, rows_U)
-
-    def _distances(self, x_ST: torch.Tensor, slice_P: torch.Tensor, code_P: torch.Tensor) -> torch.Tensor:
-        self.distances += len(code_P)
-        return super()._distances(x_ST, slice_P, code_P)
 
 
 def smooth(S: int, seed: int, noise: float = 0.01) -> np.ndarray:

@@ -13,6 +13,7 @@ array exists, on either grid. ``benchmarks/inference.py`` has the formula of the
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def _write(
     out_XYZ: np.ndarray,
     values: np.ndarray,
     name: str,
-    find: Callable[..., Tensor],
+    find: Callable[[Iterator[Tensor], str], Tensor],
 ) -> None:
     """Fill ``out_XYZ`` with the ``values`` of what ``find`` finds in prepared ``planes`` along ``axis``."""
     along, rows, columns = (positions[d] for d in (axis, *_others(axis)))
@@ -159,8 +160,8 @@ def _write(
         while n < len(out_SAB) and high[n] == p:
             low_KAB = plane_KAB if low[n] == p else before_KAB
             assert low_KAB is not None
-            class_AB = find(low_KAB, plane_KAB, share[n], rows, columns, name)
-            out_SAB[n] = values[class_AB.cpu().numpy()]
+            found_AB = find(_interpolated(low_KAB, plane_KAB, share[n], rows, columns), name)
+            out_SAB[n] = values[found_AB.cpu().numpy()]
             n += 1
         if n < len(out_SAB) and low[n] == p:  # the next one lies between this plane and the one to come
             before_KAB = plane_KAB.clone() if before_KAB is None else before_KAB.copy_(plane_KAB)
@@ -199,40 +200,39 @@ def _positions(
     return positions
 
 
-def _best(
-    low_KAB: Tensor, high_KAB: Tensor, share: float, rows: _Positions, columns: _Positions, name: str
-) -> Tensor:
-    """The most likely class of each voxel of a native plane, uint8; the lowest one in a tie, as in argmax.
-
-    One class after the other, so that the native plane is never held K times.
-    """
-    for k, (low_AB, high_AB) in enumerate(zip(low_KAB, high_KAB)):
+def _interpolated(
+    low_KAB: Tensor, high_KAB: Tensor, share: float, rows: _Positions, columns: _Positions
+) -> Iterator[Tensor]:
+    """The logits of a native plane, one output after the other, so that it is never held K times."""
+    for low_AB, high_AB in zip(low_KAB, high_KAB):
         plane_AB = torch.lerp(low_AB, high_AB, share) if share else low_AB
-        plane_AB = columns.interpolate(rows.interpolate(plane_AB, 0), 1)
+        yield columns.interpolate(rows.interpolate(plane_AB, 0), 1)
+
+
+def _best(logits: Iterator[Tensor], name: str) -> Tensor:
+    """The most likely class of each voxel of a native plane, uint8; the lowest one in a tie, as in argmax."""
+    for k, plane_AB in enumerate(logits):
         if k == 0:
             best_AB, class_AB = plane_AB.clone(), torch.zeros_like(plane_AB, dtype=torch.uint8)
             continue
         class_AB.masked_fill_(plane_AB > best_AB, k)
         torch.maximum(best_AB, plane_AB, out=best_AB)
-    if best_AB.isnan().any():  # maximum keeps NaN
-        raise BadScan(f"{name}: the network's answer is not a number; look at the scan's intensities")
+    _refuse_nan(best_AB, name)  # maximum keeps NaN
     return class_AB
 
 
-def _regions(
-    low_KAB: Tensor, high_KAB: Tensor, share: float, rows: _Positions, columns: _Positions, name: str
-) -> Tensor:
+def _regions(logits: Iterator[Tensor], name: str) -> Tensor:
     """The regions of each voxel of a native plane, uint8: bit r is set where the logit of region r is above 0."""
-    bits_AB = None
-    for r, (low_AB, high_AB) in enumerate(zip(low_KAB, high_KAB)):
-        plane_AB = torch.lerp(low_AB, high_AB, share) if share else low_AB
-        plane_AB = columns.interpolate(rows.interpolate(plane_AB, 0), 1)
-        if plane_AB.isnan().any():
-            raise BadScan(f"{name}: the network's answer is not a number; look at the scan's intensities")
-        own_AB = (plane_AB > 0).to(torch.uint8) << r
-        bits_AB = own_AB if bits_AB is None else bits_AB | own_AB
-    assert bits_AB is not None
-    return bits_AB
+    own = []
+    for r, plane_AB in enumerate(logits):
+        _refuse_nan(plane_AB, name)
+        own.append((plane_AB > 0).to(torch.uint8) << r)
+    return functools.reduce(torch.bitwise_or, own)
+
+
+def _refuse_nan(logits_AB: Tensor, name: str) -> None:
+    if logits_AB.isnan().any():
+        raise BadScan(f"{name}: the network's answer is not a number; look at the scan's intensities")
 
 
 def planes(

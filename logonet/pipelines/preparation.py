@@ -291,7 +291,9 @@ def make_cases(
                 f"none of the {len(scans)} labelled scans can be used; the first says: {bad[0].reason}"
             )
         one_number_of_channels({ref.shape_cxyz[0] for ref in refs})
-        ignores = any(classes.IGNORE in known.of(scan).index_of for scan in scans)
+        # Of each list of classes once: it alone decides which values do not count.
+        declared = {scan.classes: scan for scan in scans}.values()
+        ignores = any(classes.IGNORE in known.of(scan).index_of for scan in declared)
         regions = dict(known.regions), known.region_values
         prepared = prepared_scans.Table(tuple(refs), known.names, known.values, ignores, *regions)
         files = {"cases.json": object_store.json_bytes(prepared.to_json()), "quarantine.json": quarantine}

@@ -5,8 +5,9 @@ Shapes: P samples, C channels, X Y Z voxels (RAS), N clusterers, Z slices of a c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -102,26 +103,22 @@ class FreshCrops(_Dataset):
         crop_CXYZ = prepared_scans.read_image(ref, corner.tolist(), self.crops.size_vox)
         raw: dict[str, Any] = {"image_CXYZ": crop_CXYZ}
         if self.centroids_VT is not None:
-            raw["labels_NZ"] = self._labeller()(slices_of(crop_CXYZ)).T.astype(np.int16)
+            raw["labels_NZ"] = self._labeller(slices_of(crop_CXYZ)).T.astype(np.int16)
         return methods.prepare(self.method)(raw, self.method_config, rng)
 
+    @functools.cached_property
     def _labeller(self) -> Any:
         """The fused labeller of these centroids, built once a process: that takes seconds."""
         from logonet.clustering.kmeans import ClustererSet
         from logonet.clustering.pseudo_labels import Labeller
 
-        known = _LABELLERS.get(id(self.centroids_VT))
-        if known is None:
-            assert self.centroids_VT is not None
-            assert self.sizes_N is not None
-            _LABELLERS.clear()
-            # The centroids stay with their labeller, or another array might be given their address.
-            known = self.centroids_VT, Labeller(ClustererSet(self.centroids_VT, self.sizes_N))
-            _LABELLERS[id(self.centroids_VT)] = known
-        return known[1]
+        assert self.centroids_VT is not None
+        assert self.sizes_N is not None
+        return Labeller(ClustererSet(self.centroids_VT, self.sizes_N))
 
-
-_LABELLERS: dict[int, tuple[np.ndarray, Any]] = {}
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: what travels to data tasks is not to hold a labeller, many times the centroids' size."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass(frozen=True)

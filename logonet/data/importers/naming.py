@@ -185,8 +185,7 @@ def grouped(found: Sequence[Source]) -> list[Source]:
     groups = _channel_groups(found)
     cases: dict[str, list[Source]] = defaultdict(list)
     for source in found:
-        match = CHANNEL.search(stem(source.uri))
-        name = f"{folder_of(source.uri)}/{stem(source.uri)[: match.start()]}" if match else source.uri
+        name = _without_channel(source.uri)
         cases[name if name in groups else source.uri].append(source)
     return [as_channels(sorted(case, key=lambda s: s.uri)) for case in cases.values()]
 
@@ -250,26 +249,26 @@ def _shared(paths: Sequence[tuple[str, ...]]) -> int:
 
 
 def _channel_groups(found: Sequence[Source]) -> set[str]:
-    """The stems without number, with their folders, of cases whose images are numbered channels."""
-    numbers: dict[str, dict[str, set[int]]] = defaultdict(
-        lambda: defaultdict(set)
-    )  # folder -> case -> channels
+    """What `_without_channel` gives of the cases whose images are numbered channels."""
+    numbers: dict[str, set[int]] = defaultdict(set)  # case -> channels
     groups = set()
     for source in found:
-        match = CHANNEL.search(stem(source.uri))
-        if match is None:
-            continue
-        case = stem(source.uri)[: match.start()]
-        numbers[folder_of(source.uri)][case].add(int(match[1]))
-        if source.label_uri and not CHANNEL.search(stem(source.label_uri)):
-            groups.add(f"{folder_of(source.uri)}/{case}")
-    for folder, cases in numbers.items():
-        alike = Counter(frozenset(n) for n in cases.values())
-        for case, channels in cases.items():
-            few = len(channels) <= volume.MAX_CHANNELS
-            if few and channels == set(range(len(channels))) and alike[frozenset(channels)] > 1:
-                groups.add(f"{folder}/{case}")
+        if case := _without_channel(source.uri):
+            numbers[case].add(int(stem(source.uri)[-4:]))
+            if source.label_uri and not CHANNEL.search(stem(source.label_uri)):
+                groups.add(case)
+    alike = Counter((folder_of(case), frozenset(own)) for case, own in numbers.items())
+    for case, own in numbers.items():
+        few = len(own) <= volume.MAX_CHANNELS
+        if few and own == set(range(len(own))) and alike[folder_of(case), frozenset(own)] > 1:
+            groups.add(case)
     return groups
+
+
+def _without_channel(uri: str) -> str:
+    """Folder and stem of a file without the number of four digits at its end; "" where there is none."""
+    match = CHANNEL.search(stem(uri))
+    return f"{folder_of(uri)}/{stem(uri)[: match.start()]}" if match else ""
 
 
 def _patient_folders(found: Sequence[Source]) -> set[str]:
@@ -289,12 +288,10 @@ def _patient_folders(found: Sequence[Source]) -> set[str]:
 
 
 def _subject(source: Source, channels: set[str], patients: set[str]) -> str:
-    name = source.case or stem(source.uri)
     if (folder := folder_of(source.uri)) in patients:
         return name_of(folder)
-    if (match := CHANNEL.search(name)) and f"{folder_of(source.uri)}/{name[: match.start()]}" in channels:
-        name = name[: match.start()]
-    return patient(name)
+    case = _without_channel(source.uri)
+    return patient(source.case or (case.rpartition("/")[2] if case in channels else stem(source.uri)))
 
 
 def patient(case: str) -> str:

@@ -45,17 +45,20 @@ def same_grid(volume: Volume, other: Volume) -> bool:
 
 def worst_shift_mm(shape_xyz: Sequence[int], affine: np.ndarray, other: np.ndarray) -> float:
     """The largest distance between where the two affines put a corner of a grid."""
+    return float(np.linalg.norm(_corners_mm(shape_xyz, other - affine), axis=0).max())
+
+
+def _corners_mm(shape_xyz: Sequence[int], affine: np.ndarray) -> np.ndarray:
+    """Where ``affine`` puts the centres of a grid's eight outermost voxels, (3, 8)."""
     corners_3N = np.indices((2, 2, 2)).reshape(3, 8) * (np.array(shape_xyz) - 1)[:, None]
-    apart = other - affine
-    return float(np.linalg.norm(apart[:3, :3] @ corners_3N + apart[:3, 3:], axis=0).max())
+    return affine[:3, :3] @ corners_3N + affine[:3, 3:]
 
 
 def overlap(first: Volume, other: Volume) -> float:
     """The share of the box around the grid of ``first`` that lies in that of ``other``."""
     ends = []
     for scan in (first, other):
-        corners_3N = np.indices((2, 2, 2)).reshape(3, 8) * (np.array(scan.shape_xyz) - 1)[:, None]
-        corners_mm = scan.affine[:3, :3] @ corners_3N + scan.affine[:3, 3:]
+        corners_mm = _corners_mm(scan.shape_xyz, scan.affine)
         ends.append((corners_mm.min(1), corners_mm.max(1)))
     (low, high), (other_low, other_high) = ends
     shared = np.clip(np.minimum(high, other_high) - np.maximum(low, other_low), 0, None)
