@@ -73,12 +73,12 @@ class _Cache:
             self.trim()
 
     def trim(self) -> None:
-        """Delete what was not read for the longest time, unless another process is doing so."""
+        """Delete what was not read for the longest time.
+
+        One process at a time: the others wait, because one that is at it does not see what they have just written.
+        """
         with contextlib.suppress(OSError), open(self.folder / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return
+            fcntl.flock(lock, fcntl.LOCK_EX)
             kept = sorted(_files(self.folder), key=lambda entry: entry[1])
             total = sum(size for _, _, size in kept)
             for path, _, size in kept:
