@@ -218,9 +218,9 @@ def run(args: Args, job: training.Job, feed: dataset.TrainingDataset, workers: i
         with _measure.StoreWatch() as watch, _measure.Cores() as cores:
             history = RayExecutor(resources, allocation).train(job, feed)["history"]
         fit_s = time.perf_counter() - started
-        task_bytes = max(ray_feed.TASK_BYTES, job.train.batch_size * feed.row_bytes)
+        task_bytes = max(ray_feed.BLOCK_BYTES, job.train.batch_size * feed.row_bytes)
         # A rank's tasks ahead, the one it has just asked for and the one it is at; and the feed, once.
-        ceiling = workers * (ray_feed.TASKS_AHEAD + 2) * task_bytes + len(pickle.dumps(feed))
+        ceiling = workers * (ray_feed.BLOCKS_AHEAD + 2) * task_bytes + len(pickle.dumps(feed))
         assert watch.peak_bytes <= ceiling, (
             f"{watch.peak_bytes:,} bytes in the object store, above {ceiling:,}"
         )

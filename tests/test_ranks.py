@@ -1,4 +1,4 @@
-"""Several ranks: gradients, validation and probe over real collectives; batches from Ray."""
+"""Several ranks: gradients, validation and probe over real collectives."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ from loops import (
 from logonet import training
 from logonet.core.errors import UserError
 from logonet.data import prepared_scans
-from logonet.distributed import feed, trainer
+from logonet.distributed import trainer
 from logonet.distributed.cluster import ResourceAllocation, Resources
 from logonet.methods import DataSpec
 from logonet.training import linear_probe
 from logonet.training.communicator import Communicator, ProcessGroup
 from logonet.training.dataset import LabelledDataset, TrainingDataset
-from logonet.training.local import local_batches
 from logonet.training.loop import GO_ON, LEAVE, Loop
-from logonet.training.schedule import MicroBatches, shard_micro_batches
+from logonet.training.schedule import shard_micro_batches
 
 ALLOCATION = ResourceAllocation(
     workers=1,
@@ -224,24 +223,6 @@ def test_validation_without_labelled_scans_is_refused_before_any_worker_starts(
     ):
         with pytest.raises(UserError, match=r"train\.validate_every_epochs=0"):
             trainer.fit(job, dataset, Resources(workers=1), ALLOCATION)
-
-
-@pytest.mark.parametrize("world", [1, 3])
-def test_batches_from_ray_are_those_of_a_plain_loader(
-    crops: TrainingDataset, ray_local: None, world: int
-) -> None:
-    import ray
-
-    ref = [ray.put(crops)]
-    for rank in range(world):
-        positions = MicroBatches(crops.schedule, 1, 1, 4, rank, world)
-        from_ray = list(feed.batches(ref, positions, ALLOCATION))
-        here = list(local_batches(crops, positions))
-        assert len(from_ray) == len(here) > 0
-        for a, b in zip(from_ray, here):
-            assert a.keys() == b.keys()
-            for key in a:
-                assert np.array_equal(a[key], b[key]), key
 
 
 def test_the_death_of_the_process_that_leads_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

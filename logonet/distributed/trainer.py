@@ -154,7 +154,7 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     loop = Loop(job, dataset.schedule, communicator, device, dataset.validation)
     loop.restore()
     positions = MicroBatches(dataset.schedule, job.train.batch_size, loop.step, loop.total_steps, rank, world)
-    batches = to_tensors(feed.batches(config["dataset"], positions, allocation), device)
+    batches = to_tensors(feed.batches(config["dataset"], positions, allocation, communicator), device)
     bar = ray_compat.progress_bar(loop.total_steps, loop.step) if config["progress"] and rank == 0 else None
     notices = preemption.Notices(config["run"], rank, ray.train.get_preemption_info)
     try:

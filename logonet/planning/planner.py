@@ -174,7 +174,7 @@ def worker_memory(cfg: Pretraining, own: Work, workers: int, gpu: bool, c: Const
 def _task_bytes(cfg: Pretraining, own: Work) -> int:
     """Prepared samples of one data task, which counts them as float32 crops."""
     batch_bytes = 4 * math.prod(cfg.crops.size_vox) * cfg.train.batch_size
-    return cfg.train.batch_size * max(1, feed.TASK_BYTES // batch_bytes) * own.sample_bytes
+    return cfg.train.batch_size * max(1, feed.BLOCK_BYTES // batch_bytes) * own.sample_bytes
 
 
 def _notes(plan: Plan, of: Sizes, own: Work, gpu: bool) -> Iterator[str]:
@@ -226,7 +226,7 @@ def _limits(
     for stage in of.stages:
         need = stage.node_shared
         if at and stage.name == "pretrain":
-            need += at.per_node * (feed.TASKS_AHEAD + 1) * _task_bytes(cfg, own)
+            need += at.per_node * (feed.BLOCKS_AHEAD + 1) * _task_bytes(cfg, own)
         mib = math.ceil(need / (1 << 20))
         hint = f"{HINTS.get(stage.name)}, or set --object-store-mb {mib} within /dev/shm"
         yield f"Ray's object store of a node for '{stage.name}'", need, smallest.store_bytes(asked_mb), hint

@@ -30,6 +30,11 @@ class Communicator:
         """The largest of all ranks' values, place by place."""
         return values
 
+    def broadcast(self, value: T | None) -> T:
+        """Rank 0's value, which is small, on every rank."""
+        assert value is not None
+        return value
+
     def broadcast_state(self, state: checkpoints.State | None) -> checkpoints.State | None:
         """Rank 0's state on every rank."""
         return state
@@ -67,13 +72,17 @@ class ProcessGroup(Communicator):
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
         return agreed.tolist()
 
-    def broadcast_state(self, state: checkpoints.State | None) -> checkpoints.State | None:
+    def broadcast(self, value: T | None) -> T:
         # Pickle stays between the ranks of one job; nothing unpickled ever came from a store.
-        head: list[Any] = [None if state is None else state.mapped(lambda t: t.to("meta"))]
-        dist.broadcast_object_list(head, src=0, device=self.device if self.device.type == "cuda" else None)
-        if head[0] is None:
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    def broadcast_state(self, state: checkpoints.State | None) -> checkpoints.State | None:
+        head: Any = self.broadcast(None if state is None else state.mapped(lambda t: t.to("meta")))
+        if head is None:
             return None
-        state = state or head[0].mapped(lambda t: torch.empty_like(t, device="cpu"))
+        state = state or head.mapped(lambda t: torch.empty_like(t, device="cpu"))
         assert state is not None
         for tensor in state.tensors():
             moved = tensor.to(self.device)
