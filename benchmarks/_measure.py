@@ -16,6 +16,7 @@ import torch
 
 from logonet.data import crop_shards, cropping, manifest, phantom, preparing
 from logonet.storage import object_store
+from logonet.storage.parquet import Rows
 
 # For a benchmark that starts Ray and the embedded S3 server. Ray makes its workers yield to all else (niceness 15):
 # beside other work, what is compared with them would win. Idle workers are kept, for a run that goes on has no pauses
@@ -66,10 +67,10 @@ def phantom_crops(
     for entry in object_store.listing(f"{uri}/scans/imagesTr"):
         row = manifest.inspect(manifest.Source(entry.uri))
         assert isinstance(row, manifest.Scan), row
-        answer = preparing.CutScan(cfg, f"{uri}/crops", {})(row)
+        answer = preparing.CutScan(cfg, f"{uri}/crops")((row, 0))
         assert isinstance(answer, list), answer
         refs += answer
-    return crop_shards.CropTable(f"{uri}/crops", cfg.size_vox, 1, tuple(refs))
+    return crop_shards.CropTable(f"{uri}/crops", Rows.of(refs, crop_shards.CropRef), cfg.size_vox, 1)
 
 
 def resident_bytes() -> int:

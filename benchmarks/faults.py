@@ -34,7 +34,9 @@ from logonet.data import crop_shards, cropping, manifest, phantom, preparing
 from logonet.distributed import cluster, feed
 from logonet.distributed.executor import RayExecutor
 from logonet.storage import object_store
+from logonet.storage.parquet import Rows
 from logonet.training import dataset, schedule
+from logonet.training.communicator import Communicator
 from tools.s3server import S3Server
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -57,14 +59,14 @@ def turn(
     refs, bad = preparing.cut_scans(scans, cfg, uri, executor)
     cut_s = time.perf_counter() - began
     assert not bad, bad
-    table = crop_shards.CropTable(uri, cfg.size_vox, 1, tuple(refs))
+    table = crop_shards.CropTable(uri, Rows.of(refs, crop_shards.CropRef), cfg.size_vox, 1)
     order = schedule.SampleSchedule(len(table), global_batch=4, seed=0)
     config = methods.config(METHOD, {})
     ref = [ray.put(dataset.TrainingDataset(METHOD, config, order, table))]
     positions = schedule.MicroBatches(order, 4, 0, passes * order.steps_per_pass)
     began = time.perf_counter()
     seen = 0
-    for batch in feed.batches(ref, positions, executor.allocation):
+    for batch in feed.batches(ref, positions, executor.allocation, Communicator()):
         seen += len(next(iter(batch.values())))
     read_s = time.perf_counter() - began
     began = time.perf_counter()

@@ -69,6 +69,11 @@ def main(args: Args) -> None:
     report(args, about, result)
 
 
+def label(table: crop_shards.CropTable, labeller: Labeller, executor: RayExecutor, number: int) -> np.ndarray:
+    labels, _ = fitting.label_crops(table, labeller, f"s3://fitting/labels-{number}", executor)
+    return np.stack(labels.read_all(range(len(labels))))
+
+
 def measure(args: Args, table: crop_shards.CropTable) -> dict[str, Any]:
     executor = RayExecutor(cluster.Resources(workers=1))
     cfg = kmeans.Config(
@@ -106,9 +111,7 @@ def measure(args: Args, table: crop_shards.CropTable) -> dict[str, Any]:
             take(turns, cores, "fitting, scikit-learn with all threads", plain_loop, slices_ST, counts, cfg)
             fitted = kmeans.ClustererSet.from_fitted(alone, {})
             labeller = Labeller(fitted)
-            labels["tasks"] = take(
-                turns, cores, "labelling, Ray actors", fitting.label_crops, table, fitted, executor
-            )
+            labels["tasks"] = take(turns, cores, "labelling, Ray actors", label, table, labeller, executor)
             labels["alone"] = take(
                 turns,
                 cores,

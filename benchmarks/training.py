@@ -44,6 +44,7 @@ from logonet.distributed import feed as ray_feed
 from logonet.distributed.executor import RayExecutor
 from logonet.methods import DataSpec
 from logonet.storage import object_store
+from logonet.storage.parquet import Rows
 from logonet.training import dataset, schedule
 from tools.s3server import S3Server
 
@@ -184,7 +185,9 @@ def one_a_core(job: training.Job, feed: dataset.TrainingDataset, steps: int) -> 
 
 def work(args: Args, table: crop_shards.CropTable) -> tuple[training.Job, dataset.TrainingDataset]:
     rng = seeding.rng(0, "labels")
-    labels_PNZ = rng.integers(0, args.k, (len(table), args.clusterers, args.size)).astype(np.int16)
+    labels_PNZ = rng.integers(0, args.k, (len(table), args.clusterers, args.size)).astype(np.uint16)
+    refs = Rows.of(crop_shards.write_shard("s3://training/labels", "all", labels_PNZ), crop_shards.CropRef)
+    labels = crop_shards.LabelTable("s3://training/labels", refs, args.clusterers, args.size)
     sizes = (args.k,) * args.clusterers
     job = training.Job(
         uri="s3://training/runs",
@@ -204,7 +207,7 @@ def work(args: Args, table: crop_shards.CropTable) -> tuple[training.Job, datase
     training.dry_run(job.backbone, job.method, job.data_spec)
     method_cfg = methods.config(str(METHOD["name"]), {"final_relu": False})
     order = schedule.SampleSchedule(len(table), args.global_batch, 0, args.steps)
-    return job, dataset.TrainingDataset(str(METHOD["name"]), method_cfg, order, table, labels_PNZ)
+    return job, dataset.TrainingDataset(str(METHOD["name"]), method_cfg, order, table, labels)
 
 
 def run(args: Args, job: training.Job, feed: dataset.TrainingDataset, workers: int) -> dict[str, Any]:

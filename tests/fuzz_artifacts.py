@@ -113,21 +113,16 @@ def reach_imported(folder: Path) -> Iterator[str]:
 
 def make_crops(folder: Path) -> None:
     from logonet.data import crop_shards
+    from logonet.storage.parquet import Rows
 
     rng = seeding.rng(0, "crops")
     crops_RCXYZ = rng.integers(0, 65535, (3, 1, 4, 4, 4)).astype(np.uint16)
-    blob = crop_shards.shard_bytes("scan-1", crops_RCXYZ)
-    (folder / "shards").mkdir()
-    (folder / "shards" / "scan-1.safetensors").write_bytes(blob)
-    refs = crop_shards.shard_index(
-        f"{folder}/shards/scan-1.safetensors", "shards/scan-1.safetensors", len(blob)
-    )
-    table = crop_shards.CropTable(str(folder), (4, 4, 4), 1, tuple(refs))
+    refs = Rows.of(crop_shards.write_shard(str(folder), "scan-1", crops_RCXYZ), crop_shards.CropRef)
     _commit(
         folder,
         "crops",
         {"size_vox": [4, 4, 4]},
-        {"crops.parquet": table.to_parquet()},
+        {"crops.parquet": refs.to_parquet()},
         {"crops": 3, "in_channels": 1},
     )
 

@@ -17,6 +17,7 @@ from logonet.core.config import Component
 from logonet.data import crop_shards, phantom, prepared_scans
 from logonet.methods import DataSpec
 from logonet.storage import object_store, safetensors_io
+from logonet.storage.parquet import Rows
 from logonet.training import checkpoints, linear_probe
 from logonet.training.dataset import LabelledDataset, TrainingDataset
 from logonet.training.local import local_batches
@@ -62,21 +63,22 @@ def crops_dataset(folder: Path) -> TrainingDataset:
     rng = np.random.default_rng(0)
     ramp = np.linspace(0, 1, SIZE[2])
     refs: list[crop_shards.CropRef] = []
+    label_refs: list[crop_shards.CropRef] = []
     labels = []
     for n in range(3):
         crops_RCXYZ = []
         for _ in range(2):
             noise = rng.random((1, *SIZE)) * 0.2
             crops_RCXYZ.append(((ramp * rng.uniform(0.4, 0.8) + noise) * 65535).astype(np.uint16))
-            labels.append([np.floor(ramp * (k - 1)).astype(np.int16) for k in SIZES])
-        blob = crop_shards.shard_bytes(f"scan{n}", np.stack(crops_RCXYZ))
-        name = f"shards/scan{n}.safetensors"
-        object_store.write(f"{folder}/{name}", blob)
-        refs += crop_shards.shard_index(f"{folder}/{name}", name, len(blob))
-    table = crop_shards.CropTable(str(folder), SIZE, 1, tuple(refs))
+            labels.append(np.array([np.floor(ramp * (k - 1)) for k in SIZES], np.uint16))
+        refs += crop_shards.write_shard(str(folder), f"scan{n}", crops_RCXYZ)
+        label_refs += crop_shards.write_shard(f"{folder}/labels", f"scan{n}", labels[-2:])
+    table = crop_shards.CropTable(str(folder), Rows.of(refs, crop_shards.CropRef), SIZE, 1)
+    rows = Rows.of(label_refs, crop_shards.CropRef)
+    label_table = crop_shards.LabelTable(f"{folder}/labels", rows, len(SIZES), SIZE[2])
     cfg = methods.config("masked_clusters", {"phi1": 0.2})
     schedule = SampleSchedule(len(table), 4, seed=0)
-    return TrainingDataset("masked_clusters", cfg, schedule, table, np.array(labels))
+    return TrainingDataset("masked_clusters", cfg, schedule, table, label_table)
 
 
 def labelled_dataset(folder: Path) -> LabelledDataset:

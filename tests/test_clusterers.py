@@ -231,8 +231,8 @@ def test_quality_without_meta():
 
 
 def test_majority_by_hand():
-    labels_PNZ = np.stack([LABELS_SN[:3].T, LABELS_SN[3:].T])
-    label_N, share_N = quality.majority(labels_PNZ, np.array([4, 2]))
+    counts_NK = np.stack([np.bincount(labels_S, minlength=4) for labels_S in LABELS_SN.T])
+    label_N, share_N = quality.majority(counts_NK)
     assert label_N.tolist() == [0, 0]
     assert share_N.tolist() == [0.5, 0.5]
 

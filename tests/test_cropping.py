@@ -14,6 +14,7 @@ from logonet.core.errors import BadScan, UserError
 from logonet.core.execution import InProcess
 from logonet.data import crop_shards, cropping, manifest, preparing, volume
 from logonet.data.volume import Volume
+from logonet.storage.parquet import Rows
 
 CFG = cropping.Config(size_vox=(6, 5, 4), per_scan=3, min_image_share=0.0)
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
@@ -170,7 +171,7 @@ def test_a_scan_is_cut_once_and_again_only_when_its_shard_is_torn(
     (tmp_path / "a.nii").write_bytes(volume.encode_nifti(ct(12, 11, 10).array_CXYZ[0], AFFINE))
     row: Any = manifest.inspect(manifest.Source(f"{tmp_path}/a.nii"))
     refs = cut_scans()
-    table = crop_shards.CropTable(f"{tmp_path}/crops", CFG.size_vox, 1, tuple(refs))
+    table = crop_shards.CropTable(f"{tmp_path}/crops", Rows.of(refs, crop_shards.CropRef), CFG.size_vox, 1)
     expected = cropping.crops_of(manifest.load(row), row.modality, CFG, row.scan_id)
     np.testing.assert_array_equal(np.stack([table.read(i) for i in range(3)]), expected)
     shard = tmp_path / "crops" / refs[0].shard

@@ -15,10 +15,12 @@ from helpers import HERE, tiny_backbone
 from logonet import pipelines, training
 from logonet.clustering import kmeans
 from logonet.clustering.kmeans import ClustererSet
+from logonet.clustering.pseudo_labels import Labeller
 from logonet.core import seeding
 from logonet.data import classes, cropping, manifest, phantom, prepared_scans, preparing
 from logonet.data.crop_shards import slices_of
 from logonet.data.manifest import Manifest, Scan
+from logonet.storage.parquet import Rows
 from logonet.training.dataset import FreshCrops
 from logonet.training.schedule import SampleSchedule
 
@@ -62,8 +64,8 @@ def dataset(
     options = {} if found is None else {"phi1": 0.2}
     cfg = methods.config(name, options)
     schedule = SampleSchedule(len(refs) * crops.per_scan, 4, seed=0)
-    both = (found.centroids_VT, found.sizes_N) if found else (None, None)
-    return FreshCrops(name, cfg, schedule, refs, crops, *both)
+    labeller = Labeller(found) if found else None
+    return FreshCrops(name, cfg, schedule, Rows.of(refs, prepared_scans.Ref), crops, labeller)
 
 
 def whole(scan: Scan) -> np.ndarray:
@@ -150,14 +152,15 @@ def test_pseudo_labels_are_the_nearest_centroids(
             start += k
 
 
-def test_what_travels_to_data_tasks_has_no_labeller(
-    refs: tuple[prepared_scans.Ref, ...], clusterers: ClustererSet
+def test_a_dataset_travels_with_the_labeller_it_was_built_with(
+    refs: tuple[prepared_scans.Ref, ...], clusterers: ClustererSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh = dataset(refs, clusterers)
-    before = pickle.dumps(fresh)
+    sent = pickle.dumps(fresh)
     (row,) = fresh.rows([(0, 3)])
-    assert pickle.dumps(fresh) == before
-    (same,) = pickle.loads(before).rows([(0, 3)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Labeller, "_basis", lambda self: pytest.fail("its screen is built again"))
+        (same,) = pickle.loads(sent).rows([(0, 3)])
     np.testing.assert_equal(same, row)
 
 

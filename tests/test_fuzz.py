@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import fuzz_artifacts
@@ -186,8 +185,8 @@ def test_a_table_of_other_rows() -> None:
     from logonet.data.crop_shards import CropRef
     from logonet.storage import parquet
 
-    good = parquet.to_parquet([asdict(CropRef("a/0", "a", "shards/a", 0, 8, "0" * 64))], CropRef)
-    assert parquet.from_parquet(good, CropRef, "x") == [CropRef("a/0", "a", "shards/a", 0, 8, "0" * 64)]
+    good = parquet.Rows.of([CropRef("a/0", "a", "shards/a", 0, 8, "0" * 64)], CropRef).to_parquet()
+    assert list(parquet.from_parquet(good, CropRef, "x")) == [CropRef("a/0", "a", "shards/a", 0, 8, "0" * 64)]
     with pytest.raises(UserError, match=r"^x has the columns uri, reason; it must have crop_id"):
         parquet.from_parquet(manifest.Manifest((), ()).quarantine_parquet(), CropRef, "x")
     with pytest.raises(UserError, match=r"^x is not a Parquet table"):

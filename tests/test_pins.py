@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import pytest
 from logonet import pipelines, recipes, training
 from logonet.clustering import fitting, kmeans
 from logonet.core.execution import InProcess
-from logonet.data import phantom, prepared_scans, preparing
+from logonet.data import crop_shards, phantom, prepared_scans, preparing
 from logonet.data.crop_shards import CropRef
 from logonet.pipelines import pretraining
+from logonet.storage.parquet import Rows
 
 PINS = Path(__file__).with_name("pins.json")
 
@@ -55,8 +57,13 @@ def stand_ins(patch: pytest.MonkeyPatch) -> None:
         sizes_N = np.array(kmeans.cluster_counts(kmeans.Config(**meta["config"])))
         return kmeans.ClustererSet(np.zeros((int(sizes_N.sum()), 1), np.float32), sizes_N, dict(meta))
 
-    def label(table: Any, fitted: Any, executor: Any) -> np.ndarray:
-        return np.zeros((len(table), len(fitted.sizes_N), table.size_vox[2]), np.int16)
+    def label(
+        table: Any, labeller: Any, uri: str, executor: Any
+    ) -> tuple[crop_shards.LabelTable, np.ndarray]:
+        clusterers, depth = len(labeller.sizes), table.size_vox[2]
+        rows = [replace(ref, num_bytes=2 * clusterers * depth) for ref in table.refs]
+        labels = crop_shards.LabelTable(uri, Rows.of(rows, CropRef), clusterers, depth)
+        return labels, np.ones((clusterers, max(labeller.sizes)), np.int64)
 
     patch.setattr(preparing, "cut_scans", cut)
     patch.setattr(preparing, "prepare_scans", prepare)

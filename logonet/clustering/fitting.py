@@ -6,8 +6,8 @@ Shapes: P crops, C channels, X Y Z voxels, S slices, T = C*X*Y, N clusterers, V 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,11 @@ import numpy as np
 from logonet.clustering import kmeans
 from logonet.core import seeding
 from logonet.core.errors import UserError
-from logonet.core.execution import Executor, run_all
-from logonet.data.crop_shards import CropTable, slices_of
+from logonet.core.execution import Executor
+from logonet.data import crop_shards
+from logonet.data.crop_shards import CropRef, CropTable, LabelTable, slices_of
 from logonet.storage import object_store
+from logonet.storage.parquet import Rows
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +40,13 @@ def sample_slices(table: CropTable, max_slices: int, seed: int, executor: Execut
     slices_ST = np.empty((num_crops * depth, length), np.uint16)
     group = max(1, min(SLICE_BYTES // (2 * depth * length), -(-num_crops // 4)))
     groups = [chosen[begin : begin + group] for begin in range(0, num_crops, group)]
-    for i, rows_ST in executor.stream(partial(_read_slices, table), groups):
+    for i, rows_ST in executor.stream(_read_slices, [table.take(indices.tolist()) for indices in groups]):
         slices_ST[i * group * depth :][: len(rows_ST)] = rows_ST
     return slices_ST
 
 
-def _read_slices(table: CropTable, indices: np.ndarray) -> np.ndarray:
-    return np.concatenate([slices_of(crop) for crop in table.read_all(map(int, indices))])
+def _read_slices(crops: CropTable) -> np.ndarray:
+    return np.concatenate([slices_of(crop) for crop in crops.read_all(range(len(crops)))])
 
 
 def fit_clusterers(
@@ -84,26 +86,49 @@ def _stored_fit(uri: str) -> kmeans.Fitted | None:
         return None
 
 
-def label_crops(table: CropTable, fitted: kmeans.ClustererSet, executor: Executor) -> np.ndarray:
-    """Every clusterer's label of every slice of every crop, int16 (P, N, Z)."""
-    groups = [range(i, min(i + CROPS_AT_ONCE, len(table))) for i in range(0, len(table), CROPS_AT_ONCE)]
-    labelling = _LabelCrops(table, fitted.sizes_N)
-    labels = run_all(executor, labelling, groups, shared=(fitted.centroids_VT,), workers="data actors")
-    return np.concatenate(labels)
+def label_crops(
+    table: CropTable, labeller: Any, uri: str, executor: Executor
+) -> tuple[LabelTable, np.ndarray]:
+    """Store every clusterer's label of every slice of every crop below ``uri``, a shard for each scan.
+
+    Shards already stored by an interrupted run are kept (they were written atomically).
+
+    Args:
+        labeller: a `pseudo_labels.Labeller`.
+
+    Returns:
+        the table of the labels, and how many slices have each, int64 (N, K) with the largest K.
+    """
+    stored, scans = crop_shards.stored_shards(uri), table.by_scan()
+    items = []
+    for scan in scans:
+        name = crop_shards.shard_name(table.refs[scan[0]].scan_id)
+        items.append((table.take(scan), stored.get(name, 0)))
+    refs: dict[int, list[CropRef]] = {}
+    counts_NK = np.zeros((len(labeller.sizes), max(labeller.sizes)), np.int64)
+    labelling = partial(_label_scan, uri)
+    for i, (found, count_NK) in executor.stream(labelling, items, shared=(labeller,), workers="data actors"):
+        refs[i] = found
+        counts_NK += count_NK
+    rows = Rows.of((ref for i in range(len(items)) for ref in refs[i]), CropRef)
+    return LabelTable(uri, rows, len(labeller.sizes), table.size_vox[2]), counts_NK
 
 
-@dataclass
-class _LabelCrops:
-    """Builds the fused labeller at the first call, on the one shared copy of the centroids."""
-
-    table: CropTable
-    sizes_N: np.ndarray
-    labeller: Any = field(default=None, init=False)
-
-    def __call__(self, indices: Sequence[int], centroids_VT: np.ndarray) -> np.ndarray:
-        if self.labeller is None:
-            from logonet.clustering.pseudo_labels import Labeller
-
-            self.labeller = Labeller(kmeans.ClustererSet(centroids_VT, self.sizes_N))
-        crops = self.table.read_all(indices)
-        return np.stack([self.labeller(slices_of(crop_CXYZ)).T for crop_CXYZ in crops]).astype(np.int16)
+def _label_scan(uri: str, item: tuple[CropTable, int], labeller: Any) -> tuple[list[CropRef], np.ndarray]:
+    """The stored labels of one scan's crops, and how many slices have each."""
+    crops, stored_bytes = item
+    scan_id = crops.refs[0].scan_id
+    name = crop_shards.shard_name(scan_id)
+    shape = len(labeller.sizes), crops.size_vox[2]
+    refs = crop_shards.shard_index(object_store.join(uri, name), name, stored_bytes)
+    if [ref.num_bytes for ref in refs] == [2 * math.prod(shape)] * len(crops):
+        labels_RNZ = np.stack(LabelTable(uri, Rows.of(refs, CropRef), *shape).read_all(range(len(refs))))
+    else:
+        labels_RNZ = np.empty((len(crops), *shape), np.int16)
+        for begin in range(0, len(crops), CROPS_AT_ONCE):
+            several = crops.read_all(range(begin, min(begin + CROPS_AT_ONCE, len(crops))))
+            for r, crop_CXYZ in enumerate(several, begin):
+                labels_RNZ[r] = labeller(slices_of(crop_CXYZ)).T
+        refs = crop_shards.write_shard(uri, scan_id, labels_RNZ.view(np.uint16))
+    count_NK = [np.bincount(labels_RNZ[:, n].ravel(), minlength=max(labeller.sizes)) for n in range(shape[0])]
+    return refs, np.stack(count_NK)

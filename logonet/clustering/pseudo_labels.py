@@ -36,6 +36,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,8 @@ class Labeller:
     """Labels slices by all clusterers at once.
 
     The centroids are never copied on the CPU, so ``clusterers.centroids_VT`` may be a read-only view of
-    shared memory; the screen adds 4 * (RANK + 4) bytes per code (5.6 % at T = 9216) plus the basis.
+    shared memory; the screen adds 4 * (RANK + 4) bytes per code (5.6 % at T = 9216) plus the basis. Building it takes
+    seconds to tens of seconds, so a labeller is built once and travels with its screen.
 
     Args:
         clusterers: the fitted set.
@@ -74,15 +76,7 @@ class Labeller:
     """
 
     def __init__(self, clusterers: ClustererSet, device: str | torch.device = "cpu") -> None:
-        self.device = torch.device(device)
-        self.sizes = [int(k) for k in clusterers.sizes_N]
-        with warnings.catch_warnings():
-            # A view of shared memory is read-only; nothing here writes to it.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            self.centroids_VT = torch.from_numpy(clusterers.centroids_VT).to(self.device)
-        self.first_N = torch.tensor([0, *self.sizes[:-1]], device=self.device).cumsum(0)
-        sizes_N = torch.tensor(self.sizes, device=self.device)
-        self.clusterer_V = torch.arange(len(self.sizes), device=self.device).repeat_interleave(sizes_N)
+        self._take(torch.device(device), [int(k) for k in clusterers.sizes_N], clusterers.centroids_VT)
         with torch.inference_mode():
             self.norm2_V = _norm2(self.centroids_VT)
             if not bool((self.norm2_V <= LARGEST).all()):  # also False for NaN
@@ -92,6 +86,37 @@ class Labeller:
             self.rho = self.rank**0.5 * (_gamma(PROJECT_BLOCK) + UNIT) + 2 * UNIT
             self.eps = 4 * _gamma(self.rank + 8)
             self._build_screen(basis_TR)
+
+    def _take(self, device: torch.device, sizes: list[int], centroids_VT: np.ndarray) -> None:
+        self.device, self.sizes = device, sizes
+        self.centroids_VT = _tensor(centroids_VT).to(device)
+        self.first_N = torch.tensor([0, *sizes[:-1]], device=device).cumsum(0)
+        sizes_N = torch.tensor(sizes, device=device)
+        self.clusterer_V = torch.arange(len(sizes), device=device).repeat_interleave(sizes_N)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Arrays and numbers; Ray keeps the arrays in shared memory, once a machine."""
+        screen = {
+            "norm2_V": self.norm2_V,
+            "lift_V2": self._lift_V2,
+            "rows_VR": _plain(self._rows_VR),
+            "basis_RT": torch.cat([_plain(q) for q in self._basis_RB], 1),
+        }
+        return {
+            "taken": (str(self.device), self.sizes, self.centroids_VT.cpu().numpy()),
+            "numbers": (self.rank, self.rho, self.eps),
+            "screen": {name: tensor.cpu().numpy() for name, tensor in screen.items()},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        device, *rest = state["taken"]
+        self._take(torch.device(device), *rest)
+        self.rank, self.rho, self.eps = state["numbers"]
+        with torch.inference_mode():
+            screen = {name: _tensor(array).to(self.device) for name, array in state["screen"].items()}
+            self.norm2_V, self._lift_V2 = screen["norm2_V"], screen["lift_V2"]
+            self._rows_VR = _fast(screen["rows_VR"])
+            self._basis_RB = [_fast(q.contiguous()) for q in screen["basis_RT"].split(PROJECT_BLOCK, 1)]
 
     def _basis(self) -> torch.Tensor:
         """Leading right singular vectors of an evenly spaced sample of centroids, float64 (T, R).
@@ -248,6 +273,18 @@ def _up(x: torch.Tensor) -> torch.Tensor:
 def _fast(x: torch.Tensor) -> torch.Tensor:
     """oneDNN's layout on the CPU: its float32 products ran twice as fast as the BLAS behind ``@`` (AMD Zen)."""
     return x.to_mkldnn() if x.device.type == "cpu" and torch.backends.mkldnn.is_available() else x
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    """What went through ``_fast``, in the usual layout."""
+    return x.to_dense() if x.layout is torch._mkldnn else x  # type: ignore[attr-defined]
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    with warnings.catch_warnings():
+        # A view of shared memory is read-only; nothing here writes to it.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def _product(rows_MK: torch.Tensor, columns_NK: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The quality of pseudo-labels, and the slices that show a cluster.
 
-Shapes: P crops, S slices, N clusterers, K codes of one clusterer, Z slices of a crop.
+Shapes: S slices, N clusterers, K codes of one clusterer.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from logonet.core import seeding
 AIR_BELOW = 0.05
 
 
-def majority(labels_PNZ: np.ndarray, sizes_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def majority(counts_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Every clusterer's most frequent label (lowest on ties) and the share of slices that have it.
 
     The share is the accuracy of always answering that label: the floor pretraining must beat.
+
+    Args:
+        counts_NK: how many slices have each label.
     """
-    counts = [np.bincount(labels_PNZ[:, n].ravel(), minlength=k) for n, k in enumerate(sizes_N)]
-    return np.array([c.argmax() for c in counts]), np.array([c.max() / c.sum() for c in counts])
+    return counts_NK.argmax(1), counts_NK.max(1) / counts_NK.sum(1)
 
 
 def quality(fitted: ClustererSet, labels_SN: np.ndarray, mean_S: np.ndarray) -> pd.DataFrame:

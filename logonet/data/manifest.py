@@ -12,7 +12,7 @@ import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -23,6 +23,7 @@ from logonet.core.errors import BadScan, UserError, plain
 from logonet.data import scan_hash, volume
 from logonet.data.volume import Volume
 from logonet.storage import object_store, parquet
+from logonet.storage.parquet import Rows
 
 MAX_LABEL = 255
 LABEL_TOLERANCE = (
@@ -492,10 +493,10 @@ class Manifest:
         return config.fingerprint([[getattr(scan, key) for key in ID_KEYS] for scan in self.scans])
 
     def scans_parquet(self) -> bytes:
-        return parquet.to_parquet([asdict(s) for s in self.scans], Scan)
+        return Rows.of(self.scans, Scan).to_parquet()
 
     def quarantine_parquet(self) -> bytes:
-        return parquet.to_parquet([asdict(q) for q in self.quarantined], Quarantined)
+        return Rows.of(self.quarantined, Quarantined).to_parquet()
 
     @classmethod
     def from_parquet(cls, scans: bytes, quarantine: bytes, where: str = "the manifest") -> Manifest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from logonet.core.errors import BadScan
@@ -18,26 +18,23 @@ from logonet.storage import object_store, safetensors_io
 class CutScan:
     """Cuts one scan into crops and stores them as one shard.
 
-    ``stored`` has the sizes of the shards that exist, by file name: one listing of a thousand is less work for the
-    store than a thousand questions.
+    It is called with the scan and the bytes of its shard that are stored: one listing of a thousand shards is less
+    work for the store than a thousand questions.
     """
 
     cfg: cropping.Config
     uri: str
-    stored: Mapping[str, int]
 
-    def __call__(self, scan: Scan) -> list[CropRef] | Quarantined:
-        file = f"{scan.scan_id}.safetensors"
-        name, uri = f"shards/{file}", object_store.join(self.uri, "shards", file)
-        if refs := crop_shards.shard_index(uri, name, self.stored.get(file, 0)):
+    def __call__(self, item: tuple[Scan, int]) -> list[CropRef] | Quarantined:
+        scan, stored_bytes = item
+        name = crop_shards.shard_name(scan.scan_id)
+        if refs := crop_shards.shard_index(object_store.join(self.uri, name), name, stored_bytes):
             return refs
         try:
             crops_RCXYZ = cropping.crops_of(manifest.load(scan), scan.modality, self.cfg, scan.scan_id)
         except BadScan as err:
             return Quarantined(scan.uri, str(err))
-        blob = crop_shards.shard_bytes(scan.scan_id, crops_RCXYZ)
-        object_store.write(uri, blob)
-        return crop_shards.parse_shard_header(name, safetensors_io.header_of(blob))
+        return crop_shards.write_shard(self.uri, scan.scan_id, crops_RCXYZ)
 
 
 @dataclass(frozen=True)
@@ -75,9 +72,9 @@ def cut_scans(
     scans: Sequence[Scan], cfg: cropping.Config, uri: str, executor: Executor
 ) -> tuple[list[CropRef], list[Quarantined]]:
     """Cut every scan; shards already stored by an interrupted run are kept (they were written atomically)."""
-    shards = object_store.listing(object_store.join(uri, "shards"))
-    stored = {entry.uri.rsplit("/", 1)[1]: entry.size_bytes for entry in shards}
-    answers = run_all(executor, CutScan(cfg, uri, stored), scans)
+    stored = crop_shards.stored_shards(uri)
+    items = [(scan, stored.get(crop_shards.shard_name(scan.scan_id), 0)) for scan in scans]
+    answers = run_all(executor, CutScan(cfg, uri), items)
     bad = [a for a in answers if isinstance(a, Quarantined)]
     return [ref for a in answers if not isinstance(a, Quarantined) for ref in a], bad
 

@@ -46,7 +46,7 @@ def join(*tables: bytes) -> bytes:
 
 def from_bytes(table: bytes) -> list[Trace]:
     """The scans of such a table, for `leakage.find`."""
-    return parquet.from_parquet(table, Trace, "the model's table of seen scans, seen.parquet,")
+    return list(parquet.from_parquet(table, Trace, "the model's table of seen scans, seen.parquet,"))
 
 
 def _to_parquet(traces: Sequence[Trace]) -> bytes:

@@ -34,7 +34,8 @@ RAY_SETTINGS = {
     # After a node is lost Ray Train first waits for a place on it, and only then counts the nodes again; its own 60 s
     # would be a minute without training. Where nodes have yet to come, it asks again, for ever.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
-    "RAY_DATA_LOG_LEVEL": "ERROR",  # a stream's coordinator would tell of its plan and its end at every window
+    # A stream's coordinator would tell of its plan and its end at every window. Errors are raised, and told once.
+    "RAY_DATA_LOG_LEVEL": "CRITICAL",
     # A preempted machine has as little as 30 s; Ray's own 5 s would be a sixth of them.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
@@ -231,7 +232,7 @@ def quiet() -> None:
     import ray.data
 
     context = ray.data.DataContext.get_current()
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     for name in ("ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
     context.enable_progress_bars = False

@@ -3,13 +3,13 @@
     scans -> manifest -> crops -> clusterers -> labels    (pretraining)
                      \\-> cases                           (finetuning, and the probe of pretraining)
 
-Shapes: P crops, N clusterers, Z slices of a crop.
+Shapes: N clusterers, K codes of one clusterer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,14 +23,16 @@ from logonet.data import classes, crop_shards, cropping, importers, manifest, pr
 from logonet.data.manifest import Manifest, Quarantined, Scan, Source
 from logonet.data.preprocessing import Preprocessing
 from logonet.pipelines.stage import Made, open_stage, run_stage, say
-from logonet.storage import artifacts, object_store
+from logonet.storage import artifacts, object_store, parquet
 from logonet.storage.artifacts import Artifact
+from logonet.storage.parquet import Rows
 
 MAX_UNREAD = 32  # scans that a store may withhold before it has given one
 MAX_TOLD = 100  # lines about single scans
 UNREAD_FILE = "unread.json"
+SCANS_FILE = "scans.parquet"
 CLUSTERERS_FILE = "clusterers.safetensors"
-LABELS_FILE = "labels.safetensors"
+LABELLED_CROPS = 4000  # of the pool, where training labels the crops that it cuts itself
 
 
 # ---------------------------------------------------------------------------------------------- manifest
@@ -152,8 +154,8 @@ def make_crops(
             )
         counts = {ref.num_bytes // (2 * math.prod(cfg.size_vox)) for ref in refs}
         (in_channels,) = one_number_of_channels(counts)
-        crops = crop_shards.CropTable(uri, cfg.size_vox, in_channels, tuple(refs))
-        files = {"crops.parquet": crops.to_parquet(), "quarantine.json": quarantine}
+        rows = Rows.of(refs, crop_shards.CropRef)
+        files = {crop_shards.CROPS_FILE: rows.to_parquet(), "quarantine.json": quarantine}
         return Made(files, {"crops": len(refs), "in_channels": in_channels, "quarantined": len(bad)})
 
     own, parents = config.to_dict(cfg), {"manifest": table.id}
@@ -163,7 +165,7 @@ def make_crops(
 
 def make_scans(
     table: Manifest, cfg: Preprocessing, root: str, executor: Executor
-) -> tuple[tuple[prepared_scans.Ref, ...], str]:
+) -> tuple[Rows[prepared_scans.Ref], str]:
     """Every scan, prepared to cut fresh crops of, and the fingerprint of where they lie."""
     own = config.to_dict(prepared_scans.Config.of(cfg)) | {"scans": [s.scan_id for s in table.scans]}
 
@@ -174,14 +176,14 @@ def make_scans(
             raise UserError(
                 f"none of the {len(table.scans)} scans can be used; the first says: {bad[0].reason}"
             )
-        files = {"scans.json": object_store.json_bytes([asdict(ref) for ref in refs])}
-        return Made({**files, "quarantine.json": quarantine}, {"scans": len(refs), "quarantined": len(bad)})
+        files = {SCANS_FILE: Rows.of(refs, prepared_scans.Ref).to_parquet(), "quarantine.json": quarantine}
+        return Made(files, {"scans": len(refs), "quarantined": len(bad)})
 
     artifact = run_stage(
         root, "prepared", own, {"manifest": table.id}, make, lambda a: f"{a.facts['scans']} scans"
     )
-    rows = config.parse_json(artifact.read("scans.json"))
-    return tuple(config.from_dict(prepared_scans.Ref, row) for row in rows), artifact.fingerprint
+    where = artifact.uri_of(SCANS_FILE)
+    return parquet.from_parquet(artifact.read(SCANS_FILE), prepared_scans.Ref, where), artifact.fingerprint
 
 
 def one_number_of_channels(counts: set[int]) -> set[int]:
@@ -232,34 +234,50 @@ def _note_quarters(done: int, total: int) -> None:
         say("clusterers", f"fitted {done}/{total}")
 
 
+def some_crops(table: crop_shards.CropTable) -> crop_shards.CropTable:
+    """At most about LABELLED_CROPS crops, those of evenly spaced scans."""
+    scans = table.by_scan()
+    most = max(1, LABELLED_CROPS * len(scans) // len(table))
+    chosen = np.unique(np.linspace(0, len(scans) - 1, min(most, len(scans))).round().astype(int))
+    return table if len(chosen) == len(scans) else table.take([i for n in chosen for i in scans[n]])
+
+
 def make_labels(
     table: crop_shards.CropTable,
     crops_artifact: Artifact,
     clusterers_artifact: Artifact,
+    labeller: Callable[[], Any],
     root: str,
     executor: Executor,
-) -> tuple[np.ndarray, Artifact]:
-    """Every clusterer's pseudo-label of every slice of every crop: int16 (P, N, Z)."""
-    from safetensors.numpy import load, save
+) -> tuple[crop_shards.LabelTable, Artifact]:
+    """Every clusterer's pseudo-label of every slice of every crop of ``table``.
+
+    Args:
+        table: the crops of ``crops_artifact``, or some of them.
+        labeller: gives the `pseudo_labels.Labeller` of the clusterers, which takes a while.
+    """
+    every = len(table) == crops_artifact.facts["crops"]
 
     def make(uri: str) -> Made:
-        fitted = kmeans.ClustererSet.from_bytes(clusterers_artifact.read(CLUSTERERS_FILE))
-        labels_PNZ = fitting.label_crops(table, fitted, executor)
-        majority, floor = quality.majority(labels_PNZ, fitted.sizes_N)
+        of_clusterers = labeller()
+        labels, counts_NK = fitting.label_crops(table, of_clusterers, uri, executor)
+        majority, floor = quality.majority(counts_NK)
         metadata = {
             "majority_labels": majority.tolist(),
             "majority_share": floor.tolist(),
-            "cluster_sizes": fitted.sizes_N.tolist(),
-            "clusterers": fitted.id,
+            "cluster_sizes": of_clusterers.sizes,
+            "clusterers": clusterers_artifact.facts["id"],
         }
-        return Made({LABELS_FILE: save({"labels_PNZ": labels_PNZ})}, metadata)
+        return Made({crop_shards.LABELS_FILE: labels.refs.to_parquet()}, metadata)
 
     def describe(artifact: Artifact) -> str:
         return f"{len(table) * len(artifact.facts['cluster_sizes']) * table.size_vox[2]:,} pseudo-labels"
 
+    own = {} if every else {"crops": len(table)}
     parents = {a.stage: a.fingerprint for a in (crops_artifact, clusterers_artifact)}
-    artifact = run_stage(root, "labels", {}, parents, make, describe)
-    return load(artifact.read(LABELS_FILE))["labels_PNZ"], artifact
+    artifact = run_stage(root, "labels", own, parents, make, describe)
+    clusterers = len(artifact.facts["cluster_sizes"])
+    return crop_shards.LabelTable.open(artifact, clusterers, table.size_vox[2]), artifact
 
 
 # ---------------------------------------------------------------------------------------- labelled scans

@@ -1,16 +1,15 @@
-"""Pretraining: everything upstream, then the network, its report and its MLflow run.
-
-Shapes: P crops, N clusterers, Z slices of a crop.
-"""
+"""Pretraining: everything upstream, then the network, its report and its MLflow run."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from logonet import methods, networks, reporting, training
 from logonet.clustering import kmeans, quality
+from logonet.clustering.pseudo_labels import Labeller
 from logonet.core import config
 from logonet.core.config import Component
 from logonet.data import classes, crop_shards, cropping, manifest, prepared_scans, provenance, splits
@@ -25,10 +24,12 @@ from logonet.pipelines.preparation import (
     make_crops,
     make_labels,
     make_scans,
+    some_crops,
 )
 from logonet.pipelines.stage import Made, Run, StageExecutor, Trial, last_loss, page, run_tracked, say
 from logonet.storage.artifacts import Artifact
 from logonet.storage.object_store import Stored
+from logonet.storage.parquet import Rows
 from logonet.training import linear_probe, weight_transfer
 from logonet.training.dataset import FreshCrops, TrainingDataset
 from logonet.training.schedule import SampleSchedule
@@ -88,26 +89,27 @@ class Upstream:
     """What a training run stands on.
 
     Attributes:
-        crops: the fixed pool of crops, which clusterers are fitted on.
-        labels_PNZ: its pseudo-labels, or None for a method that needs none.
+        crops: the fixed pool of crops, which clusterers are fitted on; where fresh crops are labelled, those of the
+            pool that are labelled too.
+        labels: their pseudo-labels, or None for a method that needs none.
         data_spec: what the method may know of them.
         parent: the artifact trained on.
         lineage: fingerprints and ids, from the scans on.
         seen: the scans that gave crops, without names, for leak checks (`seen`).
         probe: labelled cases to measure the encoder on, or None.
-        scans: prepared scans to cut fresh crops of; none where the pool is trained on.
-        clusterers: the artifact of what labels fresh crops.
+        scans: prepared scans to cut fresh crops of; None where the pool is trained on.
+        labeller: of fresh crops.
     """
 
     crops: crop_shards.CropTable
-    labels_PNZ: np.ndarray | None
+    labels: crop_shards.LabelTable | None
     data_spec: DataSpec
     parent: Artifact
     lineage: dict[str, str]
     seen: bytes
     probe: linear_probe.Task | None = None
-    scans: tuple[prepared_scans.Ref, ...] = ()
-    clusterers: Artifact | None = None
+    scans: Rows[prepared_scans.Ref] | None = None
+    labeller: Labeller | None = None
 
 
 def upstream(
@@ -121,25 +123,37 @@ def upstream(
         size_vox=cfg.crops.size_vox, in_channels=crop_table.in_channels, batch_size=cfg.train.batch_size
     )
     lineage = {"manifest": table.id, "crops": crops_artifact.fingerprint}
-    cut = {ref.scan_id for ref in crop_table.refs}
+    cut = set(crop_table.refs.column("scan_id"))
     known = provenance.to_bytes([s for s in table.scans if s.scan_id in cut], "pretraining")
     task = None
     if cfg.probe is not None:
         if labelled and labelled != source:
             scans, _ = import_scans(labelled, root, executor, cfg.data.channels)
         task, lineage["probe_cases"] = probe_cases(cfg, cfg.probe, scans, root, executor)
-    refs: tuple[prepared_scans.Ref, ...] = ()
+    refs = None
     if cfg.data.fresh_crops:
         kept = replace(table, scans=tuple(s for s in table.scans if s.scan_id in cut))
         refs, lineage["prepared"] = make_scans(kept, cfg.crops, root, executor)
     if not _pseudo(cfg.method.name):
         return Upstream(crop_table, None, data_spec, crops_artifact, lineage, known, task, refs)
     fitted = make_clusterers(crop_table, crops_artifact, cfg.clusterers, root, executor)
-    labels_PNZ, labels = make_labels(crop_table, crops_artifact, fitted, root, executor)
-    sizes, majority = (tuple(labels.facts[key]) for key in ("cluster_sizes", "majority_labels"))
+
+    @functools.cache
+    def labeller() -> Labeller:
+        return Labeller(kmeans.ClustererSet.from_bytes(fitted.read(CLUSTERERS_FILE)))
+
+    if refs is not None:
+        crop_table = some_crops(crop_table)
+    labels, artifact = make_labels(crop_table, crops_artifact, fitted, labeller, root, executor)
+    sizes, majority = (tuple(artifact.facts[key]) for key in ("cluster_sizes", "majority_labels"))
     data_spec = replace(data_spec, cluster_sizes=sizes, majority_labels=majority)
-    lineage |= {"clusterers": fitted.facts["id"], "clusterers_uri": fitted.uri, "labels": labels.fingerprint}
-    return Upstream(crop_table, labels_PNZ, data_spec, labels, lineage, known, task, refs, fitted)
+    lineage |= {
+        "clusterers": fitted.facts["id"],
+        "clusterers_uri": fitted.uri,
+        "labels": artifact.fingerprint,
+    }
+    for_fresh = None if refs is None else labeller()
+    return Upstream(crop_table, labels, data_spec, artifact, lineage, known, task, refs, for_fresh)
 
 
 def probe_cases(
@@ -194,7 +208,7 @@ def pretrain(
     if up.probe is not None:
         own["probe"] = {**config.to_dict(up.probe.cfg), "cases": lineage["probe_cases"]}
     parents = {up.parent.stage: up.parent.fingerprint}
-    if up.scans:
+    if up.scans is not None:
         parents["prepared"] = lineage["prepared"]
     dataset = dataset_of(cfg, up)
     schedule = dataset.schedule
@@ -210,7 +224,7 @@ def pretrain(
         what = (cfg.backbone, cfg.method, cfg.train, up.data_spec)
         job = training.Job(run.uri, run.fingerprint, *what, run.tracking, dict(files), probe=up.probe)
         steps = f"{schedule.steps_per_epoch} steps an epoch"
-        on = f"fresh crops of {len(up.scans)} scans" if up.scans else f"{len(up.crops)} crops"
+        on = f"fresh crops of {len(up.scans)} scans" if up.scans is not None else f"{len(up.crops)} crops"
         say("pretrain", f"{run.name} on {on}, {steps}  {run.uri}")
         result = executor.train(job, dataset)
         history = result["history"]
@@ -230,34 +244,32 @@ def pretrain(
 def dataset_of(cfg: Pretraining, up: Upstream) -> TrainingDataset | FreshCrops:
     """What the run trains on: fresh crops of the prepared scans, or the fixed pool."""
     method = cfg.method.name, cfg.method.config
-    if not up.scans:
-        return TrainingDataset(*method, SampleSchedule.of(len(up.crops), cfg.train), up.crops, up.labels_PNZ)
+    if up.scans is None:
+        return TrainingDataset(*method, SampleSchedule.of(len(up.crops), cfg.train), up.crops, up.labels)
     schedule = SampleSchedule.of(len(up.scans) * cfg.crops.per_scan, cfg.train)
-    if up.clusterers is None:
-        return FreshCrops(*method, schedule, up.scans, cfg.crops)
-    fitted = kmeans.ClustererSet.from_bytes(up.clusterers.read(CLUSTERERS_FILE))
-    return FreshCrops(*method, schedule, up.scans, cfg.crops, fitted.centroids_VT, fitted.sizes_N)
+    return FreshCrops(*method, schedule, up.scans, cfg.crops, up.labeller)
 
 
 def _pictures(dataset: TrainingDataset | FreshCrops, up: Upstream, cfg: Pretraining) -> dict[str, bytes]:
     """What the run is asked to learn, before it starts: a masked chain and a sheet of clusters."""
-    if up.labels_PNZ is None:
+    if up.labels is None:
         return {}
     shown = dataset.rows([(0, 0)])[0]
     pictures = {}
     if "chain" in shown:
         rest = (shown[key] for key in ("hidden", "chain", "patch_size", "labels"))
         pictures["masked_chain.png"] = reporting.chain_picture(from_uint16(shown["image"]), *rest)
-    pictures["clusters.png"] = cluster_sheet(up.crops, up.labels_PNZ, which=0, seed=cfg.train.seed)
+    pictures["clusters.png"] = cluster_sheet(up, which=0, seed=cfg.train.seed)
     return pictures
 
 
-def cluster_sheet(table: crop_shards.CropTable, labels_PNZ: np.ndarray, which: int, seed: int) -> bytes:
+def cluster_sheet(up: Upstream, which: int, seed: int) -> bytes:
     """A contact sheet of clusterer ``which``: slices of at most 64 crops, a row for each big cluster."""
-    chosen = np.linspace(0, len(table) - 1, min(64, len(table))).astype(int)
-    slices_SXY = np.concatenate([np.moveaxis(table.read(int(i))[0], -1, 0) for i in chosen])
-    labels_S = labels_PNZ[chosen, which].reshape(-1)
-    k = int(labels_PNZ[:, which].max()) + 1
+    assert up.labels is not None
+    chosen = np.linspace(0, len(up.crops) - 1, min(64, len(up.crops))).astype(int).tolist()
+    slices_SXY = np.concatenate([np.moveaxis(up.crops.read(i)[0], -1, 0) for i in chosen])
+    labels_S = np.concatenate([up.labels.read(i)[which] for i in chosen])
     exemplars = quality.exemplars(labels_S, per_code=8, seed=seed)
     title = f"Clusterer {which}: slices that share a pseudo-label"
+    k = up.data_spec.cluster_sizes[which]
     return reporting.contact_sheet(from_uint16(slices_SXY), labels_S, k, exemplars, title)

@@ -29,7 +29,8 @@ from logonet.pipelines.stage import StageExecutor
 from logonet.planning import memory, speed
 from logonet.planning.memory import Work
 from logonet.planning.speed import Constants, Placement
-from logonet.storage import object_store, safetensors_io
+from logonet.storage import object_store
+from logonet.storage.parquet import Rows
 from logonet.training import Job
 from logonet.training.dataset import TrainingDataset
 from logonet.training.schedule import SampleSchedule
@@ -97,15 +98,19 @@ def measure(
 
 def synthetic_crops(cfg: Pretraining, work: Work, folder: str) -> TrainingDataset:
     """Stored crops of noise with random labels."""
-    spec, rng, name = work.facts, seeding.rng(0, "plan", "crops"), "shards/plan.safetensors"
+    spec, rng = work.facts, seeding.rng(0, "plan", "crops")
     raw = [memory.raw_sample(spec, rng) for _ in range(CROPS)]
-    blob = crop_shards.shard_bytes("plan", np.stack([r["image_CXYZ"] for r in raw]))
-    object_store.write(f"{folder}/{name}", blob)
-    refs = crop_shards.parse_shard_header(name, safetensors_io.header_of(blob))
-    table = crop_shards.CropTable(folder, spec.size_vox, spec.in_channels, tuple(refs))
-    labels_PNZ = np.stack([r["labels_NZ"] for r in raw]) if spec.cluster_sizes else None
+    refs = crop_shards.write_shard(f"{folder}/crops", "plan", [r["image_CXYZ"] for r in raw])
+    rows = Rows.of(refs, crop_shards.CropRef)
+    table = crop_shards.CropTable(f"{folder}/crops", rows, spec.size_vox, spec.in_channels)
+    labels = None
+    if spec.cluster_sizes:
+        of_crops = [r["labels_NZ"].astype(np.int16).view(np.uint16) for r in raw]
+        rows = Rows.of(crop_shards.write_shard(f"{folder}/labels", "plan", of_crops), crop_shards.CropRef)
+        shape = len(spec.cluster_sizes), spec.size_vox[2]
+        labels = crop_shards.LabelTable(f"{folder}/labels", rows, *shape)
     method = cfg.method.resolve(methods.config, "method")
-    return TrainingDataset(method.name, method.config, SampleSchedule(CROPS, 1, 0), table, labels_PNZ)
+    return TrainingDataset(method.name, method.config, SampleSchedule(CROPS, 1, 0), table, labels)
 
 
 def timed(fn: Callable[[int], Any], budget_s: float, least: int = 3) -> float:

@@ -1,4 +1,4 @@
-"""Rows of a dataclass as Parquet, and back: a table must have exactly that dataclass's columns.
+"""Rows of a dataclass as an Arrow table and as Parquet: a table must have exactly that dataclass's columns.
 
 Where ray.data is imported, Arrow knows a column type of Ray's whose values are pickles, which load as soon as a
 value is read. Our own tables have no column of an extension type, so all extension types are refused.
@@ -7,9 +7,9 @@ value is read. Our own tables have no column of an extension type, so all extens
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from logonet.core.errors import UserError
 
@@ -19,17 +19,54 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def to_parquet(rows: Sequence[Mapping[str, Any]], row_type: type) -> bytes:
-    """``rows`` (as ``dataclasses.asdict`` gives them) with the columns and types of ``row_type``."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+class Rows(Generic[T]):
+    """Rows of a dataclass in an Arrow table: a fraction of the objects' memory, and a few buffers where it travels."""
 
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=_schema(row_type)), sink)
-    return sink.getvalue()
+    def __init__(self, table: pa.Table, row_type: type[T]) -> None:
+        self.table, self.row_type = table.combine_chunks(), row_type
+
+    @classmethod
+    def of(cls, rows: Iterable[T], row_type: type[T]) -> Rows[T]:
+        import pyarrow as pa
+
+        rows, schema = list(rows), _schema(row_type)
+        columns = [pa.array([getattr(row, f.name) for row in rows], f.type) for f in schema]
+        return cls(pa.Table.from_arrays(columns, schema=schema), row_type)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, index: int) -> T:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._row(self.table.slice(index, 1).to_pylist()[0])
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self._row, self.table.to_pylist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rows) and self.row_type is other.row_type and self.table.equals(other.table)
+
+    def _row(self, values: dict[str, Any]) -> T:
+        return self.row_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def column(self, name: str) -> list[Any]:
+        """One field of all rows."""
+        return self.table.column(name).to_pylist()
+
+    def take(self, indices: Sequence[int]) -> Rows[T]:
+        """Some of the rows."""
+        return Rows(self.table.take(list(indices)), self.row_type)
+
+    def to_parquet(self) -> bytes:
+        import pyarrow.parquet as pq
+
+        sink = io.BytesIO()
+        pq.write_table(self.table, sink)
+        return sink.getvalue()
 
 
-def from_parquet(data: bytes, row_type: type[T], where: str) -> list[T]:
+def from_parquet(data: bytes, row_type: type[T], where: str) -> Rows[T]:
     """The rows of such a table, lists as tuples.
 
     Raises:
@@ -49,8 +86,7 @@ def from_parquet(data: bytes, row_type: type[T], where: str) -> list[T]:
             f"{where} has the columns {', '.join(names)}; it must have {', '.join(wanted.names)}, with values of "
             "their types: it is of another version of logonet"
         )
-    rows = ({k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in table.to_pylist())
-    return [row_type(**row) for row in rows]
+    return Rows(table, row_type)
 
 
 def read_parquet(data: bytes, where: str) -> pa.Table:

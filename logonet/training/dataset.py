@@ -1,22 +1,25 @@
 """What training reads: any sample of a run, prepared by its method.
 
-Shapes: P samples, C channels, X Y Z voxels (RAS), N clusterers, Z slices of a crop.
+Shapes: C channels, X Y Z voxels (RAS), N clusterers, Z slices of a crop.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from logonet import methods
 from logonet.core import seeding
 from logonet.data import cropping, prepared_scans
-from logonet.data.crop_shards import CropTable, slices_of
+from logonet.data.crop_shards import CropTable, LabelTable, slices_of
+from logonet.storage.parquet import Rows
 from logonet.training.schedule import SampleSchedule
+
+if TYPE_CHECKING:
+    from logonet.clustering.pseudo_labels import Labeller
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class TrainingDataset(_Dataset):
     """Unlabelled crops, and their pseudo-labels where the method wants them."""
 
     table: CropTable
-    labels_PNZ: np.ndarray | None = None
+    labels: LabelTable | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -62,11 +65,12 @@ class TrainingDataset(_Dataset):
         return 4 * int(np.prod(self.table.size_vox)) * self.table.in_channels
 
     def rows(self, samples: Sequence[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
-        rows = []
-        for (repeat, index), crop_CXYZ in zip(samples, self.table.read_all(index for _, index in samples)):
+        indices, rows = [index for _, index in samples], []
+        labels = None if self.labels is None else self.labels.read_all(indices)
+        for i, ((repeat, index), crop_CXYZ) in enumerate(zip(samples, self.table.read_all(indices))):
             raw: dict[str, Any] = {"image_CXYZ": crop_CXYZ}
-            if self.labels_PNZ is not None:
-                raw["labels_NZ"] = self.labels_PNZ[index]
+            if labels is not None:
+                raw["labels_NZ"] = labels[i]
             rng = seeding.rng(self.schedule.seed, "prepare", repeat, self.table.refs[index].crop_id)
             rows.append(methods.prepare(self.method)(raw, self.method_config, rng))
         return rows
@@ -79,14 +83,12 @@ class FreshCrops(_Dataset):
     Attributes:
         scans: prepared; sample ``i`` is crop ``i % per_scan`` of scan ``i // per_scan``.
         crops: their size, how many an epoch takes of a scan, and how much of them must not be air.
-        centroids_VT, sizes_N: the clusterers that label crops, or None; in a cluster they lie once a node in shared
-            memory.
+        labeller: of crops, or None; in a cluster its arrays lie once a node in shared memory.
     """
 
-    scans: tuple[prepared_scans.Ref, ...]
+    scans: Rows[prepared_scans.Ref]
     crops: cropping.Config
-    centroids_VT: np.ndarray | None = None
-    sizes_N: np.ndarray | None = None
+    labeller: Labeller | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -102,23 +104,9 @@ class FreshCrops(_Dataset):
         corner = prepared_scans.draw_corner(ref, self.crops.size_vox, self.crops.min_foreground, rng)
         crop_CXYZ = prepared_scans.read_image(ref, corner.tolist(), self.crops.size_vox)
         raw: dict[str, Any] = {"image_CXYZ": crop_CXYZ}
-        if self.centroids_VT is not None:
-            raw["labels_NZ"] = self._labeller(slices_of(crop_CXYZ)).T.astype(np.int16)
+        if self.labeller is not None:
+            raw["labels_NZ"] = self.labeller(slices_of(crop_CXYZ)).T
         return methods.prepare(self.method)(raw, self.method_config, rng)
-
-    @functools.cached_property
-    def _labeller(self) -> Any:
-        """The fused labeller of these centroids, built once a process: that takes seconds."""
-        from logonet.clustering.kmeans import ClustererSet
-        from logonet.clustering.pseudo_labels import Labeller
-
-        assert self.centroids_VT is not None
-        assert self.sizes_N is not None
-        return Labeller(ClustererSet(self.centroids_VT, self.sizes_N))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The fields alone: what travels to data tasks is not to hold a labeller, many times the centroids' size."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass(frozen=True)
