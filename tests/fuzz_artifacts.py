@@ -152,26 +152,25 @@ def reach_crops(folder: Path) -> Iterator[str]:
 
 
 def make_case(folder: Path) -> None:
+    from helpers import prepared_case, stored_case
+
     from logonet.data import prepared_scans
-    from logonet.storage import safetensors_io
 
     image, label = phantom_files(0)
     from logonet.data import manifest, volume
 
     scan = volume.decode_nifti(image, "x.nii")
     labels_XYZ = manifest._one_label("y.nii", label, scan)
-    prepared = prepared_scans.prepare(scan, labels_XYZ, "CT", prepared_scans.Config(), "scan-1")
-    blob = prepared_scans.to_bytes("scan-1", *prepared, 0)
-    (folder / "cases").mkdir()
-    (folder / "cases" / "scan-1.safetensors").write_bytes(blob)
-    ref = prepared_scans.ref_of("cases/scan-1.safetensors", safetensors_io.header_of(blob))
+    prepared = prepared_case(scan, labels_XYZ, "CT", prepared_scans.Config(), "scan-1")
+    ref = stored_case(folder, "scan-1", *prepared)
     table = prepared_scans.Table((ref,), ("background", "liver", "spleen"), (0, 1, 2))
     _commit(folder, "cases", {}, {"cases.json": json.dumps(table.to_json()).encode()}, {"cases": 1})
 
 
 def damage_case(rng: Random, folder: Path) -> str:
     if rng.random() < 0.5:
-        return damage_tensors_in("cases/scan-1.safetensors")(rng, folder)
+        kind = rng.choice(["images", "labels"])
+        return damage_tensors_in(f"scans/p/{kind}/scan-1.safetensors")(rng, folder)
     return damage_artifact("cases.json")(rng, folder)
 
 
@@ -180,16 +179,19 @@ def reach_case(folder: Path) -> Iterator[str]:
     from logonet.data import prepared_scans
     from logonet.storage import artifacts
 
-    path = folder / "cases" / "scan-1.safetensors"
+    image, labels = (
+        str(folder / "scans" / "p" / kind / "scan-1.safetensors") for kind in ("images", "labels")
+    )
     prepared_scans._header.cache_clear()
     prepared_scans._tensor.cache_clear()
     cfg = prepared_scans.CropSampling(size_vox=(8, 8, 8))
     refs = []
-    if (stored := prepared_scans.stored(str(path), path.stat().st_size)) is not None:
-        refs.append(stored)
+    files = prepared_scans.stored(image), prepared_scans.stored(labels)
+    if files[0] is not None and files[1] is not None:
+        refs.append(prepared_scans.ref_of("scan-1", *files))
     if (found := artifacts.find(str(folder))) is not None:
         table = prepared_scans.Table.from_json(config.parse_json(found.read("cases.json")))
-        refs += [replace(ref, uri=str(path)) for ref in table.refs]
+        refs += [replace(ref, uri=image, labels_uri=labels) for ref in table.refs]
     for ref in refs:
         try:
             for start in prepared_scans.draw_corners(ref, cfg, seeding.rng(0, "starts")):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from logonet.data import prepared_scans
 from logonet.data.volume import Volume
 from logonet.distributed.cluster import Resources
 from logonet.distributed.executor import RayExecutor
@@ -54,3 +56,24 @@ def assert_same_gradients(a: Artifact, b: Artifact) -> None:
         torch.testing.assert_close(
             found.optimizer[name], expected.optimizer[name], rtol=1e-3, atol=1e-5 * float(largest)
         )
+
+
+def prepared_case(
+    scan: Volume, indices_XYZ: np.ndarray, modality: str, cfg: prepared_scans.Config, scan_id: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """image_CXYZ and labels_XYZ as they are stored."""
+    image_CXYZ = prepared_scans.prepare_image(scan, modality, cfg, scan_id)
+    return image_CXYZ, prepared_scans.prepare_labels(indices_XYZ, scan.affine, cfg)
+
+
+def stored_case(
+    folder: Path | str, scan_id: str, image_CXYZ: np.ndarray, labels_XYZ: np.ndarray | None = None
+) -> prepared_scans.Ref:
+    """A prepared scan in a store of its own at ``folder``/scans/p."""
+    store, name = f"{folder}/scans/p", f"{scan_id}.safetensors"
+    blob = prepared_scans.image_file(scan_id, image_CXYZ)
+    image, labels = prepared_scans.write(f"{store}/images/{name}", blob), None
+    if labels_XYZ is not None:
+        blob = prepared_scans.labels_file(scan_id, labels_XYZ)
+        labels = prepared_scans.write(f"{store}/labels/{name}", blob)
+    return prepared_scans.ref_of(scan_id, image, labels)

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import timeless, tiny_backbone
+from helpers import prepared_case, stored_case, timeless, tiny_backbone
 
 from logonet import methods, networks, training
 from logonet.core.config import Component
 from logonet.data import crop_shards, phantom, prepared_scans
 from logonet.methods import DataSpec
-from logonet.storage import object_store, safetensors_io
+from logonet.storage import object_store
 from logonet.storage.parquet import Rows
 from logonet.training import checkpoints, linear_probe
 from logonet.training.dataset import LabelledDataset, TrainingDataset
@@ -86,13 +86,8 @@ def labelled_dataset(folder: Path) -> LabelledDataset:
     refs = []
     for i in range(7):
         scan, labels_XYZ = phantom.phantom(i, (20, 18, 16), (4.0, 4.0, 6.0), classes=len(CLASSES))
-        image_CXYZ, indices_XYZ = prepared_scans.prepare(
-            scan, labels_XYZ, "CT", prepared_scans.Config(), f"case{i}"
-        )
-        uri = f"{folder}/cases/case{i}.safetensors"
-        blob = prepared_scans.to_bytes(f"case{i}", image_CXYZ, indices_XYZ, seed=0)
-        object_store.write(uri, blob)
-        refs.append(prepared_scans.ref_of(uri, safetensors_io.header_of(blob)))
+        arrays = prepared_case(scan, labels_XYZ, "CT", prepared_scans.Config(), f"case{i}")
+        refs.append(stored_case(folder, f"case{i}", *arrays))
     return LabelledDataset(
         "supervised",
         methods.config("supervised", SUPERVISED),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import HERE, tiny_backbone
+from helpers import HERE, stored_case, tiny_backbone
 
 from logonet import pipelines, training
 from logonet.clustering import kmeans
@@ -110,17 +110,12 @@ def test_crops_avoid_air_where_that_is_asked(refs: tuple[prepared_scans.Ref, ...
 
 def test_a_scan_smaller_than_the_crop_lies_in_its_middle(tmp_path: Path) -> None:
     scan, _ = phantom.phantom(0, (10, 40, 12))
-    blob = prepared_scans.to_bytes("a", prepared_scans.prepare_image(scan, "CT", CROPS, "a"), None)
-    (tmp_path / "a").write_bytes(blob)
-    ref = prepared_scans.stored(str(tmp_path / "a"), len(blob))
-    assert ref is not None
+    ref = stored_case(tmp_path, "a", prepared_scans.prepare_image(scan, "CT", CROPS, "a"))
     corner = prepared_scans.draw_corner(ref, SIZE, 0.0, np.random.default_rng(0))
     assert (corner[0], corner[2]) == (-3, -2)
     crop_CXYZ = prepared_scans.read_image(ref, corner.tolist(), SIZE)
     assert not crop_CXYZ[:, :3].any()
     assert crop_CXYZ[:, 3:13].any()
-    (tmp_path / "b").write_bytes(blob[:-1])
-    assert prepared_scans.stored(str(tmp_path / "b"), len(blob) - 1) is None
 
 
 def test_every_draw_is_a_new_crop_and_the_same_draw_the_same(refs: tuple[prepared_scans.Ref, ...]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faultproxy import FaultProxy
+from helpers import stored_case
 
 from logonet import cli
 from logonet.core.errors import UserError
@@ -169,10 +170,7 @@ def test_a_disk_that_takes_nothing_is_no_error(
 def test_the_crops_of_later_epochs_come_from_the_disk(folder: Path, proxy: FaultProxy, bucket: str) -> None:
     scan, _ = phantom.phantom(0, (40, 36, 30))
     image_CXYZ = prepared_scans.prepare_image(scan, "CT", cropping.Config(), "a")
-    blob = prepared_scans.to_bytes("a", image_CXYZ, None)
-    object_store.write(f"{bucket}/a.safetensors", blob)
-    ref = prepared_scans.stored(f"{bucket}/a.safetensors", len(blob))
-    assert ref is not None
+    ref = stored_case(bucket, "a", image_CXYZ)
 
     def crops() -> list[bytes]:
         prepared_scans._tensor.cache_clear()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import prepared_case, stored_case
 
 from logonet.core import config, seeding
 from logonet.core.errors import BadScan, UserError
@@ -21,7 +22,7 @@ from logonet.data import cropping, manifest, phantom, prepared_scans, preparing,
 from logonet.data.classes import Classes
 from logonet.data.manifest import Scan, Source
 from logonet.data.volume import Volume
-from logonet.storage import object_store, safetensors_io
+from logonet.storage import object_store
 
 CHUNK = 4
 CFG = prepared_scans.Config()
@@ -46,10 +47,7 @@ def a_case(shape_xyz: Sequence[int], channels: int = 1, seed: int = 0) -> tuple[
 
 
 def kept(folder: Path, image_CXYZ: np.ndarray, labels_XYZ: np.ndarray, name: str = "a") -> prepared_scans.Ref:
-    uri = f"{folder}/cases/{name}.safetensors"
-    blob = prepared_scans.to_bytes(name, image_CXYZ, labels_XYZ, seed=0)
-    object_store.write(uri, blob)
-    return prepared_scans.ref_of(uri, safetensors_io.header_of(blob))
+    return stored_case(folder, name, image_CXYZ, labels_XYZ)
 
 
 def labelled(
@@ -78,7 +76,7 @@ def test_a_case_comes_back_from_its_chunks(tmp_path: Path, shape: tuple[int, ...
     assert (got_CXYZ.dtype, got_XYZ.dtype) == (np.uint16, np.uint8)
     np.testing.assert_array_equal(got_CXYZ, image_CXYZ)
     np.testing.assert_array_equal(got_XYZ, labels_XYZ)
-    chunks = [name for name in prepared_scans._header(ref).entries if name.startswith("image/")]
+    chunks = [name for name in prepared_scans._header(ref.image).entries if name.startswith("image/")]
     assert len(chunks) == np.prod([-(-n // CHUNK) for n in shape])
 
 
@@ -117,10 +115,12 @@ def test_a_case_is_a_plain_safetensors_file() -> None:
     from safetensors.numpy import load
 
     image_CXYZ, labels_XYZ = a_case((5, 4, 4), channels=2)
-    tensors = load(prepared_scans.to_bytes("a", image_CXYZ, labels_XYZ, seed=0))
+    tensors = load(prepared_scans.image_file("a", image_CXYZ))
     both = [tensors[f"image/{x}_0_0"] for x in (0, 1)]
     np.testing.assert_array_equal(np.concatenate(both, 1), image_CXYZ)
-    assert {n.split("/")[0] for n in tensors} == {"image", "labels", "places"}
+    assert {n.split("/")[0] for n in tensors} == {"image", "coverage"}
+    of_labels = load(prepared_scans.labels_file("a", labels_XYZ))
+    assert {n.split("/")[0] for n in of_labels} == {"labels", "places"}
 
 
 class Reads:
@@ -143,22 +143,21 @@ def test_only_the_chunks_under_a_crop_are_read_and_each_once(
     ref = kept(tmp_path, *a_case((16, 16, 16)))
     reads = Reads(monkeypatch)
     prepared_scans.read_crop(ref, (4, 8, 5), (4, 4, 3))  # within one chunk
-    header = (8, ref.header_bytes)
-    assert reads.ranges[0] == header
-    assert sorted(length for _, length in reads.ranges[1:]) == [CHUNK**3, 2 * CHUNK**3]
+    headers = [(8, ref.header_bytes), (8, ref.labels_header_bytes)]
+    assert reads.ranges[:2] == headers
+    assert sorted(length for _, length in reads.ranges[2:]) == [CHUNK**3, 2 * CHUNK**3]
     prepared_scans.read_crop(ref, (4, 8, 5), (4, 4, 3))
     prepared_scans.read_crop(ref, (5, 9, 4), (2, 2, 2))
-    assert len(reads.ranges) == 3  # all of it is in memory now
+    assert len(reads.ranges) == 4  # all of it is in memory now
     prepared_scans.read_crop(ref, (7, 8, 4), (2, 2, 2))  # and its neighbour along X
-    assert sorted(length for _, length in reads.ranges[3:]) == [CHUNK**3, 2 * CHUNK**3]
-    assert header not in reads.ranges[1:]
+    assert sorted(length for _, length in reads.ranges[4:]) == [CHUNK**3, 2 * CHUNK**3]
 
 
 def test_a_case_is_known_from_its_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ref = kept(tmp_path, *a_case((16, 16, 16)))
     size_bytes = Path(ref.uri).stat().st_size
     reads = Reads(monkeypatch)
-    assert prepared_scans.stored(ref.uri, size_bytes) == ref
+    assert prepared_scans.stored(ref.uri) == ref.image
     assert reads.ranges == [(0, 8), (8, ref.header_bytes)]
     assert 8 + ref.header_bytes < size_bytes
 
@@ -172,7 +171,7 @@ def test_what_is_in_memory_is_known_by_the_reference(tmp_path: Path, monkeypatch
     np.testing.assert_array_equal(prepared_scans.read_case(dataclasses.replace(ref))[0], first[0])
     assert not reads.ranges
     np.testing.assert_array_equal(prepared_scans.read_case(other)[0], second[0])
-    assert len(reads.ranges) == 3
+    assert len(reads.ranges) == 4
     assert prepared_scans._header.cache_info().maxsize
     chunk_bytes = 3 * 64**3  # of image and labels
     assert (prepared_scans._tensor.cache_info().maxsize or 0) // 2 * chunk_bytes <= 96 << 20
@@ -191,13 +190,14 @@ def flip(uri: str, place: int) -> None:
 def test_a_flipped_byte_is_named_with_its_mend_and_spoils_its_chunk_alone(tmp_path: Path, kind: str) -> None:
     image_CXYZ, labels_XYZ = a_case((8, 4, 4))
     ref = kept(tmp_path / "run", image_CXYZ, labels_XYZ)
-    header = prepared_scans._header(ref)
-    flip(ref.uri, header.offset + header.entries[f"{kind}/1_0_0"]["data_offsets"][0])
+    damaged = getattr(ref, kind)
+    header = prepared_scans._header(damaged)
+    flip(damaged.uri, header.offset + header.entries[f"{kind}/1_0_0"]["data_offsets"][0])
     with pytest.raises(object_store.IntegrityError) as err:
         prepared_scans.read_crop(ref, (2, 0, 0), (4, 4, 4))
     said = str(err.value)
     assert "SHA-256" in said
-    assert f"delete {ref.uri} and {tmp_path}/run/manifest.json and run the same command" in said
+    assert f"delete {damaged.uri} and the tables in {tmp_path}/run/prepared and {tmp_path}/run/cases" in said
     assert "\n" not in said
     got_CXYZ, got_XYZ = prepared_scans.read_crop(ref, (0, 0, 0), (4, 4, 4))
     np.testing.assert_array_equal(got_CXYZ, image_CXYZ[:, :4])
@@ -206,9 +206,9 @@ def test_a_flipped_byte_is_named_with_its_mend_and_spoils_its_chunk_alone(tmp_pa
 
 def test_a_flipped_byte_of_places_is_noticed(tmp_path: Path) -> None:
     ref = labelled(tmp_path, (1, 3))
-    header = prepared_scans._header(ref)
-    flip(ref.uri, header.offset + header.entries["places/1"]["data_offsets"][0])
-    with pytest.raises(object_store.IntegrityError, match=r"manifest\.json"):
+    header = prepared_scans._header(ref.labels)
+    flip(ref.labels_uri, header.offset + header.entries["places/1"]["data_offsets"][0])
+    with pytest.raises(object_store.IntegrityError, match="prepared again"):
         prepared_scans.draw_corners(
             ref, prepared_scans.CropSampling((8, 8, 8), foreground_share=1.0), seeding.rng(0)
         )
@@ -217,29 +217,35 @@ def test_a_flipped_byte_of_places_is_noticed(tmp_path: Path) -> None:
 def test_every_flipped_byte_of_the_header_is_noticed(tmp_path: Path) -> None:
     """Names, places in the file and checksums: none of them may be believed when it is damaged."""
     ref = kept(tmp_path, *a_case((2, 2, 2)))
-    whole = Path(ref.uri).read_bytes()
-    for place in range(8, 8 + ref.header_bytes, 7):
-        prepared_scans._header.cache_clear()
-        flip(ref.uri, place)
-        with pytest.raises(object_store.IntegrityError, match=r"manifest\.json"):
-            prepared_scans.read_case(ref)
-        Path(ref.uri).write_bytes(whole)
+    for file in (ref.image, ref.labels):
+        whole = Path(file.uri).read_bytes()
+        for place in range(8, 8 + file.header_bytes, 7):
+            prepared_scans._header.cache_clear()
+            flip(file.uri, place)
+            with pytest.raises(object_store.IntegrityError, match="prepared again"):
+                prepared_scans.read_case(ref)
+            Path(file.uri).write_bytes(whole)
     prepared_scans.read_case(ref)
 
 
 def test_a_torn_file_is_not_taken(tmp_path: Path) -> None:
     ref = kept(tmp_path, *a_case((5, 4, 4)))
-    whole = Path(ref.uri).read_bytes()
-    header_end = 8 + ref.header_bytes
+    for file in (ref.image, ref.labels):
+        torn_is_not_taken(file)
+
+
+def torn_is_not_taken(file: prepared_scans.File) -> None:
+    whole = Path(file.uri).read_bytes()
+    header_end = 8 + file.header_bytes
     torn = [whole[:n] for n in (0, 7, 8, 9, header_end - 1, header_end, header_end + 1, len(whole) - 1)]
     torn += [whole + b"\0", bytes(len(whole)), b"\xff" * len(whole)]
-    torn += [whole[:8] + b"\xff" * ref.header_bytes + whole[header_end:]]  # no text
+    torn += [whole[:8] + b"\xff" * file.header_bytes + whole[header_end:]]  # no text
     torn += [whole[:8] + whole[8:header_end].replace(b"data_offsets", b"data_0ffsets") + whole[header_end:]]
     for blob in torn:
-        Path(ref.uri).write_bytes(blob)
-        assert prepared_scans.stored(ref.uri, len(blob)) is None, len(blob)
-    Path(ref.uri).write_bytes(whole)
-    assert prepared_scans.stored(ref.uri, len(whole)) == ref
+        Path(file.uri).write_bytes(blob)
+        assert prepared_scans.stored(file.uri) is None, len(blob)
+    Path(file.uri).write_bytes(whole)
+    assert prepared_scans.stored(file.uri) == file
 
 
 # ------------------------------------------------------------------------------------- where crops fall
@@ -398,9 +404,9 @@ def test_a_case_holds_the_numbers_that_pretraining_sees(
     tmp_path: Path, modality: str, spacing_mm: tuple[float, float, float] | None, orientation: str
 ) -> None:
     """A network is finetuned on intensities prepared just as those it was pretrained on."""
-    scan, labels_XYZ = phantom.phantom(3, (15, 14, 9), modality=modality, classes=3, orientation=orientation)
+    scan, _ = phantom.phantom(3, (15, 14, 9), modality=modality, classes=3, orientation=orientation)
     cfg = prepared_scans.Config(spacing_mm=spacing_mm)
-    image_CXYZ, _ = prepared_scans.prepare(scan, labels_XYZ, modality, cfg, "a")
+    image_CXYZ = prepared_scans.prepare_image(scan, modality, cfg, "a")
     assert image_CXYZ.dtype == np.uint16
     ref = kept(tmp_path, image_CXYZ, np.zeros(image_CXYZ.shape[1:], np.uint8))
     as_crops = cropping.Config(size_vox=(10, 16, 8), spacing_mm=spacing_mm, min_image_share=0.0)
@@ -419,7 +425,8 @@ def test_every_orientation_gives_the_same_file(spacing_mm: tuple[float, float, f
     for orientation in ("RAS", "LPS", "LAS", "PIR", "SAL"):
         scan, labels_XYZ = phantom.phantom(2, (13, 12, 11), classes=4, orientation=orientation)
         assert scan.orientation == orientation
-        files.add(prepared_scans.to_bytes("a", *prepared_scans.prepare(scan, labels_XYZ, "CT", cfg, "a"), 0))
+        image_CXYZ, prepared_XYZ = prepared_case(scan, labels_XYZ, "CT", cfg, "a")
+        files.add((prepared_scans.image_file("a", image_CXYZ), prepared_scans.labels_file("a", prepared_XYZ)))
     assert len(files) == 1
 
 
@@ -428,7 +435,7 @@ def test_labels_are_taken_from_the_nearest_voxel() -> None:
     labels_XYZ = rng.integers(0, 3, (7, 6, 5)).astype(np.uint8)
     scan = Volume(rng.uniform(-900, 900, (1, 7, 6, 5)).astype(np.float32), AFFINE)
     spacing_mm = (1.3, 2.7, 2.2)
-    image_CXYZ, got_XYZ = prepared_scans.prepare(
+    image_CXYZ, got_XYZ = prepared_case(
         scan, labels_XYZ, "CT", prepared_scans.Config(spacing_mm=spacing_mm), "a"
     )
     assert got_XYZ.dtype == np.uint8
@@ -444,7 +451,7 @@ def test_labels_are_taken_from_the_nearest_voxel() -> None:
 def test_a_scan_without_contrast_is_refused() -> None:
     scan = Volume(np.full((1, 8, 8, 8), 5, np.float32), AFFINE)
     with pytest.raises(BadScan, match=r"knee-12ab.*contrast"):
-        prepared_scans.prepare(scan, np.zeros((8, 8, 8), np.uint8), "MR", CFG, "knee-12ab")
+        prepared_scans.prepare_image(scan, "MR", CFG, "knee-12ab")
 
 
 # ----------------------------------------------------------------------------------- from scan to table
@@ -467,34 +474,51 @@ def test_a_scan_is_prepared_once_and_again_only_when_its_file_is_torn(
     tmp_path: Path, scan: Scan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare = preparing.PrepareScan(
-        Classes.named(("background", "a", "b"), (0, 1, 2)), CFG, f"{tmp_path}/cases/f"
+        Classes.named(("background", "a", "b"), (0, 1, 2)), CFG, f"{tmp_path}/store"
     )
     ref = prepare(scan)
     assert isinstance(ref, prepared_scans.Ref)
-    assert ref.uri == f"{tmp_path}/cases/f/cases/{scan.scan_id}.safetensors"
-    whole = Path(ref.uri).read_bytes()
+    assert Path(ref.uri).parent == tmp_path / "store" / "images"
+    assert Path(ref.labels_uri).parent == tmp_path / "store" / "labels"
     image_CXYZ, labels_XYZ = prepared_scans.read_case(ref)
-    want = prepared_scans.prepare(
-        manifest.load(scan), manifest.load_label(scan, manifest.load(scan)), "CT", CFG, "a"
-    )
+    want = prepared_case(manifest.load(scan), manifest.load_label(scan, manifest.load(scan)), "CT", CFG, "a")
     np.testing.assert_array_equal(image_CXYZ, want[0])
     np.testing.assert_array_equal(labels_XYZ, want[1])
     with monkeypatch.context() as patched:
         patched.setattr(manifest, "load", lambda row: pytest.fail("prepared again"))
         assert prepare(scan) == ref
-    Path(ref.uri).write_bytes(whole[:-1])
-    assert prepare(scan) == ref
-    assert Path(ref.uri).read_bytes() == whole
+        without = preparing.PrepareScan(None, CFG, f"{tmp_path}/store")(scan)
+        assert without == prepared_scans.ref_of(scan.scan_id, ref.image)  # the same file
+    for uri in (ref.uri, ref.labels_uri):
+        whole = Path(uri).read_bytes()
+        Path(uri).write_bytes(whole[:-1])
+        assert prepare(scan) == ref
+        assert Path(uri).read_bytes() == whole
+
+
+def test_other_labels_and_other_scans_are_other_files(tmp_path: Path, scan: Scan) -> None:
+    store = f"{tmp_path}/store"
+    both = Classes.named(("background", "a", "b"), (0, 1, 2))
+    one = Classes.named(("background", "b", "a"), (0, 2, 1))
+    ref, other = (preparing.PrepareScan(known, CFG, store)(scan) for known in (both, one))
+    assert isinstance(ref, prepared_scans.Ref)
+    assert isinstance(other, prepared_scans.Ref)
+    assert ref.image == other.image
+    assert ref.labels != other.labels
+    found, swapped = (prepared_scans.read_case(r)[1] for r in (ref, other))
+    np.testing.assert_array_equal(np.array([0, 2, 1])[found], swapped)
+    as_mr = preparing.PrepareScan(None, CFG, store)(dataclasses.replace(scan, modality="MR"))
+    assert isinstance(as_mr, prepared_scans.Ref)
+    assert as_mr.uri != ref.uri
+    assert not np.array_equal(prepared_scans.read_image(as_mr, (0, 0, 0), SIZE), found[:6, :5, :4])
 
 
 def test_a_scan_that_cannot_be_used_is_set_aside_and_nothing_is_written(tmp_path: Path, scan: Scan) -> None:
-    answer = preparing.PrepareScan(Classes.named(("background", "a"), (0, 1)), CFG, f"{tmp_path}/cases/f")(
-        scan
-    )
+    answer = preparing.PrepareScan(Classes.named(("background", "a"), (0, 1)), CFG, f"{tmp_path}/store")(scan)
     assert isinstance(answer, manifest.Quarantined)
     assert answer.uri == scan.uri
     assert "holds the value 2, which is no class" in answer.reason
-    assert not (tmp_path / "cases").exists()
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_table_survives_json(tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import prepared_case, stored_case
 from torch import Tensor, nn
 
 from logonet import networks
 from logonet.core import seeding
 from logonet.core.errors import UserError
 from logonet.data import phantom, prepared_scans
-from logonet.storage import object_store, safetensors_io
 from logonet.training import linear_probe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,10 +35,7 @@ FEW = linear_probe.Config(train_cases=3, val_cases=2, voxels_per_crop=600)
 
 
 def kept(folder: Path, name: str, image_CXYZ: np.ndarray, labels_XYZ: np.ndarray) -> prepared_scans.Ref:
-    uri = f"{folder}/{name}.safetensors"
-    blob = prepared_scans.to_bytes(name, image_CXYZ, labels_XYZ, seed=0)
-    object_store.write(uri, blob)
-    return prepared_scans.ref_of(uri, safetensors_io.header_of(blob))
+    return stored_case(folder, name, image_CXYZ, labels_XYZ)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +44,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> prepared_scans.Table:
     folder, refs = tmp_path_factory.mktemp("cases"), []
     for i in range(8):
         scan, labels_XYZ = phantom.phantom(i, (40, 36, 34), (2.5, 2.5, 3.0), classes=len(CLASSES))
-        arrays = prepared_scans.prepare(scan, labels_XYZ, "CT", prepared_scans.Config(), f"case{i}")
+        arrays = prepared_case(scan, labels_XYZ, "CT", prepared_scans.Config(), f"case{i}")
         refs.append(kept(folder, f"case{i}", *arrays))
     return prepared_scans.Table(tuple(refs), CLASSES, (0, 1, 2))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 SLICE_BYTES = 32 << 20  # of slices that one task reads: enough to amortise it, few enough to stream
 CROPS_AT_ONCE = 4  # read together where each is worked on alone
+LABEL_TASKS = 2000  # at most: each answers with counts of all labels
 
 
 def sample_slices(table: CropTable, max_slices: int, seed: int, executor: Executor) -> np.ndarray:
@@ -100,35 +102,53 @@ def label_crops(
         the table of the labels, and how many slices have each, int64 (N, K) with the largest K.
     """
     stored, scans = crop_shards.stored_shards(uri), table.by_scan()
-    items = []
-    for scan in scans:
-        name = crop_shards.shard_name(table.refs[scan[0]].scan_id)
-        items.append((table.take(scan), stored.get(name, 0)))
+    shape = len(labeller.sizes), table.size_vox[2]
+    at_once = -(-len(scans) // LABEL_TASKS)
+    groups = [scans[i : i + at_once] for i in range(0, len(scans), at_once)]
+    items = [_LabelTask(table.take([i for scan in group for i in scan]), uri, {}) for group in groups]
+    for item in items:
+        names = map(crop_shards.shard_name, set(item.crops.refs.column("scan_id")))
+        item.stored.update({name: stored[name] for name in names if name in stored})
     refs: dict[int, list[CropRef]] = {}
-    counts_NK = np.zeros((len(labeller.sizes), max(labeller.sizes)), np.int64)
-    labelling = partial(_label_scan, uri)
-    for i, (found, count_NK) in executor.stream(labelling, items, shared=(labeller,), workers="data actors"):
+    counts_NK = np.zeros((shape[0], max(labeller.sizes)), np.int64)
+    for i, (found, count_NK) in executor.stream(_label, items, shared=(labeller,), workers="data actors"):
         refs[i] = found
         counts_NK += count_NK
     rows = Rows.of((ref for i in range(len(items)) for ref in refs[i]), CropRef)
-    return LabelTable(uri, rows, len(labeller.sizes), table.size_vox[2]), counts_NK
+    return LabelTable(uri, rows, *shape), counts_NK
 
 
-def _label_scan(uri: str, item: tuple[CropTable, int], labeller: Any) -> tuple[list[CropRef], np.ndarray]:
-    """The stored labels of one scan's crops, and how many slices have each."""
-    crops, stored_bytes = item
-    scan_id = crops.refs[0].scan_id
+@dataclass(frozen=True)
+class _LabelTask:
+    """Crops of whole scans to label below ``uri``, and the bytes of shards that are stored."""
+
+    crops: CropTable
+    uri: str
+    stored: dict[str, int]
+
+
+def _label(task: _LabelTask, labeller: Any) -> tuple[list[CropRef], np.ndarray]:
+    """Where the labels lie, and how many slices have each."""
+    refs, most = [], max(labeller.sizes)
+    counts_NK = np.zeros((len(labeller.sizes), most), np.int64)
+    for scan in task.crops.by_scan():
+        found, labels_RNZ = _label_scan(task, scan, labeller)
+        refs += found
+        counts_NK += [np.bincount(labels_RNZ[:, n].ravel(), minlength=most) for n in range(len(counts_NK))]
+    return refs, counts_NK
+
+
+def _label_scan(task: _LabelTask, scan: range, labeller: Any) -> tuple[list[CropRef], np.ndarray]:
+    """Where the labels of one scan's crops lie, and the labels (R, N, Z)."""
+    crops, scan_id = task.crops, task.crops.refs[scan[0]].scan_id
     name = crop_shards.shard_name(scan_id)
     shape = len(labeller.sizes), crops.size_vox[2]
-    refs = crop_shards.shard_index(object_store.join(uri, name), name, stored_bytes)
-    if [ref.num_bytes for ref in refs] == [2 * math.prod(shape)] * len(crops):
-        labels_RNZ = np.stack(LabelTable(uri, Rows.of(refs, CropRef), *shape).read_all(range(len(refs))))
-    else:
-        labels_RNZ = np.empty((len(crops), *shape), np.int16)
-        for begin in range(0, len(crops), CROPS_AT_ONCE):
-            several = crops.read_all(range(begin, min(begin + CROPS_AT_ONCE, len(crops))))
-            for r, crop_CXYZ in enumerate(several, begin):
-                labels_RNZ[r] = labeller(slices_of(crop_CXYZ)).T
-        refs = crop_shards.write_shard(uri, scan_id, labels_RNZ.view(np.uint16))
-    count_NK = [np.bincount(labels_RNZ[:, n].ravel(), minlength=max(labeller.sizes)) for n in range(shape[0])]
-    return refs, np.stack(count_NK)
+    refs = crop_shards.shard_index(object_store.join(task.uri, name), name, task.stored.get(name, 0))
+    if [ref.num_bytes for ref in refs] == [2 * math.prod(shape)] * len(scan):
+        stored = LabelTable(task.uri, Rows.of(refs, CropRef), *shape)
+        return refs, np.stack(stored.read_all(range(len(refs))))
+    labels_RNZ = np.empty((len(scan), *shape), np.int16)
+    for begin in range(0, len(scan), CROPS_AT_ONCE):
+        for r, crop_CXYZ in enumerate(crops.read_all(scan[begin : begin + CROPS_AT_ONCE]), begin):
+            labels_RNZ[r] = labeller(slices_of(crop_CXYZ)).T
+    return crop_shards.write_shard(task.uri, scan_id, labels_RNZ.view(np.uint16)), labels_RNZ

@@ -1,8 +1,8 @@
 """Scans as training reads them: prepared once, stored in chunks, cut anew at every draw.
 
 Pretraining and finetuning draw fresh random crops of every scan (paper sections 4.1 and 4.2), so a scan is stored
-whole; in chunks, so that a crop of a large scan reads a few byte ranges and not the scan. A prepared scan with its
-labels is a *case*; an unlabelled one has, instead of labels, a coarse map of where there is anything but air.
+whole; in chunks, so that a crop of a large scan reads a few byte ranges and not the scan. A prepared scan is one file,
+its labels are another, so that scans are prepared once for both. A scan with labels is a *case*.
 
 Shapes: C channels, X Y Z voxels of the prepared grid (RAS), R crops, n positions of a class.
 """
@@ -17,7 +17,7 @@ import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -78,17 +78,10 @@ def prepare_image(scan: Volume, modality: str, cfg: Preprocessing, scan_id: str)
     return np.ascontiguousarray(volume.to_uint16(volume.window(prepared.array_CXYZ, low_high)))
 
 
-def prepare(
-    scan: Volume, indices_XYZ: np.ndarray, modality: str, cfg: Config, scan_id: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """image_CXYZ uint16 (65535 x intensity) and indices_XYZ uint8 (class indices) on the prepared grid.
-
-    Raises:
-        BadScan: for a scan without contrast.
-    """
-    image_CXYZ = prepare_image(scan, modality, cfg, scan_id)
-    label = cfg.to_grid(Volume(indices_XYZ[None].astype(np.float32), scan.affine), order=0)
-    return image_CXYZ, np.ascontiguousarray(label.array_CXYZ[0].astype(np.uint8))
+def prepare_labels(indices_XYZ: np.ndarray, affine: np.ndarray, cfg: Preprocessing) -> np.ndarray:
+    """Class indices uint8 (X, Y, Z) on the prepared grid, from those of the scan with this ``affine``."""
+    label = cfg.to_grid(Volume(indices_XYZ[None].astype(np.float32), affine), order=0)
+    return np.ascontiguousarray(label.array_CXYZ[0].astype(np.uint8))
 
 
 def coverage(image_CXYZ: np.ndarray) -> np.ndarray:
@@ -113,20 +106,27 @@ def class_positions(labels_XYZ: np.ndarray, seed: int, scan_id: str) -> dict[int
     return found
 
 
-def to_bytes(scan_id: str, image_CXYZ: np.ndarray, labels_XYZ: np.ndarray | None, seed: int = 0) -> bytes:
-    """One scan as a safetensors file, all with checksums: chunks of the image; chunks of labels and positions of each
-    class, or, without labels, `coverage`."""
-    arrays: dict[str, np.ndarray] = {}
-    for name, box in _chunks(image_CXYZ.shape[1:]):
-        arrays[f"image/{name}"] = np.ascontiguousarray(image_CXYZ[(slice(None), *box)])
-        if labels_XYZ is not None:
-            arrays[f"labels/{name}"] = np.ascontiguousarray(labels_XYZ[box])
-    if labels_XYZ is None:
-        arrays["coverage"] = coverage(image_CXYZ)
-    else:
-        for index, voxels_n3 in class_positions(labels_XYZ, seed, scan_id).items():
-            arrays[f"places/{index}"] = voxels_n3
-    about = {"scan_id": scan_id, "shape": json.dumps(image_CXYZ.shape)}
+def image_file(scan_id: str, image_CXYZ: np.ndarray) -> bytes:
+    """A prepared scan as a safetensors file with checksums: its chunks, and `coverage`."""
+    arrays = {
+        f"image/{n}": np.ascontiguousarray(image_CXYZ[(slice(None), *b)])
+        for n, b in _chunks(image_CXYZ.shape[1:])
+    }
+    return _file(scan_id, image_CXYZ.shape, {**arrays, "coverage": coverage(image_CXYZ)})
+
+
+def labels_file(scan_id: str, labels_XYZ: np.ndarray, seed: int = 0) -> bytes:
+    """Its labels as another: chunks of them, and positions of each class."""
+    arrays = {
+        f"labels/{name}": np.ascontiguousarray(labels_XYZ[box]) for name, box in _chunks(labels_XYZ.shape)
+    }
+    for index, voxels_n3 in class_positions(labels_XYZ, seed, scan_id).items():
+        arrays[f"places/{index}"] = voxels_n3
+    return _file(scan_id, (1, *labels_XYZ.shape), arrays)
+
+
+def _file(scan_id: str, shape_cxyz: Sequence[int], arrays: Mapping[str, np.ndarray]) -> bytes:
+    about = {"scan_id": scan_id, "shape": json.dumps(shape_cxyz)}
     return safetensors_io.to_bytes_with_checksums(arrays, about)
 
 
@@ -139,15 +139,36 @@ def _chunks(shape_xyz: Sequence[int]) -> Iterator[tuple[str, tuple[slice, slice,
 # -------------------------------------------------------------------------------------------- reading
 
 
+class File(NamedTuple):
+    """Where an image or its labels lie; the checksum of a header is that of what it says, checksums too."""
+
+    uri: str
+    header_bytes: int
+    header_sha256: str
+    shape_cxyz: tuple[int, int, int, int]
+
+
 @dataclass(frozen=True)
 class Ref:
-    """Where one case lies and what is known of it without opening it."""
+    """Where a prepared scan and its labels lie, and what is known of it without opening it; "" for no labels."""
 
     scan_id: str
     uri: str
     header_bytes: int
     shape_cxyz: tuple[int, int, int, int]
     header_sha256: str
+    labels_uri: str = ""
+    labels_header_bytes: int = 0
+    labels_header_sha256: str = ""
+
+    @property
+    def image(self) -> File:
+        return File(self.uri, self.header_bytes, self.header_sha256, self.shape_cxyz)
+
+    @property
+    def labels(self) -> File:
+        shape = (1, *self.shape_cxyz[1:])
+        return File(self.labels_uri, self.labels_header_bytes, self.labels_header_sha256, shape)
 
 
 @dataclass(frozen=True)
@@ -163,25 +184,38 @@ class NotACase(ValueError):
     """A header that `to_bytes` does not write."""
 
 
-def ref_of(uri: str, header: bytes) -> Ref:
-    """The reference to the case at ``uri`` with this header.
+def file_of(uri: str, header: bytes) -> File:
+    """The file at ``uri`` with this header.
 
     Raises:
-        NotACase: the header is not one that `to_bytes` writes.
+        NotACase: the header is not one that `image_file` or `labels_file` writes.
     """
-    parsed = _parsed(header)
-    return Ref(parsed.scan_id, uri, len(header), parsed.shape_cxyz, hashlib.sha256(header).hexdigest())
+    return File(uri, len(header), hashlib.sha256(header).hexdigest(), _parsed(header).shape_cxyz)
 
 
-def stored(uri: str, size_bytes: int) -> Ref | None:
-    """The reference to a stored case, from its header alone; None when it is not whole."""
-    header = safetensors_io.stored_header(uri, size_bytes)
+def stored(uri: str) -> File | None:
+    """A stored file, from its header alone; None when it is not there or not whole."""
+    entry = object_store.stat(uri)
+    if entry is None:
+        return None
+    header = safetensors_io.stored_header(uri, entry.size_bytes)
     try:
         parsed = _parsed(header)
     except NotACase:
         return None
     end = max(entry["data_offsets"][1] for entry in parsed.entries.values())
-    return ref_of(uri, header) if parsed.offset + end == size_bytes else None
+    return file_of(uri, header) if parsed.offset + end == entry.size_bytes else None
+
+
+def write(uri: str, blob: bytes) -> File:
+    """Store what `image_file` or `labels_file` gave."""
+    object_store.write(uri, blob)
+    return file_of(uri, safetensors_io.header_of(blob))
+
+
+def ref_of(scan_id: str, image: File, labels: File | None = None) -> Ref:
+    """The reference to a scan of these files."""
+    return Ref(scan_id, *image[:2], image.shape_cxyz, image.header_sha256, *(labels[:3] if labels else ()))
 
 
 def _parsed(header: bytes) -> _Header:
@@ -195,23 +229,23 @@ def _parsed(header: bytes) -> _Header:
         meta = entries.pop("__metadata__")
         c, x, y, z = map(operator.index, config.parse_json(meta["shape"]))
         sums, scan_id = config.parse_json(meta["sha256"]), meta["scan_id"]
-        labelled = "coverage" not in entries
+        is_image = "coverage" in entries
         # counted first: a shape of any size would be walked through
-        if min(c, x, y, z) < 1 or math.prod(-(-n // CHUNK_VOX) for n in (x, y, z)) * (1 + labelled) > len(
-            entries
-        ):
+        if min(c, x, y, z) < 1 or math.prod(-(-n // CHUNK_VOX) for n in (x, y, z)) > len(entries):
             raise NotACase(f"shape {(c, x, y, z)}")
         wanted: dict[str, tuple[str, list[int]]] = {}
         for name, box in _chunks((x, y, z)):
             shape = [b.stop - b.start for b in box]
-            wanted[f"image/{name}"] = ("U16", [c, *shape])
-            if labelled:
-                wanted[f"labels/{name}"] = ("U8", shape)
-        if not labelled:
+            wanted[f"{'image' if is_image else 'labels'}/{name}"] = (
+                ("U16", [c, *shape]) if is_image else ("U8", shape)
+            )
+        if is_image:
             wanted["coverage"] = ("U8", [-(-n // CELL_VOX) for n in (x, y, z)])
         for name in entries.keys() - wanted.keys():
             count = operator.index(entries[name]["shape"][0])
-            if not (name.startswith("places/") and name.removeprefix("places/").isdecimal() and count > 0):
+            if is_image or not (
+                name.startswith("places/") and name.removeprefix("places/").isdecimal() and count > 0
+            ):
                 raise NotACase(name)
             wanted[name] = ("I16", [count, 3])
         for name, (dtype, shape) in wanted.items():
@@ -227,35 +261,39 @@ def _parsed(header: bytes) -> _Header:
     return _Header(scan_id, (c, x, y, z), entries, sums, 8 + len(header))
 
 
-@functools.lru_cache(maxsize=1024)
-def _header(ref: Ref) -> _Header:
+@functools.lru_cache(maxsize=2048)
+def _header(file: File) -> _Header:
     try:
-        header = _parsed(_read(ref, 8, ref.header_bytes, ref.header_sha256))
+        header = _parsed(_read(file, 8, file.header_bytes, file.header_sha256))
     except NotACase as err:
-        raise object_store.IntegrityError(f"{ref.uri} is {err}; delete it and run the same command") from None
-    if header.shape_cxyz != ref.shape_cxyz:
-        odd = f"{ref.uri} holds a case of shape {header.shape_cxyz}, not {ref.shape_cxyz}"
-        raise object_store.IntegrityError(f"{odd}; delete it and run the same command")
+        raise object_store.IntegrityError(f"{file.uri} is {err}; {_hint(file)}") from None
+    if header.shape_cxyz != file.shape_cxyz:
+        odd = f"{file.uri} holds a case of shape {header.shape_cxyz}, not {file.shape_cxyz}"
+        raise object_store.IntegrityError(f"{odd}; {_hint(file)}")
     return header
 
 
 @functools.lru_cache(maxsize=CHUNKS_CACHED)
-def _tensor(ref: Ref, name: str) -> np.ndarray:
-    """One tensor of a case, checked against its sha256."""
-    header = _header(ref)
+def _tensor(file: File, name: str) -> np.ndarray:
+    """One tensor of a file, checked against its sha256."""
+    header = _header(file)
     entry = header.entries[name]
     begin, end = entry["data_offsets"]
-    data = _read(ref, header.offset + begin, end - begin, header.sums[name])
+    data = _read(file, header.offset + begin, end - begin, header.sums[name])
     return np.frombuffer(data, TYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
-def _read(ref: Ref, start: int, length: int, sha256: str | None) -> bytes:
+def _read(file: File, start: int, length: int, sha256: str | None) -> bytes:
     try:
-        return node_cache.read(ref.uri, start=start, length=length, sha256=sha256)
+        return node_cache.read(file.uri, start=start, length=length, sha256=sha256)
     except object_store.IntegrityError as err:
-        both = f"{ref.uri} and {ref.uri.rsplit('/', 2)[0]}/manifest.json"
-        hint = f"to have it prepared again delete {both} and run the same command"
-        raise object_store.IntegrityError(f"{err}; {hint}") from None
+        raise object_store.IntegrityError(f"{err}; {_hint(file)}") from None
+
+
+def _hint(file: File) -> str:
+    root = file.uri.rsplit("/", 4)[0]
+    tables = f"{root}/prepared and {root}/cases"
+    return f"to have it prepared again delete {file.uri} and the tables in {tables}, and run the same command"
 
 
 def read_crop(ref: Ref, corner: Sequence[int], size_vox: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -263,21 +301,22 @@ def read_crop(ref: Ref, corner: Sequence[int], size_vox: Sequence[int]) -> tuple
 
     Outside the case both are 0: the darkest value of the window, and background.
     """
+    image_CXYZ = np.zeros((ref.shape_cxyz[0], *size_vox), np.uint16)
     labels_XYZ = np.zeros(tuple(size_vox), np.uint8)
-    return _read_box(ref, corner, size_vox, labels_XYZ), labels_XYZ
+    _fill(ref, corner, {"image": image_CXYZ, "labels": labels_XYZ[None]})
+    return image_CXYZ, labels_XYZ
 
 
 def read_image(ref: Ref, corner: Sequence[int], size_vox: Sequence[int]) -> np.ndarray:
-    """The same of an unlabelled scan: image_CXYZ uint16."""
-    return _read_box(ref, corner, size_vox, None)
-
-
-def _read_box(
-    ref: Ref, corner: Sequence[int], size_vox: Sequence[int], labels_XYZ: np.ndarray | None
-) -> np.ndarray:
-    """image_CXYZ uint16 of a box; its labels are written into ``labels_XYZ`` where that is given."""
+    """The same without labels: image_CXYZ uint16."""
     image_CXYZ = np.zeros((ref.shape_cxyz[0], *size_vox), np.uint16)
-    kinds = ("image",) if labels_XYZ is None else ("image", "labels")
+    _fill(ref, corner, {"image": image_CXYZ})
+    return image_CXYZ
+
+
+def _fill(ref: Ref, corner: Sequence[int], boxes: Mapping[str, np.ndarray]) -> None:
+    """Write what lies at ``corner`` into the image's and the labels' ``boxes``, all (C, X, Y, Z) of one size."""
+    size_vox = next(iter(boxes.values())).shape[1:]
     touched = []
     for name, box in _chunks(ref.shape_cxyz[1:]):
         shared = [(max(b.start, int(a)), min(b.stop, int(a) + n)) for b, a, n in zip(box, corner, size_vox)]
@@ -285,14 +324,13 @@ def _read_box(
             source = tuple(slice(low - b.start, high - b.start) for (low, high), b in zip(shared, box))
             target = tuple(slice(low - int(a), high - int(a)) for (low, high), a in zip(shared, corner))
             touched.append((name, source, target))
-    _header(ref)  # once, before the chunks ask for it all at once
-    names = [f"{kind}/{name}" for name, *_ in touched for kind in kinds]
-    chunks = dict(zip(names, object_store.at_once(functools.partial(_tensor, ref), names)))
-    for name, source, target in touched:
-        image_CXYZ[(slice(None), *target)] = chunks[f"image/{name}"][(slice(None), *source)]
-        if labels_XYZ is not None:
-            labels_XYZ[target] = chunks[f"labels/{name}"][source]
-    return image_CXYZ
+    files = {"image": ref.image, "labels": ref.labels}
+    object_store.at_once(_header, [files[kind] for kind in boxes])  # before their chunks ask for them
+    wanted = [(kind, *of) for of in touched for kind in boxes]
+    found = object_store.at_once(lambda of: _tensor(files[of[0]], f"{of[0]}/{of[1]}"), wanted)
+    for (kind, _, source, target), chunk in zip(wanted, found):
+        chunk_CXYZ = chunk.reshape(-1, *chunk.shape[-3:])
+        boxes[kind][(slice(None), *target)] = chunk_CXYZ[(slice(None), *source)]
 
 
 def read_case(ref: Ref) -> tuple[np.ndarray, np.ndarray]:
@@ -308,13 +346,13 @@ def draw_corners(ref: Ref, cfg: CropSampling, rng: np.random.Generator) -> np.nd
     """
     shape, size = np.array(ref.shape_cxyz[1:]), np.array(cfg.size_vox)
     room = shape - size
-    classes = sorted(int(n.split("/")[1]) for n in _header(ref).entries if n.startswith("places/"))
+    classes = sorted(int(n.split("/")[1]) for n in _header(ref.labels).entries if n.startswith("places/"))
     corners = []
     for _ in range(cfg.per_case):
         anywhere = rng.integers(0, np.maximum(room, 0) + 1)
         pick, which, voxel = rng.random(3)  # always drawn, so that one crop's choice never shifts the next's
         if classes and pick < cfg.foreground_share:
-            voxels_n3 = _tensor(ref, f"places/{classes[math.floor(which * len(classes))]}")
+            voxels_n3 = _tensor(ref.labels, f"places/{classes[math.floor(which * len(classes))]}")
             centre = voxels_n3[math.floor(voxel * len(voxels_n3))].astype(np.int64)
             anywhere = np.clip(centre - size // 2, 0, np.maximum(room, 0))
         corners.append(np.where(room < 0, room // 2, anywhere))
@@ -324,12 +362,12 @@ def draw_corners(ref: Ref, cfg: CropSampling, rng: np.random.Generator) -> np.nd
 def draw_corner(
     ref: Ref, size_vox: Sequence[int], min_foreground: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """The lower corner of a crop of an unlabelled scan, int64 (3,), uniform over the positions where it fits.
+    """The lower corner of a crop of a scan, int64 (3,), uniform over the positions where it fits.
 
     Of CANDIDATES the first whose share of anything but air reaches ``min_foreground`` is taken, else the one with the
     largest: most of a scanner's field is air, which teaches nothing. Shares are those of the cells of `coverage`.
     """
-    cells_IJK = _tensor(ref, "coverage")
+    cells_IJK = _tensor(ref.image, "coverage")
     room = np.array(ref.shape_cxyz[1:]) - size_vox
     corners_K3 = rng.integers(0, np.maximum(room, 0) + 1, (CANDIDATES, 3))
     shares = []

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from logonet.core import config
 from logonet.core.errors import BadScan
 from logonet.core.execution import Executor, run_all
 from logonet.data import crop_shards, cropping, manifest, prepared_scans
 from logonet.data.classes import Classes, check_present
 from logonet.data.crop_shards import CropRef
 from logonet.data.manifest import Quarantined, Scan
-from logonet.storage import object_store, safetensors_io
+from logonet.data.preprocessing import Preprocessing
+from logonet.data.volume import Volume
+from logonet.storage import object_store
 
 
 @dataclass(frozen=True)
@@ -39,33 +43,54 @@ class CutScan:
 
 @dataclass(frozen=True)
 class PrepareScan:
-    """Prepares one scan and stores it as one file of chunks; with labels, unless ``classes`` is None."""
+    """Prepares one scan, and with ``classes`` its labels, and stores a file of chunks for each.
+
+    Files are named by what decides their bytes. So all runs below a root share them, and one that is there is kept.
+
+    Args:
+        store: the folder of all scans that are prepared with ``cfg``.
+    """
 
     classes: Classes | None
     cfg: prepared_scans.Config
-    uri: str
+    store: str
 
     def __call__(self, scan: Scan) -> prepared_scans.Ref | Quarantined:
-        uri = object_store.join(self.uri, "cases", f"{scan.scan_id}.safetensors")
-        entry = object_store.stat(uri)
-        if entry is not None and (ref := prepared_scans.stored(uri, entry.size_bytes)) is not None:
-            return ref
+        of_image = {"sha256": scan.sha256, "modality": scan.modality, "channels": scan.channels}
+        image_uri = self._uri("images", scan, of_image)
+        image = prepared_scans.stored(image_uri)
+        if self.classes is None:
+            if image is not None:
+                return prepared_scans.ref_of(scan.scan_id, image)
+            try:
+                return prepared_scans.ref_of(scan.scan_id, self._image(image_uri, scan, manifest.load(scan)))
+            except BadScan as err:
+                return Quarantined(scan.uri, str(err))
+        label_map = self.classes.of(scan)
+        of_labels = {"sha256": scan.label_sha256, "index_of": label_map.index_of, "seed": self.cfg.seed}
+        labels_uri = self._uri("labels", scan, {"image": of_image, **of_labels})
+        labels = prepared_scans.stored(labels_uri)
         try:
-            image = manifest.load(scan)
-            if self.classes is None:
-                array_CXYZ = prepared_scans.prepare_image(image, scan.modality, self.cfg, scan.scan_id)
-                return self._stored(uri, prepared_scans.to_bytes(scan.scan_id, array_CXYZ, None))
-            values_XYZ, label_map = manifest.load_label(scan, image), self.classes.of(scan)
-            check_present(values_XYZ, label_map, scan.scan_id, self.classes)
-            told = scan.modality, self.cfg, scan.scan_id
-            prepared = prepared_scans.prepare(image, label_map.indices(values_XYZ), *told)
+            if image is None or labels is None:
+                volume = manifest.load(scan)
+                values_XYZ = manifest.load_label(scan, volume)
+                check_present(values_XYZ, label_map, scan.scan_id, self.classes)
+                image = image or self._image(image_uri, scan, volume)
+                indices_XYZ = label_map.indices(values_XYZ)
+                prepared_XYZ = prepared_scans.prepare_labels(indices_XYZ, volume.affine, self.cfg)
+                blob = prepared_scans.labels_file(scan.scan_id, prepared_XYZ, self.cfg.seed)
+                labels = prepared_scans.write(labels_uri, blob)
         except BadScan as err:
             return Quarantined(scan.uri, str(err))
-        return self._stored(uri, prepared_scans.to_bytes(scan.scan_id, *prepared, self.cfg.seed))
+        return prepared_scans.ref_of(scan.scan_id, image, labels)
 
-    def _stored(self, uri: str, blob: bytes) -> prepared_scans.Ref:
-        object_store.write(uri, blob)
-        return prepared_scans.ref_of(uri, safetensors_io.header_of(blob))
+    def _uri(self, kind: str, scan: Scan, decides: Mapping[str, Any]) -> str:
+        name = f"{scan.scan_id}-{config.fingerprint(decides)[:10]}.safetensors"
+        return object_store.join(self.store, kind, name)
+
+    def _image(self, uri: str, scan: Scan, volume: Volume) -> prepared_scans.File:
+        image_CXYZ = prepared_scans.prepare_image(volume, scan.modality, self.cfg, scan.scan_id)
+        return prepared_scans.write(uri, prepared_scans.image_file(scan.scan_id, image_CXYZ))
 
 
 def cut_scans(
@@ -83,10 +108,11 @@ def prepare_scans(
     scans: Sequence[Scan],
     classes: Classes | None,
     cfg: prepared_scans.Config,
-    uri: str,
+    root: str,
     executor: Executor,
 ) -> tuple[list[prepared_scans.Ref], list[Quarantined]]:
-    """Prepare every scan, with labels unless ``classes`` is None; files stored by an interrupted run are kept."""
-    answers = run_all(executor, PrepareScan(classes, cfg, uri), scans)
+    """Prepare every scan, with labels unless ``classes`` is None; what is below ``root`` already is kept."""
+    store = object_store.join(root, "scans", config.fingerprint(config.to_dict(Preprocessing.of(cfg))))
+    answers = run_all(executor, PrepareScan(classes, cfg, store), scans)
     bad = [a for a in answers if isinstance(a, Quarantined)]
     return [a for a in answers if not isinstance(a, Quarantined)], bad

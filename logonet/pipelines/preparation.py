@@ -170,7 +170,7 @@ def make_scans(
     own = config.to_dict(prepared_scans.Config.of(cfg)) | {"scans": [s.scan_id for s in table.scans]}
 
     def make(uri: str) -> Made:
-        refs, bad = preparing.prepare_scans(table.scans, None, prepared_scans.Config.of(cfg), uri, executor)
+        refs, bad = preparing.prepare_scans(table.scans, None, prepared_scans.Config.of(cfg), root, executor)
         quarantine = _quarantine(bad)
         if not refs:
             raise UserError(
@@ -302,7 +302,7 @@ def make_cases(
         own["regions"] = [list(known.regions.items()), known.region_values]
 
     def make(uri: str) -> Made:
-        refs, bad = preparing.prepare_scans(scans, known, cfg, uri, executor)
+        refs, bad = preparing.prepare_scans(scans, known, cfg, root, executor)
         quarantine = _quarantine(bad)
         if not refs:
             raise UserError(
