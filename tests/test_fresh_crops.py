@@ -20,6 +20,7 @@ from logonet.core import seeding
 from logonet.data import classes, cropping, manifest, phantom, prepared_scans, preparing
 from logonet.data.crop_shards import slices_of
 from logonet.data.manifest import Manifest, Scan
+from logonet.pipelines import preparation
 from logonet.storage.parquet import Rows
 from logonet.training.dataset import FreshCrops
 from logonet.training.schedule import SampleSchedule
@@ -188,3 +189,22 @@ def test_pretraining_cuts_fresh_crops_unless_it_is_told_not_to(tmp_path: Path) -
 def test_seeds_of_crops_do_not_touch_each_other() -> None:
     keys = {seeding.integer(0, "fresh", repeat, slot, "a") for repeat in range(4) for slot in range(4)}
     assert len(keys) == 16
+
+
+def test_pretraining_and_finetuning_share_what_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phantom.write_dataset(str(tmp_path / "scans"), 4, size_vox=(40, 36, 36))
+    root = str(tmp_path / "runs")
+    table, _ = preparation.import_scans(str(tmp_path / "scans"), root, HERE)
+    refs, _ = preparation.make_scans(table, CROPS, root, HERE)
+    with monkeypatch.context() as patched:
+        patched.setattr(prepared_scans, "prepare_image", lambda *_: pytest.fail("prepared again"))
+        cfg = prepared_scans.Config.of(CROPS)
+        cases, _ = preparation.make_cases(table, (), cfg, classes.Config(), root, HERE)
+    assert len(cases) == len(refs) == 4
+    assert [ref.image for ref in refs] == [ref.image for ref in cases.refs]
+    assert len(list((tmp_path / "runs" / "scans").glob("*/images/*"))) == 4
+    other = replace(cfg, spacing_mm=(2.0, 2.0, 2.0))
+    coarse, _ = preparation.make_cases(table, (), other, classes.Config(), root, HERE)
+    assert {Path(ref.uri).parent for ref in coarse.refs}.isdisjoint(Path(ref.uri).parent for ref in refs)
