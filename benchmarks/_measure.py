@@ -95,6 +95,29 @@ def _status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+class OwnMemory:
+    """While it is open, samples this process's memory without pages that it shares: ``peak_bytes``."""
+
+    def __init__(self, every_s: float = 0.05) -> None:
+        self.every_s, self.peak_bytes = every_s, 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> OwnMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self.peak_bytes = max(self.peak_bytes, _status("RssAnon"))
+            if self._ended.wait(self.every_s):
+                return
+
+
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
     """A table, its first column to the left and the others to the right."""
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]

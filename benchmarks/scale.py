@@ -104,10 +104,10 @@ class Stages:
                 uri = f"s3://bucket/runs/prepared/0123456789abcdef/{scan.scan_id}.safetensors"
                 return prepared_scans.Ref(scan.scan_id, uri, 9000, (1, 400, 400, 300), digest(scan.scan_id))
 
-        def label(task: Any, labeller: Any) -> tuple[list[CropRef], np.ndarray]:
+        def label(task: Any, labeller: Any) -> tuple[Rows[CropRef], np.ndarray]:
             ids = [task.crops.refs[scan[0]].scan_id for scan in task.crops.by_scan()]
             refs = [ref for i in ids for ref in refs_of(i, per_scan, 2 * clusterers * depth)]
-            return refs, np.ones((clusterers, codes), np.int64)
+            return Rows.of(refs, CropRef), np.ones((clusterers, codes), np.int64)
 
         self.cut, self.prepare, self.label = Cut, Prepare, label
 
@@ -189,11 +189,10 @@ class Watch:
         self.rows: list[dict[str, Any]] = []
 
     def run(self, name: str, count: int, work: Callable[..., Any], *args: Any) -> Any:
-        _measure.reset_peak()
         started = time.perf_counter()
-        with _measure.StoreWatch() as watch:
+        with _measure.StoreWatch() as watch, _measure.OwnMemory() as own:
             result = work(*args)
-        seconds, driver_gib = time.perf_counter() - started, _measure.peak_bytes() / GIB
+        seconds, driver_gib = time.perf_counter() - started, own.peak_bytes / GIB
         row = {"stage": name, "items": count, "seconds": seconds, "driver_gib": driver_gib}
         self.rows.append({**row, "store_gib": watch.peak_bytes / GIB})
         print(f"{name:40} {count:9,} {seconds:7.1f} s  driver {driver_gib:.2f} GiB", flush=True)

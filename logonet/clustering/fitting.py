@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -101,21 +101,21 @@ def label_crops(
     Returns:
         the table of the labels, and how many slices have each, int64 (N, K) with the largest K.
     """
-    stored, scans = crop_shards.stored_shards(uri), table.by_scan()
-    shape = len(labeller.sizes), table.size_vox[2]
+    scans = table.by_scan()
     at_once = -(-len(scans) // LABEL_TASKS)
-    groups = [scans[i : i + at_once] for i in range(0, len(scans), at_once)]
-    items = [_LabelTask(table.take([i for scan in group for i in scan]), uri, {}) for group in groups]
-    for item in items:
-        names = map(crop_shards.shard_name, set(item.crops.refs.column("scan_id")))
-        item.stored.update({name: stored[name] for name in names if name in stored})
-    refs: dict[int, list[CropRef]] = {}
-    counts_NK = np.zeros((shape[0], max(labeller.sizes)), np.int64)
+    groups = [range(some[0][0], some[-1][-1] + 1) for some in _parts(scans, at_once)]
+    items = _LabelTasks(table, uri, crop_shards.stored_shards(uri), groups)
+    refs: list[Any] = [None] * len(items)
+    counts_NK = np.zeros((len(labeller.sizes), max(labeller.sizes)), np.int64)
     for i, (found, count_NK) in executor.stream(_label, items, shared=(labeller,), workers="data actors"):
         refs[i] = found
         counts_NK += count_NK
-    rows = Rows.of((ref for i in range(len(items)) for ref in refs[i]), CropRef)
-    return LabelTable(uri, rows, *shape), counts_NK
+    return LabelTable(uri, Rows.joined(refs), len(labeller.sizes), table.size_vox[2]), counts_NK
+
+
+def _parts(items: list[range], at_once: int) -> Iterator[list[range]]:
+    for begin in range(0, len(items), at_once):
+        yield items[begin : begin + at_once]
 
 
 @dataclass(frozen=True)
@@ -127,15 +127,33 @@ class _LabelTask:
     stored: dict[str, int]
 
 
-def _label(task: _LabelTask, labeller: Any) -> tuple[list[CropRef], np.ndarray]:
+@dataclass(frozen=True)
+class _LabelTasks(Sequence[_LabelTask]):
+    """A task for each of ``groups``, made when it is asked for: all of them would be a second table."""
+
+    table: CropTable
+    uri: str
+    stored: dict[str, int]
+    groups: list[range]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, i: int) -> _LabelTask:  # type: ignore[override]
+        crops = self.table.take(self.groups[i])
+        names = set(map(crop_shards.shard_name, crops.refs.column("scan_id")))
+        return _LabelTask(crops, self.uri, {n: self.stored[n] for n in names if n in self.stored})
+
+
+def _label(task: _LabelTask, labeller: Any) -> tuple[Rows[CropRef], np.ndarray]:
     """Where the labels lie, and how many slices have each."""
-    refs, most = [], max(labeller.sizes)
+    most, refs = max(labeller.sizes), list[CropRef]()
     counts_NK = np.zeros((len(labeller.sizes), most), np.int64)
     for scan in task.crops.by_scan():
         found, labels_RNZ = _label_scan(task, scan, labeller)
         refs += found
         counts_NK += [np.bincount(labels_RNZ[:, n].ravel(), minlength=most) for n in range(len(counts_NK))]
-    return refs, counts_NK
+    return Rows.of(refs, CropRef), counts_NK
 
 
 def _label_scan(task: _LabelTask, scan: range, labeller: Any) -> tuple[list[CropRef], np.ndarray]:

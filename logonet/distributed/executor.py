@@ -67,7 +67,8 @@ class RayExecutor:
         constructor = (fn, [ray.put(value) for value in shared])
         # Items travel as rows: each task would have to unpickle all of them if its function knew them.
         numbers = np.array_split(np.arange(len(items)), min(len(items), MAX_TASKS))
-        rows = ray.data.from_arrow([_table(items, part) for part in numbers])
+        blocks: list[Any] = [ray.put(_table(items, part)) for part in numbers]
+        rows = ray.data.from_arrow_refs(blocks)
         if workers == "tasks":
             answers = rows.map_batches(
                 lambda batch: _Call(*constructor)(batch), batch_size=None, num_cpus=given.cpus_per_task

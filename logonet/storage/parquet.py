@@ -33,6 +33,13 @@ class Rows(Generic[T]):
         columns = [pa.array([getattr(row, f.name) for row in rows], f.type) for f in schema]
         return cls(pa.Table.from_arrays(columns, schema=schema), row_type)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Rows[T]]) -> Rows[T]:
+        """The rows of several, of which there is at least one."""
+        import pyarrow as pa
+
+        return cls(pa.concat_tables([part.table for part in parts]), parts[0].row_type)
+
     def __len__(self) -> int:
         return self.table.num_rows
 
