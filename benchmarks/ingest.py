@@ -8,8 +8,9 @@ Every way starts from gzipped NIfTI in the embedded S3 server and ends with crop
 that would train. They take turns in one run, on scans that none has seen: every turn has a fresh folder for what it
 keeps, and every process has done one scan before.
 
-ours: `preparing.cut_scans` (read, verify, decode, check, cut, store the crops in the bucket with their checksums) and
-then `feed.batches` (read and verify, draw masks, stack, through Ray's object store). Later epochs are the second part.
+ours: `preparing.prepare_scans` (read, verify, decode, check, window, store the scan in the bucket, in chunks with their
+checksums) and then `feed.batches` (draw fresh crops, read and verify their chunks, stack, through Ray's object store).
+Later epochs are the second part alone, from the node's own cache.
 bare: one process a core; GET, gunzip, nibabel, NumPy and SciPy, the same crops bit for bit (checked), sent through a
 pipe. Nothing is verified and nothing is kept, so every epoch costs the same.
 MONAI: DataLoader with one process a core on a PersistentDataset of an equivalent chain; its first epoch gets
@@ -26,6 +27,7 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -34,7 +36,7 @@ import statistics
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +47,20 @@ import tyro
 
 from logonet import methods, training
 from logonet.core import seeding
-from logonet.data import crop_shards, cropping, manifest, phantom, preparing, volume
+from logonet.data import cropping, manifest, phantom, prepared_scans, preparing, volume
 from logonet.distributed import cluster, feed
 from logonet.distributed.executor import RayExecutor
 from logonet.pipelines import preparation
-from logonet.storage import object_store
+from logonet.storage import node_cache, object_store
+from logonet.storage.parquet import Rows
 from logonet.training import dataset, schedule
+from logonet.training.communicator import Communicator
 from tools.s3server import S3Server
 
 SCANS = Path(__file__).parents[2] / "shared" / "data" / "scans"
 REAL = ("ct_trunk_3mm", "ct_abdomen_3mm", "ct_head_oblique", "ct_head_float64", "mr_abdomen_3mm")
 CORES = os.cpu_count() or 1
-LABELS = 80  # clusterers whose pseudo-labels ride along, as in the paper
+METHOD = "mae3d"  # whose samples are the crops as they are and a few numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +101,7 @@ def main(args: Args) -> None:
     os.environ |= _measure.SETTINGS
     cfg = cropping.Config(size_vox=(args.crop_vox,) * 3, per_scan=args.per_scan, spacing_mm=args.spacing_mm)
     with tempfile.TemporaryDirectory(prefix="logonet-ingest-") as folder, S3Server(f"{folder}/s3") as server:
-        os.environ |= server.env()
+        os.environ |= {**server.env(), node_cache.DIR: f"{folder}/cache"}
         object_store.create_bucket("s3://ingest")
         # Before Ray and torch start threads: forked processes must not inherit a lock that someone holds.
         with concurrent.futures.ProcessPoolExecutor(CORES, multiprocessing.get_context("fork")) as pool:
@@ -139,11 +143,10 @@ def make_scan(args: Args, number: int) -> bytes:
 # ------------------------------------------------------------------------------------------------ ours
 
 
-def feed_of(table: crop_shards.CropTable, batch: int) -> dataset.TrainingDataset:
-    labels_PNZ = np.zeros((len(table), LABELS, table.size_vox[2]), np.int16)
-    order = schedule.SampleSchedule(len(table), batch, seed=0)
-    method_cfg = methods.config("masked_clusters")
-    return dataset.TrainingDataset("masked_clusters", method_cfg, order, table, labels_PNZ)
+def feed_of(refs: Sequence[prepared_scans.Ref], cfg: cropping.Config, batch: int) -> dataset.FreshCrops:
+    order = schedule.SampleSchedule(len(refs) * cfg.per_scan, batch, seed=0)
+    rows = Rows.of(refs, prepared_scans.Ref)
+    return dataset.FreshCrops(METHOD, methods.config(METHOD), order, rows, cfg)
 
 
 class Ours:
@@ -154,30 +157,40 @@ class Ours:
         # No step runs here, so all processors may feed.
         allocation = dataclasses.replace(allocation, cpus_per_data_task=allocation.cpus_per_task)
         self.executor = RayExecutor(resources, allocation)
-        self.table: crop_shards.CropTable | None = None
+        self.refs: list[prepared_scans.Ref] = []
 
-    def cut(self, scans: list[manifest.Scan], uri: str) -> int:
-        refs, bad = preparing.cut_scans(scans, self.cfg, uri, self.executor)
+    def prepare(self, scans: list[manifest.Scan], root: str) -> int:
+        as_cases = prepared_scans.Config.of(self.cfg)
+        self.refs, bad = preparing.prepare_scans(scans, None, as_cases, root, self.executor)
         assert not bad, bad
-        self.table = crop_shards.CropTable(uri, self.cfg.size_vox, 1, tuple(refs))
-        return len(refs)
+        return len(self.refs)
 
-    def feed(self) -> int:
+    def feed(self, epoch: int) -> int:
         """One epoch, as a rank's loop takes it."""
+        return sum(len(batch["image"]) for batch in self.batches(epoch))
+
+    def batches(self, epoch: int) -> Iterator[dict[str, torch.Tensor]]:
         import ray
 
-        assert self.table is not None
-        of_epoch = feed_of(self.table, self.args.batch)
-        order = of_epoch.schedule
-        positions = schedule.MicroBatches(order, self.args.batch, 0, order.steps_per_pass)
-        arrays = feed.batches([ray.put(of_epoch)], positions, self.executor.allocation)
-        return sum(len(batch["image"]) for batch in training.to_tensors(arrays, torch.device("cpu")))
+        of_epoch = feed_of(self.refs, self.cfg, self.args.batch)
+        steps = of_epoch.schedule.steps_per_pass
+        positions = schedule.MicroBatches(
+            of_epoch.schedule, self.args.batch, epoch * steps, (epoch + 1) * steps
+        )
+        arrays = feed.batches([ray.put(of_epoch)], positions, self.executor.allocation, Communicator())
+        return training.to_tensors(arrays, torch.device("cpu"))
+
+
+def corners_of(ref: prepared_scans.Ref, cfg: cropping.Config) -> list[list[int]]:
+    """Where a scan's crops lie in the first epoch."""
+    of_scan = feed_of([ref], cfg, cfg.per_scan)
+    return [of_scan.corner(0, slot).tolist() for slot in range(cfg.per_scan)]
 
 
 # ------------------------------------------------------------------------------------------------ bare
 
 
-Task = tuple[str, str, str, cropping.Config]  # a scan's URI, modality and id, and how to cut it
+Task = tuple[str, str, cropping.Config, list[list[int]]]  # a scan's URI and modality, and where to cut it
 
 
 def bare_scan(task: Task) -> np.ndarray:
@@ -185,7 +198,7 @@ def bare_scan(task: Task) -> np.ndarray:
     import nibabel as nib
     from scipy import ndimage
 
-    uri, modality, scan_id, cfg = task
+    uri, modality, cfg, corners = task
     bucket, key = uri.removeprefix("s3://").split("/", 1)
     body = bare_client().get_object(Bucket=bucket, Key=key)["Body"].read()
     image = nib.as_closest_canonical(nib.Nifti1Image.from_bytes(gzip.decompress(body)))
@@ -197,8 +210,6 @@ def bare_scan(task: Task) -> np.ndarray:
     low, high = cfg.window_hu
     if modality == "MR":
         low, high = np.percentile(scan_XYZ[scan_XYZ != 0], cfg.mr_percentiles)
-    # Where to cut is ours in both, or there would be nothing to compare.
-    corners = cropping.choose_corners(scan_XYZ[None], (low, high), cfg, scan_id)
     out_RXYZ = np.empty((len(corners), *cfg.size_vox), np.uint16)
     for r, corner in enumerate(corners):
         crop_XYZ = cropping.cut(scan_XYZ[None], corner, cfg.size_vox, pad=low)[0]
@@ -268,18 +279,21 @@ def measure(
     turns: dict[str, list[Turn]] = {}
     watch = _measure.StoreWatch()
     context = multiprocessing.get_context("spawn")
-    first, *tasks = [(s.uri, s.modality, s.scan_id, cfg) for s in table]
     with context.Pool(CORES) as pool, watch, _measure.Cores() as cores:
+        ours.prepare([warm] * (4 * CORES), "s3://ingest/warm")  # each of Ray's workers imports what it needs
+        ours.feed(0)
+        first = (warm.uri, warm.modality, cfg, corners_of(ours.refs[0], cfg))
         pool.map(bare_scan, [first] * (2 * CORES), chunksize=1)
-        ours.cut([warm] * (4 * CORES), "s3://ingest/warm")  # each of Ray's workers imports what it needs
-        ours.feed()
         for number in range(args.rounds):
-            uri = f"s3://ingest/crops-{number}"
-            take(turns, cores, server, "ours, cutting", functools.partial(ours.cut, rest, uri))
-            take(turns, cores, server, "ours, feeding", ours.feed)
+            root = f"s3://ingest/runs-{number}"
+            node_cache.clear()
+            take(turns, cores, server, "ours, preparing", functools.partial(ours.prepare, rest, root))
+            take(turns, cores, server, "ours, feeding", functools.partial(ours.feed, 0))
+            take(turns, cores, server, "ours, feeding again", functools.partial(ours.feed, 1))
+            tasks = [(s.uri, s.modality, cfg, corners_of(r, cfg)) for s, r in zip(rest, ours.refs)]
             if number == 0:
                 same_crops(ours, pool, tasks)
-            take(turns, cores, server, "bare", lambda: sum(len(c) for c in bare_epoch(pool, tasks)))
+            take(turns, cores, server, "bare", lambda t=tasks: sum(len(c) for c in bare_epoch(pool, t)))
             if args.monai:
                 place = f"{folder}/monai-{number}"
                 loader = monai_loader(args, cfg, [s.uri for s in rest], place)
@@ -287,7 +301,7 @@ def measure(
                 take(turns, cores, server, "MONAI, second epoch", functools.partial(monai_epoch, loader))
                 del loader
                 shutil.rmtree(place)
-            object_store.delete_prefix(uri)
+            object_store.delete_prefix(root)
     voxel_bytes = sum(int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in rest)
     return {
         "turns": {name: [dataclasses.asdict(t) for t in taken] for name, taken in turns.items()},
@@ -328,11 +342,13 @@ def bare_epoch(pool: Any, tasks: list[Task]) -> Iterator[torch.Tensor]:
 
 def same_crops(ours: Ours, pool: Any, tasks: list[Task]) -> None:
     """Both ways must have cut the same voxels, or nothing is compared."""
-    assert ours.table is not None
-    found = iter(range(len(ours.table)))
-    for crops_RXYZ in pool.imap(bare_scan, tasks):
-        for crop_XYZ in crops_RXYZ:
-            np.testing.assert_array_equal(ours.table.read(next(found))[0], crop_XYZ)
+    fed = {digest(image_CXYZ[0].numpy()) for batch in ours.batches(0) for image_CXYZ in batch["image"]}
+    bare = {digest(crop_XYZ) for crops_RXYZ in pool.imap(bare_scan, tasks) for crop_XYZ in crops_RXYZ}
+    assert fed == bare
+
+
+def digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------- floors
@@ -363,17 +379,26 @@ def floors(cfg: cropping.Config, uri: str) -> dict[str, float]:
     }
     row = manifest.inspect(manifest.Source(uri))
     assert isinstance(row, manifest.Scan), row
-    cut = preparing.CutScan(cfg, "s3://ingest/floors", {})
-    refs = cut(row)
-    assert isinstance(refs, list), refs
-    floor = feed_of(crop_shards.CropTable("s3://ingest/floors", cfg.size_vox, 1, tuple(refs)), len(refs))
+    stores = (f"s3://ingest/floors/scans/{i}" for i in itertools.count())
+    prepare = preparing.PrepareScan(None, prepared_scans.Config.of(cfg), next(stores))
+    ref = prepare(row)
+    assert isinstance(ref, prepared_scans.Ref), ref
+    floor, corners = feed_of([ref], cfg, cfg.per_scan), corners_of(ref, cfg)
+
+    def fed() -> None:
+        prepared_scans._tensor.cache_clear()  # another scan's chunks would be there
+        floor.rows([(0, i) for i in range(cfg.per_scan)])
+
     work |= {
         "a scan, bare loop, without Ray or pipe": (
             len(raw),
-            lambda: bare_scan((uri, modality, row.scan_id, cfg)),
+            lambda: bare_scan((uri, modality, cfg, corners)),
         ),
-        "a scan, ours, cut and kept, without Ray": (len(raw), lambda: cut(row)),
-        "a scan, ours, fed, without Ray": (len(raw), lambda: floor.rows([(0, i) for i in range(len(refs))])),
+        "a scan, ours, prepared and kept, without Ray": (
+            len(raw),
+            lambda: dataclasses.replace(prepare, store=next(stores))(row),
+        ),
+        "a scan, ours, fed from the node's cache, without Ray": (len(raw), fed),
     }
     if (spacing_mm := cfg.spacing_mm) is not None:
         new = volume.resample(decoded, spacing_mm)
@@ -404,8 +429,8 @@ def report(args: Args, about: dict[str, Any], result: dict[str, Any]) -> None:
     turns = {name: [Turn(**t) for t in taken] for name, taken in result["turns"].items()}
     n = args.scans
     ways = {
-        "ours, first epoch (cut, keep, feed)": ("ours, cutting", "ours, feeding"),
-        "ours, later epochs (feed)": ("ours, feeding",),
+        "ours, first epoch (prepare, keep, feed)": ("ours, preparing", "ours, feeding"),
+        "ours, later epochs (feed)": ("ours, feeding again",),
         "bare nibabel + NumPy, every epoch": ("bare",),
         "MONAI PersistentDataset, first epoch": ("MONAI, first epoch",),
         "MONAI PersistentDataset, later epochs": ("MONAI, second epoch",),

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
-from logonet.data import cropping, manifest, phantom, volume
+from logonet.data import cropping, manifest, phantom, prepared_scans, preparing, volume
 from logonet.storage import object_store
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -34,9 +34,11 @@ def test_the_bare_loop_cuts_our_crops(
     row = manifest.inspect(manifest.Source(uri, modality=modality))
     assert isinstance(row, manifest.Scan)
     cfg = cropping.Config(size_vox=(32, 24, 32), spacing_mm=spacing_mm)
-    ours_RCXYZ = cropping.crops_of(manifest.load(row), row.modality, cfg, row.scan_id)
-    bare_RXYZ = ingest.bare_scan((uri, row.modality, row.scan_id, cfg))
-    np.testing.assert_array_equal(bare_RXYZ, ours_RCXYZ[:, 0])
+    ref = preparing.PrepareScan(None, prepared_scans.Config.of(cfg), f"{bucket}/scans/p")(row)
+    assert isinstance(ref, prepared_scans.Ref)
+    ours_RCXYZ = [row["image"] for row in ingest.feed_of([ref], cfg, 4).rows([(0, i) for i in range(4)])]
+    bare_RXYZ = ingest.bare_scan((uri, row.modality, cfg, ingest.corners_of(ref, cfg)))
+    np.testing.assert_array_equal(bare_RXYZ, np.stack(ours_RCXYZ)[:, 0])
 
 
 @pytest.mark.slow
@@ -45,6 +47,7 @@ def test_the_bare_loop_cuts_our_crops(
     [
         "ingest.py --scans 3 --distinct 2 --rounds 1 --shape 40 40 40 --crop-vox 32 --batch 2",
         "training.py --workers 1 2 --steps 1 --epochs 1 --global-batch 2 --size 64 --clusterers 2 --k 5",
+        "scale.py --scans 50 --per-scan 2 --steps 3 --ranks 2",
         "fitting.py --clusterers 2 --k-min 4 --k-max 8 --iterations 2 --slices 256 --side 32 --rounds 1",
     ],
     ids=lambda command: command.split(".")[0],

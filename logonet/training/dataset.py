@@ -98,15 +98,23 @@ class FreshCrops(_Dataset):
         return [self._row(repeat, index) for repeat, index in samples]
 
     def _row(self, repeat: int, index: int) -> dict[str, np.ndarray]:
-        number, slot = divmod(index, self.crops.per_scan)
-        ref = self.scans[number]
-        rng = seeding.rng(self.schedule.seed, "fresh", repeat, slot, ref.scan_id)
-        corner = prepared_scans.draw_corner(ref, self.crops.size_vox, self.crops.min_foreground, rng)
+        ref, rng, corner = self._drawn(repeat, index)
         crop_CXYZ = prepared_scans.read_image(ref, corner.tolist(), self.crops.size_vox)
         raw: dict[str, Any] = {"image_CXYZ": crop_CXYZ}
         if self.labeller is not None:
             raw["labels_NZ"] = self.labeller(slices_of(crop_CXYZ)).T
         return methods.prepare(self.method)(raw, self.method_config, rng)
+
+    def corner(self, repeat: int, index: int) -> np.ndarray:
+        """The lower corner of the crop of (repeat, sample) in its prepared scan, int64 (3,)."""
+        return self._drawn(repeat, index)[2]
+
+    def _drawn(self, repeat: int, index: int) -> tuple[prepared_scans.Ref, np.random.Generator, np.ndarray]:
+        number, slot = divmod(index, self.crops.per_scan)
+        ref = self.scans[number]
+        rng = seeding.rng(self.schedule.seed, "fresh", repeat, slot, ref.scan_id)
+        corner = prepared_scans.draw_corner(ref, self.crops.size_vox, self.crops.min_foreground, rng)
+        return ref, rng, corner
 
 
 @dataclass(frozen=True)
