@@ -30,7 +30,7 @@ from logonet.data.preprocessing import Preprocessing
 from logonet.data.volume import Volume
 from logonet.storage import node_cache, object_store, safetensors_io
 
-CELL_VOX = 8  # side of a cell of `coverage`
+CELL_VOX = 8  # side of a cell of `coverage`: the bits of a byte
 CHUNK_VOX = 64  # side of a chunk: 512 KiB of image, so a request's latency is worth its bytes
 POSITIONS = 1000  # voxels kept of each class to centre crops on
 CHUNKS_CACHED = 128  # by a process, at most 96 MiB
@@ -86,12 +86,13 @@ def prepare_labels(indices_XYZ: np.ndarray, affine: np.ndarray, cfg: Preprocessi
 
 def coverage(image_CXYZ: np.ndarray) -> np.ndarray:
     """uint8 share, in 1/255, of each cell of CELL_VOX voxels a side in which any channel is not air."""
-    shares: Any = np.asarray((image_CXYZ > FOREGROUND * volume.UINT16_MAX).any(0), np.float32)
-    for axis, length in enumerate(shares.shape):
-        starts = np.arange(0, length, CELL_VOX)
-        sizes = np.diff([*starts, length]).reshape([-1 if a == axis else 1 for a in range(3)])
-        shares = np.add.reduceat(shares, starts, axis) / sizes
-    return np.round(255 * shares).astype(np.uint8)
+    above_XYZ = (image_CXYZ > int(FOREGROUND * volume.UINT16_MAX)).any(0)
+    counts: Any = np.bitwise_count(np.packbits(above_XYZ, axis=2)).astype(np.int64)  # of CELL_VOX voxels along Z
+    for axis in (0, 1):
+        counts = np.add.reduceat(counts, np.arange(0, counts.shape[axis], CELL_VOX), axis)
+    sides = [np.diff([*range(0, n, CELL_VOX), n]) for n in above_XYZ.shape]
+    sizes = sides[0][:, None, None] * sides[1][:, None] * sides[2]
+    return np.round(255 * counts / sizes).astype(np.uint8)
 
 
 def class_positions(labels_XYZ: np.ndarray, seed: int, scan_id: str) -> dict[int, np.ndarray]:

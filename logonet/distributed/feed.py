@@ -19,8 +19,8 @@ from logonet.training.communicator import Communicator
 from logonet.training.dataset import Dataset
 from logonet.training.schedule import MicroBatches
 
-BLOCK_BYTES = 8 << 20  # prepared samples of one block, which one task makes
-BLOCKS_AHEAD = 3  # blocks that a rank has fetched or on their way before it needs them
+BLOCK_BYTES = 32 << 20  # prepared samples of one block, which one task makes
+BLOCKS_AHEAD = 2  # blocks that a rank has fetched or on their way before it needs them
 WINDOW_BLOCKS = 2000  # of one stream: Ray makes the read tasks of all blocks before the first runs
 
 

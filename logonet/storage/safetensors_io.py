@@ -31,7 +31,7 @@ def to_bytes(arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> byte
 
 def to_bytes_with_checksums(arrays: Mapping[str, np.ndarray], about: Mapping[str, str]) -> bytes:
     """The same; "sha256" in the metadata is a JSON mapping from each array's name to the SHA-256 of its bytes."""
-    sums = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
+    sums = {name: hashlib.sha256(array.data).hexdigest() for name, array in arrays.items()}
     return to_bytes(arrays, {**about, "sha256": json.dumps(sums)})
 
 
