@@ -18,11 +18,12 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 from test_serving import post, wait_for
 
 from logonet.data import phantom
-from logonet.storage import object_store
+from logonet.storage import artifacts, object_store
 from tools.s3server import S3Server, free_ports
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
@@ -82,33 +83,58 @@ def put(files: list[Path], prefix: str) -> None:
 def test_sixteen_workers_pretrain_on_real_scans(
     head: dict[str, str], shared_data: Path, recipe: str, folder: str, scans: int, settings: list[str]
 ) -> None:
+    """On fresh crops; and once more, killed in the middle, with the same bits at the end."""
     images = sorted(p for p in (shared_data / folder).glob("*.nii.gz") if "labels" not in p.name)
     assert len(images) == scans
     bucket = f"s3://real-{recipe.replace('_', '-')}"
     put(images, f"{bucket}/scans")
-    started = time.monotonic()
-    job = subprocess.run(
-        [f"{BIN}/ray", "job", "submit", "--working-dir", ".", "--"]
-        + ["python", "jobs/pretrain.py", "--recipe", recipe, "--data", f"{bucket}/scans/"]
-        + ["--root", f"{bucket}/runs", "--workers", "16"]
-        + [word for setting in settings for word in ("--set", setting)],
-        cwd=REPO,
-        env=head,
-        capture_output=True,
-        text=True,
-    )
-    assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-3000:]
-    print(job.stdout[-3000:], f"\n{time.monotonic() - started:.0f} s")
-    (manifest,) = [
-        e.uri
-        for e in object_store.listing(f"{bucket}/runs/pretrain")
-        if e.uri.endswith("/manifest.json") and "/checkpoints/" not in e.uri
-    ]
-    history = json.loads(object_store.read(manifest.replace("manifest.json", "history.json")))
+    command = [f"{BIN}/ray", "job", "submit", "--working-dir", ".", "--"]
+    command += ["python", "jobs/pretrain.py", "--recipe", recipe, "--data", f"{bucket}/scans/"]
+    command += ["--root", f"{bucket}/runs", "--workers", "16"]
+    command += [word for setting in settings for word in ("--set", setting)]
+
+    def run() -> artifacts.Artifact:
+        started = time.monotonic()
+        job = subprocess.run(command, cwd=REPO, env=head, capture_output=True, text=True)
+        assert job.returncode == 0, job.stdout[-5000:] + job.stderr[-3000:]
+        assert head["AWS_SECRET_ACCESS_KEY"] not in job.stdout + job.stderr
+        print(job.stdout[-3000:], f"\n{time.monotonic() - started:.0f} s")
+        (place,) = {uri.rsplit("/", 1)[0] for uri in manifests(bucket) if "/checkpoints/" not in uri}
+        artifact = artifacts.find(place)
+        assert artifact is not None
+        return artifact
+
+    artifact = run()
+    assert artifact.parents.keys() == {"labels", "prepared"}
+    history = json.loads(artifact.read("history.json"))
     assert len(history) == (2 if settings else 4)
     assert history[-1]["loss"] < history[0]["loss"]
     assert all(0 < e["accuracy_floor"] < 1 and e["effective_rank"] > 1 for e in history)
-    assert head["AWS_SECRET_ACCESS_KEY"] not in job.stdout + job.stderr
+
+    object_store.delete_prefix(f"{bucket}/runs/pretrain")
+    job = subprocess.Popen(command, cwd=REPO, env=head, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not any("/checkpoints/" in uri for uri in manifests(bucket)):
+        assert job.poll() is None
+        time.sleep(1)
+    drivers = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "jobs/pretrain.py" in (words := process.info["cmdline"] or []) and "submit" not in words
+    ]
+    assert drivers
+    for process in drivers:
+        process.kill()
+    assert job.wait() != 0
+    assert not any("/checkpoints/" not in uri for uri in manifests(bucket))
+    again = run()
+    assert again.files["backbone.safetensors"] == artifact.files["backbone.safetensors"]
+    assert [e["loss"] for e in json.loads(again.read("history.json"))] == [e["loss"] for e in history]
+
+
+def manifests(bucket: str) -> list[str]:
+    """Of what pretraining has stored: checkpoints, and at last the artifact."""
+    found = object_store.listing(f"{bucket}/runs/pretrain")
+    return [entry.uri for entry in found if entry.uri.endswith("/manifest.json")]
 
 
 def test_a_model_finetuned_here_and_served_segments_a_real_ct(shared_data: Path, tmp_path: Path) -> None:

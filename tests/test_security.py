@@ -400,12 +400,12 @@ def test_a_scan_id_from_a_store_cannot_lead_out(tmp_path: Path) -> None:
 
     values = {f.name: () if "tuple" in str(f.type) else "" for f in dataclasses.fields(Scan)}
     scan = Scan(**{**values, "scan_id": "../../outside"})  # type: ignore[arg-type]
-    for cut in (
-        preparing.CutScan(cropping.Config(), str(tmp_path / "crops"), {}),
-        preparing.PrepareScan((0, 1), prepared_scans.Config(), str(tmp_path / "cases")),
+    for cut, item in (
+        (preparing.CutScan(cropping.Config(), str(tmp_path / "crops")), (scan, 0)),
+        (preparing.PrepareScan(None, prepared_scans.Config(), str(tmp_path / "store")), scan),
     ):
         with pytest.raises(UserError, match=r"leads out of"):
-            cut(scan)
+            cut(item)
 
 
 def test_a_backbone_or_method_is_one_of_ours(tmp_path: Path) -> None:
