@@ -80,10 +80,13 @@ def test_an_address_depends_on_content_alone() -> None:
     assert by_class[1] == by_mapping[1]
 
 
-def test_a_change_of_schema_starts_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    old = artifacts.address("/r", "crop", CropConfig(), {})
+def test_a_change_of_format_starts_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = {stage: artifacts.address("/r", stage, CropConfig(), {}) for stage in ("crop", "cut")}
+    monkeypatch.setitem(artifacts.FORMATS, "crop", 2)
+    assert artifacts.address("/r", "crop", CropConfig(), {}) != old["crop"]
+    assert artifacts.address("/r", "cut", CropConfig(), {}) == old["cut"]
     monkeypatch.setattr(artifacts, "SCHEMA", artifacts.SCHEMA + 1)
-    assert artifacts.address("/r", "crop", CropConfig(), {}) != old
+    assert artifacts.address("/r", "cut", CropConfig(), {}) != old["cut"]
 
 
 def _edit(raw: bytes, key: str, value: object) -> bytes:

@@ -27,6 +27,7 @@ from logonet.storage import object_store
 from logonet.storage.object_store import Stored
 
 SCHEMA = 1  # of the manifest; part of every fingerprint, so a change of format starts afresh
+FORMATS = {"labels": 2, "cases": 2, "prepared": 2}  # of a stage's own files, where it is not the first
 MANIFEST = "manifest.json"
 STAT_THREADS = 16
 
@@ -74,6 +75,8 @@ class Artifact:
 def address(root: str, stage: str, cfg: Any, parents: Mapping[str, str]) -> tuple[str, str]:
     """URI and fingerprint of the result of ``stage`` for ``cfg`` (a dataclass or mapping) and ``parents``."""
     parts = {"stage": stage, "schema": SCHEMA, "config": to_dict(cfg), "parents": dict(parents)}
+    if stage in FORMATS:
+        parts["format"] = FORMATS[stage]
     fingerprint = config.fingerprint(parts)
     return object_store.join(root, stage, fingerprint), fingerprint
 
