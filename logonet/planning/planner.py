@@ -114,11 +114,12 @@ def make(
     cache_gb = cache_budget_gb(of, cluster) if in_bucket else 0
     fetched = fetched_share(of, cluster.nodes, kept_share(of, cache_gb))
     own = replace(own, read_bytes=fetched * of.read_bytes, label_flop=of.label_flop if fresh else 0.0)
-    stages = tuple(replace(s, read=fetched * s.read) if s.name == "pretrain" else s for s in of.stages)
-    of = replace(of, stages=stages)
+    *before, training_stage = of.stages
+    of = replace(of, stages=(*before, replace(training_stage, read=fetched * training_stage.read)))
     counts = {"count": len(scans.scans), "stored_bytes": scans.stored_bytes, "too_small": of.too_small}
     slice_voxels = scans.channels * math.prod(cfg.crops.size_vox[:2])
     labeller = max(LABELLER_BYTES_PER_CODE * sum(of.cluster_sizes), LABELLER_BYTES_PER_VOXEL * slice_voxels)
+    labeller = labeller if of.cluster_sizes else 0
     plan = Plan(
         config=cfg,
         cluster=cluster,
@@ -143,9 +144,8 @@ def make(
             plan = _timed(plan, of, own, at)
         except UserError as err:
             refusals.append(str(err))
-    for what, need, have, hint in _limits(
-        plan, of, own, at, resources, local=not in_bucket and cluster.nodes == 1
-    ):
+    local = not in_bucket and cluster.nodes == 1
+    for what, need, have, hint in _limits(plan, of, own, at, resources, local):
         if need > have:
             refusals.append(f"{what}: {gib(need)} needed, {gib(have)} available; {hint}")
     return replace(plan, refusals=tuple(refusals))
@@ -251,7 +251,7 @@ def gib(n: float) -> str:
 
 
 def _limits(
-    plan: Plan, of: Sizes, own: Work, at: Placement | None, resources: Resources, *, local: bool
+    plan: Plan, of: Sizes, own: Work, at: Placement | None, resources: Resources, local: bool
 ) -> Iterator[tuple[str, float, float, str]]:
     """What may not fit: what it is, bytes needed, bytes available, and what helps."""
     cfg, worker, asked_mb = plan.config, plan.worker_bytes, resources.object_store_mb

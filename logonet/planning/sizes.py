@@ -352,8 +352,9 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
     # While its screen is built, a labeller's centroids are there in float64 too; it is sent from plain copies.
     labelling = 3 * (centroids + screen) + labels_table + 8 * len(counts) * max(counts, default=0)
     labeller, copies = centroids + screen, centroids + 3 * screen
-    dataset = ROW_BYTES * len(good) if fresh else pool_table + labels_table
-    in_training = dataset + pool_table + labels_table + (copies if fresh else 0)
+    dataset = ROW_BYTES * len(good) + labeller if fresh else pool_table + labels_table
+    in_training = pool_table + labels_table + (ROW_BYTES * len(good) + copies if fresh else 0)
+    batches = steps * cfg.train.global_batch * read
     skipped = {"import"} if scans.imported else set()
     skipped |= set() if fresh else {"prepared"}
     skipped |= set() if counts else {"clusterers", "labels"}
@@ -365,14 +366,7 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
         # Every fit is stored, read again and stored once more in the set.
         Stage("clusterers", sample + centroids, centroids + fitted, fitted, sample, in_driver),
         Stage("labels", fitted + len(labelled) * per_scan * crop, labels, labels, labeller, labelling),
-        Stage(
-            "pretrain",
-            steps * cfg.train.global_batch * read,
-            saves * checkpoint + final,
-            kept,
-            dataset + (labeller if fresh else 0),
-            in_training,
-        ),
+        Stage("pretrain", batches, saves * checkpoint + final, kept, dataset, in_training),
     ]
     files = {
         "crop": crop,
