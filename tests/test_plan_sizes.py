@@ -19,6 +19,7 @@ from logonet import networks, pipelines, recipes, training
 from logonet.clustering import fitting, kmeans
 from logonet.clustering.pseudo_labels import Labeller
 from logonet.core import seeding
+from logonet.core.config import Component
 from logonet.core.execution import InProcess
 from logonet.data import classes, crop_shards, cropping, phantom, prepared_scans
 from logonet.methods import DataSpec
@@ -295,10 +296,10 @@ def test_bfloat16_halves_memory_but_not_arithmetic(work: memory.Work, demo: pipe
 
 @pytest.mark.slow
 def test_a_method_whose_shapes_depend_on_data_is_not_counted_and_the_plan_says_so() -> None:
-    options = {"name": "swinunetr", **networks.tiny("swinunetr")}
+    backbone, method = Component("swinunetr", networks.tiny("swinunetr")), Component("simtrot")
     facts = DataSpec(size_vox=(64, 64, 64), batch_size=2)
-    sample = memory.prepared(facts, {"name": "simtrot"}, seeding.rng(0, "test"))
-    found = memory.micro_batch(options, {"name": "simtrot"}, facts, bf16=False, sample=sample)
+    sample = memory.prepared(facts, method, seeding.rng(0, "test"))
+    found = memory.micro_batch(backbone, method, facts, bf16=False, sample=sample)
     assert "without its method" in found.known_from
     assert found.peak_bytes > found.forward_bytes > 0
 
