@@ -217,7 +217,10 @@ def test_the_plan_had_said_what_the_run_would_write(done: Artifact, scans: str, 
 
     shards = object_store.listing(f"{root}/crops/{done.parents['crops']}/shards")
     assert planned.files["crops_cache"] == sum(e.size_bytes for e in shards)
-    assert planned.files["labels"] == size_of(f"{root}/labels/{done.parents['labels']}/labels.safetensors")
+    shards = object_store.listing(f"{root}/labels/{done.parents['labels']}/shards")
+    assert planned.files["labels"] == sum(e.size_bytes for e in shards)
+    images = [e.size_bytes for e in object_store.listing(f"{root}/scans") if "/images/" in e.uri]
+    assert planned.files["prepared"] == sum(images)
     fitted_bytes = size_of(f"{done.parents['clusterers_uri']}/clusterers.safetensors")
     # The inertias in its header have as many digits as they have.
     assert abs(planned.files["clusterers"] - fitted_bytes) <= 3 * len(planned.cluster_sizes) + 8

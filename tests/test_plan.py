@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +81,7 @@ def work(demo: pipelines.Pretraining) -> memory.Work:
 @pytest.fixture
 def counted(work: memory.Work, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans need not count the network again."""
-    monkeypatch.setattr(planner, "work", lambda cfg, gpu: work)
+    monkeypatch.setattr(planner, "work", lambda cfg, gpu, channels: work)
 
 
 def plan(
@@ -93,7 +94,7 @@ def plan(
     **resources: Any,
 ) -> planner.Plan:
     cluster = Cluster(pools or (Pool("node", NODE),), preemptions_per_node_h=preemptions)
-    return planner.make(cfg, scans, cluster, Resources(**resources), constants, local_root=local)
+    return planner.make(cfg, scans, cluster, Resources(**resources), constants, root="/runs" if local else "")
 
 
 def seconds(found: planner.Plan, stage: str) -> float:
@@ -114,6 +115,14 @@ def test_a_step_of_one_worker_by_hand() -> None:
     assert found.data_s == pytest.approx(prepare_s)
     assert found.samples_per_s == pytest.approx(1.0)
     assert found.waits_for == "CPU"
+
+
+def test_data_tasks_that_label_fresh_crops_need_cores_and_read_chunks() -> None:
+    fresh = replace(WORK, label_flop=4e9, read_bytes=5_000_000.0)
+    pool, own = (speed.step(TRAIN, work, at(1, 1), CONSTANTS) for work in (WORK, fresh))
+    assert own.data_s == pytest.approx(pool.data_s + 8 * 4e9 / 1e11 / 4)
+    far = replace(CONSTANTS, store_node_bytes_s=1e7)
+    assert speed.step(TRAIN, fresh, at(1, 1), far).data_s == pytest.approx(8 * 5e6 / 1e7)
 
 
 def test_threads_shorten_all_but_the_serial_share() -> None:
@@ -269,6 +278,43 @@ def test_lost_spot_nodes_cost_a_start_and_half_an_interval(
     assert seconds(rough, "pretrain") - seconds(calm, "pretrain") == pytest.approx(lost_s)
 
 
+# ------------------------------------------------------------------------------------- the nodes' own copies
+
+
+def test_a_node_is_told_to_keep_what_training_reads(demo: pipelines.Pretraining, counted: None) -> None:
+    scans = sizes.equal_scans(2000, (96, 96, 96))
+    for cfg in (demo, replace(demo, data=replace(demo.data, fresh_crops=False))):
+        found = plan(cfg, scans=scans, workers=2)
+        everything = (
+            found.bytes["prepared"] if cfg.data.fresh_crops else 8000 * (found.bytes["crop"] + 2 * 8 * 32)
+        )
+        assert found.cache_gb == math.ceil(everything / 0.9 / 1e9)
+        assert any(f"set LOGONET_CACHE_GB={found.cache_gb} on every node" in note for note in found.notes)
+        assert found.to_dict()["cache_gb"] == found.cache_gb
+        # One node fetches a little less than everything, how many epochs there may be.
+        assert found.stages[-1].read == pytest.approx(everything, rel=1e-3)
+        on_disk = plan(cfg, scans=scans, workers=2, local=True)
+        assert (on_disk.cache_gb, "LOGONET_CACHE_GB" in table.text(on_disk)) == (0, False)
+        assert on_disk.stages[-1].read > 5 * everything
+
+
+def test_what_a_disk_has_no_room_for_is_fetched_again(demo: pipelines.Pretraining, counted: None) -> None:
+    scans = sizes.equal_scans(2000, (96, 96, 96))
+    small = Pool("node", replace(NODE, disk_gib=2))
+    found, roomy = plan(demo, small, scans=scans, workers=2), plan(demo, scans=scans, workers=2)
+    assert found.cache_gb == 1  # of 1.7 GB, 80 % of the disk
+    assert any("keeps 25% of the 3.3 GiB" in note for note in found.notes)
+    assert roomy.stages[-1].read < found.stages[-1].read
+
+
+@given(st.integers(1, 64), st.floats(0, 1), st.floats(0, 1))
+def test_keeping_more_never_fetches_more(nodes: int, kept: float, more: float) -> None:
+    of = sizes.sizes(recipes.demo(), SCANS, WORK.network)
+    shares = [planner.fetched_share(of, nodes, k) for k in sorted((0.0, kept, more, 1.0))]
+    assert shares[0] == pytest.approx(1.0)
+    assert all(0 < few <= many + 1e-9 for many, few in itertools.pairwise(shares))
+
+
 # ------------------------------------------------------------------------------------- what will not fit
 
 
@@ -283,7 +329,7 @@ def test_a_plan_that_fits_refuses_nothing(demo: pipelines.Pretraining, counted: 
         (NODE, {"workers": 2, "gpu": True}, "0 GPUs for 2 workers", "--gpu False"),
         (GPU, {"workers": 2}, "GPU memory", "train.batch_size"),
         (NODE, {"workers": 2, "cpus_per_worker": 4.0}, "2 workers x 4 CPUs", "--cpus-per-worker 1.5"),
-        (replace(NODE, memory_gib=1.3), {"workers": 2}, "2 training workers", "put 1 on a node"),
+        (replace(NODE, memory_gib=2.3), {"workers": 2}, "2 training workers", "put 1 on a node"),
         (replace(NODE, memory_gib=0.5), {"workers": 2}, "2 training workers", "more memory"),
         (NODE, {"workers": 3}, "train.global_batch", "train.global_batch=6"),
         (replace(NODE, shm_gib=0.002), {"workers": 2}, "'clusterers'", "clusterers.max_slices"),
@@ -304,6 +350,11 @@ def test_what_will_not_fit_is_refused_with_a_hint(
     found = plan(demo, Pool("node", machine), **more)
     assert any(about in sentence and hint in sentence for sentence in found.refusals), found.refusals
     assert found.to_dict()["fits"] is False
+
+
+def test_scans_of_several_numbers_of_channels_are_refused(demo: pipelines.Pretraining, counted: None) -> None:
+    mixed = replace(SCANS, scans=(*SCANS.scans, replace(SCANS.scans[0], channels=2)))
+    assert any("1 and 2 channels" in sentence for sentence in plan(demo, scans=mixed, workers=2).refusals)
 
 
 def test_scans_that_are_too_small_for_a_crop_are_refused(demo: pipelines.Pretraining, counted: None) -> None:
@@ -419,6 +470,8 @@ def test_listed_scans_are_counted_and_some_are_read(demo: pipelines.Pretraining,
     assert {s.shape_vox for s in found.scans} == {(40, 32, 24)}
     given = request.find_scans(demo, request.Question(data=str(tmp_path / "scans"), shape="9x9x9"))
     assert {s.shape_vox for s in given.scans} == {(9, 9, 9)}
+    both = replace(demo, data=replace(demo.data, channels=("ct", "pet")))
+    assert request.find_scans(both, request.Question(scans=3, shape="9x9x9")).channels == 2
     with pytest.raises(UserError, match="--shape"):
         request.find_scans(demo, request.Question(scans=3))
     with pytest.raises(UserError, match="no scans"):
@@ -457,14 +510,15 @@ def test_measured_memory_counts_for_the_same_work_only(
     demo: pipelines.Pretraining, work: memory.Work
 ) -> None:
     peak = 2000.0 * MIB
-    known = replace(CONSTANTS, step_fingerprint=speed.step_fingerprint(demo, "fp32"), worker_peak_bytes=peak)
+    known = replace(CONSTANTS, step_fingerprint=speed.step_fingerprint(demo, work), worker_peak_bytes=peak)
     found = planner.worker_memory(demo, work, 2, gpu=False, c=known)
     counted = planner.worker_memory(demo, work, 2, gpu=False, c=CONSTANTS)
     prefetched = counted.batches - work.micro.batch_bytes
     assert found.process + found.device_bytes == pytest.approx(peak + prefetched)
     other = replace(demo, train=replace(demo.train, batch_size=1))
     for cfg, gpu in ((other, False), (demo, True)):
-        assert not known.measured(cfg, "fp32", gpu)
+        assert not known.measured(cfg, work, gpu)
+    assert not known.measured(demo, replace(work, facts=replace(work.facts, in_channels=2)), gpu=False)
 
 
 class Recording(LocalExecutor):
@@ -484,7 +538,7 @@ def test_the_probe_measures_constants_that_predict_the_measured_step(
     scans = measuring.importers.sources(str(tmp_path / "scans" / "imagesTr"))
     executor, where = Recording(device="cpu"), at(1, 1)
     found = measuring.measure(demo, work, str(tmp_path), executor, where, 0.3, scans)
-    assert found.measured(demo, "fp32", gpu=False)
+    assert found.measured(demo, work, gpu=False)
     assert found.worker_peak_bytes == executor.epoch["peak_memory_mb"] * MIB
     assert 1e4 < found.cut_voxels_s < 1e9  # 110,000 voxels take from a thousandth of a second to ten
     predicted = speed.step(replace(demo.train, global_batch=demo.train.batch_size), work, where, found)
@@ -521,11 +575,12 @@ def test_the_json_and_the_tables_are_complete(demo: pipelines.Pretraining, count
     found = plan(demo, Pool("node", replace(NODE, price_per_h=1e4), 2), workers=2)
     values = json.loads(json.dumps(found.to_dict()))
     keys = (
-        "fits refusals notes config cluster constants scans bytes stages worker_bytes labeller_bytes micro_batch "
-        "steps step scaling hours money currency"
+        "fits refusals notes config cluster constants scans bytes stages worker_bytes labeller_bytes "
+        "data_task_bytes micro_batch cache_gb steps step scaling hours money currency"
     )
     assert set(values) == set(keys.split())
-    assert {s["name"] for s in values["stages"]} == {"import", "crops", "clusterers", "labels", "pretrain"}
+    stages = ["import", "crops", "prepared", "clusterers", "labels", "pretrain"]
+    assert [s["name"] for s in values["stages"]] == stages
     said = table.text(found)
     for part in (*values["bytes"], *values["worker_bytes"], "1024", "efficiency", "USD", CONSTANTS.machine):
         assert part in said or part in ("crops", "known_from"), part

@@ -111,7 +111,7 @@ def image_file(scan_id: str, image_CXYZ: np.ndarray) -> bytes:
     """A prepared scan as a safetensors file with checksums: its chunks, and `coverage`."""
     arrays = {
         f"image/{n}": np.ascontiguousarray(image_CXYZ[(slice(None), *b)])
-        for n, b in _chunks(image_CXYZ.shape[1:])
+        for n, b in chunks(image_CXYZ.shape[1:])
     }
     return _file(scan_id, image_CXYZ.shape, {**arrays, "coverage": coverage(image_CXYZ)})
 
@@ -119,7 +119,7 @@ def image_file(scan_id: str, image_CXYZ: np.ndarray) -> bytes:
 def labels_file(scan_id: str, labels_XYZ: np.ndarray, seed: int = 0) -> bytes:
     """Its labels as another: chunks of them, and positions of each class."""
     arrays = {
-        f"labels/{name}": np.ascontiguousarray(labels_XYZ[box]) for name, box in _chunks(labels_XYZ.shape)
+        f"labels/{name}": np.ascontiguousarray(labels_XYZ[box]) for name, box in chunks(labels_XYZ.shape)
     }
     for index, voxels_n3 in class_positions(labels_XYZ, seed, scan_id).items():
         arrays[f"places/{index}"] = voxels_n3
@@ -131,7 +131,8 @@ def _file(scan_id: str, shape_cxyz: Sequence[int], arrays: Mapping[str, np.ndarr
     return safetensors_io.to_bytes_with_checksums(arrays, about)
 
 
-def _chunks(shape_xyz: Sequence[int]) -> Iterator[tuple[str, tuple[slice, slice, slice]]]:
+def chunks(shape_xyz: Sequence[int]) -> Iterator[tuple[str, tuple[slice, slice, slice]]]:
+    """The name and the box of each chunk of a scan of this shape."""
     for corner in itertools.product(*(range(0, n, CHUNK_VOX) for n in shape_xyz)):
         box = tuple(slice(a, min(a + CHUNK_VOX, n)) for a, n in zip(corner, shape_xyz))
         yield "_".join(str(a // CHUNK_VOX) for a in corner), box  # type: ignore[misc]
@@ -235,7 +236,7 @@ def _parsed(header: bytes) -> _Header:
         if min(c, x, y, z) < 1 or math.prod(-(-n // CHUNK_VOX) for n in (x, y, z)) > len(entries):
             raise NotACase(f"shape {(c, x, y, z)}")
         wanted: dict[str, tuple[str, list[int]]] = {}
-        for name, box in _chunks((x, y, z)):
+        for name, box in chunks((x, y, z)):
             shape = [b.stop - b.start for b in box]
             wanted[f"{'image' if is_image else 'labels'}/{name}"] = (
                 ("U16", [c, *shape]) if is_image else ("U8", shape)
@@ -319,7 +320,7 @@ def _fill(ref: Ref, corner: Sequence[int], boxes: Mapping[str, np.ndarray]) -> N
     """Write what lies at ``corner`` into the image's and the labels' ``boxes``, all (C, X, Y, Z) of one size."""
     size_vox = next(iter(boxes.values())).shape[1:]
     touched = []
-    for name, box in _chunks(ref.shape_cxyz[1:]):
+    for name, box in chunks(ref.shape_cxyz[1:]):
         shared = [(max(b.start, int(a)), min(b.stop, int(a) + n)) for b, a, n in zip(box, corner, size_vox)]
         if all(low < high for low, high in shared):
             source = tuple(slice(low - b.start, high - b.start) for (low, high), b in zip(shared, box))

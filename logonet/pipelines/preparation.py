@@ -234,11 +234,16 @@ def _note_quarters(done: int, total: int) -> None:
         say("clusterers", f"fitted {done}/{total}")
 
 
+def labelled_scans(num_scans: int, num_crops: int) -> list[int]:
+    """Positions of evenly spaced scans that have at most about LABELLED_CROPS of the crops."""
+    most = max(1, LABELLED_CROPS * num_scans // num_crops)
+    return np.unique(np.linspace(0, num_scans - 1, min(most, num_scans)).round().astype(int)).tolist()
+
+
 def some_crops(table: crop_shards.CropTable) -> crop_shards.CropTable:
-    """At most about LABELLED_CROPS crops, those of evenly spaced scans."""
+    """The crops of `labelled_scans`."""
     scans = table.by_scan()
-    most = max(1, LABELLED_CROPS * len(scans) // len(table))
-    chosen = np.unique(np.linspace(0, len(scans) - 1, min(most, len(scans))).round().astype(int))
+    chosen = labelled_scans(len(scans), len(table))
     return table if len(chosen) == len(scans) else table.take([i for n in chosen for i in scans[n]])
 
 

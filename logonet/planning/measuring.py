@@ -91,7 +91,7 @@ def measure(
         # The rate with which the model predicts the second epoch's time.
         flop_s=known.flop_s * expected.compute_s / step_s,
         start_s=max(0.0, first["unix_s"] - begun_unix_s - steps * batch / first["samples_per_s"]),
-        step_fingerprint=speed.step_fingerprint(cfg, work.precision),
+        step_fingerprint=speed.step_fingerprint(cfg, work),
         worker_peak_bytes=last["peak_memory_mb"] * MIB,
     )
 
@@ -163,7 +163,8 @@ class _Task:
             if isinstance(row, manifest.Scan) and import_s + cut_s < self.seconds:
                 cropping.crops_of(manifest.load(row), row.modality, cfg, row.scan_id)
                 cut_s += time.perf_counter() - inspected
-                import_s, voxels = import_s + inspected - begun, voxels + math.prod(row.shape)
+                import_s += inspected - begun
+                voxels += row.num_channels * math.prod(row.shape)
         if not voxels:
             what = f"none of the first {len(sources)} scans can be read, the first being {sources[0].uri}"
             raise UserError(f"{what}; 'logonet data check' says why")

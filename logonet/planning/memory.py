@@ -7,6 +7,7 @@ checkpointed activations too; torch's counter adds up the arithmetic.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,13 +50,26 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Work:
-    """What a recipe needs, whatever it runs on; ``sample_bytes`` is one prepared sample."""
+    """What a recipe needs, whatever it runs on.
+
+    Attributes:
+        sample_bytes: one prepared sample.
+        read_bytes: from the store for one sample; None for those of its crop.
+        label_flop: operations of a brute-force search, where data tasks label the sample.
+    """
 
     facts: DataSpec
     network: Network
     micro: MicroBatch
     sample_bytes: int
     precision: str
+    read_bytes: float | None = None
+    label_flop: float = 0.0
+
+    @property
+    def crop_bytes(self) -> int:
+        """Of a stored crop."""
+        return 2 * self.facts.in_channels * math.prod(self.facts.size_vox)
 
 
 def raw_sample(spec: DataSpec, rng: np.random.Generator) -> dict[str, np.ndarray]:

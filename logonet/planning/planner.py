@@ -12,20 +12,22 @@ import torch
 from logonet import training
 from logonet.core import config, seeding
 from logonet.core.errors import UserError
-from logonet.distributed import feed
+from logonet.data import prepared_scans
+from logonet.distributed import executor, feed
 from logonet.distributed.cluster import Resources
-from logonet.pipelines import Pretraining
+from logonet.pipelines import Pretraining, preparation
 from logonet.planning import memory, sizes, speed
 from logonet.planning.hardware import GIB, Cluster
 from logonet.planning.memory import MicroBatch, Work, WorkerMemory
 from logonet.planning.sizes import Scans, Sizes, Stage
 from logonet.planning.speed import Constants, Placement, Step
+from logonet.storage import node_cache, object_store
 
 WORKERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 RAY_KILLS_AT = 0.95  # share of a node's memory at which Ray begins to kill processes
 # Of a labelling actor, at most: for each code, when no two slices are alike, or for each voxel of a slice.
 LABELLER_BYTES_PER_CODE, LABELLER_BYTES_PER_VOXEL = 46_000, 29_000
-CROPS_PER_LABELLER = 64  # a labelling actor has at least as many
+CACHE_OF_DISK = 0.8  # share of a node's disk that its own copy of the data may take
 HINTS = {
     "clusterers": "lower clusterers.max_slices",
     "labels": "lower clusterers.n or clusterers.k_max",
@@ -39,7 +41,9 @@ class Plan:
 
     Attributes:
         bytes: the size of each file, and the number of crops.
-        labeller_bytes: peak memory of one labelling actor, without the shared centroids.
+        labeller_bytes: peak memory of one labelling actor, without what it shares with others.
+        data_task_bytes: peak memory of one data task in training, without what it shares and the samples it makes.
+        cache_gb: LOGONET_CACHE_GB to set on every node; 0 where there is no bucket and so no copy on nodes.
         step: None where the workers cannot be placed.
         scaling: steps of more and more workers with the same work for each.
         hours, money: None where a stage's time is not known.
@@ -54,9 +58,11 @@ class Plan:
     bytes: dict[str, int]
     worker_bytes: WorkerMemory
     labeller_bytes: float
+    data_task_bytes: float
     micro_batch: MicroBatch
     steps: int
     stages: tuple[Stage, ...]
+    cache_gb: int = 0
     step: Step | None = None
     scaling: tuple[Step, ...] = ()
     hours: float | None = None
@@ -70,9 +76,9 @@ class Plan:
         return fits | config.to_dict(self)
 
 
-def work(cfg: Pretraining, gpu: bool) -> Work:
+def work(cfg: Pretraining, gpu: bool, channels: int = 1) -> Work:
     """Count what the recipe's network and method need. Takes seconds to a minute."""
-    facts = sizes.facts_of(cfg)
+    facts = sizes.facts_of(cfg, channels)
     with torch.device("meta"):
         net = sizes.network(training.build_method(cfg.backbone, cfg.method, facts))
     sample = memory.prepared(facts, cfg.method, seeding.rng(0, "plan"))
@@ -88,9 +94,9 @@ def make(
     resources: Resources,
     c: Constants,
     *,
-    local_root: bool = False,
+    root: str = "",
 ) -> Plan:
-    """Plan pretraining with ``cfg`` (resolved) on ``scans``; ``local_root``: artifacts go to the node's own disk."""
+    """Plan pretraining with ``cfg`` (resolved) on ``scans``; ``root``: where artifacts would go, "" for a bucket."""
     refusals: list[str] = []
     at: Placement | None = None
     try:
@@ -98,11 +104,22 @@ def make(
     except UserError as err:
         refusals.append(str(err))
     gpu = at.gpu if at else bool(cluster.gpus) and resources.gpu is not False
-    own = work(cfg, gpu)
+    try:
+        preparation.one_number_of_channels({s.channels for s in scans.scans})
+    except UserError as err:
+        refusals.append(str(err))
+    own = work(cfg, gpu, scans.channels)
     of = sizes.sizes(cfg, scans, own.network)
+    fresh, in_bucket = cfg.data.fresh_crops, not root or object_store.is_s3(root)
+    cache_gb = cache_budget_gb(of, cluster) if in_bucket else 0
+    fetched = fetched_share(of, cluster.nodes, kept_share(of, cache_gb))
+    own = replace(own, read_bytes=fetched * of.read_bytes, label_flop=of.label_flop if fresh else 0.0)
+    *before, training_stage = of.stages
+    of = replace(of, stages=(*before, replace(training_stage, read=fetched * training_stage.read)))
     counts = {"count": len(scans.scans), "stored_bytes": scans.stored_bytes, "too_small": of.too_small}
-    slice_voxels = math.prod(cfg.crops.size_vox[:2])
+    slice_voxels = scans.channels * math.prod(cfg.crops.size_vox[:2])
     labeller = max(LABELLER_BYTES_PER_CODE * sum(of.cluster_sizes), LABELLER_BYTES_PER_VOXEL * slice_voxels)
+    labeller = labeller if of.cluster_sizes else 0
     plan = Plan(
         config=cfg,
         cluster=cluster,
@@ -111,9 +128,11 @@ def make(
         bytes={"crops": of.num_crops, **of.files, "prepared_sample": own.sample_bytes},
         worker_bytes=worker_memory(cfg, own, at.workers if at else 1, gpu, c),
         labeller_bytes=c.task_bytes + labeller,
+        data_task_bytes=c.task_bytes + (_chunks_bytes(scans.channels) + labeller if fresh else 0),
         micro_batch=own.micro,
         steps=of.steps,
         stages=of.stages,
+        cache_gb=cache_gb,
     )
     plan = replace(plan, notes=tuple(_notes(plan, of, own, gpu)))
     if not of.num_crops:
@@ -125,7 +144,8 @@ def make(
             plan = _timed(plan, of, own, at)
         except UserError as err:
             refusals.append(str(err))
-    for what, need, have, hint in _limits(plan, of, own, at, resources, local_root):
+    local = not in_bucket and cluster.nodes == 1
+    for what, need, have, hint in _limits(plan, of, own, at, resources, local):
         if need > have:
             refusals.append(f"{what}: {gib(need)} needed, {gib(have)} available; {hint}")
     return replace(plan, refusals=tuple(refusals))
@@ -151,7 +171,7 @@ def worker_memory(cfg: Pretraining, own: Work, workers: int, gpu: bool, c: Const
     # A pass's peak includes its gradients. From the second pass on, the gradients of those before are held too.
     once = cfg.train.global_batch <= workers * cfg.train.batch_size
     activations, known_from = micro.peak_bytes - once * net.gradient_bytes, micro.known_from
-    if c.measured(cfg, own.precision, gpu):
+    if c.measured(cfg, own, gpu):
         rest = net.weight_bytes + 3 * net.gradient_bytes + micro.batch_bytes
         activations = max(0, int(c.worker_peak_bytes - rest - (0 if gpu else c.worker_bytes)))
         known_from = "activations measured in real steps"
@@ -173,20 +193,51 @@ def worker_memory(cfg: Pretraining, own: Work, workers: int, gpu: bool, c: Const
 
 def _task_bytes(cfg: Pretraining, own: Work) -> int:
     """Prepared samples of one data task, which counts them as float32 crops."""
-    batch_bytes = 4 * math.prod(cfg.crops.size_vox) * cfg.train.batch_size
+    batch_bytes = 2 * own.crop_bytes * cfg.train.batch_size
     return cfg.train.batch_size * max(1, feed.BLOCK_BYTES // batch_bytes) * own.sample_bytes
+
+
+def _chunks_bytes(channels: int) -> int:
+    """Chunks of prepared scans that a data task keeps."""
+    return prepared_scans.CHUNKS_CACHED * 2 * channels * prepared_scans.CHUNK_VOX**3
+
+
+def cache_budget_gb(of: Sizes, cluster: Cluster) -> int:
+    """LOGONET_CACHE_GB with which a node keeps all that training reads, or what its disk has room for."""
+    need = of.training_bytes / node_cache.KEPT
+    disk = CACHE_OF_DISK * GIB * min(p.machine.disk_gib for p in cluster.pools)
+    return min(math.ceil(need / 1e9), int(disk / 1e9))
+
+
+def kept_share(of: Sizes, cache_gb: int) -> float:
+    """The share of all that training reads that a node keeps."""
+    return min(1.0, node_cache.KEPT * cache_gb * 1e9 / max(1, of.training_bytes))
+
+
+def fetched_share(of: Sizes, nodes: int, kept: float) -> float:
+    """The share of training's reads that comes from the store where each node keeps the share ``kept`` of everything.
+
+    A node reads at random: when it has read ``t`` times as much as there is, it has seen 1 - exp(-t) of it.
+    """
+    times = of.stages[-1].read / max(1, nodes * of.training_bytes)
+    full = -math.log1p(-kept) if kept < 1 else math.inf  # when its disk has no more room
+    fetched = -math.expm1(-min(times, full)) + (1 - kept) * max(0.0, times - full)
+    return fetched / times if times else 1.0
 
 
 def _notes(plan: Plan, of: Sizes, own: Work, gpu: bool) -> Iterator[str]:
     cfg, cluster, c = plan.config, plan.cluster, plan.constants
     known = cluster.known_from or "flags"
     yield f"scans: {of.scans.known_from}; cluster: {known}; constants: {c.machine}, {c.date}"
-    if c.measured(cfg, own.precision, gpu):
+    if c.measured(cfg, own, gpu):
         yield "step time: real steps of this backbone and method"
     else:
         share = f"{speed.GPU_UTILISATION:.0%} of the GPU's data sheet, an assumption"
         rate = share if gpu and c.device == "cpu" else "the rate of other steps"
         yield f"step time: counted operations at {rate}; --probe on the cluster measures it"
+    if plan.cache_gb:
+        kept = f"{kept_share(of, plan.cache_gb):.0%} of the {gib(of.training_bytes)} that training reads"
+        yield f"set {node_cache.GB}={plan.cache_gb} on every node: its disk then keeps {kept}"
     if of.too_small:
         yield f"{of.too_small} scans are too small for a crop and are left out"
 
@@ -200,7 +251,7 @@ def gib(n: float) -> str:
 
 
 def _limits(
-    plan: Plan, of: Sizes, own: Work, at: Placement | None, resources: Resources, local_root: bool
+    plan: Plan, of: Sizes, own: Work, at: Placement | None, resources: Resources, local: bool
 ) -> Iterator[tuple[str, float, float, str]]:
     """What may not fit: what it is, bytes needed, bytes available, and what helps."""
     cfg, worker, asked_mb = plan.config, plan.worker_bytes, resources.object_store_mb
@@ -213,10 +264,11 @@ def _limits(
         yield what, worker.device_bytes, at.machine.gpu_memory_gib * GIB, hint
     if at:
         each = worker.process + (0 if at.gpu else worker.device_bytes)
-        rest = worker.checkpoint + at.machine.store_bytes(asked_mb)
+        rest = worker.checkpoint + at.data_tasks * plan.data_task_bytes + at.machine.store_bytes(asked_mb)
         have = RAY_KILLS_AT * at.machine.memory_bytes
         most = int((have - rest) / each)
-        what = f"memory of a node with {at.per_node} training workers, a checkpoint's copies and Ray's object store"
+        what = f"memory of a node with {at.per_node} training workers, {at.data_tasks} data tasks, a checkpoint's "
+        what += "copies and Ray's object store"
         hint = f"put {most} on a node" if most > 0 else f"{smaller}, or take nodes with more memory"
         yield what, at.per_node * each + rest, have, hint
     smallest = min(machines, key=lambda m: m.store_bytes(asked_mb))
@@ -232,8 +284,9 @@ def _limits(
         yield f"Ray's object store of a node for '{stage.name}'", need, smallest.store_bytes(asked_mb), hint
     if of.cluster_sizes:
         machine = min(machines, key=lambda m: m.memory_gib / max(1.0, m.cpus))
-        actors = max(1, min(int(machine.cpus), -(-of.num_crops // CROPS_PER_LABELLER)))
-        need = actors * plan.labeller_bytes + of.centroid_bytes
+        tasks = of.labelled_crops // cfg.crops.per_scan
+        actors = max(1, min(int(machine.cpus), -(-tasks // executor.ITEMS_PER_ACTOR)))
+        need = actors * plan.labeller_bytes + of.centroid_bytes + of.screen_bytes
         hint = "use nodes with more memory for each core, or lower clusterers.n"
         what = f"memory of a node with {actors} labelling actors"
         yield what, need, RAY_KILLS_AT * machine.memory_bytes, hint
@@ -242,7 +295,7 @@ def _limits(
     hint = "take a larger head, or lower clusterers.max_slices and clusterers.n"
     need = worst.driver + plan.constants.worker_bytes
     yield f"memory of the driver's node for '{worst.name}'", need, RAY_KILLS_AT * head.memory_bytes, hint
-    if local_root:
+    if local:
         need = sum(s.kept for s in of.stages) + own.network.checkpoint_bytes
         hint = "give an s3:// --root, or lower crops.per_scan"
         yield "local disk for the artifacts", need, machines[0].disk_gib * GIB, hint

@@ -44,7 +44,7 @@ class Question:
 
     Attributes:
         data: the scans, as for a job, or a finished import ROOT/manifest/<id>; they are listed, and three of them read.
-        scans: plan with so many scans instead, of --shape.
+        scans: plan with so many scans instead, of --shape, with as many channels as data.channels names or else one.
         shape: voxels of every scan, such as 512x512x400; with --data nothing is read then.
         spacing: its mm, such as 0.8x0.8x1; what crops.spacing_mm resamples from.
         import_scans: read and check every scan of --data first, as the job would; ROOT keeps the table.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,20 +30,20 @@ def plan(cfg: Pretraining, asked: Question) -> planner.Plan:
             stack.enter_context(cluster.connected(asked.resources))
         scans = find_scans(cfg, asked)
         found = find_cluster(asked)
-        known = _probe(cfg, asked) if asked.probe else speed.constants(asked.constants)
-    local = bool(asked.root) and not object_store.is_s3(asked.root) and found.nodes == 1
-    return planner.make(cfg, scans, found, asked.resources, known, local_root=local)
+        known = _probe(cfg, asked, scans.channels) if asked.probe else speed.constants(asked.constants)
+    return planner.make(cfg, scans, found, asked.resources, known, root=asked.root)
 
 
-def _probe(cfg: Pretraining, asked: Question) -> Constants:
+def _probe(cfg: Pretraining, asked: Question, channels: int) -> Constants:
     """Measure the constants of the connected cluster and store them."""
     from logonet.planning import measuring
 
     executor = RayExecutor(replace(asked.resources, workers=asked.resources.most))
     at = speed.place(hardware.connected_cluster(), executor.resources)
-    some = _some(importers.sources(asked.data)) if asked.data and not _is_import(asked.data) else []
+    listed = asked.data and not _is_import(asked.data)
+    some = _some(importers.sources(asked.data, cfg.data.channels)) if listed else []
     with tempfile.TemporaryDirectory(prefix="logonet-plan-") as folder:
-        work, root = planner.work(cfg, at.gpu), asked.root or folder
+        work, root = planner.work(cfg, at.gpu, channels), asked.root or folder
         known = measuring.measure(cfg, work, root, executor, at, asked.probe, some)
     default = "plan-constants.json"
     where = asked.constants or (object_store.join(asked.root, default) if asked.root else default)
@@ -84,13 +84,14 @@ def find_scans(cfg: Pretraining, asked: Question) -> Scans:
     if not asked.scans and (asked.import_scans or _is_import(asked.data)):
         uri = asked.data
         if asked.import_scans:
-            uri = pipelines.import_scans(uri, asked.root, RayExecutor(asked.resources))[1].uri
+            executor = RayExecutor(asked.resources)
+            uri = pipelines.import_scans(uri, asked.root, executor, cfg.data.channels)[1].uri
         table = pipelines.open_manifest(uri)
         return sizes.of_manifest(training_part(table, cfg.split), f"the import at {uri}")
     if asked.scans:
-        found = sizes.equal_scans(asked.scans, shape, spacing)
+        found = sizes.equal_scans(asked.scans, shape, spacing, len(cfg.data.channels) or 1)
     else:
-        found = _listed(asked.data, shape, spacing)
+        found = _listed(asked.data, shape, spacing, cfg.data.channels)
     if cfg.split is None:
         return found
     # Only an import tells which scans are held out.
@@ -102,20 +103,22 @@ def _is_import(uri: str) -> bool:
     return found is not None and found.stage == "manifest"
 
 
-def _listed(data: str, shape: Any, spacing: Any) -> Scans:
-    """Listed scans: the size of each, and one shape for all."""
-    found, how, stored = importers.sources(data), "with the --shape given", 0.0
+def _listed(data: str, shape: Any, spacing: Any, names: Sequence[str]) -> Scans:
+    """Listed scans with channels of these ``names``: the size of each, and one shape for all."""
+    found, how, stored = importers.sources(data, names), "with the --shape given", 0.0
+    channels = len(names) or 1
     if shape is None:
         rows = [r for r in map(manifest.inspect, _some(found)) if isinstance(r, manifest.Scan)]
         if not rows:
             raise UserError(f"none of the scans read in {data} is good; 'logonet data check' says why")
         middle = sorted(map(sizes.of_row, rows), key=lambda s: s.voxels)[len(rows) // 2]
         shape, spacing, stored = middle.shape_vox, middle.spacing_mm, middle.stored_bytes
+        channels = middle.channels
         how = f"with the shape of the middle one of {len(rows)} that were read"
-    usual = stored or sizes.equal_scans(1, shape).stored_bytes
+    usual = stored or sizes.equal_scans(1, shape, channels=channels).stored_bytes
     # As long as an import's ids, which end in 10 digits of a hash.
-    ids = [f"{manifest.stem(s.uri)}-{'0' * 10}" for s in found]
-    scans = tuple(Scan(i, shape, spacing, s.size_bytes or usual) for i, s in zip(ids, found))
+    ids = [f"{s.case or manifest.stem(s.uri)}-{'0' * 10}" for s in found]
+    scans = tuple(Scan(i, shape, spacing, s.size_bytes or usual, channels) for i, s in zip(ids, found))
     return Scans(scans, f"{len(found):,} listed at {data}, {how}")
 
 

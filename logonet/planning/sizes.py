@@ -1,12 +1,14 @@
 """Bytes that each stage reads and writes, from shapes alone; exact where the file layout is ours.
 
-Shapes: P crops, N clusterers, V codes of all clusterers, T voxels of a slice, Z slices of a crop.
+Shapes: P crops, C channels, N clusterers, V codes of all clusterers, T = C*X*Y, Z slices of a crop.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +16,12 @@ from typing import Any
 import torch
 
 from logonet import methods
-from logonet.clustering import kmeans
+from logonet.clustering import kmeans, pseudo_labels
 from logonet.core import config
-from logonet.data import cropping, manifest, volume
+from logonet.data import cropping, manifest, prepared_scans, volume
+from logonet.data.preprocessing import Preprocessing
 from logonet.methods import DataSpec
-from logonet.pipelines import Pretraining
+from logonet.pipelines import Pretraining, preparation
 
 # safetensors' dtypes in its own order: it stores the tensors of the last of these first.
 DTYPES = {
@@ -28,21 +31,24 @@ DTYPES = {
 SHA256 = "0" * 64
 INERTIA = 0.1234567890123456  # as long in JSON as most inertias
 STORED_PER_VOXEL = 1.3  # gzipped int16: 1.31 bytes per voxel of a CT scan and 1.30 of an MR scan
+ROW_BYTES = 250  # of one crop, or of its labels, or of one prepared scan, in an Arrow table: 205 to 280
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> safetensors' dtype, shape
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan to read: its grid in RAS axes, ``spacing_mm`` (None: unknown) and its stored bytes."""
+    """One scan to read: its grid in RAS axes, ``spacing_mm`` (None: unknown), stored bytes of all its channels."""
 
     scan_id: str
     shape_vox: tuple[int, int, int]
     spacing_mm: tuple[float, float, float] | None
     stored_bytes: float
+    channels: int = 1
 
     @property
     def voxels(self) -> int:
-        return math.prod(self.shape_vox)
+        """Of all channels."""
+        return self.channels * math.prod(self.shape_vox)
 
 
 @dataclass(frozen=True)
@@ -66,15 +72,25 @@ class Scans:
     def voxels(self) -> int:
         return sum(s.voxels for s in self.scans)
 
+    @property
+    def channels(self) -> int:
+        """Of every scan: a run takes only scans of one number of channels."""
+        return self.scans[0].channels if self.scans else 1
+
 
 def equal_scans(
-    count: int, shape_vox: tuple[int, int, int], spacing_mm: tuple[float, float, float] | None = None
+    count: int,
+    shape_vox: tuple[int, int, int],
+    spacing_mm: tuple[float, float, float] | None = None,
+    channels: int = 1,
 ) -> Scans:
     """``count`` scans of one shape, of which nothing else is known."""
+    stored_bytes = channels * math.prod(shape_vox) * STORED_PER_VOXEL
     # As long as the ids that an import makes of names like hippocampus_001.
-    stored_bytes = math.prod(shape_vox) * STORED_PER_VOXEL
-    rows = tuple(Scan(f"scan_{i:07d}-{'0' * 10}", shape_vox, spacing_mm, stored_bytes) for i in range(count))
-    return Scans(rows, f"{count:,} scans of {'x'.join(map(str, shape_vox))} voxels, as given")
+    ids = [f"scan_{i:07d}-{'0' * 10}" for i in range(count)]
+    rows = tuple(Scan(i, shape_vox, spacing_mm, stored_bytes, channels) for i in ids)
+    each = f"{'x'.join(map(str, shape_vox))} voxels" + (f" and {channels} channels" if channels > 1 else "")
+    return Scans(rows, f"{count:,} scans of {each}, as given")
 
 
 def of_manifest(table: manifest.Manifest, known_from: str) -> Scans:
@@ -87,7 +103,7 @@ def of_row(row: manifest.Scan) -> Scan:
     axes = [next(i for i, a in enumerate(row.orientation) if a in pair) for pair in ("RL", "AP", "SI")]
     x, y, z = (row.shape[i] for i in axes)
     dx, dy, dz = (row.spacing_mm[i] for i in axes)
-    return Scan(row.scan_id, (x, y, z), (dx, dy, dz), row.size_bytes)
+    return Scan(row.scan_id, (x, y, z), (dx, dy, dz), row.size_bytes, row.num_channels)
 
 
 # ----------------------------------------------------------------------------------------------- files
@@ -106,11 +122,44 @@ def safetensors_bytes(tensors: Tensors, metadata: Mapping[str, str] | None = Non
     return 8 + -(-len(text) // 8) * 8 + end
 
 
-def shard_bytes(scan_id: str, per_scan: int, shape_CXYZ: Sequence[int]) -> int:
-    """Size of one scan's shard of crops."""
-    names = [f"{i:05d}" for i in range(per_scan)]
-    meta = {"scan_id": scan_id, "sha256": json.dumps(dict.fromkeys(names, SHA256))}
-    return safetensors_bytes({n: ("U16", tuple(shape_CXYZ)) for n in names}, meta)
+def checked_bytes(scan_id: str, tensors: Tensors, **about: str) -> int:
+    """Size of a safetensors file of a scan that also holds the checksum of each tensor."""
+    sums = json.dumps(dict.fromkeys(tensors, SHA256))
+    return safetensors_bytes(tensors, {"scan_id": scan_id, **about, "sha256": sums})
+
+
+def shard_bytes(scan_id: str, per_scan: int, shape: Sequence[int]) -> int:
+    """Size of one scan's shard of crops (C, X, Y, Z), or of their labels (N, Z)."""
+    return checked_bytes(scan_id, {f"{i:05d}": ("U16", tuple(shape)) for i in range(per_scan)})
+
+
+@functools.lru_cache(maxsize=4096)
+def prepared_bytes(scan_id: str, shape_cxyz: tuple[int, int, int, int]) -> int:
+    """Size of a prepared scan's file: chunks and the map of what is not air."""
+    channels, *shape = shape_cxyz
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        f"image/{name}": ("U16", (channels, *(b.stop - b.start for b in box)))
+        for name, box in prepared_scans.chunks(shape)
+    }
+    tensors["coverage"] = ("U8", tuple(-(-n // prepared_scans.CELL_VOX) for n in shape))
+    return checked_bytes(scan_id, tensors, shape=json.dumps(shape_cxyz))
+
+
+def touched_vox(length: int, crop: int) -> float:
+    """Voxels along one axis of the chunks that a crop touches, the mean over all places where it fits."""
+    room, touched = max(0, length - crop), 0
+    for begin in range(0, length, prepared_scans.CHUNK_VOX):
+        end = min(begin + prepared_scans.CHUNK_VOX, length)
+        places = min(end - 1, room) - max(begin - crop + 1, 0) + 1
+        touched += (end - begin) * max(0, places)
+    return touched / (room + 1)
+
+
+def crop_read_bytes(file_bytes: int, shape_cxyz: tuple[int, int, int, int], size_vox: Sequence[int]) -> float:
+    """What is read of a prepared scan for one crop: the header, the map of what is not air, and some chunks."""
+    channels, *shape = shape_cxyz
+    chunks = 2 * channels * math.prod(map(touched_vox, shape, size_vox))
+    return file_bytes - 8 - 2 * math.prod(shape_cxyz) + chunks
 
 
 def clusterers_bytes(sizes: Sequence[int], length: int, meta: Mapping[str, Any]) -> int:
@@ -121,6 +170,12 @@ def clusterers_bytes(sizes: Sequence[int], length: int, meta: Mapping[str, Any])
     about = {"format": kmeans.SET_FORMAT, "sha256": SHA256, "meta": meta}
     arrays = {"centroids_VT": ("F32", (sum(sizes), length)), "sizes_N": ("I64", (len(sizes),))}
     return safetensors_bytes(arrays, {"logonet": json.dumps(about, sort_keys=True, separators=(",", ":"))})
+
+
+def screen_bytes(num_codes: int, length: int) -> int:
+    """Of a labeller's arrays beside its centroids (V, T)."""
+    rank = min(pseudo_labels.RANK, num_codes, length)
+    return 4 * num_codes * (rank + 2) + 4 * length * rank + 16 * num_codes
 
 
 # --------------------------------------------------------------------------------------------- network
@@ -180,12 +235,12 @@ def network(method: torch.nn.Module) -> Network:
     )
 
 
-def facts_of(cfg: Pretraining) -> DataSpec:
+def facts_of(cfg: Pretraining, channels: int = 1) -> DataSpec:
     """What the method will know of the data; every clusterer counts with as many clusters as were drawn for it."""
     pseudo = "pseudo_labels" in methods.needs(cfg.method.name)
     counts = tuple(kmeans.cluster_counts(cfg.clusterers)) if pseudo else ()
     size_vox, batch_size = cfg.crops.size_vox, cfg.train.batch_size
-    return DataSpec(size_vox, 1, counts, majority_labels=(0,) * len(counts), batch_size=batch_size)
+    return DataSpec(size_vox, channels, counts, majority_labels=(0,) * len(counts), batch_size=batch_size)
 
 
 # ---------------------------------------------------------------------------------------------- stages
@@ -217,14 +272,28 @@ class Stage:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Everything that is counted, not timed; ``files`` are the sizes of all that is stored."""
+    """Everything that is counted, not timed; ``files`` are the sizes of all that is stored.
+
+    Attributes:
+        num_crops: of an epoch, and of the fixed pool.
+        labelled_crops: those of the pool that are labelled.
+        label_flop: operations of a brute-force search of the labels of one crop.
+        read_bytes: from the store for one sample of training, on average.
+        training_bytes: all that training reads, once.
+        screen_bytes: of a labeller's arrays that each data process copies.
+    """
 
     scans: Scans
     too_small: int
     num_crops: int
+    labelled_crops: int
     cluster_sizes: tuple[int, ...]
+    label_flop: float
     sample_bytes: int
+    read_bytes: float
+    training_bytes: int
     centroid_bytes: int
+    screen_bytes: int
     steps: int
     steps_per_epoch: int
     network: Network
@@ -232,12 +301,17 @@ class Sizes:
     stages: tuple[Stage, ...]
 
 
-def yields_crops(scan: Scan, cfg: cropping.Config) -> bool:
-    """Whether a scan is large enough for a crop."""
+def prepared_shape(scan: Scan, cfg: Preprocessing) -> tuple[int, int, int, int]:
+    """(C, X, Y, Z) of a prepared scan."""
     shape = scan.shape_vox
     if cfg.spacing_mm is not None and scan.spacing_mm is not None:
         shape = volume.resampled_shape(shape, scan.spacing_mm, cfg.spacing_mm)
-    return cropping.image_share(shape, cfg) >= cfg.min_image_share
+    return scan.channels, *shape
+
+
+def yields_crops(scan: Scan, cfg: cropping.Config) -> bool:
+    """Whether a scan is large enough for a crop."""
+    return cropping.image_share(prepared_shape(scan, cfg)[1:], cfg) >= cfg.min_image_share
 
 
 def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
@@ -246,19 +320,26 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
     Damaged scans and scans without contrast are known only after they are read; here every scan counts that is large
     enough.
     """
-    x, y, depth = cfg.crops.size_vox
-    crop, counts = 2 * x * y * depth, facts_of(cfg).cluster_sizes
+    (x, y, depth), per_scan, channels = cfg.crops.size_vox, cfg.crops.per_scan, scans.channels
+    crop, length, fresh = 2 * channels * x * y * depth, channels * x * y, cfg.data.fresh_crops
+    counts = facts_of(cfg).cluster_sizes
     good = [s for s in scans.scans if yields_crops(s, cfg.crops)]
-    num_crops = len(good) * cfg.crops.per_scan
-    # A shard's size depends on the scan only through the length of its id.
-    ids = {len(s.scan_id): s.scan_id for s in good}
-    shards = {n: shard_bytes(i, cfg.crops.per_scan, (1, x, y, depth)) for n, i in ids.items()}
-    cache = sum(shards[len(s.scan_id)] for s in good)
+    num_crops = len(good) * per_scan
+    cache = _shards_bytes(good, per_scan, (channels, x, y, depth))
     sample = crop * min(num_crops, max(1, cfg.clusterers.max_slices // depth)) if counts else 0
     meta = {"config": config.to_dict(cfg.clusterers), "crops": "0" * 16}
-    fitted = clusterers_bytes(counts, x * y, meta) if counts else 0
-    centroids = 4 * sum(counts) * x * y
-    labels = safetensors_bytes({"labels_PNZ": ("I16", (num_crops, len(counts), depth))}) if counts else 0
+    fitted = clusterers_bytes(counts, length, meta) if counts else 0
+    centroids, screen = 4 * sum(counts) * length, screen_bytes(sum(counts), length)
+    chosen = preparation.labelled_scans(len(good), num_crops) if fresh and good else range(len(good))
+    labelled = [good[i] for i in chosen] if counts else []
+    labels, label = _shards_bytes(labelled, per_scan, (len(counts), depth)), 2 * len(counts) * depth
+    prepared, read = 0, float(crop + label)
+    if fresh:
+        shapes = [prepared_shape(s, cfg.crops) for s in good]
+        # A file's size depends on the scan only through its shape and the length of its id.
+        files_bytes = [prepared_bytes("0" * len(s.scan_id), shape) for s, shape in zip(good, shapes)]
+        reads = [crop_read_bytes(*file, cfg.crops.size_vox) for file in zip(files_bytes, shapes)]
+        prepared, read = sum(files_bytes), sum(reads) / max(1, len(good))
     per_epoch = cfg.train.steps_per_epoch or -(-num_crops // cfg.train.global_batch)
     steps = per_epoch * cfg.train.epochs
     # A checkpoint at the end of every epoch, and at every so many steps in between.
@@ -267,22 +348,30 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
     checkpoint, final = net.checkpoint_bytes, net.backbone_file + net.model_file
     kept = min(saves, cfg.train.keep_checkpoints) * checkpoint + final
     in_driver = sample + 2 * centroids + fitted
-    batches, table = steps * cfg.train.global_batch * crop, num_crops * (2 * len(counts) * depth + 400)
+    pool_table, labels_table = ROW_BYTES * num_crops, ROW_BYTES * len(labelled) * per_scan
+    # While its screen is built, a labeller's centroids are there in float64 too; it is sent from plain copies.
+    labelling = 3 * (centroids + screen) + labels_table + 8 * len(counts) * max(counts, default=0)
+    labeller, copies = centroids + screen, centroids + 3 * screen
+    dataset = ROW_BYTES * len(good) + labeller if fresh else pool_table + labels_table
+    in_training = pool_table + labels_table + (ROW_BYTES * len(good) + copies if fresh else 0)
+    batches = steps * cfg.train.global_batch * read
     skipped = {"import"} if scans.imported else set()
+    skipped |= set() if fresh else {"prepared"}
     skipped |= set() if counts else {"clusterers", "labels"}
     moved = [
         # name, read, written, kept, in Ray's object store of a node, in the driver's memory
         Stage("import", scans.stored_bytes),
-        Stage("crops", scans.stored_bytes, cache, cache),
+        Stage("crops", scans.stored_bytes, cache, cache, 0, pool_table),
+        Stage("prepared", sum(s.stored_bytes for s in good), prepared, prepared, 0, pool_table),
         # Every fit is stored, read again and stored once more in the set.
         Stage("clusterers", sample + centroids, centroids + fitted, fitted, sample, in_driver),
-        Stage("labels", fitted + num_crops * crop, labels, labels, centroids, 2 * fitted + 2 * labels),
-        Stage("pretrain", batches, saves * checkpoint + final, kept, table, 3 * labels),
+        Stage("labels", fitted + len(labelled) * per_scan * crop, labels, labels, labeller, labelling),
+        Stage("pretrain", batches, saves * checkpoint + final, kept, dataset, in_training),
     ]
-    stages = tuple(s for s in moved if s.name not in skipped)
     files = {
         "crop": crop,
         "crops_cache": cache,
+        "prepared": prepared,
         "clusterers": fitted,
         "labels": labels,
         "checkpoint": checkpoint,
@@ -292,5 +381,27 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
         "final_method": net.model_file,
         "gradients": net.gradient_bytes,
     }
-    too_small = len(scans.scans) - len(good)
-    return Sizes(scans, too_small, num_crops, counts, sample, centroids, steps, per_epoch, net, files, stages)
+    return Sizes(
+        scans=scans,
+        too_small=len(scans.scans) - len(good),
+        num_crops=num_crops,
+        labelled_crops=len(labelled) * per_scan,
+        cluster_sizes=counts,
+        label_flop=2.0 * depth * sum(counts) * length,
+        sample_bytes=sample,
+        read_bytes=read,
+        training_bytes=prepared if fresh else num_crops * (crop + label),
+        centroid_bytes=centroids,
+        screen_bytes=screen,
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        network=net,
+        files=files,
+        stages=tuple(s for s in moved if s.name not in skipped),
+    )
+
+
+def _shards_bytes(scans: Sequence[Scan], per_scan: int, shape: Sequence[int]) -> int:
+    """Of a shard for each scan; its size depends on the scan only through the length of its id."""
+    lengths = Counter(len(s.scan_id) for s in scans)
+    return sum(count * shard_bytes("0" * n, per_scan, shape) for n, count in lengths.items())

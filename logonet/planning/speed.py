@@ -41,7 +41,7 @@ class Constants:
         store_node_bytes_s: reading with all cores of a node.
         store_write_bytes_s: writing in one stream.
         import_voxels_s: one core decompresses, checks and hashes a scan.
-        cut_voxels_s: one core decompresses a scan and cuts its crops.
+        cut_voxels_s: one core decompresses a scan and cuts its crops, or prepares it.
         prepare_bytes_s: one core reads crops, checks them and prepares samples.
         kmeans_flop_s: one core fits K-means.
         label_flop_s: one core labels; counted in operations of a brute-force search.
@@ -71,19 +71,19 @@ class Constants:
     step_fingerprint: str = ""
     worker_peak_bytes: NonNegative = 0.0
 
-    def measured(self, cfg: Pretraining, precision: str, gpu: bool) -> bool:
+    def measured(self, cfg: Pretraining, work: Work, gpu: bool) -> bool:
         """Whether these were measured with steps of this very work, on the same kind of device."""
         same_device = gpu == (self.device != "cpu")
-        return same_device and self.step_fingerprint == step_fingerprint(cfg, precision)
+        return same_device and self.step_fingerprint == step_fingerprint(cfg, work)
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
 
 
-def step_fingerprint(cfg: Pretraining, precision: str) -> str:
+def step_fingerprint(cfg: Pretraining, work: Work) -> str:
     """Identifies everything that a step's time depends on, except the machine."""
-    size_vox = list(cfg.crops.size_vox)
-    return config.fingerprint(cfg.backbone, cfg.method, size_vox, cfg.train.batch_size, precision)
+    shape = [work.facts.in_channels, *cfg.crops.size_vox]
+    return config.fingerprint(cfg.backbone, cfg.method, shape, cfg.train.batch_size, work.precision)
 
 
 def constants(uri: str = "") -> Constants:
@@ -114,6 +114,7 @@ class Placement:
         machine: of the workers, the smallest one.
         nodes: that have workers, ``per_node`` on the fullest, with ``threads`` each.
         cpus: cores that work for training; with GPUs, those that the workers leave to the data tasks.
+        data_tasks: at once on a node with workers.
     """
 
     machine: Machine
@@ -123,6 +124,7 @@ class Placement:
     threads: int
     gpu: bool
     cpus: float
+    data_tasks: int = 1
 
 
 def place(cluster: Cluster, resources: Resources) -> Placement:
@@ -139,7 +141,10 @@ def place(cluster: Cluster, resources: Resources) -> Placement:
     node_count, threads, cpus = -(-workers // per_node), share.threads_per_worker, cluster.cpus
     if share.use_gpu:
         threads, cpus = 1, max(cpus - workers, 0.25 * cpus)
-    return Placement(machine, workers, node_count, min(workers, per_node), threads, share.use_gpu, cpus)
+    per_node = min(workers, per_node)
+    free = (nodes[0]["CPU"] if cores else machine.cpus) - per_node * share.cpus_per_worker
+    data_tasks = max(1, int(free / share.cpus_per_data_task))
+    return Placement(machine, workers, node_count, per_node, threads, share.use_gpu, cpus, data_tasks)
 
 
 def flat_sync(train: training.Config, gpu: bool) -> bool:
@@ -155,7 +160,7 @@ class Step:
         accumulate: micro-batches that the busiest worker has.
         compute_s: on the workers.
         allreduce_s: averaging gradients.
-        data_s: reading and preparing the samples of a step.
+        data_s: reading and preparing the samples of a step, and labelling them where they are fresh crops.
         total_s: what a step takes, set by ``waits_for``.
         efficiency: samples per second over those of as many workers that each have their nodes to themselves.
     """
@@ -186,9 +191,10 @@ def step(train: training.Config, work: Work, at: Placement, c: Constants) -> Ste
     # Amdahl's law: threads shorten all but a share of the work.
     speedup = 1.0 if at.gpu else 1 / (c.serial_share + (1 - c.serial_share) / at.threads)
     compute_s = accumulate * work.micro.flop / (c.flop_s * speedup)
-    crops_bytes = samples * 2 * math.prod(work.facts.size_vox)
-    prepare_s = crops_bytes / (c.prepare_bytes_s * at.cpus)
-    read_s = crops_bytes / (at.nodes * node_read_bytes_s(at.machine, at.nodes, c))
+    sample_s = work.crop_bytes / c.prepare_bytes_s + work.label_flop / c.label_flop_s
+    prepare_s = samples * sample_s / at.cpus
+    read_bytes = work.crop_bytes if work.read_bytes is None else work.read_bytes
+    read_s = samples * read_bytes / (at.nodes * node_read_bytes_s(at.machine, at.nodes, c))
     if not at.gpu:
         # Workers share the cores with each other and with the data tasks.
         compute_s = max(compute_s, at.workers * at.threads * compute_s / at.cpus + prepare_s)
@@ -231,19 +237,20 @@ def scaling(
 
 def timed(cfg: Pretraining, of: Sizes, cluster: Cluster, one: Step, c: Constants) -> tuple[Stage, ...]:
     """All stages with their seconds."""
-    cores, length, fits = max(1.0, cluster.cpus), math.prod(cfg.crops.size_vox[:2]), cfg.clusterers
+    cores, fits = max(1.0, cluster.cpus), cfg.clusterers
+    length = of.scans.channels * math.prod(cfg.crops.size_vox[:2])
     slowest_node = min((p.machine for p in cluster.pools), key=lambda m: m.network_bytes_s)
     node_rate = node_read_bytes_s(slowest_node, cluster.nodes, c)
     write_rate = min(node_rate, c.store_write_bytes_s * cores)
     # A fit's distances, for each update and 2 + ln k times for k-means++. It runs on one core.
     distances = 2.0 * max(1, round(fits.fraction * of.sample_bytes / (2 * length))) * length
     fits_s = [distances * k * (fits.iterations + 2 + math.log(k)) / c.kmeans_flop_s for k in of.cluster_sizes]
-    label_flop = 2.0 * of.num_crops * cfg.crops.size_vox[2] * sum(of.cluster_sizes) * length
     cpu_s = {
         "import": of.scans.voxels / c.import_voxels_s / cores,
         "crops": of.scans.voxels / c.cut_voxels_s / cores,
+        "prepared": of.scans.voxels / c.cut_voxels_s / cores,
         "clusterers": max(sum(fits_s) / cores, *fits_s, 0.0),
-        "labels": label_flop / c.label_flop_s / cores,
+        "labels": of.labelled_crops * of.label_flop / c.label_flop_s / cores,
     }
     # A checkpoint is written while training goes on; the next one waits until it is written.
     steps = cfg.train.checkpoint_every_steps or of.steps_per_epoch

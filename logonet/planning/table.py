@@ -24,7 +24,7 @@ def text(plan: Plan) -> str:
     memory: dict[str, Any] = asdict(plan.worker_bytes)
     known_from = memory.pop("known_from")
     memory |= {"all but process and checkpoint": plan.worker_bytes.device_bytes}
-    memory |= {"a labelling actor": plan.labeller_bytes}
+    memory |= {"a labelling actor": plan.labeller_bytes, "a data task": plan.data_task_bytes}
     lines = ["Stages, in bytes and time", *_table(stages.rename(columns={"seconds": "time"}))]
     lines += [f"Sizes of {plan.bytes['crops']:,} crops and what is made of them", *_table(_column(sizes))]
     lines += [f"Peak memory of a training worker ({known_from})"]
