@@ -257,8 +257,10 @@ def _least(value_P: torch.Tensor, key_P: torch.Tensor, num_keys: int) -> torch.T
 
 
 def _norm2(x_MT: torch.Tensor) -> torch.Tensor:
-    """Squared lengths, float64 (M,), without a float64 copy of x."""
-    return torch.linalg.vector_norm(x_MT, dim=1, dtype=torch.float64).square()
+    """Squared lengths, float64 (M,). In parts, of which torch makes float64 copies."""
+    return torch.cat(
+        [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square() for x in x_MT.split(1024)]
+    )
 
 
 def _gamma(n: int) -> float:

@@ -87,7 +87,9 @@ def prepare_labels(indices_XYZ: np.ndarray, affine: np.ndarray, cfg: Preprocessi
 def coverage(image_CXYZ: np.ndarray) -> np.ndarray:
     """uint8 share, in 1/255, of each cell of CELL_VOX voxels a side in which any channel is not air."""
     above_XYZ = (image_CXYZ > int(FOREGROUND * volume.UINT16_MAX)).any(0)
-    counts: Any = np.bitwise_count(np.packbits(above_XYZ, axis=2)).astype(np.int64)  # of CELL_VOX voxels along Z
+    counts: Any = np.bitwise_count(np.packbits(above_XYZ, axis=2)).astype(
+        np.int64
+    )  # of CELL_VOX voxels along Z
     for axis in (0, 1):
         counts = np.add.reduceat(counts, np.arange(0, counts.shape[axis], CELL_VOX), axis)
     sides = [np.diff([*range(0, n, CELL_VOX), n]) for n in above_XYZ.shape]
