@@ -73,7 +73,7 @@ audit: setup     ## known vulnerabilities of every pinned package (asks PyPI), b
 	.venv-audit/bin/pip-audit $(AUDIT) -r constraints.txt
 	.venv-audit/bin/pip-audit $(AUDIT) -r constraints-store.txt
 
-LONG := $(addprefix benchmarks/,faults.py hippocampus.py pretexts.py scaling.py table1.py)
+LONG := $(addprefix benchmarks/,chunks.py faults.py hippocampus.py pretexts.py scale.py scaling.py table1.py)
 bench: setup     ## the short benchmarks; each prints a table and, last, one JSON line
 	for b in $(filter-out $(LONG),$(wildcard benchmarks/[a-z]*.py)); do echo "== $$b"; $(BIN)/python $$b || exit 1; done
 
