@@ -105,7 +105,7 @@ def test_sixteen_workers_pretrain_on_real_scans(
         return artifact
 
     artifact = run()
-    assert artifact.parents.keys() == {"labels", "prepared"}
+    assert "prepared" in artifact.parents  # fresh crops
     history = json.loads(artifact.read("history.json"))
     assert len(history) == (2 if settings else 4)
     assert history[-1]["loss"] < history[0]["loss"]
