@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -103,7 +103,8 @@ def label_crops(
     """
     scans = table.by_scan()
     at_once = -(-len(scans) // LABEL_TASKS)
-    groups = [range(some[0][0], some[-1][-1] + 1) for some in _parts(scans, at_once)]
+    firsts = [scans[i][0] for i in range(0, len(scans), at_once)]
+    groups = [range(a, b) for a, b in zip(firsts, [*firsts[1:], len(table)])]
     items = _LabelTasks(table, uri, crop_shards.stored_shards(uri), groups)
     refs: list[Any] = [None] * len(items)
     counts_NK = np.zeros((len(labeller.sizes), max(labeller.sizes)), np.int64)
@@ -111,11 +112,6 @@ def label_crops(
         refs[i] = found
         counts_NK += count_NK
     return LabelTable(uri, Rows.joined(refs), len(labeller.sizes), table.size_vox[2]), counts_NK
-
-
-def _parts(items: list[range], at_once: int) -> Iterator[list[range]]:
-    for begin in range(0, len(items), at_once):
-        yield items[begin : begin + at_once]
 
 
 @dataclass(frozen=True)
