@@ -259,7 +259,12 @@ def monai_loader(args: Args, cfg: cropping.Config, uris: list[str], folder: str)
     chain += [mt.RandSpatialCropSamplesd("image", cfg.size_vox, cfg.per_scan, random_size=False)]
     dataset = PersistentDataset([{"image": u} for u in uris], mt.Compose(chain), cache_dir=f"{folder}/cache")
     return DataLoader(
-        dataset, batch_size=1, num_workers=CORES, persistent_workers=True, collate_fn=list_data_collate
+        dataset,
+        batch_size=1,
+        num_workers=CORES,
+        persistent_workers=True,
+        collate_fn=list_data_collate,
+        worker_init_fn=lambda _: bare_client.cache_clear(),  # forked processes would share its connections
     )
 
 
