@@ -377,6 +377,8 @@ def test_a_shown_config_is_whole_and_can_be_given_back(
     shown = capsys.readouterr().out
     want = config.to_dict(pipelines.resolve_finetuning(recipes.FINETUNING[name]()))
     assert yaml.safe_load(shown) == want
+    about = " ".join(line[2:] for line in shown.splitlines() if line.startswith("# "))
+    assert about == " ".join((recipes.FINETUNING[name].__doc__ or "").split())
     assert want["backbone"]["name"] == "logonet"
     (tmp_path / "own.yaml").write_text(shown)
     again = ["--recipe", name, "--config", f"{tmp_path}/own.yaml"]

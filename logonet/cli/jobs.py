@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeVar
@@ -48,7 +49,7 @@ class JobArgs(ConfigArgs):
         root: folder or s3:// prefix that holds every stage's artifacts; the same root resumes.
         resources: what the run may use; never changes a result.
         experiment: MLflow experiment.
-        show_config: print the resolved config as YAML and stop.
+        show_config: print the resolved config as YAML, and what its recipe is, and stop.
         list_recipes: print the recipes with their data, hardware, hours and results, and stop.
     """
 
@@ -93,6 +94,9 @@ def job(
             return
         cfg = check(configure(job_config(args, recipes), args))
         if args.show_config:
+            if args.recipe:
+                about = " ".join((recipes[args.recipe].__doc__ or "").split())
+                print(textwrap.fill(about, 118, initial_indent="# ", subsequent_indent="# "))
             print(config.to_yaml(cfg), end="")
             return
         for flag in ("data", "root"):

@@ -28,6 +28,8 @@ def paper() -> Pretraining:
     workers x 1 crop. Data: thousands of CTs. Hardware: 16 GPUs with 35 GB (the paper's); 24 GiB of memory for
     one worker on CPU. Hours: not measured by us; one step takes 50 s and 5.6 GiB on 2 CPU cores (benchmarks/step.py).
     Result: not reproduced by us yet.
+    Where the paper is silent: an epoch takes 4 crops of every scan, scans keep their spacing (crops.spacing_mm), and
+    clusterers are fitted on crops that are cut once.
     """
     return Pretraining()
 
@@ -108,6 +110,7 @@ SHORT = training.Config(global_batch=2, lr=3e-4, warmup_epochs=1, grad_clip=1.0)
 def paper_finetune() -> Finetuning:
     """The paper's Table 3: LoGoNet (normal), two 96^3 crops of each of 16 cases a step, AdamW 1e-4, 5000 epochs. Data:
     BTCV's 30 CTs. Hardware: 16 GPUs. Hours and result: not reproduced by us yet.
+    Other than in the paper, half of the crops are centred on a class; crops.foreground_share=0 takes them anywhere.
     """
     return Finetuning(backbone=Component("logonet"))
 
