@@ -107,7 +107,7 @@ class Run:
                 "evaluate",
                 f"--model={model.uri}",
                 f"--root={self.root}",
-                "--infer.overlap=0",
+                "--overlap=0",
                 "--leaks=allow",
             )
             return self._made("evaluation")
