@@ -78,7 +78,7 @@ bench: setup     ## the short benchmarks; each prints a table and, last, one JSO
 	for b in $(filter-out $(LONG),$(wildcard benchmarks/[a-z]*.py)); do echo "== $$b"; $(BIN)/python $$b || exit 1; done
 
 docs: $(VENV)/.done ## the site, in site/; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:           ## environments, caches and the demo's folder
 	rm -rf $(VENV) $(STORE) .venv-audit demo-run sweep-run chaos-run site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
