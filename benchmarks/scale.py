@@ -120,7 +120,7 @@ class Ranks(Communicator):
 
     def __init__(self, world: int) -> None:
         self.world, self.value = world, None
-        self.barrier = threading.Barrier(world)
+        self.barrier = threading.Barrier(world, timeout=120)
 
     def broadcast(self, value: Any) -> Any:
         if value is not None:

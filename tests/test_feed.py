@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import threading
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +15,12 @@ from loops import crops_dataset
 
 from logonet.distributed import feed
 from logonet.distributed.cluster import ResourceAllocation
-from logonet.training.communicator import Communicator
 from logonet.training.local import local_batches
 from logonet.training.schedule import MicroBatches, SampleSchedule
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from scale import Ranks
 
 ALLOCATION = ResourceAllocation(
     workers=0,
@@ -28,23 +31,6 @@ ALLOCATION = ResourceAllocation(
     cpus_per_task=1,
     cpus=4,
 )
-
-
-class Threads(Communicator):
-    """Ranks that are threads of one process."""
-
-    def __init__(self, world: int) -> None:
-        self.world = world
-        self.barrier = threading.Barrier(world, timeout=120)
-        self.value: Any = None
-
-    def broadcast(self, value: Any) -> Any:
-        if value is not None:
-            self.value = value
-        self.barrier.wait()
-        heard = self.value
-        self.barrier.wait()
-        return heard
 
 
 def slow_samples(own: SampleSchedule) -> Any:
@@ -68,7 +54,7 @@ def take_all(
     """What each rank of ``world`` gets; the ``slow`` ones take their time."""
     import ray
 
-    ref, communicator = [ray.put(dataset)], Threads(world)
+    ref, communicator = [ray.put(dataset)], Ranks(world)
 
     def take(rank: int) -> list[dict[str, np.ndarray]]:
         positions = MicroBatches(dataset.schedule, batch_size, start, stop, rank, world)

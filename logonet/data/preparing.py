@@ -56,32 +56,33 @@ class PrepareScan:
     store: str
 
     def __call__(self, scan: Scan) -> prepared_scans.Ref | Quarantined:
+        try:
+            return self._prepared(scan)
+        except BadScan as err:
+            return Quarantined(scan.uri, str(err))
+
+    def _prepared(self, scan: Scan) -> prepared_scans.Ref:
         of_image = {"sha256": scan.sha256, "modality": scan.modality, "channels": scan.channels}
         image_uri = self._uri("images", scan, of_image)
         image = prepared_scans.stored(image_uri)
         if self.classes is None:
-            if image is not None:
-                return prepared_scans.ref_of(scan.scan_id, image)
-            try:
-                return prepared_scans.ref_of(scan.scan_id, self._image(image_uri, scan, manifest.load(scan)))
-            except BadScan as err:
-                return Quarantined(scan.uri, str(err))
+            image = image or self._image(image_uri, scan, manifest.load(scan))
+            return prepared_scans.ref_of(scan.scan_id, image)
         label_map = self.classes.of(scan)
-        of_labels = {"sha256": scan.label_sha256, "index_of": label_map.index_of, "seed": self.cfg.seed}
+        # All of the map: what it does not know is refused, which a file that is there already must not hide.
+        of_labels = {"sha256": scan.label_sha256, "map": label_map, "seed": self.cfg.seed}
         labels_uri = self._uri("labels", scan, {"image": of_image, **of_labels})
         labels = prepared_scans.stored(labels_uri)
-        try:
-            if image is None or labels is None:
-                volume = manifest.load(scan)
-                values_XYZ = manifest.load_label(scan, volume)
-                check_present(values_XYZ, label_map, scan.scan_id, self.classes)
-                image = image or self._image(image_uri, scan, volume)
-                indices_XYZ = label_map.indices(values_XYZ)
-                prepared_XYZ = prepared_scans.prepare_labels(indices_XYZ, volume.affine, self.cfg)
-                blob = prepared_scans.labels_file(scan.scan_id, prepared_XYZ, self.cfg.seed)
-                labels = prepared_scans.write(labels_uri, blob)
-        except BadScan as err:
-            return Quarantined(scan.uri, str(err))
+        if image is None or labels is None:
+            volume = manifest.load(scan)
+            values_XYZ = manifest.load_label(scan, volume)
+            check_present(values_XYZ, label_map, scan.scan_id, self.classes)
+            image = image or self._image(image_uri, scan, volume)
+            prepared_XYZ = prepared_scans.prepare_labels(
+                label_map.indices(values_XYZ), volume.affine, self.cfg
+            )
+            blob = prepared_scans.labels_file(scan.scan_id, prepared_XYZ, self.cfg.seed)
+            labels = prepared_scans.write(labels_uri, blob)
         return prepared_scans.ref_of(scan.scan_id, image, labels)
 
     def _uri(self, kind: str, scan: Scan, decides: Mapping[str, Any]) -> str:

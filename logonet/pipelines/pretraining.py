@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -98,7 +99,7 @@ class Upstream:
         seen: the scans that gave crops, without names, for leak checks (`seen`).
         probe: labelled cases to measure the encoder on, or None.
         scans: prepared scans to cut fresh crops of; None where the pool is trained on.
-        labeller: of fresh crops.
+        labeller: gives that of fresh crops, which takes a while to build.
     """
 
     crops: crop_shards.CropTable
@@ -109,7 +110,7 @@ class Upstream:
     seen: bytes
     probe: linear_probe.Task | None = None
     scans: Rows[prepared_scans.Ref] | None = None
-    labeller: Labeller | None = None
+    labeller: Callable[[], Labeller] | None = None
 
 
 def upstream(
@@ -152,8 +153,7 @@ def upstream(
         "clusterers_uri": fitted.uri,
         "labels": artifact.fingerprint,
     }
-    for_fresh = None if refs is None else labeller()
-    return Upstream(crop_table, labels, data_spec, artifact, lineage, known, task, refs, for_fresh)
+    return Upstream(crop_table, labels, data_spec, artifact, lineage, known, task, refs, labeller)
 
 
 def probe_cases(
@@ -210,8 +210,6 @@ def pretrain(
     parents = {up.parent.stage: up.parent.fingerprint}
     if up.scans is not None:
         parents["prepared"] = lineage["prepared"]
-    dataset = dataset_of(cfg, up)
-    schedule = dataset.schedule
 
     def make(run: Run) -> Made:
         # Before any hour is spent: what this run will save is what finetuning will be able to load.
@@ -219,11 +217,12 @@ def pretrain(
         handover = weight_transfer.prove(cfg.backbone, up.data_spec.in_channels, 3, net.state_dict())
         share = f"{handover.encoder_share:.0%}"
         say("handover", f"{share} of the encoder's parameters arrive in a segmentation network")
+        dataset = dataset_of(cfg, up)
         pictures = _pictures(dataset, up, cfg)
         files: dict[str, bytes] = {**pictures, "config.yaml": config.to_yaml(cfg).encode()}
         what = (cfg.backbone, cfg.method, cfg.train, up.data_spec)
         job = training.Job(run.uri, run.fingerprint, *what, run.tracking, dict(files), probe=up.probe)
-        steps = f"{schedule.steps_per_epoch} steps an epoch"
+        steps = f"{dataset.schedule.steps_per_epoch} steps an epoch"
         on = f"fresh crops of {len(up.scans)} scans" if up.scans is not None else f"{len(up.crops)} crops"
         say("pretrain", f"{run.name} on {on}, {steps}  {run.uri}")
         result = executor.train(job, dataset)
@@ -247,7 +246,8 @@ def dataset_of(cfg: Pretraining, up: Upstream) -> TrainingDataset | FreshCrops:
     if up.scans is None:
         return TrainingDataset(*method, SampleSchedule.of(len(up.crops), cfg.train), up.crops, up.labels)
     schedule = SampleSchedule.of(len(up.scans) * cfg.crops.per_scan, cfg.train)
-    return FreshCrops(*method, schedule, up.scans, cfg.crops, up.labeller)
+    labeller = None if up.labeller is None else up.labeller()
+    return FreshCrops(*method, schedule, up.scans, cfg.crops, labeller)
 
 
 def _pictures(dataset: TrainingDataset | FreshCrops, up: Upstream, cfg: Pretraining) -> dict[str, bytes]:
