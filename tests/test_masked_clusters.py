@@ -18,7 +18,8 @@ from torch import Tensor
 
 from logonet import methods
 from logonet.core.errors import UserError
-from logonet.methods.masked_clusters import Head, MaskedClusters, cluster_nll
+from logonet.methods._cluster_head import Head
+from logonet.methods.masked_clusters import MaskedClusters, cluster_nll
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,9 +57,11 @@ ONE_SLAB, SOME, ALL = 1e-6, 0.02, 1e3  # MiB: chunks of one, of a few (the last 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("num_samples", [1, 2])
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("chunk_mib", [ONE_SLAB, SOME, ALL])
-def test_head_equals_algorithm_1(chunk_mib: float, num_samples: int, training: bool):
+def test_head_equals_algorithm_1(chunk_mib: float, keep: bool, num_samples: int, training: bool):
     ours, plain = head_pair(chunk_mib, torch.float64)
+    ours.keep = keep
     f_BFXYZ = torch.randn(num_samples, 6, *SIZE_VOX, dtype=torch.float64) * 3 + 2
     results = []
     for head, run in ((ours, ours), (plain, lambda x: plain_head(plain, x))):
@@ -94,6 +97,41 @@ def test_chunks_leave_the_logits_alone(num_clusterers: int):
     torch.testing.assert_close(logits[1], logits[2], rtol=1e-10, atol=1e-11)
 
 
+def test_what_is_kept_changes_no_bit():
+    """Line 9's output is the same whether it is kept or computed again."""
+    f_BFXYZ = torch.randn(2, 6, *SIZE_VOX)
+    grads = []
+    for keep in (True, False):
+        head, _ = head_pair(SOME, torch.float32)
+        head.keep = keep
+        head(f_BFXYZ).square().sum().backward()
+        grads.append([p.grad for p in head.parameters()])
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+def test_head_in_bfloat16_is_about_as_near_to_exact_as_the_plain_layers():
+    """Under autocast, with statistics in float32. Linear layers with a norm's scale in them are rounded once more."""
+    ours, plain = head_pair(SOME, torch.float32)
+    exact = copy.deepcopy(plain).double()
+    f_BFXYZ = torch.randn(2, 6, *SIZE_VOX) + 1
+    far: list[Tensor] = []
+    results: list[dict[str, Tensor]] = []
+    for head, run in ((exact, plain_head), (plain, plain_head), (ours, lambda head, x: head(x))):
+        x = f_BFXYZ.to(next(head.parameters()).dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=head is not exact):
+            logits_BZNK = run(head, x)
+        logits_BZNK.double().square().sum().backward()
+        own = {key: p.grad.double() for key, p in head.named_parameters() if p.grad is not None}
+        results.append({"logits": logits_BZNK.double().detach(), **own})
+    for found in results[1:]:
+        far.append(torch.stack([(found[key] - value).norm() for key, value in results[0].items()]))
+    norms = torch.stack([value.norm() for value in results[0].values()])
+    assert ((far[1] < 4 * far[0] + 1e-2 * norms) | (norms < 1e-6)).all()
+    assert ours.norm10.running_var.dtype == torch.float32
+    torch.testing.assert_close(ours.norm10.running_var.double(), exact.norm10.running_var, rtol=1e-2, atol=0)
+    assert not ours.conv9.bias.grad.any()  # its batch norm cancels it, to the last bit
+
+
 def test_head_keeps_no_wide_map_for_the_backward_pass():
     num_x, _, num_z = SIZE_VOX
     head = Head(6, SIZE_VOX, num_clusterers=5, num_classes=64, chunk_mib=SOME)
@@ -111,7 +149,10 @@ def test_head_keeps_no_wide_map_for_the_backward_pass():
         return sum(kept.values())
 
     assert kept_bytes(lambda x: plain_head(head, x)) > 4 * wide_bytes
-    assert kept_bytes(head) < 2 * wide_bytes
+    kept = kept_bytes(head)
+    head.keep = False
+    assert kept_bytes(head) == kept - wide_bytes
+    assert kept < 3 * wide_bytes
 
 
 def test_parameter_count_at_the_papers_size():

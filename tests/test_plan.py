@@ -19,6 +19,7 @@ from logonet import networks, pipelines, recipes, training
 from logonet.core.errors import UserError
 from logonet.data import phantom
 from logonet.distributed.cluster import Resources
+from logonet.methods._cluster_head import CACHE_BYTES
 from logonet.planning import hardware, measuring, memory, planner, request, sizes, speed, table
 from logonet.planning.hardware import Cluster, Machine, Pool
 from logonet.planning.question import NodeArgs
@@ -350,6 +351,20 @@ def test_what_will_not_fit_is_refused_with_a_hint(
     found = plan(demo, Pool("node", machine), **more)
     assert any(about in sentence and hint in sentence for sentence in found.refusals), found.refusals
     assert found.to_dict()["fits"] is False
+
+
+def test_the_head_keeps_its_map_only_where_it_fits(demo: pipelines.Pretraining) -> None:
+    many = replace(demo, clusterers=replace(demo.clusterers, n=32, k_min=64, k_max=64))
+    roomy = Machine(cpus=4, memory_gib=16, gpus=1, gpu="T4", gpu_tflop_s=1, gpu_memory_gib=8)
+    kept = plan(many, Pool("node", roomy), workers=1)
+    assert kept.config.method.config.head_keep and not kept.refusals
+    tight = replace(roomy, gpu_memory_gib=(kept.worker_bytes.device_bytes - 1) / 2**30)
+    found = plan(many, Pool("node", tight), workers=1)
+    assert not found.config.method.config.head_keep and not found.refusals
+    assert any("method.head_keep=false" in note for note in found.notes)
+    map_bytes = 2 * 32 * 64 * 32 * 32  # bfloat16 on a GPU; N K X Z
+    saved = kept.worker_bytes.device_bytes - found.worker_bytes.device_bytes
+    assert saved == pytest.approx(map_bytes, abs=2 * CACHE_BYTES)  # and what a slab needs beside it
 
 
 def test_scans_of_several_numbers_of_channels_are_refused(demo: pipelines.Pretraining, counted: None) -> None:

@@ -96,7 +96,25 @@ def make(
     *,
     root: str = "",
 ) -> Plan:
-    """Plan pretraining with ``cfg`` (resolved) on ``scans``; ``root``: where artifacts would go, "" for a bucket."""
+    """Plan pretraining with ``cfg`` (resolved) on ``scans``; ``root``: where artifacts would go, "" for a bucket.
+
+    Where it does not fit and would with the head's widest map computed again, the plan is of that, and a note says so.
+    """
+    plan = _make(cfg, scans, cluster, resources, c, root)
+    if not plan.refusals or not getattr(cfg.method.config, "head_keep", False):
+        return plan
+    leaner = replace(cfg, method=replace(cfg.method, config=replace(cfg.method.config, head_keep=False)))
+    other = _make(leaner, scans, cluster, resources, c, root)
+    if len(other.refusals) == len(plan.refusals):
+        return plan
+    saved = gib(plan.micro_batch.peak_bytes - other.micro_batch.peak_bytes)
+    note = f"with --set method.head_keep=false, which takes {saved} less and more arithmetic; it does not fit without"
+    return replace(other, notes=(*other.notes, note))
+
+
+def _make(
+    cfg: Pretraining, scans: Scans, cluster: Cluster, resources: Resources, c: Constants, root: str
+) -> Plan:
     refusals: list[str] = []
     at: Placement | None = None
     try:
