@@ -5,7 +5,7 @@ STORE := .venv-store
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo sweep chaos test test-all test-real test-chaos faults fuzz test-cuda lint audit bench docs clean
+.PHONY: help setup demo sweep chaos test test-all test-real test-chaos faults fuzz test-cuda lint audit bench gpu-site docs clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -76,6 +76,15 @@ audit: setup     ## known vulnerabilities of every pinned package (asks PyPI), b
 LONG := $(addprefix benchmarks/,chunks.py faults.py hippocampus.py pretexts.py scale.py scaling.py table1.py)
 bench: setup     ## the short benchmarks; each prints a table and, last, one JSON line
 	for b in $(filter-out $(LONG),$(wildcard benchmarks/[a-z]*.py)); do echo "== $$b"; $(BIN)/python $$b || exit 1; done
+
+# For a machine with a GPU, Python 3.12 and torch that reaches nothing outside. Botocore describes every service of AWS.
+WHEELS := --python-version 3.12 --only-binary :all: --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64
+gpu-site: setup  ## what benchmarks/gpu.py needs beside torch, in build/gpu-site.tar.xz
+	rm -rf build/gpu-site
+	$(BIN)/python -m pip install -q --no-deps $(WHEELS) --target build/gpu-site -c constraints.txt -r benchmarks/gpu.txt
+	find build/gpu-site/botocore/data -mindepth 1 -maxdepth 1 -type d ! -name s3 -exec rm -r {} +
+	find build/gpu-site -type d \( -name tests -o -name __pycache__ \) -prune -exec rm -r {} +
+	XZ_OPT=-6 tar -C build -cJf build/gpu-site.tar.xz gpu-site
 
 docs: $(VENV)/.done ## the site, in site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

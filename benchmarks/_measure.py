@@ -9,14 +9,13 @@ import platform
 import threading
 import time
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
-from logonet.data import crop_shards, cropping, manifest, phantom, preparing
-from logonet.storage import object_store
-from logonet.storage.parquet import Rows
+if TYPE_CHECKING:
+    from logonet.data import crop_shards, cropping
 
 # For a benchmark that starts Ray and the embedded S3 server. Ray makes its workers yield to all else (niceness 15):
 # beside other work, what is compared with them would win. Idle workers are kept, for a run that goes on has no pauses
@@ -62,6 +61,10 @@ def phantom_crops(
     uri: str, cfg: cropping.Config, scans: int, size_vox: tuple[int, int, int]
 ) -> crop_shards.CropTable:
     """Crops of a few phantoms, cut in this process and stored under ``uri``."""
+    from logonet.data import crop_shards, manifest, phantom, preparing
+    from logonet.storage import object_store
+    from logonet.storage.parquet import Rows
+
     phantom.write_dataset(f"{uri}/scans", scans, size_vox=size_vox)
     refs: list[crop_shards.CropRef] = []
     for entry in object_store.listing(f"{uri}/scans/imagesTr"):

@@ -2,9 +2,11 @@
 
     python benchmarks/step.py                          # LoGoNet normal, 96^3, N=80, K up to 500, batch 1
     python benchmarks/step.py --size 64 --clusterers 24 --k-max 100 --dims 16 32 64 128
+    python benchmarks/step.py --head both              # and the same with the head as it was, for the ratio
 
 One warm-up-free step is timed from the inside: the network's parts by hooks, the backward pass by when gradients
-arrive at their seams. Resident memory is read at each seam; the peak is the operating system's own.
+arrive at their seams. Seconds are processor seconds of all threads, beside the clock's for the whole. Resident memory
+is read at each seam; the peak is the operating system's own.
 """
 
 from __future__ import annotations
@@ -12,14 +14,18 @@ from __future__ import annotations
 import json
 import os
 import resource
+import subprocess
+import sys
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import psutil
 import torch
 import tyro
+from _measure import machine, sentence
+from head import Before
 from rich.console import Console
 from rich.table import Table
 
@@ -39,6 +45,7 @@ class Args:
     threads: int = 2
     steps: int = 1
     checkpointing: bool = False
+    head: Literal["ours", "before", "both"] = "ours"
 
 
 class Seams:
@@ -47,10 +54,10 @@ class Seams:
     def __init__(self) -> None:
         self.process = psutil.Process(os.getpid())
         self.rows: list[tuple[str, float, float]] = []
-        self.last_s = time.perf_counter()
+        self.last_s = time.process_time()
 
     def mark(self, name: str) -> None:
-        now_s = time.perf_counter()
+        now_s = time.process_time()
         self.rows.append((name, now_s - self.last_s, self.process.memory_info().rss / 2**30))
         self.last_s = now_s
 
@@ -67,6 +74,36 @@ def batch_of(args: Args, sizes: tuple[int, ...], cfg: Any) -> dict[str, torch.Te
 
 
 def main(args: Args) -> None:
+    if args.head == "both":
+        both(args)
+    else:
+        measure(args)
+
+
+def both(args: Args) -> None:
+    """Each in a process of its own."""
+    about, found = machine() | {"threads": args.threads}, {}
+    for head in ("before", "ours"):
+        command = [sys.executable, __file__, "--head", head]
+        for key, value in asdict(args).items():
+            flag = f"--{key.replace('_', '-')}"
+            if isinstance(value, bool):
+                command += [flag if value else f"--no-{key}"]
+            elif key != "head" and value != ():
+                command += [flag, *(map(str, value) if isinstance(value, tuple) else (str(value),))]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        print(f"head: {head}\n{done.stdout}", flush=True)
+        found[head] = json.loads(done.stdout.splitlines()[-1])
+    ratio = {key: found["ours"][key] / found["before"][key] for key in ("step_s", "wall_s", "peak_gib")}
+    print(
+        f"of before: {ratio['step_s']:.2f} of the processor seconds, {ratio['wall_s']:.2f} of the clock's, "
+        f"{ratio['peak_gib']:.2f} of the memory"
+    )
+    print(sentence(about))
+    print(json.dumps({"benchmark": "step", **about, **found, "ratio": ratio}))
+
+
+def measure(args: Args) -> None:
     torch.set_num_threads(args.threads)
     rng = seeding.rng(0, "counts")
     sizes = (args.k_max, *(int(k) for k in rng.integers(args.k_min, args.k_max + 1, args.clusterers - 1)))
@@ -78,6 +115,8 @@ def main(args: Args) -> None:
     method = training.build_method(
         Component.of(backbone, "backbone"), Component("masked_clusters"), facts
     ).train()
+    if args.head == "before":
+        method.head.__class__ = Before  # the same layers, run as they were
     params = [p for p in method.parameters() if p.requires_grad]
     cfg = training.Config()
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
@@ -85,6 +124,7 @@ def main(args: Args) -> None:
     seams.mark("build")
     instrument(method, optimizer, seams)
     totals: dict[str, torch.Tensor] = {}
+    start_s = time.perf_counter()
     for number in range(args.steps):
         totals = training.step(
             method,
@@ -99,7 +139,8 @@ def main(args: Args) -> None:
             sync=lambda params: None,
         )
         seams.mark("optimizer (AdamW)")
-    report(args, method, params, seams, totals)
+    wall_s = (time.perf_counter() - start_s) / args.steps
+    report(args, params, seams, totals, wall_s)
 
 
 def instrument(method: Any, optimizer: torch.optim.Optimizer, seams: Seams) -> None:
@@ -129,7 +170,9 @@ def instrument(method: Any, optimizer: torch.optim.Optimizer, seams: Seams) -> N
     optimizer.register_step_pre_hook(lambda *_: seams.mark("backward: encoders"))
 
 
-def report(args: Args, method: Any, params: list[Any], seams: Seams, totals: dict[str, torch.Tensor]) -> None:
+def report(
+    args: Args, params: list[Any], seams: Seams, totals: dict[str, torch.Tensor], wall_s: float
+) -> None:
     steps = [row for row in seams.rows if row[0] != "build"]
     total_s = sum(s for _, s, _ in steps)
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -145,6 +188,7 @@ def report(args: Args, method: Any, params: list[Any], seams: Seams, totals: dic
         table.add_row(name, f"{seconds / args.steps:.2f}", f"{seconds / total_s:.0%}", f"{rss:.2f}")
     table.add_section()
     table.add_row("a step", f"{total_s / args.steps:.2f}", "", f"peak {peak_gib:.2f}")
+    table.add_row("by the clock", f"{wall_s:.2f}", "", "")
     Console(width=100).print(table)
     loss, count = totals["loss"].tolist()
     num_params = sum(p.numel() for p in params)
@@ -155,6 +199,7 @@ def report(args: Args, method: Any, params: list[Any], seams: Seams, totals: dic
         json.dumps(
             {
                 "step_s": total_s / args.steps,
+                "wall_s": wall_s,
                 "peak_gib": peak_gib,
                 "parts_s": {name: s / args.steps for name, (s, _) in merged.items()},
                 "params": num_params,

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from logonet.methods._parts import wide
 from logonet.networks import Triple
 
-CACHE_BYTES = 3 << 19  # of a part on a CPU, where what stays in a core's caches is twice as fast
+CACHE_BYTES = 3 << 19  # of a part on a CPU for each thread: what stays in a core's caches is twice as fast
 
 
 class Head(nn.Module):
@@ -39,7 +39,7 @@ class Head(nn.Module):
     Layers are named after the algorithm's lines. In: features (B, F, X, Y, Z). Out: logits (B, Z, N, K).
 
     Args:
-        chunk_mib: the widest map that is held at once, line 9's aside. On a CPU it is never more than CACHE_BYTES.
+        chunk_mib: the widest map that is held at once, line 9's aside. On a CPU it is smaller: CACHE_BYTES for each thread.
         keep: hold line 9's output for the backward pass, B N X Z K numbers; otherwise it is computed three more times.
     """
 
@@ -120,7 +120,9 @@ class Head(nn.Module):
 
     def _part_bytes(self, device: torch.device) -> float:
         """Of the widest map of a part, at most."""
-        return min(self.chunk_bytes, CACHE_BYTES) if device.type == "cpu" else self.chunk_bytes
+        if device.type != "cpu":
+            return self.chunk_bytes
+        return min(self.chunk_bytes, CACHE_BYTES * torch.get_num_threads())
 
 
 class _Slabs:
