@@ -35,8 +35,8 @@ class Args:
 def main(args: Args) -> None:
     torch.set_num_threads(1)
     about = _measure.machine()
-    # glibc keeps freed memory once a block as large as a data task's was freed. Without that each sample's arrays
-    # are new pages, which are no cost of what is measured.
+    # glibc keeps freed memory once a block as large as a data task's was freed; before that it gives a sample's arrays
+    # back to the system, and new pages cost several ms a crop.
     np.ones(31 << 20, np.uint8)
     spec = methods.DataSpec((args.side,) * 3, cluster_sizes=(80,) * 80)
     crop = memory.raw_sample(spec, seeding.rng(0, "crop")) | {"labels_XYZ": np.zeros(spec.size_vox, np.uint8)}
