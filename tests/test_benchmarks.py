@@ -51,6 +51,7 @@ def test_the_bare_loop_cuts_our_crops(
         "gpu.py --device cpu --quick",
         "head.py --clusterers 2 --classes 10 --size 16",
         "step.py --head both --size 64 --clusterers 2 --k-min 5 --k-max 10 --dims 8 8 8 8",
+        "prepare.py --methods glmae simtrot --side 32 --draws 2 --rounds 1",
         "fitting.py --clusterers 2 --k-min 4 --k-max 8 --iterations 2 --slices 256 --side 32 --rounds 1",
     ],
     ids=lambda command: command.split(".")[0],

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
 from logonet import methods, networks
@@ -123,6 +124,26 @@ def test_a_view_is_a_resized_box() -> None:
     expected = F.interpolate(torch.from_numpy(box)[None], (16, 16, 32), mode="trilinear", align_corners=False)
     np.testing.assert_allclose(out / 65535, expected[0].numpy(), atol=1e-5)
     assert out.dtype == np.uint16
+
+
+@pytest.mark.parametrize("size_vox", [(24, 30, 20), (7, 16, 40)])
+def test_views_equal_those_of_scipys_zoom(size_vox: tuple[int, int, int]) -> None:
+    image, shifted = noise(1, 2, (20, 30, 24))[0], augment.Config(flip_prob=0.5, rotate90_prob=0)
+    for i in range(8):
+        rng = seeding.rng(i, "v")
+        share, box = rng.uniform(0.3, 1.0), []
+        for side in image.shape[1:]:
+            first = int(rng.integers(side - round(share * side) + 1))
+            box.append(slice(first, first + round(share * side)))
+        part = image[:, *box].astype(np.float32) / 65535
+        zoom = np.array([1, *np.array(size_vox) / part.shape[1:]])
+        resized = ndimage.zoom(part, zoom, order=1, mode="nearest", grid_mode=True)
+        no_labels = np.zeros(size_vox, np.uint8)
+        plain, _ = augment.apply(resized, no_labels, augment.draw(shifted, size_vox, rng))
+        stored = np.rint(plain.clip(0, 1) * 65535)
+        out = view(image, size_vox, (0.3, 1.0), shifted, seeding.rng(i, "v"))
+        assert np.abs(out - stored).max() <= 1
+        assert (out != stored).mean() < 0.02  # sums that end close to a half
 
 
 def test_boxes_have_sizes_of_the_whole_range_and_lie_anywhere() -> None:

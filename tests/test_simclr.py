@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from test_methods import Stub
 from test_selfsup import LEARNERS, assert_learns_two_phantoms, phantom_batch, phantom_crop, plain_nt_xent
 
@@ -198,6 +199,41 @@ def test_each_distortion_changes_what_it_should(change: dict[str, float]):
         assert np.isfinite(_views.apply(flat, _views.Drawn(**change))).all()
         if "gibbs" not in change:
             np.testing.assert_allclose(_views.apply(flat, _views.Drawn(**change)), flat, atol=1e-5)
+
+
+def gibbs_noise(image_CXYZ: np.ndarray, share: float) -> np.ndarray:
+    from monai.transforms import GibbsNoise
+
+    return np.asarray(GibbsNoise(share)(image_CXYZ))
+
+
+def coarsened(image_CXYZ: np.ndarray, share: float) -> np.ndarray:
+    down = np.array([1, *(max(1, round(side * share)) / side for side in image_CXYZ.shape[1:])])
+    coarse = ndimage.zoom(image_CXYZ, down, order=0, mode="nearest", grid_mode=True)
+    return ndimage.zoom(coarse, 1 / down, order=3, mode="nearest", grid_mode=True)
+
+
+@pytest.mark.parametrize("size", [(24, 24, 24), (9, 12, 15), (10, 7, 5)])
+@pytest.mark.parametrize(
+    ("name", "low", "high", "plain"),
+    [
+        ("gibbs", 0.01, 0.999, gibbs_noise),
+        (
+            "blur_sigma_vox",
+            0.5,
+            1.0,
+            lambda image, sigma: ndimage.gaussian_filter(image, (0, sigma, sigma, sigma)),
+        ),
+        ("low_resolution", 0.5, 0.99, coarsened),
+    ],
+)
+def test_distortions_equal_plain_ones(
+    name: str, low: float, high: float, plain: Any, size: tuple[int, int, int]
+):
+    image = seeding.rng(0, "plain").random((2, *size), np.float32)
+    for value in np.linspace(low, high, 12).tolist():
+        out = _views.apply(image, _views.Drawn(**{name: value}))
+        np.testing.assert_allclose(out, plain(image, value), rtol=0, atol=2e-6)
 
 
 def test_distortions_are_what_they_are_called():

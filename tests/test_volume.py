@@ -391,6 +391,7 @@ def test_percentile_range_ignores_zero_background() -> None:
 
 def test_uint16_round_trip() -> None:
     every = np.arange(65536, dtype=np.uint16)
+    np.testing.assert_array_equal(volume.from_uint16(every), every.astype(np.float32) / np.float32(65535))
     np.testing.assert_array_equal(volume.to_uint16(volume.from_uint16(every)), every)
     unit = np.random.default_rng(0).random(1000).astype(np.float32)
     assert np.abs(volume.from_uint16(volume.to_uint16(unit)) - unit).max() <= 0.5 / 65535 + 1e-7

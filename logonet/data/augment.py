@@ -175,5 +175,6 @@ def _intensities(image: np.ndarray, drawn: Drawn) -> np.ndarray:
         image = image + drawn.intensity_offset
     if drawn.noise_std > 0:
         normal = seeding.rng(drawn.noise_seed, "noise").standard_normal(image.shape, np.float32)
-        image = image + np.float32(drawn.noise_std) * normal
+        normal *= np.float32(drawn.noise_std)
+        image = np.add(image, normal, out=normal)
     return image

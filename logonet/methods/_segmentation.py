@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from logonet.core.errors import UserError
-from logonet.data import augment
+from logonet.data import augment, volume
 from logonet.data.classes import IGNORE, membership
 from logonet.methods import DataSpec
 from logonet.methods._parts import ratio, wide
@@ -39,7 +39,7 @@ def distorted(
     sample: Mapping[str, Any], cfg: augment.Config, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
     """One crop, distorted: ``image`` float32 (C, X, Y, Z), nominally in [0, 1], and ``labels`` uint8 (X, Y, Z)."""
-    image_CXYZ = sample["image_CXYZ"].astype(np.float32) / 65535
+    image_CXYZ = volume.from_uint16(sample["image_CXYZ"])
     labels_XYZ = sample["labels_XYZ"].astype(np.uint8, copy=False)
     drawn = augment.draw(cfg, labels_XYZ.shape, rng)
     image_CXYZ, labels_XYZ = augment.apply(image_CXYZ, labels_XYZ, drawn)

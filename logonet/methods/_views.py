@@ -6,16 +6,18 @@ nominally in [0, 1] and not clipped afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-from scipy import ndimage
+from scipy import fft, ndimage, sparse
 
 from logonet.core.config import Section, SizeVox
 from logonet.core.errors import UserError
-from logonet.data import augment
+from logonet.data import augment, volume
 from logonet.methods import DataSpec
 from logonet.networks import Triple
 
@@ -94,27 +96,73 @@ def apply(image_CXYZ: np.ndarray, drawn: Drawn) -> np.ndarray:
     """The distorted float32 image: contiguous, of the same shape; the input stays as it is."""
     image = image_CXYZ
     if drawn.gibbs > 0:
-        from monai.transforms import GibbsNoise  # seconds to import, and most views can do without
-
-        image = np.asarray(GibbsNoise(drawn.gibbs)(image), np.float32)
+        image = _without_high_frequencies(image, drawn.gibbs)
     if drawn.blur_sigma_vox > 0:
-        image = ndimage.gaussian_filter(image, (0, *(drawn.blur_sigma_vox,) * 3))
+        image = along_axes(image, [_blur(side, drawn.blur_sigma_vox) for side in image.shape[1:]])
     if drawn.contrast != 1:
         mean, low, high = (f(image, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.min, np.max))
         image = np.clip((image - mean) * np.float32(drawn.contrast) + mean, low, high)
     if drawn.low_resolution != 1:
-        image = np.stack([_coarsened(channel_XYZ, drawn.low_resolution) for channel_XYZ in image])
+        image = along_axes(image, [_coarsening(side, drawn.low_resolution) for side in image.shape[1:]])
     if drawn.inverted_gamma != 1:
         image = -augmented(-image, augment.Drawn(gamma=drawn.inverted_gamma))
     return augmented(image, drawn.augment)
 
 
-def _coarsened(image_XYZ: np.ndarray, share: float) -> np.ndarray:
+def _without_high_frequencies(image_CXYZ: np.ndarray, share: float) -> np.ndarray:
+    """MONAI's GibbsNoise by real transforms, without computing along Z what is cut.
+
+    MONAI's sphere lies half a frequency beside zero where sides are even, and MONAI drops the imaginary part that this
+    gives. That is the same as cutting with the mean of the sphere and its mirror image.
+    """
+    shape = image_CXYZ.shape[1:]
+    radius = (1 - share) * max(shape) * math.sqrt(2) / 2
+    kept = min(shape[2] // 2, math.ceil(radius)) + 1  # frequencies along Z
+    at = [fft.ifftshift(np.arange(side, dtype=np.float32) - (side - 1) / 2) for side in shape]
+    spheres = []
+    for x, y, z in (at, [np.roll(axis[::-1], 1) for axis in at]):
+        spheres.append(x[:, None, None] ** 2 + y[:, None] ** 2 + z[:kept] ** 2 <= radius**2)
+    spectrum = fft.fft2(fft.rfft(image_CXYZ)[..., :kept], axes=(1, 2))
+    spectrum *= np.add(*spheres, dtype=np.float32) / 2
+    return fft.irfft(fft.ifft2(spectrum, axes=(1, 2), overwrite_x=True), shape[2])
+
+
+def along_axes(image_CXYZ: np.ndarray, matrices: Sequence[sparse.csr_array]) -> np.ndarray:
+    """The image multiplied by one matrix along X, one along Y and one along Z; its sides become theirs.
+
+    Sparse products run on one thread in a fixed order, so the bits depend on neither BLAS nor its threads.
+    """
+    image = image_CXYZ
+    for axis, matrix in reversed([*enumerate(matrices, 1)]):  # X last leaves the result in order
+        lines = np.moveaxis(image, axis, 0)
+        product = matrix @ lines.reshape(len(lines), -1)
+        image = np.moveaxis(product.reshape(-1, *lines.shape[1:]), 0, axis)
+    return image
+
+
+def _sparse(matrix: np.ndarray) -> sparse.csr_array:
+    """In float32, without entries that rounding would lose."""
+    return sparse.csr_array(np.where(np.abs(matrix) < 1e-8, 0, matrix).astype(np.float32))
+
+
+@functools.cache
+def resizing(side: int, new_side: int, order: int) -> sparse.csr_array:
+    """The matrix of ``ndimage.zoom`` along one axis, a spline of ``order``.
+
+    Half a voxel at each end belongs to the image, as in interpolation without aligned corners.
+    """
+    zoom = new_side / side, 1
+    return _sparse(ndimage.zoom(np.eye(side), zoom, order=order, mode="nearest", grid_mode=True))
+
+
+def _coarsening(side: int, share: float) -> sparse.csr_array:
     """Nearest neighbour down, cubic up, as nnU-Net has it."""
-    small = [max(1, round(side * share)) for side in image_XYZ.shape]
-    down = [new / old for new, old in zip(small, image_XYZ.shape)]
-    coarse = ndimage.zoom(image_XYZ, down, order=0, mode="nearest", grid_mode=True)
-    return ndimage.zoom(coarse, 1 / np.array(down), order=3, mode="nearest", grid_mode=True)
+    small = max(1, round(side * share))
+    return resizing(small, side, order=3) @ resizing(side, small, order=0)
+
+
+def _blur(side: int, sigma_vox: float) -> sparse.csr_array:
+    return _sparse(ndimage.gaussian_filter1d(np.eye(side), sigma_vox, axis=0))
 
 
 def augmented(image_CXYZ: np.ndarray, drawn: augment.Drawn) -> np.ndarray:
@@ -161,7 +209,7 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
     Returns:
         ``first`` and ``second``, float32 (C, X, Y, Z), nominally in [0, 1], of ``view_vox`` voxels or the crop's.
     """
-    image_CXYZ = sample["image_CXYZ"].astype(np.float32) / 65535
+    image_CXYZ = volume.from_uint16(sample["image_CXYZ"])
     size_vox = cfg.view_vox or image_CXYZ.shape[1:]
     boxes = [
         tuple(slice(a, a + n) for a, n in zip(start, size_vox))

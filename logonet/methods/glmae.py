@@ -27,12 +27,11 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from annotated_types import Ge, Lt
-from scipy import ndimage
 from torch import Tensor, nn
 
 from logonet.core.config import Count, Fraction, NonNegative, Positive, Section, Share, SizeVox
 from logonet.core.errors import UserError
-from logonet.data import augment
+from logonet.data import augment, volume
 from logonet.methods import DataSpec, _masked, _selfsup, _views
 from logonet.methods._masked import grid_of
 from logonet.methods._parts import MethodModule, check_weights, freeze_unreached, intensity, sums
@@ -188,12 +187,13 @@ def view(
         length = max(1, round(share * side))
         first = int(rng.integers(side - length + 1))
         box.append(slice(first, first + length))
-    part_CXYZ = image_CXYZ[:, *box].astype(np.float32) / 65535
-    zoom = [new / old for new, old in zip(size_vox, part_CXYZ.shape[1:])]
-    # Half a voxel at each end belongs to the image, as in interpolation without aligned corners.
-    resized = [ndimage.zoom(x_XYZ, zoom, order=1, mode="nearest", grid_mode=True) for x_XYZ in part_CXYZ]
-    out_CXYZ = _views.augmented(np.stack(resized), augment.draw(distortion, size_vox, rng))
-    return np.rint(out_CXYZ.clip(0, 1) * 65535).astype(np.uint16)
+    part_CXYZ = volume.from_uint16(image_CXYZ[:, *box])
+    sides = zip(part_CXYZ.shape[1:], size_vox)
+    resized_CXYZ = _views.along_axes(part_CXYZ, [_views.resizing(old, new, order=1) for old, new in sides])
+    out_CXYZ = _views.augmented(resized_CXYZ, augment.draw(distortion, size_vox, rng))
+    np.clip(out_CXYZ, 0, 1, out=out_CXYZ)
+    out_CXYZ *= 65535
+    return np.rint(out_CXYZ, out=out_CXYZ).astype(np.uint16)
 
 
 class ClassToken(nn.Module):

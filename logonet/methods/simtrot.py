@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from logonet.core.config import Count, Positive, Section, Share, SizeVox
 from logonet.core.errors import UserError
+from logonet.data import volume
 from logonet.methods import DataSpec, _selfsup, _views
 from logonet.methods._parts import means, wide
 from logonet.methods._selfsup import EncoderModule
@@ -97,15 +98,21 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
         ``first`` and ``second``, float32 (C, X, Y, Z), nominally in [0, 1], with boxes of noise in the second;
         ``move`` int64 (4,): see `moved`. The first is moved on the device, where its map is moved back.
     """
-    image_CXYZ = sample["image_CXYZ"].astype(np.float32) / 65535
-    first, second = (_views.view(image_CXYZ, "texture", rng) for _ in range(2))
+    image_CXYZ = volume.from_uint16(sample["image_CXYZ"])
+    size_vox: Any = image_CXYZ.shape[1:]
+    drawn, other = (_views.draw(_views.RECIPES["texture"], size_vox, rng) for _ in range(2))
+    first = _views.apply(image_CXYZ, drawn)
     if cfg.mask:
-        hidden_XYZ = draw_boxes(image_CXYZ.shape[1:], cfg.mask_unit_vox, cfg.mask_ratio, rng)
-        noise_CXYZ = NOISE_STD * rng.standard_normal(second.shape, np.float32)
-        second = np.where(hidden_XYZ, noise_CXYZ, second)
-    move = (0, 0, 0, 0)
-    if cfg.rotate:
-        move = draw_move(image_CXYZ.shape[1:], cfg.flips, rng)
+        seen_XYZ = ~draw_boxes(size_vox, cfg.mask_unit_vox, cfg.mask_ratio, rng)
+        # Drawing noise takes most of the time, so one field fills the boxes and is the view's own noise outside.
+        own_std, silent = other.augment.noise_std, replace(other.augment, noise_std=0.0)
+        second = rng.standard_normal(image_CXYZ.shape, np.float32)
+        second *= NOISE_STD
+        np.multiply(second, own_std / NOISE_STD, out=second, where=seen_XYZ)
+        np.add(second, _views.apply(image_CXYZ, replace(other, augment=silent)), out=second, where=seen_XYZ)
+    else:
+        second = _views.apply(image_CXYZ, other)
+    move = draw_move(size_vox, cfg.flips, rng) if cfg.rotate else (0, 0, 0, 0)
     return {"first": first, "second": second, "move": np.array(move, np.int64)}
 
 
@@ -116,7 +123,10 @@ def draw_boxes(
     grid = tuple(side // unit for side, unit in zip(size_vox, unit_vox))
     hidden_N = np.zeros(math.prod(grid), bool)
     hidden_N[rng.permutation(len(hidden_N))[: int(share * len(hidden_N))]] = True
-    return np.kron(hidden_N.reshape(grid), np.ones(unit_vox, bool))
+    hidden_XYZ = hidden_N.reshape(grid)
+    for axis in (2, 1, 0):  # Z first: longer and longer runs are copied
+        hidden_XYZ = hidden_XYZ.repeat(unit_vox[axis], axis)
+    return hidden_XYZ
 
 
 def draw_move(

@@ -112,4 +112,4 @@ def to_uint16(unit: np.ndarray) -> np.ndarray:
 
 def from_uint16(stored: np.ndarray) -> np.ndarray:
     """0..65535 -> float32 in [0, 1]; ``to_uint16`` of it gives ``stored`` back."""
-    return stored.astype(np.float32) / np.float32(UINT16_MAX)
+    return np.divide(stored, np.float32(UINT16_MAX), dtype=np.float32)
