@@ -424,7 +424,7 @@ def paper_step(b: Bench) -> None:
     for name, options in variants.items():
         with freed(b):
             module, batch, optimizer = paper(b, **options)
-            step = functools.partial(one_step, b, module, optimizer, batch, 0, bf16=True)
+            step = functools.partial(one_step, b, module, optimizer, batch, 0, bf16=b.cuda)
             peak = b.peak_gib(step)
             b.row("the paper's step", variant=name, ms=b.ms(step, 5), peak_gib=peak)
             if name == "as it is":
@@ -548,7 +548,7 @@ def graph(b: Bench) -> None:
 def compiled(b: Bench) -> None:
     """torch.compile of encoder and decoder, as ``train.compile`` does it."""
     module, batch, optimizer = paper(b)
-    step = functools.partial(one_step, b, module, optimizer, batch, 0, bf16=True)
+    step = functools.partial(one_step, b, module, optimizer, batch, 0, bf16=b.cuda)
     b.row("compile", compiled=False, ms=b.ms(step, 5))
     if b.args.quick:
         return  # minutes on a CPU
