@@ -82,7 +82,7 @@ def monai_logits(net: nn.Module, image_CXYZ: np.ndarray, size_vox: Any, cfg: Con
     with torch.no_grad():
         x_BCXYZ = torch.from_numpy(np.ascontiguousarray(image_CXYZ))[None]
         out = sliding_window_inference(
-            x_BCXYZ, size_vox, cfg.windows_per_batch, network, cfg.overlap, mode="gaussian"
+            x_BCXYZ, size_vox, cfg.batch(CPU), network, cfg.overlap, mode="gaussian"
         )
     return out[0].double().numpy()  # type: ignore[union-attr]
 
@@ -126,7 +126,7 @@ def test_logits_equal_monai(shape: tuple[int, int, int], cfg: Config) -> None:
     expected_KXYZ = monai_logits(net, image_CXYZ, size, cfg)
     for axis in range(3):
         with torch.no_grad():
-            planes = sliding_window.planes(net, image_CXYZ, (0.0, 1.0), size, cfg, CPU, axis)
+            planes = sliding_window.planes(net, torch.from_numpy(image_CXYZ), size, cfg, CPU, axis)
             got_KXYZ = np.stack([plane.numpy().copy() for plane in planes], axis + 1)
         np.testing.assert_allclose(got_KXYZ, expected_KXYZ, atol=1e-5)
     assert_argmax(sliding_window.labels(net, image_CXYZ, size, cfg, "cpu"), expected_KXYZ)
@@ -157,7 +157,7 @@ def test_logits_and_labels_of_a_backbone(backbone: str) -> None:
     image_CXYZ, size = np.random.default_rng(0).random((1, 20, 32, 36), np.float32), (32, 32, 32)
     expected_KXYZ = monai_logits(net, image_CXYZ, size, Config())
     with torch.no_grad():
-        planes = sliding_window.planes(net, image_CXYZ, (0.0, 1.0), size, Config(), CPU, 2)
+        planes = sliding_window.planes(net, torch.from_numpy(image_CXYZ), size, Config(), CPU, 2)
         got_KXYZ = np.stack([plane.numpy().copy() for plane in planes], 3)
     np.testing.assert_allclose(got_KXYZ, expected_KXYZ, atol=1e-5)
     assert_argmax(

@@ -312,7 +312,7 @@ def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str, ray_
 def test_a_case_whose_answer_got_lost_is_not_done_again(scans: str, place: str) -> None:
     """Ray gives a finished case again when the node that held its answer goes; it must not count as a death."""
     item, output = bucket_inference.Item("a", Source(f"{scans}a.nii.gz")), f"{place}/lost-out"
-    segment = bucket_inference._Segment(output, CFG, "attempt", False)
+    segment = bucket_inference._Segment(output, CFG, "attempt", False, "cpu")
     first = segment(item, model_files())
     before = versions(output)
     for _ in range(bucket_inference.MAX_ATTEMPTS):
