@@ -48,6 +48,7 @@ def test_the_bare_loop_cuts_our_crops(
         "ingest.py --scans 3 --distinct 2 --rounds 1 --shape 40 40 40 --crop-vox 32 --batch 2",
         "training.py --workers 1 2 --steps 1 --epochs 1 --global-batch 2 --size 64 --clusterers 2 --k 5",
         "scale.py --scans 50 --per-scan 2 --steps 3 --ranks 2",
+        "inference.py --shape 64 64 48 --classes 3 5 --against monai32 --threads 1",
         "fitting.py --clusterers 2 --k-min 4 --k-max 8 --iterations 2 --slices 256 --side 32 --rounds 1",
     ],
     ids=lambda command: command.split(".")[0],
