@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from logonet import networks
+from logonet.inference.model import folded
 
 CONVS = (nn.Conv3d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm3d, nn.InstanceNorm3d, nn.GroupNorm, nn.LayerNorm)
@@ -158,13 +159,9 @@ class Recorder(TorchDispatchMode):
         """A layer of its own for an operation outside of the modules without children."""
         name = func._schema.name.split("::")[1]
         kind = next((kind for start, kind in KINDS.items() if name.startswith(start)), "element-wise")
-        path, module = self.stack[-1] if self.stack else ("", None)
-        inner = getattr(module, "conv", None)
+        path = self.stack[-1][0] if self.stack else ""
         layer = Layer(path, kind)
-        # With batch normalisation folded into it, such a module runs its convolution by itself.
-        if isinstance(inner, nn.Conv3d) and kind in ("convolution", *COPIES):
-            layer.kind = kind_of_module(inner)
-        if (layer.kind == kind or kind == "convolution") and not is_view(func, args, out):
+        if not is_view(func, args, out):
             inputs, outputs = size_bytes(args), size_bytes(out)
             layer.bytes = inputs + outputs
             layer.backward_bytes = backward_bytes(kind, inputs, outputs)
@@ -355,6 +352,7 @@ def main() -> None:
     torch.manual_seed(0)
     options = {"img_size": (args.size,) * 3} if args.backbone in ("nnformer", "unetr", "segresnetvae") else {}
     net = networks.build(args.backbone, 1, 14, **options)
+    net = net if args.backward else folded(net)  # as a Predictor runs it
     x = torch.rand(1, 1, *(args.size,) * 3)
     before = rates(2 * args.repeats, clock)
     layers = record(net, x, args.backward, args.repeats, clock)

@@ -28,7 +28,7 @@ class Args:
         model: models:/NAME@alias, a finetuning artifact <root>/finetune/<id>, or a model folder.
         input: scans: a folder or s3:// prefix, a list (JSON or CSV), or a DICOM series folder.
         output: folder or s3:// prefix for label maps and predictions.csv.
-        infer: windows and mirroring.
+        infer: windows, mirroring, precision.
         retry_quarantined: try again what an earlier run has set aside.
         resources: --workers is how many copies of the model run side by side.
     """

@@ -52,6 +52,7 @@ def test_the_bare_loop_cuts_our_crops(
         "head.py --clusterers 2 --classes 10 --size 16",
         "step.py --head both --size 64 --clusterers 2 --k-min 5 --k-max 10 --dims 8 8 8 8",
         "prepare.py --methods glmae simtrot --side 32 --draws 2 --rounds 1",
+        "inference.py --shape 64 64 48 --classes 3 5 --against monai32 --threads 1",
         "fitting.py --clusterers 2 --k-min 4 --k-max 8 --iterations 2 --slices 256 --side 32 --rounds 1",
     ],
     ids=lambda command: command.split(".")[0],

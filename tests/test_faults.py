@@ -322,7 +322,7 @@ def test_damage_on_the_way_quarantines_no_scan(proxy: FaultProxy, bucket: str) -
 def test_a_case_that_is_refused_is_no_bad_case(tmp_path: Path, withheld: set[str]) -> None:
     uri, output = str(tmp_path / "a.nii.gz"), str(tmp_path / "out")
     predictor: Any = SimpleNamespace(spec=SimpleNamespace(one_modality="CT"))
-    segment = bucket_inference._Segment(output, sliding_window.Config(), "1", False, predictor)
+    segment = bucket_inference._Segment(output, sliding_window.Config(), "1", False, "cpu", predictor)
     withheld.add(uri)
     row = segment(bucket_inference.Item("a", manifest.Source(uri)), {})
     assert (row.status, "access is refused" in row.reason) == (bucket_inference.UNREAD, True)

@@ -82,7 +82,7 @@ def monai_logits(net: nn.Module, image_CXYZ: np.ndarray, size_vox: Any, cfg: Con
     with torch.no_grad():
         x_BCXYZ = torch.from_numpy(np.ascontiguousarray(image_CXYZ))[None]
         out = sliding_window_inference(
-            x_BCXYZ, size_vox, cfg.windows_per_batch, network, cfg.overlap, mode="gaussian"
+            x_BCXYZ, size_vox, cfg.batch(CPU), network, cfg.overlap, mode="gaussian"
         )
     return out[0].double().numpy()  # type: ignore[union-attr]
 
@@ -126,7 +126,7 @@ def test_logits_equal_monai(shape: tuple[int, int, int], cfg: Config) -> None:
     expected_KXYZ = monai_logits(net, image_CXYZ, size, cfg)
     for axis in range(3):
         with torch.no_grad():
-            planes = sliding_window.planes(net, image_CXYZ, (0.0, 1.0), size, cfg, CPU, axis)
+            planes = sliding_window.planes(net, torch.from_numpy(image_CXYZ), size, cfg, CPU, axis)
             got_KXYZ = np.stack([plane.numpy().copy() for plane in planes], axis + 1)
         np.testing.assert_allclose(got_KXYZ, expected_KXYZ, atol=1e-5)
     assert_argmax(sliding_window.labels(net, image_CXYZ, size, cfg, "cpu"), expected_KXYZ)
@@ -157,7 +157,7 @@ def test_logits_and_labels_of_a_backbone(backbone: str) -> None:
     image_CXYZ, size = np.random.default_rng(0).random((1, 20, 32, 36), np.float32), (32, 32, 32)
     expected_KXYZ = monai_logits(net, image_CXYZ, size, Config())
     with torch.no_grad():
-        planes = sliding_window.planes(net, image_CXYZ, (0.0, 1.0), size, Config(), CPU, 2)
+        planes = sliding_window.planes(net, torch.from_numpy(image_CXYZ), size, Config(), CPU, 2)
         got_KXYZ = np.stack([plane.numpy().copy() for plane in planes], 3)
     np.testing.assert_allclose(got_KXYZ, expected_KXYZ, atol=1e-5)
     assert_argmax(
@@ -263,6 +263,55 @@ def test_a_folder_segments_as_its_network_does(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got_XYZ, Predictor(net, given, device="cpu").segment(scan, "CT"))
 
 
+# --------------------------------------------------------------------------- batches, precision, batch norm
+
+
+class Spy(Net):
+    """Notes the windows of each batch and the type that convolutions compute in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, torch.dtype]] = set()
+
+    def forward(self, x_BCXYZ: Tensor) -> SegOut:
+        self.seen.add((len(x_BCXYZ), self.first(x_BCXYZ).dtype))
+        return super().forward(x_BCXYZ)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "seen"),
+    [
+        (Config(), {(1, torch.float32)}),
+        (Config(windows_per_batch=2), {(2, torch.float32)}),
+        (Config(precision="fp32"), {(1, torch.float32)}),
+        (Config(precision="bf16"), {(1, torch.bfloat16)}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("around", [False, True])
+def test_batches_and_precision_are_those_of_the_settings(
+    cfg: Config, seen: set[tuple[int, torch.dtype]], around: bool
+) -> None:
+    net, image_CXYZ = Spy(), np.zeros((1, 8, 12, 12), np.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):  # of whoever calls: it decides nothing
+        sliding_window.labels(net, image_CXYZ, (8,) * 3, cfg, CPU)
+    predictor = Predictor(net, spec(spacing_mm=None), cfg, CPU)
+    predictor.segment(Volume(smooth((8, 12, 12)), np.eye(4)), "CT")
+    assert net.seen == predictor.net.seen == seen
+
+
+def test_a_gpu_sees_several_windows_at_once() -> None:
+    assert Config().batch(CPU) == 1 < Config().batch(torch.device("cuda"))
+    assert Config(windows_per_batch=3).batch(torch.device("cuda")) == 3
+
+
+def test_an_id_covers_what_decides_labels() -> None:
+    """It is the id of before windows_per_batch could be left to the device."""
+    known = {"overlap": 0.5, "mirror": False, "windows_per_batch": 1}
+    assert Config().identity() == Config(windows_per_batch=8).identity() == known
+    assert Config(mirror=True, precision="fp32").identity() == {**known, "mirror": True, "precision": "fp32"}
+
+
 # --------------------------------------------------------------------------------------------- refusals
 
 
@@ -324,10 +373,18 @@ def test_no_array_has_all_classes_of_all_voxels(length: int) -> None:
         predictor.segment(scan, "CT")
     _, numpy_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert largest.elements <= classes * size * prepared[0] * prepared[1]
-    voxels = math.prod(scan.shape_xyz)
-    # NumPy's side: the resampled image, uint8 labels, and windows and planes that do not grow with length
-    assert numpy_bytes < 4 * math.prod(prepared) + voxels + 400_000
+    # the sums of a layer, or the prepared image of one channel
+    assert largest.elements <= max(classes * size * prepared[0] * prepared[1], math.prod(prepared))
+    # NumPy's side: the resampled image, twice while its intensities are mapped, and planes that do not grow with length
+    assert numpy_bytes < 2 * 4 * math.prod(prepared) + 100_000, (numpy_bytes, prepared)
+
+
+@pytest.mark.cuda
+def test_an_image_that_a_gpu_has_no_room_for_stays_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor, scan = Predictor(Net(), spec(), device="cuda"), Volume(smooth((40, 36, 30)), OBLIQUE)
+    on_gpu = predictor.segment(scan, "CT")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    np.testing.assert_array_equal(predictor.segment(scan, "CT"), on_gpu)
 
 
 @pytest.mark.cuda

@@ -101,6 +101,20 @@ def test_finetuning_learns_and_validates_when_due(labelled: LabelledDataset, tmp
     assert "validation Dice" not in training.epoch_line(history[0], 5)
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_validation_computes_in_the_precision_of_training(
+    labelled: LabelledDataset, tmp_path: Path, precision: str, dtype: torch.dtype
+) -> None:
+    loop = LocalLoop(labelled, labelled_job(str(tmp_path), precision=precision))
+    first = next(m for m in loop.method.backbone.modules() if isinstance(m, torch.nn.Conv3d))
+    seen = set()
+    first.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    loop._validate(1)
+    assert seen == {dtype}
+
+
 def test_without_validation_nothing_is_read_and_no_best_is_kept(
     labelled: LabelledDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

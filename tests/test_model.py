@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from logonet import networks
 from logonet.core import config
@@ -145,3 +147,39 @@ def test_a_window_that_the_backbone_cannot_take_is_refused() -> None:
         model.build(spec(size_vox=(32, 33, 32)), network().state_dict())
     with pytest.raises(UserError, match="unknown backbone 'unett'"):
         model.build(spec(backbone={"name": "unett"}), {})
+
+
+# ------------------------------------------------------------------------------------------- batch norm
+
+# Of each network with batch norms, how many stay: those before attention and MLPs, and of patches, in ULKANets.
+STAY = {"attention_unet": 0, "logonet": 60, "pcrlv2": 0, "ulkanet": 12, "unet": 0}
+
+
+def batch_norms(net: nn.Module) -> int:
+    return sum(isinstance(module, _BatchNorm) for module in net.modules())
+
+
+def tiny(name: str) -> nn.Module:
+    return networks.build(name, 1, 3, **networks.tiny(name)).eval()
+
+
+def test_every_network_with_batch_norms_is_tested() -> None:
+    with torch.device("meta"):
+        assert {name for name in networks.names() if batch_norms(tiny(name))} == STAY.keys()
+
+
+@pytest.mark.parametrize("name", STAY)
+def test_a_folded_network_gives_the_same_answers(name: str) -> None:
+    torch.manual_seed(0)
+    net = tiny(name).double()
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):  # as after training, not the identity that they begin as
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                torch.nn.init.uniform_(tensor, 0.5, 2)
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    x_BCXYZ = torch.rand(1, 1, 64, 64, 64, dtype=torch.float64)
+    folded = model.folded(net)
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(x_BCXYZ).logits, net(x_BCXYZ).logits, rtol=1e-9, atol=1e-9)
+    assert batch_norms(folded) == STAY[name] < batch_norms(net)
+    torch.testing.assert_close(dict(net.state_dict()), before, rtol=0, atol=0)

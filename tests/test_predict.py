@@ -22,9 +22,12 @@ from helpers import HERE, on_ray, tilted, tiny_backbone
 
 from logonet import networks, pipelines
 from logonet.core.errors import UserError
+from logonet.core.execution import InProcess
 from logonet.data import importers, manifest, phantom, volume
 from logonet.data.manifest import Manifest, Source
-from logonet.distributed import bucket_inference
+from logonet.distributed import bucket_inference, cluster
+from logonet.distributed.cluster import Resources
+from logonet.distributed.executor import RayExecutor
 from logonet.inference import model, sliding_window
 from logonet.storage import object_store
 
@@ -312,13 +315,39 @@ def test_a_case_that_kills_its_process_is_set_aside(scans: str, place: str, ray_
 def test_a_case_whose_answer_got_lost_is_not_done_again(scans: str, place: str) -> None:
     """Ray gives a finished case again when the node that held its answer goes; it must not count as a death."""
     item, output = bucket_inference.Item("a", Source(f"{scans}a.nii.gz")), f"{place}/lost-out"
-    segment = bucket_inference._Segment(output, CFG, "attempt", False)
+    segment = bucket_inference._Segment(output, CFG, "attempt", False, "cpu")
     first = segment(item, model_files())
     before = versions(output)
     for _ in range(bucket_inference.MAX_ATTEMPTS):
         assert segment(item, model_files()) == first
     assert first.status == bucket_inference.DONE
     assert versions(output) == before
+
+
+class Kept(InProcess):
+    """Keeps the function that items were given to."""
+
+    def stream(self, fn: Any, items: Any, **options: Any) -> Any:
+        self.fn = fn
+        return super().stream(fn, items, **options)
+
+
+def test_without_gpus_of_their_own_models_leave_the_machines_gpus_alone(
+    scans: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    executor, item = Kept(), bucket_inference.Item("a", Source(f"{scans}a.nii.gz"))
+    (row,) = bucket_inference.run([item], model_files(), str(tmp_path), CFG, executor, about={})
+    assert (row.status, row.reason) == (bucket_inference.DONE, "")
+    assert executor.fn.predictor.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cuda")])
+@pytest.mark.parametrize("gpu", [None, False])
+def test_models_run_on_gpus_where_workers_have_them(gpu: bool | None, gpus: int, device: str) -> None:
+    resources = Resources(gpu=gpu)
+    allocation = cluster.divide([{"CPU": 4.0, "GPU": float(gpus)}], resources)
+    assert RayExecutor(resources, allocation).device == ("cpu" if gpu is False else device)
 
 
 def test_an_output_among_the_scans_is_refused(scans: str, place: str, model_uri: str) -> None:

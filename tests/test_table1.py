@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from logonet import networks
+from logonet.inference.model import folded
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -156,6 +157,7 @@ SIDE = {"logonet": 64, "pcrlv2": 16, "swinunetr": 32}
 def recorded(name: str, training: bool) -> list[layers.Layer]:
     torch.manual_seed(0)
     net = networks.build(name, 1, 14, **networks.tiny(name))
+    net = net if training else folded(net)
     x = torch.rand(1, 1, *(SIDE[name],) * 3)
     clock = iter(range(10**9)).__next__  # every operation takes one second
     return layers.record(net, x, training, 2, clock)
@@ -190,9 +192,11 @@ def test_logonets_layers_are_named_for_what_they_are() -> None:
     assert kind_of[f"{block}.mlp.fc1"] == "pointwise"
     assert kind_of["global_net.encoder.0.patch"] == "conv 7^3, stride 4"
     assert kind_of["head.conv"] == "conv 3^3"
-    folded = {layer.path: layer.kind for layer in recorded("logonet", False) if layer.macs}
-    assert folded["head"] == "conv 3^3"  # by itself, with the normalisation folded in
-    assert folded["global_net.decoder.decs.0.0"] == "conv 3^3"
+    of_norms = [
+        {layer.path for layer in recorded("logonet", training) if layer.kind == "norm"}
+        for training in (True, False)
+    ]
+    assert {"head.norm", "global_net.decoder.decs.0.0.norm"} <= of_norms[0] - of_norms[1]
 
 
 def test_rows_add_up_and_the_largest_gap_is_first() -> None:

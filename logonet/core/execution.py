@@ -12,6 +12,10 @@ Workers = Literal["tasks", "data actors", "model actors"]
 class Executor(Protocol):
     """Runs a function over items. What an item's answer is depends on the item alone, never on who computes it when."""
 
+    @property
+    def device(self) -> Any:
+        """Where a model actor's network runs: "cuda" if each actor has a GPU, "cpu" if not."""
+
     def stream(
         self, fn: Fn, items: Sequence[Any], *, shared: Sequence[Any] = (), workers: Workers = "tasks"
     ) -> Iterator[tuple[int, Any]]:
@@ -27,6 +31,8 @@ class Executor(Protocol):
 
 class InProcess:
     """Runs everything in this process, one item after the other; a debugger can follow."""
+
+    device: Any = "cpu"
 
     def stream(
         self, fn: Fn, items: Sequence[Any], *, shared: Sequence[Any] = (), workers: Workers = "tasks"

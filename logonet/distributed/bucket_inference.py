@@ -141,7 +141,7 @@ def run(
     waiting = [i for i in items if i.name not in rows or rows[i.name].version != i.version]
     done = len(items) - len(waiting)
     if waiting:
-        segment = _Segment(output, cfg, attempt, score)
+        segment = _Segment(output, cfg, attempt, score, executor.device)
         for _, row in executor.stream(segment, waiting, shared=(dict(folder),), workers="model actors"):
             rows[row.name] = row
             done += 1
@@ -225,12 +225,13 @@ class _Segment:
     cfg: sliding_window.Config
     attempt: str
     score: bool
+    device: str  # named, or without a GPU of its own each actor would take the machine's first
     predictor: sliding_window.Predictor | None = None
 
     def __call__(self, item: Item, folder: Mapping[str, bytes]) -> Row:
         if self.predictor is None:
             spec, weights = model.parse(folder)
-            self.predictor = sliding_window.Predictor(model.build(spec, weights), spec, self.cfg)
+            self.predictor = sliding_window.Predictor(model.build(spec, weights), spec, self.cfg, self.device)
         row_uri = _row_uri(self.output, item.name)
         if object_store.exists(row_uri):
             there = _read_row(row_uri)

@@ -48,6 +48,10 @@ class RayExecutor:
     def allocation(self) -> ResourceAllocation:
         return self._given or cluster.allocate(self.resources)
 
+    @property
+    def device(self) -> str:
+        return "cuda" if self.allocation.use_gpu else "cpu"
+
     def stream(
         self,
         fn: Callable[..., Any],

@@ -87,7 +87,8 @@ class LoadedModel:
 
     def __repr__(self) -> str:
         spec = self.spec
-        millions = sum(p.numel() for p in self.predictor.net.parameters()) / 1e6
+        net = model.build(*model.parse(self.folder, self.uri))  # what the predictor runs has fewer
+        millions = sum(p.numel() for p in net.parameters()) / 1e6
         size_mm = "x".join(f"{s:g}" for s in spec.spacing_mm or ())
         spacing = f"{size_mm} mm" if size_mm else "the scan's own spacing"
         return (

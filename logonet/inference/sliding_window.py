@@ -1,7 +1,7 @@
 """Segmenting scans of any size in bounded memory: sliding window, streamed plane by plane to native labels.
 
-Letters: B windows at once, C input channels, K classes, XYZ axes of a grid in RAS; when planes are streamed, S
-is the axis they are streamed along and A, B the other two, in order. *Prepared* is the grid that the
+Letters: B windows at once, C input channels, K classes, G of them at once, XYZ axes of a grid in RAS; when planes are
+streamed, S is the axis they are streamed along and A, B the other two, in order. *Prepared* is the grid that the
 network sees (RAS, the model's spacing), *native* the scan's own voxels.
 
 Windows and their blending are those of ``monai.inferers.sliding_window_inference`` with
@@ -16,21 +16,25 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
+from logonet.core import config
 from logonet.core.config import Count, Section
 from logonet.core.errors import BadScan
-from logonet.data import cropping, volume
-from logonet.data.volume import LowHigh, Volume
+from logonet.data import volume
+from logonet.data.volume import Volume
 from logonet.inference import model
 
 SIGMA_SHARE = 0.125  # of the window's side, as in MONAI and nnU-Net
+IMAGE_SHARE = 0.25  # of a GPU's free memory, which the prepared image may take
+CUDA_GROUP = 16  # classes whose logits are interpolated at once on a GPU
 MIN_WEIGHT = 1e-3  # MONAI's floor, so that a voxel seen only by a window's corner is not divided by nothing
 
 
@@ -41,18 +45,29 @@ class Config(Section, key="infer"):
     Attributes:
         overlap: share of a window's side that neighbours have in common, in [0, 1).
         mirror: average the logits over all 8 flips of each window (test-time augmentation), in 8 times the time.
-        windows_per_batch: windows that the network sees at once.
+        windows_per_batch: windows that the network sees at once; None takes 4 on CUDA and 1 elsewhere.
+        precision: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 elsewhere. Validation in training takes
+            ``train.precision`` instead.
     """
 
     overlap: Annotated[float, Ge(0), Lt(1)] = 0.5
     mirror: bool = False
-    windows_per_batch: Count = 1
+    windows_per_batch: Count | None = None
+    precision: Literal["auto", "bf16", "fp32"] = field(default="auto", metadata=config.OMIT_DEFAULT)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that ids of artifacts cover. Windows at once, which change rounding alone, count as 1."""
+        return {**config.to_dict(self), "windows_per_batch": 1}
+
+    def batch(self, device: torch.device) -> int:
+        """Windows that the network sees at once on ``device``."""
+        return self.windows_per_batch or (4 if device.type == "cuda" else 1)
 
 
 class Predictor:
     """A network and how scans are prepared for it. Equal scans give equal labels.
 
-    ``net`` is moved to ``device`` (by default a GPU when there is one) and put into eval mode.
+    What runs is a copy of ``net`` on ``device`` (by default a GPU when there is one), see `model.folded`.
     """
 
     def __init__(
@@ -63,7 +78,7 @@ class Predictor:
         device: str | torch.device | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.net, self.spec, self.cfg = net.to(self.device).eval(), spec, cfg
+        self.net, self.spec, self.cfg = model.folded(net).to(self.device), spec, cfg
 
     @classmethod
     def load(
@@ -98,13 +113,15 @@ class Predictor:
             raise BadScan(f"{scan_id}: is {modality}, but the model was trained on {spec.modality} only")
         prepared = spec.to_grid(scan)
         low_high = spec.intensity_range(prepared.array_CXYZ, modality, scan_id)
+        prepared = replace(prepared, array_CXYZ=volume.window(prepared.array_CXYZ, low_high))
         labels_XYZ = np.empty(scan.shape_xyz, np.uint8)
         # a view: what is written there in RAS axes lands in the scan's own
         native = volume.to_ras(Volume(labels_XYZ[None], scan.affine))
         assert np.may_share_memory(native.array_CXYZ, labels_XYZ)
         step = [new / old for new, old in zip(prepared.spacing_mm, native.spacing_mm)]
         axis = stream_axis(prepared.shape_xyz, spec.size_vox)
-        finished = planes(self.net, prepared.array_CXYZ, low_high, spec.size_vox, self.cfg, self.device, axis)
+        image_CXYZ = _placed(prepared.array_CXYZ, self.device)
+        finished = planes(self.net, image_CXYZ, spec.size_vox, self.cfg, self.device, axis)
         positions = _positions(native.shape_xyz, prepared.shape_xyz, step, self.device)
         find = _regions if spec.regions else _best
         _write(finished, axis, positions, native.array_CXYZ[0], spec.written, scan_id, find)
@@ -130,11 +147,12 @@ def labels(
     Raises:
         BadScan: when the network's answer is not a number.
     """
-    image_CXYZ, device = np.asarray(image_CXYZ), torch.device(device)
+    device = torch.device(device)
+    image_CXYZ = _placed(np.asarray(image_CXYZ), device)
     shape = image_CXYZ.shape[1:]
     labels_XYZ = np.empty(shape, np.uint8)
     axis = stream_axis(shape, size_vox)
-    finished = planes(net, image_CXYZ, (0.0, 1.0), size_vox, cfg, device, axis)
+    finished = planes(net, image_CXYZ, size_vox, cfg, device, axis)
     positions = _positions(shape, shape, (1.0, 1.0, 1.0), device)
     as_found, find = np.arange(256, dtype=np.uint8), _regions if regions else _best
     _write(finished, axis, positions, labels_XYZ, as_found, "the image", find)
@@ -161,7 +179,7 @@ def _write(
             low_KAB = plane_KAB if low[n] == p else before_KAB
             assert low_KAB is not None
             found_AB = find(_interpolated(low_KAB, plane_KAB, share[n], rows, columns), name)
-            out_SAB[n] = values[found_AB.cpu().numpy()]
+            out_SAB[n] = values.take(found_AB.cpu().numpy())
             n += 1
         if n < len(out_SAB) and low[n] == p:  # the next one lies between this plane and the one to come
             before_KAB = plane_KAB.clone() if before_KAB is None else before_KAB.copy_(plane_KAB)
@@ -177,12 +195,12 @@ class _Positions:
     share: Tensor  # (N,) float32
     same: bool  # nothing to interpolate
 
-    def interpolate(self, plane_AB: Tensor, dim: int) -> Tensor:
+    def interpolate(self, x: Tensor) -> Tensor:
+        """``x`` at these positions of its dimension 1, the last or the last but one."""
         if self.same:
-            return plane_AB
-        share = self.share.unsqueeze(1 - dim)
-        low, high = plane_AB.index_select(dim, self.low), plane_AB.index_select(dim, self.high)
-        return low.lerp_(high, share)
+            return x
+        low, high = x.index_select(1, self.low), x.index_select(1, self.high)
+        return low.lerp_(high, self.share.view(-1, *[1] * (x.ndim - 2)))
 
 
 def _positions(
@@ -203,10 +221,14 @@ def _positions(
 def _interpolated(
     low_KAB: Tensor, high_KAB: Tensor, share: float, rows: _Positions, columns: _Positions
 ) -> Iterator[Tensor]:
-    """The logits of a native plane, one output after the other, so that it is never held K times."""
-    for low_AB, high_AB in zip(low_KAB, high_KAB):
-        plane_AB = torch.lerp(low_AB, high_AB, share) if share else low_AB
-        yield columns.interpolate(rows.interpolate(plane_AB, 0), 1)
+    """The logits of a native plane, one output after the other: G at once, so that it is never held K times."""
+    # A CPU's cache has room for one; a GPU would wait for so small tasks.
+    G = CUDA_GROUP if low_KAB.is_cuda else 1
+    for low_GAB, high_GAB in zip(low_KAB.split(G), high_KAB.split(G)):
+        plane_GAB = torch.lerp(low_GAB, high_GAB, share) if share else low_GAB
+        # Two dimensions: selecting along the last of three takes up to 15 times as long.
+        columns_NB = columns.interpolate(plane_GAB.flatten(0, 1))
+        yield from rows.interpolate(columns_NB.unflatten(0, plane_GAB.shape[:2]))
 
 
 def _best(logits: Iterator[Tensor], name: str) -> Tensor:
@@ -215,7 +237,8 @@ def _best(logits: Iterator[Tensor], name: str) -> Tensor:
         if k == 0:
             best_AB, class_AB = plane_AB.clone(), torch.zeros_like(plane_AB, dtype=torch.uint8)
             continue
-        class_AB.masked_fill_(plane_AB > best_AB, k)
+        # k is above what was found before; filling by a mask takes three times as long
+        torch.maximum(class_AB, (plane_AB > best_AB).view(torch.uint8).mul_(k), out=class_AB)
         torch.maximum(best_AB, plane_AB, out=best_AB)
     _refuse_nan(best_AB, name)  # maximum keeps NaN
     return class_AB
@@ -237,8 +260,7 @@ def _refuse_nan(logits_AB: Tensor, name: str) -> None:
 
 def planes(
     net: nn.Module,
-    image_CXYZ: np.ndarray,
-    low_high: LowHigh,
+    image_CXYZ: Tensor,
     size_vox: Sequence[int],
     cfg: Config,
     device: torch.device,
@@ -246,7 +268,7 @@ def planes(
 ) -> Iterator[Tensor]:
     """The blended logits_KAB of the image's planes along ``axis``, in order.
 
-    Each is overwritten once the next is asked for. ``low_high`` are the intensities that become 0 and 1.
+    Each is overwritten once the next is asked for. The image, in [0, 1], is on ``device`` or on the host.
     """
     assert not net.training, "put the net into eval mode first"
     shape, size = image_CXYZ.shape[1:], tuple(size_vox)
@@ -254,23 +276,31 @@ def planes(
     padded = [max(n, m) for n, m in zip(shape, size)]
     before = [(p - n) // 2 for p, n in zip(padded, shape)]
     starts = [_starts(p, m, cfg.overlap) for p, m in zip(padded, size)]
+    kept, at_once = [min(n, m) for n, m in zip(shape, size)], cfg.batch(device)
+    # What a window lacks on either side where the image is smaller: of all windows the same.
+    lacks = [n for d in (2, 1, 0) for n in (before[d], padded[d] - shape[d] - before[d])]
     weight_SAB = _importance(size).permute(axis, a, b).to(device)
     total_SAB = torch.zeros(size[axis], padded[a], padded[b], device=device)
     sum_SKAB: Tensor | None = None
     inside = (slice(before[a], before[a] + shape[a]), slice(before[b], before[b] + shape[b]))
     for start, following in itertools.pairwise((*starts[axis], padded[axis])):
         corners = list(itertools.product(*([start] if d == axis else starts[d] for d in range(3))))
-        for k in range(0, len(corners), cfg.windows_per_batch):
-            batch = corners[k : k + cfg.windows_per_batch]
-            x_BCXYZ = _windows(image_CXYZ, np.subtract(batch, before), size, low_high)
-            logits_BKXYZ = _logits(net, torch.from_numpy(x_BCXYZ).to(device), cfg.mirror)
+        for k in range(0, len(corners), at_once):
+            batch = corners[k : k + at_once]
+            boxes = [tuple(slice(c, c + n) for c, n in zip(corner, kept)) for corner in batch]
+            x_BCXYZ = torch.stack([image_CXYZ[:, *box] for box in boxes]).to(device)
+            x_BCXYZ = F.pad(x_BCXYZ, lacks) if any(lacks) else x_BCXYZ
+            logits_BKXYZ = _logits(net, x_BCXYZ, cfg)
             if sum_SKAB is None:
                 K = logits_BKXYZ.shape[1]
                 sum_SKAB = torch.zeros(size[axis], K, padded[a], padded[b], device=device)
             for corner, logits_KXYZ in zip(batch, logits_BKXYZ):
                 box = tuple(slice(corner[d], corner[d] + size[d]) for d in (a, b))
                 logits_SKAB = logits_KXYZ.permute(1 + axis, 0, 1 + a, 1 + b)
-                sum_SKAB[:, :, *box].addcmul_(logits_SKAB, weight_SAB[:, None])
+                # A class at a time stays in cache, unless the network gives those of a voxel side by side.
+                G = 1 if logits_KXYZ.stride(-1) == 1 else len(logits_KXYZ)
+                for sum_SGAB, logits_SGAB in zip(sum_SKAB[:, :, *box].split(G, 1), logits_SKAB.split(G, 1)):
+                    sum_SGAB.addcmul_(logits_SGAB, weight_SAB[:, None])
                 total_SAB[:, *box].add_(weight_SAB)
         assert sum_SKAB is not None
         finished = following - start
@@ -283,30 +313,28 @@ def planes(
             held[size[axis] - finished :].zero_()
 
 
-def _windows(
-    image_CXYZ: np.ndarray, corners_B3: np.ndarray, size: tuple[int, ...], low_high: LowHigh
-) -> np.ndarray:
-    """The windows from their lower corners, x_BCXYZ float32 in [0, 1], with 0 outside the image."""
-    x_BCXYZ = np.empty((len(corners_B3), len(image_CXYZ), *size), np.float32)
-    for x_CXYZ, corner in zip(x_BCXYZ, corners_B3):
-        x_CXYZ[:] = volume.window(cropping.cut(image_CXYZ, corner, size, pad=low_high[0]), low_high)
-    return x_BCXYZ
+def _placed(image_CXYZ: np.ndarray, device: torch.device) -> Tensor:
+    """The image on ``device`` if that is a GPU with room to spare, else on the host; windows are cut from either."""
+    image = torch.from_numpy(np.ascontiguousarray(image_CXYZ))
+    fits = device.type == "cuda" and image.nbytes < IMAGE_SHARE * torch.cuda.mem_get_info(device)[0]
+    return image.to(device) if fits else image
 
 
-def _logits(net: nn.Module, x_BCXYZ: Tensor, mirror: bool) -> Tensor:
-    """logits_BKXYZ float32; with ``mirror`` their mean over the 8 flips. Bfloat16 on CUDA."""
+def _logits(net: nn.Module, x_BCXYZ: Tensor, cfg: Config) -> Tensor:
+    """logits_BKXYZ float32; with ``cfg.mirror`` their mean over the 8 flips."""
     flips: list[tuple[int, ...]] = [()]
-    if mirror:
+    if cfg.mirror:
         flips = [dims for n in range(4) for dims in itertools.combinations((2, 3, 4), n)]
+    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and x_BCXYZ.is_cuda)
     total: Tensor | None = None
     for dims in flips:
-        with torch.autocast(x_BCXYZ.device.type, torch.bfloat16, enabled=x_BCXYZ.is_cuda):
+        with torch.autocast(x_BCXYZ.device.type, torch.bfloat16, enabled=bf16):
             out: Any = net(x_BCXYZ.flip(dims) if dims else x_BCXYZ)
         logits = out.logits.float()
         logits = logits.flip(dims) if dims else logits
         total = logits if total is None else total.add_(logits)
     assert total is not None
-    return total.div_(len(flips)) if mirror else total
+    return total.div_(len(flips)) if cfg.mirror else total
 
 
 def _starts(length: int, size: int, overlap: float) -> list[int]:

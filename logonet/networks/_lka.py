@@ -6,6 +6,7 @@ Letters: B batch, C channels, F features of the decoder, XYZ the volume's axes.
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from logonet.core.config import Count, Section
 from logonet.core.errors import UserError
-from logonet.networks._conv import Conv3d, Upsample, channels_first, channels_last, conv, dense
+from logonet.networks._conv import Upsample, channels_first, channels_last, conv
 from logonet.networks._shared import chained
 
 TINY: dict[str, Any] = {
@@ -147,37 +148,21 @@ class EncoderBlock(nn.Module):
         return channels_first(self.norm(channels_last(x)))
 
 
-class ConvBlock(nn.Module):
-    """Conv3D, BatchNorm, LeakyReLU (Figure 4)."""
-
-    def __init__(self, in_channels: int, out_channels: int, plain: bool) -> None:
-        super().__init__()
-        self.conv = conv(in_channels, out_channels, 3, plain=plain)
-        self.norm = nn.BatchNorm3d(out_channels)
-
-    def forward(self, x_BCXYZ: Tensor) -> Tensor:
-        return F.leaky_relu(conv_norm(self.conv, self.norm, x_BCXYZ), 0.01, inplace=True)
-
-
-def conv_norm(conv3d: Any, norm: Any, x_BCXYZ: Tensor) -> Tensor:
-    """``norm(conv3d(x))``. In eval mode the normalisation is a fixed scale and shift, which go into
-    the filter: at full resolution that spares a pass over memory."""
-    if norm.training or not isinstance(conv3d, Conv3d):
-        return norm(conv3d(x_BCXYZ))
-    scale_O = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    bias_O = (conv3d.bias - norm.running_mean) * scale_O + norm.bias
-    return dense(x_BCXYZ, conv3d.weight * scale_O.view(-1, 1, 1, 1, 1), bias_O)
+def conv_block(ins: int, outs: int, plain: bool, activation: nn.Module | None = None) -> nn.Sequential:
+    """Conv3D, BatchNorm, LeakyReLU (Figure 4) or another activation."""
+    norm, activation = nn.BatchNorm3d(outs), activation or nn.LeakyReLU(0.01, inplace=True)
+    return nn.Sequential(OrderedDict(conv=conv(ins, outs, 3, plain=plain), norm=norm, activation=activation))
 
 
 def dec(ins: int, outs: int, plain: bool) -> nn.Sequential:
     """Three Conv blocks, then sides doubled (Figure 4)."""
     upsample = nn.Upsample(scale_factor=2, mode="trilinear", align_corners=False) if plain else Upsample()
-    return nn.Sequential(ConvBlock(ins, outs, plain), *skip(outs, outs, plain), upsample)
+    return nn.Sequential(conv_block(ins, outs, plain), *skip(outs, outs, plain), upsample)
 
 
 def skip(ins: int, outs: int, plain: bool) -> nn.Sequential:
     """ "Conv x 2" of Figure 4."""
-    return nn.Sequential(ConvBlock(ins, outs, plain), ConvBlock(outs, outs, plain))
+    return nn.Sequential(conv_block(ins, outs, plain), conv_block(outs, outs, plain))
 
 
 class Decoder(nn.Module):
@@ -195,7 +180,7 @@ class Decoder(nn.Module):
         self.decs.append(dec(width, cfg.full_width, cfg.plain))
         self.skips = nn.ModuleList(skip(dim, dim, cfg.plain) for dim in coarse_to_fine)
         self.skip_image = skip(in_channels, cfg.full_width, cfg.plain)
-        self.last = ConvBlock(2 * cfg.full_width, cfg.full_width, cfg.plain)
+        self.last = conv_block(2 * cfg.full_width, cfg.full_width, cfg.plain)
         self.checkpointing = cfg.checkpointing
 
     def forward(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
@@ -228,17 +213,11 @@ class Ulka(nn.Module):
         return chained(self.encoder, x_BCXYZ)
 
 
-class SegHead(nn.Module):
+def seg_head(width: int, num_classes: int, plain: bool) -> nn.Sequential:
     """Conv3D, BatchNorm, GELU, classifier (Figure 1a)."""
-
-    def __init__(self, width: int, num_classes: int, plain: bool) -> None:
-        super().__init__()
-        self.conv = conv(width, width, 3, plain=plain)
-        self.norm = nn.BatchNorm3d(width)
-        self.classifier = conv(width, num_classes, 1, plain=plain)
-
-    def forward(self, f_BFXYZ: Tensor) -> Tensor:
-        return self.classifier(F.gelu(conv_norm(self.conv, self.norm, f_BFXYZ)))
+    block = conv_block(width, width, plain, nn.GELU())
+    block.add_module("classifier", conv(width, num_classes, 1, plain=plain))
+    return block
 
 
 def to_layout(x_BCXYZ: Tensor, channels_last: bool) -> Tensor:

@@ -16,7 +16,7 @@ from logonet.core.config import Count
 from logonet.core.errors import UserError
 from logonet.networks import Network, Triple
 from logonet.networks._lka import TINY as TINY
-from logonet.networks._lka import SegHead, Ulka, UlkaConfig, to_layout
+from logonet.networks._lka import Ulka, UlkaConfig, seg_head, to_layout
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class LoGoNet(Network):
         self.local_nets: Any = nn.ModuleList(
             Ulka(cfg, cfg.local_blocks, in_channels, width) for _ in range(8)
         )
-        self.head = SegHead(width, num_classes, cfg.plain)
+        self.head = seg_head(width, num_classes, cfg.plain)
         dims, both = self.global_net.dims, cfg.local_blocks
         self.channels = tuple(2 * dim if level < both else dim for level, dim in enumerate(dims))
         self.strides = self.global_net.strides

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from logonet.core.config import Count, Section
 from logonet.networks import Network, Triple
 from logonet.networks._conv import conv
-from logonet.networks._lka import ConvBlock, conv_norm, to_layout
+from logonet.networks._lka import conv_block, to_layout
 
 LEVELS = 4
 
@@ -86,15 +86,10 @@ class PCRLv2(Network):
         return f
 
 
-class ReluBlock(ConvBlock):
-    """Conv3D, BatchNorm, ReLU."""
-
-    def forward(self, x_BCXYZ: Tensor) -> Tensor:
-        return F.relu(conv_norm(self.conv, self.norm, x_BCXYZ), inplace=True)
-
-
 def double_conv(ins: int, mid: int, outs: int, plain: bool) -> nn.Sequential:
-    return nn.Sequential(ReluBlock(ins, mid, plain), ReluBlock(mid, outs, plain))
+    """Conv3D, BatchNorm, ReLU, twice."""
+    pairs = ((ins, mid), (mid, outs))
+    return nn.Sequential(*(conv_block(*pair, plain, nn.ReLU(inplace=True)) for pair in pairs))
 
 
 build = PCRLv2

@@ -36,7 +36,7 @@ class Evaluation:
 
     Attributes:
         classes: names by which the dataset calls the model's classes, {"liver": ("hepar",)}.
-        infer: overlap of the windows, mirroring.
+        infer: overlap of the windows, mirroring, precision.
         leaks: what to do with test cases that the model's training or pretraining has seen.
     """
 
@@ -79,7 +79,7 @@ def evaluate_model(
     scans, leaking = _without_leaks(scans, chosen, cfg.leaks)
     spec = chosen.spec
     label_maps, unscored = _label_maps(scans, spec, cfg.classes)
-    own: dict[str, Any] = {"infer": config.to_dict(cfg.infer), "leaks": cfg.leaks}
+    own: dict[str, Any] = {"infer": cfg.infer.identity(), "leaks": cfg.leaks}
     if cfg.classes:
         own["classes"] = cfg.classes
     cases = config.fingerprint([[s.sha256, s.label_sha256] for s in scans])

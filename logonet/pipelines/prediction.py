@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.core.execution import Executor
 from logonet.data import importers
@@ -41,7 +40,7 @@ def predict_bucket(
         text = ", ".join(f"{name} {ml:,.1f} ml" for name, ml in row.volumes_ml.items())
         say(f"{done}/{total}", f"{row.name}  {row.seconds:.1f} s  {text or row.reason}")
 
-    about = {"model": chosen.id, "infer": config.to_dict(cfg)}
+    about = {"model": chosen.id, "infer": cfg.identity()}
     rows = bucket_inference.run(items, chosen.folder, output, cfg, executor, about=about, note=note)
     uri = bucket_inference.write_table(rows, output)
     counts = Counter(row.status for row in rows)

@@ -18,6 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -319,15 +320,14 @@ class Loop:
             image_CXYZ, truth_XYZ = prepared_scans.read_case(self.validation[position])
             unit_CXYZ = volume.from_uint16(image_CXYZ)
             try:
-                with autocast_of(self.cfg, self.device):
-                    found_XYZ = sliding_window.labels(
-                        net,
-                        unit_CXYZ,
-                        data_spec.size_vox,
-                        self.job.validation,
-                        self.device,
-                        regions=bool(data_spec.regions),
-                    )
+                found_XYZ = sliding_window.labels(
+                    net,
+                    unit_CXYZ,
+                    data_spec.size_vox,
+                    replace(self.job.validation, precision=self.cfg.precision),
+                    self.device,
+                    regions=bool(data_spec.regions),
+                )
             except BadScan as err:  # its logits are not finite
                 broken = f"validation failed ({err}); lower train.lr or set train.grad_clip=1.0"
                 break

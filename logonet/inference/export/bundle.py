@@ -101,7 +101,7 @@ def inference(spec: model.Spec) -> dict[str, Any]:
         backbone=to_dict(spec.backbone), in_channels=spec.in_channels, num_classes=num_classes
     )
     config["inferer"].update(
-        roi_size=list(spec.size_vox), sw_batch_size=options.windows_per_batch, overlap=options.overlap
+        roi_size=list(spec.size_vox), sw_batch_size=options.windows_per_batch or 1, overlap=options.overlap
     )
     load, orientation, spacing, ct, mr = config["preprocessing"]["transforms"]
     ct["a_min"], ct["a_max"] = spec.window_hu
