@@ -39,7 +39,8 @@ class Head(nn.Module):
     Layers are named after the algorithm's lines. In: features (B, F, X, Y, Z). Out: logits (B, Z, N, K).
 
     Args:
-        chunk_mib: the widest map that is held at once, line 9's aside. On a CPU it is smaller: CACHE_BYTES for each thread.
+        chunk_mib: the widest map that is held at once, line 9's aside. On a CPU it is smaller, CACHE_BYTES for each
+            thread.
         keep: hold line 9's output for the backward pass, B N X Z K numbers; otherwise it is computed three more times.
     """
 
