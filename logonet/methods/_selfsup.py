@@ -135,9 +135,9 @@ def follow_all(cfg: Any, progress: float, *pairs: tuple[nn.Module, nn.Module]) -
 def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """teacher <- decay * teacher + (1 - decay) * student; buffers, such as running statistics, are copied."""
     # All weights at once, which on CUDA is two kernels; lerp_ would round otherwise.
-    weights = list(teacher.parameters())
+    weights: list[Tensor] = list(teacher.parameters())
     torch._foreach_mul_(weights, decay)
-    torch._foreach_add_(weights, list(student.parameters()), alpha=1 - decay)
+    torch._foreach_add_(weights, [*student.parameters()], alpha=1 - decay)
     for buffer, statistic in zip(teacher.buffers(), student.buffers(), strict=True):
         buffer.copy_(statistic)
 

@@ -150,8 +150,9 @@ def _swapped(x_BCXYZ: Tensor, move_B4: Tensor) -> Tensor:
 
 def _flipped(x_BCXYZ: Tensor, move_B4: Tensor) -> Tensor:
     turns_B, *mirrored = move_B4.unbind(1)
-    for axis, times_B in enumerate((turns_B % 2 + turns_B // 2, turns_B // 2, 0), start=2):
-        x_BCXYZ = _where((times_B + mirrored[axis - 2]) % 2 == 1, x_BCXYZ.flip(axis), x_BCXYZ)
+    turned = turns_B % 2 + turns_B // 2, turns_B // 2, torch.zeros_like(turns_B)
+    for axis, (times_B, once_B) in enumerate(zip(turned, mirrored), start=2):
+        x_BCXYZ = _where((times_B + once_B) % 2 == 1, x_BCXYZ.flip(axis), x_BCXYZ)
     return x_BCXYZ
 
 
