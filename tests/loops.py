@@ -19,9 +19,10 @@ from logonet.methods import DataSpec
 from logonet.storage import object_store
 from logonet.storage.parquet import Rows
 from logonet.training import checkpoints, linear_probe
+from logonet.training.batches import to_tensors
 from logonet.training.dataset import LabelledDataset, TrainingDataset
 from logonet.training.local import local_batches
-from logonet.training.loop import Interruptions, Loop, to_tensors
+from logonet.training.loop import Interruptions, Loop
 from logonet.training.schedule import MicroBatches, SampleSchedule
 
 SIZE = (32, 32, 32)

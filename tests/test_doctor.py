@@ -98,6 +98,30 @@ def test_the_open_files_limit(monkeypatch: pytest.MonkeyPatch, files: int, want:
     assert status(list(doctor._machine()), "open files") == want
 
 
+@pytest.mark.parametrize(
+    ("version", "value", "want"),
+    [
+        (91002, "9.10.2", "fail"),
+        (91499, "9.14.99", "fail"),
+        (91500, "9.15.0", "ok"),
+        (100000, "10.0.0", "ok"),
+    ],
+)
+def test_a_cudnn_whose_convolutions_can_be_wrong_fails(
+    monkeypatch: pytest.MonkeyPatch, version: int, value: str, want: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert list(doctor._gpu()) == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    (check,) = doctor._gpu()
+    assert (check.what, check.value, check.status) == ("cuDNN", value, want)
+    assert ("install nvidia-cudnn-cu12>=9.15.0" in check.mend) == (want == "fail")
+
+
 def test_a_package_that_is_missing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(package: str) -> str:
         if package == "monai":

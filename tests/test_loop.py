@@ -196,12 +196,20 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence(crops: TrainingDataset,
     assert checkpoints.newest(str(tmp_path), "a" * 16) is None
 
 
-@pytest.mark.parametrize("name", ["ulkanet", pytest.param("logonet", marks=pytest.mark.slow)])  # nine of them
+@pytest.mark.parametrize(
+    ("name", "count"), [("ulkanet", 2), pytest.param("logonet", 4, marks=pytest.mark.slow)]
+)
 def test_a_compiled_network_takes_the_same_steps(
-    crops: TrainingDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    crops: TrainingDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, count: int
 ) -> None:
-    """Through the tracer with its eager backend, so that no compiler is needed."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    """Through the tracer alone, so that no compiler is needed. LoGoNet's eight local nets are compiled once."""
+    graphs: list[Any] = []
+
+    def eager(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=eager))
     settings = {"epochs": 1, "steps_per_epoch": 1, "global_batch": 2, "warmup_epochs": 0, "lr": 1e-7}
 
     def history(compiled: bool) -> list[dict[str, Any]]:
@@ -211,6 +219,21 @@ def test_a_compiled_network_takes_the_same_steps(
 
     plain, compiled = history(False), history(True)
     assert compiled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5)
+    assert len(graphs) == count
+
+
+def test_a_compiled_function_has_more_variants_than_eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[Any] = []
+
+    def eager(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=eager))
+    double = networks.compiled(lambda x, times: x * times)
+    for ndim in range(1, 13):
+        assert double(torch.ones((1,) * ndim), 2).sum() == 2
+    assert len(graphs) == 12
 
 
 @pytest.fixture(scope="module")

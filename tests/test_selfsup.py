@@ -230,6 +230,10 @@ def test_follow():
     _selfsup.follow(teacher, net, 0.75)
     for p, before, new in zip(teacher.parameters(), old, net.parameters()):
         torch.testing.assert_close(p, 0.75 * before + 0.25 * new)
+    old = [p.clone() for p in teacher.parameters()]
+    _selfsup.follow(teacher, net, 0.9963)
+    for p, before, new in zip(teacher.parameters(), old, net.parameters()):
+        assert torch.equal(p, before.mul(0.9963).add(new, alpha=1 - 0.9963))
     _selfsup.follow(teacher, net, 0.0)
     assert all(torch.equal(p, new) for p, new in zip(teacher.parameters(), net.parameters()))
 

@@ -18,7 +18,7 @@ from logonet import methods, networks
 from logonet.core import config, seeding
 from logonet.core.errors import UserError
 from logonet.data import augment
-from logonet.methods._segmentation import SMOOTH, deep_weights, dice_and_ce, nearest
+from logonet.methods._segmentation import SMOOTH, by_comparison, deep_weights, dice_and_ce, nearest, per_class
 from logonet.methods.supervised import Config, Supervised
 from logonet.networks import SegOut
 
@@ -338,6 +338,20 @@ def test_metrics_are_hard_dice() -> None:
                 dice.append(2 * (p & t).sum() / (p.sum() + t.sum()))
     np.testing.assert_array_equal(metrics["train_dice_per_class"].numpy(), [both, sizes])
     assert metrics["train_dice"].tolist() == pytest.approx([sum(dice), len(dice)])
+
+
+@pytest.mark.parametrize("kind", ["none", "float", "bool"])
+def test_sums_per_class_are_the_same_by_comparison_as_on_cuda(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels_BV = torch.randint(0, K, (2, 1000), generator=generator)
+    values_BV = torch.rand(2, 1000, generator=generator)
+    values_BV = {"none": torch.ones(2, 1000), "float": values_BV, "bool": values_BV > 0.5}[kind]
+    sums_BK = by_comparison(values_BV, labels_BV, K + 1)
+    assert sums_BK.dtype == torch.float64
+    expected = per_class(None if kind == "none" else values_BV, labels_BV, K + 1)
+    torch.testing.assert_close(sums_BK, expected, rtol=1e-14, atol=0)
+    assert (sums_BK[:, :K] > 0).all()
+    assert (sums_BK[:, K] == 0).all()
 
 
 class Always(nn.Module):

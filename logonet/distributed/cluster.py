@@ -203,7 +203,7 @@ def connected(resources: Resources, logs: bool = True) -> Iterator[None]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only, and it ends with this process
         # A dashboard is eleven processes and a gigabyte, and gone with this process; a cluster of 'ray start' has one.
         options.update(address="local", num_cpus=max(cores, resources.most + 2), include_dashboard=False)
-        env_vars["GLOO_SOCKET_IFNAME"] = _loopback_interface()
+        env_vars |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _loopback_interface())
         # Threads that wait for each other give their core to Ray's processes, which wake up all the time on the same
         # ones, instead of spinning: a step on all of two cores takes an eighth less (docs/performance.md).
         if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):

@@ -39,6 +39,11 @@ SHM_FAIL_GIB = 0.25
 DISK_FAIL_USED, DISK_WARN_GIB = 0.95, 20
 # Ray keeps sockets to every worker and node; its own documentation asks for 65536 in large clusters.
 FILES_FAIL, FILES_WARN = 1024, 8192
+CUDNN = (
+    9,
+    15,
+    0,
+)  # earlier ones compute some 3D convolutions in bfloat16 wrong, and say nothing (pytorch#166643)
 PACKAGES = ("logonet", "torch", "ray", "monai", "numpy", "mlflow")
 SAME_SOFTWARE = "install the same constraints.txt on every node"
 NODE_TIMEOUT_S = 120
@@ -93,7 +98,7 @@ def node_checks(root_uri: str, token: str) -> list[Check]:
         token: an object below ``root_uri`` that the driver has written; empty when it could not.
     """
     node = socket.gethostname()
-    found = list(_machine()) + list(_versions())
+    found = [*_machine(), *_gpu(), *_versions()]
     if token:
         found += [_shared(root_uri, token), *_round_trip_check(root_uri)]
     return [replace(check, node=node) for check in found]
@@ -159,6 +164,18 @@ def _machine() -> Iterator[Check]:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     mend = "raise it: ulimit -n 65536, or docker --ulimit nofile=65536:65536"
     yield _graded("open files", str(files), files < FILES_FAIL, files < FILES_WARN, mend)
+
+
+def _gpu() -> Iterator[Check]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    number = torch.backends.cudnn.version() or 0
+    have = number // 10000, number // 100 % 100, number % 100
+    name, least = (".".join(map(str, version)) for version in (have, CUDNN))
+    mend = f"its bfloat16 convolutions can be wrong: install nvidia-cudnn-cu{(torch.version.cuda or '13')[:2]}>={least}"
+    yield _graded("cuDNN", name, have < CUDNN, False, mend)
 
 
 def _graded(what: str, value: str, fail: bool, warn: bool, mend: str) -> Check:

@@ -7,7 +7,7 @@ does it and not a promise; `tests/test_feed.py` holds it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +25,12 @@ WINDOW_BLOCKS = 2000  # of one stream: Ray makes the read tasks of all blocks be
 
 
 def batches(
-    dataset_ref: Any, positions: MicroBatches, allocation: ResourceAllocation, communicator: Communicator
-) -> Iterator[dict[str, np.ndarray]]:
+    dataset_ref: Any,
+    positions: MicroBatches,
+    allocation: ResourceAllocation,
+    communicator: Communicator,
+    ready: Callable[[Iterator[dict[str, np.ndarray]]], Iterator[Any]] = iter,
+) -> Iterator[Any]:
     """The prepared batches at ``positions``, in order; skipped steps are never read.
 
     A batch holds ``batch_size`` samples, which are more rows where a sample gives several crops. The ranks of a run
@@ -34,6 +38,8 @@ def batches(
 
     Args:
         dataset_ref: [reference to the dataset in Ray's object store].
+        ready: what the batches go through, such as `to_tensors`, a window at a time: it may run ahead of the steps, and
+            the ranks could not meet at the end of a window if some were further ahead.
     """
     cluster.quiet()
     dataset = opened(dataset_ref[0])
@@ -44,10 +50,14 @@ def batches(
         blocks = streams[positions.rank].iter_batches(
             batch_size=None, prefetch_batches=BLOCKS_AHEAD, batch_format="numpy"
         )
-        for block in blocks:
-            group = {key: value[0] for key, value in block.items()}  # a block is one row
-            for begin in range(0, len(next(iter(group.values()))), rows):
-                yield {key: value[begin : begin + rows] for key, value in group.items()}
+        yield from ready(_split(blocks, rows))
+
+
+def _split(blocks: Iterable[dict[str, np.ndarray]], rows: int) -> Iterator[dict[str, np.ndarray]]:
+    for block in blocks:
+        group = {key: value[0] for key, value in block.items()}  # a block is one row
+        for begin in range(0, len(next(iter(group.values()))), rows):
+            yield {key: value[begin : begin + rows] for key, value in group.items()}
 
 
 @dataclass(frozen=True)

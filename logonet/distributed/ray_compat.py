@@ -66,6 +66,24 @@ def leave_before_resizing(run: str) -> Any:
     return LeaveFirst()
 
 
+def end_with(key: str) -> Any:
+    """A callback for Ray Train's controller: a rank that returns a mapping with ``key`` ends the run, which returns it.
+
+    Ray would wait for the others, which may be waiting in a collective for the one that has left; and a rank that
+    raises it would answer by starting all ranks again.
+    """
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+    class EndAll(WorkerGroupCallback):
+        def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+            statuses = worker_group_status.worker_statuses.values()
+            if found := [s.return_value for s in statuses if key in (s.return_value or {})]:
+                for status in statuses:
+                    status.running, status.error, status.return_value = False, None, found[0]
+
+    return EndAll()
+
+
 # ---------------------------------------------------------------------------------------------- one machine
 
 

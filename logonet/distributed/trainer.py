@@ -17,13 +17,14 @@ from logonet.core.config import Component
 from logonet.core.errors import Stopped, UserError
 from logonet.distributed import feed, preemption, ray_compat
 from logonet.distributed.cluster import ResourceAllocation, Resources, on_loopback, quiet
+from logonet.training.batches import to_tensors
 from logonet.training.communicator import Communicator, ProcessGroup
 from logonet.training.config import Config, Job, accumulation, micro_batches
 from logonet.training.dataset import Dataset
 from logonet.training.local import finish
-from logonet.training.loop import Left, Loop, to_tensors
+from logonet.training.loop import Left, Loop
 from logonet.training.schedule import MicroBatches
-from logonet.training.step import Diverged
+from logonet.training.step import Diverged, OutOfMemory, memory_watched
 
 
 class LeaderLost(UserError):
@@ -60,7 +61,7 @@ def fit(
 
     Raises:
         UserError: settings that cannot work.
-        Diverged, LeaderLost, Stopped: as they say.
+        Diverged, LeaderLost, OutOfMemory, Stopped: as they say.
     """
     import ray
     import ray.exceptions
@@ -84,7 +85,8 @@ def fit(
             stop.set()
             ray_compat.tell(run)
 
-        watchers = [ray_compat.leave_before_resizing(run)] if elastic else []
+        watchers = [ray_compat.end_with("alone")]
+        watchers += [ray_compat.leave_before_resizing(run)] if elastic else []
         trainer = TorchTrainer(
             train_worker,  # type: ignore[arg-type]  # it may return a value; Ray's annotation forgets that
             train_loop_config={**config, "run": run},
@@ -115,8 +117,12 @@ def fit(
             ) from err
         ray_compat.forget(run)
         assert result.return_value is not None
-        if "diverged" in result.return_value:
-            raise Diverged(result.return_value["diverged"])
+        if "alone" in result.return_value and job.tracking is not None:
+            from logonet.tracking import Tracker
+
+            Tracker(**job.tracking).close("FAILED", timeout_s=15)  # rank 0 may have had no chance to
+        if "failed" in result.return_value:
+            raise result.return_value["failed"]
         if "left" not in result.return_value:
             return result.return_value
         step = result.return_value["left"]
@@ -129,6 +135,18 @@ def fit(
 
 def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     """What Ray Train runs on every worker."""
+    try:
+        with memory_watched():
+            return _train(config)
+    except Left as err:
+        return {"left": err.step}  # Ray would count an exception as a failure; `fit` starts the ranks again
+    except Diverged as err:
+        return {"failed": err}  # as a value too: started again, the ranks would fail again
+    except OutOfMemory as err:
+        return {"failed": err, "alone": True}  # the other ranks may be waiting for this one
+
+
+def _train(config: dict[Any, Any]) -> dict[str, Any]:
     import ray.train
     from ray.train.torch import get_device
 
@@ -154,19 +172,18 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     loop = Loop(job, dataset.schedule, communicator, device, dataset.validation)
     loop.restore()
     positions = MicroBatches(dataset.schedule, job.train.batch_size, loop.step, loop.total_steps, rank, world)
-    batches = to_tensors(feed.batches(config["dataset"], positions, allocation, communicator), device)
+    batches = feed.batches(
+        config["dataset"], positions, allocation, communicator, lambda arrays: to_tensors(arrays, device)
+    )
     bar = ray_compat.progress_bar(loop.total_steps, loop.step) if config["progress"] and rank == 0 else None
     notices = preemption.Notices(config["run"], rank, ray.train.get_preemption_info)
     try:
         with notices.listening():
             history = loop.run(batches, ray.train.report, tracker, notices, bar)
-    except Left as err:
-        return {"left": err.step}  # Ray would count an exception as a failure; `fit` starts the ranks again
-    except Diverged as err:
-        # A value and not an exception, which Ray would answer by starting all workers again.
+    except (Diverged, torch.OutOfMemoryError):
         if tracker is not None:
             tracker.close("FAILED", timeout_s=15)
-        return {"diverged": str(err)}
+        raise
     if rank:
         return {}
     made = finish(job, loop, history, tracked=True)

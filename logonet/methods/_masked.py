@@ -90,9 +90,11 @@ def spread(guess: Tensor, truth: Tensor, hidden: Tensor) -> Tensor:
     the truth. All are (B, ...) and ``hidden`` is bool, which may have axes of 1 and hides the same number in each.
     """
     with torch.no_grad():
-        where = hidden.expand_as(truth)
-        flat = [x.double()[where].view(len(truth), -1) for x in (guess, truth)]
-        return torch.stack([(x - x.mean(1, keepdim=True)).square().sum() for x in flat])
+        where_BV = hidden.expand_as(truth).flatten(1)
+        flat = [x.double().flatten(1) for x in (guess, truth)]
+        # Products, not indices: how many a mask picks is known on CUDA only once all work before it is done.
+        means = [(x * where_BV).sum(1, keepdim=True) / where_BV.sum(1, keepdim=True) for x in flat]
+        return torch.stack([((x - mean) * where_BV).square().sum() for x, mean in zip(flat, means)])
 
 
 def still(entry: Mapping[str, Any]) -> str | None:

@@ -86,7 +86,9 @@ def ratio(total: Tensor, count: Tensor | float) -> Tensor:
     """A metric for the loop: (total, count) stacked, shape (2, ...), detached float64."""
     # float64: counts of voxels pass 2**24 within one epoch, where float32 stops counting.
     total = total.detach().to(torch.float64)
-    return torch.stack([total, torch.as_tensor(count, device=total.device).to(total).expand_as(total)])
+    # A number is filled in on the device: to copy it there would wait for all work that is queued.
+    count = count.to(total) if isinstance(count, Tensor) else total.new_full((), count)
+    return torch.stack([total, count.expand_as(total)])
 
 
 def means(count: int, **values: Tensor) -> dict[str, Tensor]:

@@ -164,11 +164,19 @@ class _SoftmaxSums(torch.autograd.Function):
 
 def per_class(values_BV: Tensor | None, labels_BV: Tensor, num_classes: int) -> Tensor:
     """The sum of ``values_BV`` (None: of ones) over the voxels of each class, float64 (B, num_classes)."""
-    # float64: these are sums of one number after the other, on CUDA in no fixed order, so in float32 they
-    # would be coarse and differ from run to run.
     values = torch.ones((), device=labels_BV.device) if values_BV is None else values_BV
+    if labels_BV.device.type == "cuda":
+        return by_comparison(values, labels_BV, num_classes)
+    # float64: these are sums of one number after the other, so in float32 they would be coarse.
     sums_BK = torch.zeros(len(labels_BV), num_classes, dtype=torch.float64, device=labels_BV.device)
     return sums_BK.scatter_add_(1, labels_BV.long(), values.double().expand_as(labels_BV))
+
+
+def by_comparison(values: Tensor, labels_BV: Tensor, num_classes: int) -> Tensor:
+    """`per_class` in a pass for each class: slower on a CPU, but on CUDA all voxels of a class would else queue for one
+    address, and in no fixed order."""
+    sums = [torch.where(labels_BV == k, values, 0).sum(1, dtype=torch.float64) for k in range(num_classes)]
+    return torch.stack(sums, dim=1)
 
 
 def nearest(labels_BXYZ: Tensor, logits: Tensor) -> Tensor:

@@ -134,8 +134,10 @@ def follow_all(cfg: Any, progress: float, *pairs: tuple[nn.Module, nn.Module]) -
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """teacher <- decay * teacher + (1 - decay) * student; buffers, such as running statistics, are copied."""
-    for weight, new in zip(teacher.parameters(), student.parameters(), strict=True):
-        weight.mul_(decay).add_(new, alpha=1 - decay)
+    # All weights at once, which on CUDA is two kernels; lerp_ would round otherwise.
+    weights: list[Tensor] = list(teacher.parameters())
+    torch._foreach_mul_(weights, decay)
+    torch._foreach_add_(weights, [*student.parameters()], alpha=1 - decay)
     for buffer, statistic in zip(teacher.buffers(), student.buffers(), strict=True):
         buffer.copy_(statistic)
 

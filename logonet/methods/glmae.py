@@ -306,7 +306,7 @@ class GLMAE(MethodModule[Config]):
         projections that point along their running mean for every volume."""
         rows_NK = taught_BWK.flatten(0, 1)
         if self.training:
-            self.heard_K += torch.cat([rows_NK.sum(0), rows_NK.new_tensor([len(rows_NK)])])
+            self.heard_K += torch.cat([rows_NK.sum(0), rows_NK.new_full((1,), len(rows_NK))])
         p_NK = (self._centred(rows_NK) / self.cfg.teacher_temperature).softmax(1)
         share_N = torch.special.entr(p_NK).sum(1) / math.log(max(self.cfg.projection, 2))
         cosine_N = _selfsup.cosine(rows_NK, self.mean_K.expand_as(rows_NK))

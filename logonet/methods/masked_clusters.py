@@ -26,6 +26,7 @@ from logonet.methods._parts import MethodModule, freeze, intensity, ratio
 from logonet.networks import Network
 
 NEEDS = frozenset({"crops", "pseudo_labels"})
+NO_LABEL = -1
 
 
 @dataclass(frozen=True)
@@ -128,15 +129,16 @@ class MaskedClusters(MethodModule[Config]):
         """Loss and metrics of one batch of what ``prepare`` returns; they do not depend on ``progress``."""
         chain_BZ, hidden_BXYZ = batch["chain"], batch["hidden"]
         feats, logits_BZNK = self.predict(intensity(batch["image"]), hidden_BXYZ)
-        logits_SNK = logits_BZNK[chain_BZ]
-        labels_SN = batch["labels"].transpose(1, 2)[chain_BZ].long()
-        nll_SN = cluster_nll(logits_SNK, labels_SN, self.cluster_sizes, self.cfg.temperature)
-        total = nll_SN.sum()
+        # Of all slices, as CUDA would have to be waited for to learn how many are masked: the others have no label.
+        labels_BZN = batch["labels"].transpose(1, 2).long().masked_fill(~chain_BZ[..., None], NO_LABEL)
+        total = cluster_nll(logits_BZNK, labels_BZN, self.cluster_sizes, self.cfg.temperature).sum()
+        num_slices = chain_BZ.sum()
+        num_labels = num_slices * labels_BZN.shape[2]
         # Eq. 4 is one sample's sum. Its mean over samples makes a batch of two on one device equal a
         # batch of one on two devices, whose gradients are averaged.
-        loss = total / len(chain_BZ) if self.cfg.reduction == "sum" else total / nll_SN.numel()
-        metrics = self._metrics(logits_SNK, labels_SN)
-        metrics["loss"] = ratio(total, nll_SN.numel())
+        loss = total / (len(chain_BZ) if self.cfg.reduction == "sum" else num_labels)
+        metrics = self._metrics(logits_BZNK, labels_BZN, num_slices)
+        metrics["loss"] = ratio(total, num_labels)
         metrics["masked_share"] = ratio(hidden_BXYZ.sum(), hidden_BXYZ.numel())
         metrics["embeddings_BF"] = feats[-1].detach().float().mean(dim=(2, 3, 4))
         return loss, metrics
@@ -149,28 +151,32 @@ class MaskedClusters(MethodModule[Config]):
         return feats, self.head(self.backbone.decode_features(x_BCXYZ, feats))
 
     @torch.no_grad()
-    def _metrics(self, logits_SNK: Tensor, labels_SN: Tensor) -> dict[str, Tensor]:
-        guess_SN = only_own_clusters(logits_SNK, self.cluster_sizes).argmax(-1)
-        right_N, num_slices = guess_SN.eq(labels_SN).sum(0), len(labels_SN)
-        metrics = {"accuracy": ratio(right_N.sum(), labels_SN.numel())}
+    def _metrics(self, logits_BZNK: Tensor, labels_BZN: Tensor, num_slices: Tensor) -> dict[str, Tensor]:
+        guess_BZN = only_own_clusters(logits_BZNK, self.cluster_sizes).argmax(-1)
+        right_N, num_labels = guess_BZN.eq(labels_BZN).sum((0, 1)), num_slices * labels_BZN.shape[2]
+        metrics = {"accuracy": ratio(right_N.sum(), num_labels)}
         metrics["accuracy_per_clusterer"] = ratio(right_N, num_slices)
         if len(self.majority_labels):
             # What always answering the most frequent label would score on these very slices.
-            floor = labels_SN.eq(self.majority_labels).sum()
-            metrics["accuracy_floor"] = ratio(floor, labels_SN.numel())
+            floor = labels_BZN.eq(self.majority_labels).sum()
+            metrics["accuracy_floor"] = ratio(floor, num_labels)
         return metrics
 
 
-def only_own_clusters(logits_SNK: Tensor, cluster_sizes_N: Tensor) -> Tensor:
+def only_own_clusters(logits_NK: Tensor, cluster_sizes_N: Tensor) -> Tensor:
     """The head gives K logits to every clusterer; those beyond a clusterer's own clusters become -inf."""
-    beyond_NK = torch.arange(logits_SNK.shape[-1], device=logits_SNK.device) >= cluster_sizes_N[:, None]
-    return logits_SNK.float().masked_fill(beyond_NK, float("-inf"))
+    beyond_NK = torch.arange(logits_NK.shape[-1], device=logits_NK.device) >= cluster_sizes_N[:, None]
+    return logits_NK.float().masked_fill(beyond_NK, float("-inf"))
 
 
-def cluster_nll(logits_SNK: Tensor, labels_SN: Tensor, cluster_sizes_N: Tensor, temperature: float) -> Tensor:
-    """-log p_i(e | x_j) of Eq. 5, shape (S, N), for every masked slice j and clusterer i."""
-    scaled_SNK = only_own_clusters(logits_SNK, cluster_sizes_N) / temperature
-    return F.cross_entropy(scaled_SNK.flatten(0, 1), labels_SN.flatten(), reduction="none").view_as(labels_SN)
+def cluster_nll(logits_NK: Tensor, labels_N: Tensor, cluster_sizes_N: Tensor, temperature: float) -> Tensor:
+    """-log p_i(e | x_j) of Eq. 5 for every slice j, whatever axes they have before N, and clusterer i.
+
+    0, and without a gradient, where the label is NO_LABEL.
+    """
+    scaled = only_own_clusters(logits_NK, cluster_sizes_N).flatten(0, -2) / temperature
+    nll = F.cross_entropy(scaled, labels_N.flatten(), reduction="none", ignore_index=NO_LABEL)
+    return nll.view_as(labels_N)
 
 
 build = MaskedClusters

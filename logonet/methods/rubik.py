@@ -289,9 +289,10 @@ class Classify(EncoderModule[Config]):
     @torch.no_grad()
     def _accuracies(self, logits: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         right_B = logits["order"].argmax(1).eq(batch["order"])
+        chance = torch.full((), len(right_B) / self.cfg.orders, device=right_B.device)
         found = {
             "order_accuracy": ratio(right_B.sum(), len(right_B)),
-            "order_chance": ratio(torch.tensor(len(right_B) / self.cfg.orders), len(right_B)),
+            "order_chance": ratio(chance, len(right_B)),
         }
         for task, key in (("turn", "turned"), ("mask", "masked")):
             if task in logits:

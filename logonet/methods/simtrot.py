@@ -141,18 +141,34 @@ def draw_move(
     return turns, int(axis == 1), int(axis == 2), 0
 
 
-def moved(image_CXYZ: Tensor, move: Sequence[int]) -> Tensor:
-    """An image turned, then mirrored."""
-    return torch.rot90(image_CXYZ, move[0], (1, 2)).flip(_mirrored(move))
+def moved(image_BCXYZ: Tensor, move_B4: Tensor) -> Tensor:
+    """Images turned, then mirrored, each by its own move."""
+    return _flipped(_swapped(image_BCXYZ, move_B4), move_B4)
 
 
-def restored(map_Fxyz: Tensor, move: Sequence[int]) -> Tensor:
-    """A map of a moved image in the image's own order: the exact inverse of `moved`, last step first."""
-    return torch.rot90(map_Fxyz.flip(_mirrored(move)), -move[0], (1, 2))
+def restored(map_BFxyz: Tensor, move_B4: Tensor) -> Tensor:
+    """Maps of moved images in the images' own order: the exact inverse of `moved`, last step first."""
+    return _swapped(_flipped(map_BFxyz, move_B4), move_B4)
 
 
-def _mirrored(move: Sequence[int]) -> list[int]:
-    return [axis for axis in (1, 2, 3) if move[axis]]
+def _swapped(x_BCXYZ: Tensor, move_B4: Tensor) -> Tensor:
+    """The first half of a turn: a quarter turn is a swap of X and Y and a flip of X, half a turn a flip of both."""
+    if x_BCXYZ.shape[2] != x_BCXYZ.shape[3]:  # there are no quarter turns then
+        return x_BCXYZ
+    return _where(move_B4[:, 0] % 2 == 1, x_BCXYZ.transpose(2, 3), x_BCXYZ)
+
+
+def _flipped(x_BCXYZ: Tensor, move_B4: Tensor) -> Tensor:
+    turns_B, *mirrored = move_B4.unbind(1)
+    turned = turns_B % 2 + turns_B // 2, turns_B // 2, torch.zeros_like(turns_B)
+    for axis, (times_B, once_B) in enumerate(zip(turned, mirrored), start=2):
+        x_BCXYZ = _where((times_B + once_B) % 2 == 1, x_BCXYZ.flip(axis), x_BCXYZ)
+    return x_BCXYZ
+
+
+def _where(which_B: Tensor, changed_BCXYZ: Tensor, x_BCXYZ: Tensor) -> Tensor:
+    """Both ways are computed, as moves are known to the device alone: to read them would wait for all its work."""
+    return torch.where(which_B[:, None, None, None, None], changed_BCXYZ, x_BCXYZ)
 
 
 def tokens(map_BFxyz: Tensor) -> Tensor:
@@ -178,20 +194,19 @@ class SimTROT(EncoderModule[Config]):
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch of what ``prepare`` returns; ``progress`` drives `after_step`."""
-        moves = batch["move"].tolist()
+        move_B4 = batch["move"]
         if not self.square:
-            moves = [(turns - turns % 2, *flips) for turns, *flips in moves]
-        moved_BCXYZ = torch.stack([moved(image, move) for image, move in zip(batch["first"], moves)])
-        both_NCXYZ = torch.cat([moved_BCXYZ, batch["second"]])
-        num_samples = len(moves)
+            move_B4 = torch.cat([move_B4[:, :1] // 2 * 2, move_B4[:, 1:]], dim=1)
+        both_NCXYZ = torch.cat([moved(batch["first"], move_B4), batch["second"]])
+        num_samples = len(move_B4)
         feats = self.backbone.encode(both_NCXYZ)
-        views = self._views(feats, moves)
+        views = self._views(feats, move_B4)
         with torch.autocast(views[0].device.type, enabled=False):
             z_first, z_second = (_by_row(self.projector, view_BTF) for view_BTF in views)
             if self.cfg.framework == "simclr":
                 loss = token_contrast(z_first, z_second, self.cfg.temperature, self.cfg.w)
             else:
-                t_first, t_second = self._targets(both_NCXYZ, moves)
+                t_first, t_second = self._targets(both_NCXYZ, move_B4)
                 one = _selfsup.byol_loss(self.predictor(z_first.flatten(0, 1)), t_second.flatten(0, 1))
                 other = _selfsup.byol_loss(self.predictor(z_second.flatten(0, 1)), t_first.flatten(0, 1))
                 loss = one + other
@@ -202,15 +217,14 @@ class SimTROT(EncoderModule[Config]):
             "embeddings_BF": _selfsup.pooled(feats[-1].detach())[:num_samples].float(),
         }
 
-    def _views(self, feats: Sequence[Tensor], moves: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def _views(self, feats: Sequence[Tensor], move_B4: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, T, F) of the first view, put back in order, and of the second."""
         first_BFxyz, second_BFxyz = _selfsup.joined(feats, self.levels).chunk(2)
-        first_BFxyz = torch.stack([restored(one, move) for one, move in zip(first_BFxyz, moves)])
-        return tokens(first_BFxyz), tokens(second_BFxyz)
+        return tokens(restored(first_BFxyz, move_B4)), tokens(second_BFxyz)
 
     @torch.no_grad()
-    def _targets(self, both_NCXYZ: Tensor, moves: Sequence[Sequence[int]]) -> list[Tensor]:
-        views = self._views(self.target_backbone.encode(both_NCXYZ), moves)
+    def _targets(self, both_NCXYZ: Tensor, move_B4: Tensor) -> list[Tensor]:
+        views = self._views(self.target_backbone.encode(both_NCXYZ), move_B4)
         return [_by_row(self.target_projector, view_BTF) for view_BTF in views]
 
     def after_step(self, progress: float) -> None:

@@ -51,7 +51,10 @@ class Network(nn.Module):
         feature_channels: the F of `decode_features`.
         encoder_prefixes: prefixes of the names of the parameters that `encode` uses.
         head_prefixes: prefixes of the parameters that only the classifier uses. Pretraining does not train them.
+        channels_last: its maps lie channels last on CUDA, where convolutions then want their weights to lie so too.
     """
+
+    channels_last = False
 
     channels: tuple[int, ...]
     strides: tuple[int | Triple, ...]
@@ -74,6 +77,18 @@ class Network(nn.Module):
 
     def forward(self, x_BCXYZ: Tensor) -> SegOut:
         return self.decode(x_BCXYZ, self.encode(x_BCXYZ))
+
+    def compile_parts(self) -> None:
+        """Compile the encoder and the decoder, each as a whole."""
+        self.encode, self.decode_features = compiled(self.encode), compiled(self.decode_features)  # type: ignore[method-assign]
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` through torch.compile, in up to 64 variants: of sizes, modes and, of a method, its objects."""
+    import torch._dynamo  # seconds
+
+    # By default it is the ninth and every later variant that silently is not compiled.
+    return torch._dynamo.config.patch(recompile_limit=64)(torch.compile(function))
 
 
 class TokenNetwork(Network):

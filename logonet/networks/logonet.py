@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from logonet.core.config import Count
 from logonet.core.errors import UserError
-from logonet.networks import Network, Triple
+from logonet.networks import Network, Triple, compiled
 from logonet.networks._lka import TINY as TINY
 from logonet.networks._lka import Ulka, UlkaConfig, seg_head, to_layout
 
@@ -68,6 +68,11 @@ class LoGoNet(Network):
         self.feature_channels = width
         self.encoder_prefixes = ("global_net.encoder.", *(f"local_nets.{n}.encoder." for n in range(8)))
         self.channels_last = cfg.channels_last
+
+    def compile_parts(self) -> None:
+        """Compile each net by itself: the eight local ones share what is compiled for the first."""
+        for net in (self.global_net, *self.local_nets):
+            net.encode, net.decoder.forward = compiled(net.encode), compiled(net.decoder.forward)
 
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
         x = to_layout(x_BCXYZ, self.channels_last)

@@ -43,7 +43,8 @@ class Config(Section, key="backbone"):
             them together ("mlp", of the paper's ablation).
         block: "released" or, as the paper's Eq. 1 has it, "paper"; see ReleasedBlock and PaperBlock.
         norm: of the decoder; the encoder has layer normalisation.
-        channels_last: memory layout and layers that are fast on a CPU, or torch's own: the same numbers.
+        channels_last: memory layout and layers that are fast on a CPU, or torch's own: the same numbers. CUDA's layout
+            is always torch's own.
     """
 
     variant: Literal["normal", "optimised"] = "normal"
@@ -105,21 +106,21 @@ class UXNet3D(Network):
         self.last = ResBlock(dims[0], dims[0], cfg)
         self.output = conv(dims[0], num_classes, 1, plain=not cfg.channels_last)
         self.channels, self.feature_channels = tuple(dims), dims[0]
-        self.channels_last = cfg.channels_last
+        self.cpu_layout = cfg.channels_last
 
     def encode(self, x_BCXYZ: Tensor) -> list[Tensor]:
         # A one-channel image has no layout of its own to hand on.
-        x = channel_norm(self.stem_norm, to_layout(self.stem(x_BCXYZ), self.channels_last))
+        x = channel_norm(self.stem_norm, layout(self.stem(x_BCXYZ), self.cpu_layout))
         feats = []
         for n, (stage, out_norm) in enumerate(zip(self.stages, self.out_norms)):
             if n:
-                x = to_layout(self.downs[n - 1](channel_norm(self.down_norms[n - 1], x)), self.channels_last)
+                x = layout(self.downs[n - 1](channel_norm(self.down_norms[n - 1], x)), self.cpu_layout)
             x = stage(x)
             feats.append(channel_norm(out_norm, x))
         return feats
 
     def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
-        levels = [to_layout(x_BCXYZ, self.channels_last), *feats[:-1]]
+        levels = [layout(x_BCXYZ, self.cpu_layout), *feats[:-1]]
         f = self.bottleneck(feats[-1])
         for up, skip, level in zip(self.ups, reversed(self.skips), reversed(levels)):
             f = up(f, skip(level))
@@ -210,10 +211,10 @@ class Up(nn.Module):
         super().__init__()
         self.up = nn.ConvTranspose3d(in_channels, out_channels, 2, 2, bias=False)
         self.mix = ResBlock(2 * out_channels, out_channels, cfg)
-        self.channels_last = cfg.channels_last
+        self.cpu_layout = cfg.channels_last
 
     def forward(self, f_BCXYZ: Tensor, skip_BCXYZ: Tensor) -> Tensor:
-        f = to_layout(self.up(f_BCXYZ), self.channels_last)
+        f = layout(self.up(f_BCXYZ), self.cpu_layout)
         return self.mix(torch.cat((f, skip_BCXYZ), dim=1))
 
 
@@ -222,6 +223,11 @@ class InstanceNorm3d(nn.InstanceNorm3d):
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor:
         return F.group_norm(x_BCXYZ, self.num_features, self.weight, self.bias, self.eps)
+
+
+def layout(x_BCXYZ: Tensor, cpu_layout: bool) -> Tensor:
+    """Channels last on a CPU alone: CUDA's group normalisation would undo it after every convolution."""
+    return to_layout(x_BCXYZ, cpu_layout and x_BCXYZ.device.type != "cuda")
 
 
 def decoder_norm(channels: int, cfg: Config) -> nn.Module:

@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from logonet.training import checkpoints
+from logonet.training.config import Config
 from logonet.training.step import average_gradients
 
 T = TypeVar("T")
@@ -42,12 +44,8 @@ class Communicator:
     def broadcast_buffers(self, module: nn.Module) -> None:
         """Give every rank the buffers of rank 0 (running statistics), which are those that are saved."""
 
-    def parallel(self, module: nn.Module, gradient_sync: str) -> tuple[nn.Module, Sync]:
-        """The module to call, and how its gradients are averaged over the ranks after the backward pass.
-
-        Args:
-            gradient_sync: ``train.gradient_sync``.
-        """
+    def parallel(self, module: nn.Module, cfg: Config) -> tuple[nn.Module, Sync]:
+        """The module to call, and how its gradients are averaged over the ranks after the backward pass."""
         return module, _nothing_to_do
 
 
@@ -68,7 +66,8 @@ class ProcessGroup(Communicator):
         return gathered
 
     def maximum(self, values: list[int]) -> list[int]:
-        agreed = torch.tensor(values, device=self.device)
+        # Filled in there: to copy them would wait for all work that is queued, and once is enough.
+        agreed = torch.stack([torch.full((), value, device=self.device) for value in values])
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
         return agreed.tolist()
 
@@ -94,13 +93,17 @@ class ProcessGroup(Communicator):
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
 
-    def parallel(self, module: nn.Module, gradient_sync: str) -> tuple[nn.Module, Sync]:
+    def parallel(self, module: nn.Module, cfg: Config) -> tuple[nn.Module, Sync]:
         cuda = self.device.type == "cuda"
-        if gradient_sync == "ddp" or (gradient_sync == "auto" and cuda):
+        if cfg.gradient_sync == "ddp" or (cfg.gradient_sync == "auto" and cuda):
             devices = [self.device] if cuda else None
             wrapped = nn.parallel.DistributedDataParallel(
                 module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+            if cfg.gradient_compression == "bf16":
+                # By another name: DDP refuses torch's own where there is no NCCL, though gloo can do it too.
+                hook: Any = default_hooks.bf16_compress_hook
+                wrapped.register_comm_hook(None, lambda group, bucket: hook(group, bucket))
             return wrapped, _nothing_to_do
         # DDP rebuilds its buckets after the first step, and gloo's ring adds in an order that depends on the place in
         # the bucket: with 3 or more workers a resumed run would differ in the last bit. One flat all-reduce has one

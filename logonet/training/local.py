@@ -13,10 +13,12 @@ from torch.utils.data import DataLoader
 from logonet.core.config import Component
 from logonet.core.execution import InProcess
 from logonet.training import checkpoints
+from logonet.training.batches import to_tensors
 from logonet.training.config import Config, Job, accumulation
 from logonet.training.dataset import Dataset
-from logonet.training.loop import Loop, to_tensors
+from logonet.training.loop import Loop
 from logonet.training.schedule import MicroBatches
+from logonet.training.step import memory_watched
 from logonet.training.validation import best_step
 
 
@@ -36,11 +38,13 @@ class LocalExecutor(InProcess):
         """UserError when the batch sizes do not fit together."""
         accumulation(cfg, 1)
 
+    @memory_watched()
     def train(self, job: Job, dataset: Dataset) -> dict[str, Any]:
         """Train ``job``; returns {"history", "files", "tracked"}. Run again, it resumes.
 
         Raises:
             Diverged: a gradient or a validation's logits are not finite.
+            OutOfMemory: the GPU's memory is too small.
         """
         loop = Loop(job, dataset.schedule, device=self.device, validation=dataset.validation)
         loop.restore()

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -31,6 +30,7 @@ from logonet.core import seeding
 from logonet.core.errors import BadScan
 from logonet.data import prepared_scans, volume
 from logonet.inference import sliding_window
+from logonet.networks import Network
 from logonet.training import checkpoints, linear_probe
 from logonet.training.building import build_method, load_initial
 from logonet.training.communicator import Communicator
@@ -105,9 +105,18 @@ class Loop:
         # Every rank builds from the same seed, so all start alike without a broadcast.
         torch.manual_seed(seeding.integer(self.cfg.seed, "init"))
         self.method: Any = build_method(job.backbone, job.method, job.data_spec).to(self.device).train()
+        if self.device.type == "cuda":
+            for part in self.method.modules():  # the network, and a teacher that is one
+                if isinstance(part, Network) and part.channels_last:
+                    part.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # of 5D alone
         self.params = {name: p for name, p in self.method.named_parameters() if p.requires_grad}
+        self.fused = self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            self.params.values(), lr=self.cfg.lr, betas=self.cfg.betas, weight_decay=self.cfg.weight_decay
+            self.params.values(),
+            lr=self.cfg.lr,
+            betas=self.cfg.betas,
+            weight_decay=self.cfg.weight_decay,
+            fused=self.fused or None,
         )
         self.writer = checkpoints.Writer(job.uri, job.fingerprint, keep=self.cfg.keep_checkpoints)
         self.probe = (
@@ -128,8 +137,12 @@ class Loop:
             for name, p in self.params.items()
             for key, value in self.optimizer.state[p].items()
         }
-        partial, model = self.communicator.gather(self.partial), dict(self.method.state_dict())
-        return checkpoints.State(self.step, model, moments, partial, self.history, self.world)
+        model = dict(self.method.state_dict())
+        return checkpoints.State(self.step, model, moments, self._sums(), self.history, self.world)
+
+    def _sums(self) -> list[dict[str, Tensor]]:
+        """Every rank's sums of the epoch so far."""
+        return self.communicator.gather({name: value.cpu() for name, value in self.partial.items()})
 
     def restore(self) -> None:
         """Continue from the newest sound checkpoint, or start from the job's initial weights.
@@ -149,8 +162,9 @@ class Loop:
         for key, value in state.optimizer.items():
             moment, name = key.split("/", 1)
             p = self.params[name]
-            # AdamW keeps its step counter on the CPU, and its moments in the parameter's own memory layout.
-            own = value.clone() if moment == "step" else torch.empty_like(p)
+            # AdamW keeps moments in the parameter's own memory layout, and its step counter, unless fused, on the CPU.
+            counter = torch.empty_like(value, device=self.device if self.fused else "cpu")
+            own = counter if moment == "step" else torch.empty_like(p)
             self.optimizer.state[p][moment] = own.copy_(value)
         self.step, self.history = state.step, list(state.history)
         self.partial = {}
@@ -159,6 +173,7 @@ class Loop:
         elif self.rank == 0:  # on another number of workers it takes the interrupted epoch's sums of all
             for part in state.partial:
                 add_metrics(self.partial, part)
+        self.partial = {name: value.to(self.device) for name, value in self.partial.items()}
         if self.rank == 0:
             lr = lr_at(min(self.step, self.total_steps - 1), self.cfg, self.schedule.steps_per_epoch)
             print(
@@ -195,10 +210,8 @@ class Loop:
         if self.finished():
             return self.history
         if self.cfg.compile:
-            # The network alone: the number of masked slices differs from step to step, and would recompile the rest.
-            net = self.method.backbone
-            net.encode, net.decode_features = torch.compile(net.encode), torch.compile(net.decode_features)
-        module, sync = self.communicator.parallel(self.method, self.cfg.gradient_sync)
+            self.method.backbone.compile_parts()
+        module, sync = self.communicator.parallel(self.method, self.cfg)
         steps_per_epoch = self.schedule.steps_per_epoch
         timed = self._timed(iter(batches))
         bar = bar or tqdm(disable=True)
@@ -287,7 +300,7 @@ class Loop:
             "step": self.step,
             "unix_s": time.time(),
             "lr": lr_at(self.step - 1, self.cfg, self.schedule.steps_per_epoch),
-            **reduce_metrics(self.communicator.gather(self.partial)),
+            **reduce_metrics(self._sums()),
             **self._validate(epoch),
             **self._measure_probe(epoch),
             "samples_per_s": self.timing["samples"] / max(self.timing["wall_s"], 1e-9),
@@ -352,16 +365,6 @@ class Loop:
         if self.probe is not None:
             values = {**self.probe.measure(self.method.backbone), "probe_dice_floor": self.probe_floor}
         return self.communicator.gather(values)[0]
-
-
-def to_tensors(batches: Iterable[dict[str, np.ndarray]], device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """NumPy batches as tensors on ``device``; pinned and copied asynchronously for CUDA."""
-    for batch in batches:
-        # Ray's arrays are read-only views of shared memory: copied here, because torch has no read-only tensors.
-        tensors = {k: torch.from_numpy(np.array(v)) for k, v in batch.items()}
-        if device.type == "cuda":
-            tensors = {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
-        yield tensors
 
 
 def peak_memory_mb(device: torch.device) -> float:

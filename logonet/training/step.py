@@ -23,6 +23,23 @@ class Diverged(UserError):
     """Training cannot go on; every rank raises it at the same step."""
 
 
+class OutOfMemory(UserError):
+    """The GPU has not enough memory for the run; a single rank may raise it."""
+
+
+@contextlib.contextmanager
+def memory_watched() -> Iterator[None]:
+    """Where CUDA runs out of memory in this block, say so in a sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError as err:
+        raise OutOfMemory(
+            f"{str(err).split('. ')[0]}; lower train.batch_size (train.global_batch may stay), set "
+            "backbone.checkpointing=true or lower method.head_chunk_mib, where there are such keys, or use a GPU with "
+            "more memory: a changed config starts a new run"
+        ) from err
+
+
 def step(
     method: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -81,13 +98,13 @@ def step(
 def add_metrics(
     totals: dict[str, torch.Tensor], metrics: dict[str, torch.Tensor], most: int = MAX_EMBEDDINGS
 ) -> None:
-    """Add (total, count) pairs in float64; embeddings are collected, up to ``most``."""
+    """Add (total, count) pairs in float64; embeddings are collected, up to ``most``. All stays on its device."""
     for name, value in metrics.items():
         if name == "embeddings_BF":
             known = [totals[name]] if name in totals else []
-            totals[name] = torch.cat([*known, value.detach().float().cpu()])[:most]
+            totals[name] = torch.cat([*known, value.detach().float()])[:most]
         else:
-            value = value.detach().double().cpu()
+            value = value.detach().double()
             totals[name] = totals[name] + value if name in totals else value
 
 
@@ -95,12 +112,16 @@ def average_gradients(params: list[nn.Parameter]) -> None:
     """Average all gradients over the ranks in one all-reduce with a fixed layout."""
     import torch.distributed as dist
 
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in params]
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    grads: list[Any] = [p.grad for p in params]
     flat = torch.cat([g.reshape(-1) for g in grads])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for p, part in zip(params, flat.split([g.numel() for g in grads])):
-        p.grad = part.view_as(p)
+    # Into the gradients, which lie in memory as their parameters do: a fused optimizer takes no others.
+    for grad, part in zip(grads, flat.split([g.numel() for g in grads])):
+        grad.copy_(part.view_as(grad))
 
 
 def reduce_metrics(gathered: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
