@@ -39,11 +39,8 @@ SHM_FAIL_GIB = 0.25
 DISK_FAIL_USED, DISK_WARN_GIB = 0.95, 20
 # Ray keeps sockets to every worker and node; its own documentation asks for 65536 in large clusters.
 FILES_FAIL, FILES_WARN = 1024, 8192
-CUDNN = (
-    9,
-    15,
-    0,
-)  # earlier ones compute some 3D convolutions in bfloat16 wrong, and say nothing (pytorch#166643)
+# Earlier ones compute some 3D convolutions in bfloat16 wrong, and say nothing (pytorch#166643).
+CUDNN = (9, 15, 0)
 PACKAGES = ("logonet", "torch", "ray", "monai", "numpy", "mlflow")
 SAME_SOFTWARE = "install the same constraints.txt on every node"
 NODE_TIMEOUT_S = 120
