@@ -521,6 +521,17 @@ def test_a_scan_that_cannot_be_used_is_set_aside_and_nothing_is_written(tmp_path
     assert not (tmp_path / "store").exists()
 
 
+def test_a_stored_file_does_not_hide_a_value_that_is_no_class(tmp_path: Path, scan: Scan) -> None:
+    """Whoever chose class a alone has stored labels in which the value 2 is background."""
+    only_a = Classes.named(("background", "a"), (0, 1))
+    chosen = preparing.PrepareScan(dataclasses.replace(only_a, chosen=True), CFG, f"{tmp_path}/store")(scan)
+    assert isinstance(chosen, prepared_scans.Ref)
+    assert prepared_scans.read_case(chosen)[1].max() == 1
+    answer = preparing.PrepareScan(only_a, CFG, f"{tmp_path}/store")(scan)
+    assert isinstance(answer, manifest.Quarantined)
+    assert "holds the value 2, which is no class" in answer.reason
+
+
 def test_a_table_survives_json(tmp_path: Path) -> None:
     refs = tuple(kept(tmp_path, *a_case((5, 4, 3), channels=2, seed=i), f"scan{i}") for i in range(3))
     table = prepared_scans.Table(refs, ("background", "liver"), (0, 6))

@@ -69,8 +69,9 @@ class PrepareScan:
             image = image or self._image(image_uri, scan, manifest.load(scan))
             return prepared_scans.ref_of(scan.scan_id, image)
         label_map = self.classes.of(scan)
-        # All of the map: what it does not know is refused, which a file that is there already must not hide.
-        of_labels = {"sha256": scan.label_sha256, "map": label_map, "seed": self.cfg.seed}
+        # With what decides whether an unknown value is refused, which a file that is there already must not hide.
+        strict = bool(label_map.unknown) and not self.classes.chosen
+        of_labels = {"sha256": scan.label_sha256, "map": label_map, "strict": strict, "seed": self.cfg.seed}
         labels_uri = self._uri("labels", scan, {"image": of_image, **of_labels})
         labels = prepared_scans.stored(labels_uri)
         if image is None or labels is None:
