@@ -223,12 +223,14 @@ def test_as_many_trials_as_fit(ray_local: None) -> None:
 
 
 def test_what_workers_of_a_ray_of_our_own_are_given(ray_local: None) -> None:
-    """Train's watcher over its controller does not miss the dashboard every second; waiting threads do not spin."""
+    """Train's watcher over its controller does not miss the dashboard every second; waiting threads do not spin; memory
+    that is freed is kept."""
     import ray
     from ray.train.v2._internal.execution.controller import placement_group_cleaner
 
     @ray.remote
-    def look(name: str) -> tuple[int, str | None]:
-        return logging.getLogger(name).getEffectiveLevel(), os.environ.get("GOMP_SPINCOUNT")
+    def look(name: str) -> tuple[int, list[str | None]]:
+        names = ("GOMP_SPINCOUNT", "MALLOC_ARENA_MAX")
+        return logging.getLogger(name).getEffectiveLevel(), [os.environ.get(key) for key in names]
 
-    assert ray.get(look.remote(placement_group_cleaner.logger.name)) == (logging.ERROR, "1000")
+    assert ray.get(look.remote(placement_group_cleaner.logger.name)) == (logging.ERROR, ["1000", "1"])
