@@ -407,6 +407,7 @@ def test_init_is_short_for_the_weights(monkeypatch: pytest.MonkeyPatch, capsys: 
         (["--recipe", "demo", "--set", "crops.size_vox=[40, 32, 32]"], "multiple"),
         (["--recipe", "demo", "--set", "crops.per_cas=3"], "did you mean 'crops.per_case'?"),
         (["--recipe", "demo", "--set", "train.patience=0"], "patience"),
+        (["--recipe", "demo", "--set", "train.gradient_compression=bf16"], "set train.gradient_sync=ddp"),
         (["--recipe", "demo"], "--data is missing"),
         (["--recipe", "demo", "--data", "x"], "--root is missing"),
     ],
