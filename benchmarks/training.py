@@ -35,8 +35,9 @@ import numpy as np
 import torch
 import tyro
 
-from logonet import methods, training
+from logonet import methods, networks, training
 from logonet.core import seeding
+from logonet.core.config import Component
 from logonet.data import crop_shards, cropping
 from logonet.distributed import cluster
 from logonet.distributed.executor import RayExecutor
@@ -187,11 +188,12 @@ def work(args: Args, table: crop_shards.CropTable) -> tuple[training.Job, datase
     refs = Rows.of(crop_shards.write_shard("s3://training/labels", "all", labels_PNZ), crop_shards.CropRef)
     labels = crop_shards.LabelTable("s3://training/labels", refs, args.clusterers, args.size)
     sizes = (args.k,) * args.clusterers
+    backbone = {**BACKBONE, "dims": list(args.dims), "full_width": args.dims[0]}
     job = training.Job(
         uri="s3://training/runs",
         fingerprint="0" * 16,
-        backbone={**BACKBONE, "dims": list(args.dims), "full_width": args.dims[0]},
-        method=METHOD,
+        backbone=Component.of(backbone, "backbone").resolve(networks.config, "backbone"),
+        method=Component.of(METHOD, "method").resolve(methods.config, "method"),
         train=training.Config(
             epochs=args.epochs + 1,
             steps_per_epoch=args.steps,
