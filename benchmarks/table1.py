@@ -8,8 +8,9 @@ Counts: one crop of 96^3, one channel, 14 classes, in evaluation. "thop" is what
 multiply-accumulates as the thop package counts them, cut off after two decimals (parameters are rounded). "true" is
 half of torch's FlopCounterMode: convolutions and matrix products at what they cost, normalisations left out.
 
-Times: each network in a process of its own, one after another, the least of the repeats, at the same crop. A training
-step is the forward pass in training mode, the mean square of every output, the backward pass and AdamW. SwinUNETR is
+Times: each network in a process of its own, one after another, the least of the repeats, at the same crop. In
+evaluation batch norms are folded into convolutions where a network has them in a row, as a loaded model runs. A
+training step is the forward pass in training mode, the mean square of every output, the backward pass and AdamW. SwinUNETR is
 measured at the beginning and at the end; others are set against the mean of both. LoGoNet and the SwinUNETR of the
 beginning take turns, call by call, and are set against each other. In parentheses the same of processor time, which a
 machine that does other work too distorts less.
@@ -41,6 +42,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from logonet import networks
+from logonet.inference.model import folded
 
 SIDE, IN_CHANNELS, CLASSES = 96, 1, 14
 REFERENCE, IN_TURNS = "SwinUNETR", "LoGoNet"
@@ -265,13 +267,15 @@ def serve(conn: Connection, name: str, device: str, memory_gib: float) -> None:
     try:
         torch.manual_seed(0)
         net = NETWORKS[name].build().to(device)
+        nets = {"forward": folded(net), "step": net}
         x = torch.rand(1, IN_CHANNELS, *(SIDE,) * 3).to(device)
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
         held_bytes = held(device)
         conn.send("ready")
         while True:
-            call = {"forward": forward, "step": step}[conn.recv()]
-            conn.send(measured(partial(call, net, optimizer, x), device, held_bytes))
+            what = conn.recv()
+            call = {"forward": forward, "step": step}[what]
+            conn.send(measured(partial(call, nets[what], optimizer, x), device, held_bytes))
     except EOFError:  # told to end
         return
     except (MemoryError, RuntimeError) as err:
