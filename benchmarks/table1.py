@@ -10,10 +10,10 @@ half of torch's FlopCounterMode: convolutions and matrix products at what they c
 
 Times: each network in a process of its own, one after another, the least of the repeats, at the same crop. In
 evaluation batch norms are folded into convolutions where a network has them in a row, as a loaded model runs. A
-training step is the forward pass in training mode, the mean square of every output, the backward pass and AdamW. SwinUNETR
-is measured at the beginning and at the end; others are set against the mean of both. LoGoNet and the SwinUNETR of the
-beginning take turns, call by call, and are set against each other. In parentheses the same of processor time, which a
-machine that does other work too distorts less.
+training step is the forward pass in training mode, the mean square of every output, the backward pass and AdamW.
+SwinUNETR is measured at the beginning and at the end; others are set against the mean of both. LoGoNet and the
+SwinUNETR of the beginning take turns, call by call, and are set against each other. In parentheses the same of
+processor time, which a machine that does other work too distorts less.
 
 Peak memory is resident memory (on a GPU: allocated memory) at its highest less that once the network and the crop
 are built: activations and, in a step, gradients and AdamW's moments, but not the weights.
