@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from torch import nn
+
+from logonet import training
 
 if TYPE_CHECKING:
     from logonet.data import crop_shards, cropping
@@ -74,6 +77,37 @@ def phantom_crops(
         assert isinstance(answer, list), answer
         refs += answer
     return crop_shards.CropTable(f"{uri}/crops", Rows.of(refs, crop_shards.CropRef), cfg.size_vox, 1)
+
+
+def adamw(module: nn.Module, fused: bool | None = None) -> torch.optim.AdamW:
+    """With a run's default settings."""
+    params, cfg = [p for p in module.parameters() if p.requires_grad], training.Config()
+    return torch.optim.AdamW(params, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=fused)
+
+
+def one_step(
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, torch.Tensor],
+    number: int,
+    autocast: Any,
+) -> float:
+    """A step of one micro-batch with a run's default settings; its loss."""
+    cfg = training.Config()
+    totals = training.step(
+        method,
+        optimizer,
+        iter([batch]),
+        count=1,
+        progress=0.0,
+        lr=cfg.lr,
+        cfg=cfg,
+        seeds=[number],
+        autocast=autocast,
+        sync=lambda params: None,
+    )
+    total, count = totals["loss"].tolist()
+    return total / count
 
 
 def resident_bytes() -> int:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from _measure import machine, markdown, sentence
+from _measure import adamw, machine, markdown, one_step, sentence
 from head import Before, Plain
 from torch import Tensor, nn
 
@@ -293,31 +293,6 @@ def _noting_waits(b: Bench, waits: list[str]) -> Iterator[None]:
     waits += [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
 
 
-def optimizer_of(module: nn.Module, cfg: training.Config, fused: bool) -> torch.optim.Optimizer:
-    params = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(params, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=fused)
-
-
-def one_step(
-    b: Bench, module: Any, optimizer: Any, batch: dict[str, Tensor], number: int, bf16: bool
-) -> float:
-    cfg = training.Config()
-    totals = training.step(
-        module,
-        optimizer,
-        iter([batch]),
-        count=1,
-        progress=0.0,
-        lr=cfg.lr,
-        cfg=cfg,
-        seeds=[number],
-        autocast=b.autocast(bf16),
-        sync=lambda params: None,
-    )
-    total, count = totals["loss"].tolist()
-    return total / count
-
-
 def five_steps(b: Bench) -> None:
     """The losses of five float32 steps on the CPU and on the device, and after saving and loading in between."""
     losses: dict[str, list[float]] = {}
@@ -325,16 +300,16 @@ def five_steps(b: Bench) -> None:
         device = torch.device("cpu" if where == "cpu" else b.args.device)
         own = Bench(Args(str(device), b.args.quick), {})
         module, batch = tiny_method(own, "masked_clusters", "logonet")
-        optimizer = optimizer_of(module, training.Config(), fused=device.type == "cuda")
+        optimizer = adamw(module, fused=device.type == "cuda")
         losses[where] = []
         for number in range(5):
             if where == "restored" and number == 3:
                 state = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
                 module, batch = tiny_method(own, "masked_clusters", "logonet")
-                optimizer = optimizer_of(module, training.Config(), fused=device.type == "cuda")
+                optimizer = adamw(module, fused=device.type == "cuda")
                 module.load_state_dict(state[0])
                 optimizer.load_state_dict(state[1])
-            losses[where].append(one_step(own, module, optimizer, batch, number, bf16=False))
+            losses[where].append(one_step(module, optimizer, batch, number, own.autocast(False)))
     for where, values in losses.items():
         worst = max(abs(v / e - 1) for v, e in zip(values, losses["cpu"], strict=True))
         b.row("five steps", where=where, **{f"step {i}": v for i, v in enumerate(values)}, error=worst)
@@ -401,7 +376,7 @@ def paper(
     return (
         module,
         batch_of("masked_clusters", cfg, spec, b.device),
-        optimizer_of(module, training.Config(), fused),
+        adamw(module, fused),
     )
 
 
@@ -424,7 +399,7 @@ def paper_step(b: Bench) -> None:
     for name, options in variants.items():
         with freed(b):
             module, batch, optimizer = paper(b, **options)
-            step = functools.partial(one_step, b, module, optimizer, batch, 0, bf16=b.cuda)
+            step = functools.partial(one_step, module, optimizer, batch, 0, b.autocast(b.cuda))
             peak = b.peak_gib(step)
             b.row("the paper's step", variant=name, ms=b.ms(step, 5), peak_gib=peak)
             if name == "as it is":
@@ -548,7 +523,7 @@ def graph(b: Bench) -> None:
 def compiled(b: Bench) -> None:
     """torch.compile of encoder and decoder, as ``train.compile`` does it."""
     module, batch, optimizer = paper(b)
-    step = functools.partial(one_step, b, module, optimizer, batch, 0, bf16=b.cuda)
+    step = functools.partial(one_step, module, optimizer, batch, 0, b.autocast(b.cuda))
     b.row("compile", compiled=False, ms=b.ms(step, 5))
     if b.args.quick:
         return  # minutes on a CPU
@@ -594,10 +569,10 @@ def other_work(b: Bench) -> None:
             ).to(b.device)
             batch, optimizer = (
                 batch_of("supervised", cfg, spec, b.device),
-                optimizer_of(module, training.Config(), b.cuda),
+                adamw(module, b.cuda),
             )
             # On CPUs in float32: there torch's bfloat16 gradient of small depthwise convolutions is wrong.
-            step = functools.partial(one_step, b, module.train(), optimizer, batch, 0, bf16=b.cuda)
+            step = functools.partial(one_step, module.train(), optimizer, batch, 0, b.autocast(b.cuda))
             peak = b.peak_gib(step)
             b.row("supervised step, batch 2", network=backbone, ms=b.ms(step, 5), peak_gib=peak)
     rng = np.random.default_rng(0)

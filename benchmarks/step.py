@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 import torch
 import tyro
-from _measure import machine, sentence
+from _measure import adamw, machine, one_step, sentence
 from head import Before
 from rich.console import Console
 from rich.table import Table
@@ -117,30 +117,17 @@ def measure(args: Args) -> None:
     ).train()
     if args.head == "before":
         method.head.__class__ = Before  # the same layers, run as they were
-    params = [p for p in method.parameters() if p.requires_grad]
-    cfg = training.Config()
-    optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay)
+    optimizer = adamw(method)
     batch = batch_of(args, sizes, methods.config("masked_clusters"))
     seams.mark("build")
     instrument(method, optimizer, seams)
-    totals: dict[str, torch.Tensor] = {}
     start_s = time.perf_counter()
     for number in range(args.steps):
-        totals = training.step(
-            method,
-            optimizer,
-            iter([batch]),
-            count=1,
-            progress=0.0,
-            lr=cfg.lr,
-            cfg=cfg,
-            seeds=[number],
-            autocast=torch.autocast("cpu", enabled=False),
-            sync=lambda params: None,
-        )
+        loss = one_step(method, optimizer, batch, number, torch.autocast("cpu", enabled=False))
         seams.mark("optimizer (AdamW)")
     wall_s = (time.perf_counter() - start_s) / args.steps
-    report(args, params, seams, totals, wall_s)
+    num_params = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    report(args, num_params, seams, loss, wall_s)
 
 
 def instrument(method: Any, optimizer: torch.optim.Optimizer, seams: Seams) -> None:
@@ -170,9 +157,7 @@ def instrument(method: Any, optimizer: torch.optim.Optimizer, seams: Seams) -> N
     optimizer.register_step_pre_hook(lambda *_: seams.mark("backward: encoders"))
 
 
-def report(
-    args: Args, params: list[Any], seams: Seams, totals: dict[str, torch.Tensor], wall_s: float
-) -> None:
+def report(args: Args, num_params: int, seams: Seams, loss: float, wall_s: float) -> None:
     steps = [row for row in seams.rows if row[0] != "build"]
     total_s = sum(s for _, s, _ in steps)
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -190,8 +175,6 @@ def report(
     table.add_row("a step", f"{total_s / args.steps:.2f}", "", f"peak {peak_gib:.2f}")
     table.add_row("by the clock", f"{wall_s:.2f}", "", "")
     Console(width=100).print(table)
-    loss, count = totals["loss"].tolist()
-    num_params = sum(p.numel() for p in params)
     print(
         f"{num_params:,} trainable parameters; weights, gradients and AdamW {16 * num_params / 2**30:.2f} GiB"
     )
@@ -203,7 +186,7 @@ def report(
                 "peak_gib": peak_gib,
                 "parts_s": {name: s / args.steps for name, (s, _) in merged.items()},
                 "params": num_params,
-                "loss": loss / count,
+                "loss": loss,
                 "threads": args.threads,
             }
         )

@@ -39,8 +39,6 @@ RAY_SETTINGS = {
     # A preempted machine has as little as 30 s; Ray's own 5 s would be a sixth of them.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
-# What worker processes need of the driver's environment. Never credentials: those come from the usual
-# AWS chain on every node, and a job's runtime environment can be read on Ray's dashboard.
 # glibc gives large blocks back to the system when they are freed, and the system clears each page of the next one: a
 # sixth of a step's processor time. With these a process keeps what it has had once, a fifth more at its peak.
 KEEP_MEMORY = {
@@ -48,6 +46,8 @@ KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
 }
+# What worker processes need of the driver's environment. Never credentials: those come from the usual
+# AWS chain on every node, and a job's runtime environment can be read on Ray's dashboard.
 PASSED_ON = (
     "AWS_ENDPOINT_URL_S3",
     "AWS_ENDPOINT_URL",

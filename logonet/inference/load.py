@@ -10,8 +10,9 @@ import tempfile
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
-from logonet import tracking
+from logonet import networks, tracking
 from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.data import importers, manifest, volume
@@ -87,7 +88,8 @@ class LoadedModel:
 
     def __repr__(self) -> str:
         spec = self.spec
-        net = model.build(*model.parse(self.folder, self.uri))  # what the predictor runs has fewer
+        with torch.device("meta"):  # what the predictor runs has fewer parameters
+            net = networks.from_component(spec.backbone, spec.in_channels, spec.num_outputs)
         millions = sum(p.numel() for p in net.parameters()) / 1e6
         size_mm = "x".join(f"{s:g}" for s in spec.spacing_mm or ())
         spacing = f"{size_mm} mm" if size_mm else "the scan's own spacing"

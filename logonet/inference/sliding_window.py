@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
+from logonet import networks
 from logonet.core import config
 from logonet.core.config import Count, Section
 from logonet.core.errors import BadScan
@@ -325,10 +326,9 @@ def _logits(net: nn.Module, x_BCXYZ: Tensor, cfg: Config) -> Tensor:
     flips: list[tuple[int, ...]] = [()]
     if cfg.mirror:
         flips = [dims for n in range(4) for dims in itertools.combinations((2, 3, 4), n)]
-    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and x_BCXYZ.is_cuda)
     total: Tensor | None = None
     for dims in flips:
-        with torch.autocast(x_BCXYZ.device.type, torch.bfloat16, enabled=bf16):
+        with networks.autocast(cfg.precision, x_BCXYZ.device):
             out: Any = net(x_BCXYZ.flip(dims) if dims else x_BCXYZ)
         logits = out.logits.float()
         logits = logits.flip(dims) if dims else logits

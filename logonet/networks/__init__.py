@@ -83,6 +83,12 @@ class Network(nn.Module):
         self.encode, self.decode_features = compiled(self.encode), compiled(self.decode_features)  # type: ignore[method-assign]
 
 
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """In "bf16" in bfloat16, in "fp32" not, and in "auto" on CUDA alone."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` through torch.compile, in up to 64 variants: of sizes, modes and, of a method, its objects."""
     import torch._dynamo  # seconds

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from logonet import networks
 from logonet.core.errors import UserError
 from logonet.methods._parts import effective_rank
 from logonet.training.config import Config
@@ -139,5 +140,4 @@ def reduce_metrics(gathered: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
 
 
 def autocast_of(cfg: Config, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    return networks.autocast(cfg.precision, device)
