@@ -100,7 +100,6 @@ def one_step(
         iter([batch]),
         count=1,
         progress=0.0,
-        lr=cfg.lr,
         cfg=cfg,
         seeds=[number],
         autocast=autocast,

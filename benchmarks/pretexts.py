@@ -34,7 +34,7 @@ from logonet.training import linear_probe
 SIZE_VOX = (32, 32, 32)  # cubes, since two of the pretexts turn crops in the slice plane
 # Both about 3.2 M parameters; tokens of 16 voxels leave the transformer 8 of them.
 BACKBONES: dict[str, dict[str, Any]] = {
-    "logonet": recipes.SMALL_LOGONET,
+    "logonet": recipes.general.SMALL_LOGONET,
     "unetr": {
         "name": "unetr",
         "img_size": list(SIZE_VOX),
@@ -113,7 +113,7 @@ def pretrained(args: Args, run: Run, root: str) -> Artifact | None:
     """The run's pretraining. Every one is probed at its end."""
     if run.method is None:
         return None
-    base = recipes.hippocampus()
+    base = recipes.PRETRAINING["hippocampus"]()
     cfg = replace(
         base,
         split=split(1.0),
@@ -127,7 +127,7 @@ def pretrained(args: Args, run: Run, root: str) -> Artifact | None:
 
 
 def finetuned(args: Args, run: Run, root: str, init: Artifact | None) -> Artifact:
-    base = recipes.hippocampus_finetune()
+    base = recipes.FINETUNING["hippocampus"]()
     method = {**base.method, **run.objective}
     cfg = replace(
         base,
@@ -146,7 +146,7 @@ def finetuned(args: Args, run: Run, root: str, init: Artifact | None) -> Artifac
 
 def split(fraction: float) -> splits.Config:
     """40 of 200 test, 32 validate, 128 train, or a part of these."""
-    return replace(recipes.HIPPOCAMPUS_SPLIT, fold=0, fraction=fraction)
+    return replace(recipes.general.HIPPOCAMPUS_SPLIT, fold=0, fraction=fraction)
 
 
 def resources(args: Args) -> Resources:

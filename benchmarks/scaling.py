@@ -53,7 +53,7 @@ def main(args: Args) -> None:
     print(sentence(about), flush=True)
     cfg = pipelines.resolve(
         replace(
-            recipes.real_ct(),
+            recipes.PRETRAINING["real_ct"](),
             backbone={"name": args.backbone, **networks.tiny(args.backbone)},
             train=training.Config(
                 epochs=2, steps_per_epoch=args.steps, global_batch=32, batch_size=2, lr=1e-4, warmup_epochs=0

@@ -87,7 +87,6 @@ def step(name: str, backbone: str) -> None:
             iter(batches),
             count=2,
             progress=0.5,
-            lr=1e-3,
             cfg=cfg,
             seeds=[0, 1],
             autocast=autocast_of(cfg, torch.device("cuda")),

@@ -19,7 +19,7 @@ def make_config(folder: Path) -> None:
     from logonet import recipes
     from logonet.core import config
 
-    (folder / "mine.yaml").write_text(config.to_yaml(recipes.demo()))
+    (folder / "mine.yaml").write_text(config.to_yaml(recipes.PRETRAINING["demo"]()))
 
 
 def damage_config(rng: Random, folder: Path) -> str:

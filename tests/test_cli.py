@@ -301,7 +301,7 @@ def test_help_lists_every_key_with_its_value_type_and_meaning(
     assert listed["crops.size_vox"] == "[32, 32, 32]"
     assert "--workers" in said
     assert re.search(r"^  train.lr=0.5  \(number, above 0\)\n      peak learning rate", said, re.MULTILINE)
-    cfg = recipes.demo()
+    cfg = recipes.PRETRAINING["demo"]()
     whole = config.to_dict(replace(cfg, probe=linear_probe.Config(), split=splits.Config()))
     whole["method"] = config.to_dict(methods.config("mae3d"))
     whole["backbone"] = config.to_dict(networks.config("logonet"))

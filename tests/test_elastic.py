@@ -155,7 +155,6 @@ def gradients(count: int, rank: int, world: int) -> tuple[list[torch.Tensor], di
         count=len(own),
         mean_count=count / world,
         progress=0.0,
-        lr=1e-3,
         cfg=training.Config(),
         seeds=list(own),
         autocast=torch.autocast("cpu", enabled=False),

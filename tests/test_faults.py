@@ -356,11 +356,11 @@ def pipeline(bucket: str, name: str) -> str:
     from logonet.data import splits
 
     root, source, resources = f"{bucket}/{name}", f"{bucket}/scans/dataset.json", cluster.Resources(workers=2)
-    before = recipes.demo()
+    before = recipes.PRETRAINING["demo"]()
     before = replace(before, split=None, crops=replace(before.crops, per_scan=3))
     before = replace(before, train=replace(before.train, epochs=3, checkpoint_every_steps=2))
     pretrained = pipelines.pretrain(before, source, root, resources, name)
-    after = recipes.demo_finetune()
+    after = recipes.FINETUNING["demo"]()
     steps = {"epochs": 2, "steps_per_epoch": 8, "checkpoint_every_steps": 3, "validate_every_epochs": 1}
     after = replace(after, split=splits.Config(test_share=0, folds=3), train=replace(after.train, **steps))  # type: ignore[arg-type]
     after = replace(after, init=replace(after.init, weights=pretrained.uri))

@@ -131,7 +131,6 @@ def test_accumulated_micro_batches_equal_one_batch(crops: TrainingDataset, tmp_p
         training.to_tensors(iter(batches), torch.device("cpu")),
         count=2,
         progress=0.0,
-        lr=1e-3,
         cfg=job.train,
         seeds=[0, 0],
         autocast=torch.autocast("cpu", enabled=False),

@@ -123,7 +123,7 @@ def test_without_validation_nothing_is_read_and_no_best_is_kept(
     history = loop.train()
     assert "val_dice" not in history[0]
     assert "best.safetensors" not in checkpoints.save_final(
-        str(tmp_path), loop.method, history, training.best_step(history)
+        str(tmp_path), loop.method, loop.network, history, training.best_step(history)
     )
     assert not (tmp_path / "best").exists()
 
@@ -198,7 +198,9 @@ def test_the_best_weights_are_the_backbone_after_that_step(
     history = loop.train(remember)
     assert training.best_step(history) == step
     assert [os.path.basename(u) for u in checkpoints.all_of(str(tmp_path))] == ["step-00000012"]
-    files = checkpoints.save_final(str(tmp_path), loop.method, history, training.best_step(history))
+    files = checkpoints.save_final(
+        str(tmp_path), loop.method, loop.network, history, training.best_step(history)
+    )
     best = training.load_weights(
         training.Init(f"{tmp_path}/best.safetensors", files["best.safetensors"].sha256)
     )
@@ -235,7 +237,9 @@ def test_a_run_killed_after_a_new_best_can_go_back_to_the_old_one(
     second = LocalLoop(labelled, job)
     history = second.train()
     assert training.best_step(history) == 4
-    assert "best.safetensors" in checkpoints.save_final(str(tmp_path), second.method, history, 4)
+    assert "best.safetensors" in checkpoints.save_final(
+        str(tmp_path), second.method, second.network, history, 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -275,7 +279,9 @@ def test_a_killed_finetuning_equals_an_uninterrupted_one_with_its_best(
 ) -> None:
     def finished(loop: Loop, job: training.Job) -> tuple[list[dict[str, Any]], dict[str, str]]:
         history = loop.train()
-        files = checkpoints.save_final(job.uri, loop.method, history, training.best_step(history))
+        files = checkpoints.save_final(
+            job.uri, loop.method, loop.network, history, training.best_step(history)
+        )
         return timeless(history), {n: f.sha256 for n, f in files.items() if n != "history.json"}
 
     job = labelled_job(f"{tmp_path}/whole", checkpoint_every_steps=every)

@@ -71,7 +71,7 @@ def at(
 def demo() -> pipelines.Pretraining:
     """The demo's recipe with a network that is quickly counted."""
     net = {"name": "dynunet", **networks.tiny("dynunet")}
-    return pipelines.resolve(replace(recipes.demo(), split=None, backbone=net))
+    return pipelines.resolve(replace(recipes.PRETRAINING["demo"](), split=None, backbone=net))
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +310,7 @@ def test_what_a_disk_has_no_room_for_is_fetched_again(demo: pipelines.Pretrainin
 
 @given(st.integers(1, 64), st.floats(0, 1), st.floats(0, 1))
 def test_keeping_more_never_fetches_more(nodes: int, kept: float, more: float) -> None:
-    of = sizes.sizes(recipes.demo(), SCANS, WORK.network)
+    of = sizes.sizes(recipes.PRETRAINING["demo"](), SCANS, WORK.network)
     shares = [planner.fetched_share(of, nodes, k) for k in sorted((0.0, kept, more, 1.0))]
     assert shares[0] == pytest.approx(1.0)
     assert all(0 < few <= many + 1e-9 for many, few in itertools.pairwise(shares))

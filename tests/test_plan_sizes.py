@@ -35,7 +35,7 @@ SCANS = sizes.equal_scans(12, (48, 48, 48), (1.0, 1.0, 1.0))
 def demo() -> pipelines.Pretraining:
     """The demo's recipe with a network that is quickly counted."""
     net = {"name": "dynunet", **networks.tiny("dynunet")}
-    return pipelines.resolve(replace(recipes.demo(), split=None, backbone=net))
+    return pipelines.resolve(replace(recipes.PRETRAINING["demo"](), split=None, backbone=net))
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_a_checkpoint_and_the_final_weights_have_the_sizes_that_are_written(
     assert net.optimizer_file == written["optimizer.safetensors"]
     tensors = sum(written[f"{name}.safetensors"] for name in checkpoints.TENSOR_FILES)
     assert net.checkpoint_bytes == tensors
-    final = checkpoints.save_final(str(tmp_path), method, [])
+    final = checkpoints.save_final(str(tmp_path), method, method.backbone, [])
     assert net.backbone_file == final["backbone.safetensors"].size_bytes
     assert net.model_file == final["method.safetensors"].size_bytes
     assert net.gradient_bytes == sum(4 * p.numel() for p in params.values())

@@ -104,7 +104,6 @@ def test_three_ranks_average_the_gradients_of_four_batches(
                     count=len(own),
                     mean_count=4 / world,
                     progress=0.0,
-                    lr=0.1,
                     cfg=cfg,
                     seeds=list(own),
                     autocast=torch.autocast("cpu", enabled=False),

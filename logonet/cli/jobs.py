@@ -18,6 +18,7 @@ from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.distributed import cluster
 from logonet.distributed.cluster import Resources
+from logonet.recipes.scale import Scale, scaled
 from logonet.storage import object_store
 
 A = TypeVar("A", bound="ConfigArgs")
@@ -30,12 +31,14 @@ class ConfigArgs:
     Attributes:
         settings: config keys laid on recipe and file, such as method=simclr train.lr=1e-3.
         recipe: a named full config (a job's --list-recipes shows them).
+        scale: "smoke" makes the recipe small enough to try in minutes on two cores: tiny network and crops, six steps.
         config: a YAML file laid on the recipe.
         set: another way to write KEY=VALUE; may be repeated.
     """
 
     settings: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY=VALUE ...]")] = ()
     recipe: str = ""
+    scale: Scale = "full"
     config: str | None = None
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
 
@@ -152,7 +155,7 @@ def job_config(args: ConfigArgs, recipes: Mapping[str, Callable[[], Any]]) -> An
             f"--recipe is missing; choose one of {', '.join(recipes)} (a job's --list-recipes says what for)"
         )
         raise UserError(config.unknown("recipe", args.recipe, recipes) if args.recipe else missing)
-    base = recipes[args.recipe]()
+    base = scaled(recipes[args.recipe](), args.scale)
     values = config.to_dict(base)
     if args.config is not None:
         values = config.merge(values, config.read_yaml(object_store.read_text(args.config), args.config))

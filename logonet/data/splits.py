@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Annotated
 
 from annotated_types import Ge, Lt
@@ -29,6 +30,8 @@ class Config(Section, key="split"):
         fraction: share of the training subjects that is used, at least one; nested, so 1 % lies within 5 %.
         shots: use so many training subjects instead; nested too.
         seed: of the subjects' order.
+        test_names, val_names: patterns of the subjects or files that test and validate, such as "img0035" or "*_12";
+            they go before the manifest's own sets, and those of either leave nothing for ``test_share`` or ``fold``.
     """
 
     test_share: Annotated[float, Ge(0), Lt(1)] = 0.0
@@ -37,6 +40,8 @@ class Config(Section, key="split"):
     fraction: Fraction = 1.0
     shots: Count | None = None
     seed: int = 0
+    test_names: tuple[str, ...] = field(default=(), metadata=config.OMIT_DEFAULT)
+    val_names: tuple[str, ...] = field(default=(), metadata=config.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,6 +116,7 @@ class Split:
 def make(scans: Sequence[Scan], cfg: Config) -> Split:
     """Split the labelled ones of ``scans``; unlabelled ones are left out.
 
+    - Whom ``test_names`` or ``val_names`` name is tested or validates, whatever the manifest says.
     - Test: the manifest's test scans; if it has none, the first ``test_share`` of the subjects.
     - Validation, unless ``fold`` is None: the manifest's validation scans; if it has none, fold ``fold`` of the
       manifest's own folds; if it has none, one of ``folds`` equal parts of the subjects.
@@ -132,6 +138,10 @@ def make(scans: Sequence[Scan], cfg: Config) -> Split:
         raise UserError(f"none of the {len(scans)} scans has a label; {ways}")
     given = {subject: min((s.split for s in own), key=SETS.index) for subject, own in scans_of.items()}
     role = dict(given)
+    for name, patterns in (("val", cfg.val_names), ("test", cfg.test_names)):
+        if patterns:  # they say it all: the manifest's own are free to train
+            role |= {subject: "train" for subject, own in role.items() if own == name}
+            role |= dict.fromkeys(_named(scans_of, name, patterns), name)
 
     def of(name: str) -> set[str]:
         return {subject for subject, own in role.items() if own == name}
@@ -172,6 +182,27 @@ def without(split: Split, test_ids: Collection[str]) -> Split:
     if split.test and not kept:
         raise UserError(f"all {len(split.test)} test scans of split {split.id} have leaked; none is left")
     return replace(split, test=kept, excluded=tuple(sorted({*split.excluded, *test_ids})))
+
+
+def _named(scans_of: Mapping[str, Sequence[Scan]], name: str, patterns: Sequence[str]) -> set[str]:
+    """The subjects that one of ``patterns`` matches, by their own name or that of a file."""
+    found: set[str] = set()
+    for pattern in patterns:
+        own = {
+            subject
+            for subject, scans in scans_of.items()
+            for scan in scans
+            if any(fnmatchcase(n, pattern) for n in (scan.subject, scan.scan_id.rsplit("-", 1)[0]))
+        }
+        if not own:
+            some = ", ".join(
+                sorted(scan.scan_id.rsplit("-", 1)[0] for s in scans_of.values() for scan in s)[:3]
+            )
+            raise UserError(
+                f"split.{name}_names has '{pattern}', which no labelled scan matches (such as {some})"
+            )
+        found |= own
+    return found
 
 
 def _ordered(subjects: Collection[str], cfg: Config) -> list[str]:

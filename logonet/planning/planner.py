@@ -80,7 +80,7 @@ def work(cfg: Pretraining, gpu: bool, channels: int = 1) -> Work:
     """Count what the recipe's network and method need. Takes seconds to a minute."""
     facts = sizes.facts_of(cfg, channels)
     with torch.device("meta"):
-        net = sizes.network(training.build_method(cfg.backbone, cfg.method, facts))
+        net = sizes.network(training.build_method(cfg.backbone, cfg.method, facts), cfg.train)
     sample = memory.prepared(facts, cfg.method, seeding.rng(0, "plan"))
     precision = cfg.train.precision if cfg.train.precision != "auto" else "bf16" if gpu else "fp32"
     micro = memory.micro_batch(cfg.backbone, cfg.method, facts, bf16=precision == "bf16", sample=sample)
@@ -187,10 +187,11 @@ def worker_memory(cfg: Pretraining, own: Work, workers: int, gpu: bool, c: Const
     """Peak memory of one of ``workers`` training workers."""
     net, micro = own.network, own.micro
     # A pass's peak includes its gradients. From the second pass on, the gradients of those before are held too.
+    moments = len(net.moments) * net.gradient_bytes + (net.weight_bytes if cfg.train.ema else 0)
     once = cfg.train.global_batch <= workers * cfg.train.batch_size
     activations, known_from = micro.peak_bytes - once * net.gradient_bytes, micro.known_from
     if c.measured(cfg, own, gpu):
-        rest = net.weight_bytes + 3 * net.gradient_bytes + micro.batch_bytes
+        rest = net.weight_bytes + net.gradient_bytes + moments + micro.batch_bytes
         activations = max(0, int(c.worker_peak_bytes - rest - (0 if gpu else c.worker_bytes)))
         known_from = "activations measured in real steps"
     if workers > 1 and speed.flat_sync(cfg.train, gpu):
@@ -200,11 +201,11 @@ def worker_memory(cfg: Pretraining, own: Work, workers: int, gpu: bool, c: Const
         process=c.worker_bytes,
         weights=net.weight_bytes,
         gradients=net.gradient_bytes,
-        moments=2 * net.gradient_bytes,
+        moments=moments,
         activations=activations,
         batches=micro.batch_bytes + (0 if gpu else _task_bytes(cfg, own)),
         # A copy, so that training goes on; safetensors makes a file's tensors and then the file of them.
-        checkpoint=net.checkpoint_bytes + 2 * max(net.optimizer_file, net.model_file),
+        checkpoint=net.checkpoint_bytes + 2 * max(net.optimizer_file, net.checkpoint_model_file),
         known_from=known_from,
     )
 

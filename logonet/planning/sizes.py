@@ -10,12 +10,12 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from logonet import methods
+from logonet import methods, training
 from logonet.clustering import kmeans, pseudo_labels
 from logonet.core import config
 from logonet.data import cropping, manifest, prepared_scans, volume
@@ -189,11 +189,20 @@ class Network:
         state: the method's state dict; names of the network's tensors begin with "backbone.".
         trainable: shapes of the parameters that get a gradient.
         weight_bytes: of all parameters and buffers.
+        train: decides the optimizer's state, and whether weights are averaged.
     """
 
     state: Tensors
     trainable: Mapping[str, tuple[int, ...]]
     weight_bytes: int
+    train: training.Config = field(default_factory=training.Config)
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """What the optimizer keeps of each parameter, in the parameter's size."""
+        if self.train.optimizer == "adamw":
+            return "exp_avg", "exp_avg_sq"
+        return ("momentum_buffer",) if self.train.momentum else ()
 
     @property
     def gradient_bytes(self) -> int:
@@ -202,36 +211,52 @@ class Network:
 
     @property
     def model_file(self) -> int:
-        """A checkpoint's model.safetensors and the final method.safetensors."""
+        """The final method.safetensors."""
         return safetensors_bytes(self.state)
+
+    @property
+    def checkpoint_model_file(self) -> int:
+        """A checkpoint's model.safetensors."""
+        averages: dict[str, tuple[str, tuple[int, ...]]] = {}
+        if self.train.ema:
+            averages = {f"average/module.{name}": tensor for name, tensor in self._backbone.items()}
+            averages["average/n_averaged"] = ("I64", ())
+        return safetensors_bytes({**self.state, **averages})
 
     @property
     def optimizer_file(self) -> int:
         """A checkpoint's optimizer.safetensors."""
-        moments = ("exp_avg", "exp_avg_sq")
-        tensors = {f"{m}/{name}": ("F32", shape) for name, shape in self.trainable.items() for m in moments}
-        return safetensors_bytes(tensors | {f"step/{name}": ("F32", ()) for name in self.trainable})
+        tensors = {
+            f"{m}/{name}": ("F32", shape) for name, shape in self.trainable.items() for m in self.moments
+        }
+        if self.train.optimizer == "adamw":
+            tensors |= {f"step/{name}": ("F32", ()) for name in self.trainable}
+        return safetensors_bytes(tensors)
 
     @property
     def backbone_file(self) -> int:
         """The final backbone.safetensors."""
+        return safetensors_bytes(self._backbone)
+
+    @property
+    def _backbone(self) -> Tensors:
         stem = "backbone."
-        own = {n.removeprefix(stem): t for n, t in self.state.items() if n.startswith(stem)}
-        return safetensors_bytes(own)
+        return {n.removeprefix(stem): t for n, t in self.state.items() if n.startswith(stem)}
 
     @property
     def checkpoint_bytes(self) -> int:
         """All tensors of a checkpoint at the end of an epoch."""
-        return self.model_file + self.optimizer_file + safetensors_bytes({})
+        return self.checkpoint_model_file + self.optimizer_file + safetensors_bytes({})
 
 
-def network(method: torch.nn.Module) -> Network:
-    """Describe a method module, which may be on the meta device."""
+def network(method: torch.nn.Module, train: training.Config | None = None) -> Network:
+    """Describe a method module, which may be on the meta device, as ``train`` (None: the default) trains it."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     return Network(
         state={n: (names[t.dtype], tuple(t.shape)) for n, t in method.state_dict().items()},
         trainable={n: tuple(p.shape) for n, p in method.named_parameters() if p.requires_grad},
         weight_bytes=4 * sum(t.numel() for t in [*method.parameters(), *method.buffers()]),
+        train=train or training.Config(),
     )
 
 
@@ -375,7 +400,7 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
         "clusterers": fitted,
         "labels": labels,
         "checkpoint": checkpoint,
-        "checkpoint_model": net.model_file,
+        "checkpoint_model": net.checkpoint_model_file,
         "checkpoint_optimizer": net.optimizer_file,
         "final_backbone": net.backbone_file,
         "final_method": net.model_file,

@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
 
-from logonet.core.config import OMIT_DEFAULT, Component, Count, Natural, NonNegative, Positive, Section
+from logonet.core.config import (
+    OMIT_DEFAULT,
+    Component,
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Section,
+)
 from logonet.core.errors import UserError
 from logonet.inference import sliding_window
 from logonet.methods import DataSpec
@@ -26,10 +35,21 @@ class Config(Section, key="train"):
         global_batch: samples of one optimizer step, over all workers (the paper: 16 GPUs x 1).
         batch_size: samples a worker puts through the network at once; what batch norm sees. The global_batch /
             batch_size of them that make a step are dealt to the workers, which accumulate gradients over theirs.
-        lr: peak learning rate; linear warm-up over ``warmup_epochs``, then cosine to ``min_lr``.
+        lr: peak learning rate; linear warm-up over ``warmup_epochs``, then ``schedule`` down to ``min_lr``.
         min_lr: learning rate at the end.
         warmup_epochs: epochs of the warm-up.
-        weight_decay, betas: of AdamW.
+        schedule: "cosine", "poly" ((1 - share of the steps) ** poly_power, nnU-Net's), "step" (times ``decay_factor``
+            at each share of the steps in ``decay_at``) or "constant".
+        optimizer: "adamw", or "sgd" with Nesterov momentum.
+        weight_decay: of either; "sgd" adds it to the gradient.
+        betas: of AdamW.
+        momentum: of SGD; nnU-Net's, which SimTROT has too.
+        decay_norms: false takes biases and the weights of norms out of the weight decay.
+        encoder_lr_scale, head_lr_scale: factors of the learning rate of the encoder, and of the classifier and what a
+            method adds to the network.
+        layer_decay: another factor for each level of the encoder, from the coarsest to the finest.
+        encoder_frozen_epochs: as many epochs come first in which the encoder rests and the others warm up.
+        ema: decay of an average of the weights over the steps, which is then what is validated and kept; 0 takes none.
         grad_clip: largest gradient norm; None does not clip.
         precision: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on CPU, so that a run that moves from
             one to the other changes its arithmetic. On CPU bf16 is for trying out: torch 2.13's gradient of a
@@ -54,6 +74,18 @@ class Config(Section, key="train"):
     warmup_epochs: NonNegative = 10.0
     weight_decay: NonNegative = 1e-5
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    optimizer: Literal["adamw", "sgd"] = field(default="adamw", metadata=OMIT_DEFAULT)
+    momentum: Beta = field(default=0.99, metadata=OMIT_DEFAULT)
+    schedule: Literal["cosine", "poly", "step", "constant"] = field(default="cosine", metadata=OMIT_DEFAULT)
+    poly_power: Positive = field(default=0.9, metadata=OMIT_DEFAULT)
+    decay_at: tuple[Fraction, ...] = field(default=(0.5, 0.75), metadata=OMIT_DEFAULT)
+    decay_factor: Fraction = field(default=0.1, metadata=OMIT_DEFAULT)
+    decay_norms: bool = field(default=True, metadata=OMIT_DEFAULT)
+    encoder_lr_scale: NonNegative = field(default=1.0, metadata=OMIT_DEFAULT)
+    head_lr_scale: NonNegative = field(default=1.0, metadata=OMIT_DEFAULT)
+    layer_decay: Fraction = field(default=1.0, metadata=OMIT_DEFAULT)
+    encoder_frozen_epochs: NonNegative = field(default=0.0, metadata=OMIT_DEFAULT)
+    ema: Beta = field(default=0.0, metadata=OMIT_DEFAULT)
     grad_clip: Positive | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: bool = False
@@ -73,7 +105,11 @@ class Config(Section, key="train"):
             raise UserError(
                 "train.gradient_compression works in DDP's hooks; set train.gradient_sync=ddp too"
             )
-        for name, limit in (("min_lr", "lr"), ("warmup_epochs", "epochs")):
+        for name, limit in (
+            ("min_lr", "lr"),
+            ("warmup_epochs", "epochs"),
+            ("encoder_frozen_epochs", "epochs"),
+        ):
             value, most = getattr(self, name), getattr(self, limit)
             if value > most:
                 raise UserError(f"train.{name} is {value}; it must be at most train.{limit} ({most})")

@@ -65,5 +65,5 @@ def local_batches(
 
 def finish(job: Job, loop: Loop, history: list[dict[str, Any]], tracked: bool = False) -> dict[str, Any]:
     """Store the trained weights; what `train` returns."""
-    files = checkpoints.save_final(job.uri, loop.method, history, best_step(history))
+    files = checkpoints.save_final(job.uri, loop.method, loop.network, history, best_step(history))
     return {"history": history, "files": {k: asdict(v) for k, v in files.items()}, "tracked": tracked}

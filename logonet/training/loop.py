@@ -31,7 +31,7 @@ from logonet.core.errors import BadScan
 from logonet.data import prepared_scans, volume
 from logonet.inference import sliding_window
 from logonet.networks import Network
-from logonet.training import checkpoints, linear_probe
+from logonet.training import checkpoints, linear_probe, optimizers
 from logonet.training.building import build_method, load_initial
 from logonet.training.communicator import Communicator
 from logonet.training.config import Job, accumulation, micro_batches
@@ -54,6 +54,7 @@ SHOWN = {
     "samples_per_s": "{samples_per_s:.2f} {unit}/s, {data_wait_share:.0%} waiting for data",
     "peak_memory_mb": "peak {peak_memory_mb:,.0f} MB",
 }
+AVERAGE = "average/"  # before the names of averaged weights in a checkpoint; no module's name has a slash
 GO_ON, SAVE, LEAVE = range(3)  # what is due at a step's end; LEAVE saves too
 
 
@@ -111,13 +112,10 @@ class Loop:
                     part.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # of 5D alone
         self.params = {name: p for name, p in self.method.named_parameters() if p.requires_grad}
         self.fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(
-            self.params.values(),
-            lr=self.cfg.lr,
-            betas=self.cfg.betas,
-            weight_decay=self.cfg.weight_decay,
-            fused=self.fused or None,
-        )
+        backbone = self.method.backbone
+        size_vox = methods.sizes(job.method.name, self.method.cfg, job.data_spec.size_vox)[0]
+        self.optimizer = optimizers.build(self.params, backbone, size_vox, self.cfg, self.fused)
+        self.average = optimizers.Average(backbone, self.cfg.ema) if self.cfg.ema else None
         self.writer = checkpoints.Writer(job.uri, job.fingerprint, keep=self.cfg.keep_checkpoints)
         self.probe = (
             linear_probe.Probe(job.probe, self.device) if job.probe is not None and self.rank == 0 else None
@@ -127,6 +125,11 @@ class Loop:
         self.history: list[dict[str, Any]] = []
         self.partial: dict[str, Tensor] = {}
         self.timing = {"wall_s": 0.0, "wait_s": 0.0, "samples": 0}
+
+    @property
+    def network(self) -> Any:
+        """The network that is validated and kept: the average of the weights where there is one."""
+        return self.method.backbone if self.average is None else self.average.network
 
     # -- state
 
@@ -138,6 +141,8 @@ class Loop:
             for key, value in self.optimizer.state[p].items()
         }
         model = dict(self.method.state_dict())
+        if self.average is not None:
+            model |= {f"{AVERAGE}{name}": value for name, value in self.average.state_dict().items()}
         return checkpoints.State(self.step, model, moments, self._sums(), self.history, self.world)
 
     def _sums(self) -> list[dict[str, Tensor]]:
@@ -158,7 +163,11 @@ class Loop:
             if self.job.init is not None:  # every rank reads them itself
                 load_initial(self.method.backbone, self.job.init)
             return
-        self.method.load_state_dict(state.model, strict=True)
+        model = {name: value for name, value in state.model.items() if not name.startswith(AVERAGE)}
+        self.method.load_state_dict(model, strict=True)
+        if self.average is not None:
+            of_average = {n.removeprefix(AVERAGE): v for n, v in state.model.items() if n not in model}
+            self.average.load_state_dict(of_average)
         for key, value in state.optimizer.items():
             moment, name = key.split("/", 1)
             p = self.params[name]
@@ -219,6 +228,7 @@ class Loop:
         save_s = 0.0
         while not self.finished():
             step_started = time.monotonic()
+            optimizers.set_rates(self.optimizer, self.step, self.cfg, steps_per_epoch)
             totals = step(
                 module,
                 self.optimizer,
@@ -226,7 +236,6 @@ class Loop:
                 count=len(self.own),
                 mean_count=self.micro_batches / self.world,
                 progress=self.step / self.total_steps,
-                lr=lr_at(self.step, self.cfg, steps_per_epoch),
                 cfg=self.cfg,
                 # By position in the step, not by rank: another number of workers draws the same.
                 seeds=[seeding.integer(self.cfg.seed, "torch", self.step, place) for place in self.own],
@@ -236,6 +245,8 @@ class Loop:
             # All ranks' embeddings meet on each of them once an epoch.
             add_metrics(self.partial, totals, -(-MAX_EMBEDDINGS // self.world))
             self.step += 1
+            if self.average is not None:
+                self.average.update(self.method.backbone, self.step)
             self.timing["samples"] += self.cfg.global_batch
             bar.update(1)
             epoch_done = self.step % steps_per_epoch == 0
@@ -310,7 +321,7 @@ class Loop:
         self.history.append(entry)
         if self.rank == 0 and best_step(self.history) == self.step:
             # Before the checkpoint that says so, so that a resumed run never looks for a file that is not there.
-            checkpoints.save_best(self.job.uri, self.step, self.method.backbone, self.cfg.keep_checkpoints)
+            checkpoints.save_best(self.job.uri, self.step, self.network, self.cfg.keep_checkpoints)
         self.partial = {}
         self.timing = {"wall_s": 0.0, "wait_s": 0.0, "samples": 0}
         if self.rank == 0:
@@ -324,11 +335,12 @@ class Loop:
         every = self.cfg.validate_every_epochs
         if not every or (epoch % every and epoch < self.cfg.epochs):
             return {}
-        net, data_spec = self.method.backbone, self.job.data_spec
+        net, data_spec = self.network, self.job.data_spec
         dice: dict[int, list[float]] = {}
         broken = ""
         self.communicator.broadcast_buffers(net)
-        self.method.eval()
+        for part in (self.method, net):
+            part.eval()
         for position in range(self.rank, len(self.validation), self.world):
             image_CXYZ, truth_XYZ = prepared_scans.read_case(self.validation[position])
             unit_CXYZ = volume.from_uint16(image_CXYZ)
@@ -345,7 +357,8 @@ class Loop:
                 broken = f"validation failed ({err}); lower train.lr or set train.grad_clip=1.0"
                 break
             dice[position] = case_dice(found_XYZ, truth_XYZ, data_spec.num_classes, data_spec.regions)
-        self.method.train()
+        net.train()
+        self.method.train()  # last: where the network is the method's, its encoder may have to stay as in evaluation
         for part, sentence in self.communicator.gather((dice, broken)):
             dice.update(part)
             broken = broken or sentence
@@ -363,7 +376,7 @@ class Loop:
             return {}
         values: dict[str, Any] = {}
         if self.probe is not None:
-            values = {**self.probe.measure(self.method.backbone), "probe_dice_floor": self.probe_floor}
+            values = {**self.probe.measure(self.network), "probe_dice_floor": self.probe_floor}
         return self.communicator.gather(values)[0]
 
 

@@ -91,9 +91,27 @@ _epoch_order = functools.lru_cache(maxsize=4)(seeding.epoch_order)
 
 
 def lr_at(step: int, cfg: Config, steps_per_epoch: int) -> float:
-    """Learning rate of optimizer step ``step``: linear warm-up to the peak, then cosine (paper Table 2)."""
-    total, warmup = cfg.epochs * steps_per_epoch, round(cfg.warmup_epochs * steps_per_epoch)
+    """Learning rate of optimizer step ``step``: linear warm-up to the peak, then the schedule (cosine: paper Table 2).
+
+    Epochs in which the encoder is frozen come first and are a linear warm-up of their own.
+    """
+    total, warmup, frozen = (
+        round(epochs * steps_per_epoch)
+        for epochs in (cfg.epochs, cfg.warmup_epochs, cfg.encoder_frozen_epochs)
+    )
+    if step < frozen:
+        return cfg.lr * (step + 1) / frozen
+    step, total = step - frozen, total - frozen
     if step < warmup:
         return cfg.lr * (step + 1) / warmup
     share = (step - warmup) / max(1, total - warmup)
-    return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * share))
+    match cfg.schedule:
+        case "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * share))
+        case "poly":
+            factor = (1 - share) ** cfg.poly_power
+        case "step":
+            factor = cfg.decay_factor ** sum(share >= at for at in cfg.decay_at)
+        case "constant":
+            factor = 1.0
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * factor

@@ -48,14 +48,14 @@ def step(
     *,
     count: int,
     progress: float,
-    lr: float,
     cfg: Config,
     seeds: Sequence[int],
     autocast: contextlib.AbstractContextManager[Any],
     sync: Callable[[list[nn.Parameter]], None],
     mean_count: float | None = None,
 ) -> dict[str, torch.Tensor]:
-    """One optimizer step over ``count`` micro-batches; returns the method's metrics, summed.
+    """One optimizer step over ``count`` micro-batches, at the optimizer's learning rates; returns the method's metrics,
+    summed.
 
     Args:
         seeds: one per micro-batch, for whatever the network draws (dropout, drop path).
@@ -81,14 +81,13 @@ def step(
     norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     if not torch.isfinite(norm):
         # After the average all ranks see the same norm, so all stop here together, before a weight is spoilt.
+        lr = max(group["lr"] for group in optimizer.param_groups)
         raise Diverged(
             f"the gradient's norm became {norm.item()} (loss {loss.item():.4g}, learning rate {lr:.3g}); lower "
             "train.lr, set train.grad_clip=1.0 or train.precision=fp32: a changed config starts a new run"
         )
     if cfg.grad_clip is not None:
         torch.nn.utils.clip_grads_with_norm_(params, cfg.grad_clip, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
     optimizer.step()
     own: Any = method if ddp is None else ddp.module
     if hasattr(own, "after_step"):
