@@ -89,7 +89,7 @@ def data_leakcheck(manifests: Manifests, /, out: str = "") -> None:
         sys.exit(1)
 
 
-def phantoms(root: Root, /, n: int = 8, size: int = 64, seed: int = 0) -> None:
+def phantoms(root: Root, /, n: int = 8, size: int = 64, seed: int = 0, like: str = "") -> None:
     """Write N synthetic CT scans with labels to ROOT, in the MSD layout.
 
     Args:
@@ -97,7 +97,11 @@ def phantoms(root: Root, /, n: int = 8, size: int = 64, seed: int = 0) -> None:
         n: number of scans.
         size: voxels along each side.
         seed: of everything drawn.
+        like: a public dataset, such as synapse, acdc or msd_brain, whose layout and classes the scans then have.
     """
-    from logonet.data import phantom
+    from logonet.data import phantom, phantom_datasets
+
+    if like:
+        return phantom_datasets.write(like, root, (size, size, size))
 
     print(phantom.write_dataset(root, n, size_vox=(size, size, size), seed=seed))

@@ -33,7 +33,7 @@ class Config(Section, key="data"):
         channels: contrasts that make up a scan, in this order, by the last word of their files' names: [flair, t1ce].
             Empty: as the dataset says.
         classes: chosen by name, all others become background; a mapping {new: [old, ...]} merges and renames. Empty:
-            all.
+            all. Of the old names one must be in some dataset; the log names those that are in none.
         regions: {name: [class, ...]}: unions of classes that overlap, such as BraTS' whole tumour, tumour core and
             enhancing tumour; each is an output of the network by itself. Empty: those that the dataset declares.
         region_values: what each region is written as in a label map, those written later on top. Empty: the class
@@ -197,10 +197,12 @@ def union(scans: Iterable[Labelled], cfg: Config) -> Classes:
     if not numbers:
         raise UserError("no scan has a label but background; nothing can be learnt")
     members = cfg.members or {name: (name,) for name in numbers}
-    if missing := [n for names in members.values() for n in names if key(n) not in map(key, numbers)]:
-        raise UserError(
-            f"data.classes names '{missing[0]}', which no dataset has (known: {', '.join(numbers)})"
-        )
+    known_keys = set(map(key, numbers))
+    for names in members.values():
+        if not known_keys & set(map(key, names)):
+            raise UserError(
+                f"data.classes names '{' or '.join(names)}', which no dataset has (known: {', '.join(numbers)})"
+            )
     for name in members:
         if key(name) in (key("mean"), key(BACKGROUND)):
             raise UserError(f"the class name '{name}' is taken by the tables of scores; give it another name")
@@ -213,6 +215,12 @@ def union(scans: Iterable[Labelled], cfg: Config) -> Classes:
         chosen=bool(cfg.members),
     )
     return replace(known, **_regions(scans, known, cfg))
+
+
+def absent(scans: Iterable[Labelled], cfg: Config) -> list[str]:
+    """The names that ``cfg.classes`` has beside others for one class, and no dataset has."""
+    declared = {key(name) for scan in scans for name in scan.classes}
+    return [n for names in cfg.members.values() if len(names) > 1 for n in names if key(n) not in declared]
 
 
 def _regions(scans: Sequence[Labelled], known: Classes, cfg: Config) -> dict[str, Any]:
@@ -264,7 +272,8 @@ def _top_values(regions: Mapping[str, tuple[int, ...]], known: Classes) -> Itera
 def _values(numbers: Mapping[str, int], members: Mapping[str, tuple[str, ...]]) -> list[int]:
     """The value of each class: its dataset's where it is one class there and no other has it, else 1, 2, 3..."""
     by_key = {key(name): value for name, value in numbers.items()}
-    own = [by_key[key(olds[0])] for olds in members.values() if len(olds) == 1]
+    found = [[by_key[key(old)] for old in olds if key(old) in by_key] for olds in members.values()]
+    own = [values[0] for values in found if len(values) == 1]
     return own if len(set(own)) == len(members) else list(range(1, len(members) + 1))
 
 

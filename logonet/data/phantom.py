@@ -25,7 +25,16 @@ ORGANS = {
     "right kidney": ((0.30, -0.26, -0.62), (0.14, 0.14, 0.26), 240.0, 640.0),
     "left kidney": ((-0.30, -0.26, -0.56), (0.14, 0.14, 0.26), 240.0, 640.0),
     "aorta": ((-0.06, -0.20, 0.00), (0.08, 0.08, 4.00), 350.0, 800.0),
+    "gallbladder": ((0.20, 0.24, -0.36), (0.10, 0.10, 0.14), 300.0, 900.0),
+    "esophagus": ((-0.06, -0.08, 0.55), (0.07, 0.07, 0.45), 190.0, 350.0),
+    "stomach": ((-0.26, 0.20, -0.12), (0.20, 0.16, 0.20), 400.0, 500.0),
+    "inferior vena cava": ((0.12, -0.20, 0.00), (0.08, 0.07, 3.00), 200.0, 760.0),
+    "portal and splenic veins": ((0.04, 0.00, -0.24), (0.24, 0.06, 0.07), 220.0, 720.0),
+    "pancreas": ((-0.10, 0.02, -0.40), (0.26, 0.08, 0.08), 90.0, 460.0),
+    "right adrenal gland": ((0.24, -0.18, -0.28), (0.08, 0.06, 0.08), 130.0, 480.0),
+    "left adrenal gland": ((-0.24, -0.18, -0.26), (0.08, 0.06, 0.08), 130.0, 480.0),
 }
+ALWAYS = 5  # organs that every phantom has; the others are there from where they are labelled on
 FAT, MUSCLE, LUNG, BONE, DISC = (-100.0, 700.0), (45.0, 300.0), (-850.0, 20.0), (700.0, 90.0), (90.0, 350.0)
 LUNGS = (((0.38, 0.05, 0.55), (0.26, 0.36, 0.50)), ((-0.38, 0.05, 0.55), (0.26, 0.36, 0.50)))
 SPINE = ((0.0, -0.40, 0.0), (0.13, 0.13, 8.0))
@@ -63,7 +72,8 @@ def phantom(
     phase = rng.uniform(0, 2 * np.pi)
     vertebra_Z = 0.5 + 0.5 * np.tanh(4 * np.cos(VERTEBRAE * np.pi * u_xyz[2] + phase))
     _paint(array_XYZ, DISC[column] + (BONE[column] - DISC[column]) * vertebra_Z, u_xyz, *SPINE)
-    for label, (centre, organ_radii, *intensity) in enumerate(ORGANS.values(), start=1):
+    organs = list(ORGANS.values())[: max(ALWAYS, classes - 1)]
+    for label, (centre, organ_radii, *intensity) in enumerate(organs, start=1):
         value = intensity[column] * rng.uniform(0.92, 1.08)
         inside_XYZ = _paint(array_XYZ, value, u_xyz, *_jitter(rng, centre, organ_radii))
         labels_XYZ[inside_XYZ & body_XYZ] = label if label < classes else 0

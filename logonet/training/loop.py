@@ -113,7 +113,8 @@ class Loop:
         self.params = {name: p for name, p in self.method.named_parameters() if p.requires_grad}
         self.fused = self.device.type == "cuda"
         backbone = self.method.backbone
-        size_vox = methods.sizes(job.method.name, self.method.cfg, job.data_spec.size_vox)[0]
+        sizes = methods.sizes(job.method.name, self.method.cfg, job.data_spec.size_vox)
+        size_vox = sizes[0] if sizes else job.data_spec.size_vox
         self.optimizer = optimizers.build(self.params, backbone, size_vox, self.cfg, self.fused)
         self.average = optimizers.Average(backbone, self.cfg.ema) if self.cfg.ema else None
         self.writer = checkpoints.Writer(job.uri, job.fingerprint, keep=self.cfg.keep_checkpoints)

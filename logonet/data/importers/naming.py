@@ -92,7 +92,8 @@ def _label_keys(image: str) -> Iterable[Key]:
     words = _words(image)
     channelless = words[:-1] if CHANNEL.search(stem(image)) else words
     plain = _without(channelless, IMAGE_WORDS, ends=(0, -1))
-    for of in (words, channelless, plain, _without(plain, CONTRASTS, ends=(-1,))):
+    last, first = (_without(channelless, IMAGE_WORDS, ends=(end,)) for end in (-1, 0))
+    for of in (words, channelless, last, first, plain, _without(plain, CONTRASTS, ends=(-1,))):
         yield _key(image, of)
 
 
