@@ -286,3 +286,27 @@ def test_the_loss_of_regions_is_that_of_each_by_itself() -> None:
     both, sizes = measured["train_dice_per_class"]
     assert both[1] == sizes[1] > 0
     assert both[0] < sizes[0]
+
+
+def test_label_values_above_a_byte() -> None:
+    """As MM-WHS and FreeSurfer number; label maps are then written with 1, 2, 3."""
+    row = scan(values=(0, 205, 500, 850))
+    by_name = Config(classes={"cavity": ("LV", "class 500"), "wall": ("class 205",)})
+    known = classes.union([row], by_name)
+    assert (known.names, known.values) == (("background", "cavity", "wall"), (0, 1, 2))
+    labels_XYZ = np.array([[[0, 205, 500, 850]]], np.uint16)
+    np.testing.assert_array_equal(known.of(row).indices(labels_XYZ), [[[0, 2, 1, 0]]])
+    assert classes.union([row], Config()).values == (0, 1, 2, 3)
+    # Another scan of the dataset may hold more.
+    np.testing.assert_array_equal(known.of(scan(values=(0, 205))).indices(labels_XYZ), [[[0, 2, 0, 0]]])
+
+
+def test_one_of_a_classs_names_is_enough() -> None:
+    cfg = Config(classes={"liver": ("hepar", "liver"), "spleen": ("spleen",)})
+    assert classes.union([scan(ABDOMEN)], cfg).values[1:] == (1, 2)
+    assert classes.absent([scan(ABDOMEN)], cfg) == ["hepar"]
+
+
+def test_more_classes_than_a_byte_are_refused() -> None:
+    with pytest.raises(UserError, match="300 classes, and a network learns at most 254"):
+        classes.union([scan(("", *(f"region {i}" for i in range(300))))], Config())

@@ -194,7 +194,7 @@ def test_a_list_sees_that_a_scan_far_away_was_replaced(
             '{"training": ["a"], "labels": {"1": "liver", "01": "lung"}}',
             "'liver' and 'lung' share the value 1",
         ),
-        ('{"training": ["a"], "labels": {"liver": 300}}', "'liver' has the value 300; use 0 to 255"),
+        ('{"training": ["a"], "labels": {"liver": 30000}}', "'liver' has the value 30000; use 0 to 16383"),
         ('{"training": ["a"], "labels": {"both": [1, 2]}}', "regions want 'regions_class_order', 1 numbers"),
         ('{"training": ["a"], "labels": {"both": [1, "x"]}}', "the label 'both' is [1, 'x']"),
     ],

@@ -149,7 +149,10 @@ BAD_LABELS = {
     "another place": (_move, "4.0 mm off"),
     "mirrored": (lambda scan, labels: encode_nifti(labels, scan.affine @ np.diag([-1, 1, 1, 1])), "mm off"),
     "fractions": (lambda scan, labels: encode_nifti(labels.astype(np.float32) / 2, scan.affine), "also 0.5"),
-    "too large": (lambda scan, labels: encode_nifti(labels.astype(np.int16) + 300, scan.affine), "integers"),
+    "too large": (
+        lambda scan, labels: encode_nifti(labels.astype(np.int16) + 30000, scan.affine),
+        "integers",
+    ),
     "negative": (lambda scan, labels: encode_nifti(labels.astype(np.int16) - 1, scan.affine), "integers"),
     "torn": (lambda scan, labels: encode_nifti(labels, scan.affine)[:-9], "truncated"),
     "missing": (lambda scan, labels: None, "no such file"),

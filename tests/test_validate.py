@@ -140,13 +140,13 @@ BROKEN: dict[str, tuple[bytes | None, bytes | None, dict[str, Any], dict[str, st
     ),
     "NaN, a moved label with fractions and an undeclared value": (
         image(first(np.nan)),
-        label(first(0.5, -1, 300, 1.5, 7), moved(-3)),
+        label(first(0.5, -1, 20000, 1.5, 7), moved(-3)),
         {},
         {
             "finite": f"a.nii.gz: {NAN}",
             "label affine": "l.nii.gz: the label lies 3.0 mm off its image; resample it onto the image's grid, or "
             "correct the affine that is wrong",
-            "label values": "l.nii.gz: a label map holds integers from 0 to 255, this one also -1, 0.5, 1.5, ...; "
+            "label values": "l.nii.gz: a label map holds integers from 0 to 16383, this one also -1, 0.5, 1.5, ...; "
             "correct it",
             "label set": "l.nii.gz: holds 7, but the dataset declares 0 background, 1 liver, 2 spleen; correct one of "
             "them",

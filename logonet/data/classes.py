@@ -19,7 +19,7 @@ from logonet.core.errors import BadScan, UserError
 IGNORE = 255  # index of voxels that nobody has labelled; they count neither in the loss nor in scores
 IGNORE_NAME = "ignore"  # nnU-Net's name of them
 BACKGROUND = "background"
-NUM_VALUES = 256
+NUM_VALUES = 256  # of what label maps are written with; those that are read may go further
 MAX_REGIONS = 8  # a voxel's regions are the bits of a byte
 
 
@@ -118,8 +118,9 @@ class Classes:
 
     def of(self, scan: Labelled) -> LabelMap:
         """How to read the label map of ``scan``: by the names its dataset declares, else by number."""
-        index_of, unknown = np.zeros(NUM_VALUES, np.uint8), {}
-        for value in range(1, NUM_VALUES):
+        count = max(NUM_VALUES, len(scan.classes), max(scan.label_values, default=0) + 1)
+        index_of, unknown = np.zeros(count, np.uint8), {}
+        for value in range(1, count):
             name = scan.classes[value] if value < len(scan.classes) else ""
             if name and key(name) == key(IGNORE_NAME):
                 index_of[value] = IGNORE
@@ -144,7 +145,7 @@ class LabelMap:
     """Class indices of the values of a dataset's label maps.
 
     Attributes:
-        index_of: by value, 256 entries; IGNORE where a voxel does not count.
+        index_of: by value, 256 entries or more; IGNORE where a voxel does not count.
         unknown: value -> name, of what is declared, or occurs, and is no class; it is read as background.
     """
 
@@ -153,7 +154,9 @@ class LabelMap:
 
     def indices(self, labels_XYZ: np.ndarray) -> np.ndarray:
         """uint8 class indices of a label map's values."""
-        return np.array(self.index_of, np.uint8)[labels_XYZ]
+        table = np.zeros(max(len(self.index_of), int(labels_XYZ.max(initial=0)) + 1), np.uint8)
+        table[: len(self.index_of)] = self.index_of
+        return table[labels_XYZ]
 
     def as_values(
         self, labels_XYZ: np.ndarray, found_XYZ: np.ndarray, values: Sequence[int]
@@ -197,6 +200,11 @@ def union(scans: Iterable[Labelled], cfg: Config) -> Classes:
     if not numbers:
         raise UserError("no scan has a label but background; nothing can be learnt")
     members = cfg.members or {name: (name,) for name in numbers}
+    if len(members) >= IGNORE:
+        raise UserError(
+            f"the labels have {len(members)} classes, and a network learns at most {IGNORE - 1}; choose some of them as "
+            "data.classes"
+        )
     known_keys = set(map(key, numbers))
     for names in members.values():
         if not known_keys & set(map(key, names)):
@@ -270,11 +278,13 @@ def _top_values(regions: Mapping[str, tuple[int, ...]], known: Classes) -> Itera
 
 
 def _values(numbers: Mapping[str, int], members: Mapping[str, tuple[str, ...]]) -> list[int]:
-    """The value of each class: its dataset's where it is one class there and no other has it, else 1, 2, 3..."""
+    """The value of each class: its dataset's where it is one class there and no other has it, else 1, 2, 3...; so too
+    where a value is above 255, since label maps are written in bytes."""
     by_key = {key(name): value for name, value in numbers.items()}
     found = [[by_key[key(old)] for old in olds if key(old) in by_key] for olds in members.values()]
     own = [values[0] for values in found if len(values) == 1]
-    return own if len(set(own)) == len(members) else list(range(1, len(members) + 1))
+    fits = len(set(own)) == len(members) and max(own) < NUM_VALUES
+    return own if fits else list(range(1, len(members) + 1))
 
 
 def _refuse_twice(named: Mapping[str, int]) -> None:

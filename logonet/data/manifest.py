@@ -25,7 +25,7 @@ from logonet.data.volume import Volume
 from logonet.storage import object_store, parquet
 from logonet.storage.parquet import Rows
 
-MAX_LABEL = 255
+MAX_LABEL = 2**14 - 1  # FreeSurfer goes to 14,175
 LABEL_TOLERANCE = (
     1e-3  # between a label map's value and a whole number: rounding by a program that stores floats
 )
@@ -321,12 +321,13 @@ def stem(uri: str) -> str:
 
 
 def decode_label(source: Source | Scan, blobs: Sequence[bytes], image: Volume) -> tuple[np.ndarray, str]:
-    """labels_XYZ uint8 on the image's own grid, and "" or a note; axes that were flipped or permuted are turned back.
+    """labels_XYZ uint8, or uint16 where it holds more than 255, on the image's own grid, and "" or a note; axes that
+    were flipped or permuted are turned back.
 
     Of several masks each is the class of its name; where they overlap the first one counts, and the note says so.
 
     Raises:
-        BadScan: for another shape or place than the image's, or values that are not integers in 0..255.
+        BadScan: for another shape or place than the image's, or values that are not integers in 0..16383.
     """
     if not source.label_files:
         return _one_label(source.label_uri, blobs[0], image), ""
@@ -363,7 +364,7 @@ def grid_faults(uri: str, label: Grid, image: Grid) -> dict[str, str]:
 
 
 def to_labels(label: Volume, uri: str) -> tuple[np.ndarray, str]:
-    """labels_XYZ uint8, and "" or a sentence that says which values are no integers in 0..255.
+    """labels_XYZ uint8 or uint16, and "" or a sentence that says which values are no integers in 0..16383.
 
     Such values become 0.
     """
@@ -373,7 +374,7 @@ def to_labels(label: Volume, uri: str) -> tuple[np.ndarray, str]:
         )
     values_XYZ = label.array_CXYZ[0]
     with np.errstate(invalid="ignore"):  # what does not fit is found in the next line
-        labels_XYZ = np.rint(values_XYZ).astype(np.uint8)
+        labels_XYZ = np.rint(values_XYZ).astype(np.uint8 if np.nanmax(values_XYZ) < 255.5 else np.uint16)
     wrong_XYZ = np.abs(values_XYZ - labels_XYZ) > LABEL_TOLERANCE
     if not wrong_XYZ.any():
         return labels_XYZ, ""

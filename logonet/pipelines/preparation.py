@@ -303,7 +303,10 @@ def make_cases(
     if declared_by_name := [scan for scan in labelled if scan.classes]:
         if absent := classes.absent(declared_by_name, chosen):
             some = ", ".join(absent[:3])
-            say("cases", f"{len(absent)} names in data.classes are in no dataset ({some}); others stand for them")
+            say(
+                "cases",
+                f"{len(absent)} names in data.classes are in no dataset ({some}); others stand for them",
+            )
     own = {**config.to_dict(cfg), "label_values": list(known.values), "scans": [s.scan_id for s in scans]}
     if chosen.members:
         own["classes"] = chosen.members

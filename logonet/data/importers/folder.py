@@ -9,10 +9,11 @@ from pathlib import PurePosixPath
 
 from logonet.core.errors import UserError
 from logonet.data import volume
+from logonet.data.classes import IGNORE
 from logonet.data.importers import common, naming
 from logonet.data.importers.bids import BIDS_MAP
 from logonet.data.importers.common import Entries
-from logonet.data.manifest import MAX_LABEL, Source, stem
+from logonet.data.manifest import Source, stem
 
 
 def folder_sources(entries: Entries, root: str) -> list[Source]:
@@ -25,8 +26,8 @@ def folder_sources(entries: Entries, root: str) -> list[Source]:
     masks = _mask_folders(images, label_of, [u for u in files if named[u]])
     masks = {image: tuple(m for m in own if stem(m).lower() != "background") for image, own in masks.items()}
     names = ("background", *sorted({stem(m) for folder in masks.values() for m in folder}))
-    if len(names) > MAX_LABEL:
-        few = f"more than the {MAX_LABEL - 1} classes that a label map can hold"
+    if len(names) > IGNORE:
+        few = f"more than the {IGNORE - 1} classes that a network learns"
         raise UserError(
             f"{root}: its folders of masks hold {len(names) - 1} different names, {few}; name them alike"
         )
