@@ -202,8 +202,8 @@ def union(scans: Iterable[Labelled], cfg: Config) -> Classes:
     members = cfg.members or {name: (name,) for name in numbers}
     if len(members) >= IGNORE:
         raise UserError(
-            f"the labels have {len(members)} classes, and a network learns at most {IGNORE - 1}; choose some of them as "
-            "data.classes"
+            f"the labels have {len(members)} classes, and a network learns at most {IGNORE - 1}; choose some of them "
+            "as data.classes"
         )
     known_keys = set(map(key, numbers))
     for names in members.values():

@@ -375,7 +375,7 @@ def to_labels(label: Volume, uri: str) -> tuple[np.ndarray, str]:
     values_XYZ = label.array_CXYZ[0]
     with np.errstate(invalid="ignore"):  # what does not fit is found in the next line
         labels_XYZ = np.rint(values_XYZ).astype(np.uint8 if np.nanmax(values_XYZ) < 255.5 else np.uint16)
-    wrong_XYZ = np.abs(values_XYZ - labels_XYZ) > LABEL_TOLERANCE
+    wrong_XYZ = (np.abs(values_XYZ - labels_XYZ) > LABEL_TOLERANCE) | (labels_XYZ > MAX_LABEL)
     if not wrong_XYZ.any():
         return labels_XYZ, ""
     wrong = np.unique(values_XYZ[wrong_XYZ])
