@@ -227,7 +227,10 @@ def union(scans: Iterable[Labelled], cfg: Config) -> Classes:
 
 def absent(scans: Iterable[Labelled], cfg: Config) -> list[str]:
     """The names that ``cfg.classes`` has beside others for one class, and no dataset has."""
-    declared = {key(name) for scan in scans for name in scan.classes}
+    declared = set()
+    for scan in scans:
+        names = scan.classes if any(scan.classes) else [f"class {value}" for value in scan.label_values]
+        declared |= set(map(key, names))
     return [n for names in cfg.members.values() if len(names) > 1 for n in names if key(n) not in declared]
 
 

@@ -82,9 +82,9 @@ def flare(root: str, size_vox: Size) -> None:
 
 def amos(root: str, size_vox: Size) -> None:
     """Ten CTs with 15 classes, two of which no scan has."""
-    names_15 = (*BTCV[:8], "postcava", "pancreas", "right adrenal gland", "left adrenal gland")
-    names_15 = (*names_15, "duodenum", "bladder", "prostate uterus")
-    numbers = {name: i for i, name in enumerate(names_15, start=1)}
+    adrenals = ("right adrenal gland", "left adrenal gland")
+    classes = (*BTCV[:8], "postcava", "pancreas", *adrenals, "duodenum", "bladder", "prostate uterus")
+    numbers = {name: i for i, name in enumerate(classes, start=1)}
     other = {"inferior vena cava": "postcava", "portal and splenic veins": "duodenum"}
     value_of = [numbers.get(other.get(organ, organ), 0) for organ in ORGANS]
     names = [f"amos_{i:04d}" for i in range(10)]

@@ -300,13 +300,9 @@ def make_cases(
     labelled = [s for s in table.scans if s.label_uri]
     scans = [s for s in labelled if s.scan_id not in set(test_ids)]
     known = classes.union(labelled, chosen)
-    if declared_by_name := [scan for scan in labelled if scan.classes]:
-        if absent := classes.absent(declared_by_name, chosen):
-            some = ", ".join(absent[:3])
-            say(
-                "cases",
-                f"{len(absent)} names in data.classes are in no dataset ({some}); others stand for them",
-            )
+    if absent := classes.absent(labelled, chosen):
+        some = ", ".join(absent[:3])
+        say("cases", f"{len(absent)} names in data.classes are in no dataset ({some}); others stand for them")
     own = {**config.to_dict(cfg), "label_values": list(known.values), "scans": [s.scan_id for s in scans]}
     if chosen.members:
         own["classes"] = chosen.members
