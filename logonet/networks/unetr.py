@@ -108,6 +108,7 @@ class UNETR(TokenNetwork):
         self.embed_channels = cfg.vit["hidden_size"]
         if cfg.positions == "sincos":
             self.net.vit.patch_embedding.position_embeddings = sincos(self._grid, self.embed_channels)
+        self.positions = {"net.vit.patch_embedding.position_embeddings": self._grid}
         self.channels = (self.embed_channels,) * 4
         self.feature_channels = cfg.feature_size
 
