@@ -189,7 +189,7 @@ def view(
         box.append(slice(first, first + length))
     part_CXYZ = volume.from_uint16(image_CXYZ[:, *box])
     sides = zip(part_CXYZ.shape[1:], size_vox)
-    resized_CXYZ = _views.along_axes(part_CXYZ, [_views.resizing(old, new, order=1) for old, new in sides])
+    resized_CXYZ = augment.along_axes(part_CXYZ, [augment.resizing(old, new, order=1) for old, new in sides])
     out_CXYZ = _views.augmented(resized_CXYZ, augment.draw(distortion, size_vox, rng))
     np.clip(out_CXYZ, 0, 1, out=out_CXYZ)
     out_CXYZ *= 65535
