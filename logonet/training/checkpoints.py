@@ -206,14 +206,14 @@ def _best_uri(run_uri: str, step: int) -> str:
 def save_final(
     run_uri: str, method: Any, history: list[dict[str, Any]], best_step: int | None = None
 ) -> dict[str, Stored]:
-    """The run's results: the backbone's weights, the whole method's, and the history.
+    """The run's results: the weights of the method's ``exported`` network, the whole method's, and the history.
 
-    With ``best_step`` also ``best.safetensors``: the backbone after that step.
+    With ``best_step`` also ``best.safetensors``: that network after that step.
     """
     blobs = {}
     if best_step is not None:
         blobs["best.safetensors"] = object_store.read(_best_uri(run_uri, best_step))
-    blobs["backbone.safetensors"] = _tensor_bytes(method.backbone.state_dict())
+    blobs["backbone.safetensors"] = _tensor_bytes(method.exported.state_dict())
     blobs["method.safetensors"] = _tensor_bytes(method.state_dict())
     blobs["history.json"] = object_store.json_bytes(history)
     return {name: object_store.write(object_store.join(run_uri, name), b) for name, b in blobs.items()}

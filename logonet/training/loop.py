@@ -310,7 +310,7 @@ class Loop:
         self.history.append(entry)
         if self.rank == 0 and best_step(self.history) == self.step:
             # Before the checkpoint that says so, so that a resumed run never looks for a file that is not there.
-            checkpoints.save_best(self.job.uri, self.step, self.method.backbone, self.cfg.keep_checkpoints)
+            checkpoints.save_best(self.job.uri, self.step, self.method.exported, self.cfg.keep_checkpoints)
         self.partial = {}
         self.timing = {"wall_s": 0.0, "wait_s": 0.0, "samples": 0}
         if self.rank == 0:
@@ -324,7 +324,7 @@ class Loop:
         every = self.cfg.validate_every_epochs
         if not every or (epoch % every and epoch < self.cfg.epochs):
             return {}
-        net, data_spec = self.method.backbone, self.job.data_spec
+        net, data_spec = self.method.exported, self.job.data_spec
         dice: dict[int, list[float]] = {}
         broken = ""
         self.communicator.broadcast_buffers(net)
