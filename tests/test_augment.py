@@ -204,6 +204,19 @@ def test_none_changes_nothing() -> None:
         np.testing.assert_array_equal(out_labels, labels)
 
 
+def test_what_comes_from_outside_can_be_the_mirror_image() -> None:
+    """Zoomed out by two, an even crop lies in the middle of four of its mirror images along each axis."""
+    image, labels = crop((8, 8, 8), 1)
+    out, out_labels = apply(image, labels, Drawn(zoom=0.5, outside="mirror"))
+    far = np.pad(labels, 4, mode="symmetric")
+    pairs = np.stack([far[i::2, j::2, k::2] for i, j, k in np.ndindex(2, 2, 2)])
+    assert (pairs == out_labels).any(0).all()  # halfway between two voxels, either is nearest
+    wide = np.pad(image[0], 4, mode="symmetric")
+    means = np.mean([wide[i::2, j::2, k::2] for i, j, k in np.ndindex(2, 2, 2)], axis=0)
+    np.testing.assert_allclose(out[0], means, atol=1e-6)
+    assert (apply(image, labels, Drawn(zoom=0.5))[0][:, 0] == 0).all()
+
+
 def test_filters_of_a_labelled_crop_leave_its_labels_alone() -> None:
     image, labels = crop()
     out, same = apply(image, labels, Drawn(blur_sigma_vox=0.7, contrast=1.2, low_resolution=0.6))

@@ -21,6 +21,7 @@ from logonet.core.config import OMIT_DEFAULT, Fraction, NonNegative, Positive, S
 from logonet.core.errors import UserError
 
 Axis = Literal[0, 1, 2]
+Outside = Literal["zero", "mirror"]
 
 
 def _later(default: Any) -> Any:
@@ -41,8 +42,10 @@ class Config(Section, key="augment"):
             out (or set () to mirror nothing) where labels tell left from right. Rotations mirror nothing.
         rotate90_prob: 1 to 3 quarter turns in the plane of ``rotate90_axes``, whose sides must be equal; where
             they are not, there is no turn.
-        affine_prob: rotation and zoom about the crop's centre; what comes from outside is 0 in image and label.
+        affine_prob: rotation and zoom about the crop's centre.
         rotate_prob, zoom_prob: of either by itself, where there is not both already.
+        outside: what comes from outside is 0 in image and label, or the crop's mirror image. As with flips, mirrored
+            organs are on the wrong side.
         rotate_deg: largest angle about X, Y and Z, either way. Angles are those of the voxel grid, so keep them
             small where voxels are far from cubes.
         zoom: lowest and highest magnification.
@@ -77,6 +80,7 @@ class Config(Section, key="augment"):
     noise_std: NonNegative = 0.05
     rotate_prob: Share = _later(0.0)
     zoom_prob: Share = _later(0.0)
+    outside: Outside = _later("zero")
     inverted_gamma_prob: Share = _later(0.0)
     gamma_keeps_stats: bool = _later(False)
     blur_prob: Share = _later(0.0)
@@ -109,7 +113,7 @@ def nnunet(*, flat: bool = False) -> Config:
 
     Departures: noise, whose strength nnU-Net relates to the image's standard deviation, comes last and blur before
     rotation; all channels share what is drawn, so that blur and low resolution, which a channel there escapes half the
-    time, are half as frequent here; a rotated crop has zeros in its corners, where nnU-Net cuts a larger one.
+    time, are half as frequent here; what a rotated crop lacks is mirrored, where nnU-Net cuts a larger one.
 
     Args:
         flat: crops whose shortest side, Z, is less than a third of the others: rotations within slices, by any angle.
@@ -121,6 +125,7 @@ def nnunet(*, flat: bool = False) -> Config:
         rotate_deg=(0.0, 0.0, 180.0) if flat else (30.0, 30.0, 30.0),
         zoom_prob=0.2,
         zoom=(1 / 1.4, 1 / 0.7),
+        outside="mirror",
         gamma_prob=0.3,
         inverted_gamma_prob=0.1,
         gamma_keeps_stats=True,
@@ -146,6 +151,7 @@ class Drawn:
         low_resolution: share of the sides to which the image is shrunk.
         inverted_gamma: power of the negative.
         rotate_rad, zoom: see `sampling_matrix`.
+        outside: see `Config`.
         flip_axes: axes that are mirrored.
         rotate90: quarter turns in the plane of ``rotate90_axes``, from the first axis towards the second.
         gamma, intensity_factor, intensity_offset: power, factor and summand.
@@ -159,6 +165,7 @@ class Drawn:
     inverted_gamma: float = 1.0
     rotate_rad: tuple[float, float, float] = (0.0, 0.0, 0.0)
     zoom: float = 1.0
+    outside: Outside = "zero"
     flip_axes: tuple[int, ...] = ()
     rotate90: int = 0
     rotate90_axes: tuple[int, int] = (0, 1)
@@ -184,7 +191,7 @@ def draw(cfg: Config, size_vox: tuple[int, int, int], rng: np.random.Generator) 
         ("inverted_gamma", cfg.inverted_gamma_prob, cfg.gamma),
     )
     what: dict[str, Any] = {name: rng.uniform(*span) for name, prob, span in kinds if happens(prob)}
-    what["gamma_keeps_stats"] = cfg.gamma_keeps_stats
+    what |= {"gamma_keeps_stats": cfg.gamma_keeps_stats, "outside": cfg.outside}
     both = rng.random() < cfg.affine_prob
     if both or happens(cfg.rotate_prob):
         x, y, z = (math.radians(rng.uniform(-deg, deg)) for deg in cfg.rotate_deg)
@@ -216,8 +223,10 @@ def apply(image_CXYZ: np.ndarray, labels_XYZ: np.ndarray, drawn: Drawn) -> tuple
     image, labels = _filtered(image_CXYZ, drawn), labels_XYZ
     if any(drawn.rotate_rad) or drawn.zoom != 1:
         matrix_33 = sampling_matrix(drawn.rotate_rad, drawn.zoom)
-        image = np.stack([_resampled(channel_XYZ, matrix_33, order=1) for channel_XYZ in image])
-        labels = _resampled(labels, matrix_33, order=0)
+        # grid-constant: "constant" would cut the outermost half voxel off instead of blending it with 0.
+        mode = {"zero": "grid-constant", "mirror": "reflect"}[drawn.outside]
+        image = np.stack([_resampled(channel_XYZ, matrix_33, 1, mode) for channel_XYZ in image])
+        labels = _resampled(labels, matrix_33, 0, mode)
     image = np.flip(image, tuple(axis + 1 for axis in drawn.flip_axes))
     labels = np.flip(labels, drawn.flip_axes)
     if drawn.rotate90:
@@ -236,11 +245,10 @@ def sampling_matrix(rotate_rad: tuple[float, float, float], zoom: float) -> np.n
     return about_x @ about_y @ about_z / zoom
 
 
-def _resampled(array_XYZ: np.ndarray, matrix_33: np.ndarray, order: int) -> np.ndarray:
+def _resampled(array_XYZ: np.ndarray, matrix_33: np.ndarray, order: int, mode: str) -> np.ndarray:
     centre_3 = (np.array(array_XYZ.shape) - 1) / 2
     offset_3 = centre_3 - matrix_33 @ centre_3
-    # grid-constant: "constant" would cut the outermost half voxel off instead of blending it with 0.
-    options: dict[str, Any] = {"output": array_XYZ.dtype, "order": order, "mode": "grid-constant"}
+    options: dict[str, Any] = {"output": array_XYZ.dtype, "order": order, "mode": mode}
     return ndimage.affine_transform(array_XYZ, matrix_33, offset_3, **options)
 
 
