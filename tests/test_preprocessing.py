@@ -84,7 +84,9 @@ def expected(array: np.ndarray, scheme: Any) -> tuple[float, float]:
     if scheme in ("zscore", "zscore_whole"):
         of = inside if scheme == "zscore" else array
         return float(of.mean() - 5 * of.std()), float(of.mean() + 5 * of.std())
-    return {"window": (-175.0, 250.0), "min_max": (float(array.min()), float(array.max()))}.get(scheme, scheme)
+    return {"window": (-175.0, 250.0), "min_max": (float(array.min()), float(array.max()))}.get(
+        scheme, scheme
+    )
 
 
 @pytest.mark.parametrize(

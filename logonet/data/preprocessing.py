@@ -18,7 +18,9 @@ from logonet.core.errors import BadScan, UserError
 from logonet.data import volume
 from logonet.data.volume import LowHigh, Volume
 
-Name = Literal["auto", "window", "percentiles", "window_percentiles", "zscore", "zscore_whole", "min_max", "none"]
+Name = Literal[
+    "auto", "window", "percentiles", "window_percentiles", "zscore", "zscore_whole", "min_max", "none"
+]
 Scheme = Name | tuple[float, float]
 ZSCORE_SD = 5.0  # standard deviations on either side of the mean that "zscore" keeps
 
@@ -34,8 +36,9 @@ class Preprocessing(Section):
         intensity: how a channel's values become [0, 1], one scheme for all channels or one for each. "window":
             ``window_hu``; "percentiles": ``mr_percentiles``; "window_percentiles": the percentiles of what the window
             leaves; "zscore": five standard deviations on either side of the nonzero mean; "zscore_whole": of all
-            voxels'; "min_max"; "none": the values are in [0, 1] already; two numbers: that window. "auto": the window for CT, the percentiles for MR, and what nnU-Net's names of
-            channels say ("zscore", "noNorm", "rescale_to_0_1").
+            voxels'; "min_max"; "none": the values are in [0, 1] already; two numbers: that window. "auto": the window
+            for CT, the percentiles for MR, and what nnU-Net's names of channels say ("zscore", "noNorm",
+            "rescale_to_0_1").
     """
 
     spacing_mm: tuple[Positive, Positive, Positive] | None = None

@@ -7,10 +7,12 @@ token accompanies the patches. Its projection for masked global and local views 
 a teacher, a moving average of encoder and projection (Eq. 5), for complete global views.
 
 The paper's encoder is UNETR's transformer with ``backbone.positions=sincos`` and ``backbone.qkv_bias=true`` (and an
-epsilon of 1e-6 in its normalisations, where MONAI's is 1e-5). The paper cuts views out of whole volumes. So crops should
-be large, whatever the backbone's size: as large as most scans, with ``trim`` and a low ``crops.min_image_share`` for the
-smaller ones, or at least 160 voxels a side, or global views are a magnified small part. A view is resampled from the
-crop's own voxels; a sample takes 2 bytes for each of them while it is made, and as its views 31 MB at any size of crop.
+epsilon of 1e-6 in its normalisations, where MONAI's is 1e-5).
+
+The paper cuts views out of whole volumes. So crops should be large, whatever the backbone's size: as large as most
+scans, with ``trim`` and a low ``crops.min_image_share`` for the smaller ones, or at least 160 voxels a side; of smaller
+crops a global view is a magnified part. Views are resampled from the crop's own voxels and take 31 MB a sample at the
+paper's sizes, however large the crop.
 
 The paper trains with AdamW, lr 1e-2, batches of 256, 1600 epochs. This learning rate is implausible for AdamW: MAE's
 1.5e-4 per 256 samples with 40 epochs of warm-up, weight decay 0.05 and betas 0.9 and 0.95 is safer.

@@ -49,8 +49,8 @@ class Config(_segmentation.Losses, key="method"):
         consistency: "paper" is Eq. 2. "released" divides the mean squared difference by the norm of the teacher's
             logits, not squared, as the released code does: at 96^3 and 14 classes next to nothing.
         momentum_start, momentum_end: share that the teacher keeps of itself at each step, along half a cosine.
-        w_whole, w_masked: weights of both supervised losses, of the whole crop and of the masked one. The loss ablation:
-            w_masked=0 is the consistency alone (CL), beta=0 the masked student's loss alone (MSL).
+        w_whole, w_masked: weights of the supervised losses of the whole crop and of the masked one. The paper's loss
+            ablation: w_masked=0 is the consistency alone (CL), beta=0 the masked student's loss alone (MSL).
         export: whose weights are validated and stored, and so segment. The paper finds the student's better.
     """
 

@@ -5,14 +5,14 @@ turned in their planes, and the whole network gives the crop back. "classify" is
 octants are put into one of K orders, some of them turned by 180 degrees, some masked with noise, and the encoder
 tells the order, the turns and the masks; the decoder is not trained.
 
-Rubik's Cube++ adds an adversarial term: a discriminator tells restored crops from real ones. There the two networks train
-in turn; here, where a method is one loss under one optimizer, they train at once, and the discriminator's gradient is
-reversed before it enters the network (Ganin & Lempitsky 2015), which makes the same game of it. Its form, a discriminator
-of patches (Isola et al. 2017), and its weight are ours.
+Rubik's Cube++ adds an adversarial term: a discriminator tells restored crops from real ones. There the two networks
+train in turn. Here, where a method is one loss under one optimizer, they train at once, and the discriminator's
+gradient is reversed before it enters the network (Ganin & Lempitsky 2015), which makes the same game of it. Its form, a
+discriminator of patches (Isola et al. 2017), and its weight are ours.
 
-Of Rubik's Cube+ its published descriptions have 2 x 2 x 2 cells, a gap of about 10 voxels between them, K orders, turns by
-180 degrees about two axes, and masks; the other numbers here, and all of Rubik's Cube++'s, are ours or recollected. Neither
-paper's training settings are given in those that compare with them: take those of the other pretexts.
+Of Rubik's Cube+ its published descriptions have 2 x 2 x 2 cells, a gap of about 10 voxels between them, K orders, turns
+by 180 degrees about two axes, and masks. The other numbers here, and all of Rubik's Cube++'s, are ours or recollected.
+Neither paper's training settings are given in those that compare with them: take those of the other pretexts.
 
 Shapes: B samples, C input channels, X Y Z the crop's axes, x y z a cell cut's, F features, K orders, L logits. There
 are 8 cells.
@@ -51,7 +51,7 @@ LEAST_ADVERSARIAL = 8  # sides in voxels that the discriminator halves three tim
 
 @dataclass(frozen=True)
 class Config(Section, key="method"):
-    """LoGoNet gives no setting of its rival; these numbers are recollected of the two papers and not verified.
+    """LoGoNet gives no setting of its rival; see above which of these numbers are the papers'.
 
     Attributes:
         form: "restore" (Rubik's Cube++) or "classify" (Rubik's Cube+).
@@ -92,8 +92,8 @@ def check(cfg: Config, data_spec: DataSpec) -> None:
             raise UserError(f"method.moves is {cfg.moves}; set (fewest, most) with fewest <= most")
         if cfg.w_adversarial and min(data_spec.size_vox) < LEAST_ADVERSARIAL:
             raise UserError(
-                f"crops have {text} voxels, and method.w_adversarial wants sides of {LEAST_ADVERSARIAL} or more; set it "
-                "to 0 or use larger crops"
+                f"crops have {text} voxels, and method.w_adversarial wants sides of {LEAST_ADVERSARIAL} or more; set "
+                "it to 0 or use larger crops"
             )
         return
     if min(cut_size(cfg, data_spec.size_vox)) < 1 or any(s % 2 for s in data_spec.size_vox):

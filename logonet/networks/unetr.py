@@ -108,10 +108,15 @@ class UNETR(TokenNetwork):
 
         self.cfg = cfg
         self.embed_channels = width = cfg.vit["hidden_size"]
-        self.embed_stride, self.strides = cfg.patch, (cfg.patch if len(set(cfg.patch)) > 1 else cfg.patch[0],) * 4
+        self.embed_stride, self.strides = (
+            cfg.patch,
+            (cfg.patch if len(set(cfg.patch)) > 1 else cfg.patch[0],) * 4,
+        )
         # MONAI's patches have 16 voxels a side: what depends on their size, but for the grid, is replaced.
         size = [16 * tokens for tokens in self._grid]
-        self.net: Any = Wrapped(in_channels, num_classes, size, cfg.feature_size, qkv_bias=cfg.qkv_bias, **cfg.vit)
+        self.net: Any = Wrapped(
+            in_channels, num_classes, size, cfg.feature_size, qkv_bias=cfg.qkv_bias, **cfg.vit
+        )
         without_cross_attention(self.net.vit.blocks)
         if cfg.patch != (16, 16, 16):
             embedding = nn.Conv3d(in_channels, width, cfg.patch, cfg.patch)
