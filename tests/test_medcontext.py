@@ -362,6 +362,31 @@ def test_the_dice_can_have_equation_3s_squares() -> None:
         assert torch.equal(squared(batch, 0.5)[1][name], plain(batch, 0.5)[1][name])
 
 
+def test_regions_that_overlap_are_learnt_as_by_supervised() -> None:
+    """BraTS's, in the paper's Table 3: an output and a sigmoid for each."""
+    torch.manual_seed(0)
+    spec = methods.DataSpec(SIZE, num_classes=K, regions=((1, 2, 3), (2, 3), (3,), (1,)))
+    module = methods.build("medcontext", Net(), spec, unit_vox=4, beta=0.7).eval()
+    plain = methods.build("supervised", copy.deepcopy(module.backbone), spec).eval()
+    batch = batch_of(module.cfg)
+    blanked = torch.where(module.voxels(batch)[:, None], torch.zeros(()), batch["image"])
+    whole, masked = (plain({**batch, "image": x}, 0.5) for x in (batch["image"], blanked))
+    loss, metrics = module(batch, 0.5)
+    apart = (metrics["consistency"][0] / 2).item()
+    assert loss.item() == pytest.approx(whole[0].item() + masked[0].item() + 0.7 * apart, rel=1e-5)
+    assert torch.equal(metrics["train_dice_per_class"], whole[1]["train_dice_per_class"])
+    with torch.no_grad():
+        one, other = (
+            net.decode(x, net.encode(x)).logits > 0
+            for net, x in ((module.backbone, blanked), (module.teacher, batch["image"]))
+        )
+    sizes = [(a.sum() + b.sum()).item() for a, b in zip(one.flatten(0, 1), other.flatten(0, 1))]
+    shared = [2 * (a & b).sum().item() for a, b in zip(one.flatten(0, 1), other.flatten(0, 1))]
+    assert metrics["agreement"].tolist() == pytest.approx(
+        [sum(s / n for s, n in zip(shared, sizes) if n), sum(n > 0 for n in sizes)]
+    )
+
+
 def test_whose_weights_are_kept(tmp_path: Path) -> None:
     student, teacher = medcontext_of(), medcontext_of(export="teacher")
     assert student.exported is student.backbone

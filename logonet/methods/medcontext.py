@@ -72,10 +72,6 @@ def check(cfg: Config, data_spec: DataSpec) -> None:
     check_weights(cfg, "w_whole", "w_masked")
     check_weights(cfg, "w_masked", "beta")  # else nothing would look at the masked crop
     check_momentum(cfg)
-    if data_spec.regions:
-        raise UserError(
-            "medcontext does not learn regions that overlap; use method supervised, or set data.classes"
-        )
     if any(side % cfg.unit_vox for side in data_spec.size_vox[:2]):
         num_x, num_y, _ = data_spec.size_vox
         raise UserError(
@@ -130,6 +126,7 @@ class MedContext(MethodModule[Config]):
         """
         super().__init__(cfg, network)
         self.num_classes, self.ignores = data_spec.num_classes, data_spec.ignores
+        self.regions = _segmentation.Regions(data_spec.regions) if data_spec.regions else None
         self.teacher = teacher_of(network)
         # In the released UNETR the first skip reads the unmasked crop, so the network sees what is hidden after all.
         # Here hidden voxels are blanked before anything reads them, and tokens, where there are any, are replaced too:
@@ -214,7 +211,10 @@ class MedContext(MethodModule[Config]):
     def _supervised(self, out: SegOut, labels_BXYZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted loss over all outputs, and the Dice loss and cross-entropy of the finest; each (B,)."""
         # Eq. 3 lacks 1/C and turns the cross-entropy's sign: the DiceCE of ``supervised`` is meant.
-        parts = _segmentation.of_all_outputs(out, labels_BXYZ, self.ignores, self.cfg)
+        if self.regions is None:
+            parts = _segmentation.of_all_outputs(out, labels_BXYZ, self.ignores, self.cfg)
+        else:
+            parts = self.regions.losses(out, labels_BXYZ, self.cfg)
         losses = [self.cfg.w_dice * dice_B + self.cfg.w_ce * ce_B for dice_B, ce_B in parts]
         weighted = [w * loss_B for w, loss_B in zip(_segmentation.deep_weights(len(parts)), losses)]
         return torch.stack(weighted).sum(0), *parts[0]
@@ -226,14 +226,22 @@ class MedContext(MethodModule[Config]):
         """``train_dice`` and ``train_dice_per_class`` as of ``supervised``, of the whole crop.
 
         ``agreement``: Dice of what the student answers to the masked crop with what the teacher answers to the whole
-        one, averaged over the classes, background included, that either answers. ``teacher_variation``: variance of
-        the teacher's logits over voxels as a share of their mean square; 0 where it says the same everywhere.
+        one, averaged over the classes, background included, or the regions that either answers.
+        ``teacher_variation``: variance of the teacher's logits over voxels as a share of their mean square; 0 where it
+        says the same everywhere.
         """
-        alike_BK, answers_BK = _segmentation.overlap(masked.argmax(1), target.argmax(1), self.num_classes)
+        if self.regions is None:
+            found = _segmentation.hard_dice(whole, labels_BXYZ, self.num_classes)
+            alike_BK, answers_BK = _segmentation.overlap(masked.argmax(1), target.argmax(1), self.num_classes)
+        else:
+            found = self.regions.metrics(whole, labels_BXYZ)
+            one_BKV, other_BKV = (logits.flatten(2) > 0 for logits in (masked, target))
+            alike_BK = 2 * (one_BKV & other_BKV).sum(2).double()
+            answers_BK = (one_BKV.sum(2) + other_BKV.sum(2)).double()
         target_BKV = target.flatten(2).float()
         variance_B, square_B = target_BKV.var(2, correction=0).mean(1), target_BKV.square().mean((1, 2))
         return {
-            **_segmentation.hard_dice(whole, labels_BXYZ, self.num_classes),
+            **found,
             "agreement": _segmentation.mean_dice(alike_BK, answers_BK),
             **sums(len(variance_B), teacher_variation=variance_B / square_B.clamp_min(SMALLEST)),
         }
