@@ -163,7 +163,7 @@ def test_only_an_odd_number_of_flips_mirrors(axes: tuple[int, ...]) -> None:
         assert sign == (-1) ** len(axes), drawn
 
 
-@pytest.mark.parametrize("cfg", [Config(), ALL, augment.none()])
+@pytest.mark.parametrize("cfg", [Config(), ALL, augment.none(), augment.nnunet()])
 def test_draw_and_apply_are_pure(cfg: Config) -> None:
     image, labels = crop()
     before = image.copy(), labels.copy()
@@ -175,7 +175,7 @@ def test_draw_and_apply_are_pure(cfg: Config) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("cfg", [Config(), ALL])
+@pytest.mark.parametrize("cfg", [Config(), ALL, augment.nnunet()])
 def test_shape_type_and_layout_stay(cfg: Config) -> None:
     image, labels = crop((8, 12, 10), num_channels=1)
     for i in range(20):
@@ -204,6 +204,28 @@ def test_none_changes_nothing() -> None:
         np.testing.assert_array_equal(out_labels, labels)
 
 
+def test_what_comes_from_outside_can_be_the_mirror_image() -> None:
+    """Zoomed out by two, an even crop lies in the middle of four of its mirror images along each axis."""
+    image, labels = crop((8, 8, 8), 1)
+    out, out_labels = apply(image, labels, Drawn(zoom=0.5, outside="mirror"))
+    far = np.pad(labels, 4, mode="symmetric")
+    pairs = np.stack([far[i::2, j::2, k::2] for i, j, k in np.ndindex(2, 2, 2)])
+    assert (pairs == out_labels).any(0).all()  # halfway between two voxels, either is nearest
+    wide = np.pad(image[0], 4, mode="symmetric")
+    means = np.mean([wide[i::2, j::2, k::2] for i, j, k in np.ndindex(2, 2, 2)], axis=0)
+    np.testing.assert_allclose(out[0], means, atol=1e-6)
+    assert (apply(image, labels, Drawn(zoom=0.5))[0][:, 0] == 0).all()
+
+
+def test_filters_of_a_labelled_crop_leave_its_labels_alone() -> None:
+    image, labels = crop()
+    out, same = apply(image, labels, Drawn(blur_sigma_vox=0.7, contrast=1.2, low_resolution=0.6))
+    blurred = ndimage.gaussian_filter(image, (0, 0.7, 0.7, 0.7))
+    np.testing.assert_allclose(apply(image, labels, Drawn(blur_sigma_vox=0.7))[0], blurred, atol=2e-6)
+    assert np.abs(out - image).max() > 0.05
+    np.testing.assert_array_equal(same, labels)
+
+
 def fields_drawn(cfg: Config, size: tuple[int, int, int] = SIZE) -> set[str]:
     nothing, found = Drawn(), set()
     for i in range(40):
@@ -224,6 +246,12 @@ def fields_drawn(cfg: Config, size: tuple[int, int, int] = SIZE) -> set[str]:
         ("scale_intensity_prob", {"intensity_factor"}),
         ("shift_intensity_prob", {"intensity_offset"}),
         ("noise_prob", {"noise_std", "noise_seed"}),
+        ("rotate_prob", {"rotate_rad"}),
+        ("zoom_prob", {"zoom"}),
+        ("blur_prob", {"blur_sigma_vox"}),
+        ("contrast_prob", {"contrast"}),
+        ("low_resolution_prob", {"low_resolution"}),
+        ("inverted_gamma_prob", {"inverted_gamma"}),
     ],
 )
 def test_each_switch_is_its_own(switch: str, fields: set[str]) -> None:
@@ -254,6 +282,9 @@ def test_only_the_named_axes_are_flipped() -> None:
         (lambda d: d.intensity_offset, -0.1, 0.1),
         (lambda d: d.noise_std, 0, 0.05),
         (lambda d: d.rotate90, 1, 3),
+        (lambda d: d.blur_sigma_vox, 0.5, 1),
+        (lambda d: d.contrast, 0.75, 1.25),
+        (lambda d: d.low_resolution, 0.5, 1),
     ],
 )
 def test_draws_fill_their_range(within: Callable[[Drawn], float], low: float, high: float) -> None:
@@ -275,8 +306,64 @@ def test_default_shares_are_those_of_the_recipe() -> None:
         assert sum(map(has, drawn)) / len(drawn) == pytest.approx(share, abs=0.04)
 
 
+def test_later_distortions_leave_earlier_draws_and_ids_as_they_were() -> None:
+    """What is off neither draws nor is named."""
+    drawn = draw(Config(), SIZE, seeding.rng(0, "share", 3))
+    rng = seeding.rng(0, "share", 3)
+    rng.random()  # of a rotation with a zoom
+    assert drawn.flip_axes == tuple(axis for axis in range(3) if rng.random() < 0.1)
+    later = {"blur_prob", "rotate_prob", "zoom_prob", "contrast_prob", "gamma_keeps_stats", "low_resolution"}
+    assert not later & config.to_dict(Config()).keys()
+
+
+def test_nnunets_shares_and_strengths() -> None:
+    """nnUNetTrainer.get_training_transforms; blur and low resolution are half as frequent for one channel."""
+    count, nothing = 4000, Drawn()
+    drawn = [draw(augment.nnunet(), SIZE, seeding.rng(0, "nnunet", i)) for i in range(count)]
+    for name, chance, low, high in [
+        ("rotate_rad", 0.2, None, None),
+        ("zoom", 0.2, 1 / 1.4, 1 / 0.7),
+        ("noise_std", 0.1, 0, 0.1 / 3),
+        ("blur_sigma_vox", 0.1, 0.5, 1),
+        ("intensity_factor", 0.15, 0.75, 1.25),
+        ("contrast", 0.15, 0.75, 1.25),
+        ("low_resolution", 0.125, 0.5, 1),
+        ("inverted_gamma", 0.1, 0.7, 1.5),
+        ("gamma", 0.3, 0.7, 1.5),
+        ("intensity_offset", 0, None, None),
+        ("rotate90", 0, None, None),
+    ]:
+        values = [getattr(d, name) for d in drawn if getattr(d, name) != getattr(nothing, name)]
+        deviation = math.sqrt(chance * (1 - chance) / count)
+        assert len(values) / count == pytest.approx(chance, abs=4 * deviation + 1e-9), name
+        if low is not None:
+            assert low <= min(values) <= max(values) <= high, name
+    for axis in range(3):
+        assert sum(axis in d.flip_axes for d in drawn) / count == pytest.approx(0.5, abs=0.04)
+        angles = [abs(math.degrees(d.rotate_rad[axis])) for d in drawn]
+        assert 28 < max(angles) <= 30
+    flat = [draw(augment.nnunet(flat=True), SIZE, seeding.rng(0, "flat", i)).rotate_rad for i in range(200)]
+    assert {turn[:2] for turn in flat} == {(0.0, 0.0)}
+    assert max(abs(turn[2]) for turn in flat) > math.radians(150)
+
+
+@pytest.mark.parametrize("change", [{"gamma": 0.7}, {"gamma": 1.5}, {"inverted_gamma": 1.5}])
+def test_gamma_that_keeps_mean_and_deviation(change: dict[str, float]) -> None:
+    """Against nnU-Net's steps, one after the other."""
+    image, labels = crop()
+    image = image * 0.6 - 0.2
+    (name, gamma), sign = next(iter(change.items())), -1 if "inverted_gamma" in change else 1
+    x = sign * image.astype(np.float64)
+    powered = ((x - x.min()) / np.ptp(x)) ** gamma * np.ptp(x) + x.min()
+    expected = sign * ((powered - powered.mean()) / powered.std() * x.std() + x.mean())
+    ours, _ = apply(image, labels, Drawn(**{name: gamma}, gamma_keeps_stats=True))
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
+    assert ours.std() == pytest.approx(image.std(), rel=1e-4)
+
+
 def test_a_config_file_gives_the_same_config() -> None:
     assert config.from_dict(Config, config.to_dict(ALL)) == ALL
+    assert config.from_dict(Config, config.to_dict(augment.nnunet())) == augment.nnunet()
     assert config.from_dict(Config, {"flip_axes": []}).flip_axes == ()
 
 
@@ -289,6 +376,9 @@ def test_a_config_file_gives_the_same_config() -> None:
         ({"zoom": (1.2, 0.8)}, r"augment\.zoom"),
         ({"gamma": (0.0, 1.0)}, r"augment\.gamma"),
         ({"noise_std": -0.1}, r"augment\.noise_std"),
+        ({"blur_sigma_vox": (0.0, 1.0)}, r"augment\.blur_sigma_vox"),
+        ({"low_resolution": (0.5, 1.5)}, r"augment\.low_resolution"),
+        ({"contrast": (1.2, 0.8)}, r"augment\.contrast"),
         ({"rotate_deg": (-1.0, 0.0, 0.0)}, r"augment\.rotate_deg"),
     ],
 )

@@ -282,6 +282,15 @@ def test_the_loss_of_regions_is_that_of_each_by_itself() -> None:
         parts = (2 * (p * t).sum(1) + 1e-5) / (p.sum(1) + t.sum(1) + 1e-5)
         torch.testing.assert_close(dice, 1 - parts.mean())
         torch.testing.assert_close(ce, torch.nn.functional.binary_cross_entropy(p, t))
+    cfg = _segmentation.Losses(batch_dice=True, squared=True)
+    ((of_batch_B, _),) = regions.losses(SegOut(logits, [], None), labels.to(torch.uint8), cfg)
+    known = labels != IGNORE
+    t, p = (
+        torch.stack([labels[known] >= 1, labels[known] == 3]).double(),
+        logits.movedim(1, 0)[:, known].sigmoid(),
+    )
+    parts = (2 * (p * t).sum(1) + 1e-5) / (p.square().sum(1) + t.sum(1) + 1e-5)
+    torch.testing.assert_close(of_batch_B, (1 - parts.mean()).expand(2))
     measured = regions.metrics(torch.where(labels[:, None] == 3, 1.0, -1.0).expand(-1, 2, -1, -1, -1), labels)
     both, sizes = measured["train_dice_per_class"]
     assert both[1] == sizes[1] > 0

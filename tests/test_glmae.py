@@ -23,7 +23,7 @@ from logonet.core import seeding
 from logonet.core.errors import UserError
 from logonet.data import augment
 from logonet.methods._masked import patches, unseen
-from logonet.methods.glmae import GLMAE, Config, consistency, num_visible, view
+from logonet.methods.glmae import GLMAE, Config, consistency, num_visible, trimmed, view
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,6 +157,24 @@ def test_boxes_have_sizes_of_the_whole_range_and_lie_anywhere() -> None:
     assert 10 <= min(spans) < 11.5
     assert 18.5 < max(spans) <= 20
     assert min(middles) < 8 < 31 < max(middles)
+
+
+def test_views_of_a_scan_that_is_smaller_than_the_crop_can_be_of_the_scan_alone() -> None:
+    """Whole scans in large crops: half a scan's sides at least, wherever it lies in the padding."""
+    image = np.zeros((1, 40, 36, 32), np.uint16)
+    image[:, 10:30, 6:30, 11:21] = noise(1, 1, (20, 24, 10))[0] // 2 + 1
+    np.testing.assert_array_equal(trimmed(image), image[:, 10:30, 6:30, 11:21])
+    assert trimmed(np.zeros((2, 4, 5, 6), np.uint16)).shape == (2, 4, 5, 6)
+    options = {"global_vox": (16, 16, 16), "local_vox": (16, 16, 16), "patch_vox": (8, 8, 8)}
+    padded, alone = (
+        methods.prepare("glmae")({"image_CXYZ": x}, Config(trim=True, **options), seeding.rng(0, "p"))
+        for x in (image, trimmed(image))
+    )
+    assert padded.keys() == alone.keys()
+    assert all(np.array_equal(padded[key], alone[key]) for key in padded)
+    assert padded["global"].min() > 0
+    plain = methods.prepare("glmae")({"image_CXYZ": image}, Config(**options), seeding.rng(0, "p"))
+    assert plain["global"].min() == 0
 
 
 def test_views_may_be_distorted() -> None:

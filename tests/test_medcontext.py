@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from test_supervised import slow_dice_and_ce
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ from logonet.methods import medcontext
 from logonet.methods._selfsup import follow, momentum
 from logonet.methods.medcontext import Config, MedContext, consistency
 from logonet.networks import SegOut
+from logonet.training import checkpoints
 
 SIZE = (16, 8, 6)
 K = 4
@@ -334,6 +337,68 @@ def test_loss_is_equation_4(mode: str) -> None:
     assert metrics["masked_share"].tolist() == [2 * 3 * 4 * 4 * 6, 2 * math.prod(SIZE)]
 
 
+@pytest.mark.parametrize(
+    "options", [{"w_masked": 0.0}, {"beta": 0.0}, {"w_whole": 0.3, "w_masked": 2.0, "beta": 0.7}]
+)
+def test_each_term_has_its_weight(options: dict[str, float]) -> None:
+    """The consistency alone, the masked loss alone, and any mixture."""
+    module = medcontext_of(**options)
+    differ(module)
+    loss, metrics = module(batch_of(module.cfg), 0.5)
+    mean = {name: (value[0] / value[1]).item() for name, value in metrics.items() if value.shape == (2,)}
+    expected = options.get("w_whole", 1.0) * (mean["dice_loss"] + mean["ce"])
+    expected += options.get("w_masked", 1.0) * (mean["masked_dice_loss"] + mean["masked_ce"])
+    expected += options.get("beta", 0.5) * mean["consistency"]
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+
+
+def test_the_dice_can_have_equation_3s_squares() -> None:
+    plain, squared = medcontext_of().eval(), medcontext_of(squared=True).eval()
+    batch = batch_of(plain.cfg)
+    assert squared(batch, 0.5)[0] > plain(batch, 0.5)[0] + 1e-3
+    for name in ("ce", "masked_ce", "consistency"):
+        assert torch.equal(squared(batch, 0.5)[1][name], plain(batch, 0.5)[1][name])
+
+
+def test_regions_that_overlap_are_learnt_as_by_supervised() -> None:
+    """BraTS's, in the paper's Table 3: an output and a sigmoid for each."""
+    torch.manual_seed(0)
+    spec = methods.DataSpec(SIZE, num_classes=K, regions=((1, 2, 3), (2, 3), (3,), (1,)))
+    module = methods.build("medcontext", Net(), spec, unit_vox=4, beta=0.7).eval()
+    plain = methods.build("supervised", copy.deepcopy(module.backbone), spec).eval()
+    batch = batch_of(module.cfg)
+    blanked = torch.where(module.voxels(batch)[:, None], torch.zeros(()), batch["image"])
+    whole, masked = (plain({**batch, "image": x}, 0.5) for x in (batch["image"], blanked))
+    loss, metrics = module(batch, 0.5)
+    apart = (metrics["consistency"][0] / 2).item()
+    assert loss.item() == pytest.approx(whole[0].item() + masked[0].item() + 0.7 * apart, rel=1e-5)
+    assert torch.equal(metrics["train_dice_per_class"], whole[1]["train_dice_per_class"])
+    with torch.no_grad():
+        one, other = (
+            net.decode(x, net.encode(x)).logits > 0
+            for net, x in ((module.backbone, blanked), (module.teacher, batch["image"]))
+        )
+    sizes = [(a.sum() + b.sum()).item() for a, b in zip(one.flatten(0, 1), other.flatten(0, 1))]
+    shared = [2 * (a & b).sum().item() for a, b in zip(one.flatten(0, 1), other.flatten(0, 1))]
+    assert metrics["agreement"].tolist() == pytest.approx(
+        [sum(s / n for s, n in zip(shared, sizes) if n), sum(n > 0 for n in sizes)]
+    )
+
+
+def test_whose_weights_are_kept(tmp_path: Path) -> None:
+    student, teacher = medcontext_of(), medcontext_of(export="teacher")
+    assert student.exported is student.backbone
+    assert teacher.exported is teacher.teacher
+    differ(teacher)
+    checkpoints.save_final(str(tmp_path), teacher, [])
+    stored, own = load_file(tmp_path / "backbone.safetensors"), teacher.teacher.state_dict()
+    assert stored.keys() == own.keys() == student.backbone.state_dict().keys()
+    assert all(torch.equal(stored[name], own[name]) for name in own)
+    assert any(not torch.equal(stored[name], w) for name, w in teacher.backbone.state_dict().items())
+
+
 def test_deep_outputs_count_in_both_supervised_terms_and_not_in_the_consistency() -> None:
     module = medcontext_of(Net(deep=True)).eval()
     differ(module)
@@ -525,6 +590,9 @@ def test_a_constant_teacher_is_warned_of() -> None:
         ({"unit_vox": 4, "mask_ratio": 1.0}, "mask_ratio 1.0 hides 8 of the 8"),
         ({"unit_vox": 4, "mask_ratio": 0.0}, "mask_ratio is 0.0"),
         ({"w_dice": 0.0, "w_ce": 0.0}, "w_dice"),
+        ({"w_whole": 0.0, "w_masked": 0.0}, "w_whole and method.w_masked are all 0"),
+        ({"w_masked": 0.0, "beta": 0.0}, "w_masked and method.beta are all 0"),
+        ({"export": "both"}, "export"),
         ({"beta": -1.0}, "beta"),
         ({"momentum_start": 1.5}, "momentum_start"),
         ({"momentum_start": 0.9, "momentum_end": 0.5}, "momentum_end"),

@@ -362,7 +362,7 @@ def test_unetr_takes_one_size_alone() -> None:
     net = networks.build("unetr", num_classes=3, **networks.tiny("unetr"))
     with pytest.raises(UserError, match=r"\(48, 32, 32\).*backbone\.img_size.*\(32, 32, 32\)"):
         net(torch.zeros(1, 1, 48, 32, 32))
-    with pytest.raises(UserError, match=r"img_size\[1\] is 40.*multiple of 16"):
+    with pytest.raises(UserError, match=r"img_size is \(32, 40, 32\).*multiples.*\(32, 48, 32\)"):
         networks.config("unetr", {"img_size": [32, 40, 32]})
 
 
@@ -432,6 +432,71 @@ def test_an_autoencoder_trains_on_one_size_alone() -> None:
 def test_what_monai_would_choke_on_is_named(name: str, options: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError, match=key):
         networks.config(name, options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size", "strides", "fewer"),
+    [
+        (
+            "swinunetr",
+            {**networks.tiny("swinunetr"), "patch": (2, 2, 1)},
+            (32, 32, 16),
+            [(2, 2, 1), (4, 4, 2), (8, 8, 4), (16, 16, 8), (32, 32, 16)],
+            # of the patch embedding and the last transposed convolution
+            12 * 2 * 4 + 12 * 12 * 4,
+        ),
+        (
+            "unetr",
+            {**networks.tiny("unetr"), "img_size": (32, 32, 16), "patch": (16, 16, 8)},
+            (32, 32, 16),
+            [(16, 16, 8)] * 4,
+            12 * 2 * 16 * 16 * 8 + 8 * 4 * 4,
+        ),
+    ],
+)
+def test_flat_patches_keep_slices_apart(
+    name: str, options: dict[str, Any], size: Any, strides: list[Any], fewer: int
+) -> None:
+    """SimTROT's patches for thick slices: half as thick along Z, with as many tokens and the rest of the net as is."""
+    torch.manual_seed(0)
+    net = networks.build(name, 2, 3, **options).eval()
+    assert list(net.strides) == strides
+    networks.check_size(name, networks.config(name, options), size)
+    x = torch.randn(2, 2, *size)
+    with torch.no_grad():
+        feats = net.encode(x)
+        assert net.decode(x, feats).logits.shape == (2, 3, *size)
+    for feat, stride in zip(feats, strides):
+        assert feat.shape[2:] == tuple(side // s for side, s in zip(size, stride))
+    cube = {k: v for k, v in options.items() if k not in ("patch", "img_size")}
+    cube |= {"img_size": (32, 32, 32)} if name == "unetr" else {}
+    before = networks.build(name, 2, 3, **cube)
+    assert sum(p.numel() for p in before.parameters()) - sum(p.numel() for p in net.parameters()) == fewer
+    assert before.state_dict().keys() == net.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "tokens", "width", "params"),
+    [
+        ("swinunetr", {"patch": (2, 2, 1)}, (4, 4, 4), 768, 62_187_296 - 48 * 4 - 48 * 48 * 4),
+        (
+            "unetr",
+            {"img_size": (128, 128, 64), "patch": (16, 16, 8)},
+            (8, 8, 8),
+            768,
+            101_787_214 - 768 * 16 * 16 * 8 + (512 - 216) * 768 - 64 * 32 * 4,
+        ),
+        ("nnformer", {}, (4, 4, 4), 1536, 150_054_210),
+    ],
+)
+def test_simtrots_networks_for_abdominal_ct(
+    name: str, options: dict[str, Any], tokens: Any, width: int, params: int
+) -> None:
+    """Hu et al. 2023, section 4: crops of 128 x 128 x 64, patches [1, 2, 2], [8, 16, 16] and [2, 4, 4] in (Z, Y, X)."""
+    with torch.device("meta"):
+        net = networks.build(name, 1, 14, **options)
+        assert net.encode(torch.empty(1, 1, 128, 128, 64))[-1].shape == (1, width, *tokens)
+    assert sum(p.numel() for p in net.parameters()) == params
 
 
 @pytest.mark.parametrize("case", CASES)

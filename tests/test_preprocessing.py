@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
 from logonet.core import config
-from logonet.core.errors import UserError
+from logonet.core.errors import BadScan, UserError
 from logonet.data import cropping, prepared_scans
 from logonet.data.preprocessing import Preprocessing
 from logonet.inference.model import Spec
@@ -61,3 +62,65 @@ def test_impossible_values_are_refused_with_their_full_key(
 ) -> None:
     with pytest.raises(UserError, match=rf"^{section}\.{key}\b"):
         config.from_dict(cls, changes, section)
+
+
+# ------------------------------------------------------------------------------------------ intensities
+
+
+def channel(seed: int = 0) -> np.ndarray:
+    """A body of normal intensities in a background of 0, float32 (1, 12, 12, 12)."""
+    rng = np.random.default_rng(seed)
+    body = rng.normal(300, 120, (1, 12, 12, 12))
+    body[:, :5] = 0
+    return body.astype(np.float32)
+
+
+def expected(array: np.ndarray, scheme: Any) -> tuple[float, float]:
+    inside = array[array != 0]
+    if scheme == "window_percentiles":  # 3D UX-Net, appendix A.1, of what is not background
+        clipped = np.clip(array, -175, 250)
+        low, high = np.percentile(clipped[clipped != 0], [1, 99])
+        return float(low), float(high)
+    if scheme in ("zscore", "zscore_whole"):
+        of = inside if scheme == "zscore" else array
+        return float(of.mean() - 5 * of.std()), float(of.mean() + 5 * of.std())
+    return {"window": (-175.0, 250.0), "min_max": (float(array.min()), float(array.max()))}.get(
+        scheme, scheme
+    )
+
+
+@pytest.mark.parametrize(
+    "scheme", ["window", "window_percentiles", "zscore", "zscore_whole", "min_max", (0.0, 1000.0)]
+)
+def test_what_becomes_0_and_1(scheme: Any) -> None:
+    cfg = Preprocessing(intensity=scheme, window_hu=(-175.0, 250.0), mr_percentiles=(1.0, 99.0))
+    array = channel()
+    assert cfg.intensity_range(array, "MR", "a") == pytest.approx(expected(array, scheme), rel=1e-5)
+    assert Preprocessing.of(config.to_dict(cfg)) == cfg
+
+
+def test_each_channel_has_its_own_scheme() -> None:
+    schemes = ((0.0, 1000.0), "zscore", "window_percentiles")
+    cfg = cropping.Config(intensity=schemes, window_hu=(-175.0, 250.0), mr_percentiles=(1.0, 99.0))
+    array = np.concatenate([channel(seed) for seed in range(3)])
+    low, high = cfg.intensity_range(array, "MR", "a")
+    for c, scheme in enumerate(schemes):
+        wanted = expected(array[c : c + 1], scheme)
+        assert (low[c].item(), high[c].item()) == pytest.approx(wanted, rel=1e-5)
+    assert Preprocessing.of(config.to_dict(cfg)) == Preprocessing.of(cfg)
+    with pytest.raises(BadScan, match="2 channels and 3 schemes"):
+        cfg.intensity_range(array[:2], "MR", "a")
+
+
+@pytest.mark.parametrize(
+    ("intensity", "words"),
+    [
+        ([5, 5], r"crops\.intensity has the window \(5\.0, 5\.0\)"),
+        (["zscore", [9, 1]], r"crops\.intensity has the window \(9\.0, 1\.0\)"),
+        ("otsu", r"crops\.intensity"),
+        ([1, 2, 3], r"crops\.intensity"),
+    ],
+)
+def test_schemes_that_do_not_exist_are_refused(intensity: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        config.from_dict(cropping.Config, {"intensity": intensity}, "crops")

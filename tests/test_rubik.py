@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_methods import Stub, assert_step, batch_for, data_spec_for, sample_for
 from test_selfsup import LEARNERS
 from torch import Tensor, nn
@@ -180,6 +181,29 @@ def test_loss_is_ten_times_the_mean_squared_error(in_channels: int) -> None:
     assert loss.item() == pytest.approx(10 * sum(errors) / 2, rel=1e-5)
     assert metrics["loss"].tolist() == pytest.approx([10 * sum(errors), 2], rel=1e-5)
     assert metrics["restored_error"].tolist() == pytest.approx([sum(errors), sum(unmoved)], rel=1e-5)
+
+
+def test_an_adversary_is_told_apart_from_the_crop_by_what_the_network_learns_to_avoid() -> None:
+    """One gradient for both: the discriminator goes down its loss, the network up."""
+    module = module_of(cubie_vox=4, w_adversarial=0.5)
+    batch = batch_of(module.cfg)
+    loss, metrics = module(batch, 0.5)
+    x, target = (batch[key].float() / 65535 for key in ("image", "target"))
+    net, tell = module.backbone, module.discriminator
+    found = module.head(net.decode_features(x, net.encode(x)))
+    ones, zeros = torch.ones_like(tell(target)), torch.zeros_like(tell(target))
+    cross = F.binary_cross_entropy_with_logits
+    told = (cross(tell(target), ones) + cross(tell(found), zeros)) / 2
+    mse = (found - target).square().mean()
+    torch.testing.assert_close(loss, 10 * mse + 0.5 * told)
+    assert (metrics["adversarial_loss"][0] / 2).item() == pytest.approx(told.item(), rel=1e-5)
+    loss.backward()
+    own, theirs = list(tell.parameters()), [net.fine.weight, module.head.weight]
+    for p, expected in zip(own, torch.autograd.grad(0.5 * told, own, retain_graph=True), strict=True):
+        torch.testing.assert_close(p.grad, expected)
+    for p, expected in zip(theirs, torch.autograd.grad(10 * mse - 0.5 * told, theirs), strict=True):
+        torch.testing.assert_close(p.grad, expected)
+    assert "adversarial_loss" not in module_of(cubie_vox=4)(batch, 0.5)[1]
 
 
 def test_restore_trains_all_but_the_classifier() -> None:

@@ -119,12 +119,16 @@ def test_whole_crops_are_views_without_a_shift():
     assert _views.starts((8, 8, 8), (8, 8, 8), generator) == [(0, 0, 0), (0, 0, 0)]
 
 
+def drawn_as(gibbs: float = 0.0, **change: float) -> _views.Drawn:
+    return _views.Drawn(gibbs, augment.Drawn(**change))
+
+
 CHANCES = {
     "nnssl": {
-        "blur_sigma_vox": (0.2, 0.5, 1.0),
-        "contrast": (0.15, 0.75, 1.25),
-        "low_resolution": (0.1, 0.5, 1.0),
-        "inverted_gamma": (0.1, 0.7, 1.5),
+        "augment.blur_sigma_vox": (0.2, 0.5, 1.0),
+        "augment.contrast": (0.15, 0.75, 1.25),
+        "augment.low_resolution": (0.1, 0.5, 1.0),
+        "augment.inverted_gamma": (0.1, 0.7, 1.5),
         "gibbs": (0.0, 0.0, 0.0),
         "augment.gamma": (0.3, 0.7, 1.5),
         "augment.intensity_factor": (0.15, 0.75, 1.25),
@@ -137,7 +141,7 @@ CHANCES = {
         "augment.noise_std": (0.5, 0.0, 0.1),
         "augment.intensity_factor": (0.1, 0.9, 1.1),
         "augment.intensity_offset": (0.1, -0.1, 0.1),
-        "blur_sigma_vox": (0.0, 0.0, 0.0),
+        "augment.blur_sigma_vox": (0.0, 0.0, 0.0),
         "augment.rotate90": (0.0, 0, 0),
         "augment.gamma": (0.0, 1.0, 1.0),
     },
@@ -185,7 +189,7 @@ def test_each_distortion_changes_what_it_should(change: dict[str, float]):
         / 65535
     )
     before = image.copy()
-    out = _views.apply(image, _views.Drawn(**change))
+    out = _views.apply(image, drawn_as(**change))
     assert np.array_equal(image, before)
     assert out.dtype == np.float32
     assert out.shape == image.shape
@@ -196,9 +200,9 @@ def test_each_distortion_changes_what_it_should(change: dict[str, float]):
         assert out.max() <= image.max() + 1e-6
     for constant in (0.0, 0.4):
         flat = np.full_like(image, constant)
-        assert np.isfinite(_views.apply(flat, _views.Drawn(**change))).all()
+        assert np.isfinite(_views.apply(flat, drawn_as(**change))).all()
         if "gibbs" not in change:
-            np.testing.assert_allclose(_views.apply(flat, _views.Drawn(**change)), flat, atol=1e-5)
+            np.testing.assert_allclose(_views.apply(flat, drawn_as(**change)), flat, atol=1e-5)
 
 
 def gibbs_noise(image_CXYZ: np.ndarray, share: float) -> np.ndarray:
@@ -232,14 +236,14 @@ def test_distortions_equal_plain_ones(
 ):
     image = seeding.rng(0, "plain").random((2, *size), np.float32)
     for value in np.linspace(low, high, 12).tolist():
-        out = _views.apply(image, _views.Drawn(**{name: value}))
+        out = _views.apply(image, drawn_as(**{name: value}))
         np.testing.assert_allclose(out, plain(image, value), rtol=0, atol=2e-6)
 
 
 def test_distortions_are_what_they_are_called():
     noise = seeding.rng(0, "noise").random((1, 24, 24, 24), np.float32)
     sharp, soft, coarse = (
-        _views.apply(noise, _views.Drawn(**change))
+        _views.apply(noise, drawn_as(**change))
         for change in ({}, {"blur_sigma_vox": 1.0}, {"low_resolution": 0.5})
     )
 
@@ -249,12 +253,12 @@ def test_distortions_are_what_they_are_called():
     assert edges(soft) < 0.5 * edges(sharp)
     assert edges(coarse) < 0.8 * edges(sharp)
     image = phantom_crop(0).astype(np.float32) / 65535
-    dark = _views.apply(image, _views.Drawn(inverted_gamma=0.7))
+    dark = _views.apply(image, drawn_as(inverted_gamma=0.7))
     # A power below 1 brightens an image, so of its negative it darkens.
     high = image.max()
     assert image.min() == 0
     np.testing.assert_allclose(dark, high - high * (1 - image / high) ** 0.7, atol=1e-5)
-    strong = _views.apply(image, _views.Drawn(contrast=1.2))
+    strong = _views.apply(image, drawn_as(contrast=1.2))
     inside = (strong > image.min()) & (strong < image.max())
     np.testing.assert_allclose(
         strong[inside], ((image - image.mean()) * 1.2 + image.mean())[inside], atol=1e-5

@@ -19,7 +19,7 @@ from test_methods import Stub
 from test_selfsup import assert_learns_two_phantoms, phantom_batch, phantom_crop
 from torch import Tensor, nn
 
-from logonet import methods
+from logonet import methods, networks
 from logonet.core import seeding
 from logonet.core.errors import UserError
 from logonet.methods import _views, simtrot
@@ -336,6 +336,27 @@ def test_byol_predicts_each_token_of_the_other_view(batch: dict[str, Tensor]):
         torch.testing.assert_close(now, 0.99 * was + 0.01 * new)
         assert now.grad is None
     assert not any(key.startswith(("target_", "predictor")) for key, _ in build().named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [
+        ("swinunetr", {"patch": (2, 2, 1)}),
+        ("unetr", {"patch": (16, 16, 8), "img_size": (64, 64, 32)}),
+    ],
+)
+def test_flat_patches_make_flat_tokens(backbone: str, options: dict[str, Any]):
+    torch.manual_seed(0)
+    net = networks.build(backbone, 1, 2, **{**networks.tiny(backbone), **options})
+    size_vox = 64, 64, 32
+    module = methods.build("simtrot", net, size_vox=size_vox, batch_size=2)
+    batch = phantom_batch("simtrot", methods.config("simtrot"), size_vox=size_vox)
+    loss, metrics = module(batch, 0.0)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert metrics["position_collapse"].isfinite().all()
+    assert module.square
+    assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
 
 
 def test_heads_have_the_published_widths():

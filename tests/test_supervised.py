@@ -18,7 +18,16 @@ from logonet import methods, networks
 from logonet.core import config, seeding
 from logonet.core.errors import UserError
 from logonet.data import augment
-from logonet.methods._segmentation import SMOOTH, by_comparison, deep_weights, dice_and_ce, nearest, per_class
+from logonet.data.classes import IGNORE
+from logonet.methods._segmentation import (
+    SMOOTH,
+    Losses,
+    by_comparison,
+    deep_weights,
+    dice_and_ce,
+    nearest,
+    per_class,
+)
 from logonet.methods.supervised import Config, Supervised
 from logonet.networks import SegOut
 
@@ -136,6 +145,61 @@ def test_loss_and_gradient_are_monais(labels: str, w_dice: float, w_ce: float) -
     # MONAI's one-hot labels are float32, whence not the last digits
     torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-10)
+
+
+VARIANTS = {  # ours -> MONAI's, the first of them nnFormer's
+    "nnformer": ({"batch_dice": True, "background": False}, {"batch": True, "include_background": False}),
+    "batch": ({"batch_dice": True}, {"batch": True}),
+    "foreground": ({"background": False}, {"include_background": False}),
+    "squared": ({"squared": True}, {"squared_pred": True}),
+    "all": (
+        {"batch_dice": True, "background": False, "squared": True},
+        {"batch": True, "include_background": False, "squared_pred": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_the_dice_are_monais(variant: str) -> None:
+    from monai.losses import DiceCELoss
+
+    options, monais = VARIANTS[variant]
+    generator = torch.Generator().manual_seed(4)
+    truth = torch.randint(0, K, (3, *SIZE), generator=generator)
+    truth[0][truth[0] == 2] = 1  # a class that one crop lacks
+    ours = (torch.randn(3, K, *SIZE, generator=generator, dtype=torch.float64) * 3).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    dice_B, ce_B = dice_and_ce(ours, truth.to(torch.uint8), cfg=Losses(**options))
+    assert dice_B.shape == ce_B.shape == (3,)
+    loss = (dice_B + ce_B).mean()
+    monai = DiceCELoss(to_onehot_y=True, softmax=True, smooth_nr=SMOOTH, smooth_dr=SMOOTH, **monais)
+    expected = monai(theirs, truth[:, None])
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-10)
+    plain_B, _ = dice_and_ce(ours.detach(), truth.to(torch.uint8))
+    assert abs(plain_B.mean().item() - dice_B.mean().item()) > 1e-3
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_gradients_where_voxels_are_ignored(squared: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    truth = torch.randint(0, 3, (2, 2, 3, 2), generator=generator)
+    truth[0, 0] = IGNORE
+    logits = torch.randn(2, 3, 2, 3, 2, generator=generator, dtype=torch.float64).requires_grad_()
+    cfg = Losses(squared=squared, background=False, batch_dice=True)
+    assert torch.autograd.gradcheck(lambda x: torch.stack(dice_and_ce(x, truth, True, cfg)), logits)
+
+
+def test_the_variants_reach_the_loss_and_leave_ids_as_they_were() -> None:
+    batch = batch_of()
+    losses = {
+        key: supervised(**options).eval()(batch, 0.5)[0].item()
+        for key, options in {"plain": {}, **{k: v[0] for k, v in VARIANTS.items()}}.items()
+    }
+    assert len(set(losses.values())) == len(losses)
+    assert not {"batch_dice", "background", "squared"} & config.to_dict(Config()).keys()
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.0, 1.0), (1.0, 0.0)])

@@ -170,6 +170,53 @@ def test_a_handover_that_would_lose_a_tensor_is_refused(name: str) -> None:
         )
 
 
+# -------------------------------------------------------------------------------- positions of tokens
+
+POSITIONS = "net.vit.patch_embedding.position_embeddings"
+
+
+def unetr(seed: int, *img_size: int) -> Any:
+    torch.manual_seed(seed)
+    return networks.build("unetr", 1, 3, **{**networks.tiny("unetr"), "img_size": img_size})
+
+
+def test_positions_are_interpolated_to_another_crop_size() -> None:
+    """A field that is linear in the position stays so; at a border, where interpolation repeats, it flattens."""
+    source, net = unetr(0, 64, 64, 64), unetr(1, 128, 64, 64)
+    with torch.no_grad():
+        ramp_x111 = torch.arange(4.0)[:, None, None, None]
+        source.get_parameter(POSITIONS).copy_(ramp_x111.expand(4, 4, 4, 12).reshape(1, 64, 12))
+    report = transfer(net, bits(source), source="a.safetensors")
+    assert report.encoder_share == 1
+    row = next(row for row in report.rows if row.name == POSITIONS)
+    assert row.action == "adapted"
+    assert row.why == "positions of 4x4x4 tokens interpolated to 8x4x4"
+    assert f"adapted: {POSITIONS}, {row.why}" in report.summary()
+    at_x = net.get_parameter(POSITIONS).view(8, 4, 4, 12)[:, 0, 0, 0].tolist()
+    assert at_x == pytest.approx([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
+    for key, tensor in source.state_dict().items():
+        if key != POSITIONS and under(key, net.encoder_prefixes):
+            assert torch.equal(net.state_dict()[key], tensor), key
+
+
+def test_grids_with_as_many_tokens_are_told_apart_by_the_networks_config() -> None:
+    source, net = unetr(0, 32, 64, 64), unetr(1, 64, 32, 64)
+    given = bits(source)
+    known = transfer(net, given, source="a.safetensors", positions=source.positions)
+    assert actions(known)["adapted"] == [POSITIONS]
+    map_1Exyz = given[POSITIONS].transpose(1, 2).unflatten(2, (2, 4, 4))
+    expected = F.interpolate(map_1Exyz, (4, 2, 4), mode="trilinear", align_corners=False)
+    assert torch.equal(net.get_parameter(POSITIONS), expected.flatten(2).transpose(1, 2))
+    unknown = transfer(net, given, source="a.safetensors")  # taken to be the network's own
+    assert "adapted" not in actions(unknown)
+
+
+def test_positions_that_nobody_can_place_are_said_to_be_lost() -> None:
+    source, net = unetr(0, 32, 64, 64), unetr(1, 64, 64, 64)
+    report = transfer(net, bits(source), source="a.safetensors", min_encoder_share=0.9)
+    assert f"new: {POSITIONS}, 1x32x12 in the source, 1x64x12 here" in report.summary()
+
+
 # ---------------------------------------------------------------------------------------- the rules
 
 

@@ -29,6 +29,9 @@ CASES: dict[str, dict[str, Any]] = {
     "mlp": {"scaling": "mlp"},
     "paper": {"block": "paper"},
     "paper mlp": {"block": "paper", "scaling": "mlp"},
+    "dense": {"convolution": "dense"},
+    "unscaled": {"scaling": "none"},
+    "paper unscaled": {"block": "paper", "scaling": "none"},
     "affine": {"norm": "instance_affine"},
     "group": {"norm": "group"},
 }
@@ -85,6 +88,11 @@ def test_parameters_of_every_part() -> None:
         ({"variant": "optimised"}, 32_040_110),
         ({"block": "paper"}, 53_007_950),  # a second LN (2 C) in place of the scale (C): 8 blocks, 180 C
         ({"channels_last": True}, 53_006_510),
+        # the paper's "about 3.5 times": 343 C^2 for 343 C in each of 8 blocks
+        ({"convolution": "dense"}, 53_006_510 + 2 * 343 * sum(c * c - c for c in (48, 96, 192, 384))),
+        # in each block 4 C for and after widening, 4 C and C for narrowing
+        ({"scaling": "none"}, 53_006_510 - 2 * 13 * 720),
+        ({"deep_supervision": True}, 53_006_510 + 14 * (96 + 192 + 2)),
     ],
     ids=str,
 )
@@ -164,7 +172,9 @@ class Literal:
         return self.scale(normed.reshape(x.shape), name)
 
     def large(self, x: Tensor, name: str) -> Tensor:
-        """Depthwise, tap by tap."""
+        """Depthwise, tap by tap; dense, torch's."""
+        if self.cfg.convolution == "dense":
+            return self.conv(x, name, padding=self.cfg.kernel_size // 2)
         weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
         reach = self.cfg.kernel_size // 2
         padded = F.pad(x, (reach,) * 6)
@@ -176,6 +186,8 @@ class Literal:
         return out
 
     def scaling(self, x: Tensor, name: str) -> Tensor:
+        if self.cfg.scaling == "none":
+            return x
         if self.cfg.scaling == "mlp":
             return self.conv(F.gelu(self.conv(x, f"{name}.widen")), f"{name}.narrow")
         widen, widen_bias = self.weights[f"{name}.widen.weight"], self.weights[f"{name}.widen.bias"]
@@ -189,6 +201,8 @@ class Literal:
     def block(self, x: Tensor, name: str) -> Tensor:
         if self.cfg.block == "paper":  # Eq. 1
             x = self.large(self.layer_norm(x, f"{name}.norm1"), f"{name}.large") + x
+            if self.cfg.scaling == "none":
+                return x
             return self.scaling(self.layer_norm(x, f"{name}.norm2"), f"{name}.scaling") + x
         branch = self.scaling(
             self.layer_norm(self.large(x, f"{name}.large"), f"{name}.norm"), f"{name}.scaling"
@@ -289,6 +303,17 @@ def test_decoder_is_monais() -> None:
             load(theirs.conv_block, up.mix)
             f = theirs(f, skips[3 - n])
         torch.testing.assert_close(net.decode_features(x, feats), res(net.last, 4, 4)(f))
+
+
+def test_deep_logits_of_two_coarser_levels_in_training_alone() -> None:
+    net, plain = small(deep_supervision=True), small()
+    plain.load_state_dict({k: w for k, w in net.state_dict().items() if not k.startswith("deep_heads.")})
+    out = net.train()(crop())
+    assert [tuple(d.shape) for d in out.deep] == [(2, 3, 16, 8, 8), (2, 3, 8, 4, 4)]
+    torch.testing.assert_close(out.logits, plain(crop()).logits)
+    sum(part.sum() for part in (out.logits, *out.deep)).backward()
+    assert all(p.grad is not None for p in net.parameters())
+    assert net.eval()(crop()).deep == []
 
 
 def test_a_stage_without_its_scales_is_the_identity() -> None:

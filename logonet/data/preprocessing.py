@@ -18,7 +18,10 @@ from logonet.core.errors import BadScan, UserError
 from logonet.data import volume
 from logonet.data.volume import LowHigh, Volume
 
-Scheme = Literal["auto", "window", "percentiles", "window_percentiles", "zscore", "min_max", "none"]
+Name = Literal[
+    "auto", "window", "percentiles", "window_percentiles", "zscore", "zscore_whole", "min_max", "none"
+]
+Scheme = Name | tuple[float, float]
 ZSCORE_SD = 5.0  # standard deviations on either side of the mean that "zscore" keeps
 
 
@@ -32,9 +35,10 @@ class Preprocessing(Section):
         mr_percentiles: of the nonzero voxels, mapped to [0, 1], for scans without an absolute scale.
         intensity: how a channel's values become [0, 1], one scheme for all channels or one for each. "window":
             ``window_hu``; "percentiles": ``mr_percentiles``; "window_percentiles": the percentiles of what the window
-            leaves; "zscore": five standard deviations on either side of the nonzero mean; "min_max"; "none": the
-            values are in [0, 1] already. "auto": the window for CT, the percentiles for MR, and what nnU-Net's names of
-            channels say ("zscore", "noNorm", "rescale_to_0_1").
+            leaves; "zscore": five standard deviations on either side of the nonzero mean; "zscore_whole": of all
+            voxels'; "min_max"; "none": the values are in [0, 1] already; two numbers: that window. "auto": the window
+            for CT, the percentiles for MR, and what nnU-Net's names of channels say ("zscore", "noNorm",
+            "rescale_to_0_1").
     """
 
     spacing_mm: tuple[Positive, Positive, Positive] | None = None
@@ -49,6 +53,17 @@ class Preprocessing(Section):
             if not low < high:
                 key = f"{self._key}.{name}".lstrip(".")
                 raise UserError(f"{key} is ({low}, {high}); set (low, high) with low < high")
+        for scheme in self.schemes:
+            if not isinstance(scheme, str) and not scheme[0] < scheme[1]:
+                key = f"{self._key}.intensity".lstrip(".")
+                raise UserError(f"{key} has the window {scheme}; set (low, high) with low < high")
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """``intensity`` as one scheme, or one for each channel."""
+        given: Any = self.intensity
+        one = isinstance(given, str) or (given and isinstance(given[0], int | float))
+        return (given,) if one else given
 
     @classmethod
     def of(cls, settings: Preprocessing | Mapping[str, Any]) -> Self:
@@ -74,7 +89,7 @@ class Preprocessing(Section):
             BadScan: where they coincide, so that there is no contrast to scale, or the scan has other channels.
         """
         kinds = modality.split(volume.JOIN)
-        schemes = [self.intensity] if isinstance(self.intensity, str) else list(self.intensity)
+        schemes = list(self.schemes)
         for what, given in (("modalities", kinds), ("schemes in 'intensity'", schemes)):
             if len(given) not in (1, len(array_CXYZ)):
                 raise BadScan(
@@ -88,7 +103,9 @@ class Preprocessing(Section):
         low, high = (np.array(ends, np.float32).reshape(-1, 1, 1, 1) for ends in zip(*ranges))
         return low, high
 
-    def _range(self, array_XYZ: np.ndarray, kind: str, scheme: str, scan_id: str) -> tuple[float, float]:
+    def _range(self, array_XYZ: np.ndarray, kind: str, scheme: Scheme, scan_id: str) -> tuple[float, float]:
+        if not isinstance(scheme, str):
+            return scheme
         if scheme == "auto":
             scheme = {"CT": "window", "MR": "percentiles"}.get(kind) or volume.NORMALISATIONS[kind]
         if scheme == "window":
@@ -101,8 +118,8 @@ class Preprocessing(Section):
                     f"{scan_id}: goes from {low:g} to {high:g}, not from 0 to 1 as intensity 'none' says; {hint}"
                 )
             return 0.0, 1.0
-        if scheme == "zscore":
-            inside = array_XYZ[array_XYZ != 0]
+        if scheme in ("zscore", "zscore_whole"):
+            inside = array_XYZ[array_XYZ != 0] if scheme == "zscore" else array_XYZ
             mean, half = float(inside.mean(dtype=np.float64)), ZSCORE_SD * float(inside.std(dtype=np.float64))
             return volume.contrast(mean - half, mean + half, scan_id)
         if scheme == "min_max":

@@ -32,6 +32,8 @@ F features.
     the loop detects collapse.
 ``backbone``
     The network; its weights are what transfers. (The attribute is part of the names of stored weights.)
+``exported``
+    The network that is validated and whose weights a run stores for use: by default ``backbone``.
 ``after_step(progress)``, optional
     Runs after each optimizer step (EMA teachers).
 

@@ -28,6 +28,11 @@ class MethodModule(nn.Module, Generic[C]):
         self.cfg = cfg
         self.backbone = network
 
+    @property
+    def exported(self) -> Network:
+        """The network that is validated and whose weights are stored for use."""
+        return self.backbone
+
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch of what ``prepare`` returns."""
         raise NotImplementedError

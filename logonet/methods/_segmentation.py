@@ -8,6 +8,7 @@ Shapes: B samples, C input channels, K classes (0 is background), X Y Z the crop
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from logonet.core.config import OMIT_DEFAULT, NonNegative, Section
 from logonet.core.errors import UserError
 from logonet.data import augment, volume
 from logonet.data.classes import IGNORE, membership
@@ -24,6 +26,30 @@ from logonet.methods._parts import ratio, wide
 from logonet.networks import SegOut
 
 SMOOTH = 1e-5  # the epsilon of Eq. 7
+
+
+@dataclass(frozen=True)
+class Losses(Section, key="method"):
+    """Dice and cross-entropy, in the configs of methods that learn from labels.
+
+    Attributes:
+        w_dice: w_dl of Eq. 6.
+        w_ce: w_cl of Eq. 6.
+        batch_dice: Eq. 7's sums are over the voxels of all crops of a forward pass, as nnFormer and nnU-Net have it, so
+            that a class that a crop lacks is not counted as missed in it.
+        background: Eq. 7's mean over the classes includes background; nnFormer and nnU-Net leave it out. It stays in
+            the cross-entropy.
+        squared: Eq. 7's denominator has the squares of the probabilities (MedContext's Eq. 3, MONAI's recipes).
+    """
+
+    w_dice: NonNegative = 1.0
+    w_ce: NonNegative = 1.0
+    batch_dice: bool = field(default=False, metadata=OMIT_DEFAULT)
+    background: bool = field(default=True, metadata=OMIT_DEFAULT)
+    squared: bool = field(default=False, metadata=OMIT_DEFAULT)
+
+
+PLAIN = Losses()
 
 
 def check_classes(name: str, data_spec: DataSpec) -> None:
@@ -46,13 +72,17 @@ def distorted(
     return {"image": image_CXYZ, "labels": labels_XYZ}
 
 
-def of_all_outputs(out: SegOut, labels_BXYZ: Tensor, ignores: bool) -> list[tuple[Tensor, Tensor]]:
+def of_all_outputs(
+    out: SegOut, labels_BXYZ: Tensor, ignores: bool, cfg: Losses = PLAIN
+) -> list[tuple[Tensor, Tensor]]:
     """`dice_and_ce` of each output of a network, fine to coarse, against the labels at its size."""
     outputs = (out.logits, *out.deep)
-    return [dice_and_ce(logits, nearest(labels_BXYZ, logits), ignores) for logits in outputs]
+    return [dice_and_ce(logits, nearest(labels_BXYZ, logits), ignores, cfg) for logits in outputs]
 
 
-def dice_and_ce(logits_BKXYZ: Tensor, labels_BXYZ: Tensor, ignores: bool = False) -> tuple[Tensor, Tensor]:
+def dice_and_ce(
+    logits_BKXYZ: Tensor, labels_BXYZ: Tensor, ignores: bool = False, cfg: Losses = PLAIN
+) -> tuple[Tensor, Tensor]:
     """Dice loss (Eq. 7) and cross-entropy (Eq. 8) of each sample, both (B,), whatever the logits in float32 or better.
 
     Eq. 7 is taken per class, background included, and averaged over classes; Eq. 8, a sum over classes, is
@@ -61,16 +91,26 @@ def dice_and_ce(logits_BKXYZ: Tensor, labels_BXYZ: Tensor, ignores: bool = False
 
     Args:
         ignores: labels may be IGNORE; such voxels are left out of all sums, as nnU-Net leaves them out.
+        cfg: variants of Eq. 7; the weights are not applied here. With ``batch_dice`` all samples have the same Dice
+            loss.
     """
     logits_BKV, labels_BV = logits_BKXYZ.flatten(2), labels_BXYZ.flatten(1)
     with torch.autocast(logits_BKV.device.type, enabled=False):
         logits_BKV = wide(logits_BKV)
         known_BV = (labels_BV != IGNORE).to(logits_BKV) if ignores else None
         labels_BV = labels_BV.long() if known_BV is None else labels_BV.long() * (known_BV > 0)
-        ce_B, both_BK, p_BK = _SoftmaxSums.apply(logits_BKV, labels_BV, known_BV)
+        ce_B, both_BK, p_BK = _SoftmaxSums.apply(logits_BKV, labels_BV, known_BV, cfg.squared)
         t_BK = per_class(known_BV, labels_BV, logits_BKV.shape[1]).to(p_BK)
-        dice_BK = (2 * both_BK + SMOOTH) / (p_BK + t_BK + SMOOTH)
-        return 1 - dice_BK.mean(1), ce_B
+        first = 0 if cfg.background else 1
+        return _dice_loss(both_BK[:, first:], p_BK[:, first:], t_BK[:, first:], cfg.batch_dice), ce_B
+
+
+def _dice_loss(both_BK: Tensor, p_BK: Tensor, t_BK: Tensor, over_batch: bool) -> Tensor:
+    """1 - Eq. 7, averaged over the classes, of each sample or of all together, (B,), from sums over voxels."""
+    if over_batch:
+        both_BK, p_BK, t_BK = (x_BK.sum(0, keepdim=True).expand_as(x_BK) for x_BK in (both_BK, p_BK, t_BK))
+    dice_BK = (2 * both_BK + SMOOTH) / (p_BK + t_BK + SMOOTH)
+    return 1 - dice_BK.mean(1)
 
 
 class Regions(nn.Module):
@@ -96,11 +136,11 @@ class Regions(nn.Module):
         inside_BRV = (self.bits[labels_B1V.long()].int() >> shifts_R1) & 1 > 0
         return inside_BRV, labels_B1V != IGNORE
 
-    def losses(self, out: SegOut, labels_BXYZ: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def losses(self, out: SegOut, labels_BXYZ: Tensor, cfg: Losses = PLAIN) -> list[tuple[Tensor, Tensor]]:
         """Dice loss and cross-entropy, each (B,), of each output of a network, fine to coarse."""
-        return [self._losses(logits, nearest(labels_BXYZ, logits)) for logits in (out.logits, *out.deep)]
+        return [self._losses(logits, nearest(labels_BXYZ, logits), cfg) for logits in (out.logits, *out.deep)]
 
-    def _losses(self, logits_BRXYZ: Tensor, labels_BXYZ: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses(self, logits_BRXYZ: Tensor, labels_BXYZ: Tensor, cfg: Losses) -> tuple[Tensor, Tensor]:
         with torch.autocast(logits_BRXYZ.device.type, enabled=False):
             logits_BRV = wide(logits_BRXYZ.flatten(2))
             inside_BRV, known_B1V = (mask.to(logits_BRV) for mask in self.targets(labels_BXYZ))
@@ -108,8 +148,8 @@ class Regions(nn.Module):
             ce_B = (ce_BRV.mean(1, keepdim=True) * known_B1V).sum((1, 2)) / known_B1V.sum((1, 2)).clamp_min(1)
             p_BRV = logits_BRV.sigmoid() * known_B1V
             t_BRV = inside_BRV * known_B1V
-            dice_BR = (2 * (p_BRV * t_BRV).sum(2) + SMOOTH) / (p_BRV.sum(2) + t_BRV.sum(2) + SMOOTH)
-            return 1 - dice_BR.mean(1), ce_B
+            p_BR = (p_BRV.square() if cfg.squared else p_BRV).sum(2)
+            return _dice_loss((p_BRV * t_BRV).sum(2), p_BR, t_BRV.sum(2), cfg.batch_dice), ce_B
 
     @torch.no_grad()
     def metrics(self, logits_BRXYZ: Tensor, labels_BXYZ: Tensor) -> dict[str, Tensor]:
@@ -124,7 +164,7 @@ class Regions(nn.Module):
 
 class _SoftmaxSums(torch.autograd.Function):
     """What Eq. 7 and 8 need of the softmax p of logits_BKV: the mean of -log p at the label, (B,); for each
-    class the sum of p where it is the label, (B, K); and of p everywhere, (B, K).
+    class the sum of p where it is the label, (B, K); and of p, or of its square, everywhere, (B, K).
 
     By hand, because the loss is where training needs most memory: one map of the logits' size is kept, where
     one-hot labels and what autograd keeps of each step make several.
@@ -132,8 +172,9 @@ class _SoftmaxSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_BKV: Tensor, labels_BV: Tensor, known_BV: Tensor | None
+        ctx: Any, logits_BKV: Tensor, labels_BV: Tensor, known_BV: Tensor | None, squared: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.squared = squared
         log_p_BKV = F.log_softmax(logits_BKV, dim=1)
         ctx.save_for_backward(log_p_BKV, labels_BV, known_BV)
         log_p_BV, p_BKV = log_p_BKV.gather(1, labels_BV[:, None])[:, 0], log_p_BKV.exp()
@@ -144,22 +185,26 @@ class _SoftmaxSums(torch.autograd.Function):
             ce_B = -(log_p_BV * known_BV).sum(1) / known_BV.sum(1).clamp_min(1)
             p_BV, p_BKV = p_BV * known_BV, p_BKV.mul_(known_BV[:, None])
         both_BK = per_class(p_BV, labels_BV, logits_BKV.shape[1])
-        return ce_B, both_BK.to(log_p_BV), p_BKV.sum(2)
+        return ce_B, both_BK.to(log_p_BV), (p_BKV.square_() if squared else p_BKV).sum(2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_ce_B: Tensor, d_both_BK: Tensor, d_p_BK: Tensor) -> tuple[Tensor, None, None]:
+    def backward(
+        ctx: Any, d_ce_B: Tensor, d_both_BK: Tensor, d_sum_BK: Tensor
+    ) -> tuple[Tensor, None, None, None]:
         log_p_BKV, labels_BV, known_BV = ctx.saved_tensors
         label_B1V, p_BKV = labels_BV[:, None], log_p_BKV.exp()
         # dL/dz = p (dL/dp - sum over classes of p dL/dp), where dL/dp is d_p plus, at the label, d_both. Of
         # the cross-entropy it is p, at the label p - 1.
         at_label_B1V = d_both_BK.gather(1, labels_BV)[:, None] * p_BKV.gather(1, label_B1V)
-        inner_B1V = (d_p_BK[:, :, None] * p_BKV).sum(1, keepdim=True) + at_label_B1V
+        d_p = d_sum_BK[:, :, None]
+        d_p = 2 * d_p * p_BKV if ctx.squared else d_p
+        inner_B1V = (d_p * p_BKV).sum(1, keepdim=True) + at_label_B1V
         counted_B = labels_BV.shape[1] if known_BV is None else known_BV.sum(1).clamp_min(1)
         d_ce_B11 = (d_ce_B / counted_B)[:, None, None]
-        d_logits_BKV = (d_p_BK[:, :, None] - (inner_B1V - d_ce_B11)).mul_(p_BKV)
+        d_logits_BKV = (d_p - (inner_B1V - d_ce_B11)).mul_(p_BKV)
         d_logits_BKV = d_logits_BKV.scatter_add_(1, label_B1V, at_label_B1V - d_ce_B11)
-        return d_logits_BKV if known_BV is None else d_logits_BKV.mul_(known_BV[:, None]), None, None
+        return d_logits_BKV if known_BV is None else d_logits_BKV.mul_(known_BV[:, None]), None, None, None
 
 
 def per_class(values_BV: Tensor | None, labels_BV: Tensor, num_classes: int) -> Tensor:

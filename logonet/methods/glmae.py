@@ -7,8 +7,12 @@ token accompanies the patches. Its projection for masked global and local views 
 a teacher, a moving average of encoder and projection (Eq. 5), for complete global views.
 
 The paper's encoder is UNETR's transformer with ``backbone.positions=sincos`` and ``backbone.qkv_bias=true`` (and an
-epsilon of 1e-6 in its normalisations, where MONAI's is 1e-5). Crops should be large: the paper cuts views out of
-whole volumes.
+epsilon of 1e-6 in its normalisations, where MONAI's is 1e-5).
+
+The paper cuts views out of whole volumes. So crops should be large, whatever the backbone's size: as large as most
+scans, with ``trim`` and a low ``crops.min_image_share`` for the smaller ones, or at least 160 voxels a side; of smaller
+crops a global view is a magnified part. Views are resampled from the crop's own voxels and take 31 MB a sample at the
+paper's sizes, however large the crop.
 
 The paper trains with AdamW, lr 1e-2, batches of 256, 1600 epochs. This learning rate is implausible for AdamW: MAE's
 1.5e-4 per 256 samples with 40 epochs of warm-up, weight decay 0.05 and betas 0.9 and 0.95 is safer.
@@ -29,7 +33,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from logonet.core.config import Count, Fraction, NonNegative, Positive, Section, Share, SizeVox
+from logonet.core.config import OMIT_DEFAULT, Count, Fraction, NonNegative, Positive, Section, Share, SizeVox
 from logonet.core.errors import UserError
 from logonet.data import augment, volume
 from logonet.methods import DataSpec, _masked, _selfsup, _views
@@ -68,6 +72,8 @@ class Config(Section, key="method"):
         student_temperature, teacher_temperature: of Eq. 7, which has one without a value; DINO's.
         centre: take the running mean off the teacher's projections (DINO; not the paper's).
         momentum_start, momentum_end: the teacher's share of itself, along half a cosine; 1 - mu of Eq. 5. BYOL's.
+        trim: views are of the crop without the planes at its sides that are all 0, with which a scan that is smaller
+            than the crop is padded, so that a global view spans its share of the scan.
     """
 
     num_global: Count = 2
@@ -94,6 +100,7 @@ class Config(Section, key="method"):
     centre: bool = False
     momentum_start: Share = 0.996
     momentum_end: Share = 1.0
+    trim: bool = field(default=False, metadata=OMIT_DEFAULT)
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -159,15 +166,29 @@ def prepare(sample: Mapping[str, Any], cfg: Config, rng: np.random.Generator) ->
         ``keep_global`` and ``keep_local``, int64 (W, V), the visible patches.
     """
     image_CXYZ = sample["image_CXYZ"]
+    sizes_vox = cfg.sizes(image_CXYZ.shape[1:])
+    if cfg.trim:
+        image_CXYZ = trimmed(image_CXYZ)
     out: dict[str, np.ndarray] = {}
     for kind in cfg.views:
-        size_vox, count = cfg.sizes(image_CXYZ.shape[1:])[kind], getattr(cfg, f"num_{kind}")
+        size_vox, count = sizes_vox[kind], getattr(cfg, f"num_{kind}")
         num_patches = math.prod(grid_of(size_vox, cfg.patch_vox))
         visible, scale = num_visible(num_patches, cfg.ratio), getattr(cfg, f"{kind}_scale")
         out[kind] = np.stack([view(image_CXYZ, size_vox, scale, cfg.augment, rng) for _ in range(count)])
         keeps = [_masked.draw_visible(num_patches, visible, rng) for _ in range(count)]
         out[f"keep_{kind}"] = np.stack(keeps)
     return out
+
+
+def trimmed(image_CXYZ: np.ndarray) -> np.ndarray:
+    """The image without the planes at its sides that are all 0; itself where it is nothing else."""
+    for axis in (1, 2, 3):
+        filled = np.flatnonzero(np.moveaxis(image_CXYZ, axis, 0).any((1, 2, 3)))
+        if len(filled):
+            inside = [slice(None)] * 4
+            inside[axis] = slice(filled[0], filled[-1] + 1)
+            image_CXYZ = image_CXYZ[tuple(inside)]
+    return image_CXYZ
 
 
 def view(
@@ -189,7 +210,7 @@ def view(
         box.append(slice(first, first + length))
     part_CXYZ = volume.from_uint16(image_CXYZ[:, *box])
     sides = zip(part_CXYZ.shape[1:], size_vox)
-    resized_CXYZ = _views.along_axes(part_CXYZ, [_views.resizing(old, new, order=1) for old, new in sides])
+    resized_CXYZ = augment.along_axes(part_CXYZ, [augment.resizing(old, new, order=1) for old, new in sides])
     out_CXYZ = _views.augmented(resized_CXYZ, augment.draw(distortion, size_vox, rng))
     np.clip(out_CXYZ, 0, 1, out=out_CXYZ)
     out_CXYZ *= 65535

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logonet.core.config import Count, Fraction, NonNegative, Section, Share
+from logonet.core.config import OMIT_DEFAULT, Count, Fraction, NonNegative, Share
 from logonet.core.errors import UserError
 from logonet.data import augment
 from logonet.methods import DataSpec, _segmentation
 from logonet.methods._parts import MethodModule, check_weights, means, ratio, sums, wide
 from logonet.methods._selfsup import check_momentum, follow, follow_all, pooled, teacher_of
-from logonet.networks import SegOut, TokenNetwork
+from logonet.networks import Network, SegOut, TokenNetwork
 
 NEEDS = frozenset({"labels"})
 SMALLEST = 1e-8  # lower bound of a mean square of logits in a denominator
@@ -37,11 +37,11 @@ CONSTANT = 1e-3  # variation of the teacher's logits; healthy training has tenth
 
 
 @dataclass(frozen=True)
-class Config(Section, key="method"):
-    """Defaults are the paper's where it gives them.
+class Config(_segmentation.Losses, key="method"):
+    """Defaults are the paper's where it gives them, but for ``squared``: its Eq. 3 has squares.
 
     Attributes:
-        w_dice, w_ce, augment: as of ``supervised``; the paper adds both losses up.
+        augment: as of ``supervised``.
         mask_ratio: share of the units of the slice plane that are hidden, rounded down (0.4, the best of Table 7).
         unit_vox: side of a unit in voxels. The paper's is a token of its network: UNETR's 16, nnFormer's 4.
             SwinUNETR's would be 2, which its neighbours give away: leave it at 16 there.
@@ -49,10 +49,11 @@ class Config(Section, key="method"):
         consistency: "paper" is Eq. 2. "released" divides the mean squared difference by the norm of the teacher's
             logits, not squared, as the released code does: at 96^3 and 14 classes next to nothing.
         momentum_start, momentum_end: share that the teacher keeps of itself at each step, along half a cosine.
+        w_whole, w_masked: weights of the supervised losses of the whole crop and of the masked one. The paper's loss
+            ablation: w_masked=0 is the consistency alone (CL), beta=0 the masked student's loss alone (MSL).
+        export: whose weights are validated and stored, and so segment. The paper finds the student's better.
     """
 
-    w_dice: NonNegative = 1.0
-    w_ce: NonNegative = 1.0
     mask_ratio: Fraction = 0.4
     unit_vox: Count = 16
     beta: NonNegative = 0.5
@@ -60,16 +61,17 @@ class Config(Section, key="method"):
     momentum_start: Share = 0.996
     momentum_end: Share = 1.0
     augment: augment.Config = field(default_factory=augment.Config)
+    w_whole: NonNegative = field(default=1.0, metadata=OMIT_DEFAULT)
+    w_masked: NonNegative = field(default=1.0, metadata=OMIT_DEFAULT)
+    export: Literal["student", "teacher"] = field(default="student", metadata=OMIT_DEFAULT)
 
 
 def check(cfg: Config, data_spec: DataSpec) -> None:
     """Raise UserError when ``cfg`` cannot work on labelled crops like these."""
     check_weights(cfg, "w_dice", "w_ce")
+    check_weights(cfg, "w_whole", "w_masked")
+    check_weights(cfg, "w_masked", "beta")  # else nothing would look at the masked crop
     check_momentum(cfg)
-    if data_spec.regions:
-        raise UserError(
-            "medcontext does not learn regions that overlap; use method supervised, or set data.classes"
-        )
     if any(side % cfg.unit_vox for side in data_spec.size_vox[:2]):
         num_x, num_y, _ = data_spec.size_vox
         raise UserError(
@@ -124,6 +126,7 @@ class MedContext(MethodModule[Config]):
         """
         super().__init__(cfg, network)
         self.num_classes, self.ignores = data_spec.num_classes, data_spec.ignores
+        self.regions = _segmentation.Regions(data_spec.regions) if data_spec.regions else None
         self.teacher = teacher_of(network)
         # In the released UNETR the first skip reads the unmasked crop, so the network sees what is hidden after all.
         # Here hidden voxels are blanked before anything reads them, and tokens, where there are any, are replaced too:
@@ -149,6 +152,11 @@ class MedContext(MethodModule[Config]):
                 module.train(mode)
         return self
 
+    @property
+    def exported(self) -> Network:
+        """The student or the teacher."""
+        return self.teacher if self.cfg.export == "teacher" else self.backbone
+
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch of what ``prepare`` returns; ``progress`` drives the teacher alone."""
         if progress == 0:
@@ -163,7 +171,7 @@ class MedContext(MethodModule[Config]):
         whole_B, dice_B, ce_B = self._supervised(whole, labels_BXYZ)
         masked_B, masked_dice_B, masked_ce_B = self._supervised(masked, labels_BXYZ)
         apart_B = consistency(masked.logits, target_BKXYZ, self.cfg.consistency)
-        loss = (whole_B + masked_B + self.cfg.beta * apart_B).mean()
+        loss = (self.cfg.w_whole * whole_B + self.cfg.w_masked * masked_B + self.cfg.beta * apart_B).mean()
         num_samples = len(labels_BXYZ)
         metrics = self._metrics(whole.logits, masked.logits, target_BKXYZ, labels_BXYZ)
         if whole.aux_loss is not None:
@@ -203,7 +211,10 @@ class MedContext(MethodModule[Config]):
     def _supervised(self, out: SegOut, labels_BXYZ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted loss over all outputs, and the Dice loss and cross-entropy of the finest; each (B,)."""
         # Eq. 3 lacks 1/C and turns the cross-entropy's sign: the DiceCE of ``supervised`` is meant.
-        parts = _segmentation.of_all_outputs(out, labels_BXYZ, self.ignores)
+        if self.regions is None:
+            parts = _segmentation.of_all_outputs(out, labels_BXYZ, self.ignores, self.cfg)
+        else:
+            parts = self.regions.losses(out, labels_BXYZ, self.cfg)
         losses = [self.cfg.w_dice * dice_B + self.cfg.w_ce * ce_B for dice_B, ce_B in parts]
         weighted = [w * loss_B for w, loss_B in zip(_segmentation.deep_weights(len(parts)), losses)]
         return torch.stack(weighted).sum(0), *parts[0]
@@ -215,14 +226,22 @@ class MedContext(MethodModule[Config]):
         """``train_dice`` and ``train_dice_per_class`` as of ``supervised``, of the whole crop.
 
         ``agreement``: Dice of what the student answers to the masked crop with what the teacher answers to the whole
-        one, averaged over the classes, background included, that either answers. ``teacher_variation``: variance of
-        the teacher's logits over voxels as a share of their mean square; 0 where it says the same everywhere.
+        one, averaged over the classes, background included, or the regions that either answers.
+        ``teacher_variation``: variance of the teacher's logits over voxels as a share of their mean square; 0 where it
+        says the same everywhere.
         """
-        alike_BK, answers_BK = _segmentation.overlap(masked.argmax(1), target.argmax(1), self.num_classes)
+        if self.regions is None:
+            found = _segmentation.hard_dice(whole, labels_BXYZ, self.num_classes)
+            alike_BK, answers_BK = _segmentation.overlap(masked.argmax(1), target.argmax(1), self.num_classes)
+        else:
+            found = self.regions.metrics(whole, labels_BXYZ)
+            one_BKV, other_BKV = (logits.flatten(2) > 0 for logits in (masked, target))
+            alike_BK = 2 * (one_BKV & other_BKV).sum(2).double()
+            answers_BK = (one_BKV.sum(2) + other_BKV.sum(2)).double()
         target_BKV = target.flatten(2).float()
         variance_B, square_B = target_BKV.var(2, correction=0).mean(1), target_BKV.square().mean((1, 2))
         return {
-            **_segmentation.hard_dice(whole, labels_BXYZ, self.num_classes),
+            **found,
             "agreement": _segmentation.mean_dice(alike_BK, answers_BK),
             **sums(len(variance_B), teacher_variation=variance_B / square_B.clamp_min(SMALLEST)),
         }

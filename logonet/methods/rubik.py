@@ -5,9 +5,13 @@ turned in their planes, and the whole network gives the crop back. "classify" is
 octants are put into one of K orders, some of them turned by 180 degrees, some masked with noise, and the encoder
 tells the order, the turns and the masks; the decoder is not trained.
 
-Of Rubik's Cube++ the adversarial term is left out: a discriminator is trained against the network, by an optimizer of
-its own in turn with the network's, and a method is one loss under one optimizer.
+Rubik's Cube++ adds an adversarial term: a discriminator tells restored crops from real ones. There the two networks
+train in turn. Here, where a method is one loss under one optimizer, they train at once, and the discriminator's
+gradient is reversed before it enters the network (Ganin & Lempitsky 2015), which makes the same game of it. Its form, a
+discriminator of patches (Isola et al. 2017), and its weight are ours.
 
+Of Rubik's Cube+ its published descriptions have 2 x 2 x 2 cells, a gap of about 10 voxels between them, K orders, turns
+by 180 degrees about two axes, and masks. The other numbers here, and all of Rubik's Cube++'s, are ours or recollected.
 Neither paper's training settings are given in those that compare with them: take those of the other pretexts.
 
 Shapes: B samples, C input channels, X Y Z the crop's axes, x y z a cell cut's, F features, K orders, L logits. There
@@ -20,7 +24,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -30,10 +34,10 @@ from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from logonet.core import seeding
-from logonet.core.config import Count, Positive, Section
+from logonet.core.config import OMIT_DEFAULT, Count, NonNegative, Positive, Section
 from logonet.core.errors import UserError
 from logonet.methods import DataSpec
-from logonet.methods._parts import MethodModule, freeze, intensity, ratio, sums
+from logonet.methods._parts import MethodModule, freeze, intensity, ratio, sums, wide
 from logonet.methods._selfsup import EncoderModule, joined, pooled
 from logonet.networks import Network, Triple
 
@@ -42,11 +46,12 @@ CELLS = 8
 # The axes that are mirrored: none; Y and Z, 180 degrees about X; X and Y, about Z.
 TURNS = ((), (1, 2), (0, 1))
 SETTLING_EPOCHS = 5  # no warning before
+LEAST_ADVERSARIAL = 8  # sides in voxels that the discriminator halves three times
 
 
 @dataclass(frozen=True)
 class Config(Section, key="method"):
-    """LoGoNet gives no setting of its rival; these numbers are recollected of the two papers and not verified.
+    """LoGoNet gives no setting of its rival; see above which of these numbers are the papers'.
 
     Attributes:
         form: "restore" (Rubik's Cube++) or "classify" (Rubik's Cube+).
@@ -59,6 +64,7 @@ class Config(Section, key="method"):
         orders: classify; K, the orders that are told apart.
         turn, mask: classify; whether cells are turned and masked besides.
         hidden: classify; width of the layer that the heads share.
+        w_adversarial: restore; weight of the adversarial term, 0 does without. 1 goes with a w_restore of 10.
     """
 
     form: Literal["restore", "classify"] = "restore"
@@ -70,6 +76,7 @@ class Config(Section, key="method"):
     turn: bool = True
     mask: bool = True
     hidden: Count = 512
+    w_adversarial: NonNegative = field(default=0.0, metadata=OMIT_DEFAULT)
 
 
 def check(cfg: Config, data_spec: DataSpec) -> None:
@@ -83,6 +90,11 @@ def check(cfg: Config, data_spec: DataSpec) -> None:
             )
         if cfg.moves[0] > cfg.moves[1]:
             raise UserError(f"method.moves is {cfg.moves}; set (fewest, most) with fewest <= most")
+        if cfg.w_adversarial and min(data_spec.size_vox) < LEAST_ADVERSARIAL:
+            raise UserError(
+                f"crops have {text} voxels, and method.w_adversarial wants sides of {LEAST_ADVERSARIAL} or more; set "
+                "it to 0 or use larger crops"
+            )
         return
     if min(cut_size(cfg, data_spec.size_vox)) < 1 or any(s % 2 for s in data_spec.size_vox):
         raise UserError(
@@ -174,17 +186,20 @@ def moved(image_CXYZ: np.ndarray, moves: Sequence[Move], cubie_vox: int) -> np.n
 
 
 class Restore(MethodModule[Config]):
-    """The network with a 1x1x1 convolution in the classifier's place; ``forward`` as the package's contract says."""
+    """The network with a 1x1x1 convolution in the classifier's place, and a discriminator if one is wanted; ``forward``
+    as the package's contract says."""
 
     def __init__(self, cfg: Config, network: Network, data_spec: DataSpec) -> None:
         super().__init__(cfg, network)
         freeze(network, network.head_prefixes)
         self.head = nn.Conv3d(network.feature_channels, data_spec.in_channels, 1)
+        self.discriminator = discriminator(data_spec.in_channels) if cfg.w_adversarial else None
 
     def forward(self, batch: Mapping[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one batch of what ``prepare`` returns; ``progress`` drives nothing here.
 
-        ``restored_error`` is the squared error as a share of that of leaving the crop as it was moved.
+        ``restored_error`` is the squared error as a share of that of leaving the crop as it was moved, and
+        ``adversarial_loss`` the discriminator's: ln 2 where it cannot tell the crops apart.
         """
         x_BCXYZ, target_BCXYZ = intensity(batch["image"]), intensity(batch["target"])
         feats = self.backbone.encode(x_BCXYZ)
@@ -194,12 +209,43 @@ class Restore(MethodModule[Config]):
             for image in (found_BCXYZ, x_BCXYZ)
         )
         loss_B = self.cfg.w_restore * error_B
-        metrics = {
+        metrics = {}
+        if self.discriminator is not None:
+            told_B = adversarial(self.discriminator, target_BCXYZ, found_BCXYZ)
+            loss_B = loss_B + self.cfg.w_adversarial * told_B
+            metrics = sums(len(told_B), adversarial_loss=told_B)
+        metrics |= {
             "loss": ratio(loss_B.sum(), len(loss_B)),
             "restored_error": ratio(error_B.double().sum(), unmoved_B.double().sum()),
             "embeddings_BF": pooled(feats[-1].detach()).float(),
         }
         return loss_B.mean(), metrics
+
+
+def discriminator(in_channels: int) -> nn.Sequential:
+    """From crops to a logit for each patch: positive where it looks real."""
+    layers: list[nn.Module] = []
+    for before, width in ((in_channels, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv3d(before, width, 4, 2, 1), nn.GroupNorm(8, width), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Conv3d(128, 1, 3, padding=1))
+
+
+def adversarial(tell: nn.Module, real_BCXYZ: Tensor, found_BCXYZ: Tensor) -> Tensor:
+    """The discriminator's loss for each sample, (B,), whose gradient reaches ``found_BCXYZ`` reversed."""
+    real, found = (wide(tell(x)).flatten(1) for x in (real_BCXYZ, _Reversed.apply(found_BCXYZ)))
+    return (F.softplus(-real).mean(1) + F.softplus(found).mean(1)) / 2
+
+
+class _Reversed(torch.autograd.Function):
+    """Forward the identity, backward its negative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return -grads[0]
 
 
 # --------------------------------------------------------------------------------------------- classify

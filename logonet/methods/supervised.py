@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logonet.core.config import NonNegative, Section
 from logonet.data import augment
 from logonet.methods import DataSpec, _segmentation
 from logonet.methods._parts import MethodModule, check_weights, freeze, means, modules_under, sums
@@ -26,19 +25,15 @@ NEEDS = frozenset({"labels"})
 
 
 @dataclass(frozen=True)
-class Config(Section, key="method"):
+class Config(_segmentation.Losses, key="method"):
     """Defaults are the best row of the paper's Table 10.
 
     Attributes:
-        w_dice: w_dl of Eq. 6.
-        w_ce: w_cl of Eq. 6.
         encoder: "frozen" trains the decoder and the classifier on an encoder that stays what it is, running
             statistics of its normalisations included.
         augment: how crops are distorted.
     """
 
-    w_dice: NonNegative = 1.0
-    w_ce: NonNegative = 1.0
     encoder: Literal["train", "frozen"] = "train"
     augment: augment.Config = field(default_factory=augment.Config)
 
@@ -82,10 +77,10 @@ class Supervised(MethodModule[Config]):
         x_BCXYZ, labels_BXYZ = batch["image"], batch["labels"]
         out = self.backbone.decode(x_BCXYZ, self.backbone.encode(x_BCXYZ))
         if self.regions is None:
-            parts = _segmentation.of_all_outputs(out, labels_BXYZ, self.ignores)
+            parts = _segmentation.of_all_outputs(out, labels_BXYZ, self.ignores, self.cfg)
             metrics = _segmentation.hard_dice(out.logits, labels_BXYZ, self.num_classes)
         else:
-            parts = self.regions.losses(out, labels_BXYZ)
+            parts = self.regions.losses(out, labels_BXYZ, self.cfg)
             metrics = self.regions.metrics(out.logits, labels_BXYZ)
         losses = [(self.cfg.w_dice * dice_B + self.cfg.w_ce * ce_B).mean() for dice_B, ce_B in parts]
         weights = _segmentation.deep_weights(len(parts))

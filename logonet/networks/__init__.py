@@ -22,6 +22,7 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, get_args, get_type_hints
 
 import torch
@@ -52,9 +53,12 @@ class Network(nn.Module):
         encoder_prefixes: prefixes of the names of the parameters that `encode` uses.
         head_prefixes: prefixes of the parameters that only the classifier uses. Pretraining does not train them.
         channels_last: its maps lie channels last on CUDA, where convolutions then want their weights to lie so too.
+        positions: the tensors of the state dict that hold a vector for each token, (1, N, E), and their grid of
+            tokens. Weight transfer interpolates them to another crop size's.
     """
 
     channels_last = False
+    positions: Mapping[str, Triple] = MappingProxyType({})
 
     channels: tuple[int, ...]
     strides: tuple[int | Triple, ...]

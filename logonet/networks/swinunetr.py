@@ -6,17 +6,18 @@ the tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, MultipleOf
 from torch import Tensor
 
-from logonet.core.config import Count, Section
+from logonet.core.config import OMIT_DEFAULT, Count, Section
 from logonet.networks import TokenNetwork, Triple
-from logonet.networks._shared import Norm, check_heads, norm_name, upwards
+from logonet.networks._shared import Norm, check_heads, norm_name, total_strides, upwards
 
+PatchSide = Literal[1, 2]
 SAME = ("depths", "num_heads", "window_size", "feature_size", "use_v2")  # options that MONAI calls alike
 
 TINY: dict[str, Any] = {
@@ -40,6 +41,8 @@ class Config(Section, key="backbone"):
         use_v2: a residual convolution block before each stage (SwinUNETR-V2).
         norm: of the convolution blocks; the transformer has layer normalisation.
         checkpointing: recompute the Swin blocks in backward: less memory, more time.
+        patch: voxels of a token along X, Y and Z, each 1 or 2. SimTROT has (2, 2, 1) for thick slices. Along an axis
+            of 1 the decoder's last step keeps the size.
     """
 
     feature_size: Annotated[int, Ge(12), MultipleOf(12)] = 48
@@ -49,6 +52,7 @@ class Config(Section, key="backbone"):
     use_v2: bool = False
     norm: Norm = "instance"
     checkpointing: bool = False
+    patch: tuple[PatchSide, PatchSide, PatchSide] = field(default=(2, 2, 2), metadata=OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +60,8 @@ class Config(Section, key="backbone"):
 
 
 def size_multiple(cfg: Config) -> Triple:
-    return 32, 32, 32
+    x, y, z = (16 * p for p in cfg.patch)
+    return x, y, z
 
 
 class SwinUNETR(TokenNetwork):
@@ -68,11 +73,10 @@ class SwinUNETR(TokenNetwork):
 
     encoder_prefixes = ("net.swinViT.",)
     head_prefixes = ("net.out.",)
-    strides = (2, 4, 8, 16, 32)
-    embed_stride = (2, 2, 2)
 
     def __init__(self, cfg: Config, in_channels: int, num_classes: int) -> None:
         super().__init__()
+        from monai.networks.blocks import UnetrUpBlock
         from monai.networks.nets import SwinUNETR as Wrapped
 
         device = torch.get_default_device()
@@ -80,8 +84,14 @@ class SwinUNETR(TokenNetwork):
         with torch.device("cpu"):
             others: Any = {"norm_name": norm_name(cfg.norm), "use_checkpoint": cfg.checkpointing}
             same = {key: getattr(cfg, key) for key in SAME}
-            self.net: Any = Wrapped(in_channels, num_classes, **same, **others)
+            self.net: Any = Wrapped(in_channels, num_classes, patch_size=cfg.patch, **same, **others)
+            if cfg.patch != (2, 2, 2):  # MONAI's decoder doubles every side
+                f, norm = cfg.feature_size, norm_name(cfg.norm)
+                self.net.decoder1 = UnetrUpBlock(3, f, f, 3, cfg.patch, norm, res_block=True)
         self.net.to(device)
+        strides = total_strides([cfg.patch, *[(2, 2, 2)] * 4])
+        self.strides = tuple(s if len(set(s)) > 1 else s[0] for s in strides)
+        self.embed_stride = cfg.patch
         self.channels = tuple(cfg.feature_size * 2**level for level in range(5))
         self.feature_channels = self.embed_channels = cfg.feature_size
 

@@ -6,20 +6,18 @@ are seen, XYZ the crop's axes, xyz those of the tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
-from annotated_types import Ge, MultipleOf
-from torch import Tensor
+from torch import Tensor, nn
 
-from logonet.core.config import Count, Section
+from logonet.core.config import OMIT_DEFAULT, Count, Section, SizeVox
 from logonet.core.errors import UserError
 from logonet.networks import TokenNetwork, Triple, check_img_size
 from logonet.networks._shared import chained, resized_positions, sincos, upwards, without_cross_attention
 
-PATCH = 16  # side in voxels of what becomes one token; fixed by the four doublings of the decoder
-Patches = Annotated[int, Ge(PATCH), MultipleOf(PATCH)]
+PatchSide = Literal[8, 16]  # the decoder doubles sides four times, or three
 
 # Of the transformer's 12 layers: Dosovitskiy et al. 2021, Table 1, and Touvron et al. 2021, Table 1.
 _VARIANTS: dict[str, dict[str, int]] = {
@@ -47,9 +45,11 @@ class Config(Section, key="backbone"):
         hidden_size, mlp_dim, num_heads: of the transformer's 12 layers; None is the variant's.
         positions: "learned" vectors, or "sincos", which are fixed (GL-MAE's).
         qkv_bias: a bias in attention's projections, which GL-MAE's transformer has and UNETR's lacks.
+        patch: voxels of a token along X, Y and Z, each 8 or 16. SimTROT has (16, 16, 8) for thick slices. Along an
+            axis of 8 the decoder's last step, to full resolution, keeps the size.
     """
 
-    img_size: tuple[Patches, Patches, Patches] = (96, 96, 96)
+    img_size: SizeVox = (96, 96, 96)
     feature_size: Count = 32
     variant: Literal["vit_b", "vit_t"] = "vit_b"
     hidden_size: Count | None = None
@@ -57,9 +57,16 @@ class Config(Section, key="backbone"):
     num_heads: Count | None = None
     positions: Literal["learned", "sincos"] = "learned"
     qkv_bias: bool = False
+    patch: tuple[PatchSide, PatchSide, PatchSide] = field(default=(16, 16, 16), metadata=OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if any(side % p for side, p in zip(self.img_size, self.patch)):
+            near = tuple(-(-side // p) * p for side, p in zip(self.img_size, self.patch))
+            raise UserError(
+                f"backbone.img_size is {self.img_size}; its sides must be multiples of backbone.patch {self.patch}; "
+                f"use {near}"
+            )
         hidden, heads = self.vit["hidden_size"], self.vit["num_heads"]
         if hidden % heads:
             raise UserError(
@@ -80,34 +87,45 @@ class Config(Section, key="backbone"):
 
 
 def size_multiple(cfg: Config) -> Triple:
-    return PATCH, PATCH, PATCH
+    return cfg.patch
 
 
 class UNETR(TokenNetwork):
     """101,787,214 parameters and 264.60 G multiply-accumulates (as thop counts) at 96^3 with 14 classes, on ViT-T
     16,362,382 and 241.27 G; MONAI's has 18,432 (4,608) parameters more, which it never uses.
 
-    Features: tokens after layers 4, 7, 10 and 12 of the transformer as maps, all at stride 16, the last
+    Features: tokens after layers 4, 7, 10 and 12 of the transformer as maps, all at a patch's stride, the last
     normalised. What makes a pyramid of them, MONAI's encoder1 to encoder4, is the decoder's.
     """
 
     encoder_prefixes = ("net.vit.",)
     head_prefixes = ("net.out.",)
-    strides = (PATCH,) * 4
-    embed_stride = (PATCH,) * 3
 
     def __init__(self, cfg: Config, in_channels: int, num_classes: int) -> None:
         super().__init__()
+        from monai.networks.blocks import UnetrUpBlock
         from monai.networks.nets import UNETR as Wrapped
 
+        self.cfg = cfg
+        self.embed_channels = width = cfg.vit["hidden_size"]
+        self.embed_stride, self.strides = (
+            cfg.patch,
+            (cfg.patch if len(set(cfg.patch)) > 1 else cfg.patch[0],) * 4,
+        )
+        # MONAI's patches have 16 voxels a side: what depends on their size, but for the grid, is replaced.
+        size = [16 * tokens for tokens in self._grid]
         self.net: Any = Wrapped(
-            in_channels, num_classes, cfg.img_size, cfg.feature_size, qkv_bias=cfg.qkv_bias, **cfg.vit
+            in_channels, num_classes, size, cfg.feature_size, qkv_bias=cfg.qkv_bias, **cfg.vit
         )
         without_cross_attention(self.net.vit.blocks)
-        self.cfg = cfg
-        self.embed_channels = cfg.vit["hidden_size"]
+        if cfg.patch != (16, 16, 16):
+            embedding = nn.Conv3d(in_channels, width, cfg.patch, cfg.patch)
+            self.net.vit.patch_embedding.patch_embeddings = embedding
+            f, last = cfg.feature_size, [p // 8 for p in cfg.patch]
+            self.net.decoder2 = UnetrUpBlock(3, 2 * f, f, 3, last, "instance", res_block=True)
         if cfg.positions == "sincos":
             self.net.vit.patch_embedding.position_embeddings = sincos(self._grid, self.embed_channels)
+        self.positions = {"net.vit.patch_embedding.position_embeddings": self._grid}
         self.channels = (self.embed_channels,) * 4
         self.feature_channels = cfg.feature_size
 
@@ -144,7 +162,7 @@ class UNETR(TokenNetwork):
     @property
     def _grid(self) -> Triple:
         """Tokens along X, Y and Z."""
-        x, y, z = (side // PATCH for side in self.cfg.img_size)
+        x, y, z = (side // p for side, p in zip(self.cfg.img_size, self.cfg.patch))
         return x, y, z
 
     def _placed(self, map_BExyz: Tensor) -> Tensor:

@@ -5,16 +5,16 @@ Letters: B batch, C input channels, F features, K classes, XYZ the crop's axes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logonet.core.config import Count, Section
+from logonet.core.config import OMIT_DEFAULT, Count, Section
 from logonet.core.errors import UserError
-from logonet.networks import Network, Triple
+from logonet.networks import Network, SegOut, Triple
 from logonet.networks._conv import PointConv3d, channels_first, channels_last, conv
 from logonet.networks._lka import to_layout
 from logonet.networks._shared import GROUPS, Norm, check_groups
@@ -39,22 +39,27 @@ class Config(Section, key="backbone"):
         feature_size: width at full resolution and of the first stage; each later stage doubles it.
         depths: blocks of each of the four stages; None is the variant's.
         kernel_size: of the depthwise convolutions; odd.
-        scaling: how a block widens and narrows: each channel alone ("depthwise", the paper's DCS) or all of
-            them together ("mlp", of the paper's ablation).
+        scaling: how a block widens and narrows: each channel alone ("depthwise", the paper's DCS), all of them together
+            ("mlp") or not at all ("none"), the latter two of the paper's ablation (section 6.3).
         block: "released" or, as the paper's Eq. 1 has it, "paper"; see ReleasedBlock and PaperBlock.
         norm: of the decoder; the encoder has layer normalisation.
         channels_last: memory layout and layers that are fast on a CPU, or torch's own: the same numbers. CUDA's layout
             is always torch's own.
+        convolution: the large one's kind, "depthwise" or, of the paper's ablation, "dense".
+        deep_supervision: give logits of the decoder's levels at a half and a quarter of the resolution in training, as
+            the paper does in nnU-Net's frame (Table 6).
     """
 
     variant: Literal["normal", "optimised"] = "normal"
     feature_size: Count = 48
     depths: tuple[Count, Count, Count, Count] | None = None
     kernel_size: Count = 7
-    scaling: Literal["depthwise", "mlp"] = "depthwise"
+    scaling: Literal["depthwise", "mlp", "none"] = "depthwise"
     block: Literal["released", "paper"] = "released"
     norm: Norm = "instance"
     channels_last: bool = True
+    convolution: Literal["depthwise", "dense"] = field(default="depthwise", metadata=OMIT_DEFAULT)
+    deep_supervision: bool = field(default=False, metadata=OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,11 +80,12 @@ class UXNet3D(Network):
     convolution block of 384 features as the bottleneck. Its 626.58 G are far from the paper's 536.1 G, which
     no change at a 16th of the resolution reaches: all of the normal net's bottleneck costs about 20 G.
 
+    With dense convolutions there are 186,858,830 parameters, the paper's 3.5 times as many.
+
     Features: the four stages, each normalised over its channels.
     """
 
     encoder_prefixes = ("stem.", "stem_norm.", "downs.", "down_norms.", "stages.", "out_norms.")
-    head_prefixes = ("output.",)
     strides = (2, 4, 8, 16)
 
     def __init__(self, cfg: Config, in_channels: int, num_classes: int) -> None:
@@ -105,6 +111,11 @@ class UXNet3D(Network):
         self.ups = nn.ModuleList(Up(*pair, cfg) for pair in zip(widths[:0:-1], widths[-2::-1]))
         self.last = ResBlock(dims[0], dims[0], cfg)
         self.output = conv(dims[0], num_classes, 1, plain=not cfg.channels_last)
+        self.deep_heads = nn.ModuleList(
+            conv(dim, num_classes, 1, plain=not cfg.channels_last)
+            for dim in (dims[1:3] if cfg.deep_supervision else ())
+        )
+        self.head_prefixes = ("output.", "deep_heads.") if cfg.deep_supervision else ("output.",)
         self.channels, self.feature_channels = tuple(dims), dims[0]
         self.cpu_layout = cfg.channels_last
 
@@ -120,11 +131,23 @@ class UXNet3D(Network):
         return feats
 
     def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
-        levels = [layout(x_BCXYZ, self.cpu_layout), *feats[:-1]]
-        f = self.bottleneck(feats[-1])
-        for up, skip, level in zip(self.ups, reversed(self.skips), reversed(levels)):
-            f = up(f, skip(level))
-        return self.last(f)
+        return self.last(self._upwards(x_BCXYZ, feats)[0])
+
+    def decode(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> SegOut:
+        if not (self.deep_heads and self.training):
+            return super().decode(x_BCXYZ, feats)
+        finest, *coarser = self._upwards(x_BCXYZ, feats)
+        deep = [head(level) for head, level in zip(self.deep_heads, coarser)]
+        return SegOut(self.output(self.last(finest)), deep, None)
+
+    def _upwards(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> list[Tensor]:
+        """The decoder's levels, fine to coarse."""
+        images = [layout(x_BCXYZ, self.cpu_layout), *feats[:-1]]
+        f, levels = self.bottleneck(feats[-1]), []
+        for up, skip, image in zip(self.ups, reversed(self.skips), reversed(images)):
+            f = up(f, skip(image))  # not all skips at once: the finest takes most memory
+            levels.append(f)
+        return levels[::-1]
 
 
 class Scaling(nn.Module):
@@ -150,9 +173,9 @@ class ReleasedBlock(nn.Module):
 
     def __init__(self, dim: int, cfg: Config) -> None:
         super().__init__()
-        self.large = conv(dim, dim, cfg.kernel_size, groups=dim, plain=not cfg.channels_last)
+        self.large = large(dim, cfg)
         self.norm = nn.LayerNorm(dim, EPS)
-        self.scaling = Scaling(dim, cfg)
+        self.scaling = nn.Identity() if cfg.scaling == "none" else Scaling(dim, cfg)
         self.gamma = nn.Parameter(torch.full((dim,), 1e-6))
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor:
@@ -161,17 +184,19 @@ class ReleasedBlock(nn.Module):
 
 
 class PaperBlock(nn.Module):
-    """Eq. 1: a residual around each convolution, normalisation before it."""
+    """Eq. 1: a residual around each convolution, normalisation before it; without scaling, the first alone."""
 
     def __init__(self, dim: int, cfg: Config) -> None:
         super().__init__()
-        self.large = conv(dim, dim, cfg.kernel_size, groups=dim, plain=not cfg.channels_last)
-        self.scaling = Scaling(dim, cfg)
-        self.norm1, self.norm2 = nn.LayerNorm(dim, EPS), nn.LayerNorm(dim, EPS)
+        self.large = large(dim, cfg)
+        self.norm1 = nn.LayerNorm(dim, EPS)
+        self.scaled = cfg.scaling != "none"
+        if self.scaled:
+            self.scaling, self.norm2 = Scaling(dim, cfg), nn.LayerNorm(dim, EPS)
 
     def forward(self, x_BCXYZ: Tensor) -> Tensor:
         x = self.large(channel_norm(self.norm1, x_BCXYZ)) + x_BCXYZ
-        return self.scaling(channel_norm(self.norm2, x)) + x
+        return self.scaling(channel_norm(self.norm2, x)) + x if self.scaled else x
 
 
 class ResBlock(nn.Module):
@@ -216,6 +241,12 @@ class Up(nn.Module):
     def forward(self, f_BCXYZ: Tensor, skip_BCXYZ: Tensor) -> Tensor:
         f = layout(self.up(f_BCXYZ), self.cpu_layout)
         return self.mix(torch.cat((f, skip_BCXYZ), dim=1))
+
+
+def large(dim: int, cfg: Config) -> nn.Conv3d:
+    """A block's convolution of ``kernel_size``."""
+    groups = dim if cfg.convolution == "depthwise" else 1
+    return conv(dim, dim, cfg.kernel_size, groups=groups, plain=not cfg.channels_last)
 
 
 class InstanceNorm3d(nn.InstanceNorm3d):

@@ -234,7 +234,8 @@ def finetune(
         files: dict[str, bytes] = {"config.yaml": config.to_yaml(cfg).encode()}
         init, handover = None, None
         if weights is not None:
-            init = training.Init(weights.uri, weights.sha256, cfg.init.parts, cfg.init.min_encoder_share)
+            how = cfg.init.parts, cfg.init.min_encoder_share
+            init = training.Init(weights.uri, weights.sha256, *how, weights.backbone)
             # What loading them will do, before anything is launched.
             net = networks.from_component(cfg.backbone, data_spec.in_channels, data_spec.num_classes)
             handover = training.load_initial(net, init)

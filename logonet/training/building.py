@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,8 +32,21 @@ def load_weights(init: Init) -> dict[str, torch.Tensor]:
 def load_initial(net: Any, init: Init) -> weight_transfer.Report:
     """Load ``init``'s weights into the backbone ``net``."""
     return weight_transfer.transfer(
-        net, load_weights(init), source=init.uri, min_encoder_share=init.min_encoder_share, parts=init.parts
+        net,
+        load_weights(init),
+        source=init.uri,
+        min_encoder_share=init.min_encoder_share,
+        parts=init.parts,
+        positions=_positions(init.backbone) if net.positions else {},
     )
+
+
+def _positions(backbone: Component) -> Mapping[str, networks.Triple]:
+    """`Network.positions` of the network that a config describes; empty where it describes none."""
+    if not backbone.name:
+        return {}
+    with torch.device("meta"):
+        return networks.from_component(backbone, in_channels=1, num_classes=2).positions
 
 
 def dry_run(backbone: Component, method: Component, data_spec: DataSpec) -> None:

@@ -208,7 +208,7 @@ def save_final(
 ) -> dict[str, Stored]:
     """The run's results: the weights of the network, of the whole method, and the history.
 
-    With ``best_step`` also ``best.safetensors``: the backbone after that step.
+    With ``best_step`` also ``best.safetensors``: that network after that step.
     """
     blobs = {}
     if best_step is not None:

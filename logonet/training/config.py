@@ -117,12 +117,16 @@ class Config(Section, key="train"):
 
 @dataclass(frozen=True)
 class Init:
-    """Weights to start from: a safetensors file of a backbone, and how much of it must fit (see `transfer`)."""
+    """Weights to start from: a safetensors file of a backbone, and how much of it must fit (see `transfer`).
+
+    ``backbone`` is the network that they were trained with, without a name where nobody knows.
+    """
 
     uri: str
     sha256: str
     parts: Literal["all", "encoder"] = "all"
     min_encoder_share: float = 0.95
+    backbone: Component = Component("")
 
 
 @dataclass(frozen=True)

@@ -129,8 +129,8 @@ class Loop:
 
     @property
     def network(self) -> Any:
-        """The network that is validated and kept: the average of the weights where there is one."""
-        return self.method.backbone if self.average is None else self.average.network
+        """The network that is validated and kept: the average of the weights where there is one, else the method's."""
+        return self.method.exported if self.average is None else self.average.network
 
     # -- state
 

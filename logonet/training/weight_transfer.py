@@ -8,9 +8,11 @@ Shapes: O output channels, C input channels, XYZ the axes of a kernel.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from logonet import networks
 from logonet.core.config import Component
 from logonet.core.errors import UserError
+from logonet.networks import Triple
+from logonet.networks._shared import resized_positions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
 Action = Literal["matched", "adapted", "skipped", "new"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
 SHOWN = 3  # names in a message
+MISSING, CLASSIFIER, OUTSIDE = "not in the source", "the classifier", "outside the encoder"
+EXPECTED = {MISSING, CLASSIFIER, OUTSIDE}  # why a tensor of the network is new, where shapes do not differ
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,8 @@ class Row:
 
     Attributes:
         action: "matched" (the network's tensor is now the source's), "adapted" (so it is, for another number of
-            input channels), "skipped" (a tensor of the source found no place), "new" (a tensor of the network
-            keeps its initial value).
+            input channels or another grid of tokens), "skipped" (a tensor of the source found no place), "new" (a
+            tensor of the network keeps its initial value).
         params: parameters in it; 0 for buffers.
         why: of what is adapted, skipped or new.
     """
@@ -79,12 +85,14 @@ class Report:
         return params.rename_axis(columns=None)
 
     def summary(self) -> str:
-        """Lines for a log."""
+        """Lines for a log. What could not be taken over as it is has a line of its own."""
         text = "{} {tensors} tensors ({params:,} parameters)"
         totals = ", ".join(text.format(action, **count) for action, count in self.totals().items())
+        tellable = [row for row in self.rows if row.action in ("adapted", "new") and row.why not in EXPECTED]
+        differing = [f"\n{row.action}: {row.name}, {row.why}" for row in tellable]
         return (
             f"{self.source}: {_percent(self.encoder_share)} of the encoder's {self.encoder_params:,} parameters\n"
-            f"{totals}\n{self.by_module().to_string()}"
+            f"{totals}\n{self.by_module().to_string()}{''.join(differing)}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,17 +113,21 @@ def transfer(
     source: str,
     min_encoder_share: float = 0.95,
     parts: Literal["all", "encoder"] = "all",
+    positions: Mapping[str, Triple] = MappingProxyType({}),
 ) -> Report:
     """Load ``weights`` into the backbone ``net``, in place: all of them that fit, or none when it fails.
 
     A tensor fits under its own name and with its own shape, and is then equal bit for bit (where types differ,
-    converted). The first convolutions on the crop may differ in input channels, see `other_channels`. The
-    classifier (``net.head_prefixes``) always stays fresh: its outputs mean something else.
+    converted). The first convolutions on the crop may differ in input channels, see `other_channels`. Vectors of
+    positions (``net.positions``) are interpolated to the network's own grid of tokens. The classifier
+    (``net.head_prefixes``) always stays fresh: its outputs mean something else.
 
     Args:
         source: names the weights in messages and in the report.
         min_encoder_share: refuse weights that cover less of the encoder's parameters.
         parts: "encoder" leaves everything else fresh.
+        positions: of the network that the weights were trained with. Grids that it does not name are taken to be
+            cubes, or the network's own where the number of tokens is the same.
 
     Raises:
         UserError: too little of the encoder is covered, or a weight is not finite.
@@ -135,10 +147,13 @@ def transfer(
     for name, tensor in own.items():
         size, given = params.get(name, 0), weights.get(name)
         if given is None:
-            add(name, "new", size, "not in the source")
+            add(name, "new", size, MISSING)
         elif excuse := _excluded(name, net, parts):
             add(name, "new", size, excuse)
             unused[name] = excuse
+        elif (placed := _other_positions(name, given, net, positions)) is not None:
+            loaded[name], why = placed
+            add(name, "adapted", size, why)
         elif given.shape == tensor.shape:
             add(name, "matched", size)
             loaded[name] = given
@@ -239,11 +254,27 @@ def _differ_in_channels(given: Tensor, tensor: Tensor, channels: tuple[int, int]
     )
 
 
+def _other_positions(
+    name: str, given: Tensor, net: Any, known: Mapping[str, Triple]
+) -> tuple[Tensor, str] | None:
+    """Vectors of positions on the network's own grid, and what happened; None where there is nothing to interpolate."""
+    own: Triple | None = getattr(net, "positions", {}).get(name)
+    if own is None or given.ndim != 3 or given.shape[2] != net.get_parameter(name).shape[2]:
+        return None
+    count, side = given.shape[1], round(given.shape[1] ** (1 / 3))
+    grid = known.get(name) or (own if math.prod(own) == count else (side, side, side))
+    if grid == own or math.prod(grid) != count:
+        return None
+    before, after = ("x".join(map(str, tokens)) for tokens in (grid, own))
+    wide = given.to(torch.promote_types(given.dtype, torch.float32))
+    return resized_positions(wide, grid, own), f"positions of {before} tokens interpolated to {after}"
+
+
 def _excluded(name: str, net: Any, parts: str) -> str:
     """Why this tensor is never loaded; "" when it may be."""
     if _under(name, net.head_prefixes):
-        return "the classifier"
-    return "" if parts == "all" or _under(name, net.encoder_prefixes) else "outside the encoder"
+        return CLASSIFIER
+    return "" if parts == "all" or _under(name, net.encoder_prefixes) else OUTSIDE
 
 
 def _diagnosis(encoder: Collection[str], own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
