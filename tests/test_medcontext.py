@@ -392,7 +392,7 @@ def test_whose_weights_are_kept(tmp_path: Path) -> None:
     assert student.exported is student.backbone
     assert teacher.exported is teacher.teacher
     differ(teacher)
-    checkpoints.save_final(str(tmp_path), teacher, [])
+    checkpoints.save_final(str(tmp_path), teacher, teacher.exported, [])
     stored, own = load_file(tmp_path / "backbone.safetensors"), teacher.teacher.state_dict()
     assert stored.keys() == own.keys() == student.backbone.state_dict().keys()
     assert all(torch.equal(stored[name], own[name]) for name in own)
