@@ -215,6 +215,7 @@ CHAIN = {
     "cases": "labelled cases",
     "weights": "initial weights",
     "finetune": "finetuning",
+    "postprocess": "post-processing",
     "registered": "registered model",
     "test_manifest": "scans judged on",
 }
