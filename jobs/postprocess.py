@@ -2,8 +2,8 @@
 
     ray job submit --working-dir . -- python jobs/postprocess.py --model s3://out/finetune/0123456789abcdef --root s3://out/
 
-The result, <root>/postprocess/<id>, is the model with its post-processing: evaluate, predict, register and export it like
-a finetuning. --model A,B,C makes it of an ensemble, each of whose members is judged on its own validation cases.
+The result, <root>/postprocess/<id>, is the model with its post-processing: evaluate, predict, register and export it
+like a finetuning. --model A,B,C makes it of an ensemble, each of whose members is judged on its own validation cases.
 """
 
 from __future__ import annotations

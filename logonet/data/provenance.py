@@ -16,7 +16,6 @@ from logonet.data.leakage import Trace, subject_key
 from logonet.data.manifest import Scan
 from logonet.storage import parquet
 
-
 VALIDATION = "validation"
 
 

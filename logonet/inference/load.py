@@ -97,10 +97,11 @@ class LoadedModel:
         with torch.device("meta"):  # what the predictor runs has fewer parameters
             net = model.network(spec)
         millions = sum(p.numel() for p in net.parameters()) / 1e6
+        names = " + ".join(part.name for part in spec.components)
         size_mm = "x".join(f"{s:g}" for s in spec.spacing_mm or ())
         spacing = f"{size_mm} mm" if size_mm else "the scan's own spacing"
         return (
-            f"LoadedModel({self.uri}: {' + '.join(part.name for part in spec.components)} with {millions:.1f} M parameters, {spec.modality}, "
+            f"LoadedModel({self.uri}: {names} with {millions:.1f} M parameters, {spec.modality}, "
             f"windows of {'x'.join(map(str, spec.size_vox))} voxels at {spacing}, "
             f"classes {', '.join(spec.classes[1:])})"
         )

@@ -25,7 +25,7 @@ from logonet.inference import metrics, model, sliding_window, statistics
 from logonet.inference.load import LoadedModel, load_model
 from logonet.pipelines.preparation import import_scans
 from logonet.pipelines.stage import Made, Run, open_stage, page, run_tracked, say, transfer_section
-from logonet.storage import artifacts, object_store
+from logonet.storage import object_store
 from logonet.storage.artifacts import Artifact
 from logonet.training import weight_transfer
 

@@ -29,8 +29,8 @@ def register(
     """Register what ``uri`` holds and what it was made from; the models' URIs, models:/NAME/VERSION.
 
     A pretraining gives ``logonet-encoder`` and ``logonet-clusterers``; a finetuning, a post-processing or an evaluation
-    of it gives ``logonet-seg-<task>`` and those two of its pretraining. Registering the same content again moves aliases
-    only.
+    of it gives ``logonet-seg-<task>`` and those two of its pretraining. Registering the same content again moves
+    aliases only.
 
     Args:
         uri: of the artifact; or models joined by commas, which are registered as one ensemble.
