@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from logonet.distributed import bucket_inference
 from logonet.inference import metrics, model, sliding_window, statistics
 from logonet.inference.load import LoadedModel, load_model
 from logonet.pipelines.preparation import import_scans
-from logonet.pipelines.stage import Made, Run, open_stage, page, run_tracked, say, transfer_section
+from logonet.pipelines.stage import Made, Run, open_stage, page, plain, run_tracked, say, transfer_section
 from logonet.storage import object_store
 from logonet.storage.artifacts import Artifact
 from logonet.training import weight_transfer
@@ -211,8 +210,8 @@ def _headline(summary: pd.DataFrame) -> dict[str, float]:
     """The means as MLflow shows them: ``dice``, and ``dice/<class>`` for each class."""
     values = {}
     for line in summary.to_dict("records"):
-        plain = re.sub(r"[^\w. -]", "_", str(line["class"]))  # what else there is, "&" or "(", MLflow refuses
-        name = line["metric"] if line["class"] == "mean" else f"{line['metric']}/{plain}"
+        label = plain(str(line["class"])).replace("/", "_")
+        name = line["metric"] if line["class"] == "mean" else f"{line['metric']}/{label}"
         values[name] = float(line["mean"])
     return values
 
