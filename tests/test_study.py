@@ -129,6 +129,7 @@ def test_a_pretraining_on_other_scans_leaves_none_out() -> None:
     [
         ({"networks": {}}, "study.networks is empty"),
         ({"fractions": [0.5]}, "study.shots and study.fractions are both set"),
+        ({"seeds": [1, 1]}, "study.seeds names a value twice"),
         ({"folds": [None]}, "a fold is null, which has no validation cases"),
         (
             {"baseline": {"pretext": "simim"}},
@@ -253,16 +254,8 @@ def scores() -> pd.DataFrame:
                     dice = math.nan if (pretext, n, name) == ("a", 3, "spleen") else dice
                     setting = {"network": "unet", "pretext": pretext, "labels": "4 cases"}
                     key = {"run": f"{pretext} {seed}", "scan_id": f"case{n}", "class": name, "value": value}
-                    rows.append(
-                        {
-                            **setting,
-                            **key,
-                            "dice": dice,
-                            "hd95_mm": 10 * (1 - dice),
-                            "nsd_1mm": dice,
-                            "nsd_2mm": dice,
-                        }
-                    )
+                    others = {"hd95_mm": 10 * (1 - dice), "nsd_1mm": dice, "nsd_2mm": dice}
+                    rows.append({**setting, **key, "dice": dice, **others})
     return pd.DataFrame(rows)
 
 
@@ -323,11 +316,8 @@ def test_the_t_test_is_the_papers() -> None:
     shift = 2.599 * math.sqrt(2 * a_M.var(ddof=1) / 5)
 
     def rows(values_M: np.ndarray) -> pd.DataFrame:
-        scores = [
-            {"run": str(m), "scan_id": "a", "class": "liver", "value": 1, "dice": v}
-            for m, v in enumerate(values_M)
-        ]
-        return pd.DataFrame(scores)
+        only = {"scan_id": "a", "class": "liver", "value": 1}
+        return pd.DataFrame([{"run": str(m), "dice": dice, **only} for m, dice in enumerate(values_M)])
 
     found = statistics.compare_runs(rows(a_M), rows(a_M + shift), "dice")
     assert found["p_runs"].iloc[-1] == pytest.approx(stats.t.sf(2.599, 8))

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import pandas as pd
@@ -95,6 +96,9 @@ class Study(Section, key="study"):
         for axis in ("networks", "pretexts", "folds", "seeds"):
             if not getattr(self, axis):
                 raise UserError(f"study.{axis} is empty; name at least one")
+        for axis in ("shots", "fractions", "folds", "seeds"):
+            if len(set(getattr(self, axis))) < len(getattr(self, axis)):
+                raise UserError(f"study.{axis} names a value twice; keep one of them")
         if self.shots and self.fractions != (1.0,):
             raise UserError("study.shots and study.fractions are both set; set one of them only")
         if self.on == "val" and None in self.folds:
@@ -113,7 +117,7 @@ class Study(Section, key="study"):
         """Name of each number of labels -> keys of the split."""
         if self.shots:
             return {f"{n} cases": {"shots": n, "fraction": 1.0} for n in self.shots}
-        return {f"{f:.3g}": {"shots": None, "fraction": f} for f in self.fractions}
+        return {f"{100 * f:.3g} %": {"shots": None, "fraction": f} for f in self.fractions}
 
 
 @dataclass(frozen=True)
@@ -279,20 +283,21 @@ def _make_shared(
     shared: dict[str, Callable[[], Any]] = {}
     for first in firsts:
         parts = (first.data, first.split, first.crops, first.clusterers, first.probe, first.method.name)
-        source = where.unlabelled or where.source
-        shared[config.fingerprint(*parts)] = lambda first=first, source=source: upstream(
-            resolve(first), source, where.root, executor, where.source
-        )
+        shared[config.fingerprint(*parts)] = partial(_upstream, first, where, executor)
     for tuned in (run.finetuning for run in runs):
         key = config.fingerprint(
             tuned.data, tuned.cases, replace(tuned.split, fold=0, fraction=1.0, shots=None)
         )
-        shared[key] = lambda tuned=tuned: _prepare(tuned, where, executor)
+        shared[key] = partial(_prepare, tuned, where, executor)
     for make in shared.values():
         try:
             make()
         except UserError as err:
             say("shared", f"cannot be made: {err}")
+
+
+def _upstream(cfg: Pretraining, where: _Where, executor: StageExecutor) -> None:
+    upstream(resolve(cfg), where.unlabelled or where.source, where.root, executor, where.source)
 
 
 def _prepare(cfg: Finetuning, where: _Where, executor: StageExecutor) -> None:
