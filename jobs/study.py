@@ -61,9 +61,9 @@ def read(text: str, source: str, settings: tuple[str, ...] = ()) -> pipelines.St
 
 
 def planned(study: pipelines.Study, *, apart: bool = False) -> list[pipelines.StudyRun]:
-    """The runs of ``study``; see `logonet.pipelines.plan`."""
+    """The runs of ``study``; see `logonet.pipelines.plan_study`."""
     first, tuned = _base(study.pretraining, recipes.PRETRAINING), _base(study.finetuning, recipes.FINETUNING)
-    return pipelines.plan(study, first, tuned, apart=apart)
+    return pipelines.plan_study(study, first, tuned, apart=apart)
 
 
 def _base(base: Base, known: Mapping[str, Callable[[], Any]]) -> Any:

@@ -49,7 +49,7 @@ def runs_of(study: pipelines.Study) -> list[pipelines.StudyRun]:
     train = training.Config(epochs=1, steps_per_epoch=1, global_batch=1, lr=1e-3, warmup_epochs=0)
     first = pipelines.Pretraining(crops=cropping.Config(size_vox=SIZE, per_scan=1), train=train)
     crops = prepared_scans.CropSampling(size_vox=SIZE)
-    return pipelines.plan(study, first, pipelines.Finetuning(split=SPLIT, crops=crops, train=train))
+    return pipelines.plan_study(study, first, pipelines.Finetuning(split=SPLIT, crops=crops, train=train))
 
 
 class Counting(LocalExecutor):
@@ -120,7 +120,7 @@ def test_the_product_of_all_axes_is_planned_on_one_split_a_fold() -> None:
 
 def test_a_pretraining_on_other_scans_leaves_none_out() -> None:
     study = read()
-    apart = pipelines.plan(study, pipelines.Pretraining(), pipelines.Finetuning(), apart=True)
+    apart = pipelines.plan_study(study, pipelines.Pretraining(), pipelines.Finetuning(), apart=True)
     assert [run.pretraining.split for run in apart if run.pretraining] == [None]
 
 

@@ -18,4 +18,4 @@ from logonet.pipelines.preparation import import_scans, make_clusterers, make_cr
 from logonet.pipelines.pretraining import Pretraining, pretrain, resolve, upstream
 from logonet.pipelines.registration import register
 from logonet.pipelines.stage import Trial
-from logonet.pipelines.study import Study, StudyRun, plan, run_study
+from logonet.pipelines.study import Study, StudyRun, plan_study, run_study

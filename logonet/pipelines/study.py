@@ -141,7 +141,7 @@ class StudyRun:
         return f"{self.network}, {self.pretext}, {self.labels}, fold {self.fold}, seed {self.seed}"
 
 
-def plan(
+def plan_study(
     study: Study, pretraining: Pretraining, finetuning: Finetuning, *, apart: bool = False
 ) -> list[StudyRun]:
     """All runs of ``study``, checked as far as that goes without data.
@@ -220,7 +220,7 @@ def run_study(
     A run that fails is reported, with the reason, and the others go on; the artifact is then of the others.
 
     Args:
-        runs: as `plan` made them.
+        runs: as `plan_study` made them.
         source: labelled scans.
         unlabelled: scans to pretrain on; "" for ``source``.
         at_once: runs side by side; 0 for as many as the cluster has room for.
@@ -356,6 +356,7 @@ def _compare(
             sections.insert(0, ("Runs that failed", f"<ul>{''.join(lines)}</ul>"))
         sections.append(("What was judged", f"<p>{html.escape(_told(study, table, done))}</p>"))
         sections.append(("Runs", table.drop(columns="run")))
+        sections.append(("Study", f"<pre>{html.escape(config.to_yaml(study))}</pre>"))
         files = {
             "cases.csv": cases.to_csv(index=False).encode(),
             "runs.csv": table.to_csv(index=False).encode(),
@@ -364,7 +365,7 @@ def _compare(
             "table.tex": reporting.latex(shown).encode(),
             "history.json": json.dumps([entry]).encode(),
             "config.yaml": config.to_yaml(study).encode(),
-            "report.html": stage.page(own, sections, {}, "study", config.to_yaml(study)),
+            "report.html": stage.page(own, sections, {}, "study", ""),
             **pictures,
         }
         return Made(files, {"runs": len(done), "failed": dict(failed), "means": headline})
@@ -415,6 +416,8 @@ def _ranks(study: Study, cases: pd.DataFrame) -> dict[str, tuple[dict[str, float
     drawn = {}
     for labels, part in cases.groupby("labels", sort=False):
         names = [f"{network}, {pretext}" for network, pretext in zip(part["network"], part["pretext"])]
+        if len(set(names)) == 1:
+            continue
         ranks = statistics.ranks(statistics.per_case(part, names, study.metric), study.metric)
         p = "" if math.isnan(ranks.friedman_p) else f", Friedman p {ranks.friedman_p:.2g}"
         note = f"{ranks.cases} cases{p}, critical difference {ranks.critical_difference:.2f}"

@@ -89,6 +89,8 @@ def wide(summary: pd.DataFrame, digits: int) -> pd.DataFrame:
     """
 
     def cell(mean: float, std: float) -> str:
+        if not np.isfinite(mean):
+            return "-"
         return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if np.isfinite(std) else "")
 
     cells = [cell(mean, std) for mean, std in zip(summary["mean"], summary["std_runs"])]
