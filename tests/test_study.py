@@ -76,7 +76,7 @@ class Counting(LocalExecutor):
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return phantom.write_dataset(str(tmp_path_factory.mktemp("scans")), 8, size_vox=(32, 32, 32), classes=3)
+    return phantom.write_dataset(str(tmp_path_factory.mktemp("scans")), 8, size_vox=(36, 32, 32), classes=3)
 
 
 def run(study: pipelines.Study, scans: str, root: Any, executor: Any, **how: Any) -> Artifact:
@@ -138,7 +138,7 @@ def test_a_pretraining_on_other_scans_leaves_none_out() -> None:
         ({"baseline": {"labels": "4"}}, "unknown axis of study.baseline 'labels'"),
         ({"metric": "dise"}, "metric is 'dise'"),
         ({"network": {}}, "unknown config key 'network'; did you mean 'networks'"),
-        ({"networks": {"odd": ["backbone.dimz=[1]"]}}, "network 'odd' with pretext 'scratch': .*dimz"),
+        ({"networks": {"odd": ["backbone={name: unet, dimz: 1}"]}}, "network 'odd' with pretext 'scratch': .*dimz"),
         ({"pretexts": {"mae": ["method=mae3d"]}}, "network 'unet' with pretext 'mae'"),
     ],
 )
