@@ -43,7 +43,7 @@ def member(given: model.Spec, seed: int) -> tuple[model.Spec, dict[str, Tensor]]
     net: Any = networks.from_component(given.backbone, given.in_channels, given.num_outputs)
     with torch.no_grad():  # so that members disagree, and are sure of it
         for parameter in net.parameters():
-            parameter.mul_(3.0)
+            parameter.mul_(1.5)
     return given, net.state_dict()
 
 
@@ -74,7 +74,8 @@ def test_its_answer_is_the_mean_of_the_members_probabilities(special: dict[str, 
     if special:
         expected = sum(1 / (1 + torch.exp(-x)) for x in logits) / 3 - 0.5
     else:
-        expected = sum(torch.exp(x) / torch.exp(x).sum(1, keepdim=True) for x in logits) / 3
+        powers = [torch.exp(x - x.amax(1, keepdim=True)) for x in logits]
+        expected = sum(p / p.sum(1, keepdim=True) for p in powers) / 3
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
