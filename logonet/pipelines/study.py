@@ -71,7 +71,7 @@ class Study(Section, key="study"):
         fractions: shares of the training subjects.
         folds: of ``finetuning``'s split; pretraining leaves out the same cases.
         seeds: of pretraining and finetuning; the split keeps its own.
-        on: the cases that runs are judged on. Give train.validate_every_epochs=0 with "val", or the checkpoint is
+        judged_on: the cases that runs are judged on. Give train.validate_every_epochs=0 with "val", or the checkpoint is
             chosen on them.
         metric: what runs are compared by.
         baseline: what each setting is compared with: the setting with this network, or pretext, and otherwise the same:
@@ -87,7 +87,7 @@ class Study(Section, key="study"):
     fractions: tuple[Fraction, ...] = (1.0,)
     folds: tuple[Natural | None, ...] = (0,)
     seeds: tuple[int, ...] = (0,)
-    on: Literal["test", "val"] = "val"
+    judged_on: Literal["test", "val"] = "val"  # not "on", which is true in YAML
     metric: Metric = "dice"
     baseline: dict[str, str] = field(default_factory=dict)
 
@@ -101,9 +101,9 @@ class Study(Section, key="study"):
                 raise UserError(f"study.{axis} names a value twice; keep one of them")
         if self.shots and self.fractions != (1.0,):
             raise UserError("study.shots and study.fractions are both set; set one of them only")
-        if self.on == "val" and None in self.folds:
+        if self.judged_on == "val" and None in self.folds:
             raise UserError(
-                "study.on is val and a fold is null, which has no validation cases; set study.on=test"
+                "study.judged_on is val and a fold is null, which has no validation cases; set study.judged_on=test"
             )
         for axis, name in self.baseline.items():
             known = {"network": self.networks, "pretext": self.pretexts}
@@ -230,7 +230,7 @@ def run_study(
     """
     evaluation = config.from_dict(
         Evaluation,
-        config.override({**config.to_dict(Evaluation()), "on": study.on}, study.evaluation),
+        config.override({**config.to_dict(Evaluation()), "on": study.judged_on}, study.evaluation),
         "evaluation",
     )
     where = _Where(source, unlabelled, root, experiment, evaluation, Trial(tags={"logonet.study": name}))
@@ -427,9 +427,9 @@ def _ranks(study: Study, cases: pd.DataFrame) -> dict[str, tuple[dict[str, float
 
 def _told(study: Study, table: pd.DataFrame, done: Mapping[str, Artifact]) -> str:
     """On what runs were judged, and what stands against the scores."""
-    said = f"{len(table)} runs, judged on the {'test' if study.on == 'test' else 'validation'} cases of their split."
+    said = f"{len(table)} runs, judged on the {'test' if study.judged_on == 'test' else 'validation'} cases of their split."
     tuned = [open_stage(e.parents["finetune_uri"], "finetune") for e in done.values()]
-    if study.on == "val" and any("best.safetensors" in artifact.files for artifact in tuned):
+    if study.judged_on == "val" and any("best.safetensors" in artifact.files for artifact in tuned):
         said += " Checkpoints were chosen on these cases, so the scores are too high."
     tests = "p_cases: two-sided Wilcoxon signed-rank test, paired by case, each case averaged over its runs."
     return f"{said} {tests} p_runs: one-tailed t-test over the runs. Holm: over all settings."
