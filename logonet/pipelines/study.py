@@ -71,8 +71,8 @@ class Study(Section, key="study"):
         fractions: shares of the training subjects.
         folds: of ``finetuning``'s split; pretraining leaves out the same cases.
         seeds: of pretraining and finetuning; the split keeps its own.
-        judged_on: the cases that runs are judged on. Give train.validate_every_epochs=0 with "val", or the checkpoint is
-            chosen on them.
+        judged_on: cases of each run's split. With "val" give train.validate_every_epochs=0, or they choose the
+            checkpoint.
         metric: what runs are compared by.
         baseline: what each setting is compared with: the setting with this network, or pretext, and otherwise the same:
             {pretext: scratch}.
@@ -427,7 +427,8 @@ def _ranks(study: Study, cases: pd.DataFrame) -> dict[str, tuple[dict[str, float
 
 def _told(study: Study, table: pd.DataFrame, done: Mapping[str, Artifact]) -> str:
     """On what runs were judged, and what stands against the scores."""
-    said = f"{len(table)} runs, judged on the {'test' if study.judged_on == 'test' else 'validation'} cases of their split."
+    cases = {"test": "test", "val": "validation"}[study.judged_on]
+    said = f"{len(table)} runs, judged on the {cases} cases of their split."
     tuned = [open_stage(e.parents["finetune_uri"], "finetune") for e in done.values()]
     if study.judged_on == "val" and any("best.safetensors" in artifact.files for artifact in tuned):
         said += " Checkpoints were chosen on these cases, so the scores are too high."
