@@ -163,7 +163,7 @@ def _departs(values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, An
 def commands_page() -> str:
     import tyro
 
-    from jobs import evaluate, finetune, predict, sweep
+    from jobs import evaluate, finetune, postprocess, predict, study, sweep
     from logonet import cli
 
     out = [
@@ -176,8 +176,10 @@ def commands_page() -> str:
         "pretrain": cli.JobArgs,
         "finetune": finetune.Args,
         "evaluate": evaluate.Args,
+        "postprocess": postprocess.Args,
         "predict": predict.Args,
         "sweep": sweep.Args,
+        "study": study.Args,
     }
     for job, args in jobs.items():
         told = {"prog": f"jobs/{job}.py", "description": importlib.import_module(f"jobs.{job}").__doc__}

@@ -2,7 +2,7 @@
 
     ray job submit --working-dir . -- python jobs/evaluate.py --model s3://out/finetune/0123456789abcdef --root s3://out/
 
-On the test cases of the model's own split, or on all labelled scans of --data.
+On the test cases of the model's own split, on its validation cases (--on val), or on all labelled scans of --data.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ class Args:
     """What jobs/evaluate.py takes.
 
     Attributes:
-        model: a finetuning artifact <root>/finetune/<id>, models:/NAME@alias, or a model folder.
+        model: a finetuning artifact <root>/finetune/<id>, models:/NAME@alias, or a model folder; several, joined by
+            commas, are judged as an ensemble.
         root: folder or s3:// prefix that holds every stage's artifacts.
-        data: labelled scans to judge on; empty for the test cases of the model's own split.
+        data: labelled scans to judge on; empty for the cases of the model's own split.
         classes: names by which the data call the model's classes, such as '{liver: [hepar], spleen: [milz, lien]}'.
         evaluation: how.
         resources: what the job may use; never changes a result.

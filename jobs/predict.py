@@ -25,7 +25,8 @@ class Args:
     """What jobs/predict.py takes.
 
     Attributes:
-        model: models:/NAME@alias, a finetuning artifact <root>/finetune/<id>, or a model folder.
+        model: models:/NAME@alias, a finetuning artifact <root>/finetune/<id>, or a model folder; several, joined by
+            commas, are an ensemble.
         input: scans: a folder or s3:// prefix, a list (JSON or CSV), or a DICOM series folder.
         output: folder or s3:// prefix for label maps and predictions.csv.
         infer: windows, mirroring, precision.

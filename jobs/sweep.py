@@ -1,7 +1,7 @@
 """Find M, phi1, phi2, K or any other key of a pretraining's config, on a cheap proxy, with early stopping.
 
     ray job submit --working-dir . -- python jobs/sweep.py --space jobs/spaces/paper.yaml --recipe small \\
-        --data s3://in/ --root s3://out/ --budget.hours 24
+        --data s3://in/ --root s3://out/ --budget.trials 60 --budget.hours 24
 
 Every trial is a pretraining run; trials share crops, clusterers and pseudo-labels. The same command again goes on with
 what was interrupted or failed, and a larger budget with the search. The report is <root>/sweep/<name>/report.html.

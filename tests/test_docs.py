@@ -86,7 +86,7 @@ def test_recipes_and_commands_are_all_there(reference):
     for command in cli.COMMANDS:
         assert f"## logonet {command}\n" in page
         assert f"usage: logonet {command} " in page
-    for job in ("pretrain", "finetune", "evaluate", "predict", "sweep"):
+    for job in ("pretrain", "finetune", "evaluate", "postprocess", "predict", "sweep", "study"):
         assert f"usage: jobs/{job}.py " in page
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -211,6 +212,42 @@ def test_monai_runs_a_bundle_of_several_channels_and_regions(tmp_path: pathlib.P
     assert set(np.unique(own_XYZ)) <= {0, 7, 3}
     assert len(np.unique(own_XYZ)) > 1, "the test needs a network that says more than one thing"
     assert np.mean(own_XYZ != found.array_CXYZ[0]) <= 0.001
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_monai_runs_the_bundle_of_an_ensemble_with_its_post_processing(
+    tmp_path: pathlib.Path, regions: bool
+) -> None:
+    from monai.bundle import ConfigWorkflow
+
+    special: dict[str, Any] = {"largest_component": ("spleen",)}
+    if regions:
+        special |= {"regions": {"both": ("liver", "spleen"), "spleen": ("spleen",)}, "region_values": (7, 3)}
+    folders = [
+        make(tmp_path / name, "CT", name, (16, 16, 16), special=special)
+        for name in ("unet", "attention_unet")
+    ]
+    spec, weights = model.ensemble([model.read(folder) for folder in folders])
+    for file, data in model.files(spec, weights).items():
+        (tmp_path / file).write_bytes(data)
+    export.write_bundle(str(tmp_path), str(tmp_path / "bundle"))
+    (tmp_path / "scans").mkdir()
+    scan, _ = phantom(0, (20, 18, 22), (3.0, 3.0, 3.0))
+    data = volume.encode_nifti(scan.array_CXYZ[0].astype(np.int16), scan.affine)
+    (tmp_path / "scans/a.nii.gz").write_bytes(data)
+    places = {"dataset_dir": str(tmp_path / "scans"), "output_dir": str(tmp_path / "eval")}
+    config = str(tmp_path / "bundle/configs/inference.json")
+    root = {"bundle_root": str(tmp_path / "bundle")}
+    workflow = ConfigWorkflow(config, logging_file=False, workflow_type="infer", **root, **places)
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    found = volume.decode_nifti((tmp_path / "eval/a_seg.nii.gz").read_bytes(), "a", allow_constant=True)
+    predictor = Predictor.load(str(tmp_path))
+    own_XYZ = predictor.segment(volume.decode_nifti(data, "a"), "CT")
+    assert np.mean(own_XYZ != found.array_CXYZ[0]) <= 0.001
+    predictor.spec = dataclasses.replace(predictor.spec, largest_component=())
+    assert (predictor.segment(scan, "CT") != own_XYZ).any(), "the test needs a spleen in several pieces"
 
 
 @pytest.mark.slow

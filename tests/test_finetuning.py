@@ -317,6 +317,59 @@ def test_two_evaluations_are_compared_on_the_command_line(
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+# ---------------------------------------------------------- validation cases, ensembles, post-processing
+
+
+def test_a_model_is_judged_on_its_own_validation_cases(
+    evaluated: Artifact, finetuned: Artifact, registered: list[str], scans: str, root: str
+) -> None:
+    judged = evaluate(replace(QUICK, on="val"), finetuned.uri, "", root)
+    split = artifacts.find(finetuned.parents["split_uri"])
+    assert split is not None
+    scores = pipelines.scores_of(judged.uri)
+    assert sorted(set(scores["scan_id"])) == json.loads(split.read("split.json"))["val"]
+    assert judged.facts["on"] == "val"
+    assert "on" not in evaluated.facts
+    assert b"The checkpoint was chosen on these cases" in judged.read("report.html")
+    assert b"Validation cases" not in evaluated.read("report.html")
+    with pytest.raises(UserError, match=r"was not split on these scans; give a finetuning artifact"):
+        evaluate(replace(QUICK, on="val"), registered[0], scans, root)
+
+
+def test_an_ensemble_and_its_post_processing_from_validation_to_registry(
+    finetuned: Artifact, frozen: Artifact, root: str
+) -> None:
+    both = f"{finetuned.uri},{frozen.uri}"
+    done = pipelines.postprocess(QUICK, both, "", root, HERE, "finetuning")
+    val = replace(QUICK, on="val")
+    scores = pd.concat([pipelines.scores_of(evaluate(val, uri, "", root).uri) for uri in both.split(",")])
+    columns = scores.groupby("class", sort=False)[["dice", "dice_largest_component"]].mean()
+    rises = columns["dice_largest_component"] > columns["dice"]
+    assert done.facts["largest_component"] == list(columns.index[rises])
+    assert rises.any(), "the test needs a class that gains"
+    chosen = load_model(done.uri, device="cpu")
+    assert chosen.spec.largest_component == tuple(done.facts["largest_component"])
+    assert [artifact.uri for artifact in chosen.artifacts] == [finetuned.uri, frozen.uri]
+    with pytest.raises(UserError, match="has its post-processing already"):
+        pipelines.postprocess(QUICK, done.uri, "", root, HERE, "finetuning")
+
+    plain, processed = (evaluate(QUICK, uri, "", root) for uri in (both, done.uri))
+    test = [set(pipelines.scores_of(e.uri)["scan_id"]) for e in (plain, processed)]
+    assert test == [set(finetuned.facts["test"])] * 2
+    assert processed.parents["postprocess"] == done.fingerprint
+    assert plain.fingerprint != processed.fingerprint
+    for judged, model in ((plain, load_model(both)), (processed, chosen)):
+        segmentation, encoder, _ = pipelines.register(judged.uri, "pair", ("pair",))
+        assert encoder.startswith("models:/logonet-encoder/")
+        again = load_model(segmentation)
+        assert again.id == model.id
+        assert again.lineage["finetune_uri"] == both
+        assert again.lineage["test_dice"] == f"{judged.facts['dice']:.6g}"
+        assert again.seen == model.seen is not None
+    with pytest.raises(UserError, match="is an ensemble, whose weights are of several networks"):
+        finetune(finetuning("models:/logonet-seg-pair@pair"), finetuned.facts["source"], root)
+
+
 # ------------------------------------------------------------------------------------------- training
 
 
@@ -439,9 +492,11 @@ def test_test_cases_that_pretraining_has_seen(
     recorded = artifacts.find(allowed.parents["split_uri"])
     assert recorded is not None
     assert smaller.excluded[0] in recorded.read("leaks.csv").decode()
-    # Judging it is refused all the same.
+    # Judging it is refused all the same, and so it is on its validation cases, which pretraining has seen too.
     with pytest.raises(UserError, match="1 of 2 test cases are known to training"):
         evaluate(QUICK, allowed.uri, "", root)
+    with pytest.raises(UserError, match="2 of 2 test cases are known to training"):
+        evaluate(replace(QUICK, on="val"), allowed.uri, "", root)
 
 
 def test_pretraining_on_the_training_part_is_no_leak(

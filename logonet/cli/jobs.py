@@ -144,8 +144,8 @@ def absolute(uri: str, flag: str) -> str:
 
 
 def absolute_model(uri: str, flag: str = "--model") -> str:
-    """The same for where a model is: a folder, an artifact, or models:/NAME@alias."""
-    return uri if uri.startswith("models:/") else absolute(uri, flag)
+    """The same for where a model is: a folder, an artifact, or models:/NAME@alias; or several, joined by commas."""
+    return ",".join(m if m.startswith("models:/") else absolute(m, flag) for m in uri.split(","))
 
 
 def job_config(args: ConfigArgs, recipes: Mapping[str, Callable[[], Any]]) -> Any:

@@ -49,13 +49,14 @@ def register(artifact: Artifact, /, task: str = "", alias: tuple[str, ...] = ("c
     """Put what a run has made, and what it was made from, into the MLflow model registry.
 
     Args:
-        artifact: ROOT/evaluation/<id>, ROOT/finetune/<id> or ROOT/pretrain/<id>.
+        artifact: ROOT/evaluation/<id>, ROOT/postprocess/<id>, ROOT/finetune/<id> or ROOT/pretrain/<id>; finetunings
+            joined by commas are registered as one ensemble.
         task: names the segmentation model, logonet-seg-<task>.
         alias: such as candidate or champion.
     """
     from logonet import pipelines
 
-    for uri in pipelines.register(absolute(artifact, "ARTIFACT"), task, alias):
+    for uri in pipelines.register(absolute_model(artifact, "ARTIFACT"), task, alias):
         print(uri)
 
 
@@ -75,7 +76,8 @@ def export(model: Model, /, out: str, format: Literal["bundle", "onnx"] = "bundl
     """Write a model for others to run: a MONAI bundle, or ONNX of the network with a parity check.
 
     Args:
-        model: models:/NAME@alias, a finetuning artifact ROOT/finetune/<id>, or a model folder.
+        model: models:/NAME@alias, a finetuning artifact ROOT/finetune/<id>, or a model folder; several, joined by
+            commas, are an ensemble.
         out: a local folder for the bundle, or a file for ONNX.
         format: which.
     """

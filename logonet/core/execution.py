@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
+from logonet.core.errors import Stopped
+
 Fn = Callable[..., Any]
 Workers = Literal["tasks", "data actors", "model actors"]
 
@@ -39,6 +41,16 @@ class InProcess:
     ) -> Iterator[tuple[int, Any]]:
         for i, item in enumerate(items):
             yield i, fn(item, *shared)
+
+
+def attempt(fn: Fn, *args: Any) -> Any:
+    """What ``fn`` gives, or the exception that it raises. `Stopped`, which concerns all, is raised."""
+    try:
+        return fn(*args)
+    except Stopped:
+        raise
+    except Exception as err:
+        return err
 
 
 def run_all(

@@ -16,6 +16,8 @@ from logonet.data.leakage import Trace, subject_key
 from logonet.data.manifest import Scan
 from logonet.storage import parquet
 
+VALIDATION = "validation"
+
 
 def anonymous(scans: Sequence[Scan]) -> list[Trace]:
     """``scans`` with their own ids and nothing else that names anyone, for `leakage.find` against a model's table."""
@@ -36,12 +38,21 @@ def to_bytes(scans: Sequence[Scan], role: str) -> bytes:
 def join(*tables: bytes) -> bytes:
     """Several such tables as one. A scan of several of them is listed once, in the role it has in the first.
 
-    Once, because `leakage.find` takes many equal hashes for a crowd of scans that are similar by nature.
+    Once, because `leakage.find` takes many equal hashes for a crowd of scans that are similar by nature. "validation"
+    gives way to any other role: a validation case that pretraining has seen must not pass for one that chose the
+    checkpoint alone.
     """
     first: dict[Trace, Trace] = {}
     for trace in (t for table in tables for t in from_bytes(table)):
-        first.setdefault(replace(trace, scan_id=""), trace)
+        known = first.setdefault(replace(trace, scan_id=""), trace)
+        if role(known) == VALIDATION:
+            first[replace(trace, scan_id="")] = trace
     return _to_parquet(list(first.values()))
+
+
+def role(trace: Trace) -> str:
+    """What the scan was used for: the ``role`` that `to_bytes` was given."""
+    return trace.scan_id.rpartition("-")[0]
 
 
 def from_bytes(table: bytes) -> list[Trace]:

@@ -25,7 +25,7 @@ from logonet.data import manifest, volume
 from logonet.data.classes import LabelMap
 from logonet.data.manifest import Scan, Source
 from logonet.data.volume import Volume
-from logonet.inference import metrics, model, sliding_window
+from logonet.inference import metrics, model, postprocessing, sliding_window
 from logonet.storage import object_store
 
 log = logging.getLogger(__name__)
@@ -119,6 +119,7 @@ def run(
     *,
     about: Mapping[str, Any],
     score: bool = False,
+    largest: bool = False,
     note: Callable[[Row, int, int], None] = lambda row, done, total: None,
 ) -> list[Row]:
     """Segment ``items`` into ``output``; those that have a row already are not touched again.
@@ -127,6 +128,7 @@ def run(
         folder: the model's files (`model.files`), held once on each machine.
         about: names the model and the settings; an output folder never mixes two of them.
         score: compare with the scans' labels.
+        largest: with ``score``, also by how much each class would gain from `postprocessing`.
         note: called for every case as it ends, with how many of how many are done.
 
     Returns:
@@ -141,7 +143,7 @@ def run(
     waiting = [i for i in items if i.name not in rows or rows[i.name].version != i.version]
     done = len(items) - len(waiting)
     if waiting:
-        segment = _Segment(output, cfg, attempt, score, executor.device)
+        segment = _Segment(output, cfg, attempt, score, executor.device, largest=largest)
         for _, row in executor.stream(segment, waiting, shared=(dict(folder),), workers="model actors"):
             rows[row.name] = row
             done += 1
@@ -227,6 +229,7 @@ class _Segment:
     score: bool
     device: str  # named, or without a GPU of its own each actor would take the machine's first
     predictor: sliding_window.Predictor | None = None
+    largest: bool = False
 
     def __call__(self, item: Item, folder: Mapping[str, bytes]) -> Row:
         if self.predictor is None:
@@ -292,6 +295,9 @@ class _Segment:
             known = {values[i] for i in present}
             there = {name: own for name, own in predictor.spec.scored.items() if known & {*own}}
             scores = metrics.case_rows(found_XYZ, truth_XYZ, image.spacing_mm, there, item.scan.scan_id)
+            for line in scores if self.largest else ():
+                of_largest = postprocessing.dice_of_largest(found_XYZ, truth_XYZ, there[line["class"]])
+                line[postprocessing.LARGEST] = of_largest
             scores = json.loads(json.dumps(scores, default=lambda value: value.item()))  # no NumPy types
         volumes_ml = metrics.volumes_ml(labels_XYZ, image.affine, classes, digits=4)
         found = (uri, written.sha256, 0.0, volumes_ml, scores)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from logonet.core.config import Component
-from logonet.core.execution import Workers
-from logonet.distributed import cluster
+from logonet.core.execution import Workers, attempt
+from logonet.distributed import cluster, ray_compat
 from logonet.distributed.cluster import ResourceAllocation, Resources
 
 if TYPE_CHECKING:  # these import torch, which data tasks do without
@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # these import torch, which data tasks do without
     from logonet.training.dataset import Dataset
 
 MAX_TASKS = 400  # blocks of a graph over items: enough to balance, few enough to schedule
+LOST_RUNS = 3  # how often a run is started anew when its machine, or the process that leads it, is lost
+LOOK_FOR_ORPHANS_S = 2.0
 ITEMS_PER_ACTOR = 16  # a data actor with fewer would take longer to start than to work
 
 
@@ -95,6 +97,33 @@ class RayExecutor:
             for i, blob in zip(batch["id"], batch["answer"]):
                 yield int(i), pickle.loads(blob)
 
+    def side_by_side(
+        self, fn: Callable[[RayExecutor, Any], Any], items: Sequence[Any], at_once: int = 0
+    ) -> Iterator[tuple[int, Any]]:
+        """(position, answer or exception) of ``fn(executor, item)`` for every item, as they end.
+
+        Each call has a process of its own, which only waits, and an executor with its part of the cluster.
+
+        Args:
+            at_once: so many calls, and not as many as fit.
+        """
+        import ray
+
+        if not items:
+            return
+        runs, share = cluster.allocate_trials(self.resources, len(items), at_once)
+        executor = RayExecutor(self.resources, share, self.callbacks)
+        call = ray.remote(num_cpus=cluster.DRIVER_CPUS, max_retries=LOST_RUNS)(_in_own_process)
+        waiting = list(range(len(items)))[::-1]
+        running: dict[Any, int] = {}
+        while waiting or running:
+            while waiting and len(running) < runs:
+                i = waiting.pop()
+                running[call.remote(fn, executor, items[i])] = i
+            for done in ray.wait(list(running), timeout=LOOK_FOR_ORPHANS_S)[0]:
+                yield running.pop(done), attempt(ray.get, done)
+            ray_compat.free_placement_groups(orphans=True)  # or the next run would wait for their CPUs
+
     def check(self, cfg: Config, method: Component) -> None:
         """UserError when the workers cannot share the steps of ``cfg``."""
         from logonet.distributed import trainer
@@ -106,6 +135,17 @@ class RayExecutor:
         from logonet.distributed import trainer
 
         return trainer.fit(job, dataset, self.resources, self.allocation, self.callbacks)
+
+
+def _in_own_process(fn: Callable[[RayExecutor, Any], Any], executor: RayExecutor, item: Any) -> Any:
+    from logonet.distributed.trainer import LeaderLost
+
+    for left in range(LOST_RUNS, -1, -1):
+        try:
+            return fn(executor, item)
+        except LeaderLost:  # a machine's failure, not the run's: it goes on from its newest checkpoint
+            if not left:
+                raise
 
 
 def _table(items: Sequence[Any], numbers: np.ndarray) -> Any:

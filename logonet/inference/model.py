@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ class Spec(Preprocessing):
     regions: the classes of each region, where the network's outputs are regions that overlap and not classes.
     region_values: what each region is written as in a label map, those written later on top.
     members: the names of the datasets' classes that were merged into, or renamed to, each class; empty: none were.
+    ensemble: of a model of several networks all of them; ``backbone`` is then the first.
+    largest_component: classes, or regions, of which the largest connected component alone is kept in a label map.
 
     Raises:
         UserError: for values that contradict each other.
@@ -70,6 +72,8 @@ class Spec(Preprocessing):
         default_factory=dict, kw_only=True, metadata=config.OMIT_DEFAULT
     )
     region_values: tuple[int, ...] = field(default=(), kw_only=True, metadata=config.OMIT_DEFAULT)
+    ensemble: tuple[Component, ...] = field(default=(), kw_only=True, metadata=config.OMIT_DEFAULT)
+    largest_component: tuple[str, ...] = field(default=(), kw_only=True, metadata=config.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         Component.convert(self, "backbone")
@@ -92,10 +96,18 @@ class Spec(Preprocessing):
         if len(self.region_values) != len(self.regions) or len(self.regions) > classes.MAX_REGIONS:
             given = f"{len(self.region_values)} region_values for {len(self.regions)} regions"
             raise UserError(f"{given}; give one each, and at most {classes.MAX_REGIONS}")
+        for name in self.largest_component:
+            if name not in self.scored:
+                raise UserError(config.unknown("class of largest_component", name, self.scored))
         if not {*self.modality.split(volume.JOIN)} <= MODALITIES:
             raise UserError(
                 f"modality is '{self.modality}'; it must be one of {', '.join(sorted(MODALITIES))}"
             )
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """The networks, of an ensemble several."""
+        return self.ensemble or (self.backbone,)
 
     @property
     def num_outputs(self) -> int:
@@ -169,6 +181,59 @@ def parse(blobs: Mapping[str, bytes], where: str = "") -> tuple[Spec, dict[str, 
         raise UserError(f"{weights_name} is not a whole safetensors file ({err}); fetch it again") from None
 
 
+class Ensemble(nn.ModuleList):
+    """Networks whose answers are averaged; its ``logits`` are the mean of their probabilities.
+
+    Of regions less a half, so that a region is where its own is above 0, as with logits.
+    """
+
+    def __init__(self, nets: Sequence[nn.Module], regions: bool) -> None:
+        super().__init__(nets)
+        self.regions = regions
+
+    def forward(self, x_BCXYZ: torch.Tensor) -> networks.SegOut:
+        total: torch.Tensor | None = None
+        for net in self:  # one at a time, so that no more than one network's answer is held beside the sum
+            logits = net(x_BCXYZ).logits.float()
+            found = logits.sigmoid() if self.regions else logits.softmax(1)
+            total = found if total is None else total.add_(found)
+        assert total is not None
+        mean = total / len(self)
+        return networks.SegOut(mean - 0.5 if self.regions else mean, [], None)
+
+
+def ensemble(
+    models: Sequence[tuple[Spec, Mapping[str, torch.Tensor]]],
+) -> tuple[Spec, dict[str, torch.Tensor]]:
+    """One model whose answer is the mean of the probabilities of ``models``, which may be of several networks.
+
+    Raises:
+        UserError: one is an ensemble itself, or they differ in anything but their networks.
+    """
+    specs = [spec for spec, _ in models]
+    if any(spec.ensemble for spec in specs):
+        raise UserError("a member of the ensemble is an ensemble itself; name its members instead")
+    first, *others = (config.to_dict(replace(spec, backbone=specs[0].backbone)) for spec in specs)
+    for number, other in enumerate(others, 2):
+        for key in sorted(first | other):
+            if first.get(key) != other.get(key):
+                differ = f"members 1 and {number} of the ensemble differ in {key}"
+                raise UserError(f"{differ} ({first.get(key)} and {other.get(key)}); only networks may differ")
+    weights = {f"{i}.{name}": w for i, (_, own) in enumerate(models) for name, w in own.items()}
+    return replace(specs[0], ensemble=tuple(spec.backbone for spec in specs)), weights
+
+
+def network(spec: Spec) -> nn.Module:
+    """A fresh network of the model, or the `Ensemble` of its networks."""
+    return assemble(spec.components, spec.in_channels, spec.num_outputs, bool(spec.regions))
+
+
+def assemble(parts: Sequence[Component], in_channels: int, num_outputs: int, regions: bool) -> nn.Module:
+    """A fresh network of each of ``parts``; the `Ensemble` of them where there are several."""
+    nets = [networks.from_component(part, in_channels, num_outputs) for part in parts]
+    return nets[0] if len(nets) == 1 else Ensemble(nets, regions)
+
+
 def build(spec: Spec, weights: Mapping[str, torch.Tensor]) -> nn.Module:
     """The network with exactly these weights, on the CPU, in eval mode.
 
@@ -176,16 +241,15 @@ def build(spec: Spec, weights: Mapping[str, torch.Tensor]) -> nn.Module:
         UserError: when the backbone does not exist or cannot take ``size_vox``, or the weights are not
             its own or not finite.
     """
-    backbone = spec.backbone.resolve(networks.config, "backbone")
-    name = backbone.name
-    networks.check_size(name, backbone.config, spec.size_vox)
-    net = networks.from_component(backbone, spec.in_channels, spec.num_outputs)
+    for backbone in (part.resolve(networks.config, "backbone") for part in spec.components):
+        networks.check_size(backbone.name, backbone.config, spec.size_vox)
+    net = network(spec)
     try:
         net.load_state_dict(dict(weights), strict=True)
     except RuntimeError as err:  # one line per tensor
         lines = [" ".join(line.split()) for line in str(err).splitlines()[1:]]
         raise UserError(
-            f"{WEIGHTS_FILE} does not fit the backbone '{name}' of {CONFIG_FILE}: {lines[0][:300]}"
+            f"{WEIGHTS_FILE} does not fit the backbone '{spec.backbone.name}' of {CONFIG_FILE}: {lines[0][:300]}"
             f"{f' (and {len(lines) - 1} more)' if len(lines) > 1 else ''}; take both files from one model"
         ) from None
     for key, tensor in net.state_dict().items():

@@ -31,7 +31,7 @@ from logonet.core.config import Count, Section
 from logonet.core.errors import BadScan
 from logonet.data import volume
 from logonet.data.volume import Volume
-from logonet.inference import model
+from logonet.inference import model, postprocessing
 
 SIGMA_SHARE = 0.125  # of the window's side, as in MONAI and nnU-Net
 IMAGE_SHARE = 0.25  # of a GPU's free memory, which the prepared image may take
@@ -126,6 +126,8 @@ class Predictor:
         positions = _positions(native.shape_xyz, prepared.shape_xyz, step, self.device)
         find = _regions if spec.regions else _best
         _write(finished, axis, positions, native.array_CXYZ[0], spec.written, scan_id, find)
+        for name in spec.largest_component:
+            postprocessing.keep_largest(labels_XYZ, spec.scored[name], int(spec.written[0]))
         return labels_XYZ
 
 

@@ -1,6 +1,6 @@
-"""Scores over cases: means with bootstrap intervals, paired comparisons, tables.
+"""Scores over cases: means with bootstrap intervals, paired comparisons, tables. Over runs: deviations, tests, ranks.
 
-Shapes: N cases, C classes, R bootstrap resamples.
+Shapes: N cases, C classes, R bootstrap resamples; of several runs, M runs, K settings that are ranked.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ MEAN = "mean"  # the class in the rows of the mean over classes
 COLUMNS = ("class", "value", "metric", "mean", "ci_low", "ci_high")
 RESAMPLES = 9999
 CONFIDENCE = 0.95
+LESS_IS_BETTER = frozenset(HD95)
 
 
 def under_rules(rows: pd.DataFrame, empty: str = "default", released: bool = False) -> pd.DataFrame:
@@ -156,6 +158,125 @@ def holm(p_C: np.ndarray) -> np.ndarray:
     scaled = p_C[order] * np.arange(len(order), 0, -1)
     out_C[order] = np.minimum(np.maximum.accumulate(scaled), 1)
     return out_C
+
+
+def over_runs(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """The mean of each setting over its runs, and by how much runs and cases differ.
+
+    Args:
+        scores: rows of ``case_rows`` of several runs, with a column ``run`` and the columns ``by``.
+        by: columns that make a setting; runs of one setting differ in seed or fold.
+
+    Returns:
+        A row for each setting, metric of SHOWN and class, "mean" (over classes) last: ``by``, ``metric``, ``class``;
+        ``mean`` of the runs' means over their cases; ``std_runs``, their deviation (n - 1); ``std_cases``, the
+        deviation over the cases of each case's mean over runs; ``runs`` and ``cases`` with a score. NaN is of fewer
+        than two.
+    """
+    _need_some(scores)
+    out = []
+    for setting, part in scores.groupby([*by], sort=False):
+        for metric in SHOWN:
+            per_run, per_case = (_means_per(part, key, metric) for key in ("run", "scan_id"))
+            frame = {
+                **dict(zip(by, setting)),
+                "metric": metric,
+                "class": per_run.columns,
+                "mean": per_run.mean().to_numpy(),
+                "std_runs": per_run.std().to_numpy(),
+                "std_cases": per_case.std().to_numpy(),
+                "runs": per_run.count().to_numpy(),
+                "cases": per_case.count().to_numpy(),
+            }
+            out.append(pd.DataFrame(frame))
+    return pd.concat(out, ignore_index=True)
+
+
+def compare_runs(a: pd.DataFrame, b: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Is setting B better than setting A, each of several runs?
+
+    Args:
+        a, b: rows as `over_runs` takes them, of one setting each, judged on the same cases.
+        metric: of SHOWN.
+
+    Returns:
+        A row a class, "mean" last: ``class``; ``a``, ``b`` and ``difference`` b - a of the means over runs; ``p_cases``
+        of the two-sided Wilcoxon signed-rank test over ``cases``, paired by case after averaging each case over the
+        runs; ``p_runs`` of the one-tailed t-test over the runs' means that B is better, with equal variances
+        (Student's, as in LoGoNet's appendix: t(8) of five runs each). NaN where there are fewer than two runs of
+        either, or none differ.
+    """
+    (a_MC, b_MC), (a_NC, b_NC) = (
+        [_means_per(rows, key, metric) for rows in (a, b)] for key in ("run", "scan_id")
+    )
+    better = "less" if metric in LESS_IS_BETTER else "greater"
+    rows = []
+    for name in b_MC.columns.intersection(a_MC.columns, sort=False):
+        a_M, b_M = (runs[name].dropna().to_numpy() for runs in (a_MC, b_MC))
+        difference_N = (b_NC[name] - a_NC[name]).to_numpy()  # aligned by scan
+        varied = min(len(a_M), len(b_M)) > 1 and np.ptp(a_M) + np.ptp(b_M) > 0
+        line = {
+            "class": name,
+            "a": a_M.mean() if len(a_M) else math.nan,
+            "b": b_M.mean() if len(b_M) else math.nan,
+            "cases": int((~np.isnan(difference_N)).sum()),
+            "p_cases": _wilcoxon_p(difference_N),
+            "p_runs": float(stats.ttest_ind(b_M, a_M, alternative=better).pvalue) if varied else math.nan,
+        }
+        rows.append(line | {"difference": line["b"] - line["a"]})
+    columns = ["class", "a", "b", "difference", "cases", "p_cases", "p_runs"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The mean ranks of settings over cases (Demsar 2006).
+
+    Attributes:
+        mean: setting -> mean rank, the best first; rank 1 is the best of a case, equal scores share a rank.
+        cases: N, those in which every setting has a score.
+        friedman_p: of Friedman's test that all are alike; NaN of fewer than three settings.
+        critical_difference: settings whose mean ranks differ by more do so at the 5 % level (Nemenyi).
+    """
+
+    mean: dict[str, float]
+    cases: int
+    friedman_p: float
+    critical_difference: float
+
+
+def ranks(scores_NK: pd.DataFrame, metric: str) -> Ranks:
+    """Rank the settings in the columns of ``scores_NK``, case by case; cases with a missing score are left out."""
+    complete_NK = scores_NK.dropna()
+    n, k = complete_NK.shape
+    ranks_NK = complete_NK.rank(axis=1, ascending=metric in LESS_IS_BETTER)
+    p = math.nan
+    if k > 2 and n > 1:
+        tied = (ranks_NK == (k + 1) / 2).all(axis=None)
+        p = 1.0 if tied else float(stats.friedmanchisquare(*ranks_NK.to_numpy().T).pvalue)
+    quantile = float(stats.studentized_range.ppf(CONFIDENCE, k, np.inf)) / math.sqrt(2)
+    apart = quantile * math.sqrt(k * (k + 1) / (6 * n)) if n else math.nan
+    return Ranks(ranks_NK.mean().sort_values(kind="stable").to_dict(), n, p, apart)
+
+
+def per_case(scores: pd.DataFrame, settings: Sequence[str], metric: str) -> pd.DataFrame:
+    """A row a case and a column a setting: means over the setting's runs and the classes (N, K), for `ranks`.
+
+    Args:
+        settings: name of the setting of each row of ``scores``.
+    """
+    named = scores.assign(setting=list(settings))
+    found = {
+        name: _means_per(part, "scan_id", metric)[MEAN] for name, part in named.groupby("setting", sort=False)
+    }
+    return pd.DataFrame(found)
+
+
+def _means_per(rows: pd.DataFrame, key: str, metric: str) -> pd.DataFrame:
+    """Means of each class for each run, or case, and last the mean over classes; NaN without a score."""
+    order = dict.fromkeys(rows.sort_values("value", kind="stable")["class"])
+    wide = rows.groupby([key, "class"], sort=False)[metric].mean().unstack("class")[list(order)]
+    return wide.assign(**{MEAN: wide.mean(axis=1)})
 
 
 def _class_order(rows: pd.DataFrame) -> list[tuple[int, str]]:

@@ -1,14 +1,13 @@
-"""Evaluation: a model's label maps of the test cases against their truth, on the scans' own grids, in mm."""
+"""Evaluation: a model's label maps of test or validation cases against their truth, on the scans' own grids, in mm."""
 
 from __future__ import annotations
 
 import io
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,13 +17,13 @@ from logonet import reporting
 from logonet.core import config
 from logonet.core.errors import UserError
 from logonet.core.execution import Executor
-from logonet.data import classes, leakage, manifest, provenance, volume
+from logonet.data import classes, leakage, manifest, provenance, splits, volume
 from logonet.data.manifest import Manifest, Scan
 from logonet.distributed import bucket_inference
 from logonet.inference import metrics, model, sliding_window, statistics
 from logonet.inference.load import LoadedModel, load_model
 from logonet.pipelines.preparation import import_scans
-from logonet.pipelines.stage import Made, Run, open_stage, page, run_tracked, say, transfer_section
+from logonet.pipelines.stage import Made, Run, open_stage, page, plain, run_tracked, say, transfer_section
 from logonet.storage import object_store
 from logonet.storage.artifacts import Artifact
 from logonet.training import weight_transfer
@@ -38,31 +37,52 @@ class Evaluation:
         classes: names by which the dataset calls the model's classes, {"liver": ("hepar",)}.
         infer: overlap of the windows, mirroring, precision.
         leaks: what to do with test cases that the model's training or pretraining has seen.
+        on: "test" cases, or the "val" cases of the model's own split, which its checkpoint may have been chosen on.
     """
 
     classes: Annotated[dict[str, tuple[str, ...]], tyro.conf.Suppress] = field(default_factory=dict)
     infer: sliding_window.Config = field(default_factory=sliding_window.Config)
     leaks: leakage.LeakRule = "refuse"
+    on: Literal["test", "val"] = field(default="test", metadata=config.OMIT_DEFAULT)
 
 
-def test_scans(table: Manifest, chosen: LoadedModel) -> list[Scan]:
-    """The test cases of the model's own split where the manifest is the one it was split on, else all labelled scans.
+def judged_scans(table: Manifest, chosen: LoadedModel, on: Literal["test", "val"]) -> list[Scan]:
+    """The cases of the model's own split where the manifest is the one it was split on, else all labelled scans.
+
+    Of an ensemble those that are test, or validation, cases of every member.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or validation cases are asked for and the manifest is another.
     """
-    own = chosen.artifact
-    if own is not None and own.parents.get("manifest") == table.id:
-        wanted = set(own.facts["test"])
+    own = chosen.artifacts
+    if own and all(a.parents.get("manifest") == table.id for a in own):
+        cases = [set(a.facts["test"]) if on == "test" else _validation_cases(a) for a in own]
+        wanted = set.intersection(*cases)
+        if not wanted and on == "test":
+            raise UserError(
+                f"the split of {own[0].uri} has no test cases; give --data of other labelled scans, or split.test_share"
+            )
         if not wanted:
             raise UserError(
-                f"the split of {own.uri} has no test cases; give --data of other labelled scans, or split.test_share"
+                f"no case is a validation case of {' and of '.join(a.uri for a in own)}; judge each member of an "
+                "ensemble by itself, and finetune with split.fold set"
             )
         return [s for s in table.scans if s.scan_id in wanted]
+    if on == "val":
+        raise UserError(
+            f"on=val judges a model on the validation cases of its own split, and {chosen.uri} was not split on these "
+            "scans; give a finetuning artifact, ROOT/finetune/ID, and its own scans or no --data"
+        )
     found = [s for s in table.scans if s.label_uri]
     if not found:
         raise UserError("none of the scans has a label; there is nothing to compare with")
     return found
+
+
+def _validation_cases(artifact: Artifact) -> set[str]:
+    """Ids of the validation cases of a finetuning's split."""
+    split = open_stage(artifact.parents["split_uri"], "split")
+    return set(splits.Split.from_json(split.read("split.json"), split.uri_of("split.json")).val)
 
 
 def evaluate_model(
@@ -71,17 +91,20 @@ def evaluate_model(
     """Scores of the model at ``model_uri`` on labelled scans at ``source`` ("": those it was finetuned from)."""
     chosen = load_model(model_uri)
     if not source:
-        if chosen.artifact is None:
+        sources = {artifact.facts["source"] for artifact in chosen.artifacts}
+        if len(sources) != 1:
             raise UserError(f"--data is missing; {model_uri} does not say which scans it was split on")
-        source = chosen.artifact.facts["source"]
+        (source,) = sources
     table, _ = import_scans(source, root, executor, chosen.spec.channels)
-    scans = test_scans(table, chosen)
-    scans, leaking = _without_leaks(scans, chosen, cfg.leaks)
+    scans = judged_scans(table, chosen, cfg.on)
+    scans, leaking = _without_leaks(scans, chosen, cfg)
     spec = chosen.spec
     label_maps, unscored = _label_maps(scans, spec, cfg.classes)
     own: dict[str, Any] = {"infer": cfg.infer.identity(), "leaks": cfg.leaks}
     if cfg.classes:
         own["classes"] = cfg.classes
+    if cfg.on != "test":
+        own["on"] = cfg.on
     cases = config.fingerprint([[s.sha256, s.label_sha256] for s in scans])
     lineage = {**chosen.lineage, "test_manifest": table.id}
     parents = {"model": chosen.id, "manifest": table.id, "cases": cases}
@@ -92,16 +115,15 @@ def evaluate_model(
         output = object_store.join(run.uri, "predictions")
         items = [bucket_inference.Item(s.scan_id, s, label_maps[s.classes]) for s in scans]
         about = {"model": chosen.id, **own}
-        rows = bucket_inference.run(
-            items, chosen.folder, output, cfg.infer, executor, about=about, score=True
-        )
+        scored = {"score": True, "largest": cfg.on == "val"}
+        rows = bucket_inference.run(items, chosen.folder, output, cfg.infer, executor, about=about, **scored)
         bad = [row for row in rows if row.status != bucket_inference.DONE]
         for row in bad:
             say("", f"quarantined: {row.reason}")
         scores = pd.DataFrame([line for row in rows for line in row.metrics])
         if scores.empty:
             raise UserError(
-                f"none of the {len(rows)} test cases could be segmented; the first says: {bad[0].reason}"
+                f"none of the {len(rows)} cases could be segmented; the first says: {bad[0].reason}"
             )
         summary = statistics.summary(scores)
         pictures = {
@@ -118,11 +140,12 @@ def evaluate_model(
             "history.json": json.dumps([entry]).encode(),
             "leaks.csv": leakage.to_csv(leaking),
             "config.yaml": config.to_yaml(cfg).encode(),
-            "report.html": _page(run, summary, pictures, chosen, lineage, leaking, bad),
+            "report.html": _page(run, cfg, summary, pictures, chosen, lineage, leaking, bad),
             **pictures,
         }
         metadata = {
             **_headline(summary),
+            **({"on": cfg.on} if cfg.on != "test" else {}),
             "cases": len(rows) - len(bad),
             "quarantined": len(bad),
             "not_scored": unscored,
@@ -161,20 +184,25 @@ def _label_maps(
 
 
 def _without_leaks(
-    scans: list[Scan], chosen: LoadedModel, rule: leakage.LeakRule
+    scans: list[Scan], chosen: LoadedModel, cfg: Evaluation
 ) -> tuple[list[Scan], list[leakage.Leak]]:
-    """The scans that may be judged on, and every leak found."""
+    """The scans that may be judged on, and every leak found.
+
+    That a validation case was used for validation is no leak where such cases are judged on; pretraining is.
+    """
     if chosen.seen is None:
         say("leaks", "which scans this model has seen is not known; leaks cannot be ruled out")
         return scans, []
-    found = leakage.find(provenance.anonymous(scans), provenance.from_bytes(chosen.seen))
-    leaking = leakage.refused(found, len(scans), rule)
-    if not leaking or rule == "allow":
+    allowed = provenance.VALIDATION if cfg.on == "val" else ""
+    seen = [trace for trace in provenance.from_bytes(chosen.seen) if provenance.role(trace) != allowed]
+    found = leakage.find(provenance.anonymous(scans), seen)
+    leaking = leakage.refused(found, len(scans), cfg.leaks)
+    if not leaking or cfg.leaks == "allow":
         return scans, found
-    say("leaks", f"{len(leaking)} contaminated test cases left out")
+    say("leaks", f"{len(leaking)} contaminated cases left out")
     kept = [s for s in scans if s.scan_id not in set(leaking)]
     if not kept:
-        raise UserError("every test case is known to the model's training; there is nothing to judge it on")
+        raise UserError("every case is known to the model's training; there is nothing to judge it on")
     return kept, found
 
 
@@ -182,8 +210,8 @@ def _headline(summary: pd.DataFrame) -> dict[str, float]:
     """The means as MLflow shows them: ``dice``, and ``dice/<class>`` for each class."""
     values = {}
     for line in summary.to_dict("records"):
-        plain = re.sub(r"[^\w. -]", "_", str(line["class"]))  # what else there is, "&" or "(", MLflow refuses
-        name = line["metric"] if line["class"] == "mean" else f"{line['metric']}/{plain}"
+        label = plain(str(line["class"])).replace("/", "_")
+        name = line["metric"] if line["class"] == "mean" else f"{line['metric']}/{label}"
         values[name] = float(line["mean"])
     return values
 
@@ -236,6 +264,7 @@ def _wide(summary: pd.DataFrame) -> pd.DataFrame:
 
 def _page(
     run: Run,
+    cfg: Evaluation,
     summary: pd.DataFrame,
     pictures: Mapping[str, bytes],
     chosen: LoadedModel,
@@ -248,6 +277,13 @@ def _page(
         ("Means with 95 % confidence intervals", _wide(summary)),
         ("Worst, median and best case", pictures["cases.png"]),
     ]
+    if cfg.on == "val":
+        chose = any("best.safetensors" in artifact.files for artifact in chosen.artifacts)
+        told = "The checkpoint was chosen on these cases, so the scores are too high." if chose else ""
+        kept = "Cases of the model's own validation set, which did not train it."
+        sections.insert(
+            0, ("Validation cases", f"<p>{kept} {told or 'No checkpoint was chosen on them.'}</p>")
+        )
     if (trained := chosen.artifact) is not None:
         sections.append(("How it was trained", trained.read("curves.png")))
         if "transfer.json" in trained.files:
@@ -255,7 +291,7 @@ def _page(
             sections.append(transfer_section(handover))
     # Counts, not names: this page goes to MLflow, and file names can be patients'.
     known = len({k.scan_id for k in leaking})
-    told = f"<p>{known} test cases are known to training or pretraining: leaks.csv</p>" if known else ""
+    told = f"<p>{known} cases are known to training or pretraining: leaks.csv</p>" if known else ""
     if bad:
         told += f"<p>{len(bad)} cases could not be segmented: predictions/predictions.csv</p>"
     if told:

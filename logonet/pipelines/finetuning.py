@@ -261,7 +261,7 @@ def finetune(
         final = training.load_weights(training.Init(object_store.join(run.uri, chosen), done[chosen].sha256))
         trained_on = provenance.to_bytes(train_scans, "training")
         if val_ids:
-            validated_on = provenance.to_bytes([by_id[i] for i in val_ids], "validation")
+            validated_on = provenance.to_bytes([by_id[i] for i in val_ids], provenance.VALIDATION)
             trained_on = provenance.join(trained_on, validated_on)
         if weights is not None and weights.seen is not None:
             trained_on = provenance.join(trained_on, weights.seen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -117,6 +118,11 @@ def took(started: float) -> str:
     return f"{time.monotonic() - started:.1f} s"
 
 
+def plain(name: str) -> str:
+    """``name`` in the characters that MLflow takes in a metric's name."""
+    return re.sub(r"[^\w./ -]", "_", name)
+
+
 def last_loss(artifact: Artifact) -> str:
     """What the log says of a finished training."""
     final = artifact.facts["final"]
@@ -125,6 +131,7 @@ def last_loss(artifact: Artifact) -> str:
 
 # What MLflow shows of a run: nothing that names a scan, since file names can be patients'.
 TRACKED = (".png", ".yaml", ".html", "summary.csv", "summary.json", "transfer.json")
+TRACKED += ("comparisons.csv", "runs.csv", ".tex")  # of a study
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,7 @@ CHAIN = {
     "cases": "labelled cases",
     "weights": "initial weights",
     "finetune": "finetuning",
+    "postprocess": "post-processing",
     "registered": "registered model",
     "test_manifest": "scans judged on",
 }

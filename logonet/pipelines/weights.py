@@ -77,6 +77,10 @@ def _registered(uri: str, root: str) -> InitialWeights:
     if model.WEIGHTS_FILE not in blobs:
         raise UserError(f"{uri} has no {model.WEIGHTS_FILE}; give an encoder or a segmentation model")
     own = json.loads(blobs[model.CONFIG_FILE])
+    if "ensemble" in own:
+        raise UserError(
+            f"{uri} is an ensemble, whose weights are of several networks; give one of its members"
+        )
     stage = next((s for s in ("finetune", "pretrain") if s in lineage), None)
     known = {"registered": lineage.pop("registered")}
     if stage is not None:

@@ -4,6 +4,7 @@ from logonet.reporting.page import lineage, run_page, transfer_section
 from logonet.reporting.pretraining import chain_picture, clusters_picture, contact_sheet
 from logonet.reporting.results import compare_picture, organ_boxes
 from logonet.reporting.segmentation import cases_overlay
+from logonet.reporting.study import label_curves, latex, mean_ranks, wide
 from logonet.reporting.sweeping import heat_axes, heat_map, importance_bars, parallel, progress, proxy_scatter
 from logonet.reporting.training import curves
 
@@ -17,11 +18,15 @@ __all__ = [
     "heat_axes",
     "heat_map",
     "importance_bars",
+    "label_curves",
+    "latex",
     "lineage",
+    "mean_ranks",
     "organ_boxes",
     "parallel",
     "progress",
     "proxy_scatter",
     "run_page",
     "transfer_section",
+    "wide",
 ]

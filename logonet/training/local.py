@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from logonet.core.config import Component
-from logonet.core.execution import InProcess
+from logonet.core.execution import InProcess, attempt
 from logonet.training import checkpoints
 from logonet.training.batches import to_tensors
 from logonet.training.config import Config, Job, accumulation
@@ -37,6 +37,13 @@ class LocalExecutor(InProcess):
     def check(self, cfg: Config, method: Component) -> None:
         """UserError when the batch sizes do not fit together."""
         accumulation(cfg, 1)
+
+    def side_by_side(
+        self, fn: Callable[[Any, Any], Any], items: Sequence[Any], at_once: int = 0
+    ) -> Iterator[tuple[int, Any]]:
+        """(position, answer or exception) of ``fn(executor, item)`` for every item, one after the other."""
+        for i, item in enumerate(items):
+            yield i, attempt(fn, self, item)
 
     @memory_watched()
     def train(self, job: Job, dataset: Dataset) -> dict[str, Any]:

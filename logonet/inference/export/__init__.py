@@ -14,12 +14,27 @@ from __future__ import annotations
 
 from typing import Literal
 
-from logonet.inference.export.bundle import region_labels, scaled, unit_range, write_bundle
+from logonet.inference.export.bundle import (
+    largest_components,
+    region_labels,
+    scaled,
+    unit_range,
+    write_bundle,
+)
 from logonet.inference.export.onnx import write_onnx
 from logonet.inference.export.shared import network
 
-# Bundles name the first four.
-__all__ = ["network", "region_labels", "scaled", "unit_range", "write", "write_bundle", "write_onnx"]
+# Bundles name the first five.
+__all__ = [
+    "largest_components",
+    "network",
+    "region_labels",
+    "scaled",
+    "unit_range",
+    "write",
+    "write_bundle",
+    "write_onnx",
+]
 
 
 def write(folder_uri: str, out: str, format: Literal["bundle", "onnx"]) -> str:

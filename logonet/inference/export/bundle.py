@@ -17,7 +17,7 @@ from logonet.core.config import to_dict
 from logonet.core.errors import UserError
 from logonet.data import volume
 from logonet.data.preprocessing import Preprocessing
-from logonet.inference import model
+from logonet.inference import model, postprocessing
 from logonet.inference.sliding_window import Config as InferConfig
 from logonet.storage import object_store
 
@@ -62,7 +62,8 @@ def _need_plain_texts(spec: model.Spec) -> None:
     Raises:
         UserError: naming a text that MONAI would not take as text.
     """
-    texts = [*spec.classes, *(v for v in to_dict(spec.backbone).values() if isinstance(v, str))]
+    options = [value for part in spec.components for value in to_dict(part).values()]
+    texts = [*spec.classes, *(v for v in options if isinstance(v, str))]
     for text in texts:
         if text.lstrip().startswith(("$", "@", "%")):
             raise UserError(
@@ -93,6 +94,14 @@ def region_labels(logits_RXYZ: Any, region_values: Sequence[int]) -> Any:
     return values_XYZ
 
 
+def largest_components(labels_1XYZ: Any, values: Sequence[Sequence[int]], background: int) -> Any:
+    """The label map (1, X, Y, Z) with the largest component alone of each class, or region, of ``values``."""
+    labels_XYZ = torch.as_tensor(labels_1XYZ[0]).cpu().numpy().copy()
+    for own in values:
+        postprocessing.keep_largest(labels_XYZ, own, background)
+    return labels_1XYZ * 0 + torch.from_numpy(labels_XYZ).to(labels_1XYZ.device)
+
+
 def inference(spec: model.Spec) -> dict[str, Any]:
     """``configs/inference.json``."""
     config: dict[str, Any] = json.loads(_template("inference.json"))
@@ -100,6 +109,9 @@ def inference(spec: model.Spec) -> dict[str, Any]:
     config["network_def"].update(
         backbone=to_dict(spec.backbone), in_channels=spec.in_channels, num_classes=num_classes
     )
+    if spec.ensemble:
+        parts = [to_dict(part) for part in spec.ensemble]
+        config["network_def"].update(backbone=parts, regions=bool(spec.regions))
     config["inferer"].update(
         roi_size=list(spec.size_vox), sw_batch_size=options.windows_per_batch or 1, overlap=options.overlap
     )
@@ -126,6 +138,11 @@ def inference(spec: model.Spec) -> dict[str, Any]:
     if spec.regions:
         found = _call("pred", "region_labels", {"region_values": list(spec.region_values)})
         config["postprocessing"]["transforms"] = [inverse, found, save]
+    if spec.largest_component:
+        kept = [list(spec.scored[name]) for name in spec.largest_component]
+        # Not MONAI's KeepLargestConnectedComponentd, which wants scikit-image and, of equal ones, may keep another.
+        call = _call("pred", "largest_components", {"values": kept, "background": int(spec.written[0])})
+        config["postprocessing"]["transforms"].insert(-1, call)
     return config
 
 
@@ -140,7 +157,7 @@ def metadata(spec: model.Spec) -> dict[str, Any]:
     import monai
 
     values: dict[str, Any] = json.loads(_template("metadata.json"))
-    organs, backbone = ", ".join(spec.classes[1:]), spec.backbone.name
+    organs, backbone = ", ".join(spec.classes[1:]), " + ".join(part.name for part in spec.components)
     values.update(
         version=logonet.__version__,
         changelog={logonet.__version__: "exported by logonet"},
@@ -185,7 +202,7 @@ def _json(values: Mapping[str, Any]) -> bytes:
 def _readme(spec: model.Spec) -> str:
     told = "\nSay which kind your scans are with `--modality CT` or `--modality MR`.\n"
     return _template("README.md").format(
-        backbone=spec.backbone.name,
+        backbone=" + ".join(part.name for part in spec.components),
         modality=spec.modality,
         rows="\n".join(f"| {v} | {name} |" for v, name in zip(spec.label_values, spec.classes)),
         spacing="x".join(f"{s:g}" for s in spec.spacing_mm) + " mm" if spec.spacing_mm else "its own",

@@ -67,10 +67,10 @@ def write_onnx(folder_uri: str, out_file: str, tolerance: float = TOLERANCE) -> 
         )
     spec, weights = model.read(folder_uri)
     name = spec.backbone.name
-    known = {f.name for f in dataclasses.fields(networks.config(name))}
-    plain = {key: value for key, value in PLAIN.items() if key in known}
-    portable = Component(name, {**to_dict(spec.backbone.config), **plain})
-    traced = logits_only(model.build(dataclasses.replace(spec, backbone=portable), weights))
+    portable = dataclasses.replace(
+        spec, backbone=_portable(spec.backbone), ensemble=tuple(map(_portable, spec.ensemble))
+    )
+    traced = logits_only(model.build(portable, weights))
     with tempfile.TemporaryDirectory(prefix="logonet-onnx-") as folder:
         path = os.path.join(folder, "network.onnx")
         any_batch, opset = _trace(traced, name, (spec.in_channels, *spec.size_vox), path)
@@ -85,6 +85,13 @@ def write_onnx(folder_uri: str, out_file: str, tolerance: float = TOLERANCE) -> 
             )
         object_store.write_file(path, out_file)
         return Parity(difference, largest, any_batch, opset, os.path.getsize(path))
+
+
+def _portable(backbone: Component) -> Component:
+    """The same network with the options of a portable graph."""
+    known = {f.name for f in dataclasses.fields(networks.config(backbone.name))}
+    plain = {key: value for key, value in PLAIN.items() if key in known}
+    return Component(backbone.name, {**to_dict(backbone.config), **plain})
 
 
 def _trace(net: nn.Module, name: str, shape_CXYZ: Sequence[int], path: str) -> tuple[bool, int]:

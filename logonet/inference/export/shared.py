@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from logonet import networks
 from logonet.core.config import Component
+from logonet.inference import model
 
 # Options that only choose a faster way to the same numbers, with their values for a portable graph.
 PLAIN = {"lka": "plain", "channels_last": False, "checkpointing": False}
@@ -20,7 +20,18 @@ def logits_only(net: nn.Module) -> nn.Module:
     return net.eval()
 
 
-def network(backbone: Mapping[str, Any], in_channels: int, num_classes: int) -> nn.Module:
-    """A network in eval mode whose ``forward`` gives logits_BKXYZ alone; its state dict is unchanged."""
-    component = Component.of(backbone, "backbone")
-    return logits_only(networks.from_component(component, in_channels, num_classes))
+def network(
+    backbone: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    in_channels: int,
+    num_classes: int,
+    regions: bool = False,
+) -> nn.Module:
+    """A network in eval mode whose ``forward`` gives logits_BKXYZ alone; its state dict is unchanged.
+
+    Args:
+        backbone: of an ensemble all of its networks.
+        regions: the outputs are regions.
+    """
+    parts = [backbone] if isinstance(backbone, Mapping) else backbone
+    components = [Component.of(part, "backbone") for part in parts]
+    return logits_only(model.assemble(components, in_channels, num_classes, regions))
