@@ -16,8 +16,8 @@ from torch import Tensor
 from logonet import methods, networks
 from logonet.core import seeding
 from logonet.core.errors import UserError
-from logonet.methods._masked import depth_to_space, masked_error, space_to_depth
-from logonet.methods.simmim import SimMIM, enlarged
+from logonet.methods._masked import depth_to_space, enlarged, masked_error, space_to_depth
+from logonet.methods.simmim import SimMIM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

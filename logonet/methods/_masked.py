@@ -64,6 +64,13 @@ def over_patches(error_BNP: Tensor, which_BN: Tensor) -> Tensor:
     return (error_BNP.mean(2) * which_BN).sum(1) / which_BN.sum(1)
 
 
+def enlarged(map_Bxyz: Tensor, times: Sequence[int]) -> Tensor:
+    """Each cell repeated along X, Y and Z."""
+    for axis, n in enumerate(times, start=1):
+        map_Bxyz = map_Bxyz.repeat_interleave(n, dim=axis)
+    return map_Bxyz
+
+
 def masked_error(
     guess_BCXYZ: Tensor, image_BCXYZ: Tensor, hidden_B1XYZ: Tensor, squared: bool = False
 ) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from logonet.core.config import OMIT_DEFAULT, Fraction, Section, SizeVox
 from logonet.core.errors import UserError
 from logonet.methods import DataSpec
-from logonet.methods._masked import depth_to_space, divides, masked_error, spread, still
+from logonet.methods._masked import depth_to_space, divides, enlarged, masked_error, spread, still
 from logonet.methods._parts import MethodModule, freeze_unreached, intensity, ratio, sums
 from logonet.networks import Network, TokenNetwork, Triple
 
@@ -163,13 +163,6 @@ class SimMIM(MethodModule[Config]):
             feats = self.backbone.encode(x_BCXYZ)
         guess = self.head(self._used(self.backbone, x_BCXYZ, feats))
         return feats, depth_to_space(guess, self.stride) if self.on_encoder else guess
-
-
-def enlarged(map_Bxyz: Tensor, times: Sequence[int]) -> Tensor:
-    """Each cell repeated along X, Y and Z."""
-    for axis, n in enumerate(times, start=1):
-        map_Bxyz = map_Bxyz.repeat_interleave(n, dim=axis)
-    return map_Bxyz
 
 
 build = SimMIM
