@@ -1,18 +1,18 @@
 """SMIT: rebuild hidden blocks, and say of them and of the whole view what a teacher says that sees everything
 (Jiang et al. 2022; equations are those of iBOT, Zhou et al. 2022, which it brings to three dimensions).
 
-Two views are cut out of a crop. The network sees each with most of its blocks hidden, their tokens replaced by a learnt
-one; a moving average of it sees them whole. Three losses are added up: the mean absolute error of hidden voxels, which a
-1x1x1 convolution rebuilds from the coarsest features; at every hidden block the cross-entropy of the network's token
-with the teacher's of the same view; and that of the mean of all tokens with the teacher's of the other view. Tokens are
-those of the level that has one for each block. Only the encoder is trained.
+Two views are cut out of a crop. The network sees each with most of its blocks hidden, their tokens replaced by a
+learnt one; a moving average of it sees them whole. Three losses are added up: the mean absolute error of hidden voxels,
+which a 1x1x1 convolution rebuilds from the coarsest features; at every hidden block the cross-entropy of the network's
+token with the teacher's of the same view; and that of the mean of all tokens with the teacher's of the other view.
+Tokens are those of the level that has one for each block. Only the encoder is trained.
 
-Written from the papers. The released code holds the last layer of the projections still for the first of 500 epochs, and
-begins the momentum anew in every epoch, so that it stays near 0.996; here nothing is held still and the momentum rises
-over the whole training.
+Written from the papers. The released code holds the last layer of the projections still for the first of 500 epochs,
+and begins the momentum anew in every epoch, so that it stays near 0.996; here nothing is held still and the momentum
+rises over the whole training.
 
-SMIT trains a Swin transformer (depths 2, 2, 4, 2, four heads, windows of 4) on views of 96^3 of crops of 128^3 voxels of
-2 mm, CT from -175 to 250 HU, with AdamW, lr 6e-4, batches of 6, 20 of 500 epochs of warm-up, cosine.
+SMIT trains a Swin transformer (depths 2, 2, 4, 2, four heads, windows of 4) on views of 96^3 of crops of 128^3 voxels
+of 2 mm, CT from -175 to 250 HU, with AdamW, lr 6e-4, batches of 6, 20 of 500 epochs of warm-up, cosine.
 
 Shapes: B samples, M views of all samples (first ones, then second ones), C input channels, X Y Z a view's axes, uvw its
 blocks', N blocks (C order), H those that are hidden, F features, K prototypes.
