@@ -37,7 +37,8 @@ def test_scores_are_those_of_a_network_without_the_features(name: str, score: st
     data_spec, cfg = data_spec_for((32, 32, 32)), config_for(name)
     batch = batch_for(name, cfg, data_spec, [0, 1])
     assert methods.bypass_score(name) == score
-    found = encoder_use.measure(stub_for(name, data_spec), score, batch, 0.5, OFF)
+    torch.manual_seed(0)
+    found = encoder_use.measure(methods.build(name, Stub(), data_spec, cfg=cfg), score, batch, 0.5, OFF)
     endings = {"": (), "_without_deepest": (1,), "_without_encoder": (0, 1)}
     assert found.keys() == {f"batch_{score}{ending}" for ending in endings}
     for ending, levels in endings.items():

@@ -73,6 +73,7 @@ def test_cross_entropy_is_a_slow_loop() -> None:
         assert found.item() == pytest.approx(total / 4, rel=1e-5)
 
 
+@torch.no_grad()
 def probabilities(module: SMIT, kind: str, rows_NF: Tensor, temperature: float) -> Tensor:
     cosines = module.teacher_projections[kind](rows_NF)
     return ((cosines - getattr(module, f"centre_{kind}_K")) / temperature).softmax(-1)
@@ -101,7 +102,7 @@ def test_hidden_blocks_are_matched_with_the_teachers_of_the_same_view() -> None:
             for x, y, z in hidden_Buvw[b].nonzero().tolist():
                 p = probabilities(module, "patch", teacher[b, :, x, y, z], 0.07)
                 log_q = (module.projections["patch"](student[b, :, x, y, z]) / 0.1).log_softmax(-1)
-                total -= float((p * log_q).sum())
+                total -= (p * log_q).sum().item()
                 count += 1
         assert hidden_BH.shape == (2, 5)
     assert count == 2 * 2 * int(0.7 * 8)
@@ -122,7 +123,7 @@ def test_a_whole_view_is_matched_with_the_teachers_of_the_other() -> None:
         for b in range(2):
             p = probabilities(module, "image", teacher[b].flatten(1).mean(1), 0.07)
             log_q = (module.projections["image"](student[b].flatten(1).mean(1)) / 0.1).log_softmax(-1)
-            total -= float((p * log_q).sum())
+            total -= (p * log_q).sum().item()
     assert loss.item() == pytest.approx(total / 4, rel=1e-4)
 
 
@@ -158,8 +159,8 @@ def test_losses_are_weighed_and_added() -> None:
 
 def test_what_is_hidden_has_no_influence() -> None:
     module, batch = module_on("nnformer").eval(), batch_of()
-    images = views_of(batch)
-    _, hidden_Buvw = module.hidden(batch["scores"][:, 0], SIZE)
+    images = views_of(batch).unbind(1)  # of two crops; views are whole crops here
+    _, hidden_Buvw = module.hidden(batch["scores"][0], SIZE)
     hidden_B1XYZ = enlarged(hidden_Buvw, module.unit_vox)[:, None]
     other = torch.where(hidden_B1XYZ, images[1], images[0])
     assert not torch.equal(other, images[0])
