@@ -140,6 +140,7 @@ NETWORKS: dict[str, Network] = {
     "PCRLv2": Network("pcrlv2", plain=CONTIGUOUS),
     "PCRLv2 with skips": Network("pcrlv2", {"skips": True}, plain=CONTIGUOUS),
     "SegResNet": Network("segresnet"),
+    "ResEnc-L": Network("resenc"),
     "U-Net": Network("unet"),
 }
 

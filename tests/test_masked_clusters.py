@@ -19,6 +19,7 @@ from torch import Tensor
 from logonet import methods
 from logonet.core.errors import UserError
 from logonet.methods._cluster_head import Head
+from logonet.methods._pooled_head import PooledHead
 from logonet.methods.masked_clusters import MaskedClusters, cluster_nll
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -163,6 +164,103 @@ def test_parameter_count_at_the_papers_size():
 
 def test_head_of_a_crop_narrower_than_16_voxels():
     assert Head(6, (8, 8, 8), 2, 3, 1.0)(torch.randn(1, 6, 8, 8, 8)).shape == (1, 8, 2, 3)
+
+
+# ------------------------------------------------------------------- masked_clusters: the pooled head
+
+
+def test_the_pooled_head_is_a_slow_loop_over_slices():
+    torch.manual_seed(0)
+    feats = [torch.randn(2, 4, 5, 6, 12), torch.randn(2, 8, 2, 3, 4), torch.randn(2, 3, 1, 1, 1)]
+    head = PooledHead((4, 8, 3), num_slices=12, num_clusterers=3, num_classes=7)
+    logits_BZNK = head(feats)
+    assert logits_BZNK.shape == (2, 12, 3, 7)
+    norm, first, _, second = head.mlp
+    for b in range(2):
+        for z in range(12):
+            row: list[float] = []
+            for feat in feats:
+                depth = feat.shape[4]
+                at = max(0.0, (z + 0.5) * depth / 12 - 0.5)
+                below, share = int(at), at - int(at)
+                above = min(below + 1, depth - 1)
+                planes = [feat[b, :, :, :, k].flatten(1).mean(1) for k in (below, above)]
+                row += (planes[0] * (1 - share) + planes[1] * share).tolist()
+            x = torch.tensor(row)
+            x = (x - x.mean()) / (x.var(correction=0) + norm.eps).sqrt() * norm.weight + norm.bias
+            expected = second(F.gelu(first(x)))
+            for n in range(3):
+                torch.testing.assert_close(logits_BZNK[b, z, n], expected[7 * n : 7 * n + 7])
+
+
+def test_the_pooled_head_trains_the_encoder_alone():
+    module, batch = masked_clusters(head="pooled")
+    module.backbone.decode_features = lambda *args: pytest.fail("the decoder ran")
+    frozen = {key for key, p in module.named_parameters() if not p.requires_grad}
+    assert frozen == {
+        f"backbone.{part}.{kind}" for part in ("join", "classify") for kind in ("weight", "bias")
+    }
+    assert module.head is None
+    loss, metrics = module(batch, 0.0)
+    loss.backward()
+    assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+    assert metrics["accuracy"].shape == (2,)
+
+
+def test_both_heads_losses_add_up():
+    module, batch = masked_clusters(head="both")
+    module.eval()
+    loss, metrics = module(batch, 0.0)
+    image, hidden = batch["image"].float() / 65535, batch["hidden"]
+    feats, first = module.predict(image, hidden)
+    labels_BZN = batch["labels"].transpose(1, 2).long().masked_fill(~batch["chain"][..., None], -1)
+    nll = [
+        cluster_nll(logits, labels_BZN, torch.tensor(SIZES), 0.1).sum()
+        for logits in (first, module.pooled_head(feats))
+    ]
+    torch.testing.assert_close(loss, (nll[0] + nll[1]) / 2)
+    assert metrics["accuracy"][1] == metrics["accuracy_pooled"][1] > 0
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_reconstruction_weighs_beside_a_labels_mean_loss(reduction: str):
+    both = {}
+    for weight in (0.0, 3.0):
+        module, batch = masked_clusters(reduction=reduction, reconstruction=weight)
+        both[weight] = module.eval()(batch, 0.0)
+    image, hidden = batch["image"].float() / 65535, batch["hidden"]
+    x = torch.where(hidden[:, None], module.mask_token[:, None, None, None], image)
+    rebuilt = module.rebuild(module.backbone.decode_features(x, module.backbone.encode(x)))
+    mse_B, labels_B = [], []
+    for b in range(2):
+        errors = [
+            (rebuilt[b, 0][tuple(at)] - image[b, 0][tuple(at)]).item() ** 2 for at in hidden[b].nonzero()
+        ]
+        mse_B.append(sum(errors) / len(errors))
+        labels_B.append(3 * int(batch["chain"][b].sum()))
+    extra = (
+        3.0 * sum(mse * n for mse, n in zip(mse_B, labels_B)) / (2 if reduction == "sum" else sum(labels_B))
+    )
+    assert (both[3.0][0] - both[0.0][0]).item() == pytest.approx(extra, rel=1e-3)
+    assert both[3.0][1]["reconstruction_mse"].tolist() == pytest.approx([sum(mse_B), 2], rel=1e-4)
+
+
+class Skipping(Stub):
+    """Its decoder sees the image."""
+
+    def decode_features(self, x_BCXYZ: Tensor, feats: list[Tensor]) -> Tensor:
+        return super().decode_features(x_BCXYZ, feats) + x_BCXYZ.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("hide_image", [False, True])
+def test_a_hidden_image_tells_the_decoder_nothing(hide_image: bool):
+    torch.manual_seed(0)
+    module = methods.build("masked_clusters", Skipping(), data_spec_for(), hide_image=hide_image).eval()
+    hidden = torch.zeros(1, *SIZE_VOX, dtype=torch.bool)
+    images = torch.rand(2, 1, 1, *SIZE_VOX)
+    module.backbone.encode = lambda x: [torch.ones(1, 4, *SIZE_VOX), torch.ones(1, 8, 8, 4, 6)]
+    logits = [module.predict(image, hidden)[1] for image in images]
+    assert torch.equal(*logits) == hide_image
 
 
 # ------------------------------------------------------------------- masked_clusters: loss and masking
@@ -320,6 +418,9 @@ def test_without_the_final_relu_two_samples_are_learnt_by_heart():
         ({"temperature": 0.0}, "temperature"),
         ({"head_chunk_mib": 0.0}, "head_chunk_mib"),
         ({"reduction": "max"}, "reduction"),
+        ({"head": "average"}, "head"),
+        ({"reconstruction": 1.0, "masking": "none"}, "masking=none hides none"),
+        ({"hide_image": True, "head": "pooled"}, "head=pooled does not run"),
         ({"cluster_sizes": ()}, "no clusterers"),
         ({"majority_labels": (1,)}, "1 majority labels for 3 clusterers"),
     ],

@@ -33,6 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "glmae": {**DECODER, "num_local": 2, "projection_hidden": 16, "projection": 8},
     "mae3d": DECODER,
     "rcr": {"contrast": 16},
+    "smit": {"hidden": 16, "bottleneck": 8, "prototypes": 12},
 }
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from logonet import methods, networks
 from logonet.core import seeding
 from logonet.core.errors import UserError
-from logonet.methods._masked import depth_to_space, space_to_depth
-from logonet.methods.simmim import SimMIM, enlarged, masked_l1
+from logonet.methods._masked import depth_to_space, enlarged, masked_error, space_to_depth
+from logonet.methods.simmim import SimMIM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,19 +164,31 @@ def test_a_crop_wholly_hidden_gives_the_same_whatever_it_held(backbone: str) -> 
     assert torch.equal(guess[0], guess[1])
 
 
-def test_the_loss_is_a_mean_over_hidden_voxels() -> None:
+@pytest.mark.parametrize("squared", [False, True])
+def test_the_loss_is_a_mean_over_hidden_voxels(squared: bool) -> None:
     image, guess = torch.rand(2, 2, 4, 4, 2), torch.rand(2, 2, 4, 4, 2)
     hidden = enlarged(torch.tensor([[[[1], [0]], [[0], [1]]], [[[0], [1]], [[1], [0]]]]) > 0, (2, 2, 2))[
         :, None
     ]
-    for b, loss in enumerate(masked_l1(guess, image, hidden)):
+    for b, loss in enumerate(masked_error(guess, image, hidden, squared)):
         total, count = 0.0, 0
         for c, i, j, k in itertools.product(range(2), range(4), range(4), range(2)):
             if hidden[b, 0, i, j, k]:
-                total += abs(guess[b, c, i, j, k].item() - image[b, c, i, j, k].item())
+                error = abs(guess[b, c, i, j, k].item() - image[b, c, i, j, k].item())
+                total += error**2 if squared else error
                 count += 1
         assert count == 32
         assert loss.item() == pytest.approx(total / (count + 1e-5), rel=1e-5)
+
+
+def test_l2_is_the_squared_error_and_nothing_else_changes() -> None:
+    module = module_on("pcrlv2").eval()
+    batch, image = batch_of(noise()), noise().float() / 65535
+    hidden_Buvw = module.hidden(batch["scores"], SIZE)
+    hidden_B1XYZ = enlarged(hidden_Buvw, module.unit_vox)[:, None]
+    expected = (module.predict(image, hidden_Buvw)[1] - image).square()[hidden_B1XYZ].mean()
+    squared = module_on("pcrlv2", loss="l2").eval()
+    torch.testing.assert_close(squared(batch, 0.0)[0], expected)
 
 
 @pytest.mark.parametrize("backbone", ["unetr", "pcrlv2"])
@@ -187,7 +199,7 @@ def test_voxels_in_sight_send_no_gradient(backbone: str) -> None:
     hidden_B1XYZ = enlarged(hidden_Buvw, module.unit_vox)[:, None]
     target = image.clone().requires_grad_()
     _, guess = module.predict(image, hidden_Buvw)
-    masked_l1(guess, target, hidden_B1XYZ).sum().backward()
+    masked_error(guess, target, hidden_B1XYZ).sum().backward()
     assert target.grad is not None
     assert (target.grad[~hidden_B1XYZ] == 0).all()
     assert (target.grad[hidden_B1XYZ] != 0).all()

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from logonet.cli.jobs import absolute, absolute_model
+from logonet.core.errors import UserError
 from logonet.distributed import cluster
 from logonet.distributed.cluster import Resources
 from logonet.distributed.executor import RayExecutor
@@ -72,23 +73,44 @@ def alias(model: Model, name: Alias, /) -> None:
     print(f"{tracking.set_alias(model, name)} is now @{name}")
 
 
-def export(model: Model, /, out: str, format: Literal["bundle", "onnx"] = "bundle") -> None:
-    """Write a model for others to run: a MONAI bundle, or ONNX of the network with a parity check.
+def export(
+    model: Model, /, out: str, format: Literal["bundle", "onnx", "nnunet"] = "bundle", plans: str = ""
+) -> None:
+    """Write a model for others to run or finetune: a MONAI bundle, ONNX with a parity check, or nnU-Net's checkpoint.
 
     Args:
         model: models:/NAME@alias, a finetuning artifact ROOT/finetune/<id>, or a model folder; several, joined by
-            commas, are an ensemble.
-        out: a local folder for the bundle, or a file for ONNX.
+            commas, are an ensemble. For nnU-Net also a pretraining artifact ROOT/pretrain/<id>, and no folder.
+        out: a local folder for the bundle or the checkpoint, or a file for ONNX.
         format: which.
+        plans: of nnU-Net for the dataset to finetune on; a copy for the checkpoint's network is written.
     """
 
     from logonet.inference import export as exporting
     from logonet.inference.load import load_model
 
+    where = absolute(out, "--out")
     with tempfile.TemporaryDirectory(prefix="logonet-export-") as folder:
+        if format == "nnunet":
+            print(_export_nnunet(absolute_model(model), folder, where, plans and absolute(plans, "--plans")))
+            return
         for name, blob in load_model(absolute_model(model)).folder.items():
             object_store.write(os.path.join(folder, name), blob)
-        print(exporting.write(folder, absolute(out, "--out"), format))
+        print(exporting.write(folder, where, format))
+
+
+def _export_nnunet(model: str, folder: str, out: str, plans: str) -> str:
+    """What to tell the user. ``folder`` is for copies."""
+    from logonet import training
+    from logonet.inference.export import nnunet
+    from logonet.pipelines.weights import find_weights
+
+    found = find_weights(model, folder)
+    if found is None or found.preparation is None or found.size_vox is None:
+        raise UserError(f"{model} does not say what network it is of; give an artifact or models:/NAME@alias")
+    weights = training.load_weights(training.Init(found.uri, found.sha256))
+    nnunet.write_nnunet(found.backbone, weights, found.size_vox, found.preparation.spacing_mm, out, plans)
+    return f"{out}: finetune it there with 'nnUNetv2_train -pretrained_weights {out}/{nnunet.CHECKPOINT}'"
 
 
 def sweep_report(sweep: SweepUri, /, out: str = "") -> None:

@@ -17,6 +17,9 @@ F features.
     the result depends on the number of workers. Default False.
 ``sizes(cfg, size_vox) -> tuple[tuple[int, int, int], ...]``
     The sizes (X, Y, Z in voxels) of what passes through ``encode``; default the crop's.
+``BYPASS_SCORE: str``
+    A metric of ``forward`` that the loop also measures with ``encode``'s features at zero, to see whether the pretext
+    needs them; for methods whose network has a way around its encoder.
 ``warning(entry) -> str | None``
     One sentence of advice where an epoch's entry of the history says that training has collapsed.
 
@@ -150,6 +153,11 @@ def gathers(name: str, cfg: Any) -> bool:
 def least_batch(name: str) -> int:
     """Samples that a forward pass must hold at least."""
     return getattr(_file(name), "LEAST_BATCH", 1)
+
+
+def bypass_score(name: str) -> str | None:
+    """The metric that tells whether the method needs the encoder; None where nothing else could serve."""
+    return getattr(_file(name), "BYPASS_SCORE", None)
 
 
 def sizes(name: str, cfg: Any, size_vox: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:

@@ -64,6 +64,26 @@ def over_patches(error_BNP: Tensor, which_BN: Tensor) -> Tensor:
     return (error_BNP.mean(2) * which_BN).sum(1) / which_BN.sum(1)
 
 
+def enlarged(map_Bxyz: Tensor, times: Sequence[int]) -> Tensor:
+    """Each cell repeated along X, Y and Z."""
+    for axis, n in enumerate(times, start=1):
+        map_Bxyz = map_Bxyz.repeat_interleave(n, dim=axis)
+    return map_Bxyz
+
+
+def masked_error(
+    guess_BCXYZ: Tensor, image_BCXYZ: Tensor, hidden_B1XYZ: Tensor, squared: bool = False
+) -> Tensor:
+    """Of each sample the mean absolute, or squared, error over hidden voxels, (B,), in float32; 0 where none is hidden.
+
+    SimMIM divides the batch's sum by the batch's count, which is the same where every sample hides as many voxels.
+    """
+    error_BCXYZ = guess_BCXYZ.float() - image_BCXYZ
+    error_BCXYZ = (error_BCXYZ.square() if squared else error_BCXYZ.abs()) * hidden_B1XYZ
+    count_B = image_BCXYZ.shape[1] * hidden_B1XYZ.flatten(1).sum(1)
+    return error_BCXYZ.flatten(1).sum(1) / (count_B + 1e-5)
+
+
 def check_patch(patch_vox: Triple, network: TokenNetwork) -> None:
     """Refuse a network whose tokens are of another size."""
     if patch_vox != network.embed_stride:

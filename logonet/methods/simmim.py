@@ -3,8 +3,10 @@ Chen et al. 2023).
 
 Where the network has tokens, those of hidden blocks are replaced by a learnt vector before positions are added,
 and the layer takes the encoder's last features: a 1x1x1 convolution to a cell's voxels and a 3D pixel shuffle.
-Elsewhere the layer is a 1x1x1 convolution on the full-resolution features, which is also MAE's form for CNNs. In both
-cases the image itself is masked, so that neither a skip from the image nor overlapping tokens reveal the target.
+Elsewhere the layer is a 1x1x1 convolution on the full-resolution features. With ``loss=l2`` that is the masked
+autoencoder for CNNs of nnssl (Wald et al. 2024: blocks of 16 voxels, 3 of 4 hidden), whose encoder and decoder both
+transfer. In both cases the image itself is masked, so that neither a skip from the image nor overlapping tokens reveal
+the target.
 
 MIM-Med3D trains ViT-B with AdamW, lr 1e-4 (3e-4 on BraTS), weight decay 1e-5, 50 epochs of warm-up, constant after.
 
@@ -16,21 +18,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logonet.core.config import Fraction, Section, SizeVox
+from logonet.core.config import OMIT_DEFAULT, Fraction, Section, SizeVox
 from logonet.core.errors import UserError
 from logonet.methods import DataSpec
-from logonet.methods._masked import depth_to_space, divides, spread, still
+from logonet.methods._masked import depth_to_space, divides, enlarged, masked_error, spread, still
 from logonet.methods._parts import MethodModule, freeze_unreached, intensity, ratio, sums
 from logonet.networks import Network, TokenNetwork, Triple
 
 NEEDS = frozenset({"crops"})
+BYPASS_SCORE = "loss"
 UNIT = 16  # voxels a side: a ViT's patch
 LEAST_UNIT = 64  # voxels: a crop has one random number for each so many
 
@@ -47,11 +50,13 @@ class Config(Section, key="method"):
             UNETR), so that no coarsest cell sees both hidden and visible tokens.
         head: what the light layer stands on: "encoder" its last features, "decoder" the full-resolution ones;
             "auto" is the encoder's where the backbone has tokens.
+        loss: "l1" is the mean absolute error of hidden voxels, SimMIM's; "l2" the mean squared one, MAE's.
     """
 
     ratio: Fraction = 0.75
     unit_vox: SizeVox | None = None
     head: Literal["auto", "encoder", "decoder"] = "auto"
+    loss: Literal["l1", "l2"] = field(default="l1", metadata=OMIT_DEFAULT)
 
 
 def check(cfg: Config, data_spec: DataSpec) -> None:
@@ -131,7 +136,7 @@ class SimMIM(MethodModule[Config]):
         hidden_Buvw = self.hidden(batch["scores"], image_BCXYZ.shape[2:])
         feats, guess_BCXYZ = self.predict(image_BCXYZ, hidden_Buvw)
         hidden_B1XYZ = enlarged(hidden_Buvw, self.unit_vox)[:, None]
-        loss_B = masked_l1(guess_BCXYZ, image_BCXYZ, hidden_B1XYZ)
+        loss_B = masked_error(guess_BCXYZ, image_BCXYZ, hidden_B1XYZ, self.cfg.loss == "l2")
         return loss_B.mean(), {
             **sums(len(loss_B), loss=loss_B),
             "masked_share": ratio(hidden_Buvw.sum(), hidden_Buvw.numel()),
@@ -158,23 +163,6 @@ class SimMIM(MethodModule[Config]):
             feats = self.backbone.encode(x_BCXYZ)
         guess = self.head(self._used(self.backbone, x_BCXYZ, feats))
         return feats, depth_to_space(guess, self.stride) if self.on_encoder else guess
-
-
-def masked_l1(guess_BCXYZ: Tensor, image_BCXYZ: Tensor, hidden_B1XYZ: Tensor) -> Tensor:
-    """Of each sample the mean absolute error over hidden voxels, (B,), in float32.
-
-    SimMIM divides the batch's sum by the batch's count; every sample hides as many voxels, so it is the same.
-    """
-    error_BCXYZ = (guess_BCXYZ.float() - image_BCXYZ).abs() * hidden_B1XYZ
-    count_B = image_BCXYZ.shape[1] * hidden_B1XYZ.flatten(1).sum(1)
-    return error_BCXYZ.flatten(1).sum(1) / (count_B + 1e-5)
-
-
-def enlarged(map_Bxyz: Tensor, times: Sequence[int]) -> Tensor:
-    """Each cell repeated along X, Y and Z."""
-    for axis, n in enumerate(times, start=1):
-        map_Bxyz = map_Bxyz.repeat_interleave(n, dim=axis)
-    return map_Bxyz
 
 
 build = SimMIM

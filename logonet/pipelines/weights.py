@@ -23,6 +23,7 @@ class InitialWeights:
     Attributes:
         backbone: the network they belong to; one without a name when the file does not say.
         preparation: how its scans were prepared, or None when unknown.
+        size_vox: of the crops that it was trained on, or None when unknown.
         lineage: ids of what they come from.
         seen: the scans they were trained on (`seen`), or None when nobody knows.
     """
@@ -33,6 +34,7 @@ class InitialWeights:
     preparation: Preprocessing | None = None
     lineage: dict[str, str] = field(default_factory=dict)
     seen: bytes | None = None
+    size_vox: tuple[int, int, int] | None = None
 
 
 def find_weights(source: str, root: str) -> InitialWeights | None:
@@ -64,6 +66,7 @@ def find_weights(source: str, root: str) -> InitialWeights | None:
         preparation=Preprocessing.of(own.get("cases") or own["crops"]),
         lineage=_descent(artifact.stage, artifact.fingerprint, artifact.uri, artifact.parents),
         seen=artifact.read(SEEN_FILE) if SEEN_FILE in artifact.files else None,
+        size_vox=_size(own.get("crops", {})),
     )
 
 
@@ -85,8 +88,18 @@ def _registered(uri: str, root: str) -> InitialWeights:
     known = {"registered": lineage.pop("registered")}
     if stage is not None:
         known |= _descent(stage, lineage.pop(stage), lineage.pop(f"{stage}_uri"), lineage)
-    about = (Component.of(own["backbone"], "backbone"), Preprocessing.of(own), known, blobs.get(SEEN_FILE))
+    about = (
+        Component.of(own["backbone"], "backbone"),
+        Preprocessing.of(own),
+        known,
+        blobs.get(SEEN_FILE),
+        _size(own),
+    )
     return _copied(blobs[model.WEIGHTS_FILE], root, *about)
+
+
+def _size(own: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    return tuple(own["size_vox"]) if "size_vox" in own else None  # type: ignore[return-value]  # JSON has lists
 
 
 def _copied(blob: bytes, root: str, *about: Any) -> InitialWeights:

@@ -21,6 +21,14 @@ PLOTS = {
     "loss": ("{:.3g}", {"dice_loss": ("Dice", SKY), "ce": ("CE", ORANGE), "loss": ("total", RED)}),
     "Dice": ("{:.3f}", {"train_dice": ("train", SKY), "val_dice": ("val", BLUE)}),
     "masked accuracy": ("{:.1%}", {"accuracy_floor": ("majority floor", GREY), "accuracy": ("", BLUE)}),
+    "accuracy without the encoder": (
+        "{:.1%}",
+        {
+            "batch_accuracy_without_encoder": ("none", RED),
+            "batch_accuracy_without_deepest": ("no deepest", ORANGE),
+            "batch_accuracy": ("all", BLUE),
+        },
+    ),
     "effective rank of features": ("{:.1f}", {"effective_rank": ("", PURPLE)}),
     "samples per second": ("{:,.1f}", {"samples_per_s": ("", GREEN)}),
     "share of time waiting for data": ("{:.1%}", {"data_wait_share": ("", ORANGE)}),
@@ -36,8 +44,8 @@ def curves(history: History) -> Figure:
         history: one entry per epoch, as the training loop writes it: ``epoch`` and any of ``loss`` (with
             its parts ``dice_loss`` and ``ce``), ``val_dice`` (in the epochs that were validated; the first
             best one is ringed) with ``train_dice``, ``accuracy`` (with ``accuracy_floor``, what always
-            answering each clusterer's most frequent label would score), ``effective_rank``,
-            ``samples_per_s``, ``data_wait_share``, ``lr``.
+            answering each clusterer's most frequent label would score), ``batch_accuracy`` (with what is left of it
+            without the encoder's features), ``effective_rank``, ``samples_per_s``, ``data_wait_share``, ``lr``.
     """
     plots = [title for title, (_, keys) in PLOTS.items() if any(_points(history, key)[0] for key in keys)]
     columns = min(3, max(1, len(plots)))

@@ -31,7 +31,7 @@ from logonet.core.errors import BadScan
 from logonet.data import prepared_scans, volume
 from logonet.inference import sliding_window
 from logonet.networks import Network
-from logonet.training import checkpoints, linear_probe, optimizers
+from logonet.training import checkpoints, encoder_use, linear_probe, optimizers
 from logonet.training.building import build_method, load_initial
 from logonet.training.communicator import Communicator
 from logonet.training.config import Job, accumulation, micro_batches
@@ -46,6 +46,7 @@ SHOWN = {
     "epoch": "epoch {epoch}/{epochs}",
     "loss": "loss {loss:.4f}",
     "accuracy": "masked accuracy {accuracy:.3f} (floor {accuracy_floor:.3f})",
+    "batch_accuracy": "without encoder {batch_accuracy_without_encoder:.3f} of {batch_accuracy:.3f}",
     "train_dice": "Dice {train_dice:.3f}",
     "val_dice": "validation Dice {val_dice:.4f}",
     "probe_dice": "probe Dice {probe_dice:.3f} (untrained {probe_dice_floor:.3f})",
@@ -125,6 +126,7 @@ class Loop:
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.partial: dict[str, Tensor] = {}
+        self.first_batch: dict[str, Tensor] | None = None  # this rank's in the step that runs
         self.timing = {"wall_s": 0.0, "wait_s": 0.0, "samples": 0}
 
     @property
@@ -230,6 +232,8 @@ class Loop:
         while not self.finished():
             step_started = time.monotonic()
             optimizers.set_rates(self.optimizer, self.step, self.cfg, steps_per_epoch)
+
+            self.first_batch = None
             totals = step(
                 module,
                 self.optimizer,
@@ -287,6 +291,7 @@ class Loop:
             except StopIteration:
                 return
             self.timing["wait_s"] += time.monotonic() - started
+            self.first_batch = self.first_batch or batch
             yield batch
 
     def finished(self) -> bool:
@@ -315,6 +320,7 @@ class Loop:
             **reduce_metrics(self._sums()),
             **self._validate(epoch),
             **self._measure_probe(epoch),
+            **self._measure_encoder_use(),
             "samples_per_s": self.timing["samples"] / max(self.timing["wall_s"], 1e-9),
             "data_wait_share": self.timing["wait_s"] / max(self.timing["wall_s"], 1e-9),
             "peak_memory_mb": peak_memory_mb(self.device),
@@ -328,8 +334,9 @@ class Loop:
         if self.rank == 0:
             print(epoch_line(entry, self.cfg.epochs), flush=True)
             samples = self.schedule.steps_per_epoch * self.cfg.global_batch
-            if (advice := methods.warning(self.job.method.name, entry, samples)) is not None:
-                print(f"warning: {advice}", flush=True)
+            for advice in (methods.warning(self.job.method.name, entry, samples), encoder_use.warning(entry)):
+                if advice is not None:
+                    print(f"warning: {advice}", flush=True)
 
     def _validate(self, epoch: int) -> dict[str, Any]:
         """Dice on the validation scans, which the ranks share out; {} when none is due."""
@@ -378,6 +385,17 @@ class Loop:
         values: dict[str, Any] = {}
         if self.probe is not None:
             values = {**self.probe.measure(self.network), "probe_dice_floor": self.probe_floor}
+        return self.communicator.gather(values)[0]
+
+    def _measure_encoder_use(self) -> dict[str, Any]:
+        """What `encoder_use` says of the step's first batch, which rank 0 has at every number of workers."""
+        score = methods.bypass_score(self.job.method.name)
+        if score is None:
+            return {}
+        values: dict[str, Any] = {}
+        if self.rank == 0 and self.first_batch is not None:
+            progress, autocast = (self.step - 1) / self.total_steps, autocast_of(self.cfg, self.device)
+            values = encoder_use.measure(self.method, score, self.first_batch, progress, autocast)
         return self.communicator.gather(values)[0]
 
 

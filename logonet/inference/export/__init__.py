@@ -1,4 +1,4 @@
-"""A trained segmentation network for other programs: as a MONAI bundle, or as ONNX.
+"""A trained network for other programs: as a MONAI bundle, as ONNX, or as a checkpoint that nnU-Net finetunes.
 
 The bundle repeats `logonet.inference.sliding_window` with MONAI's transforms and gives the same labels, except for
 two things: interpolation sums in another order, so voxels where two classes are equally likely may differ; and
@@ -6,6 +6,8 @@ MONAI's Spacing may begin its grid up to half a voxel off on an oblique scan.
 
 ONNX is the network alone, from one window of intensities in [0, 1] to logits; the program that runs it has to cut
 and blend the windows.
+
+For nnU-Net see `logonet.inference.export.nnunet`.
 
 Letters: B windows, C input channels, K classes, XYZ axes of a window.
 """
@@ -21,6 +23,7 @@ from logonet.inference.export.bundle import (
     unit_range,
     write_bundle,
 )
+from logonet.inference.export.nnunet import write_nnunet
 from logonet.inference.export.onnx import write_onnx
 from logonet.inference.export.shared import network
 
@@ -33,6 +36,7 @@ __all__ = [
     "unit_range",
     "write",
     "write_bundle",
+    "write_nnunet",
     "write_onnx",
 ]
 
