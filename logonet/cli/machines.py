@@ -66,7 +66,7 @@ def plan(args: tyro.conf.OmitArgPrefixes[PlanArgs]) -> None:
     known = jobs.get(args.job, recipes.FINETUNING | recipes.PRETRAINING)
     # Stages say what they do on the way; what this prints is the plan.
     with contextlib.redirect_stdout(sys.stderr):
-        found = request.plan(request.resolve(job_config(args, known), asked.root), asked)
+        found = request.plan(request.resolve(job_config(args, known)), asked)
     print(json.dumps(found.to_dict(), indent=1) if args.json else table.text(found).rstrip("\n"))
     if found.refusals:
         sys.exit(1)

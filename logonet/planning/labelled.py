@@ -33,7 +33,7 @@ from logonet.planning.sizes import (
     training_counts,
 )
 
-POSITIONS_BYTES = 6 * prepared_scans.POSITIONS  # of a class with as many voxels as are kept, int16 each coordinate
+POSITIONS_BYTES = 3 * 2 * prepared_scans.POSITIONS  # int16 coordinates, of a class with voxels enough
 
 
 # ---------------------------------------------------------------------------------------------- the split

@@ -24,11 +24,20 @@ from logonet.planning.speed import Constants
 from logonet.storage import artifacts, object_store
 
 
-def resolve(cfg: Planned, root: str) -> Planned:
-    """``cfg`` as its job resolves it; a finetuning's backbone may be that of its initial weights."""
+def resolve(cfg: Planned) -> Planned:
+    """``cfg`` as its job resolves it; a finetuning may take the backbone of the artifact that it begins from.
+
+    Raises:
+        UserError: as the job, or the weights are no artifact and no backbone is named.
+    """
     if not isinstance(cfg, Finetuning):
         return pipelines.resolve(cfg)
-    return pipelines.resolve_finetuning(cfg, None if cfg.backbone.name else find_weights(cfg.init.weights, root))
+    weights = cfg.init.weights
+    if cfg.backbone.name or not weights:
+        return pipelines.resolve_finetuning(cfg)
+    if weights.startswith("models:/") or weights.endswith(".safetensors"):
+        raise UserError(f"a plan does not fetch {weights}; set backbone.name and the options of its network")
+    return pipelines.resolve_finetuning(cfg, find_weights(weights, ""))
 
 
 def plan(cfg: Planned, asked: Question) -> planner.Plan:

@@ -83,7 +83,8 @@ class Constants:
 def step_fingerprint(cfg: Planned, work: Work) -> str:
     """Identifies everything that a step's time depends on, except the machine."""
     shape = [work.facts.in_channels, *cfg.crops.size_vox]
-    return config.fingerprint(cfg.backbone, cfg.method, shape, work.facts.batch_size, work.precision)
+    rows = work.rows * cfg.train.batch_size
+    return config.fingerprint(cfg.backbone, cfg.method, shape, rows, work.precision)
 
 
 def constants(uri: str = "") -> Constants:
