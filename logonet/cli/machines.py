@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -43,26 +43,30 @@ class PlanArgs(Question, ConfigArgs):
     """What is planned, and with which recipe.
 
     Attributes:
+        job: whose recipe it is; None for pretraining, or for finetuning where only that has a recipe of this name.
         json: print JSON instead of tables.
     """
 
+    job: Literal["pretrain", "finetune"] | None = None
     json: tyro.conf.FlagCreatePairsOff[bool] = False
 
 
 def plan(args: tyro.conf.OmitArgPrefixes[PlanArgs]) -> None:
-    """Say what a pretraining will read, keep, take and cost; exit status 1 when something will not fit.
+    """Say what a run will read, keep, take and cost; exit status 1 when something will not fit.
 
     Args:
         args: what is planned.
     """
-    from logonet import pipelines, recipes
+    from logonet import recipes
     from logonet.planning import request, table
 
     places = {flag: absolute(uri, f"--{flag}") for flag in ("data", "root") if (uri := getattr(args, flag))}
     asked = replace(args, **places)  # type: ignore[arg-type]
+    jobs: dict[str | None, Any] = {"pretrain": recipes.PRETRAINING, "finetune": recipes.FINETUNING}
+    known = jobs.get(args.job, recipes.FINETUNING | recipes.PRETRAINING)
     # Stages say what they do on the way; what this prints is the plan.
     with contextlib.redirect_stdout(sys.stderr):
-        found = request.plan(pipelines.resolve(job_config(args, recipes.PRETRAINING)), asked)
+        found = request.plan(request.resolve(job_config(args, known)), asked)
     print(json.dumps(found.to_dict(), indent=1) if args.json else table.text(found).rstrip("\n"))
     if found.refusals:
         sys.exit(1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -343,6 +344,11 @@ def _starts(length: int, size: int, overlap: float) -> list[int]:
     """Where windows begin along one axis: MONAI's ``dense_patch_slices``. ``size`` <= ``length``."""
     interval = max(int(size * (1 - overlap)), 1)
     return [min(k * interval, length - size) for k in range(-(-(length - size) // interval) + 1)]
+
+
+def num_windows(shape: Sequence[int], size: Sequence[int], overlap: float) -> int:
+    """How many windows of ``size`` voxels segment a scan of this ``shape``."""
+    return math.prod(len(_starts(max(n, m), m, overlap)) for n, m in zip(shape, size))
 
 
 def _importance(size: Sequence[int]) -> Tensor:

@@ -23,16 +23,18 @@ from logonet import methods
 from logonet.core import seeding
 from logonet.core.errors import UserError
 from logonet.core.execution import run_all
-from logonet.data import crop_shards, cropping, importers, manifest, phantom
-from logonet.pipelines import Pretraining
+from logonet.data import crop_shards, cropping, importers, manifest, phantom, prepared_scans
+from logonet.data.preprocessing import Preprocessing
+from logonet.pipelines import Finetuning, Pretraining
 from logonet.pipelines.stage import StageExecutor
 from logonet.planning import memory, speed
 from logonet.planning.memory import Work
+from logonet.planning.sizes import Planned, class_names
 from logonet.planning.speed import Constants, Placement
 from logonet.storage import object_store
 from logonet.storage.parquet import Rows
 from logonet.training import Job
-from logonet.training.dataset import TrainingDataset
+from logonet.training.dataset import LabelledDataset, TrainingDataset
 from logonet.training.schedule import SampleSchedule
 
 MIB = 1 << 20
@@ -42,7 +44,7 @@ MAX_STEPS = 50
 
 
 def measure(
-    cfg: Pretraining,
+    cfg: Planned,
     work: Work,
     root: str,
     executor: StageExecutor,
@@ -67,8 +69,14 @@ def measure(
     short: dict[str, Any] = {"epochs": 2, "warmup_epochs": 0.0, "lr": 1e-6, "min_lr": 0.0, "patience": None}
     train = replace(cfg.train, global_batch=batch, validate_every_epochs=0, **short)
     try:
-        dataset = synthetic_crops(cfg, work, folder)
-        rates = run_all(executor, _Task(cfg, folder, seconds / 6, scans), [dataset])[0]
+        dataset: TrainingDataset | LabelledDataset
+        if isinstance(cfg, Finetuning):
+            dataset = synthetic_cases(cfg, work, folder)
+            crops = cropping.Config(size_vox=cfg.crops.size_vox, **vars(Preprocessing.of(cfg.cases)))
+        else:
+            dataset, crops = synthetic_crops(cfg, work, folder), cfg.crops
+        task = _Task(crops, work.crop_bytes, folder, seconds / 6, scans)
+        rates = run_all(executor, task, [dataset])[0]
         # Fits and labels are not measured: as much faster than the defaults as cutting is.
         faster = rates["cut_voxels_s"] / known.cut_voxels_s
         rates |= {name: faster * getattr(known, name) for name in ("kmeans_flop_s", "label_flop_s")}
@@ -113,6 +121,28 @@ def synthetic_crops(cfg: Pretraining, work: Work, folder: str) -> TrainingDatase
     return TrainingDataset(method.name, method.config, SampleSchedule(CROPS, 1, 0), table, labels)
 
 
+def synthetic_cases(cfg: Finetuning, work: Work, folder: str) -> LabelledDataset:
+    """Prepared scans of noise, as large as a crop, with random labels."""
+    spec, rng, refs = work.facts, seeding.rng(0, "plan", "crops"), []
+    for i in range(CROPS):
+        raw = memory.raw_sample(spec, rng)
+        image = prepared_scans.image_file(f"plan-{i}", raw["image_CXYZ"])
+        labels = prepared_scans.labels_file(f"plan-{i}", raw["labels_XYZ"])
+        files = (
+            prepared_scans.write(f"{folder}/{kind}/{i}", blob)
+            for kind, blob in (("images", image), ("labels", labels))
+        )
+        refs.append(prepared_scans.ref_of(f"plan-{i}", *files))
+    names = tuple(class_names(cfg.data))
+    regions = dict(zip(cfg.data.regions, spec.regions))
+    table = prepared_scans.Table(tuple(refs), names, tuple(range(len(names))), regions=regions)
+    method = cfg.method.resolve(methods.config, "method")
+    everyone = tuple(range(CROPS))
+    return LabelledDataset(
+        method.name, method.config, SampleSchedule(CROPS, 1, 0), table, everyone, (), cfg.crops
+    )
+
+
 def timed(fn: Callable[[int], Any], budget_s: float, least: int = 3) -> float:
     """Median seconds of ``fn(1)``, ``fn(2)``... after ``fn(0)`` as a warm-up, until the budget is spent."""
     out: list[float] = []
@@ -125,16 +155,27 @@ def timed(fn: Callable[[int], Any], budget_s: float, least: int = 3) -> float:
 
 
 class _Task:
-    """Measures what data tasks do; ``seconds`` for each of four measurements."""
+    """Measures what data tasks do; ``seconds`` for each of four measurements.
 
-    def __init__(self, cfg: Pretraining, folder: str, seconds: float, scans: Sequence[manifest.Source]):
-        self.crops, self.folder, self.seconds, self.scans = cfg.crops, folder, seconds, list(scans)
+    Args:
+        crop_bytes: stored bytes of a sample's crops.
+    """
 
-    def __call__(self, dataset: TrainingDataset) -> dict[str, float]:
+    def __init__(
+        self,
+        crops: cropping.Config,
+        crop_bytes: int,
+        folder: str,
+        seconds: float,
+        scans: Sequence[manifest.Source],
+    ):
+        self.crops, self.crop_bytes, self.folder = crops, crop_bytes, folder
+        self.seconds, self.scans = seconds, list(scans)
+
+    def __call__(self, dataset: TrainingDataset | LabelledDataset) -> dict[str, float]:
         task_bytes = float(psutil.Process().memory_info().rss)
         crop_s = timed(lambda i: dataset.rows([(i, i % CROPS)]), self.seconds)
-        # A row counts as float32, and a crop is stored as uint16.
-        prepare = {"task_bytes": task_bytes, "prepare_bytes_s": dataset.row_bytes / 2 / crop_s}
+        prepare = {"task_bytes": task_bytes, "prepare_bytes_s": self.crop_bytes / crop_s}
         return prepare | self._store() | self._decode()
 
     def _store(self) -> dict[str, float]:

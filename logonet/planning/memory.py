@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from logonet import methods, training
+from logonet import methods, networks, training
 from logonet.core.config import Component
 from logonet.methods import DataSpec
 from logonet.planning.sizes import Network
@@ -49,13 +49,29 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """The network on windows of a scan, without gradients.
+
+    Attributes:
+        peak_bytes: of as many as it sees at once, with them and without the weights.
+        flop: of one.
+    """
+
+    peak_bytes: int
+    flop: float
+
+
+@dataclass(frozen=True)
 class Work:
     """What a recipe needs, whatever it runs on.
 
     Attributes:
         sample_bytes: one prepared sample.
-        read_bytes: from the store for one sample; None for those of its crop.
+        read_bytes: from the store for one sample; None for those of its crops.
         label_flop: operations of a brute-force search, where data tasks label the sample.
+        rows: crops of one sample.
+        windows: where it validates.
+        validation_bytes: the most that validation holds beside weights, gradients and moments.
     """
 
     facts: DataSpec
@@ -65,11 +81,21 @@ class Work:
     precision: str
     read_bytes: float | None = None
     label_flop: float = 0.0
+    rows: int = 1
+    windows: Windows | None = None
+    validation_bytes: int = 0
 
     @property
     def crop_bytes(self) -> int:
-        """Of a stored crop."""
-        return 2 * self.facts.in_channels * math.prod(self.facts.size_vox)
+        """Of the stored crops of a sample, and of their labels."""
+        each = 2 * self.facts.in_channels + (self.facts.num_classes > 0)
+        return self.rows * each * math.prod(self.facts.size_vox)
+
+    @property
+    def row_bytes(self) -> int:
+        """What data tasks take a sample's prepared rows for; see `training.dataset`."""
+        each = 5 if self.facts.num_classes else 4
+        return self.rows * each * self.facts.in_channels * math.prod(self.facts.size_vox)
 
 
 def raw_sample(spec: DataSpec, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -80,6 +106,8 @@ def raw_sample(spec: DataSpec, rng: np.random.Generator) -> dict[str, np.ndarray
     raw: dict[str, np.ndarray] = {"image_CXYZ": (crop_CXYZ[:, :x, :y, :z] * 65535).astype(np.uint16)}
     if spec.cluster_sizes:
         raw["labels_NZ"] = np.stack([rng.integers(0, k, z) for k in spec.cluster_sizes]).astype(np.int16)
+    if spec.num_classes:
+        raw["labels_XYZ"] = rng.integers(0, spec.num_classes, spec.size_vox, dtype=np.uint8)
     return raw
 
 
@@ -108,6 +136,18 @@ def micro_batch(
         if not (isinstance(err, needs_data) or "no data" in str(err) or "meta" in str(err)):
             raise
     return _count(backbone, method, spec, sample, bf16, network_only=True)
+
+
+def windows(backbone: Component, spec: DataSpec, at_once: int, *, bf16: bool) -> Windows:
+    """Count the network on ``at_once`` windows as large as its crops."""
+    live, flops = _Live(), FlopCounterMode(display=False)
+    with torch.device("meta"):
+        net = networks.from_component(backbone, spec.in_channels, max(spec.num_classes, 2)).eval()
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+        net.to_empty(device="cpu")
+        with torch.no_grad(), live, flops, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            net(torch.empty((at_once, spec.in_channels, *spec.size_vox)))
+    return Windows(live.peak_bytes, flops.get_total_flops() / at_once)
 
 
 def _count(

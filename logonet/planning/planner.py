@@ -1,4 +1,4 @@
-"""The plan: sizes, memory, hours and money of a pretraining run, and what of it will not fit."""
+"""The plan: sizes, memory, hours and money of a run, and what of it will not fit."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from logonet.core.errors import UserError
 from logonet.data import prepared_scans
 from logonet.distributed import executor, feed
 from logonet.distributed.cluster import Resources
-from logonet.pipelines import Pretraining, preparation
-from logonet.planning import memory, sizes, speed
+from logonet.pipelines import Finetuning, preparation
+from logonet.planning import labelled, memory, sizes, speed
 from logonet.planning.hardware import GIB, Cluster
 from logonet.planning.memory import MicroBatch, Work, WorkerMemory
-from logonet.planning.sizes import Scans, Sizes, Stage
-from logonet.planning.speed import Constants, Placement, Step
+from logonet.planning.sizes import Planned, Scans, Sizes, Stage
+from logonet.planning.speed import Constants, Placement, Step, Validation
 from logonet.storage import node_cache, object_store
 
 WORKERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
@@ -32,6 +32,7 @@ HINTS = {
     "clusterers": "lower clusterers.max_slices",
     "labels": "lower clusterers.n or clusterers.k_max",
     "pretrain": "put fewer workers on a node",
+    "finetune": "put fewer workers on a node",
 }
 
 
@@ -46,12 +47,13 @@ class Plan:
         cache_gb: LOGONET_CACHE_GB to set on every node; 0 where there is no bucket and so no copy on nodes.
         step: None where the workers cannot be placed.
         scaling: steps of more and more workers with the same work for each.
+        validation: None where there is none.
         hours, money: None where a stage's time is not known.
         refusals: a sentence for each thing that will not fit.
         notes: what the plan rests on.
     """
 
-    config: Pretraining
+    config: Planned
     cluster: Cluster
     constants: Constants
     scans: dict[str, Any]
@@ -65,6 +67,7 @@ class Plan:
     cache_gb: int = 0
     step: Step | None = None
     scaling: tuple[Step, ...] = ()
+    validation: Validation | None = None
     hours: float | None = None
     money: float | None = None
     refusals: tuple[str, ...] = ()
@@ -76,19 +79,27 @@ class Plan:
         return fits | config.to_dict(self)
 
 
-def work(cfg: Pretraining, gpu: bool, channels: int = 1) -> Work:
+def work(cfg: Planned, gpu: bool, channels: int = 1) -> Work:
     """Count what the recipe's network and method need. Takes seconds to a minute."""
     facts = sizes.facts_of(cfg, channels)
     with torch.device("meta"):
         net = sizes.network(training.build_method(cfg.backbone, cfg.method, facts), cfg.train)
     sample = memory.prepared(facts, cfg.method, seeding.rng(0, "plan"))
     precision = cfg.train.precision if cfg.train.precision != "auto" else "bf16" if gpu else "fp32"
-    micro = memory.micro_batch(cfg.backbone, cfg.method, facts, bf16=precision == "bf16", sample=sample)
-    return Work(facts, net, micro, sum(a.nbytes for a in sample.values()), precision)
+    bf16 = precision == "bf16"
+    micro = memory.micro_batch(cfg.backbone, cfg.method, facts, bf16=bf16, sample=sample)
+    own = Work(facts, net, micro, sum(a.nbytes for a in sample.values()), precision)
+    if not isinstance(cfg, Finetuning):
+        return own
+    rows, windows = cfg.crops.per_case, None
+    if cfg.train.validate_every_epochs:
+        at_once = cfg.validation.batch(torch.device("cuda" if gpu else "cpu"))
+        windows = memory.windows(cfg.backbone, facts, at_once, bf16=bf16)
+    return replace(own, sample_bytes=rows * own.sample_bytes, rows=rows, windows=windows)
 
 
 def make(
-    cfg: Pretraining,
+    cfg: Planned,
     scans: Scans,
     cluster: Cluster,
     resources: Resources,
@@ -96,7 +107,7 @@ def make(
     *,
     root: str = "",
 ) -> Plan:
-    """Plan pretraining with ``cfg`` (resolved) on ``scans``; ``root``: where artifacts would go, "" for a bucket.
+    """Plan a run of ``cfg`` (resolved) on ``scans``; ``root``: where artifacts would go, "" for a bucket.
 
     Where it does not fit and would with the head's widest map computed again, the plan is of that, and a note says so.
     """
@@ -113,7 +124,7 @@ def make(
 
 
 def _make(
-    cfg: Pretraining, scans: Scans, cluster: Cluster, resources: Resources, c: Constants, root: str
+    cfg: Planned, scans: Scans, cluster: Cluster, resources: Resources, c: Constants, root: str
 ) -> Plan:
     refusals: list[str] = []
     at: Placement | None = None
@@ -127,11 +138,16 @@ def _make(
     except UserError as err:
         refusals.append(str(err))
     own = work(cfg, gpu, scans.channels)
-    of = sizes.sizes(cfg, scans, own.network)
-    fresh, in_bucket = cfg.data.fresh_crops, not root or object_store.is_s3(root)
+    if isinstance(cfg, Finetuning):
+        of = labelled.sizes(cfg, scans, own.network, own.facts.num_classes)
+    else:
+        of = sizes.sizes(cfg, scans, own.network)
+    fresh, in_bucket = of.files["prepared"] > 0, not root or object_store.is_s3(root)
     cache_gb = cache_budget_gb(of, cluster) if in_bucket else 0
     fetched = fetched_share(of, cluster.nodes, kept_share(of, cache_gb))
     own = replace(own, read_bytes=fetched * of.read_bytes, label_flop=of.label_flop if fresh else 0.0)
+    if own.windows is not None:
+        own = replace(own, validation_bytes=own.windows.peak_bytes + of.segmenting_bytes)
     *before, training_stage = of.stages
     of = replace(of, stages=(*before, replace(training_stage, read=fetched * training_stage.read)))
     counts = {"count": len(scans.scans), "stored_bytes": scans.stored_bytes, "too_small": of.too_small}
@@ -174,8 +190,9 @@ def _timed(plan: Plan, of: Sizes, own: Work, at: Placement) -> Plan:
     train, cluster, c = plan.config.train, plan.cluster, plan.constants
     step = speed.step(train, own, at, c)
     scaling = speed.scaling(train, own, at, c, WORKERS)
-    stages = speed.timed(plan.config, of, cluster, step, c)
-    plan = replace(plan, step=step, scaling=scaling, stages=stages)
+    validation = speed.validation(plan.config, of, own, at, c)
+    stages = speed.timed(plan.config, of, cluster, step, validation, c)
+    plan = replace(plan, step=step, scaling=scaling, validation=validation, stages=stages)
     seconds = [s.seconds for s in stages if s.seconds is not None]
     if len(seconds) < len(stages):
         return plan
@@ -183,7 +200,7 @@ def _timed(plan: Plan, of: Sizes, own: Work, at: Placement) -> Plan:
     return replace(plan, hours=hours, money=cluster.money(hours, training_hours=seconds[-1] / 3600))
 
 
-def worker_memory(cfg: Pretraining, own: Work, workers: int, gpu: bool, c: Constants) -> WorkerMemory:
+def worker_memory(cfg: Planned, own: Work, workers: int, gpu: bool, c: Constants) -> WorkerMemory:
     """Peak memory of one of ``workers`` training workers."""
     net, micro = own.network, own.micro
     # A pass's peak includes its gradients. From the second pass on, the gradients of those before are held too.
@@ -197,6 +214,7 @@ def worker_memory(cfg: Pretraining, own: Work, workers: int, gpu: bool, c: Const
     if workers > 1 and speed.flat_sync(cfg.train, gpu):
         # A flat all-reduce copies all gradients when the activations are gone.
         activations = max(activations, net.gradient_bytes)
+    activations = max(activations, own.validation_bytes)
     return WorkerMemory(
         process=c.worker_bytes,
         weights=net.weight_bytes,
@@ -210,9 +228,9 @@ def worker_memory(cfg: Pretraining, own: Work, workers: int, gpu: bool, c: Const
     )
 
 
-def _task_bytes(cfg: Pretraining, own: Work) -> int:
+def _task_bytes(cfg: Planned, own: Work) -> int:
     """Prepared samples of one data task, which counts them as float32 crops."""
-    batch_bytes = 2 * own.crop_bytes * cfg.train.batch_size
+    batch_bytes = own.row_bytes * cfg.train.batch_size
     return cfg.train.batch_size * max(1, feed.BLOCK_BYTES // batch_bytes) * own.sample_bytes
 
 
@@ -296,15 +314,14 @@ def _limits(
         yield f"/dev/shm for --object-store-mb {asked_mb}", asked_mb << 20, smallest.shm_bytes, hint
     for stage in of.stages:
         need = stage.node_shared
-        if at and stage.name == "pretrain":
+        if at and stage is of.stages[-1]:
             need += at.per_node * (feed.BLOCKS_AHEAD + 1) * _task_bytes(cfg, own)
         mib = math.ceil(need / (1 << 20))
         hint = f"{HINTS.get(stage.name)}, or set --object-store-mb {mib} within /dev/shm"
         yield f"Ray's object store of a node for '{stage.name}'", need, smallest.store_bytes(asked_mb), hint
     if of.cluster_sizes:
         machine = min(machines, key=lambda m: m.memory_gib / max(1.0, m.cpus))
-        tasks = of.labelled_crops // cfg.crops.per_scan
-        actors = max(1, min(int(machine.cpus), -(-tasks // executor.ITEMS_PER_ACTOR)))
+        actors = max(1, min(int(machine.cpus), -(-of.labelled_scans // executor.ITEMS_PER_ACTOR)))
         need = actors * plan.labeller_bytes + of.centroid_bytes + of.screen_bytes
         hint = "use nodes with more memory for each core, or lower clusterers.n"
         what = f"memory of a node with {actors} labelling actors"
@@ -316,5 +333,6 @@ def _limits(
     yield f"memory of the driver's node for '{worst.name}'", need, RAY_KILLS_AT * head.memory_bytes, hint
     if local:
         need = sum(s.kept for s in of.stages) + own.network.checkpoint_bytes
-        hint = "give an s3:// --root, or lower crops.per_scan"
+        lower = "train.keep_checkpoints" if isinstance(cfg, Finetuning) else "crops.per_scan"
+        hint = f"give an s3:// --root, or lower {lower}"
         yield "local disk for the artifacts", need, machines[0].disk_gib * GIB, hint

@@ -44,8 +44,11 @@ class Question:
 
     Attributes:
         data: the scans, as for a job, or a finished import ROOT/manifest/<id>; they are listed, and three of them read.
-        scans: plan with so many scans instead, of --shape, with as many channels as data.channels names or else one.
+        scans: plan with so many scans instead, of --shape, with as many channels as data.channels names or else
+            --channels.
         shape: voxels of every scan, such as 512x512x400; with --data nothing is read then.
+        channels: of the scans of --scans.
+        classes: of the labels, background included, where data.classes names none and no import tells.
         spacing: its mm, such as 0.8x0.8x1; what crops.spacing_mm resamples from.
         import_scans: read and check every scan of --data first, as the job would; ROOT keeps the table.
         root: where the run would keep its artifacts; --probe and --import-scans write there.
@@ -63,6 +66,8 @@ class Question:
     data: str = ""
     scans: int = 0
     shape: str = ""
+    channels: int = 1
+    classes: int = 2
     spacing: str = ""
     import_scans: tyro.conf.FlagCreatePairsOff[bool] = False
     root: str = ""

@@ -10,31 +10,62 @@ from typing import Any
 
 from logonet import pipelines
 from logonet.core.errors import UserError
-from logonet.data import importers, manifest
+from logonet.data import classes, importers, manifest
 from logonet.distributed import cluster
 from logonet.distributed.executor import RayExecutor
-from logonet.pipelines import Pretraining
+from logonet.pipelines import Finetuning
 from logonet.pipelines.pretraining import training_part
-from logonet.planning import hardware, planner, sizes, speed
+from logonet.pipelines.weights import find_weights
+from logonet.planning import hardware, labelled, planner, sizes, speed
 from logonet.planning.hardware import Cluster
 from logonet.planning.question import Question
-from logonet.planning.sizes import Scan, Scans
+from logonet.planning.sizes import Planned, Scan, Scans
 from logonet.planning.speed import Constants
 from logonet.storage import artifacts, object_store
 
 
-def plan(cfg: Pretraining, asked: Question) -> planner.Plan:
-    """The plan of ``cfg`` (resolved)."""
+def resolve(cfg: Planned) -> Planned:
+    """``cfg`` as its job resolves it; a finetuning may take the backbone of the artifact that it begins from.
+
+    Raises:
+        UserError: as the job, or the weights are no artifact and no backbone is named.
+    """
+    if not isinstance(cfg, Finetuning):
+        return pipelines.resolve(cfg)
+    weights = cfg.init.weights
+    if cfg.backbone.name or not weights:
+        return pipelines.resolve_finetuning(cfg)
+    if weights.startswith("models:/") or weights.endswith(".safetensors"):
+        raise UserError(f"a plan does not fetch {weights}; set backbone.name and the options of its network")
+    return pipelines.resolve_finetuning(cfg, find_weights(weights, ""))
+
+
+def plan(cfg: Planned, asked: Question) -> planner.Plan:
+    """The plan of ``cfg`` (resolved).
+
+    Raises:
+        UserError: what is asked cannot be planned.
+    """
     with contextlib.ExitStack() as stack:
         if asked.probe or asked.import_scans:
             stack.enter_context(cluster.connected(asked.resources))
         scans = find_scans(cfg, asked)
+        if isinstance(cfg, Finetuning):
+            cfg = replace(cfg, data=scans.labels or _numbered(cfg.data, asked.classes))
         found = find_cluster(asked)
         known = _probe(cfg, asked, scans.channels) if asked.probe else speed.constants(asked.constants)
     return planner.make(cfg, scans, found, asked.resources, known, root=asked.root)
 
 
-def _probe(cfg: Pretraining, asked: Question, channels: int) -> Constants:
+def _numbered(cfg: classes.Config, count: int) -> classes.Config:
+    """``cfg``, with classes where it names none."""
+    if count < 2:
+        raise UserError(f"--classes {count} leaves nothing beside background; give 2 or more")
+    named = cfg.classes or cfg.regions
+    return cfg if named else replace(cfg, classes=tuple(f"class {k}" for k in range(1, count)))
+
+
+def _probe(cfg: Planned, asked: Question, channels: int) -> Constants:
     """Measure the constants of the connected cluster and store them."""
     from logonet.planning import measuring
 
@@ -68,7 +99,7 @@ def triple(text: str, flag: str, number: Callable[[str], Any]) -> Any:
 # ---------------------------------------------------------------------------------------------- scans
 
 
-def find_scans(cfg: Pretraining, asked: Question) -> Scans:
+def find_scans(cfg: Planned, asked: Question) -> Scans:
     """The scans: as described by flags, imported, or listed.
 
     Raises:
@@ -86,12 +117,16 @@ def find_scans(cfg: Pretraining, asked: Question) -> Scans:
         if asked.import_scans:
             executor = RayExecutor(asked.resources)
             uri = pipelines.import_scans(uri, asked.root, executor, cfg.data.channels)[1].uri
-        table = pipelines.open_manifest(uri)
-        return sizes.of_manifest(training_part(table, cfg.split), f"the import at {uri}")
+        table, where = pipelines.open_manifest(uri), f"the import at {uri}"
+        if isinstance(cfg, Finetuning):
+            return labelled.of_split(table, cfg, where)
+        return sizes.of_manifest(training_part(table, cfg.split), where)
     if asked.scans:
-        found = sizes.equal_scans(asked.scans, shape, spacing, len(cfg.data.channels) or 1)
+        found = sizes.equal_scans(asked.scans, shape, spacing, len(cfg.data.channels) or asked.channels)
     else:
-        found = _listed(asked.data, shape, spacing, cfg.data.channels)
+        found = _listed(asked.data, shape, spacing, cfg.data.channels, isinstance(cfg, Finetuning))
+    if isinstance(cfg, Finetuning):
+        return labelled.parted(found, cfg.split)
     if cfg.split is None:
         return found
     # Only an import tells which scans are held out.
@@ -103,9 +138,12 @@ def _is_import(uri: str) -> bool:
     return found is not None and found.stage == "manifest"
 
 
-def _listed(data: str, shape: Any, spacing: Any, names: Sequence[str]) -> Scans:
-    """Listed scans with channels of these ``names``: the size of each, and one shape for all."""
-    found, how, stored = importers.sources(data, names), "with the --shape given", 0.0
+def _listed(data: str, shape: Any, spacing: Any, names: Sequence[str], with_labels: bool) -> Scans:
+    """Listed scans with channels of these ``names``, all or those with labels: the size of each, one shape for all."""
+    found = [s for s in importers.sources(data, names) if s.label_uri or not with_labels]
+    if not found:
+        raise UserError(f"no scan listed at {data} has a label; 'logonet data check' says what is found")
+    how, stored = "with the --shape given", 0.0
     channels = len(names) or 1
     if shape is None:
         rows = [r for r in map(manifest.inspect, _some(found)) if isinstance(r, manifest.Scan)]

@@ -18,10 +18,10 @@ import torch
 from logonet import methods, training
 from logonet.clustering import kmeans, pseudo_labels
 from logonet.core import config
-from logonet.data import cropping, manifest, prepared_scans, volume
+from logonet.data import classes, cropping, manifest, prepared_scans, volume
 from logonet.data.preprocessing import Preprocessing
 from logonet.methods import DataSpec
-from logonet.pipelines import Pretraining, preparation
+from logonet.pipelines import Finetuning, Pretraining, preparation
 
 # safetensors' dtypes in its own order: it stores the tensors of the last of these first.
 DTYPES = {
@@ -33,22 +33,33 @@ INERTIA = 0.1234567890123456  # as long in JSON as most inertias
 STORED_PER_VOXEL = 1.3  # gzipped int16: 1.31 bytes per voxel of a CT scan and 1.30 of an MR scan
 ROW_BYTES = 250  # of one crop, or of its labels, or of one prepared scan, in an Arrow table: 205 to 280
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]  # name -> safetensors' dtype, shape
+Planned = Pretraining | Finetuning
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan to read: its grid in RAS axes, ``spacing_mm`` (None: unknown), stored bytes of all its channels."""
+    """One scan to read: its grid in RAS axes, ``spacing_mm`` (None: unknown), stored bytes of all its channels.
+
+    ``part`` is what finetuning does with it: "train", "val" or "test" as in a split, "spare" where it is prepared and
+    not used, and "" where it is not even that, or the scans are for pretraining.
+    """
 
     scan_id: str
     shape_vox: tuple[int, int, int]
     spacing_mm: tuple[float, float, float] | None
     stored_bytes: float
     channels: int = 1
+    part: str = ""
 
     @property
     def voxels(self) -> int:
-        """Of all channels."""
-        return self.channels * math.prod(self.shape_vox)
+        """Of all channels, and of the labels."""
+        return (self.channels + bool(self.part)) * math.prod(self.shape_vox)
+
+    @property
+    def is_case(self) -> bool:
+        """Whether finetuning prepares it."""
+        return self.part in ("train", "val", "spare")
 
 
 @dataclass(frozen=True)
@@ -58,11 +69,13 @@ class Scans:
     Attributes:
         known_from: a phrase that says how they are known.
         imported: the import is done.
+        labels: the classes of the labels, where they are known from an import.
     """
 
     scans: tuple[Scan, ...]
     known_from: str
     imported: bool = False
+    labels: classes.Config | None = None
 
     @property
     def stored_bytes(self) -> float:
@@ -260,12 +273,25 @@ def network(method: torch.nn.Module, train: training.Config | None = None) -> Ne
     )
 
 
-def facts_of(cfg: Pretraining, channels: int = 1) -> DataSpec:
-    """What the method will know of the data; every clusterer counts with as many clusters as were drawn for it."""
+def facts_of(cfg: Planned, channels: int = 1) -> DataSpec:
+    """What the method will know of the data; every clusterer counts with as many clusters as were drawn for it, and
+    labels that nothing is said of have one class beside background.
+    """
+    size_vox, batch_size = cfg.crops.size_vox, cfg.train.batch_size
+    if isinstance(cfg, Finetuning):
+        names = class_names(cfg.data)
+        regions = tuple(tuple(map(names.index, members)) for members in cfg.data.regions.values())
+        outputs, rows = len(regions) or len(names), batch_size * cfg.crops.per_case
+        return DataSpec(size_vox, channels, num_classes=outputs, batch_size=rows, regions=regions)
     pseudo = "pseudo_labels" in methods.needs(cfg.method.name)
     counts = tuple(kmeans.cluster_counts(cfg.clusterers)) if pseudo else ()
-    size_vox, batch_size = cfg.crops.size_vox, cfg.train.batch_size
     return DataSpec(size_vox, channels, counts, majority_labels=(0,) * len(counts), batch_size=batch_size)
+
+
+def class_names(cfg: classes.Config) -> list[str]:
+    """The classes that ``cfg`` names, background first."""
+    in_regions = dict.fromkeys(name for members in cfg.regions.values() for name in members)
+    return [classes.BACKGROUND, *(cfg.members or in_regions or ["class 1"])]
 
 
 # ---------------------------------------------------------------------------------------------- stages
@@ -297,33 +323,44 @@ class Stage:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Everything that is counted, not timed; ``files`` are the sizes of all that is stored.
+    """Everything that is counted, not timed; ``files`` are the sizes of all that is stored. The last of ``stages``
+    trains.
 
     Attributes:
         num_crops: of an epoch, and of the fixed pool.
-        labelled_crops: those of the pool that are labelled.
-        label_flop: operations of a brute-force search of the labels of one crop.
         read_bytes: from the store for one sample of training, on average.
         training_bytes: all that training reads, once.
+        labelled_scans: those of the pool whose crops are labelled.
+        labelled_crops: their crops.
+        label_flop: operations of a brute-force search of the labels of one crop.
         screen_bytes: of a labeller's arrays that each data process copies.
+        validations: how often finetuning validates.
+        windows: of each validation scan.
+        validation_bytes: read by one validation.
+        segmenting_bytes: memory for the scan and the sums of logits, where the largest one is segmented.
     """
 
     scans: Scans
     too_small: int
     num_crops: int
-    labelled_crops: int
-    cluster_sizes: tuple[int, ...]
-    label_flop: float
-    sample_bytes: int
     read_bytes: float
     training_bytes: int
-    centroid_bytes: int
-    screen_bytes: int
     steps: int
     steps_per_epoch: int
     network: Network
     files: dict[str, int]
     stages: tuple[Stage, ...]
+    labelled_scans: int = 0
+    labelled_crops: int = 0
+    cluster_sizes: tuple[int, ...] = ()
+    label_flop: float = 0.0
+    sample_bytes: int = 0
+    centroid_bytes: int = 0
+    screen_bytes: int = 0
+    validations: int = 0
+    windows: tuple[int, ...] = ()
+    validation_bytes: int = 0
+    segmenting_bytes: int = 0
 
 
 def prepared_shape(scan: Scan, cfg: Preprocessing) -> tuple[int, int, int, int]:
@@ -365,13 +402,8 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
         files_bytes = [prepared_bytes("0" * len(s.scan_id), shape) for s, shape in zip(good, shapes)]
         reads = [crop_read_bytes(*file, cfg.crops.size_vox) for file in zip(files_bytes, shapes)]
         prepared, read = sum(files_bytes), sum(reads) / max(1, len(good))
-    per_epoch = cfg.train.steps_per_epoch or -(-num_crops // cfg.train.global_batch)
-    steps = per_epoch * cfg.train.epochs
-    # A checkpoint at the end of every epoch, and at every so many steps in between.
-    ends, every = {per_epoch * (e + 1) for e in range(cfg.train.epochs)}, cfg.train.checkpoint_every_steps
-    saves = len(ends | set(range(every, steps + 1, every) if every else ()))
-    checkpoint, final = net.checkpoint_bytes, net.backbone_file + net.model_file
-    kept = min(saves, cfg.train.keep_checkpoints) * checkpoint + final
+    trained = training_counts(cfg.train, num_crops, net)
+    final = net.backbone_file + net.model_file
     in_driver = sample + 2 * centroids + fitted
     pool_table, labels_table = ROW_BYTES * num_crops, ROW_BYTES * len(labelled) * per_scan
     # While its screen is built, a labeller's centroids are there in float64 too; it is sent from plain copies.
@@ -379,7 +411,7 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
     labeller, copies = centroids + screen, centroids + 3 * screen
     dataset = ROW_BYTES * len(good) + labeller if fresh else pool_table + labels_table
     in_training = pool_table + labels_table + (ROW_BYTES * len(good) + copies if fresh else 0)
-    batches = steps * cfg.train.global_batch * read
+    batches = trained.steps * cfg.train.global_batch * read
     skipped = {"import"} if scans.imported else set()
     skipped |= set() if fresh else {"prepared"}
     skipped |= set() if counts else {"clusterers", "labels"}
@@ -391,7 +423,7 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
         # Every fit is stored, read again and stored once more in the set.
         Stage("clusterers", sample + centroids, centroids + fitted, fitted, sample, in_driver),
         Stage("labels", fitted + len(labelled) * per_scan * crop, labels, labels, labeller, labelling),
-        Stage("pretrain", batches, saves * checkpoint + final, kept, dataset, in_training),
+        Stage("pretrain", batches, trained.written + final, trained.kept + final, dataset, in_training),
     ]
     files = {
         "crop": crop,
@@ -399,17 +431,13 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
         "prepared": prepared,
         "clusterers": fitted,
         "labels": labels,
-        "checkpoint": checkpoint,
-        "checkpoint_model": net.checkpoint_model_file,
-        "checkpoint_optimizer": net.optimizer_file,
-        "final_backbone": net.backbone_file,
-        "final_method": net.model_file,
-        "gradients": net.gradient_bytes,
+        **trained.files,
     }
     return Sizes(
         scans=scans,
         too_small=len(scans.scans) - len(good),
         num_crops=num_crops,
+        labelled_scans=len(labelled),
         labelled_crops=len(labelled) * per_scan,
         cluster_sizes=counts,
         label_flop=2.0 * depth * sum(counts) * length,
@@ -418,12 +446,43 @@ def sizes(cfg: Pretraining, scans: Scans, net: Network) -> Sizes:
         training_bytes=prepared if fresh else num_crops * (crop + label),
         centroid_bytes=centroids,
         screen_bytes=screen,
-        steps=steps,
-        steps_per_epoch=per_epoch,
+        steps=trained.steps,
+        steps_per_epoch=trained.steps_per_epoch,
         network=net,
         files=files,
         stages=tuple(s for s in moved if s.name not in skipped),
     )
+
+
+@dataclass(frozen=True)
+class TrainingCounts:
+    """Steps, and bytes of all checkpoints: ``written``, and ``kept`` at the end. ``files`` are of one."""
+
+    steps_per_epoch: int
+    steps: int
+    written: int
+    kept: int
+    files: dict[str, int]
+
+
+def training_counts(train: training.Config, num_samples: int, net: Network) -> TrainingCounts:
+    """What any training on ``num_samples`` samples does and keeps."""
+    per_epoch = train.steps_per_epoch or -(-num_samples // train.global_batch)
+    steps = per_epoch * train.epochs
+    # A checkpoint at the end of every epoch, and at every so many steps in between.
+    ends, every = {per_epoch * (e + 1) for e in range(train.epochs)}, train.checkpoint_every_steps
+    saves = len(ends | set(range(every, steps + 1, every) if every else ()))
+    checkpoint = net.checkpoint_bytes
+    files = {
+        "checkpoint": checkpoint,
+        "checkpoint_model": net.checkpoint_model_file,
+        "checkpoint_optimizer": net.optimizer_file,
+        "final_backbone": net.backbone_file,
+        "final_method": net.model_file,
+        "gradients": net.gradient_bytes,
+    }
+    kept = min(saves, train.keep_checkpoints) * checkpoint
+    return TrainingCounts(per_epoch, steps, saves * checkpoint, kept, files)
 
 
 def _shards_bytes(scans: Sequence[Scan], per_scan: int, shape: Sequence[int]) -> int:

@@ -17,10 +17,10 @@ from logonet.core import config
 from logonet.core.config import NonNegative, Positive, Share
 from logonet.core.errors import UserError
 from logonet.distributed.cluster import Resources, divide
-from logonet.pipelines import Pretraining
+from logonet.pipelines import Finetuning
 from logonet.planning.hardware import Cluster, Machine
 from logonet.planning.memory import Work
-from logonet.planning.sizes import Sizes, Stage
+from logonet.planning.sizes import Planned, Sizes, Stage
 from logonet.storage import object_store
 
 # Assumed of GPUs where the constants are a CPU's: a share of the data sheet's peak, and a ring over PCIe.
@@ -71,7 +71,7 @@ class Constants:
     step_fingerprint: str = ""
     worker_peak_bytes: NonNegative = 0.0
 
-    def measured(self, cfg: Pretraining, work: Work, gpu: bool) -> bool:
+    def measured(self, cfg: Planned, work: Work, gpu: bool) -> bool:
         """Whether these were measured with steps of this very work, on the same kind of device."""
         same_device = gpu == (self.device != "cpu")
         return same_device and self.step_fingerprint == step_fingerprint(cfg, work)
@@ -80,10 +80,11 @@ class Constants:
         return json.dumps(asdict(self), indent=1).encode()
 
 
-def step_fingerprint(cfg: Pretraining, work: Work) -> str:
+def step_fingerprint(cfg: Planned, work: Work) -> str:
     """Identifies everything that a step's time depends on, except the machine."""
     shape = [work.facts.in_channels, *cfg.crops.size_vox]
-    return config.fingerprint(cfg.backbone, cfg.method, shape, cfg.train.batch_size, work.precision)
+    rows = work.rows * cfg.train.batch_size
+    return config.fingerprint(cfg.backbone, cfg.method, shape, rows, work.precision)
 
 
 def constants(uri: str = "") -> Constants:
@@ -177,20 +178,25 @@ class Step:
     efficiency: float = 1.0
 
 
-def step(train: training.Config, work: Work, at: Placement, c: Constants) -> Step:
-    """Time one optimizer step. UserError when the global batch does not divide, or no rate is known."""
+def rates(at: Placement, c: Constants) -> tuple[float, float]:
+    """What a worker computes in a second, and the bytes that it sends in one. UserError: no rate is known."""
     if at.gpu and c.device == "cpu":
         if not at.machine.gpu_tflop_s:
             unknown = f"nothing says how fast GPU '{at.machine.gpu}' is"
             raise UserError(f"{unknown}; give gpu_tflop_s, or measure with --probe")
-        flop_s = at.machine.gpu_tflop_s * 1e12 * GPU_UTILISATION
-        c = replace(c, flop_s=flop_s, allreduce_bytes_s=GPU_ALLREDUCE_BYTES_S)
-    elif not at.gpu and c.device != "cpu":
+        return at.machine.gpu_tflop_s * 1e12 * GPU_UTILISATION, GPU_ALLREDUCE_BYTES_S
+    if not at.gpu and c.device != "cpu":
         raise UserError(f"the constants were measured on GPU '{c.device}'; measure with --gpu False for CPUs")
-    samples, accumulate = train.global_batch, training.accumulation(train, at.workers)
     # Amdahl's law: threads shorten all but a share of the work.
     speedup = 1.0 if at.gpu else 1 / (c.serial_share + (1 - c.serial_share) / at.threads)
-    compute_s = accumulate * work.micro.flop / (c.flop_s * speedup)
+    return c.flop_s * speedup, c.allreduce_bytes_s
+
+
+def step(train: training.Config, work: Work, at: Placement, c: Constants) -> Step:
+    """Time one optimizer step. UserError when the global batch does not divide, or no rate is known."""
+    flop_s, rate = rates(at, c)
+    samples, accumulate = train.global_batch, training.accumulation(train, at.workers)
+    compute_s = accumulate * work.micro.flop / flop_s
     sample_s = work.crop_bytes / c.prepare_bytes_s + work.label_flop / c.label_flop_s
     prepare_s = samples * sample_s / at.cpus
     read_bytes = work.crop_bytes if work.read_bytes is None else work.read_bytes
@@ -200,7 +206,7 @@ def step(train: training.Config, work: Work, at: Placement, c: Constants) -> Ste
         compute_s = max(compute_s, at.workers * at.threads * compute_s / at.cpus + prepare_s)
     # A ring: 2 (n - 1) hops, each with an n-th of the bytes. A node's link carries one hop of it in and one out,
     # however many workers the node has; workers take turns where they outnumber the cores.
-    n, rate = at.workers, c.allreduce_bytes_s
+    n = at.workers
     rate = min(rate, at.machine.network_bytes_s) if at.nodes > 1 else rate
     turns = 1.0 if at.gpu else max(1.0, n / at.cpus)
     hop_s = at.machine.latency_s + work.network.gradient_bytes / (n * rate)
@@ -212,6 +218,35 @@ def step(train: training.Config, work: Work, at: Placement, c: Constants) -> Ste
     _, waits_for = slowest(needs | {"GPU" if at.gpu else "CPU": compute_s})
     data_s, rate = max(prepare_s, read_s), samples / total_s
     return Step(at.workers, samples, accumulate, compute_s, allreduce_s, data_s, total_s, waits_for, rate)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """All validation scans segmented, ``times`` in a run.
+
+    Attributes:
+        windows: of all ``scans``.
+        seconds: of one time.
+    """
+
+    times: int
+    scans: int
+    windows: int
+    seconds: float
+
+
+def validation(cfg: Planned, of: Sizes, work: Work, at: Placement, c: Constants) -> Validation | None:
+    """Time one validation: a worker reads its scans and segments them, one after the other."""
+    if not isinstance(cfg, Finetuning) or work.windows is None:
+        return None
+    # As the loop deals them out.
+    busiest = max(sum(of.windows[rank :: at.workers]) for rank in range(at.workers))
+    passes = 8 if cfg.validation.mirror else 1
+    compute_s = busiest * passes * work.windows.flop / rates(at, c)[0]
+    if not at.gpu:  # workers share the cores
+        compute_s *= max(1.0, min(at.workers, len(of.windows)) * at.threads / at.cpus)
+    read_s = of.validation_bytes / (at.nodes * node_read_bytes_s(at.machine, at.nodes, c))
+    return Validation(of.validations, len(of.windows), sum(of.windows), compute_s + read_s)
 
 
 def node_read_bytes_s(machine: Machine, nodes: int, c: Constants) -> float:
@@ -235,29 +270,41 @@ def scaling(
     return tuple(replace(s, efficiency=s.samples_per_s / (s.workers * single)) for s in map(of, workers))
 
 
-def timed(cfg: Pretraining, of: Sizes, cluster: Cluster, one: Step, c: Constants) -> tuple[Stage, ...]:
+def timed(
+    cfg: Planned, of: Sizes, cluster: Cluster, one: Step, validation: Validation | None, c: Constants
+) -> tuple[Stage, ...]:
     """All stages with their seconds."""
-    cores, fits = max(1.0, cluster.cpus), cfg.clusterers
-    length = of.scans.channels * math.prod(cfg.crops.size_vox[:2])
+    cores = max(1.0, cluster.cpus)
     slowest_node = min((p.machine for p in cluster.pools), key=lambda m: m.network_bytes_s)
     node_rate = node_read_bytes_s(slowest_node, cluster.nodes, c)
     write_rate = min(node_rate, c.store_write_bytes_s * cores)
-    # A fit's distances, for each update and 2 + ln k times for k-means++. It runs on one core.
-    distances = 2.0 * max(1, round(fits.fraction * of.sample_bytes / (2 * length))) * length
-    fits_s = [distances * k * (fits.iterations + 2 + math.log(k)) / c.kmeans_flop_s for k in of.cluster_sizes]
+    cases = sum(s.voxels for s in of.scans.scans if s.is_case)
     cpu_s = {
         "import": of.scans.voxels / c.import_voxels_s / cores,
         "crops": of.scans.voxels / c.cut_voxels_s / cores,
         "prepared": of.scans.voxels / c.cut_voxels_s / cores,
-        "clusterers": max(sum(fits_s) / cores, *fits_s, 0.0),
+        "cases": cases / c.cut_voxels_s / cores,
         "labels": of.labelled_crops * of.label_flop / c.label_flop_s / cores,
     }
+    unknown = ""
+    if not isinstance(cfg, Finetuning):
+        fits, length = cfg.clusterers, of.scans.channels * math.prod(cfg.crops.size_vox[:2])
+        unknown = "" if fits.algorithm == "kmeans" else f"{fits.algorithm} is not modelled"
+        # A fit's distances, for each update and 2 + ln k times for k-means++. It runs on one core.
+        distances = 2.0 * max(1, round(fits.fraction * of.sample_bytes / (2 * length))) * length
+        updates = [k * (fits.iterations + 2 + math.log(k)) for k in of.cluster_sizes]
+        fits_s = [distances * n / c.kmeans_flop_s for n in updates]
+        cpu_s["clusterers"] = max(sum(fits_s) / cores, *fits_s, 0.0)
     # A checkpoint is written while training goes on; the next one waits until it is written.
     steps = cfg.train.checkpoint_every_steps or of.steps_per_epoch
     writing_s = of.network.checkpoint_bytes / c.store_write_bytes_s
     needs = {one.waits_for: steps * one.total_s, "checkpoints": writing_s}
     interval_s, training_waits_for = slowest(needs)
     training_s = of.steps / steps * interval_s
+    if validation is not None:  # while it goes on no step is made
+        validating_s = validation.times * validation.seconds
+        _, training_waits_for = slowest({training_waits_for: training_s, "validation": validating_s})
+        training_s += validating_s
     # A lost spot node costs a start and, on average, half of what lies between two checkpoints.
     spot_nodes = sum(p.nodes for p in cluster.pools if p.spot)
     losses = spot_nodes * cluster.preemptions_per_node_h * training_s / 3600
@@ -265,10 +312,10 @@ def timed(cfg: Pretraining, of: Sizes, cluster: Cluster, one: Step, c: Constants
     out = []
     for stage in of.stages:
         seconds: float | None
-        if stage.name == "pretrain":
+        if stage is of.stages[-1]:
             seconds, waits_for = training_s, training_waits_for
-        elif stage.name == "clusterers" and fits.algorithm != "kmeans":
-            seconds, waits_for = None, f"{fits.algorithm} is not modelled"
+        elif stage.name == "clusterers" and unknown:
+            seconds, waits_for = None, unknown
         else:
             store_s = (stage.read / node_rate + stage.written / write_rate) / cluster.nodes
             seconds, waits_for = slowest({"CPU": cpu_s[stage.name], "store": store_s})

@@ -39,6 +39,11 @@ def text(plan: Plan) -> str:
             f"a step      {step.total_s:.3g} s on {step.workers} workers, {step.accumulate} micro-batches each, "
             f"{step.samples_per_s:.3g} samples/s"
         )
+    if found := plan.validation:
+        lines.append(
+            f"validation  {duration(found.seconds)} for {found.windows:,} windows of {found.scans:,} scans, "
+            f"{found.times:,} times"
+        )
     cost = f", {plan.money:,.2f} {plan.cluster.currency}" if plan.money else ""
     lines.append(f"altogether  {duration(plan.hours and 3600 * plan.hours)}{cost}")
     lines += [f"note        {note}" for note in plan.notes]
