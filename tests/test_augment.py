@@ -135,8 +135,10 @@ def test_image_and_labels_stay_together() -> None:
     x, y, z = np.indices(size)
     labels = ((x - 15) ** 2 + (y - 9) ** 2 + (z - 13) ** 2 < 25).astype(np.uint8)
     image = labels[None].astype(np.float32)
+    kinds = ("noise", "gamma", "inverted_gamma", "low_resolution", "blur", "contrast")  # move the threshold
     for i in range(20):
-        drawn = draw(dataclasses.replace(ALL, noise_prob=0.0, gamma_prob=0.0), size, seeding.rng(0, "t", i))
+        sharp = dataclasses.replace(ALL, **{f"{kind}_prob": 0.0 for kind in kinds})
+        drawn = draw(sharp, size, seeding.rng(0, "t", i))
         moved, moved_labels = apply(image, labels, drawn)
         bright = moved[0] > drawn.intensity_offset + 0.5 * drawn.intensity_factor
         overlap = 2 * (bright & (moved_labels == 1)).sum() / (bright.sum() + (moved_labels == 1).sum())

@@ -23,7 +23,7 @@ from loops import (
     other_weights,
 )
 
-from logonet import training
+from logonet import methods, training
 from logonet.core.errors import UserError
 from logonet.data import prepared_scans
 from logonet.inference import metrics, sliding_window
@@ -212,6 +212,31 @@ def test_the_best_weights_are_the_backbone_after_that_step(
         assert torch.equal(tensor, after[step][name]), name
         assert torch.equal(last[name], after[12][name]), name
     assert any(not torch.equal(best[name], last[name]) for name in best)
+
+
+def test_a_teacher_is_validated_and_kept_where_the_method_says_so(
+    labelled: LabelledDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"unit_vox": 4, "export": "teacher", "momentum_start": 0.5}
+    asks = dataclasses.replace(
+        labelled, method="medcontext", method_config=methods.config("medcontext", options)
+    )
+    job = labelled_job(str(tmp_path), epochs=1)
+    loop = LocalLoop(asks, dataclasses.replace(job, method={"name": "medcontext", **options}))
+    seen: list[Any] = []
+    real = sliding_window.labels
+    monkeypatch.setattr(
+        sliding_window, "labels", lambda net, *args, **kw: seen.append(net) or real(net, *args, **kw)
+    )
+    history = loop.train()
+    teacher, student = loop.method.teacher.state_dict(), loop.method.backbone.state_dict()
+    assert seen
+    assert all(net is loop.method.teacher for net in seen)
+    files = checkpoints.save_final(str(tmp_path), loop.method, history, training.best_step(history))
+    for file in ("best.safetensors", "backbone.safetensors"):
+        kept = training.load_weights(training.Init(f"{tmp_path}/{file}", files[file].sha256))
+        assert all(torch.equal(kept[name], teacher[name]) for name in teacher)
+    assert any(not torch.equal(student[name], teacher[name]) for name in teacher)
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from logonet import networks
+from logonet import networks, training
 from logonet.core.config import Component
 from logonet.core.errors import UserError
+from logonet.storage import object_store
 from logonet.training.weight_transfer import Report, other_channels, prove, transfer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,6 +214,17 @@ def test_grids_with_as_many_tokens_are_told_apart_by_the_networks_config() -> No
     assert "adapted" not in actions(unknown)
 
 
+def test_initial_weights_come_with_the_network_that_they_are_of(tmp_path: Path) -> None:
+    source, net = unetr(0, 32, 64, 64), unetr(1, 64, 32, 64)
+    uri = str(tmp_path / "a.safetensors")
+    sha256 = object_store.write(uri, safetensors.torch.save(bits(source))).sha256
+    of = Component("unetr", {**networks.tiny("unetr"), "img_size": [32, 64, 64]})
+    report = training.load_initial(net, training.Init(uri, sha256, backbone=of))
+    row = next(row for row in report.rows if row.name == POSITIONS)
+    assert (row.action, row.why) == ("adapted", "positions of 2x4x4 tokens interpolated to 4x2x4")
+    assert training.load_initial(net, training.Init(uri, sha256)).totals()["adapted"]["tensors"] == 0
+
+
 def test_positions_that_nobody_can_place_are_said_to_be_lost() -> None:
     source, net = unetr(0, 32, 64, 64), unetr(1, 64, 64, 64)
     report = transfer(net, bits(source), source="a.safetensors", min_encoder_share=0.9)
@@ -230,8 +244,6 @@ def test_a_buffer_lost_on_the_way_is_noticed() -> None:
 
 
 def test_bits_that_change_on_the_way_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import safetensors.torch
-
     weights = bits(moved("ulkanet", 0))
     save = safetensors.torch.save
 

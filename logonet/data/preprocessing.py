@@ -103,9 +103,10 @@ class Preprocessing(Section):
         low, high = (np.array(ends, np.float32).reshape(-1, 1, 1, 1) for ends in zip(*ranges))
         return low, high
 
-    def _range(self, array_XYZ: np.ndarray, kind: str, scheme: Scheme, scan_id: str) -> tuple[float, float]:
-        if not isinstance(scheme, str):
-            return scheme
+    def _range(self, array_XYZ: np.ndarray, kind: str, given: Scheme, scan_id: str) -> tuple[float, float]:
+        if not isinstance(given, str):
+            return given
+        scheme: str = given
         if scheme == "auto":
             scheme = {"CT": "window", "MR": "percentiles"}.get(kind) or volume.NORMALISATIONS[kind]
         if scheme == "window":

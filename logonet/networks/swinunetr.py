@@ -83,8 +83,9 @@ class SwinUNETR(TokenNetwork):
         # MONAI reads numbers out of a tensor here, which the meta device has none of.
         with torch.device("cpu"):
             others: Any = {"norm_name": norm_name(cfg.norm), "use_checkpoint": cfg.checkpointing}
+            others["patch_size"] = cfg.patch
             same = {key: getattr(cfg, key) for key in SAME}
-            self.net: Any = Wrapped(in_channels, num_classes, patch_size=cfg.patch, **same, **others)
+            self.net: Any = Wrapped(in_channels, num_classes, **same, **others)
             if cfg.patch != (2, 2, 2):  # MONAI's decoder doubles every side
                 f, norm = cfg.feature_size, norm_name(cfg.norm)
                 self.net.decoder1 = UnetrUpBlock(3, f, f, 3, cfg.patch, norm, res_block=True)
