@@ -105,8 +105,8 @@ class Study(Section, key="study"):
             raise UserError(
                 "study.judged_on is val and a fold is null, which has no validation cases; set study.judged_on=test"
             )
+        known = {"network": list(self.networks), "pretext": list(self.pretexts)}
         for axis, name in self.baseline.items():
-            known = {"network": self.networks, "pretext": self.pretexts}
             if axis not in known:
                 raise UserError(config.unknown("axis of study.baseline", axis, known))
             if name not in known[axis]:
