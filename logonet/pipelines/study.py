@@ -420,7 +420,7 @@ def _ranks(study: Study, cases: pd.DataFrame) -> dict[str, tuple[dict[str, float
             continue
         ranks = statistics.ranks(statistics.per_case(part, names, study.metric), study.metric)
         p = "" if math.isnan(ranks.friedman_p) else f", Friedman p {ranks.friedman_p:.2g}"
-        note = f"{ranks.cases} cases{p}, critical difference {ranks.critical_difference:.2f}"
+        note = f"{ranks.cases} cases judged{p}, critical difference {ranks.critical_difference:.2f}"
         drawn[str(labels)] = (ranks.mean, ranks.critical_difference, note)
     return drawn
 
