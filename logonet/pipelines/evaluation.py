@@ -115,8 +115,8 @@ def evaluate_model(
         output = object_store.join(run.uri, "predictions")
         items = [bucket_inference.Item(s.scan_id, s, label_maps[s.classes]) for s in scans]
         about = {"model": chosen.id, **own}
-        scored = {"score": True, "largest": cfg.on == "val"}
-        rows = bucket_inference.run(items, chosen.folder, output, cfg.infer, executor, about=about, **scored)
+        what = items, chosen.folder, output, cfg.infer, executor
+        rows = bucket_inference.run(*what, about=about, score=True, largest=cfg.on == "val")
         bad = [row for row in rows if row.status != bucket_inference.DONE]
         for row in bad:
             say("", f"quarantined: {row.reason}")

@@ -130,8 +130,17 @@ def last_loss(artifact: Artifact) -> str:
 
 
 # What MLflow shows of a run: nothing that names a scan, since file names can be patients'.
-TRACKED = (".png", ".yaml", ".html", "summary.csv", "summary.json", "transfer.json")
-TRACKED += ("comparisons.csv", "runs.csv", ".tex")  # of a study
+TRACKED = (
+    ".png",
+    ".yaml",
+    ".html",
+    ".tex",
+    "summary.csv",
+    "summary.json",
+    "transfer.json",
+    "comparisons.csv",
+    "runs.csv",
+)
 
 
 @dataclass(frozen=True)

@@ -105,8 +105,8 @@ class Study(Section, key="study"):
             raise UserError(
                 "study.judged_on is val and a fold is null, which has no validation cases; set study.judged_on=test"
             )
+        known = {"network": list(self.networks), "pretext": list(self.pretexts)}
         for axis, name in self.baseline.items():
-            known = {"network": self.networks, "pretext": self.pretexts}
             if axis not in known:
                 raise UserError(config.unknown("axis of study.baseline", axis, known))
             if name not in known[axis]:
@@ -420,7 +420,7 @@ def _ranks(study: Study, cases: pd.DataFrame) -> dict[str, tuple[dict[str, float
             continue
         ranks = statistics.ranks(statistics.per_case(part, names, study.metric), study.metric)
         p = "" if math.isnan(ranks.friedman_p) else f", Friedman p {ranks.friedman_p:.2g}"
-        note = f"{ranks.cases} cases{p}, critical difference {ranks.critical_difference:.2f}"
+        note = f"{ranks.cases} cases judged{p}, critical difference {ranks.critical_difference:.2f}"
         drawn[str(labels)] = (ranks.mean, ranks.critical_difference, note)
     return drawn
 
