@@ -357,6 +357,16 @@ with torch.no_grad():
     np.save(out, net.eval()(torch.from_numpy(np.load(image))).numpy())
 print(json.dumps([len(arrived), len(whole)]))
 """
+# PyPI's torchvision is built for CUDA and cannot be imported beside a CPU build of torch, for want of two operators.
+# nnU-Net imports it where it looks for trainers.
+SITE = """
+import torch
+try:
+    import torchvision
+except RuntimeError:
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
 SHORT = """
 from nnUNetTrainer_logonet import nnUNetTrainer_logonet, torch
 
@@ -376,8 +386,9 @@ def test_the_released_nnunet_finetunes_the_checkpoint(encoder: str, tmp_path: Pa
     place = os.environ.get("LOGONET_NNUNET", str(REPO / "build/nnunet"))
     folders = {f"nnUNet_{part}": str(tmp_path / part) for part in ("raw", "preprocessed", "results")}
     out = tmp_path / "out"
-    env = {**os.environ, **folders, "nnUNet_extTrainer": f"{out}/trainer", "nnUNet_n_proc_DA": "0"}
-    env |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PATH": f"{place}/bin:{os.environ['PATH']}"}
+    env = {**os.environ, **folders, "nnUNet_extTrainer": f"{out}/trainer", "nnUNet_n_proc_DA": "1"}
+    (tmp_path / "sitecustomize.py").write_text(SITE)
+    env |= {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PATH": f"{place}/bin:{os.environ['PATH']}"}
 
     def run(*argv: str) -> str:
         done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True)
@@ -422,6 +433,7 @@ def test_the_released_nnunet_finetunes_the_checkpoint(encoder: str, tmp_path: Pa
     found = torch.from_numpy(np.load(tmp_path / "logits.npy"))
     torch.testing.assert_close(turned(found), logits_BKXYZ)
 
+    env["nnUNet_n_proc_DA"] = "0"  # augments in its own process; planning wants a number of threads here
     weights = ("-pretrained_weights", str(out / nnunet.CHECKPOINT))
     said = run("nnUNetv2_train", *plans, "-tr", "nnUNetTrainer_short", *weights, "-device", "cpu")
     assert said.count(" shape torch.Size") == whole
