@@ -388,7 +388,12 @@ def test_the_released_nnunet_finetunes_the_checkpoint(encoder: str, tmp_path: Pa
     out = tmp_path / "out"
     env = {**os.environ, **folders, "nnUNet_extTrainer": f"{out}/trainer", "nnUNet_n_proc_DA": "1"}
     (tmp_path / "sitecustomize.py").write_text(SITE)
-    env |= {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PATH": f"{place}/bin:{os.environ['PATH']}"}
+    env |= {
+        "PYTHONPATH": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "MPLBACKEND": "agg",
+        "PATH": f"{place}/bin:{os.environ['PATH']}",
+    }
 
     def run(*argv: str) -> str:
         done = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from logonet import training
+from logonet.core import config
+from logonet.data import augment
 from logonet.inference import sliding_window
 
 # SGD, and 1000 epochs of 250 steps of two crops.
@@ -46,5 +48,10 @@ NNFORMER: dict[str, dict[str, Any]] = {
         "deep_supervision": False,
     },
 }
-# Batch Dice without background, and nnU-Net's augmentation.
-SUPERVISED: dict[str, Any] = {"augment": {}}
+# Batch Dice without background, and nnU-Net's augmentation; of thin crops within the slices.
+SUPERVISED: dict[str, Any] = {
+    "augment": config.to_dict(augment.nnunet()),
+    "batch_dice": True,
+    "background": False,
+}
+SUPERVISED_FLAT = {**SUPERVISED, "augment": config.to_dict(augment.nnunet(flat=True))}

@@ -28,7 +28,9 @@ def pretraining() -> Pretraining:
             size_vox=(320, 320, 192), per_scan=1, spacing_mm=SPACING_MM, min_image_share=0.0
         ),
         backbone=UNETR,
-        method=Component("glmae"),
+        method=Component(
+            "glmae", {"trim": True}
+        ),  # so that views are of the scan, where it is the smaller one
         train=training.Config(
             epochs=1600,
             global_batch=256,

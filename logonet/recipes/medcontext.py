@@ -14,6 +14,8 @@ from logonet.recipes import _datasets, _nnunet
 
 SIZE, SPACING_MM = (96, 96, 96), (1.5, 1.5, 2.0)
 NETWORKS: dict[str, dict[str, Any]] = {"unetr": {"feature_size": 32}, "swinunetr": {}}
+# UNETR's for BTCV.
+AUGMENT = {"flip_prob": 0.2, "rotate90_prob": 0.2, "scale_intensity_prob": 0.1, "shift_intensity_prob": 0.1}
 EPOCHS = {"synapse": 5000, "acdc": 1000, "brats": 300}
 # With MedContext: of UNETR, Swin UNETR and nnFormer, in percent, and from the network alone.
 DICE = {
@@ -68,11 +70,12 @@ def _recipe(name: str, net: str) -> Callable[[], Finetuning]:
         if net == "nnformer":
             options = _nnunet.NNFORMER["brain" if name == "brats" else name]
             size_vox = options.get("img_size", _nnunet.SYNAPSE_SIZE)
+            of_nnunet = _nnunet.SUPERVISED_FLAT if name == "acdc" else _nnunet.SUPERVISED
             return Finetuning(
                 **sections,
                 crops=prepared_scans.CropSampling(size_vox=size_vox, per_case=1, foreground_share=1 / 3),
                 backbone=Component(net, options),
-                method=Component("medcontext", {**_nnunet.SUPERVISED, "unit_vox": 4}),
+                method=Component("medcontext", {**of_nnunet, "unit_vox": 4}),
                 train=replace(_nnunet.TRAIN, validate_every_epochs=validate),
                 validation=_nnunet.VALIDATION,
             )
@@ -80,7 +83,7 @@ def _recipe(name: str, net: str) -> Callable[[], Finetuning]:
             **sections,
             crops=prepared_scans.CropSampling(size_vox=SIZE, per_case=4),
             backbone=Component(net, NETWORKS[net]),
-            method=Component("medcontext", {"augment": {"flip_prob": 0.2, "rotate90_prob": 0.2}}),
+            method=Component("medcontext", {"augment": AUGMENT, "squared": True}),  # Eq. 3's squares
             train=training.Config(
                 epochs=EPOCHS[name], warmup_epochs=50, global_batch=1, validate_every_epochs=validate
             ),
