@@ -141,7 +141,7 @@ class _Encoder(nn.Module):
             before = first
         stages: list[nn.Module] = []
         for width, *how, depth in zip(cfg.features, cfg.kernel_size, cfg.strides, cfg.depths):
-            shape = (depth, before, width, *how, cfg.norm)
+            shape: Any = (depth, before, width, *how, cfg.norm)
             stages.append(_Blocks(*shape) if cfg.residual else nn.Sequential(_Convs(*shape)))
             before = width
         self.stages = nn.Sequential(*stages)
