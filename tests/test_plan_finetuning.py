@@ -299,7 +299,7 @@ def test_the_command_plans_the_recipe_of_either_job(monkeypatch: pytest.MonkeyPa
     assert logonet(monkeypatch, *ask, "--classes", "1") == 2
     assert "--classes 1 leaves nothing beside background" in capsys.readouterr().err
     unknown = replace(finetuning(), backbone=Component(""), init=Init("models:/liver@best"))
-    with pytest.raises(UserError, match="does not fetch models:/liver@best; set backbone.name"):
+    with pytest.raises(UserError, match=r"models:/liver@best; set backbone\.name"):
         request.resolve(unknown)
 
 
