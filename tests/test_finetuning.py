@@ -408,6 +408,51 @@ def test_two_workers_of_ray_train_take_the_same_steps(
         assert 0 <= a["val_dice"] <= 1
 
 
+def test_the_plan_had_said_what_the_run_would_write(
+    every_step: pipelines.Finetuning, finetuned: Artifact, scans: str, root: str
+) -> None:
+    """Before anything is prepared, against what is stored: to the byte where values have no say."""
+    from logonet.planning import labelled, planner, request
+
+    cfg = request.resolve(every_step)  # the weights tell the network
+    assert isinstance(cfg, pipelines.Finetuning)
+    table, _ = pipelines.import_scans(scans, root, HERE)
+    found = labelled.of_split(table, cfg, "the import")
+    assert found.labels is not None
+    cfg = replace(cfg, data=found.labels)
+    work = planner.work(cfg, gpu=False)
+    planned = labelled.sizes(cfg, found, work.network, work.facts.num_classes)
+    assert ["background", *cfg.data.members] == finetuned.facts["classes"]
+    split = json.loads(object_store.read(f"{finetuned.parents['split_uri']}/split.json"))
+    for part in ("train", "val", "test"):
+        assert sorted(s.scan_id for s in found.scans if s.part == part) == split[part]
+
+    files = finetuned.files
+    net = work.network
+    for name in ("best.safetensors", "backbone.safetensors", "model/weights.safetensors"):
+        assert net.backbone_file == files[name].size_bytes, name
+    assert net.model_file == files["method.safetensors"].size_bytes
+    stored = object_store.listing(finetuned.uri)
+    last = f"/checkpoints/step-{planned.steps:08d}/"  # those within an epoch hold its sums so far too
+    saved = [e.size_bytes for e in stored if last in e.uri and e.uri.endswith(".safetensors")]
+    assert net.checkpoint_bytes == sum(saved)
+    best = sum(e.size_bytes for e in stored if "/best/" in e.uri)
+    final = sum(files[n].size_bytes for n in WEIGHTS) + net.backbone_file
+    assert best + final + 4 * net.checkpoint_bytes <= planned.stages[-1].kept
+    assert planned.steps == finetuned.facts["steps"]
+    assert planned.windows == (2, 2)
+
+    used = {s.scan_id for s in found.scans if s.is_case}
+    store = [e for e in object_store.listing(f"{root}/scans") if any(i in e.uri for i in used)]
+    images, labels = (
+        sum(e.size_bytes for e in store if f"/{kind}/" in e.uri) for kind in ("images", "labels")
+    )
+    assert planned.files["prepared"] == images
+    # At most as many positions of each class are kept as are planned.
+    positions = len(used) * labelled.POSITIONS_BYTES * len(cfg.data.members)
+    assert planned.files["prepared_labels"] - positions < labels <= planned.files["prepared_labels"]
+
+
 def test_random_weights(scans: str, root: str) -> None:
     done = finetune(finetuning(train={"epochs": 1}), scans, root)
     assert done.parents["weights"] == "random"

@@ -591,7 +591,7 @@ def test_the_json_and_the_tables_are_complete(demo: pipelines.Pretraining, count
     values = json.loads(json.dumps(found.to_dict()))
     keys = (
         "fits refusals notes config cluster constants scans bytes stages worker_bytes labeller_bytes "
-        "data_task_bytes micro_batch cache_gb steps step scaling hours money currency"
+        "data_task_bytes micro_batch cache_gb steps step scaling validation hours money currency"
     )
     assert set(values) == set(keys.split())
     stages = ["import", "crops", "prepared", "clusterers", "labels", "pretrain"]

@@ -19,7 +19,8 @@ def paper() -> Pretraining:
     """The paper's Table 2: LoGoNet (normal), 96^3 crops, 80 clusterers of 80 to 500 clusters, 100 epochs, 16
     workers x 1 crop. Data: thousands of CTs. Hardware: 16 GPUs with 35 GB (the paper's); 24 GiB of memory for
     one worker on CPU. Hours: `logonet plan --recipe paper`; one step takes 18 to 35 s by the clock and 7 GiB on 2 CPU
-    cores (benchmarks/step.py). Result: not reproduced by us yet.
+    cores (benchmarks/step.py). Hours: 2.8 on 16 x A100 by logonet plan (5,000 CTs of 512 x 512 x 150). Result: not
+    reproduced by us yet.
     Where the paper is silent: an epoch takes 4 crops of every scan, scans are resampled to 1.5 x 1.5 x 2.0 mm, and
     clusterers are fitted on crops that are cut once. Other than in the paper, Algorithm 1's last ReLU is left out,
     with which training stalls (docs/papers.md has the measurement; method.final_relu=true brings it back).
@@ -32,7 +33,8 @@ def paper() -> Pretraining:
 
 def paper_finetune() -> Finetuning:
     """The paper's Table 3: LoGoNet (normal), two random 96^3 crops of each of 16 cases a step, AdamW 1e-4, 5000 epochs.
-    Data: labelled CTs. Hardware: 16 GPUs. Hours and result: not reproduced by us yet.
+    Data: labelled CTs. Hardware: 16 GPUs. Hours: 8.8 on 16 x A100 by logonet plan (30 CTs of 512 x 512 x 150). Hours
+    and result: not reproduced by us yet.
     Table 3's "batch size 2 per GPU" is read as the two crops of one case; if it means two cases, set
     train.batch_size=2 train.global_batch=32.
     """
@@ -46,7 +48,8 @@ def paper_finetune() -> Finetuning:
 def btcv() -> Finetuning:
     """Table 4: BTCV, 13 organs, mean Dice .854 from scratch and .875 pretrained. Layout: MONAI's dataset_0.json, or
     imagesTr and labelsTr with img0001 to img0040. Six of 30 validate, as in MONAI's list; five runs are
-    train.seed=0 .. 4. Hardware: 16 GPUs. Verified here: on phantoms at smoke scale.
+    train.seed=0 .. 4. Hardware: 16 GPUs. Hours: 8.8 on 16 x A100 by logonet plan. Verified here: on phantoms at smoke
+    scale.
     """
     return replace(paper_finetune(), data=_datasets.data(_datasets.BTCV), split=_datasets.BTCV_SPLIT)
 
@@ -73,8 +76,8 @@ def _msd(task: str) -> Callable[[], Finetuning]:
         return replace(cfg, split=split, cases=replace(cfg.cases, intensity="zscore"))
 
     recipe.__doc__ = f"""Table 5: {what} with the settings of Table 3. Layout: MSD's {folder}; its test scans have no
-    public labels, so a fifth of the subjects tests. Two runs are train.seed=0, 1. Hardware: 16 GPUs. Verified here: on
-    phantoms at smoke scale.
+    public labels, so a fifth of the subjects tests. Two runs are train.seed=0, 1. Hardware: 16 GPUs. Hours: 8.8 on
+    16 x A100 by logonet plan. Verified here: on phantoms at smoke scale.
     """
     return recipe
 

@@ -23,6 +23,12 @@ DICE = {
     "acdc": ("80.60, 83.38 and 90.73", "76.67, 80.70 and 90.50"),
     "brats": ("88.04, 89.83 and 72.78", "87.50, 89.44 and 72.36"),
 }
+# On one A100, by `logonet plan`.
+HOURS = {
+    "synapse": {"unetr": 17.5, "swinunetr": 10.9, "nnformer": 5.3},
+    "acdc": {"unetr": 5.9, "swinunetr": 8.2, "nnformer": 1.2},
+    "brats": {"unetr": 11.4, "swinunetr": 15.6, "nnformer": 1.8},
+}
 WHAT = {
     "synapse": "Table 1: Synapse, eight organs, 18 scans to train and 12 to test",
     "acdc": "Table 2: ACDC, three structures in two frames of 100 patients, 80 to train and 20 to test",
@@ -91,8 +97,8 @@ def _recipe(name: str, net: str) -> Callable[[], Finetuning]:
 
     ours, alone = DICE[name]
     recipe.__doc__ = f"""{WHAT[name]}, with {net}; mean Dice {ours} for UNETR, Swin UNETR and nnFormer with MedContext,
-    {alone} without (method=supervised). Layout: {LAYOUT[name]}. Hardware: one GPU with 40 GB. Verified here: on
-    phantoms at smoke scale.
+    {alone} without (method=supervised). Layout: {LAYOUT[name]}. Hardware: one GPU with 40 GB.
+    Hours: {HOURS[name][net]} on 1 x A100 by logonet plan. Verified here: on phantoms at smoke scale.
     """
     return recipe
 
