@@ -32,6 +32,7 @@ from logonet.pipelines.finetuning import Init
 from logonet.planning import labelled, measuring, memory, planner, request, sizes, speed, table
 from logonet.planning.hardware import Cluster, Pool
 from logonet.planning.question import Question
+from logonet.training.local import LocalExecutor
 
 TINY = Component("dynunet", networks.tiny("dynunet"))
 NET = sizes.Network({"backbone.w": ("F32", (10,))}, {"backbone.w": (10,)}, 40)
@@ -309,6 +310,12 @@ def test_labelled_scans_that_are_listed_count(tmp_path: Path) -> None:
     assert sorted(s.part for s in found.scans) == sorted(
         ["test"] * 2 + ["val"] + ["train"] * 2 + ["spare"] * 3
     )
+    cfg = replace(finetuning(), data=classes.Config())
+    _, made = pipelines.import_scans(str(tmp_path / "dataset.json"), str(tmp_path / "root"), LocalExecutor())
+    imported = request.find_scans(cfg, Question(data=made.uri))
+    assert imported.imported and imported.labels is not None
+    assert [s.part for s in imported.scans].count("val") == 1
+    assert len(imported.labels.members) > 1  # those that the dataset names
     with pytest.raises(UserError, match="has a label"):
         request.find_scans(finetuning(), Question(data=str(tmp_path / "imagesTr")))
 
