@@ -38,8 +38,9 @@ class Config(Section, key="train"):
         lr: peak learning rate; linear warm-up over ``warmup_epochs``, then ``schedule`` down to ``min_lr``.
         min_lr: learning rate at the end.
         warmup_epochs: epochs of the warm-up.
-        schedule: "cosine", "poly" ((1 - share of the steps) ** poly_power, nnU-Net's), "step" (times ``decay_factor``
-            at each share of the steps in ``decay_at``) or "constant".
+        schedule: after the warm-up: "cosine", "poly", "step" or "constant".
+        poly_power: of "poly", nnU-Net's: (1 - share of the steps) to this power.
+        decay_at, decay_factor: "step" multiplies the learning rate by the factor at each of these shares of the steps.
         optimizer: "adamw", or "sgd" with Nesterov momentum.
         weight_decay: of either; "sgd" adds it to the gradient.
         betas: of AdamW.
