@@ -160,3 +160,9 @@ def test_of_two_networks_each_is_checked_against_the_window(folders: list[str]) 
     with pytest.raises(UserError, match="crop size"):
         model.build(config.from_dict(model.Spec, wrong), weights)
     assert given.components[1] == Component.of(config.to_dict(spec("attention_unet").backbone), "")
+
+
+def test_an_ensemble_is_written_as_onnx(folders: list[str], tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole", *model.ensemble([model.read(folder) for folder in folders[::2]]))
+    parity = export.write_onnx(whole, str(tmp_path / "net.onnx"))
+    assert parity.max_abs_logit <= 1, "probabilities"
