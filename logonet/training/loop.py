@@ -18,6 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -395,7 +396,10 @@ class Loop:
         values: dict[str, Any] = {}
         if self.rank == 0 and self.first_batch is not None:
             progress, autocast = (self.step - 1) / self.total_steps, autocast_of(self.cfg, self.device)
-            values = encoder_use.measure(self.method, score, self.first_batch, progress, autocast)
+            # Passes without gradients would be compiled anew, which takes longer than they do.
+            eager = torch.compiler.set_stance("force_eager") if self.cfg.compile else nullcontext()
+            with eager:
+                values = encoder_use.measure(self.method, score, self.first_batch, progress, autocast)
         return self.communicator.gather(values)[0]
 
 
