@@ -37,7 +37,7 @@ def load_initial(net: Any, init: Init) -> weight_transfer.Report:
         source=init.uri,
         min_encoder_share=init.min_encoder_share,
         parts=init.parts,
-        positions=_positions(init.backbone) if net.positions else {},
+        positions=_positions(init.backbone) if getattr(net, "positions", None) else {},
     )
 
 
