@@ -23,7 +23,7 @@ def paper() -> Pretraining:
     reproduced by us yet.
     Where the paper is silent: an epoch takes 4 crops of every scan, scans are resampled to 1.5 x 1.5 x 2.0 mm, and
     clusterers are fitted on crops that are cut once. Other than in the paper, Algorithm 1's last ReLU is left out,
-    with which training stalls (docs/papers.md has the measurement; method.final_relu=true brings it back).
+    which slows training down (docs/papers.md has the measurement; method.final_relu=true brings it back).
     """
     return Pretraining(
         crops=cropping.Config(spacing_mm=SPACING_MM),
