@@ -232,7 +232,9 @@ def test_a_teacher_is_validated_and_kept_where_the_method_says_so(
     teacher, student = loop.method.teacher.state_dict(), loop.method.backbone.state_dict()
     assert seen
     assert all(net is loop.method.teacher for net in seen)
-    files = checkpoints.save_final(str(tmp_path), loop.method, loop.network, history, training.best_step(history))
+    files = checkpoints.save_final(
+        str(tmp_path), loop.method, loop.network, history, training.best_step(history)
+    )
     for file in ("best.safetensors", "backbone.safetensors"):
         kept = training.load_weights(training.Init(f"{tmp_path}/{file}", files[file].sha256))
         assert all(torch.equal(kept[name], teacher[name]) for name in teacher)
