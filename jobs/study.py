@@ -67,10 +67,7 @@ def planned(study: pipelines.Study, *, apart: bool = False) -> list[pipelines.St
 
 
 def _base(base: Base, known: Mapping[str, Callable[[], Any]]) -> Any:
-    if base.recipe not in known:
-        raise UserError(config.unknown("recipe", base.recipe, known))
-    cfg = known[base.recipe]()
-    return config.from_dict(type(cfg), config.override(config.to_dict(cfg), base.set))
+    return cli.job_config(cli.ConfigArgs(recipe=base.recipe, set=base.set), known)
 
 
 def main(args: Args) -> None:

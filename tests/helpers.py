@@ -37,6 +37,23 @@ def tiny_backbone() -> dict[str, Any]:
     return {"name": "logonet", **logonet.TINY}
 
 
+def losses_of(module: Any, batch: Any, lr: float) -> list[float]:
+    """Of 20 steps of AdamW on one batch."""
+    import torch
+
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(20):
+        loss, _ = module(batch, 0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if hasattr(module, "after_step"):
+            module.after_step(0.0)
+        losses.append(loss.item())
+    return losses
+
+
 def assert_same_gradients(a: Artifact, b: Artifact) -> None:
     """Of the first step, to rounding: AdamW's first moments after it are 0.1 of them.
 

@@ -11,6 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import losses_of
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import adjusted_rand_score
 from test_methods import Stub, assert_step, batch_for, data_spec_for, sample_for, stub_for
@@ -85,14 +86,7 @@ def test_without_masking_the_network_sees_the_crop_as_it_is() -> None:
 def test_loss_falls_without_masking() -> None:
     module = stub_for("masked_clusters", data_spec_for(), masking="none", final_relu=False)
     batch = batch_for("masked_clusters", module.cfg, data_spec_for(), [0, 1])
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(20):
-        loss, _ = module(batch, 0.0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(module, batch, lr=1e-2)
     assert losses[-1] < 0.7 * losses[0], losses
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import losses_of
 from torch import Tensor
 
 from logonet import methods, networks
@@ -281,14 +282,7 @@ def test_parameters_of_vit_b() -> None:
 def test_overfits_two_crops() -> None:
     module = module_on("unetr")
     batch = batch_of(noise())
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=3e-3)
-    losses = []
-    for _ in range(20):
-        loss, _ = module(batch, 0.0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(module, batch, lr=3e-3)
     assert losses[1] < losses[0]
     assert losses[-1] < 0.9 * losses[0], losses
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import losses_of
 from torch import Tensor
 
 from logonet import methods, networks
@@ -269,15 +270,7 @@ def test_a_teacher_that_says_nothing_is_warned_of(entropy: float, warned: bool) 
 
 def test_overfits_two_crops() -> None:
     module, batch = module_on(), batch_of()
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=3e-3)
-    losses = []
-    for _ in range(20):
-        loss, _ = module(batch, 0.0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        module.after_step(0.0)
-        losses.append(loss.item())
+    losses = losses_of(module, batch, lr=3e-3)
     assert losses[-1] < 0.95 * losses[0], losses
 
 

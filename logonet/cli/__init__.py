@@ -3,4 +3,4 @@
 # ruff: noqa: F401
 from logonet.cli.commands import COMMANDS, main
 from logonet.cli.endings import sentences
-from logonet.cli.jobs import JobArgs, absolute, absolute_model, job, job_config
+from logonet.cli.jobs import ConfigArgs, JobArgs, absolute, absolute_model, job, job_config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -48,15 +48,23 @@ def _nnunet(
     size_vox: Size,
     spacing_mm: Spacing,
     modality: str = "CT",
+    contrasts: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
 ) -> None:
-    """imagesTr, labelsTr and a dataset.json that names the classes."""
+    """imagesTr, labelsTr and a dataset.json that names the channels and the classes.
+
+    Args:
+        contrasts: name and make of each channel; None is the scan's own under the name of its modality.
+    """
+    contrasts = contrasts or {modality: lambda array_XYZ: array_XYZ}
     for i, name in enumerate(names):
         scan, labels_XYZ = _case(i, size_vox, spacing_mm, modality)
-        _write(object_store.join(root, f"imagesTr/{name}_0000.nii.gz"), scan.array_CXYZ[0], scan.affine)
+        for channel, contrast in enumerate(contrasts.values()):
+            uri = object_store.join(root, f"imagesTr/{name}_{channel:04d}.nii.gz")
+            _write(uri, contrast(scan.array_CXYZ[0]), scan.affine)
         renumbered_XYZ = _renumbered(labels_XYZ, value_of)
         _write(object_store.join(root, f"labelsTr/{name}.nii.gz"), renumbered_XYZ, scan.affine)
     description = {
-        "channel_names": {"0": modality},
+        "channel_names": {str(channel): name for channel, name in enumerate(contrasts)},
         "labels": {"background": 0, **labels},
         "numTraining": len(names),
         "file_ending": ".nii.gz",
@@ -135,23 +143,15 @@ def acdc(root: str, size_vox: Size) -> None:
         _write(object_store.join(own, f"patient{patient + 1:03d}_4d.nii.gz"), cine_XYZT, scan.affine)
 
 
-def _brains(root: str, size_vox: Size, names: dict[str, int], values: Sequence[int]) -> None:
-    for i in range(20):
-        scan, labels_XYZ = _case(i, size_vox, (1.0, 1.0, 1.0), "MR")
-        array_XYZ = scan.array_CXYZ[0]
-        contrasts = (array_XYZ, array_XYZ.max() - array_XYZ, np.sqrt(array_XYZ), array_XYZ**1.2)
-        for channel, contrast_XYZ in enumerate(contrasts):
-            uri = object_store.join(root, f"imagesTr/BRATS_{i + 1:03d}_{channel:04d}.nii.gz")
-            _write(uri, contrast_XYZ * (array_XYZ > 0), scan.affine)
-        uri = object_store.join(root, f"labelsTr/BRATS_{i + 1:03d}.nii.gz")
-        _write(uri, _renumbered(labels_XYZ, values), scan.affine)
-    description = {
-        "channel_names": {"0": "FLAIR", "1": "T1w", "2": "T1gd", "3": "T2w"},
-        "labels": {"background": 0, **names},
-        "numTraining": 20,
-        "file_ending": ".nii.gz",
+def _brains(root: str, size_vox: Size, labels: dict[str, int], value_of: Sequence[int]) -> None:
+    contrasts: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "FLAIR": lambda array_XYZ: array_XYZ,
+        "T1w": lambda array_XYZ: (array_XYZ.max() - array_XYZ) * (array_XYZ > 0),
+        "T1gd": np.sqrt,
+        "T2w": lambda array_XYZ: array_XYZ**1.2,
     }
-    object_store.write(object_store.join(root, "dataset.json"), json.dumps(description, indent=1).encode())
+    names = [f"BRATS_{i + 1:03d}" for i in range(20)]
+    _nnunet(root, names, labels, value_of, size_vox, (1.0, 1.0, 1.0), "MR", contrasts)
 
 
 def msd_brain(root: str, size_vox: Size) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from logonet.core.errors import UserError
-from logonet.networks import Network
+from logonet.networks import Network, under
 
 C = TypeVar("C")  # a method's Config
 
@@ -52,9 +52,8 @@ def intensity(image_BCXYZ: Tensor) -> Tensor:
 
 def freeze(module: nn.Module, prefixes: Iterable[str]) -> None:
     """Freeze the parameters whose dotted name begins with one of ``prefixes``."""
-    stems = _stems(prefixes)
     for name, parameter in module.named_parameters():
-        if f"{name}.".startswith(stems):
+        if under(name, prefixes):
             parameter.requires_grad_(False)
 
 
@@ -74,12 +73,7 @@ def freeze_unreached(module: nn.Module, output: Callable[[Any], Tensor]) -> None
 
 def modules_under(module: nn.Module, prefixes: Iterable[str]) -> list[nn.Module]:
     """The submodules whose dotted name equals or begins with one of ``prefixes``."""
-    stems = _stems(prefixes)
-    return [part for name, part in module.named_modules() if f"{name}.".startswith(stems)]
-
-
-def _stems(prefixes: Iterable[str]) -> tuple[str, ...]:
-    return tuple(prefix.rstrip(".") + "." for prefix in prefixes)
+    return [part for name, part in module.named_modules() if under(name, prefixes)]
 
 
 def wide(x: Tensor) -> Tensor:

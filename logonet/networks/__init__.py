@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, get_args, get_type_hints
 
@@ -85,6 +85,11 @@ class Network(nn.Module):
     def compile_parts(self) -> None:
         """Compile the encoder and the decoder, each as a whole."""
         self.encode, self.decode_features = compiled(self.encode), compiled(self.decode_features)  # type: ignore[method-assign]
+
+
+def under(name: str, prefixes: Iterable[str]) -> bool:
+    """Whether the dotted ``name`` of a module, parameter or buffer equals one of ``prefixes`` or lies below it."""
+    return f"{name}.".startswith(tuple(f"{prefix.rstrip('.')}." for prefix in prefixes))
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

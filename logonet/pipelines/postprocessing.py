@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from dataclasses import replace
 
 import pandas as pd
@@ -61,6 +63,6 @@ def postprocess(
 
     parents = {"plain_model": chosen.id, "judged": config.fingerprint([e.fingerprint for e in judged])}
     artifact = run_stage(root, "postprocess", {}, parents, make, describe, lineage=chosen.lineage)
-    told = [line.split(",") for line in artifact.read(DECISION_FILE).decode().splitlines()]
+    told = list(csv.reader(io.StringIO(artifact.read(DECISION_FILE).decode())))
     print(tables.to_text(told[0], told[1:], title="mean Dice over validation cases"))
     return artifact

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from logonet.networks import Network
+from logonet.networks import Network, under
 from logonet.training.config import Config
 from logonet.training.schedule import lr_at
 
@@ -70,17 +70,16 @@ def groups_of(
     The head is the network's classifier and all that a method adds to the network. Vectors (biases, weights and
     biases of norms, scales) and scalars do not decay with ``decay_norms=false``.
     """
-    encoder = tuple(f"backbone.{prefix}" for prefix in network.encoder_prefixes)
-    classifier = tuple(f"backbone.{prefix}" for prefix in network.head_prefixes)
     levels = encoder_levels(network, size_vox) if cfg.layer_decay < 1 else {}
     num_levels = max(levels.values(), default=0) + 1
     found = {}
     for name, p in params.items():
-        scale, in_encoder = 1.0, name.startswith(encoder)
+        in_network = name.startswith("backbone.")
+        own = name.removeprefix("backbone.")
+        scale, in_encoder = 1.0, in_network and under(own, network.encoder_prefixes)
         if in_encoder:
-            level = levels.get(name.removeprefix("backbone."), num_levels - 1)
-            scale = cfg.encoder_lr_scale * cfg.layer_decay ** (num_levels - level)
-        elif name.startswith(classifier) or not name.startswith("backbone."):
+            scale = cfg.encoder_lr_scale * cfg.layer_decay ** (num_levels - levels.get(own, num_levels - 1))
+        elif not in_network or under(own, network.head_prefixes):
             scale = cfg.head_lr_scale
         frozen = in_encoder and cfg.encoder_frozen_epochs > 0
         found[name] = Group(scale, frozen, cfg.decay_norms or p.ndim > 1)

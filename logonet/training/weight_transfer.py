@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from logonet import networks
 from logonet.core.config import Component
 from logonet.core.errors import UserError
-from logonet.networks import Triple
+from logonet.networks import Triple, under
 from logonet.networks._shared import resized_positions
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def transfer(
     """
     own: dict[str, Tensor] = net.state_dict()
     params = {name: p.numel() for name, p in net.named_parameters()}
-    encoder = [name for name in own if _under(name, net.encoder_prefixes)]
+    encoder = [name for name in own if under(name, net.encoder_prefixes)]
     channels = _channels(net, weights)
     loaded: dict[str, Tensor] = {}
     rows: list[Row] = []
@@ -212,7 +212,7 @@ def prove(backbone: Component, in_channels: int, num_classes: int, weights: Mapp
     written = save({key: w.detach().cpu().contiguous().clone() for key, w in weights.items()})
     source = f"what pretraining of '{name}' writes"
     report = transfer(net, load(written), source=source, min_encoder_share=1.0)
-    encoder = {key: t for key, t in net.state_dict().items() if _under(key, net.encoder_prefixes)}
+    encoder = {key: t for key, t in net.state_dict().items() if under(key, net.encoder_prefixes)}
     lost = [key for key, t in encoder.items() if not (key in weights and _same_bits(t, weights[key]))]
     if lost:
         raise UserError(
@@ -239,7 +239,7 @@ def other_channels(weight_OCXYZ: Tensor, num_channels: int) -> Tensor:
 def _channels(net: Any, weights: Mapping[str, Tensor]) -> tuple[int, int] | None:
     """Input channels in the source and here, by the encoder's first convolution, if that one tells."""
     for name, module in net.named_modules():
-        if isinstance(module, nn.Conv3d) and module.groups == 1 and _under(name, net.encoder_prefixes):
+        if isinstance(module, nn.Conv3d) and module.groups == 1 and under(name, net.encoder_prefixes):
             given = weights.get(f"{name}.weight")
             return None if given is None or given.ndim != 5 else (given.shape[1], module.in_channels)
     return None
@@ -272,9 +272,9 @@ def _other_positions(
 
 def _excluded(name: str, net: Any, parts: str) -> str:
     """Why this tensor is never loaded; "" when it may be."""
-    if _under(name, net.head_prefixes):
+    if under(name, net.head_prefixes):
         return CLASSIFIER
-    return "" if parts == "all" or _under(name, net.encoder_prefixes) else OUTSIDE
+    return "" if parts == "all" or under(name, net.encoder_prefixes) else OUTSIDE
 
 
 def _diagnosis(encoder: Collection[str], own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
@@ -310,10 +310,6 @@ def _module(name: str, declared: Iterable[str]) -> str:
     parts = name.split(".")
     paths = [".".join(parts[:n]) for n in range(1, len(parts))] or [name]
     return next((p for p in paths if not any(d.rstrip(".").startswith(f"{p}.") for d in declared)), paths[-1])
-
-
-def _under(name: str, prefixes: Iterable[str]) -> bool:
-    return f"{name}.".startswith(tuple(f"{prefix.rstrip('.')}." for prefix in prefixes))
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
