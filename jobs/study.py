@@ -9,6 +9,7 @@ interrupted or failed. The report is <root>/study/<id>/report.html.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from logonet.distributed.cluster import Resources
 from logonet.distributed.executor import RayExecutor
 from logonet.pipelines.study import Base
 from logonet.storage import object_store
+from logonet.training.local import LocalExecutor
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Args:
         set: keys of the study, such as seeds=[0,1,2]; may be repeated.
         resources: what a single run may use; never changes a result.
         concurrent: runs side by side; 0 takes as many as the cluster has room for.
+        local: train in --concurrent processes of this machine, without Ray, which is quicker where runs are short; set
+            OMP_NUM_THREADS to the cores of each.
         experiment: MLflow experiment.
         list_runs: print the runs and stop.
     """
@@ -49,6 +53,7 @@ class Args:
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
     concurrent: Annotated[int, tyro.conf.arg(aliases=["--concurrency"])] = 0
+    local: tyro.conf.FlagCreatePairsOff[bool] = False
     experiment: str = "logonet"
     list_runs: tyro.conf.FlagCreatePairsOff[bool] = False
 
@@ -81,8 +86,9 @@ def main(args: Args) -> None:
     args.resources.fixed("a study")
     name = os.path.splitext(os.path.basename(args.study))[0]
     # Without logs: of many runs at once nobody could read them.
-    with cluster.connected(cluster.room(args.resources, args.concurrent), logs=False):
-        executor = RayExecutor(args.resources)
+    room = cluster.room(args.resources, args.concurrent)
+    with contextlib.nullcontext() if args.local else cluster.connected(room, logs=False):
+        executor = LocalExecutor() if args.local else RayExecutor(args.resources)
         where = data, root, executor, args.experiment
         done = pipelines.run_study(
             study, runs, *where, name=name, unlabelled=unlabelled, at_once=args.concurrent

@@ -101,13 +101,15 @@ def test_no_subject_is_in_two_sets_and_no_scan_is_lost(
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(5, 40), st.integers(1, 3), st.integers(0, 5), st.sampled_from([None, 0, 4]))
+@given(
+    st.integers(5, 40), st.integers(1, 3), st.integers(0, 5), st.sampled_from([None, 0, 4]), st.integers(0, 2)
+)
 def test_fractions_and_shots_are_nested_and_leave_val_and_test(
-    n: int, scans_each: int, seed: int, fold: int | None
+    n: int, scans_each: int, seed: int, fold: int | None, subset: int
 ) -> None:
     scans = plain(n + 2, scans_each)
-    base = Config(test_share=0.1, fold=fold, seed=seed)
-    whole = make(scans, base)
+    whole = make(scans, Config(test_share=0.1, fold=fold, seed=seed))
+    base = Config(test_share=0.1, fold=fold, seed=seed, subset=subset)
     total = len(subjects(whole, "train"))
     cuts = [replace(base, fraction=f) for f in (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)]
     shots = [replace(base, shots=k) for k in range(1, total + 1)]
@@ -122,6 +124,12 @@ def test_fractions_and_shots_are_nested_and_leave_val_and_test(
             assert len(split.train) == count * scans_each
             smaller = set(split.train)
         assert smaller == set(whole.train)
+
+
+def test_subsets_are_other_draws() -> None:
+    drawn = [subjects(make(plain(40), Config(shots=4, subset=k)), "train") for k in range(4)]
+    assert all(len(part) == 4 for part in drawn)
+    assert len(set().union(*drawn)) > 10, "of 16 drawn independently from 32 hardly any come twice"
 
 
 @pytest.mark.parametrize(("n", "folds"), [(10, 5), (11, 3), (7, 7)])

@@ -22,7 +22,7 @@ from logonet.core import config
 from logonet.core.errors import Stopped, UserError
 from logonet.data import cropping, phantom, prepared_scans, splits
 from logonet.inference import statistics
-from logonet.pipelines.study import comparisons
+from logonet.pipelines.study import comparisons, labels_saved
 from logonet.storage.artifacts import Artifact
 from logonet.training.local import LocalExecutor
 
@@ -111,14 +111,17 @@ def undisturbed(scans: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[A
 
 
 def test_the_product_of_all_axes_is_planned_on_one_split_a_fold() -> None:
-    study = read(networks={"unet": UNET, "logonet": LOGONET}, shots=[2, 4], folds=[0, 2], seeds=[3, 5])
+    study = read(
+        networks={"unet": UNET, "logonet": LOGONET}, shots=[2, 4], folds=[0, 2], subsets=[0, 1], seeds=[3, 5]
+    )
     runs = runs_of(study)
-    assert len(runs) == len({run.name for run in runs}) == 2 * 2 * 2 * 2 * 2
+    assert len(runs) == len({run.name for run in runs}) == 2 * 2 * 2 * 2 * 2 * 2
     pretrainings = {config.fingerprint(run.pretraining) for run in runs if run.pretraining}
-    assert len(pretrainings) == 2 * 2 * 2, "label shares have their pretraining in common"
+    assert len(pretrainings) == 2 * 2 * 2, "label shares and subsets have their pretraining in common"
     for planned in runs:
         tuned = planned.finetuning
-        assert (tuned.split.fold, tuned.train.seed) == (planned.fold, planned.seed)
+        assert (tuned.split.fold, tuned.split.subset) == (planned.fold, planned.subset)
+        assert tuned.train.seed == planned.seed + 1000 * planned.subset
         assert planned.labels == f"{tuned.split.shots} cases"
         assert tuned.backbone.name == planned.network
         assert (planned.pretraining is None) == (planned.pretext == "scratch")
@@ -252,6 +255,16 @@ def test_on_ray(bucket: str, ray_local: None, scans: str) -> None:
     assert run(study, scans, bucket, on_ray(1)) == done
 
 
+def test_in_processes_of_this_machine(
+    undisturbed: tuple[Artifact, Counting], scans: str, tmp_path: Path
+) -> None:
+    """Several at once end with what one after the other has ended with."""
+    done = run(read(**SMALL), scans, tmp_path, LocalExecutor(device="cpu"), at_once=2)
+    columns = ["run", "scan_id", "class", "dice"]
+    one, other = (table(artifact, "cases.csv")[columns] for artifact in (undisturbed[0], done))
+    pd.testing.assert_frame_equal(one, other)
+
+
 # ------------------------------------------------------------------------------------------- statistics
 
 
@@ -267,6 +280,7 @@ def scores() -> pd.DataFrame:
                     dice = 0.6 + 0.02 * p * (name == "liver") + 0.01 * n + 0.03 * rng.standard_normal()
                     dice = math.nan if (pretext, n, name) == ("a", 3, "spleen") else dice
                     setting = {"network": "unet", "pretext": pretext, "labels": "4 cases"}
+                    setting |= {"fold": None, "subset": 0, "seed": seed}
                     key = {"run": f"{pretext} {seed}", "scan_id": f"case{n}", "class": name, "value": value}
                     others = {"hd95_mm": 10 * (1 - dice), "nsd_1mm": dice, "nsd_2mm": dice}
                     rows.append({**setting, **key, "dice": dice, **others})
@@ -321,6 +335,38 @@ def test_comparisons_equal_scipys_tests(scores: pd.DataFrame, metric: str, name:
     assert line["p_runs"] == pytest.approx(stats.ttest_ind(b_M, a_M, alternative="greater").pvalue)
     scale = -10 if metric == "hd95_mm" else 1
     assert line["difference"] == pytest.approx(scale * (b_M.mean() - a_M.mean()))
+
+
+def test_intervals_are_of_resampled_runs_and_cases(scores: pd.DataFrame) -> None:
+    a, b = (scores[scores["pretext"] == pretext] for pretext in ("scratch", "b"))
+    (line,) = statistics.compare_runs(a, b, "dice", ["fold", "subset", "seed"])[-1:].to_dict("records")
+    by_run = [
+        [part[part["scan_id"] == f"case{n}"]["dice"].mean() for n in range(12)]
+        for pretext in (a, b)
+        for _, part in pretext.groupby("seed")
+    ]
+    difference_MN = np.array(by_run[3:]) - np.array(by_run[:3])
+    assert line["difference"] == pytest.approx(difference_MN.mean())
+    rng = np.random.default_rng(1)
+    drawn = [
+        difference_MN[np.ix_(rng.integers(3, size=3), rng.integers(12, size=12))].mean() for _ in range(4000)
+    ]
+    assert [line["ci_low"], line["ci_high"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=2e-3)
+    unpaired = statistics.compare_runs(a, b, "dice")  # by the names of the runs, of which none is in both
+    assert unpaired["ci_low"].isna().all()
+
+
+def test_labels_to_reach_a_score() -> None:
+    labels, scores = [2, 8, 32], [0.5, 0.7, 0.6]
+    assert statistics.labels_to_reach(0.6, labels, scores) == pytest.approx(4)  # half way, in factors of 2
+    assert statistics.labels_to_reach(0.7, labels, scores) == 8
+    assert statistics.labels_to_reach(0.4, labels, scores) == 2
+    assert statistics.labels_to_reach(0.71, labels, scores) == math.inf
+    means = [("scratch", 2, 0.5), ("scratch", 8, 0.7), ("simmim", 2, 0.6), ("simmim", 8, 0.65)]
+    frame = pd.DataFrame(means, columns=["pretext", "train_cases", "mean"]).assign(network="unet")
+    (line,) = labels_saved(read(), frame).to_dict("records")
+    wanted = {"unet, scratch with 2": "at most 2", "unet, scratch with 8": "over 8"}
+    assert line == {"network": "unet", "pretext": "simmim", **wanted}
 
 
 def test_the_t_test_is_the_papers() -> None:

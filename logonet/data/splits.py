@@ -29,6 +29,7 @@ class Config(Section, key="split"):
         fold: the one that validates; None trains on all that is not tested.
         fraction: share of the training subjects that is used, at least one; nested, so 1 % lies within 5 %.
         shots: use so many training subjects instead; nested too.
+        subset: which subjects ``fraction`` and ``shots`` take: 0, 1, 2... are independent draws, each nested in itself.
         seed: of the subjects' order.
         test_names, val_names: patterns of the subjects or files that test and validate, such as "img0035" or "*_12";
             they go before the manifest's own sets, and those of either leave nothing for ``test_share`` or ``fold``.
@@ -42,6 +43,7 @@ class Config(Section, key="split"):
     seed: int = 0
     test_names: tuple[str, ...] = field(default=(), metadata=config.OMIT_DEFAULT)
     val_names: tuple[str, ...] = field(default=(), metadata=config.OMIT_DEFAULT)
+    subset: Natural = field(default=0, metadata=config.OMIT_DEFAULT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,8 +207,8 @@ def _named(scans_of: Mapping[str, Sequence[Scan]], name: str, patterns: Sequence
     return found
 
 
-def _ordered(subjects: Collection[str], cfg: Config) -> list[str]:
-    return sorted(subjects, key=lambda s: (seeding.integer(cfg.seed, "split", s), s))
+def _ordered(subjects: Collection[str], cfg: Config, *subset: int) -> list[str]:
+    return sorted(subjects, key=lambda s: (seeding.integer(cfg.seed, "split", *subset, s), s))
 
 
 def _test(subjects: Collection[str], cfg: Config) -> list[str]:
@@ -243,4 +245,5 @@ def _part(subjects: Collection[str], cfg: Config) -> set[str]:
     if cfg.shots is not None and cfg.shots > len(subjects):
         raise UserError(f"shots is {cfg.shots}, but there are {len(subjects)} subjects to train on; lower it")
     count = cfg.shots or max(1, round(cfg.fraction * len(subjects)))
-    return set(_ordered(subjects, cfg)[:count])
+    # Without a number for the first, whose order is also that of test and validation.
+    return set(_ordered(subjects, cfg, *([cfg.subset] if cfg.subset else []))[:count])

@@ -192,15 +192,20 @@ def over_runs(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return pd.concat(out, ignore_index=True)
 
 
-def compare_runs(a: pd.DataFrame, b: pd.DataFrame, metric: str) -> pd.DataFrame:
+def compare_runs(
+    a: pd.DataFrame, b: pd.DataFrame, metric: str, paired_by: Sequence[str] = ("run",), seed: int = 0
+) -> pd.DataFrame:
     """Is setting B better than setting A, each of several runs?
 
     Args:
         a, b: rows as `over_runs` takes them, of one setting each, judged on the same cases.
         metric: of SHOWN.
+        paired_by: columns whose values a run of A shares with its partner of B.
+        seed: of the resampling.
 
     Returns:
-        A row a class, "mean" last: ``class``; ``a``, ``b`` and ``difference`` b - a of the means over runs; ``p_cases``
+        A row a class, "mean" last: ``class``; ``a``, ``b`` and ``difference`` b - a of the means over runs; ``ci_low``
+        and ``ci_high`` of the difference (95 %), both pairs of runs and cases resampled (Owen 2007); ``p_cases``
         of the two-sided Wilcoxon signed-rank test over ``cases``, paired by case after averaging each case over the
         runs; ``p_runs`` of the one-tailed t-test over the runs' means that B is better, with equal variances
         (Student's, as in LoGoNet's appendix: t(8) of five runs each). NaN where there are fewer than two runs of
@@ -209,6 +214,7 @@ def compare_runs(a: pd.DataFrame, b: pd.DataFrame, metric: str) -> pd.DataFrame:
     (a_MC, b_MC), (a_NC, b_NC) = (
         [_means_per(rows, key, metric) for rows in (a, b)] for key in ("run", "scan_id")
     )
+    a_MNC, b_MNC = (_means_per(rows, [*paired_by, "scan_id"], metric) for rows in (a, b))
     better = "less" if metric in LESS_IS_BETTER else "greater"
     rows = []
     for name in b_MC.columns.intersection(a_MC.columns, sort=False):
@@ -219,13 +225,46 @@ def compare_runs(a: pd.DataFrame, b: pd.DataFrame, metric: str) -> pd.DataFrame:
             "class": name,
             "a": a_M.mean() if len(a_M) else math.nan,
             "b": b_M.mean() if len(b_M) else math.nan,
+            **_two_way_interval((b_MNC[name] - a_MNC[name]).unstack("scan_id").to_numpy(), seed),
             "cases": int((~np.isnan(difference_N)).sum()),
             "p_cases": _wilcoxon_p(difference_N),
             "p_runs": float(stats.ttest_ind(b_M, a_M, alternative=better).pvalue) if varied else math.nan,
         }
         rows.append(line | {"difference": line["b"] - line["a"]})
-    columns = ["class", "a", "b", "difference", "cases", "p_cases", "p_runs"]
+    columns = ["class", "a", "b", "difference", "ci_low", "ci_high", "cases", "p_cases", "p_runs"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _two_way_interval(values_MN: np.ndarray, seed: int) -> dict[str, float]:
+    """The percentile interval of the mean of ``values_MN``, whose rows and columns are resampled independently."""
+    seen_MN = ~np.isnan(values_MN)
+    if not seen_MN.any():
+        return {"ci_low": math.nan, "ci_high": math.nan}
+    times_RM, times_RN = (_resamples(n, seed + axis) for axis, n in enumerate(values_MN.shape))
+    total_R = ((times_RM @ np.where(seen_MN, values_MN, 0.0)) * times_RN).sum(1)
+    means_R = _mean(total_R, ((times_RM @ seen_MN) * times_RN).sum(1))
+    low, high = np.nanpercentile(means_R, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
+    return {"ci_low": float(low), "ci_high": float(high)}
+
+
+def labels_to_reach(target: float, labels: Sequence[float], scores: Sequence[float]) -> float:
+    """How many labels bring a score up to ``target``, on straight lines between points over the labels' logarithm.
+
+    Args:
+        labels: ascending numbers of training cases.
+        scores: of which more is better; the score at each.
+
+    Returns:
+        The least such number, the first of ``labels`` where it is enough; infinity where none is.
+    """
+    best = np.maximum.accumulate(scores)  # a score that falls again was reached all the same
+    if best[0] >= target:
+        return float(labels[0])
+    if best[-1] < target:
+        return math.inf
+    i = int(np.searchsorted(best, target))
+    share = (target - best[i - 1]) / (best[i] - best[i - 1])
+    return float(labels[i - 1] * (labels[i] / labels[i - 1]) ** share)
 
 
 @dataclass(frozen=True)
@@ -272,10 +311,13 @@ def per_case(scores: pd.DataFrame, settings: Sequence[str], metric: str) -> pd.D
     return pd.DataFrame(found)
 
 
-def _means_per(rows: pd.DataFrame, key: str, metric: str) -> pd.DataFrame:
-    """Means of each class for each run, or case, and last the mean over classes; NaN without a score."""
+def _means_per(rows: pd.DataFrame, key: str | Sequence[str], metric: str) -> pd.DataFrame:
+    """Means of each class for each run, or case, or whatever ``key`` tells apart, and last the mean over classes; NaN without a score."""
     order = dict.fromkeys(rows.sort_values("value", kind="stable")["class"])
-    wide = rows.groupby([key, "class"], sort=False)[metric].mean().unstack("class")[list(order)]
+    keys = [key] if isinstance(key, str) else [*key]
+    wide = (
+        rows.groupby([*keys, "class"], sort=False, dropna=False)[metric].mean().unstack("class")[list(order)]
+    )
     return wide.assign(**{MEAN: wide.mean(axis=1)})
 
 

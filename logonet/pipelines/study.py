@@ -1,4 +1,4 @@
-"""A study: networks x pretexts x labels x folds x seeds, each run judged, all compared with a baseline.
+"""A study: networks x pretexts x labels x folds x subsets x seeds, each run judged, all compared with a baseline.
 
 Every run is an ordinary pretraining, finetuning and evaluation, an artifact at its own address. So runs share what they
 have in common, nothing is computed twice, and the same command goes on after any kill.
@@ -32,7 +32,9 @@ from logonet.pipelines.pretraining import Pretraining, pretrain, resolve, upstre
 from logonet.pipelines.stage import Made, StageExecutor, Trial, open_stage, run_tracked, say
 from logonet.storage.artifacts import Artifact
 
-SETTING = ["network", "pretext", "labels"]  # columns that make a setting; its runs differ in fold and seed
+SETTING = ["network", "pretext", "labels"]  # columns that make a setting; its runs differ in the rest
+REPEATS = ["fold", "subset", "seed"]
+SEEDS_APART = 1000  # of finetunings on different subsets, which all labels together would not tell apart
 Metric = Literal["dice", "hd95_mm", "nsd_1mm", "nsd_2mm"]
 
 
@@ -70,6 +72,8 @@ class Study(Section, key="study"):
         shots: training subjects of a run, [1, 5, 20]; empty takes ``fractions``.
         fractions: shares of the training subjects.
         folds: of ``finetuning``'s split; pretraining leaves out the same cases.
+        subsets: draws of the training subjects that ``shots`` or ``fractions`` take, [0, 1, 2]; one pretraining serves
+            all. Finetunings on different ones also have different seeds.
         seeds: of pretraining and finetuning; the split keeps its own.
         judged_on: cases of each run's split. With "val" give train.validate_every_epochs=0, or they choose the
             checkpoint.
@@ -86,6 +90,7 @@ class Study(Section, key="study"):
     shots: tuple[int, ...] = ()
     fractions: tuple[Fraction, ...] = (1.0,)
     folds: tuple[Natural | None, ...] = (0,)
+    subsets: tuple[Natural, ...] = (0,)
     seeds: tuple[int, ...] = (0,)
     judged_on: Literal["test", "val"] = "val"  # not "on", which is true in YAML
     metric: Metric = "dice"
@@ -93,10 +98,10 @@ class Study(Section, key="study"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for axis in ("networks", "pretexts", "folds", "seeds"):
+        for axis in ("networks", "pretexts", "folds", "subsets", "seeds"):
             if not getattr(self, axis):
                 raise UserError(f"study.{axis} is empty; name at least one")
-        for axis in ("shots", "fractions", "folds", "seeds"):
+        for axis in ("shots", "fractions", "folds", "subsets", "seeds"):
             if len(set(getattr(self, axis))) < len(getattr(self, axis)):
                 raise UserError(f"study.{axis} names a value twice; keep one of them")
         if self.shots and self.fractions != (1.0,):
@@ -132,13 +137,15 @@ class StudyRun:
     pretext: str
     labels: str
     fold: int | None
+    subset: int
     seed: int
     finetuning: Finetuning
     pretraining: Pretraining | None
 
     @property
     def name(self) -> str:
-        return f"{self.network}, {self.pretext}, {self.labels}, fold {self.fold}, seed {self.seed}"
+        subset = f", subset {self.subset}" if self.subset else ""
+        return f"{self.network}, {self.pretext}, {self.labels}, fold {self.fold}{subset}, seed {self.seed}"
 
 
 def plan_study(
@@ -154,17 +161,24 @@ def plan_study(
         UserError: naming the network and pretext that cannot be run.
     """
     axes = itertools.product(
-        study.networks.items(), study.pretexts.items(), study.labels.items(), study.folds, study.seeds
+        study.networks.items(),
+        study.pretexts.items(),
+        study.labels.items(),
+        study.folds,
+        study.subsets,
+        study.seeds,
     )
     runs = []
-    for (network, of_network), (pretext, of_pretext), (labels, share), fold, seed in axes:
-        split = {"split": {**share, "fold": fold}}
-        tuned = _laid_on(finetuning, (*of_network, f"train.seed={seed}"), split)
+    for (network, of_network), (pretext, of_pretext), (labels, share), fold, subset, seed in axes:
+        split = {"split": {**share, "fold": fold, "subset": subset}}
+        tuned = _laid_on(finetuning, (*of_network, f"train.seed={seed + SEEDS_APART * subset}"), split)
         first = None
         if of_pretext is not None:
             first = _laid_on(pretraining, (*of_network, *of_pretext, f"train.seed={seed}"), {})
-            first = replace(first, split=None if apart else replace(tuned.split, fraction=1.0, shots=None))
-        runs.append(StudyRun(network, pretext, labels, fold, seed, tuned, first))
+            first = replace(
+                first, split=None if apart else replace(tuned.split, fraction=1.0, shots=None, subset=0)
+            )
+        runs.append(StudyRun(network, pretext, labels, fold, subset, seed, tuned, first))
     for (network, pretext), some in itertools.groupby(runs, lambda run: (run.network, run.pretext)):
         run = next(some)
         try:
@@ -286,7 +300,7 @@ def _make_shared(
         shared[config.fingerprint(*parts)] = partial(_upstream, first, where, executor)
     for tuned in (run.finetuning for run in runs):
         key = config.fingerprint(
-            tuned.data, tuned.cases, replace(tuned.split, fold=0, fraction=1.0, shots=None)
+            tuned.data, tuned.cases, replace(tuned.split, fold=0, fraction=1.0, shots=None, subset=0)
         )
         shared[key] = partial(_prepare, tuned, where, executor)
     for make in shared.values():
@@ -324,7 +338,7 @@ def _compare(
         known, scores = [], []
         for run in (r for r in runs if r.name in done):
             artifact = done[run.name]
-            about = {key: getattr(run, key) for key in (*SETTING, "fold", "seed")} | {"run": run.name}
+            about = {key: getattr(run, key) for key in (*SETTING, *REPEATS)} | {"run": run.name}
             scores.append(scores_of(artifact.uri).assign(**about))
             about["train_cases"] = open_stage(artifact.parents["split_uri"], "split").facts["train"]
             known.append({**about, study.metric: artifact.facts[study.metric], "uri": artifact.uri})
@@ -349,6 +363,10 @@ def _compare(
         if len(compared):
             some = compared[compared["class"] == statistics.MEAN].drop(columns="class")
             sections.append(("Against the baseline", some))
+        if study.metric not in statistics.LESS_IS_BETTER and means["train_cases"].nunique() > 1:
+            saved = labels_saved(study, means)
+            if len(saved):
+                sections.append(("Training cases needed to reach the baseline's score", saved))
         if "ranks.png" in pictures:
             sections.append(("Mean ranks over cases", pictures["ranks.png"]))
         if failed:
@@ -389,7 +407,7 @@ def comparisons(study: Study, cases: pd.DataFrame) -> pd.DataFrame:
         cases: scores per run, case and class.
 
     Returns:
-        Rows of `statistics.compare_runs` with the setting's columns before them, and both p-values after Holm's
+        Rows of `statistics.compare_runs`, runs paired by fold, subset and seed, with the setting's columns before them, and both p-values after Holm's
         correction over the settings: of the means as one family, of all classes as another.
     """
     parts = {setting: part for setting, part in cases.groupby(SETTING, sort=False)}
@@ -397,7 +415,7 @@ def comparisons(study: Study, cases: pd.DataFrame) -> pd.DataFrame:
     for setting, part in parts.items():
         base = tuple(study.baseline.get(axis, name) for axis, name in zip(SETTING, setting))
         if base != setting and base in parts:
-            rows = statistics.compare_runs(parts[base], part, study.metric)
+            rows = statistics.compare_runs(parts[base], part, study.metric, REPEATS)
             found.append(rows.assign(**dict(zip(SETTING, setting)), baseline=", ".join(base)))
     if not found:
         return pd.DataFrame()
@@ -409,6 +427,34 @@ def comparisons(study: Study, cases: pd.DataFrame) -> pd.DataFrame:
             compared.loc[rows, f"{p}_holm"] = statistics.holm(compared.loc[rows, p].to_numpy(float))
     first = [*SETTING, "baseline"]
     return compared[first + [column for column in compared if column not in first]]
+
+
+def labels_saved(study: Study, means: pd.DataFrame) -> pd.DataFrame:
+    """How many labels each setting needs to reach the baseline's score, for each number of labels of the baseline.
+
+    Args:
+        means: a row a setting with ``train_cases`` and ``mean``.
+
+    Returns:
+        A row for each network and pretext that has another one as baseline, a column for each number of labels.
+    """
+    curves = {
+        key: part.sort_values("train_cases")
+        for key, part in means.groupby(["network", "pretext"], sort=False)
+    }
+    found = []
+    for key, curve in curves.items():
+        base = tuple(study.baseline.get(axis, name) for axis, name in zip(SETTING, key))
+        if base == key or base not in curves:
+            continue
+        line: dict[str, Any] = dict(zip(SETTING, key))
+        for count, score in zip(curves[base]["train_cases"], curves[base]["mean"]):
+            needed = statistics.labels_to_reach(score, list(curve["train_cases"]), list(curve["mean"]))
+            least, most = curve["train_cases"].iloc[[0, -1]]
+            told = f"over {most}" if math.isinf(needed) else f"{needed:.3g}"
+            line[f"{', '.join(base)} with {count}"] = f"at most {least}" if needed <= least else told
+        found.append(line)
+    return pd.DataFrame(found)
 
 
 def _ranks(study: Study, cases: pd.DataFrame) -> dict[str, tuple[dict[str, float], float, str]]:
@@ -433,4 +479,5 @@ def _told(study: Study, table: pd.DataFrame, done: Mapping[str, Artifact]) -> st
     if study.judged_on == "val" and any("best.safetensors" in artifact.files for artifact in tuned):
         said += " Checkpoints were chosen on these cases, so the scores are too high."
     tests = "p_cases: two-sided Wilcoxon signed-rank test, paired by case, each case averaged over its runs."
-    return f"{said} {tests} p_runs: one-tailed t-test over the runs. Holm: over all settings."
+    tests += " p_runs: one-tailed t-test over the runs. Intervals: runs and cases resampled. Holm: over all settings."
+    return f"{said} {tests}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from typing import Any
 
@@ -41,9 +43,19 @@ class LocalExecutor(InProcess):
     def side_by_side(
         self, fn: Callable[[Any, Any], Any], items: Sequence[Any], at_once: int = 0
     ) -> Iterator[tuple[int, Any]]:
-        """(position, answer or exception) of ``fn(executor, item)`` for every item, one after the other."""
-        for i, item in enumerate(items):
-            yield i, attempt(fn, self, item)
+        """(position, answer or exception) of ``fn(executor, item)`` for every item, as they end.
+
+        Args:
+            at_once: so many calls, each in a process of its own; 0 or 1 calls here, one after the other.
+        """
+        if at_once < 2:
+            for i, item in enumerate(items):
+                yield i, attempt(fn, self, item)
+            return
+        with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
+            position = {pool.submit(fn, self, item): i for i, item in enumerate(items)}
+            for done in as_completed(position):
+                yield position[done], attempt(done.result)
 
     @memory_watched()
     def train(self, job: Job, dataset: Dataset) -> dict[str, Any]:
