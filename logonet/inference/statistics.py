@@ -312,7 +312,7 @@ def per_case(scores: pd.DataFrame, settings: Sequence[str], metric: str) -> pd.D
 
 
 def _means_per(rows: pd.DataFrame, key: str | Sequence[str], metric: str) -> pd.DataFrame:
-    """Means of each class for each run, or case, or whatever ``key`` tells apart, and last the mean over classes; NaN without a score."""
+    """Means of each class for each ``key`` (run, case or both), and last the mean over classes; NaN without a score."""
     order = dict.fromkeys(rows.sort_values("value", kind="stable")["class"])
     keys = [key] if isinstance(key, str) else [*key]
     wide = (

@@ -407,8 +407,9 @@ def comparisons(study: Study, cases: pd.DataFrame) -> pd.DataFrame:
         cases: scores per run, case and class.
 
     Returns:
-        Rows of `statistics.compare_runs`, runs paired by fold, subset and seed, with the setting's columns before them, and both p-values after Holm's
-        correction over the settings: of the means as one family, of all classes as another.
+        Rows of `statistics.compare_runs`, runs paired by fold, subset and seed, with the setting's columns before
+        them, and both p-values after Holm's correction over the settings: of the means as one family, of all
+        classes as another.
     """
     parts = {setting: part for setting, part in cases.groupby(SETTING, sort=False)}
     found = []
