@@ -131,6 +131,16 @@ def test_the_product_of_all_axes_is_planned_on_one_split_a_fold() -> None:
             assert (own.backbone, own.method.name) == (tuned.backbone, "simmim")
 
 
+def test_a_pretext_says_how_it_is_handed_over() -> None:
+    encoder = [*SIMMIM, "finetuning.init.parts=encoder", "finetuning.train.layer_decay=0.5"]
+    runs = runs_of(read(pretexts={"whole": SIMMIM, "encoder": encoder}, baseline={}))
+    assert [(run.finetuning.init.parts, run.finetuning.train.layer_decay) for run in runs] == [
+        ("all", 1.0),
+        ("encoder", 0.5),
+    ]
+    assert runs[0].pretraining == runs[1].pretraining, "one pretraining serves both"
+
+
 def test_a_pretraining_on_other_scans_leaves_none_out() -> None:
     study = read()
     apart = pipelines.plan_study(study, pipelines.Pretraining(), pipelines.Finetuning(), apart=True)

@@ -34,6 +34,7 @@ from logonet.storage.artifacts import Artifact
 
 SETTING = ["network", "pretext", "labels"]  # columns that make a setting; its runs differ in the rest
 REPEATS = ["fold", "subset", "seed"]
+TUNED = "finetuning."
 SEEDS_APART = 1000  # of finetunings on different subsets, which all labels together would not tell apart
 Metric = Literal["dice", "hd95_mm", "nsd_1mm", "nsd_2mm"]
 
@@ -66,7 +67,8 @@ class Study(Section, key="study"):
 
     Attributes:
         networks: name -> settings that make it, laid on pretraining and finetuning: {dynunet: [backbone=dynunet]}.
-        pretexts: name -> settings of the pretraining, {simmim: [method=simmim]}; null does not pretrain.
+        pretexts: name -> settings of the pretraining, {simmim: [method=simmim]}; null does not pretrain. Those that
+            begin with "finetuning." are the finetuning's: {encoder: [method=simmim, finetuning.init.parts=encoder]}.
         pretraining, finetuning: recipe and settings that all runs start from.
         evaluation: settings of the evaluation, such as infer.mirror=true.
         shots: training subjects of a run, [1, 5, 20]; empty takes ``fractions``.
@@ -170,11 +172,13 @@ def plan_study(
     )
     runs = []
     for (network, of_network), (pretext, of_pretext), (labels, share), fold, subset, seed in axes:
+        of_tuned = [s.removeprefix(TUNED) for s in of_pretext or () if s.startswith(TUNED)]
         split = {"split": {**share, "fold": fold, "subset": subset}}
-        tuned = _laid_on(finetuning, (*of_network, f"train.seed={seed + SEEDS_APART * subset}"), split)
+        tuned = _laid_on(finetuning, (*of_network, *of_tuned, f"train.seed={seed + SEEDS_APART * subset}"), split)
         first = None
         if of_pretext is not None:
-            first = _laid_on(pretraining, (*of_network, *of_pretext, f"train.seed={seed}"), {})
+            own = [s for s in of_pretext if not s.startswith(TUNED)]
+            first = _laid_on(pretraining, (*of_network, *own, f"train.seed={seed}"), {})
             first = replace(
                 first, split=None if apart else replace(tuned.split, fraction=1.0, shots=None, subset=0)
             )

@@ -1,7 +1,7 @@
 """Recipes for a user's own scans, for the real scans that this project is tried on, and for the demo.
 
 They leave out the ReLU that Algorithm 1 ends on: a true cluster's logit at or below 0 gets no gradient through it, and
-training stalls (tests/test_methods.py; the option is method.final_relu).
+training is slower or stalls (docs/papers.md, tests/test_methods.py; the option is method.final_relu).
 """
 
 from __future__ import annotations
