@@ -22,7 +22,7 @@ from logonet.core import config
 from logonet.core.errors import Stopped, UserError
 from logonet.data import cropping, phantom, prepared_scans, splits
 from logonet.inference import statistics
-from logonet.pipelines.study import comparisons, labels_saved
+from logonet.pipelines.study_tables import comparisons, labels_saved, proxies
 from logonet.storage.artifacts import Artifact
 from logonet.training.local import LocalExecutor
 
@@ -179,9 +179,11 @@ def test_what_cannot_be_run_is_said_before_anything_runs(keys: dict[str, Any], s
 @pytest.mark.parametrize("file", sorted(STUDIES.iterdir()), ids=lambda file: file.stem)
 def test_the_studies_in_jobs_can_be_planned(file: Path) -> None:
     runs = job.planned(job.read(file.read_text(), file.name))
-    assert len(runs) == 24
+    settings = {(run.network, run.pretext) for run in runs}
     assert all(run.finetuning.train.validate_every_epochs == 0 for run in runs), "no checkpoint is chosen"
-    assert len(job.planned(job.read(file.read_text(), file.name, ("seeds=[0]", "shots=[8]")))) == 6
+    assert len(
+        job.planned(job.read(file.read_text(), file.name, ("seeds=[0]", "subsets=[0]", "shots=[8]")))
+    ) == len(settings)
 
 
 # ------------------------------------------------------------------------------------------- a whole study
@@ -374,9 +376,29 @@ def test_labels_to_reach_a_score() -> None:
     assert statistics.labels_to_reach(0.71, labels, scores) == math.inf
     means = [("scratch", 2, 0.5), ("scratch", 8, 0.7), ("simmim", 2, 0.6), ("simmim", 8, 0.65)]
     frame = pd.DataFrame(means, columns=["pretext", "train_cases", "mean"]).assign(network="unet")
-    (line,) = labels_saved(read(), frame).to_dict("records")
+    (line,) = labels_saved(frame, {"pretext": "scratch"}).to_dict("records")
     wanted = {"unet, scratch with 2": "at most 2", "unet, scratch with 8": "over 8"}
     assert line == {"network": "unet", "pretext": "simmim", **wanted}
+
+
+def test_proxies_are_ranked_by_the_scores_they_go_with() -> None:
+    finals = {f"run{i}": {"probe_dice": 0.1 * i, "rank": float(-i), "lr": 0.0, "step": 9} for i in range(5)}
+    rows = [(f"run{i}", s, 0.5 + 0.02 * i + 0.001 * s) for i in range(5) for s in range(3)]
+    frame = pd.DataFrame(rows, columns=["pretraining", "subset", "dice"]).assign(
+        network="unet", labels="4 cases"
+    )
+    other = frame.iloc[:1].assign(pretraining="", dice=0.9)
+    found = proxies(pd.concat([frame, other]), finals, "dice").set_index("measure")
+    assert list(found.index) == ["probe_dice", "rank"] and set(found["n"]) == {5}
+    assert found["rho"].to_dict() == pytest.approx({"probe_dice": 1.0, "rank": -1.0})
+    assert proxies(frame[frame["pretraining"] != "run0"][:9], finals, "dice").empty, (
+        "of three there is no order"
+    )
+    rng = np.random.default_rng(0)
+    x, y = rng.random((2, 12))
+    one = statistics.rank_correlation(x, y)
+    assert one["rho"] == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert -1 <= one["ci_low"] < one["rho"] < one["ci_high"] <= 1
 
 
 def test_the_t_test_is_the_papers() -> None:
@@ -398,13 +420,13 @@ def test_the_t_test_is_the_papers() -> None:
 
 
 def test_holm_is_over_the_settings(scores: pd.DataFrame) -> None:
-    found = comparisons(read(pretexts={"scratch": None, "a": SIMMIM, "b": SIMMIM}), scores)
+    found = comparisons(scores, "dice", {"pretext": "scratch"})
     assert len(found) == 2 * 3 and set(found["pretext"]) == {"a", "b"}
     for p in ("p_cases", "p_runs"):
         for family in (found["class"] == "mean", found["class"] != "mean"):
             wanted = statistics.holm(found.loc[family, p].to_numpy())
             np.testing.assert_allclose(found.loc[family, f"{p}_holm"], wanted)
-    assert comparisons(read(baseline={}), scores).empty
+    assert comparisons(scores, "dice", {}).empty
 
 
 def test_ranks_equal_slow_loops_and_demsars_example(scores: pd.DataFrame) -> None:

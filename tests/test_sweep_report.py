@@ -21,6 +21,7 @@ from test_report_page import Page
 
 from logonet import reporting
 from logonet.core.seeding import rng
+from logonet.inference import statistics
 from logonet.reporting import drawing
 from logonet.sweep import analysis, outcome, records
 from logonet.sweep import space as spaces
@@ -217,13 +218,13 @@ TIED = ([1.0, 2.0, 2.0, 4.0, 3.0, 7.0], [0.3, 0.2, 0.6, 0.9, 0.6, 0.8])
 
 def test_rank_correlation_against_scipy_and_all_permutations():
     proxy, final = TIED
-    found = analysis.rank_correlation([*proxy, NAN, 5.0], [*final, 0.5, math.inf])
+    found = statistics.rank_correlation([*proxy, NAN, 5.0], [*final, 0.5, math.inf])
     rho = stats.spearmanr(proxy, final).statistic
     assert found["n"] == 6 and found["rho"] == pytest.approx(rho)
     every = np.array([stats.spearmanr(order, final).statistic for order in itertools.permutations(proxy)])
     tails = [(every >= rho - 1e-9).mean(), (every <= rho + 1e-9).mean()]
     assert found["p"] == pytest.approx(2 * min(tails))
-    assert analysis.rank_correlation(final, proxy)["rho"] == pytest.approx(rho)
+    assert statistics.rank_correlation(final, proxy)["rho"] == pytest.approx(rho)
 
 
 def test_the_interval_is_that_of_all_resamples():
@@ -235,13 +236,13 @@ def test_the_interval_is_that_of_all_resamples():
         if np.ptp(drawn[0]) and np.ptp(drawn[1]):
             ranks = [stats.rankdata(side) for side in drawn]
             every.append(np.corrcoef(*ranks)[0, 1])
-    found = analysis.rank_correlation(proxy, final)
+    found = statistics.rank_correlation(proxy, final)
     # A percentile of few distinct values jumps: its neighbours hold it.
     assert np.percentile(every, 2.0) - 1e-9 <= found["ci_low"] <= np.percentile(every, 3.0) + 1e-9
     assert found["ci_high"] == pytest.approx(np.percentile(every, 97.5))
     assert found["ci_low"] < found["rho"] == pytest.approx(0.8)
     assert "is not shown" in found["note"] if found["ci_low"] <= 0 else found["note"] == ""
-    assert analysis.rank_correlation(proxy, final) == found
+    assert statistics.rank_correlation(proxy, final) == found
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def test_the_interval_is_that_of_all_resamples():
     ],
 )
 def test_pairs_that_prove_nothing(proxy, final, rho, said):
-    found = analysis.rank_correlation(proxy, final)
+    found = statistics.rank_correlation(proxy, final)
     assert found["n"] == len(proxy) and said in found["note"]
     assert found["rho"] == pytest.approx(rho, nan_ok=True)
     assert math.isnan(found["ci_low"]) and math.isnan(found["ci_high"])
@@ -402,7 +403,7 @@ def test_the_scatter_has_every_trial_with_both_and_the_correlation():
     dice = [0.7, 0.75, 0.72, NAN, 0.8, 0.79]
     trials = [("done", (i,), [0.1 * i], {"final": {"dice": d}} if d == d else {}) for i, d in enumerate(dice)]
     table, _ = sweep([PHI], *trials)
-    correlation = analysis.rank_correlation(table["objective"], table["final_dice"])
+    correlation = statistics.rank_correlation(table["objective"], table["final_dice"])
     fig = figure(reporting.proxy_scatter, table, correlation, "probe_dice")
     assert {text.get_text() for text in fig.axes[0].texts} == {"0", "1", "2", "4", "5"}
     said = " ".join(" ".join(text.get_text() for text in fig.findobj(Text)).split())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import itertools
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,16 +23,15 @@ from logonet.core.config import Fraction, Natural, Section
 from logonet.core.errors import UserError, user_sentence
 from logonet.data import splits
 from logonet.inference import statistics
-from logonet.pipelines import stage
+from logonet.pipelines import stage, study_tables
 from logonet.pipelines.evaluation import Evaluation, evaluate_model, scores_of
 from logonet.pipelines.finetuning import Finetuning, finetune, resolve_finetuning
 from logonet.pipelines.preparation import import_scans, make_cases
 from logonet.pipelines.pretraining import Pretraining, pretrain, resolve, upstream
 from logonet.pipelines.stage import Made, StageExecutor, Trial, open_stage, run_tracked, say
+from logonet.pipelines.study_tables import REPEATS, SETTING
 from logonet.storage.artifacts import Artifact
 
-SETTING = ["network", "pretext", "labels"]  # columns that make a setting; its runs differ in the rest
-REPEATS = ["fold", "subset", "seed"]
 TUNED = "finetuning."
 SEEDS_APART = 1000  # of finetunings on different subsets, which all labels together would not tell apart
 Metric = Literal["dice", "hd95_mm", "nsd_1mm", "nsd_2mm"]
@@ -174,7 +172,9 @@ def plan_study(
     for (network, of_network), (pretext, of_pretext), (labels, share), fold, subset, seed in axes:
         of_tuned = [s.removeprefix(TUNED) for s in of_pretext or () if s.startswith(TUNED)]
         split = {"split": {**share, "fold": fold, "subset": subset}}
-        tuned = _laid_on(finetuning, (*of_network, *of_tuned, f"train.seed={seed + SEEDS_APART * subset}"), split)
+        tuned = _laid_on(
+            finetuning, (*of_network, *of_tuned, f"train.seed={seed + SEEDS_APART * subset}"), split
+        )
         first = None
         if of_pretext is not None:
             own = [s for s in of_pretext if not s.startswith(TUNED)]
@@ -279,11 +279,12 @@ def run_study(
         run.name: reason_of(judged[run.name]) for run in runs if isinstance(judged[run.name], Exception)
     }
     done = {run.name: open_stage(judged[run.name], "evaluation") for run in runs if run.name not in failed}
+    firsts_of = {name: cfg.init.weights for name, cfg in todo.items() if name in done and cfg.init.weights}
     if not done:
         raise UserError(
             f"none of the {len(runs)} runs came to an end; the first: {next(iter(failed.values()))}"
         )
-    return _compare(study, name, runs, done, failed, where)
+    return _compare(study, name, runs, done, firsts_of, failed, where)
 
 
 def reason_of(err: Exception) -> str:
@@ -332,6 +333,7 @@ def _compare(
     name: str,
     runs: Sequence[StudyRun],
     done: Mapping[str, Artifact],
+    firsts_of: Mapping[str, str],
     failed: Mapping[str, str],
     where: _Where,
 ) -> Artifact:
@@ -345,16 +347,17 @@ def _compare(
             about = {key: getattr(run, key) for key in (*SETTING, *REPEATS)} | {"run": run.name}
             scores.append(scores_of(artifact.uri).assign(**about))
             about["train_cases"] = open_stage(artifact.parents["split_uri"], "split").facts["train"]
+            about["pretraining"] = firsts_of.get(run.name, "")
             known.append({**about, study.metric: artifact.facts[study.metric], "uri": artifact.uri})
         table, cases = pd.DataFrame(known), pd.concat(scores, ignore_index=True)
         counts = table.groupby(SETTING, sort=False)["train_cases"].mean().round().astype(int)
         summary = statistics.over_runs(cases, SETTING).join(counts, on=SETTING)
-        compared = comparisons(study, cases)
+        compared = study_tables.comparisons(cases, study.metric, study.baseline)
         means = summary[(summary["metric"] == study.metric) & (summary["class"] == statistics.MEAN)]
         shown = reporting.wide(means, digits)
         pictures = {"labels.png": reporting.label_curves(means, metric)}
         if table.groupby(SETTING).ngroups > table["labels"].nunique():  # something to rank
-            pictures["ranks.png"] = reporting.mean_ranks(_ranks(study, cases), metric)
+            pictures["ranks.png"] = reporting.mean_ranks(study_tables.ranks(cases, study.metric), metric)
         headline = {
             f"{study.metric}/{'/'.join(row[:3])}": row[3] for row in means[[*SETTING, "mean"]].to_numpy()
         }
@@ -368,9 +371,12 @@ def _compare(
             some = compared[compared["class"] == statistics.MEAN].drop(columns="class")
             sections.append(("Against the baseline", some))
         if study.metric not in statistics.LESS_IS_BETTER and means["train_cases"].nunique() > 1:
-            saved = labels_saved(study, means)
+            saved = study_tables.labels_saved(means, study.baseline)
             if len(saved):
                 sections.append(("Training cases needed to reach the baseline's score", saved))
+        finals = {uri: open_stage(uri, "pretrain").facts["final"] for uri in {*firsts_of.values()}}
+        if len(told := study_tables.proxies(table, finals, study.metric)):
+            sections.append(("What of a pretraining's own measures goes with its score", told))
         if "ranks.png" in pictures:
             sections.append(("Mean ranks over cases", pictures["ranks.png"]))
         if failed:
@@ -402,78 +408,6 @@ def _compare(
     means = [(key, f"{value:.{digits}f}") for key, value in artifact.facts["means"].items()]
     print(tables.to_text(("setting", f">{metric}"), means, title=f"{name}, mean over runs"))
     return artifact
-
-
-def comparisons(study: Study, cases: pd.DataFrame) -> pd.DataFrame:
-    """Each setting against the one that has the baseline's network, or pretext, and is otherwise the same.
-
-    Args:
-        cases: scores per run, case and class.
-
-    Returns:
-        Rows of `statistics.compare_runs`, runs paired by fold, subset and seed, with the setting's columns before
-        them, and both p-values after Holm's correction over the settings: of the means as one family, of all
-        classes as another.
-    """
-    parts = {setting: part for setting, part in cases.groupby(SETTING, sort=False)}
-    found = []
-    for setting, part in parts.items():
-        base = tuple(study.baseline.get(axis, name) for axis, name in zip(SETTING, setting))
-        if base != setting and base in parts:
-            rows = statistics.compare_runs(parts[base], part, study.metric, REPEATS)
-            found.append(rows.assign(**dict(zip(SETTING, setting)), baseline=", ".join(base)))
-    if not found:
-        return pd.DataFrame()
-    compared = pd.concat(found, ignore_index=True)
-    for p in ("p_cases", "p_runs"):
-        family = compared["class"] == statistics.MEAN
-        compared[f"{p}_holm"] = math.nan
-        for rows in (family, ~family):
-            compared.loc[rows, f"{p}_holm"] = statistics.holm(compared.loc[rows, p].to_numpy(float))
-    first = [*SETTING, "baseline"]
-    return compared[first + [column for column in compared if column not in first]]
-
-
-def labels_saved(study: Study, means: pd.DataFrame) -> pd.DataFrame:
-    """How many labels each setting needs to reach the baseline's score, for each number of labels of the baseline.
-
-    Args:
-        means: a row a setting with ``train_cases`` and ``mean``.
-
-    Returns:
-        A row for each network and pretext that has another one as baseline, a column for each number of labels.
-    """
-    curves = {
-        key: part.sort_values("train_cases")
-        for key, part in means.groupby(["network", "pretext"], sort=False)
-    }
-    found = []
-    for key, curve in curves.items():
-        base = tuple(study.baseline.get(axis, name) for axis, name in zip(SETTING, key))
-        if base == key or base not in curves:
-            continue
-        line: dict[str, Any] = dict(zip(SETTING, key))
-        for count, score in zip(curves[base]["train_cases"], curves[base]["mean"]):
-            needed = statistics.labels_to_reach(score, list(curve["train_cases"]), list(curve["mean"]))
-            least, most = curve["train_cases"].iloc[[0, -1]]
-            told = f"over {most}" if math.isinf(needed) else f"{needed:.3g}"
-            line[f"{', '.join(base)} with {count}"] = f"at most {least}" if needed <= least else told
-        found.append(line)
-    return pd.DataFrame(found)
-
-
-def _ranks(study: Study, cases: pd.DataFrame) -> dict[str, tuple[dict[str, float], float, str]]:
-    """What `reporting.mean_ranks` draws."""
-    drawn = {}
-    for labels, part in cases.groupby("labels", sort=False):
-        names = [f"{network}, {pretext}" for network, pretext in zip(part["network"], part["pretext"])]
-        if len(set(names)) == 1:
-            continue
-        ranks = statistics.ranks(statistics.per_case(part, names, study.metric), study.metric)
-        p = "" if math.isnan(ranks.friedman_p) else f", Friedman p {ranks.friedman_p:.2g}"
-        note = f"{ranks.cases} cases judged{p}, critical difference {ranks.critical_difference:.2f}"
-        drawn[str(labels)] = (ranks.mean, ranks.critical_difference, note)
-    return drawn
 
 
 def _told(study: Study, table: pd.DataFrame, done: Mapping[str, Artifact]) -> str:

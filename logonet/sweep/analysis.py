@@ -13,9 +13,7 @@ Shapes: N trials, K keys, S splits, R repeats or resamples.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,11 +22,8 @@ from logonet.core import seeding
 from logonet.reporting.sweeping import numbers
 
 MIN_TRIALS = 6  # a forest fitted to two thirds of fewer than these has nothing to find
-MIN_PAIRS = 4  # of 3 pairs even the best order of all has p = 1/3
 COMMON = 0.75  # the share of the trials that make an epoch a common one
 REPEATS = 5
-RESAMPLES = 9999
-CONFIDENCE = 0.95
 
 
 # ------------------------------------------------------------------------------------- the winner
@@ -136,70 +131,3 @@ def _held_out_importance(x_NK: np.ndarray, y_N: np.ndarray, seed: int) -> tuple[
         grown_SK.append(grown.importances_mean)
         error += float(np.square(forest.predict(unseen[0]) - unseen[1]).sum())
     return np.reshape(grown_SK, (REPEATS, 3, -1)).mean(1), 1 - error / REPEATS / len(y_N)
-
-
-# --------------------------------------------------------------------------------------- the proxy
-
-
-def rank_correlation(proxy: Sequence[float], final: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """Does the proxy order trials as the finetuned Dice does? Spearman's rho of pairs that have both.
-
-    Args:
-        proxy, final: (N,) each, in the same order; pairs with a value that is not finite are left out.
-        seed: of the resamples.
-
-    Returns:
-        ``n`` pairs; ``rho``; ``ci_low``, ``ci_high``: percentile interval (95 %) of bootstrap resamples of
-        the pairs, without those in which one side is constant; ``p``, two-sided, of the permutations of the
-        pairs (all of them up to 7 pairs); ``note``: a sentence where those numbers must not be trusted, or "".
-        NaN: rho of a constant side, and interval and p of fewer than 4 pairs; the interval also when all
-        resamples agree, as those of a perfect order do: the spread is then unknown, not zero.
-    """
-    from scipy import stats
-
-    pairs_2N = np.array([proxy, final], dtype=np.float64).reshape(2, -1)
-    pairs_2N = pairs_2N[:, np.isfinite(pairs_2N).all(0)]
-    n = pairs_2N.shape[1]
-    out: dict[str, Any] = {"n": n, **dict.fromkeys(("rho", "ci_low", "ci_high", "p"), math.nan)}
-    if n < 2 or (np.ptp(pairs_2N, axis=1) == 0).any():
-        why = "one side is constant" if n > 1 else "two pairs are the least"
-        return out | {"note": f"{pairs(n)}: {why}, so there is no order to compare."}
-    out["rho"] = float(_spearman(*pairs_2N))
-    if n < MIN_PAIRS:
-        return out | {"note": f"{pairs(n)} prove nothing about the proxy: {MIN_PAIRS} are the least."}
-    options: dict[str, Any] = {"n_resamples": RESAMPLES, "vectorized": True}
-    exchanged = stats.permutation_test(
-        (pairs_2N[0],),
-        lambda proxy_N, axis: _spearman(proxy_N, np.broadcast_to(pairs_2N[1], proxy_N.shape), axis=axis),
-        permutation_type="pairings",
-        rng=seeding.rng(seed, "permutations"),
-        **options,
-    )
-    out["p"] = float(exchanged.pvalue)
-    with warnings.catch_warnings():
-        # The first constant resample spoils scipy's own interval, and it warns; ours leaves such resamples out.
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        options |= {"paired": True, "method": "percentile", "rng": seeding.rng(seed, "bootstrap")}
-        rho_R = stats.bootstrap(tuple(pairs_2N), _spearman, **options).bootstrap_distribution
-    low, high = np.nanpercentile(rho_R, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
-    if np.nanmax(rho_R) - np.nanmin(rho_R) < 1e-9:
-        return out | {"note": f"Every resample of the {n} pairs has one order, so rho has no interval."}
-    note = "The interval holds 0: the proxy is not shown to order the trials." if low <= 0 <= high else ""
-    return out | {"ci_low": float(low), "ci_high": float(high), "note": note}
-
-
-def pairs(n: int) -> str:
-    return f"{n} trial{'s' * (n != 1)} with a finetuned Dice"
-
-
-def _spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Pearson's correlation of the ranks, ties at their mean; NaN where a side is constant.
-
-    scipy's own spearmanr takes one pair of samples at a time.
-    """
-    from scipy import stats
-
-    a, b = (stats.rankdata(side, axis=axis) for side in (a, b))
-    a, b = (side - side.mean(axis, keepdims=True) for side in (a, b))
-    scale = np.sqrt((a * a).sum(axis) * (b * b).sum(axis))
-    return np.divide((a * b).sum(axis), scale, out=np.full(np.shape(scale), np.nan), where=scale > 0)

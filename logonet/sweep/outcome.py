@@ -11,6 +11,7 @@ import pandas as pd
 
 from logonet import reporting
 from logonet.core import config
+from logonet.inference import statistics
 from logonet.reporting.sweeping import numbers
 from logonet.storage import object_store
 from logonet.sweep import analysis, records
@@ -112,10 +113,10 @@ def page(spec: Spec, trials: Sequence[Trial]) -> dict[str, bytes]:
     both = table[measured & numbers(table["final_dice"]).notna()]
     heading = "Can the objective be trusted"
     if len(both) > 1:
-        correlation = analysis.rank_correlation(both["objective"], both["final_dice"])
+        correlation = statistics.rank_correlation(both["objective"], both["final_dice"])
         add(heading, "proxy.png", reporting.proxy_scatter(both, correlation, measure))
     else:
-        said = f"{analysis.pairs(len(both))}: whether {measure} orders settings as that does is not known."
+        said = f"{statistics.pairs(len(both))}: whether {measure} orders settings as that does is not known."
         sections[heading] = f"<p>{html.escape(said)}</p>"
     # What the page shows of the table; where the runs are is in trials.csv.
     shown = table[["trial", "status", "epochs", "objective", "final_dice", *keys]]
