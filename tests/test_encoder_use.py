@@ -109,14 +109,14 @@ def test_a_run_logs_it_and_trains_as_without(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    measured = LocalLoop(crops, a_job(f"{tmp_path}/measured", epochs=2))
+    measured = LocalLoop(crops, a_job(f"{tmp_path}/measured", epochs=1))
     measured.train()
     keys = {f"batch_accuracy{ending}" for ending in encoder_use.BLANKED}
     for entry in measured.history:
         assert all(0 <= entry[key] <= 1 for key in keys)
     assert "without encoder" in capsys.readouterr().out
     monkeypatch.setattr(methods, "bypass_score", lambda name: None)
-    plain = LocalLoop(crops, a_job(f"{tmp_path}/plain", epochs=2))
+    plain = LocalLoop(crops, a_job(f"{tmp_path}/plain", epochs=1))
     plain.train()
     for ours, theirs in zip(measured.history, plain.history):
         assert ours.keys() - theirs.keys() == keys

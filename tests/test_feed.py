@@ -70,7 +70,13 @@ def take_all(
 
 @pytest.mark.parametrize(
     ("world", "micro_batches", "slow"),
-    [(1, 5, ()), (2, 3, (0,)), (2, 4, (1,)), (16, 16, (0, 7)), (16, 24, (15,))],
+    [
+        pytest.param(1, 5, (), marks=pytest.mark.slow),
+        (2, 3, (0,)),
+        pytest.param(2, 4, (1,), marks=pytest.mark.slow),
+        pytest.param(16, 16, (0, 7), marks=pytest.mark.slow),
+        (16, 24, (15,)),
+    ],
 )
 def test_every_rank_gets_its_own_batches_in_order(
     ray_local: None,
@@ -93,7 +99,7 @@ def test_every_rank_gets_its_own_batches_in_order(
     assert dealt == [(step, slot) for step in range(3, 12) for slot in range(2 * micro_batches)]
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_batches_from_ray_are_those_of_a_plain_loader(tmp_path: Path, ray_local: None, world: int) -> None:
     crops = crops_dataset(tmp_path)
     for rank, got in enumerate(take_all(crops, world, 1, 1, 4)):

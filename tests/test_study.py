@@ -267,6 +267,7 @@ def test_on_ray(bucket: str, ray_local: None, scans: str) -> None:
     assert run(study, scans, bucket, on_ray(1)) == done
 
 
+@pytest.mark.slow
 def test_in_processes_of_this_machine(
     undisturbed: tuple[Artifact, Counting], scans: str, tmp_path: Path
 ) -> None:
