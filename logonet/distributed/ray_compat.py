@@ -98,16 +98,14 @@ def in_main_thread(fn: Any, *args: Any) -> None:
 
 def grows() -> bool:
     """Whether the connected cluster has an autoscaler that can tell what it would start (Ray's v2, its default)."""
-    import ray
-    from ray._raylet import GcsClient
     from ray.autoscaler.v2.utils import is_autoscaler_v2
 
-    return is_autoscaler_v2(True, GcsClient(ray.get_runtime_context().gcs_address))
+    return is_autoscaler_v2(fetch_from_server=True)
 
 
 def status(address: str) -> Any:
     """What is asked of the cluster at ``address``, and what its autoscaler makes of it."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
     from ray.core.generated import autoscaler_pb2
 
     reply: Any = vars(autoscaler_pb2)["GetClusterStatusReply"]  # generated without types
