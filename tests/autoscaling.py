@@ -22,7 +22,7 @@ import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 from ray.core.generated.autoscaler_pb2 import DEAD
 
-from logonet.distributed import ray_compat
+from logonet.distributed import cluster, ray_compat
 from tools.s3server import free_ports
 
 HEAD = "ray.head.default"
@@ -44,7 +44,7 @@ class GrowingCluster:
     """A head without CPUs, and pools that start empty.
 
     Args:
-        pools: name -> (resources of a node, most nodes).
+        pools: name -> (resources of a node, most nodes). A pool is labelled with its name.
     """
 
     def __init__(self, **pools: tuple[dict[str, int], int]) -> None:
@@ -52,7 +52,12 @@ class GrowingCluster:
         self.address = f"{ray.util.get_node_ip_address()}:{free_ports()}"
         self.no_capacity = self.folder / "no-capacity"
         types: dict[str, Any] = {
-            name: {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": most}
+            name: {
+                "resources": resources,
+                "labels": {cluster.POOL: name},
+                "node_config": {},
+                "max_workers": most,
+            }
             for name, (resources, most) in pools.items()
         }
         types[HEAD] = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
@@ -101,11 +106,12 @@ class GrowingCluster:
         log = self.folder / "head.log"
         with open(log, "wb") as out:
             self.head = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
-        until = time.monotonic() + 90
+        until = time.monotonic() + 180
         while "started" not in log.read_text():
             if time.monotonic() > until or self.head.poll() is not None:
+                said = log.read_text()
                 self.__exit__()
-                raise AssertionError(log.read_text()[-3000:])
+                raise AssertionError(said[-3000:])
             time.sleep(0.2)
         return self
 

@@ -105,12 +105,12 @@ def asked_nothing(growing: GrowingCluster) -> bool:
 
 
 def test_empty_pools(growing: GrowingCluster, tmp_path: Path) -> None:
-    """The stage on CPUs brings no GPU node; training waits for two, although nobody said --gpu."""
-    stage = "print('answers', sum(len([1]) for _ in executor.stream(time.sleep, [0.1] * 8, workers='data actors')),"
-    stage += " gpus(), flush=True)"
+    """Stages with more to do than the CPU pool can hold bring no GPU node; training waits for two, without --gpu."""
+    stage = """for kind in ("data actors", "tasks"):
+        print(kind, sum(1 for _ in executor.stream(time.sleep, [0.5] * 60, workers=kind)), gpus(), flush=True)"""
     code, said = Run(growing, tmp_path / "log", f"{stage}\n    {TRAIN}").end()
     assert code == 0, said
-    assert "answers 8 0\n" in said
+    assert "data actors 60 0\ntasks 60 0\n" in said.replace("\r", "")
     assert "waiting up to 120 s for nodes for 2 workers, 1 GPU each\n" in said
     assert "\n2 workers x 6 CPUs, 1 GPU each\ntraining\n" in said
     wait(lambda: asked_nothing(growing), 60)

@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 WAIT_STEP_S = 1.0  # of a wait for room: between two steps signals are heard
+# Once the CPU pool is full, the autoscaler starts GPU nodes for tasks that want CPUs alone. So the files for clusters
+# label GPU pools, and stages beside which nothing trains keep off nodes with that label.
+POOL = "logonet/pool"
+NO_GPU_NODES = {POOL: "!gpu"}
 # Train workers are told of failures by polling; Ray's own 2 s would make every epoch's report take 2 s.
 RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
@@ -284,11 +288,18 @@ def stage_cpus(resources: Resources) -> tuple[float, float]:
 
     They need no nodes for workers, so none is asked for before training.
     """
-    if not any(node.get("CPU") for node in node_resources()):
-        with held([{"CPU": 1.0}], "a node with CPUs", resources.wait_s):
+    if not _cpus_of_stages():
+        with held([{"CPU": 1.0}], "a node with CPUs", resources.wait_s, NO_GPU_NODES):
             pass
-    cpus = sum(node.get("CPU", 0.0) for node in node_resources())
+    cpus = _cpus_of_stages()
     return _task_cpus(cpus, (os.cpu_count() or 1) if address() is None else None), cpus
+
+
+def _cpus_of_stages() -> float:
+    import ray
+
+    nodes = (node for node in ray.nodes() if node["Alive"] and node["Labels"].get(POOL) != "gpu")
+    return sum(node["Resources"].get("CPU", 0.0) for node in nodes)
 
 
 def _task_cpus(cpus: float, cores: int | None) -> float:
@@ -314,18 +325,23 @@ def describe(workers: int | Workers, cpus: float, gpu: bool) -> str:
 
 
 @contextlib.contextmanager
-def held(bundles: list[dict[str, float]], what: str, wait_s: float) -> Iterator[None]:
+def held(
+    bundles: list[dict[str, float]], what: str, wait_s: float, labels: dict[str, str] | None = None
+) -> Iterator[None]:
     """Wait for room for all ``bundles`` at once, and hold it in this block.
 
     An autoscaler starts nodes for a placement group that waits. Ray drops the group with the process that made it, so a
     job that is killed leaves no request.
+
+    Args:
+        labels: Ray's selector of nodes.
 
     Raises:
         UserError: there is no room within ``wait_s``.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    group = placement_group(bundles)
+    group = placement_group(bundles, bundle_label_selector=[labels or {}] * len(bundles))
     try:
         until, said = time.monotonic() + wait_s, False
         while not group.wait(WAIT_STEP_S):

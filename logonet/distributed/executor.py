@@ -72,6 +72,7 @@ class RayExecutor:
     ) -> Iterator[tuple[int, Any]]:
         """As `logonet.core.execution.Executor.stream`, on Ray Data."""
         import ray
+        from ray import cloudpickle
 
         cluster.quiet()
         if not items:
@@ -79,9 +80,11 @@ class RayExecutor:
         # In a list, so that Ray hands references on and does not copy the values into every call.
         constructor = (fn, [ray.put(value) for value in shared])
         # Items travel as rows: each task would have to unpickle all of them if its function knew them.
-        numbers = np.array_split(np.arange(len(items)), min(len(items), MAX_TASKS))
-        blocks: list[Any] = [ray.put(_table(items, part)) for part in numbers]
-        rows = ray.data.from_arrow_refs(blocks)
+        # Pickled by us they need no Arrow schema. (Ray looks at tables in a task each, and starts nodes for those.)
+        rows = ray.data.from_items(
+            [{"id": i, "item": cloudpickle.dumps(item)} for i, item in enumerate(items)],
+            override_num_blocks=min(len(items), MAX_TASKS),
+        )
         if workers == "model actors":
             given = self.model_allocation
             answers = rows.map_batches(
@@ -93,10 +96,13 @@ class RayExecutor:
                 fn_constructor_args=(*constructor, given.threads_per_worker),
             )
         else:
+            rows.context.execution_options.label_selector = cluster.NO_GPU_NODES
             task_cpus, cpus = self._stage_cpus()
             if workers == "tasks":
                 answers = rows.map_batches(
-                    lambda batch: _Call(*constructor)(batch), batch_size=None, num_cpus=task_cpus
+                    lambda batch: _Call(*constructor)(batch),
+                    batch_size=None,
+                    num_cpus=task_cpus,
                 )
             else:
                 # While crops are labelled no training runs yet: all CPUs but one may work. Actors on every CPU would
@@ -177,14 +183,6 @@ def _pool(now: int, most: int, items: int) -> Any:
 
     most, now = (max(1, min(size, items)) for size in (most, now))
     return ActorPoolStrategy(min_size=1, initial_size=min(now, most), max_size=most)
-
-
-def _table(items: Sequence[Any], numbers: np.ndarray) -> Any:
-    """The rows of a block: the numbers of items, and the items, pickled by us so that they need no Arrow schema."""
-    import pyarrow as pa
-    from ray import cloudpickle
-
-    return pa.table({"id": numbers, "item": [cloudpickle.dumps(items[int(i)]) for i in numbers]})
 
 
 class _Call:
