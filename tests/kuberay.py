@@ -47,6 +47,7 @@ CLUSTER_SPEC = closed(
         "items": closed(
             "groupName minReplicas maxReplicas template",
             groupName={"type": "string", "pattern": r"^[a-z]([-a-z0-9]*[a-z0-9])?$"},
+            labels={"type": "object", "additionalProperties": TEXT},
             replicas=COUNT,
             minReplicas=COUNT,
             maxReplicas=COUNT,

@@ -27,6 +27,11 @@ from logonet.distributed import ray_compat
 log = logging.getLogger(__name__)
 
 MIB = 1 << 20
+WAIT_STEP_S = 1.0  # of a wait for room: between two steps signals are heard
+# Once the CPU pool is full, the autoscaler starts GPU nodes for tasks that want CPUs alone. So the files for clusters
+# label GPU pools, and stages beside which nothing trains keep off nodes with that label.
+POOL = "logonet/pool"
+NO_GPU_NODES = {POOL: "!gpu"}
 # Train workers are told of failures by polling; Ray's own 2 s would make every epoch's report take 2 s.
 RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
@@ -103,11 +108,11 @@ class Resources:
 
     Attributes:
         workers: training workers (the paper: 16), or the least and the most of them, 4:16: machines may come and go.
-        gpu: one GPU for each worker; None takes GPUs where the cluster has enough.
+        gpu: one GPU for each worker; None takes GPUs where the cluster has them or can start nodes that do.
         cpus_per_worker: logical CPUs of a training worker; 0 shares out what the data tasks leave.
         max_failures: how often lost workers are replaced before the run gives up; those that gave notice don't count.
         resize_every_s: with a range of workers, how often to look for room for more of them.
-        wait_s: for an autoscaling cluster's nodes.
+        wait_s: for nodes of an autoscaling cluster, or for those that another job holds.
         object_store_mb: Ray's shared memory on a machine where the job starts Ray itself; 0 lets Ray choose.
     """
 
@@ -255,10 +260,103 @@ def node_resources() -> list[dict[str, float]]:
 
 
 def allocate(resources: Resources) -> ResourceAllocation:
-    """Divide the connected cluster. UserError when the workers, of a range the least of them, can never be placed."""
-    _wait_for_nodes(resources)
-    # A Ray of our own has more logical CPUs than the machine has cores, so that every worker finds a place.
-    return divide(node_resources(), resources, (os.cpu_count() or 1) if address() is None else None)
+    """Divide the connected cluster for training, when it has nodes for the least of the workers: waits for them.
+
+    Raises:
+        UserError: the workers can never be placed, or their nodes did not come.
+    """
+    if address() is None:
+        # A Ray of our own has more logical CPUs than the machine has cores, so that every worker finds a place.
+        return divide(node_resources(), resources, os.cpu_count() or 1)
+    grows = ray_compat.grows()
+    gpus = sum(node.get("GPU", 0.0) for node in node_resources())
+    if resources.gpu is None:
+        if gpus and not grows:
+            return divide(node_resources(), resources)
+        resources = replace(resources, gpu=gpus > 0 or ray_compat.comes({"GPU": 1.0}))
+    # How many CPUs a worker gets is known when its node is there.
+    bundle = worker_bundle(resources.cpus_per_worker or 1.0, bool(resources.gpu))
+    what = f"nodes for {describe(resources.workers, resources.cpus_per_worker, bool(resources.gpu))}"
+    with held([bundle] * resources.least, what, resources.wait_s):
+        if grows:  # nodes come and go: each by itself must leave something to the data tasks
+            resources = replace(resources, workers=Workers(resources.least, resources.most))
+        return divide(node_resources(), resources)
+
+
+def stage_cpus(resources: Resources) -> tuple[float, float]:
+    """(logical CPUs of a task, of the cluster) for stages beside which nothing trains; waits for a first node.
+
+    They need no nodes for workers, so none is asked for before training.
+    """
+    if not _cpus_of_stages():
+        with held([{"CPU": 1.0}], "a node with CPUs", resources.wait_s, NO_GPU_NODES):
+            pass
+    cpus = _cpus_of_stages()
+    return _task_cpus(cpus, (os.cpu_count() or 1) if address() is None else None), cpus
+
+
+def _cpus_of_stages() -> float:
+    import ray
+
+    nodes = (node for node in ray.nodes() if node["Alive"] and node["Labels"].get(POOL) != "gpu")
+    return sum(node["Resources"].get("CPU", 0.0) for node in nodes)
+
+
+def _task_cpus(cpus: float, cores: int | None) -> float:
+    return min(_oversold(cpus, cores), cpus / 2)
+
+
+def _oversold(cpus: float, cores: int | None) -> float:
+    # Where there are more logical CPUs than cores, other tasks count as that much more, or as many would run at once
+    # as there are workers.
+    return max(1.0, cpus / cores) if cores else 1.0
+
+
+def worker_bundle(cpus: float, gpu: bool) -> dict[str, float]:
+    """Ray's resources of a training worker."""
+    return {"CPU": cpus, **({"GPU": 1.0} if gpu else {})}
+
+
+def describe(workers: int | Workers, cpus: float, gpu: bool) -> str:
+    """``16 workers x 6 CPUs, 1 GPU each``; 0 CPUs are not known yet."""
+    named = f"{workers} worker{'' if workers == 1 else 's'}"
+    named += f" x {cpus:g} CPU{'' if cpus == 1 else 's'}" if cpus else ""
+    return f"{named}, 1 GPU each" if gpu else named
+
+
+@contextlib.contextmanager
+def held(
+    bundles: list[dict[str, float]], what: str, wait_s: float, labels: dict[str, str] | None = None
+) -> Iterator[None]:
+    """Wait for room for all ``bundles`` at once, and hold it in this block.
+
+    An autoscaler starts nodes for a placement group that waits. Ray drops the group with the process that made it, so a
+    job that is killed leaves no request.
+
+    Args:
+        labels: Ray's selector of nodes.
+
+    Raises:
+        UserError: there is no room within ``wait_s``.
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    group = placement_group(bundles, bundle_label_selector=[labels or {}] * len(bundles))
+    try:
+        until, said = time.monotonic() + wait_s, False
+        while not group.wait(WAIT_STEP_S):
+            if time.monotonic() > until:
+                cpus, gpus = (sum(n.get(kind, 0.0) for n in node_resources()) for kind in ("CPU", "GPU"))
+                raise UserError(
+                    f"the cluster found no room for {what} in {wait_s:g} s: it has {cpus:g} CPUs and {gpus:g} GPUs, "
+                    "which other jobs may hold; start nodes, ask for fewer workers, or wait longer (--wait-s)"
+                )
+            if not said:
+                print(f"waiting up to {wait_s:g} s for {what}", flush=True)
+                said = True
+        yield
+    finally:
+        remove_placement_group(group)
 
 
 def divide(
@@ -288,16 +386,14 @@ def divide(
     else:
         per_worker = cpus_of_worker(cpus, homes, workers, resources.cpus_per_worker)
     data_cpus = cpus - per_worker * workers
-    # Where there are more logical CPUs than cores, other tasks count as that much more, or as many would run at once
-    # as there are workers.
-    oversold = max(1.0, cpus / cores) if cores else 1.0
+    oversold = _oversold(cpus, cores)
     return ResourceAllocation(
         workers=workers,
         use_gpu=use_gpu,
         cpus_per_worker=int(per_worker * 1000) / 1000,  # Ray resolves resources to 1/10000
         threads_per_worker=max(1, cores // workers if cores and oversold > 1 else int(per_worker)),
         cpus_per_data_task=min(oversold, data_cpus, spare_cpus),
-        cpus_per_task=min(oversold, cpus / 2),
+        cpus_per_task=_task_cpus(cpus, cores),
         cpus=cpus,
     )
 
@@ -331,13 +427,16 @@ def allocate_trials(resources: Resources, most: int, at_once: int = 0) -> tuple[
 
     workers = resources.fixed("a sweep")
     one = allocate(resources)  # one that can never fit says so here
+    cores = (os.cpu_count() or 1) if address() is None else None
     total = ray.cluster_resources()
     units = total["GPU"] if one.use_gpu else total["CPU"] / (resources.cpus_per_worker or 1.0)
     if address() is None and not one.use_gpu and not at_once:
         units = min(units, os.cpu_count() or 1)  # a Ray of our own has more logical CPUs than there are cores
     for runs in range(max(1, min(at_once or most, int(units / workers))), 0, -1):
         try:
-            each = allocate(replace(resources, workers=runs * workers, gpu=one.use_gpu))
+            each = divide(
+                node_resources(), replace(resources, workers=runs * workers, gpu=one.use_gpu), cores
+            )
         except UserError:
             continue
         free = each.cpus - runs * (workers * each.cpus_per_worker + DRIVER_CPUS)
@@ -417,28 +516,3 @@ def range_that_fits(
             f"{'another --cpus-per-worker, ' if given else ''}larger nodes or fewer workers"
         )
     return best[1]
-
-
-def _wait_for_nodes(resources: Resources) -> None:
-    """Wait until the cluster has what was asked for; an autoscaler is told of it."""
-    import ray
-
-    wanted_gpus = resources.least if resources.gpu else 0
-    until, said = time.monotonic() + resources.wait_s, False
-    while True:
-        total = ray.cluster_resources()
-        if total.get("CPU", 0.0) > 0 and total.get("GPU", 0.0) >= wanted_gpus:
-            return
-        if time.monotonic() > until or address() is None:
-            raise UserError(
-                f"the Ray cluster has {total.get('CPU', 0.0):g} CPUs and {total.get('GPU', 0.0):g} GPUs for "
-                f"{resources.workers} workers; start nodes, ask for fewer workers, or wait longer (--wait-s)"
-            )
-        if not said:
-            from ray.autoscaler.sdk import request_resources
-
-            request_resources(bundles=[{"CPU": 1, **({"GPU": 1} if resources.gpu else {})}] * resources.least)
-            said = True
-            what = f"nodes for {resources.workers} workers"
-            print(f"waiting up to {resources.wait_s:g} s for {what}", flush=True)
-        time.sleep(2)

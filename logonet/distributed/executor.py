@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,11 +49,18 @@ class RayExecutor:
 
     @functools.cached_property
     def allocation(self) -> ResourceAllocation:
+        """What training gets."""
         return self._given or cluster.allocate(self.resources)
+
+    @functools.cached_property
+    def model_allocation(self) -> ResourceAllocation:
+        """What actors with a model get: they begin when there is room for one."""
+        some = cluster.Workers(1, self.resources.most)
+        return self._given or cluster.allocate(replace(self.resources, workers=some))
 
     @property
     def device(self) -> str:
-        return "cuda" if self.allocation.use_gpu else "cpu"
+        return "cuda" if self.model_allocation.use_gpu else "cpu"
 
     def stream(
         self,
@@ -64,38 +72,59 @@ class RayExecutor:
     ) -> Iterator[tuple[int, Any]]:
         """As `logonet.core.execution.Executor.stream`, on Ray Data."""
         import ray
+        from ray import cloudpickle
 
         cluster.quiet()
         if not items:
             return
-        given = self.allocation
         # In a list, so that Ray hands references on and does not copy the values into every call.
         constructor = (fn, [ray.put(value) for value in shared])
         # Items travel as rows: each task would have to unpickle all of them if its function knew them.
-        numbers = np.array_split(np.arange(len(items)), min(len(items), MAX_TASKS))
-        blocks: list[Any] = [ray.put(_table(items, part)) for part in numbers]
-        rows = ray.data.from_arrow_refs(blocks)
-        if workers == "tasks":
-            answers = rows.map_batches(
-                lambda batch: _Call(*constructor)(batch), batch_size=None, num_cpus=given.cpus_per_task
-            )
-        else:
-            on_models = workers == "model actors"
-            # While crops are labelled no training runs yet: all CPUs but one may work. Actors on every CPU would starve
-            # the tasks that feed them.
-            room = int((given.cpus - 1) / given.cpus_per_task)
-            size = given.workers if on_models else min(-(-len(items) // ITEMS_PER_ACTOR), room)
+        # Pickled by us they need no Arrow schema. (Ray looks at tables in a task each, and starts nodes for those.)
+        rows = ray.data.from_items(
+            [{"id": i, "item": cloudpickle.dumps(item)} for i, item in enumerate(items)],
+            override_num_blocks=min(len(items), MAX_TASKS),
+        )
+        if workers == "model actors":
+            given = self.model_allocation
             answers = rows.map_batches(
                 _Call,
                 batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=max(1, min(size, len(items)))),
-                num_cpus=given.cpus_per_worker if on_models else given.cpus_per_task,
-                num_gpus=1 if on_models and given.use_gpu else None,
-                fn_constructor_args=(*constructor, given.threads_per_worker if on_models else None),
+                compute=_pool(given.workers, self.resources.most, len(items)),
+                num_cpus=given.cpus_per_worker,
+                num_gpus=1 if given.use_gpu else None,
+                fn_constructor_args=(*constructor, given.threads_per_worker),
             )
+        else:
+            rows.context.execution_options.label_selector = cluster.NO_GPU_NODES
+            task_cpus, cpus = self._stage_cpus()
+            if workers == "tasks":
+                answers = rows.map_batches(
+                    lambda batch: _Call(*constructor)(batch),
+                    batch_size=None,
+                    num_cpus=task_cpus,
+                )
+            else:
+                # While crops are labelled no training runs yet: all CPUs but one may work. Actors on every CPU would
+                # starve the tasks that feed them.
+                most = -(-len(items) // ITEMS_PER_ACTOR)
+                now = min(most, int((cpus - 1) / task_cpus))
+                if self._given or not ray_compat.grows():
+                    most = now
+                answers = rows.map_batches(
+                    _Call,
+                    batch_size=1,
+                    compute=_pool(now, most, len(items)),
+                    num_cpus=task_cpus,
+                    fn_constructor_args=constructor,
+                )
         for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
             for i, blob in zip(batch["id"], batch["answer"]):
                 yield int(i), pickle.loads(blob)
+
+    def _stage_cpus(self) -> tuple[float, float]:
+        given = self._given
+        return (given.cpus_per_task, given.cpus) if given else cluster.stage_cpus(self.resources)
 
     def side_by_side(
         self, fn: Callable[[RayExecutor, Any], Any], items: Sequence[Any], at_once: int = 0
@@ -148,12 +177,12 @@ def _in_own_process(fn: Callable[[RayExecutor, Any], Any], executor: RayExecutor
                 raise
 
 
-def _table(items: Sequence[Any], numbers: np.ndarray) -> Any:
-    """The rows of a block: the numbers of items, and the items, pickled by us so that they need no Arrow schema."""
-    import pyarrow as pa
-    from ray import cloudpickle
+def _pool(now: int, most: int, items: int) -> Any:
+    """Actors that begin as ``now`` there is room for, and become ``most`` where nodes come."""
+    from ray.data import ActorPoolStrategy
 
-    return pa.table({"id": numbers, "item": [cloudpickle.dumps(items[int(i)]) for i in numbers]})
+    most, now = (max(1, min(size, items)) for size in (most, now))
+    return ActorPoolStrategy(min_size=1, initial_size=min(now, most), max_size=most)
 
 
 class _Call:

@@ -74,11 +74,8 @@ class Notices:
         """Hear SIGTERM in this block, instead of ending by it."""
         if threading.current_thread() is not threading.main_thread():
             # Ray Train runs us in a thread, and Python lets only the main one set handlers: that runs actors' methods.
-            import ray
-
             _LISTENERS[self.run] = self._sigterm
-            me: Any = ray.get_runtime_context().current_actor
-            ray.get(me.execute.remote(_listen, self.run))
+            ray_compat.in_main_thread(_listen, self.run)
         with sigterm(self._sigterm.set):
             yield
 

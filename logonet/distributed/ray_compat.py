@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 RESIZE_WAIT_S = 60.0  # for the workers to save and leave before their group is made anew
+ANSWER_S = 60.0  # for the autoscaler to look at a request; it does so every 5 s
 TOLD, LEFT = b"leave", b"left"
 
 
@@ -82,6 +83,63 @@ def end_with(key: str) -> Any:
                     status.running, status.error, status.return_value = False, None, found[0]
 
     return EndAll()
+
+
+def in_main_thread(fn: Any, *args: Any) -> None:
+    """Call ``fn`` in the main thread of this worker of Ray Train's, whose loop runs in another."""
+    import ray
+
+    me: Any = ray.get_runtime_context().current_actor
+    ray.get(me.execute.remote(fn, *args))
+
+
+# ----------------------------------------------------------------------------------------------- an autoscaler
+
+
+def grows() -> bool:
+    """Whether the connected cluster has an autoscaler that can tell what it would start (Ray's v2, its default)."""
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    return is_autoscaler_v2(fetch_from_server=True)
+
+
+def status(address: str) -> Any:
+    """What is asked of the cluster at ``address``, and what its autoscaler makes of it."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+    from ray.core.generated import autoscaler_pb2
+
+    reply: Any = vars(autoscaler_pb2)["GetClusterStatusReply"]  # generated without types
+    return reply.FromString(GcsClient(address).get_cluster_status(timeout_s=10))
+
+
+def comes(bundle: dict[str, float], wait_s: float = ANSWER_S) -> bool:
+    """Whether the cluster has room for ``bundle``, or its autoscaler a pool whose nodes have; it is asked to start one.
+
+    An autoscaler that gives no answer, as one busy with the cloud's, counts as one that has.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    if not grows():
+        return False
+    address = ray.get_runtime_context().gcs_address
+    group = placement_group([bundle])
+    try:
+        until, asked = time.monotonic() + wait_s, 0
+        while time.monotonic() < until and not group.wait(0.5):
+            now = status(address)
+            request, answer = now.cluster_resource_state, now.autoscaling_state
+            if asked and answer.last_seen_cluster_resource_state_version >= asked:
+                return not _names(answer.infeasible_gang_resource_requests, group)
+            if not asked and _names(request.pending_gang_resource_requests, group):
+                asked = request.cluster_resource_state_version
+        return True
+    finally:
+        remove_placement_group(group)
+
+
+def _names(requests: Any, group: Any) -> bool:
+    return any(group.id.hex() in request.details for request in requests)
 
 
 # ---------------------------------------------------------------------------------------------- one machine

@@ -16,7 +16,15 @@ from logonet import methods
 from logonet.core.config import Component
 from logonet.core.errors import Stopped, UserError
 from logonet.distributed import feed, preemption, ray_compat
-from logonet.distributed.cluster import ResourceAllocation, Resources, on_loopback, quiet
+from logonet.distributed.cluster import (
+    ResourceAllocation,
+    Resources,
+    describe,
+    held,
+    on_loopback,
+    quiet,
+    worker_bundle,
+)
 from logonet.training.batches import to_tensors
 from logonet.training.communicator import Communicator, ProcessGroup
 from logonet.training.config import Config, Job, accumulation, micro_batches
@@ -76,7 +84,11 @@ def fit(
     config["progress"] = sys.stdout.isatty()
     elastic = resources.least < resources.most
     num_workers: Any = (resources.least, resources.most) if elastic else allocation.workers
-    per_worker = {"CPU": allocation.cpus_per_worker, **({"GPU": 1} if allocation.use_gpu else {})}
+    per_worker = worker_bundle(allocation.cpus_per_worker, allocation.use_gpu)
+    what = describe(resources.workers, allocation.cpus_per_worker, allocation.use_gpu)
+    # Ray Train itself would wait for ever, and say nothing. It makes a group of its own: this one only finds the room.
+    with held([per_worker] * resources.least, what, resources.wait_s):
+        print(what, flush=True)
     stop = threading.Event()
     while True:
         run = f"{job.fingerprint}-{time.time_ns():x}"
