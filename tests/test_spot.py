@@ -36,6 +36,7 @@ SETTINGS = [
     "train.batch_size=2",
     "train.lr=1e-4",  # AdamW begins with signs of gradients: at 1e-3 rounding makes 1 % by epoch 3
     "train.warmup_epochs=1",
+    "train.checkpoint_every_s=0",
     "train.keep_checkpoints=1000",
 ]
 NODE_CPUS = 4  # two workers, and one CPU for what feeds them

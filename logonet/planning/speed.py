@@ -20,7 +20,7 @@ from logonet.distributed.cluster import Resources, divide
 from logonet.pipelines import Finetuning
 from logonet.planning.hardware import Cluster, Machine
 from logonet.planning.memory import Work
-from logonet.planning.sizes import Planned, Sizes, Stage
+from logonet.planning.sizes import Planned, Sizes, Stage, checkpoint_steps
 from logonet.storage import object_store
 
 # Assumed of GPUs where the constants are a CPU's: a share of the data sheet's peak, and a ring over PCIe.
@@ -249,6 +249,31 @@ def validation(cfg: Planned, of: Sizes, work: Work, at: Placement, c: Constants)
     return Validation(of.validations, len(of.windows), sum(of.windows), compute_s + read_s)
 
 
+@dataclass(frozen=True)
+class Checkpoints:
+    """Checkpoints are written while training goes on; the next one waits until the one before is written.
+
+    Attributes:
+        times: in a run.
+        interval_s: from one to the next, on average.
+        writing_s: of one.
+        waited_s: how long training waits for them, altogether.
+    """
+
+    times: int
+    interval_s: float
+    writing_s: float
+    waited_s: float
+
+
+def checkpoints(train: training.Config, of: Sizes, one: Step, c: Constants) -> Checkpoints:
+    """Time the checkpoints of a run whose steps take ``one``."""
+    times = len(checkpoint_steps(train, of.steps_per_epoch, train.checkpoint_every_s / one.total_s))
+    training_s, writing_s = of.steps * one.total_s, of.network.checkpoint_bytes / c.store_write_bytes_s
+    waited_s = max(0.0, times * writing_s - training_s)
+    return Checkpoints(times, (training_s + waited_s) / times, writing_s, waited_s)
+
+
 def node_read_bytes_s(machine: Machine, nodes: int, c: Constants) -> float:
     """What one of ``nodes`` nodes reads from the store; a single one may have the store on its own disk."""
     return c.store_node_bytes_s if nodes == 1 else min(c.store_node_bytes_s, machine.network_bytes_s)
@@ -271,7 +296,13 @@ def scaling(
 
 
 def timed(
-    cfg: Planned, of: Sizes, cluster: Cluster, one: Step, validation: Validation | None, c: Constants
+    cfg: Planned,
+    of: Sizes,
+    cluster: Cluster,
+    one: Step,
+    saves: Checkpoints,
+    validation: Validation | None,
+    c: Constants,
 ) -> tuple[Stage, ...]:
     """All stages with their seconds."""
     cores = max(1.0, cluster.cpus)
@@ -295,12 +326,8 @@ def timed(
         updates = [k * (fits.iterations + 2 + math.log(k)) for k in of.cluster_sizes]
         fits_s = [distances * n / c.kmeans_flop_s for n in updates]
         cpu_s["clusterers"] = max(sum(fits_s) / cores, *fits_s, 0.0)
-    # A checkpoint is written while training goes on; the next one waits until it is written.
-    steps = cfg.train.checkpoint_every_steps or of.steps_per_epoch
-    writing_s = of.network.checkpoint_bytes / c.store_write_bytes_s
-    needs = {one.waits_for: steps * one.total_s, "checkpoints": writing_s}
-    interval_s, training_waits_for = slowest(needs)
-    training_s = of.steps / steps * interval_s
+    training_s = saves.times * saves.interval_s
+    training_waits_for = "checkpoints" if saves.waited_s else one.waits_for
     if validation is not None:  # while it goes on no step is made
         validating_s = validation.times * validation.seconds
         _, training_waits_for = slowest({training_waits_for: training_s, "validation": validating_s})
@@ -308,12 +335,16 @@ def timed(
     # A lost spot node costs a start and, on average, half of what lies between two checkpoints.
     spot_nodes = sum(p.nodes for p in cluster.pools if p.spot)
     losses = spot_nodes * cluster.preemptions_per_node_h * training_s / 3600
-    training_s = c.start_s + training_s + losses * (c.start_s + interval_s / 2)
+    training_s = c.start_s + training_s + losses * (c.start_s + saves.interval_s / 2)
     out = []
     for stage in of.stages:
         seconds: float | None
         if stage is of.stages[-1]:
             seconds, waits_for = training_s, training_waits_for
+            known, keep = len(checkpoint_steps(cfg.train, of.steps_per_epoch)), cfg.train.keep_checkpoints
+            more = of.network.checkpoint_bytes * (saves.times - known)
+            more_kept = of.network.checkpoint_bytes * (min(saves.times, keep) - min(known, keep))
+            stage = replace(stage, written=stage.written + more, kept=stage.kept + more_kept)
         elif stage.name == "clusterers" and unknown:
             seconds, waits_for = None, unknown
         else:
