@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 
@@ -209,7 +209,7 @@ def step(train: training.Config, work: Work, at: Placement, c: Constants) -> Ste
     n = at.workers
     rate = min(rate, at.machine.network_bytes_s) if at.nodes > 1 else rate
     turns = 1.0 if at.gpu else max(1.0, n / at.cpus)
-    hop_s = at.machine.latency_s + work.network.gradient_bytes / (n * rate)
+    hop_s = at.machine.latency_s + work.network.sent_bytes / (n * rate)
     allreduce_s = turns * 2 * (n - 1) * hop_s
     # A flat all-reduce follows the computation; DDP's goes on during the backward pass, two thirds of it.
     hidden_s = 0.0 if flat_sync(train, at.gpu) else 2 / 3 * compute_s
@@ -272,6 +272,48 @@ def checkpoints(train: training.Config, of: Sizes, one: Step, c: Constants) -> C
     training_s, writing_s = of.steps * one.total_s, of.network.checkpoint_bytes / c.store_write_bytes_s
     waited_s = max(0.0, times * writing_s - training_s)
     return Checkpoints(times, (training_s + waited_s) / times, writing_s, waited_s)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of a run on the network, and what is paid for them.
+
+    Attributes:
+        nodes_bytes: between nodes: gradients of all steps, and samples on their way from data tasks to workers.
+        zones_bytes: of these, between zones.
+        store_bytes: from and to the store, over all stages.
+        money: of what goes between zones or through a NAT gateway.
+        zones_money, nat_money: what three zones, and a NAT gateway, would cost.
+    """
+
+    nodes_bytes: float
+    zones_bytes: float
+    store_bytes: float
+    money: float
+    zones_money: float
+    nat_money: float
+
+
+ZONES = 3  # of a region, at least
+
+
+def traffic(
+    train: training.Config, stages: Sequence[Stage], steps: int, work: Work, at: Placement, cluster: Cluster
+) -> Traffic:
+    """Count what moves. Nodes are spread over the zones evenly, and know nothing of them when they meet."""
+    n, prices = at.workers, cluster.traffic_prices
+    # Gradients take a ring: each node passes on twice all but an n-th of them. A data task may be on any node.
+    ring = at.nodes * 2 * (n - 1) / n * work.network.sent_bytes if at.nodes > 1 else 0.0
+    samples = train.global_batch * work.sample_bytes * (1 - 1 / cluster.nodes)
+    nodes_bytes, store_bytes = steps * (ring + samples), sum(s.read + s.written for s in stages)
+
+    def across(zones: int) -> float:
+        return nodes_bytes * (1 - 1 / min(zones, cluster.nodes))
+
+    zones_bytes = across(cluster.zones)
+    zones_money, nat_money = across(ZONES) * prices.zones_per_gb / 1e9, store_bytes * prices.nat_per_gb / 1e9
+    money = zones_bytes * prices.zones_per_gb / 1e9 + cluster.nat * nat_money
+    return Traffic(nodes_bytes, zones_bytes, store_bytes, money, zones_money, nat_money)
 
 
 def node_read_bytes_s(machine: Machine, nodes: int, c: Constants) -> float:
@@ -341,10 +383,8 @@ def timed(
         seconds: float | None
         if stage is of.stages[-1]:
             seconds, waits_for = training_s, training_waits_for
-            known, keep = len(checkpoint_steps(cfg.train, of.steps_per_epoch)), cfg.train.keep_checkpoints
-            more = of.network.checkpoint_bytes * (saves.times - known)
-            more_kept = of.network.checkpoint_bytes * (min(saves.times, keep) - min(known, keep))
-            stage = replace(stage, written=stage.written + more, kept=stage.kept + more_kept)
+            by_the_clock = saves.times - len(checkpoint_steps(cfg.train, of.steps_per_epoch))
+            stage = replace(stage, written=stage.written + by_the_clock * of.network.checkpoint_bytes)
         elif stage.name == "clusterers" and unknown:
             seconds, waits_for = None, unknown
         else:

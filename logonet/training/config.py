@@ -60,8 +60,8 @@ class Config(Section, key="train"):
         gradient_sync: "ddp", "flat" (one all-reduce of all gradients) or "auto": ddp on CUDA, flat on CPU.
         gradient_compression: "bf16" sends gradients in half the bytes, and rounds them to 8 bits of precision; it pays
             where workers are joined by Ethernet. With gradient_sync=ddp only.
-        checkpoint_every_s: write a checkpoint after the step in which the last one becomes so many seconds old; 0 for one
-            at each epoch's end. A validation that is the best so far has one too, and so has the end. When they are
+        checkpoint_every_s: write a checkpoint after the step in which the last one becomes so many seconds old; 0: at
+            each epoch's end. A validation that is the best so far has one too, and so has the end. When they are
             written changes no result, so fingerprints leave this out.
         checkpoint_every_steps: also after each so many steps.
         keep_checkpoints: newest ones kept.
