@@ -101,7 +101,14 @@ def labelled_dataset(folder: Path) -> LabelledDataset:
 
 
 def a_job(uri: str, **settings: Any) -> training.Job:
-    values = {"epochs": 4, "global_batch": 4, "batch_size": 2, "lr": 1e-3, "warmup_epochs": 1}
+    values = {
+        "epochs": 4,
+        "global_batch": 4,
+        "batch_size": 2,
+        "lr": 1e-3,
+        "warmup_epochs": 1,
+        "checkpoint_every_s": 0,
+    }
     cfg = training.Config(**{**values, **settings})
     return training.Job(uri, "a" * 16, tiny_backbone(), {"name": "masked_clusters", "phi1": 0.2}, cfg, FACTS)
 
@@ -112,6 +119,7 @@ def dynunet() -> dict[str, Any]:
 
 def labelled_job(uri: str, init: training.Init | None = None, **settings: Any) -> training.Job:
     values = {"epochs": 4, "global_batch": 2, "lr": 3e-3, "warmup_epochs": 1, "validate_every_epochs": 1}
+    values["checkpoint_every_s"] = 0
     cfg = training.Config(**{**values, **settings})
     method = {"name": "supervised", **SUPERVISED}
     return training.Job(uri, "a" * 16, dynunet(), method, cfg, LABELLED_FACTS, init=init)
@@ -137,6 +145,11 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, loop: LocalLoop, at_step: int) ->
         with pytest.raises(Killed):
             loop.train()
     loop.writer.wait()
+
+
+def steps_saved(job: training.Job) -> list[int]:
+    """Of the checkpoints that are there."""
+    return [int(uri.rpartition("-")[2]) for uri in checkpoints.all_of(job.uri)]
 
 
 def other_weights(folder: str) -> training.Init:

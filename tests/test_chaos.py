@@ -37,6 +37,7 @@ SETTINGS = [
     "train.global_batch=6",
     "train.batch_size=2",
     "train.warmup_epochs=1",
+    "train.checkpoint_every_s=0",
 ]
 
 

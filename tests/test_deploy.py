@@ -34,6 +34,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 RAY, PYTHON = pins()["ray"], PROJECT["tool"]["mypy"]["python_version"]
 VERSION = PROJECT["project"]["version"]
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
+LAUNCHED = [ROOT / "cluster.yaml", DEPLOY / "on-premise.yaml"]
 
 
 def manifest(name: str) -> dict[str, Any]:
@@ -156,6 +157,24 @@ def test_a_worker_that_must_go_has_the_time_to_say_so(name):
 
     assert hasattr(ray_constants, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")  # this Ray knows the variable
     assert 60 <= drain_s <= group["template"]["spec"]["terminationGracePeriodSeconds"] - 30
+    (*_, words) = container(group)["lifecycle"]["postStart"]["exec"]["command"]
+    assert "logonet spot-watch" in words and words.endswith("&")  # the pod starts while it goes on
+
+
+def test_all_pods_are_in_one_zone():
+    pools = [groups(cluster_of("raycluster"))[name]["template"]["spec"] for name in ("cpu", "gpu")]
+    assert len({pool["nodeSelector"]["topology.kubernetes.io/zone"] for pool in pools}) == 1
+
+
+def test_a_job_that_is_stopped_has_the_time_for_a_checkpoint(on_premise):
+    from ray.dashboard.modules.job import job_supervisor
+
+    assert (
+        "RAY_JOB_STOP_WAIT_TIME_S" in pathlib.Path(job_supervisor.__file__).read_text()
+    )  # this Ray knows it
+    head = container(groups(cluster_of("raycluster"))["head"])
+    assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "120"} in head["env"]
+    assert "--env RAY_JOB_STOP_WAIT_TIME_S=120" in on_premise["docker"]["run_options"]
 
 
 def test_a_job_retries_and_leaves_nothing_behind():
@@ -171,7 +190,8 @@ def test_the_jobs_command_is_one_that_the_job_takes():
     parsed = tyro.cli(cli.JobArgs, args=args, config=(tyro.conf.AvoidSubcommands,))
     assert parsed.resources.gpu is True
     gpu = groups(cluster_of("rayjob"))["gpu"]
-    assert getattr(parsed.resources, "most", parsed.resources.workers) <= gpu["maxReplicas"]
+    gpus = gpu["maxReplicas"] * container(gpu)["resources"]["limits"]["nvidia.com/gpu"]
+    assert getattr(parsed.resources, "most", parsed.resources.workers) <= gpus
     assert parsed.data.startswith("s3://") and parsed.root.startswith("s3://")
 
 
@@ -241,9 +261,9 @@ def test_both_variants_are_stages():
 
 def images() -> list[str]:
     manifests = [manifest("raycluster"), manifest("rayjob")]
-    launcher = yaml.safe_load((DEPLOY / "on-premise.yaml").read_text())
+    launchers = [yaml.safe_load(file.read_text()) for file in LAUNCHED]
     return [
-        str(leaf) for tree in (*manifests, launcher) for path, leaf in walk(tree) if path.endswith("image")
+        str(leaf) for tree in (*manifests, *launchers) for path, leaf in walk(tree) if path.endswith("image")
     ]
 
 
@@ -252,16 +272,15 @@ def test_everything_names_one_ray_and_one_python():
     assert f"ARG RAY_VERSION={RAY}\n" in DOCKERFILE
     for name in ("raycluster", "rayjob"):
         assert cluster_of(name)["rayVersion"] == RAY
-    launched = re.findall(r"rayproject/ray:(\S+)-(py\d+)-", (ROOT / "cluster.yaml").read_text())
-    assert set(launched) == {(RAY, f"py{PYTHON.replace('.', '')}")}
-    assert f"Ray {RAY} and Python {PYTHON}" in (DEPLOY / "on-premise.yaml").read_text()
+    for launched in LAUNCHED:
+        assert f"Ray {RAY} and Python {PYTHON}" in launched.read_text()
     assert f"python{PYTHON}" in (ROOT / "Makefile").read_text()
     for file in (ROOT / ".github" / "workflows").glob("*.yml"):
         named = [
             str(leaf) for path, leaf in walk(yaml.safe_load(file.read_text())) if "python-version" in path
         ]
         assert named == [PYTHON] * len(named) and named
-    assert len(images()) >= 5
+    assert len(images()) >= 8
     assert all(
         re.fullmatch(rf"registry\.example\.com/logonet:{VERSION}-(cpu|cuda)", image) for image in images()
     )

@@ -7,7 +7,9 @@ import functools
 import math
 import os
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from loops import (
     labelled_dataset,
     labelled_job,
     other_weights,
+    steps_saved,
 )
 
 from logonet import networks, training
@@ -105,6 +108,23 @@ def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
 
     second = LocalLoop(crops, job)
     second.train()
+    assert_same_run(second, whole)
+
+
+def test_a_checkpoint_comes_when_the_last_one_is_old_and_changes_nothing(
+    crops: TrainingDataset, whole: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 100 s and a checkpoint every 250: after the third, in the middle of an epoch, and at the end."""
+    job = a_job(f"{tmp_path}/killed", checkpoint_every_s=250, keep_checkpoints=9)
+    assert job.train.identity() == dataclasses.replace(job.train, checkpoint_every_s=0).identity()
+    first, second = LocalLoop(crops, job), LocalLoop(crops, job)
+    clock = SimpleNamespace(monotonic=lambda: 100.0 * max(first.step, second.step), time=time.time)
+    monkeypatch.setattr("logonet.training.loop.time", clock)
+    killed_at(monkeypatch, first, at_step=5)
+    assert steps_saved(job) == [3]
+    first.step = 0
+    second.train()
+    assert steps_saved(job) == [3, 6, 8]
     assert_same_run(second, whole)
 
 

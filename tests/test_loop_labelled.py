@@ -21,6 +21,7 @@ from loops import (
     labelled_dataset,
     labelled_job,
     other_weights,
+    steps_saved,
 )
 
 from logonet import methods, training
@@ -266,6 +267,30 @@ def test_a_run_killed_after_a_new_best_can_go_back_to_the_old_one(
     assert training.best_step(history) == 4
     assert "best.safetensors" in checkpoints.save_final(
         str(tmp_path), second.method, second.network, history, 4
+    )
+
+
+def test_a_best_has_a_checkpoint_at_once_however_young_the_last_one_is(
+    labelled: LabelledDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the bests before the next checkpoint would push out the one that the last checkpoint names."""
+    scripted(monkeypatch, [0.1, 0.6, 0.5, 0.4, 0.7, 0.8, 0.7, 0.6])
+    settings: dict[str, Any] = {"epochs": 8, "checkpoint_every_s": 1e6, "keep_checkpoints": 1}
+    whole = LocalLoop(labelled, labelled_job(f"{tmp_path}/whole", **settings))
+    expected = whole.train()
+    assert (steps_saved(whole.job), training.best_step(expected)) == ([16], 12)
+    job = labelled_job(f"{tmp_path}/killed", **settings)
+    for at_step, saved in ((9, 4), (11, 10), (15, 12)):
+        killed_at(monkeypatch, LocalLoop(labelled, job), at_step)
+        assert steps_saved(job) == [saved]
+    again = LocalLoop(labelled, job)
+    assert timeless(again.train()) == timeless(expected)
+    best = checkpoints.save_final(job.uri, again.method, again.network, again.history, 12)["best.safetensors"]
+    assert (
+        best
+        == checkpoints.save_final(whole.job.uri, whole.method, whole.network, expected, 12)[
+            "best.safetensors"
+        ]
     )
 
 

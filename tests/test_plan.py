@@ -233,9 +233,37 @@ def test_checkpoints_that_take_longer_than_their_interval_delay_training(
     demo: pipelines.Pretraining, counted: None
 ) -> None:
     slow = replace(CONSTANTS, store_write_bytes_s=1e4)
-    found = plan(demo, workers=2, constants=slow)
+    each = replace(demo, train=replace(demo.train, checkpoint_every_s=0))
+    found = plan(each, workers=2, constants=slow)
     assert seconds(found, "pretrain") == pytest.approx(10 + 20 * found.bytes["checkpoint"] / 1e4)
     assert found.stages[-1].waits_for == "checkpoints"
+    assert found.step and found.checkpoints
+    assert found.checkpoints.waited_s == pytest.approx(
+        seconds(found, "pretrain") - 10 - 240 * found.step.total_s
+    )
+    # A checkpoint by the clock, and one at the end.
+    clock = replace(demo, train=replace(demo.train, checkpoint_every_s=100 * found.step.total_s))
+    seldom = plan(clock, workers=2, constants=slow)
+    assert seldom.checkpoints and seldom.checkpoints.times == 3
+    assert found.stages[-1].written - seldom.stages[-1].written == 17 * found.bytes["checkpoint"]
+    assert f"checkpoints 3, one every {table.duration(seldom.checkpoints.interval_s)}" in table.text(seldom)
+
+
+@pytest.mark.parametrize(
+    ("settings", "overdue", "steps"),
+    [
+        ({"checkpoint_every_s": 0}, math.inf, [3, 6, 9, 12]),
+        ({}, math.inf, [12]),
+        ({}, 4.2, [5, 10, 12]),
+        ({"checkpoint_every_steps": 5}, 2.0, [2, 4, 5, 7, 9, 10, 12]),
+        ({"validate_every_epochs": 2}, 5.0, [5, 6, 11, 12]),
+    ],
+)
+def test_checkpoints_come_as_the_loop_writes_them(
+    settings: dict[str, Any], overdue: float, steps: list[int]
+) -> None:
+    train = training.Config(epochs=4, warmup_epochs=0, **settings)
+    assert sizes.checkpoint_steps(train, 3, overdue) == steps
 
 
 def test_more_cores_never_cost_time(demo: pipelines.Pretraining, counted: None) -> None:
@@ -267,6 +295,41 @@ def test_hours_and_money_add_up(demo: pipelines.Pretraining, counted: None) -> N
     assert found.money == pytest.approx(found.hours * 6.0)
 
 
+def test_traffic_by_hand() -> None:
+    """A ring of eight workers on four nodes, and samples of which one in five is made where it is used."""
+    prices = hardware.TrafficPrices(zones_per_gb=0.02, nat_per_gb=0.045)
+    cluster = Cluster((Pool("node", NODE, 4), Pool("cpu", NODE)), traffic_prices=prices)
+    stage = sizes.Stage("pretrain", read=3e12, written=1e12)
+    four, one = at(8, 2), at(8, 8)
+
+    def moved(place: Placement, **changes: Any) -> speed.Traffic:
+        return speed.traffic(TRAIN, [stage], 1000, WORK, place, replace(cluster, **changes))
+
+    found = moved(four)
+    ring, samples = 4 * 2 * 7 / 8 * 80e6, 8 * 2e6 * 4 / 5
+    assert found.nodes_bytes == pytest.approx(1000 * (ring + samples))
+    assert (found.zones_bytes, found.store_bytes, found.money) == (0, 4e12, 0)
+    assert found.zones_money == pytest.approx(found.nodes_bytes * 2 / 3 * 0.02 / 1e9)
+    assert found.nat_money == pytest.approx(4000 * 0.045)
+    assert moved(four, zones=3, nat=True).money == pytest.approx(found.zones_money + found.nat_money)
+    assert moved(one).nodes_bytes == pytest.approx(1000 * samples)
+    half = replace(WORK.network, train=training.Config(gradient_sync="ddp", gradient_compression="bf16"))
+    sent = speed.traffic(TRAIN, [stage], 1000, replace(WORK, network=half), four, cluster)
+    assert sent.nodes_bytes == pytest.approx(1000 * (ring / 2 + samples))
+
+
+def test_traffic_is_paid_for(demo: pipelines.Pretraining, counted: None) -> None:
+    prices = hardware.TrafficPrices(zones_per_gb=100.0, nat_per_gb=1000.0)
+    pools = (Pool("node", replace(NODE, price_per_h=3.0), nodes=2),)
+    for zones, nat in ((1, False), (2, True)):
+        cluster = Cluster(pools, zones=zones, nat=nat, traffic_prices=prices)
+        found = planner.make(demo, SCANS, cluster, Resources(workers=2), CONSTANTS)
+        assert found.traffic and found.hours
+        assert (found.traffic.money > 0) == nat
+        assert found.money == pytest.approx(found.hours * 6.0 + found.traffic.money)
+        assert f"costs {found.traffic.money:,.2f} USD" in table.text(found)
+
+
 def test_lost_spot_nodes_cost_a_start_and_half_an_interval(
     demo: pipelines.Pretraining, counted: None
 ) -> None:
@@ -275,7 +338,7 @@ def test_lost_spot_nodes_cost_a_start_and_half_an_interval(
     assert calm.step is not None
     training_s = seconds(calm, "pretrain") - 10
     losses = training_s * 12 / 3600
-    lost_s = losses * (10 + 12 * calm.step.total_s / 2)
+    lost_s = losses * (10 + 240 * calm.step.total_s / 2)  # one checkpoint, at the end
     assert seconds(rough, "pretrain") - seconds(calm, "pretrain") == pytest.approx(lost_s)
 
 
@@ -386,6 +449,7 @@ def test_the_price_table_gives_currency_date_and_that_it_is_an_example() -> None
     assert found.currency == "USD"
     assert found.dated
     assert "example" in found.note
+    assert found.traffic.zones_per_gb > 0 and found.traffic.nat_per_gb > 0
     for name, m in found.machines.items():
         assert 0 < (m.spot_price_per_h or 0) < m.price_per_h, name
         assert bool(m.gpus) == bool(m.gpu_tflop_s and m.gpu_memory_gib and m.gpu), name
@@ -397,6 +461,10 @@ def test_the_price_table_gives_currency_date_and_that_it_is_an_example() -> None
         ("currency: EUR\ndated: '2026'", "machines"),
         ("dated: '2026'\nmachines: {a: {cpus: 1, memory_gib: 1}}", "currency"),
         ("currency: EUR\ndated: '2026'\nmachines: {a: {cpus: 1}}", "memory_gib"),
+        (
+            "currency: EUR\ndated: '2026'\ntraffic: {nat: 1}\nmachines: {a: {cpus: 1, memory_gib: 1}}",
+            "nat_per_gb",
+        ),
     ],
 )
 def test_an_incomplete_price_table_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -410,7 +478,7 @@ def test_a_cluster_file_overrides_the_price_table(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text(
         "pools:\n- {machine: g5.2xlarge, nodes: 16, spot: true, shm_gib: 11}\n- {cpus: 32, memory_gib: 128}\n"
-        "head: {machine: m6i.xlarge}\npreemptions_per_node_h: 0.05\n"
+        "head: {machine: m6i.xlarge}\npreemptions_per_node_h: 0.05\nzones: 3\n"
     )
     found = hardware.read_cluster(str(file), hardware.prices())
     assert (found.gpus, found.cpus, found.nodes) == (16, 160, 17)
@@ -418,6 +486,9 @@ def test_a_cluster_file_overrides_the_price_table(tmp_path: Path) -> None:
     assert found.pools[0].machine.shm_bytes == 11 * 2**30
     assert found.money(1.0, 1.0) == pytest.approx(16 * 0.404 + 0.192)
     assert found.preemptions_per_node_h == 0.05
+    asked = request.Question(cluster=str(file), nat=True)
+    assert replace(found, nat=True, traffic_prices=hardware.prices().traffic) == request.find_cluster(asked)
+    assert (found.zones, request.find_cluster(replace(asked, zones=1)).zones) == (3, 1)
 
 
 @pytest.mark.parametrize(
@@ -591,7 +662,7 @@ def test_the_json_and_the_tables_are_complete(demo: pipelines.Pretraining, count
     values = json.loads(json.dumps(found.to_dict()))
     keys = (
         "fits refusals notes config cluster constants scans bytes stages worker_bytes labeller_bytes "
-        "data_task_bytes micro_batch cache_gb steps step scaling validation hours money currency"
+        "data_task_bytes micro_batch cache_gb steps step scaling checkpoints traffic validation hours money currency"
     )
     assert set(values) == set(keys.split())
     stages = ["import", "crops", "prepared", "clusterers", "labels", "pretrain"]

@@ -195,7 +195,9 @@ def test_the_stages_move_what_is_counted_by_hand() -> None:
         data=classes.Config(fresh_crops=False),
         crops=cropping.Config(size_vox=(32, 32, 32), per_scan=2),
         clusterers=kmeans.Config(n=3, k_min=4, k_max=4, max_slices=64),
-        train=training.Config(epochs=2, global_batch=2, warmup_epochs=0, keep_checkpoints=1),
+        train=training.Config(
+            epochs=2, global_batch=2, warmup_epochs=0, keep_checkpoints=1, checkpoint_every_s=0
+        ),
     )
     rows = [sizes.Scan("a", shape, None, 1000.0) for shape in ((40, 40, 40), (32, 32, 99), (8, 8, 8))]
     net = sizes.Network({"backbone.w": ("F32", (10,))}, {"backbone.w": (10,)}, 40)

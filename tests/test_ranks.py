@@ -32,7 +32,7 @@ from logonet.methods import DataSpec
 from logonet.training import linear_probe
 from logonet.training.communicator import Communicator, ProcessGroup
 from logonet.training.dataset import LabelledDataset, TrainingDataset
-from logonet.training.loop import GO_ON, LEAVE, Loop
+from logonet.training.loop import CHECKPOINT, GO_ON, LEAVE, Loop
 from logonet.training.schedule import shard_micro_batches
 
 ALLOCATION = ResourceAllocation(
@@ -70,7 +70,7 @@ def test_three_ranks_average_the_gradients_of_four_batches(
     import ray
 
     @ray.remote(num_cpus=1)
-    def take(rank: int, world: int) -> tuple[list[np.ndarray], int, float]:
+    def take(rank: int, world: int) -> tuple[list[np.ndarray], tuple[int, int], float]:
         from datetime import timedelta
         from types import SimpleNamespace
 
@@ -111,9 +111,10 @@ def test_three_ranks_average_the_gradients_of_four_batches(
                 )
             me: Any = SimpleNamespace(communicator=group)
             heard: Any = SimpleNamespace(due=lambda *_: (LEAVE if rank == 1 else GO_ON, False))
-            due = Loop._due(me, heard, 0.0, 0.0)
+            due = Loop._due(me, heard, 0.0, 0.0, overdue=False)
+            late = Loop._due(me, None, 0.0, 0.0, overdue=rank == 0)
             largest = max(float(p.grad.abs().max()) for p in net.parameters())
-            return [p.detach().numpy() for p in net.parameters()], due, largest
+            return [p.detach().numpy() for p in net.parameters()], (due, late), largest
         finally:
             # DDP holds the group: if it went last, the group's threads would be joined while the interpreter is locked.
             module = sync = None
@@ -126,7 +127,7 @@ def test_three_ranks_average_the_gradients_of_four_batches(
     atol = 2 * 0.1 * 3 * 2**-9 * largest if compression == "bf16" else 1e-7
     differences = []
     for weights, due, _ in ranks:
-        assert due == LEAVE
+        assert due == (LEAVE, CHECKPOINT)
         for a, b in zip(weights, alone):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol)
             differences.append(np.abs(a - b).max())

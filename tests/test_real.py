@@ -91,7 +91,7 @@ def test_sixteen_workers_pretrain_on_real_scans(
     command = [f"{BIN}/ray", "job", "submit", "--working-dir", ".", "--"]
     command += ["python", "jobs/pretrain.py", "--recipe", recipe, "--data", f"{bucket}/scans/"]
     command += ["--root", f"{bucket}/runs", "--workers", "16"]
-    command += [word for setting in settings for word in ("--set", setting)]
+    command += [word for setting in [*settings, "train.checkpoint_every_s=0"] for word in ("--set", setting)]
 
     def run() -> artifacts.Artifact:
         started = time.monotonic()

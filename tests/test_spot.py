@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from helpers import timeless
+from test_spot_notice import AWS, aws_page, metadata
 
 from logonet.data import phantom
 from tools.demo_sweep import kill
@@ -36,6 +37,7 @@ SETTINGS = [
     "train.batch_size=2",
     "train.lr=1e-4",  # AdamW begins with signs of gradients: at 1e-3 rounding makes 1 % by epoch 3
     "train.warmup_epochs=1",
+    "train.checkpoint_every_s=0",
     "train.keep_checkpoints=1000",
 ]
 NODE_CPUS = 4  # two workers, and one CPU for what feeds them
@@ -225,11 +227,14 @@ def scenario(run: Run, cluster: Any, on_four: int) -> None:
     # The change was planned, so it lost nothing: the four began where the two left off.
     assert f"resumed after step {planned:,} of" in run.said().rpartition("2 workers")[2]
 
-    ray = str(Path(sys.executable).parent / "ray")
-    command = [ray, "drain-node", "--address", cluster.address, "--node-id", going.node_id]
-    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-    subprocess.run([*command, "--deadline-remaining-seconds", str(NOTICE_S)], check=True, timeout=60)
-    time.sleep(NOTICE_S)
+    # As on AWS: a page of the machine's metadata service, and the watch that the deploy files start.
+    noticed = time.time() + NOTICE_S
+    with metadata({AWS: aws_page(noticed)}, "aws") as base:
+        logonet = str(Path(sys.executable).parent / "logonet")
+        command = [logonet, "spot-watch", "--metadata", base, "--node-id", going.node_id]
+        env = {**os.environ, "RAY_ADDRESS": cluster.address}
+        subprocess.run(command, check=True, timeout=NOTICE_S, env=env)
+    time.sleep(max(0.0, noticed - time.time()))
     assert "workers were asked to go" in run.said(), run.said()[-4000:]
     left = max(step for step, world in run.worlds().items() if world == 4)
     cluster.remove_node(going, allow_graceful=False)

@@ -88,7 +88,7 @@ def test_trials_fail_stop_and_go_on_each_by_itself(bucket: str, ray_local: None)
         bucket,
         scans,
         space,
-        base=larger(epochs=4),
+        base=larger(epochs=4, checkpoint_every_s=0),
         config=Config(objective="accuracy", grace_epochs=3, reduction=2),
     )
     winner = searching.run(tried, ONE, Budget(trials=3), at_once=1)

@@ -23,6 +23,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": machines.plan,
     "doctor": machines.doctor,
     "chaos": machines.chaos,
+    "spot-watch": machines.spot_watch,
     "cache clear": machines.cache_clear,
     "s3 serve": machines.s3_serve,
 }

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ import tyro
 
 from logonet.cli.jobs import ConfigArgs, absolute, job_config
 from logonet.core.errors import UserError
-from logonet.distributed import cluster
+from logonet.distributed import cluster, spot_notice
 from logonet.distributed.cluster import Resources
 from logonet.planning.question import Question
 from logonet.storage import node_cache
@@ -36,6 +37,25 @@ def doctor(root: str = "/tmp/logonet-doctor", nodes: bool = True) -> None:
     checks.print_table(rows)
     if any(row.status == "fail" for row in rows):
         sys.exit(1)
+
+
+def spot_watch(metadata: str = spot_notice.METADATA, node_id: str = "") -> None:
+    """Pass a spot machine's notice (AWS, GCP) on to the Ray cluster that it is in, which then saves and leaves.
+
+    Args:
+        metadata: the cloud's metadata service.
+        node_id: of the Ray node that goes; empty for all on this machine.
+    """
+    from logonet.distributed import ray_compat
+
+    def drain(until_s: float) -> None:
+        left_s = until_s - time.time()
+        print(
+            f"this machine goes in {left_s:.0f} s; told of {', '.join(ray_compat.drain(until_s, node_id))}",
+            flush=True,
+        )
+
+    spot_notice.watch(spot_notice.cloud(metadata), drain)
 
 
 @dataclass(frozen=True)

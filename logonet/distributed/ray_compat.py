@@ -142,6 +142,43 @@ def _names(requests: Any, group: Any) -> bool:
     return any(group.id.hex() in request.details for request in requests)
 
 
+def drain(until_s: float, node_id: str = "") -> list[str]:
+    """Tell the cluster that this machine is taken away at ``until_s`` (Unix time); returns the ids of nodes told of.
+
+    This is what ``ray drain-node`` does; that would start a driver to learn which node it is on.
+
+    Args:
+        node_id: instead of every node on this machine.
+
+    Raises:
+        ConnectionError: there is no cluster, none of its nodes is here, or it does not take the word.
+    """
+    import ray
+    from ray._private import services
+    from ray.core.generated import autoscaler_pb2, gcs_pb2
+
+    words: Any = vars(autoscaler_pb2)["DrainNodeReason"]  # generated without types
+    alive = vars(gcs_pb2)["GcsNodeInfo"].ALIVE
+    address = services.canonicalize_bootstrap_address_or_die(None)  # type: ignore[arg-type]
+    here = services.get_node_ip_address(address)
+    try:
+        head: Any = vars(ray._raylet)["GcsClient"](address=address)
+        nodes = head.get_all_node_info(timeout=10).items()
+        mine = [n.hex() for n, info in nodes if info.state == alive and info.node_manager_address == here]
+        if not (told := [node_id] if node_id else mine):
+            raise ConnectionError(f"the Ray cluster at {address} has no node on {here}")
+        for node in told:
+            reason = words.Value("DRAIN_NODE_REASON_PREEMPTION")
+            taken, why = head.drain_node(
+                node, reason, "the cloud takes the machine away", int(1000 * until_s)
+            )
+            if not taken:
+                raise ConnectionError(f"node {node} is not drained: {why}")
+    except ray.exceptions.RayError as err:
+        raise ConnectionError(f"the Ray cluster at {address} does not answer: {err}") from None
+    return told
+
+
 # ---------------------------------------------------------------------------------------------- one machine
 
 

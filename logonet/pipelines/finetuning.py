@@ -207,7 +207,8 @@ def finetune(
     own = {
         "backbone": cfg.backbone,
         "method": cfg.method,
-        **{key: config.to_dict(getattr(cfg, key)) for key in ("train", "crops")},
+        "train": cfg.train.identity(),
+        "crops": config.to_dict(cfg.crops),
         "validation": cfg.validation.identity(),
         "init": {k: v for k, v in config.to_dict(cfg.init).items() if k != "weights"},
     }

@@ -204,7 +204,7 @@ def pretrain(
     executor.check(cfg.train, cfg.method)
     up = upstream(cfg, source, root, executor, labelled)
     lineage = up.lineage
-    own = {"backbone": cfg.backbone, "method": cfg.method, "train": config.to_dict(cfg.train)}
+    own = {"backbone": cfg.backbone, "method": cfg.method, "train": cfg.train.identity()}
     if up.probe is not None:
         own["probe"] = {**config.to_dict(up.probe.cfg), "cases": lineage["probe_cases"]}
     parents = {up.parent.stage: up.parent.fingerprint}

@@ -75,6 +75,14 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class TrafficPrices:
+    """What it costs to move 10^9 bytes: between two zones, in both directions together, and through a NAT gateway."""
+
+    zones_per_gb: NonNegative = 0.0
+    nat_per_gb: NonNegative = 0.0
+
+
+@dataclass(frozen=True)
 class Pool:
     """``nodes`` machines of one kind."""
 
@@ -99,12 +107,17 @@ class Cluster:
     Attributes:
         head: runs the driver and no tasks or workers; None when the first pool's first node runs the driver.
         preemptions_per_node_h: how often a spot node is taken away.
+        zones: availability zones that the nodes are spread over.
+        nat: whether nodes reach the store through a NAT gateway.
     """
 
     pools: Annotated[tuple[Pool, ...], Len(1)]
     head: Pool | None = None
     currency: str = "USD"
     preemptions_per_node_h: NonNegative = 0.0
+    zones: Count = 1
+    nat: bool = False
+    traffic_prices: TrafficPrices = field(default_factory=TrafficPrices)
     known_from: str = ""
 
     @property
@@ -127,12 +140,13 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Prices:
-    """A price table: machines by name."""
+    """A price table: machines by name, and traffic."""
 
     currency: str
     dated: str
     note: str = ""
     machines: Mapping[str, Machine] = field(default_factory=dict)
+    traffic: TrafficPrices = field(default_factory=TrafficPrices)
 
 
 def prices(uri: str = "") -> Prices:
@@ -146,13 +160,14 @@ def prices(uri: str = "") -> Prices:
     machines = values.pop("machines", None)
     if not isinstance(machines, dict) or not machines:
         raise UserError(f"{source} has no mapping 'machines' of names to what a node has and costs")
+    traffic = config.from_dict(TrafficPrices, values.pop("traffic", {}), f"{source}: traffic")
     table = config.from_dict(Prices, {key: str(value) for key, value in values.items()}, source)
     read = {str(n): config.from_dict(Machine, m or {}, f"{source}: {n}") for n, m in machines.items()}
-    return replace(table, machines=read)
+    return replace(table, machines=read, traffic=traffic)
 
 
 def read_cluster(uri: str, table: Prices) -> Cluster:
-    """A cluster's YAML file: ``pools``, ``head`` and ``preemptions_per_node_h`` (see docs/planning.md)."""
+    """A cluster's YAML file: ``pools``, ``head``, and keys of `Cluster` (see docs/planning.md)."""
     values = config.read_yaml(object_store.read(uri).decode(), uri)
     entries = values.get("pools", [])
     if not isinstance(entries, list):

@@ -20,7 +20,7 @@ from logonet.planning import labelled, memory, sizes, speed
 from logonet.planning.hardware import GIB, Cluster
 from logonet.planning.memory import MicroBatch, Work, WorkerMemory
 from logonet.planning.sizes import Planned, Scans, Sizes, Stage
-from logonet.planning.speed import Constants, Placement, Step, Validation
+from logonet.planning.speed import Checkpoints, Constants, Placement, Step, Traffic, Validation
 from logonet.storage import node_cache, object_store
 
 WORKERS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
@@ -47,8 +47,9 @@ class Plan:
         cache_gb: LOGONET_CACHE_GB to set on every node; 0 where there is no bucket and so no copy on nodes.
         step: None where the workers cannot be placed.
         scaling: steps of more and more workers with the same work for each.
+        checkpoints, traffic: None where ``step`` is.
         validation: None where there is none.
-        hours, money: None where a stage's time is not known.
+        hours, money: of machines and traffic; None where a stage's time is not known.
         refusals: a sentence for each thing that will not fit.
         notes: what the plan rests on.
     """
@@ -67,6 +68,8 @@ class Plan:
     cache_gb: int = 0
     step: Step | None = None
     scaling: tuple[Step, ...] = ()
+    checkpoints: Checkpoints | None = None
+    traffic: Traffic | None = None
     validation: Validation | None = None
     hours: float | None = None
     money: float | None = None
@@ -175,7 +178,7 @@ def _make(
         refusals.append(f"{small}; use a smaller crops.size_vox or lower crops.min_image_share")
     elif at:
         try:
-            plan = _timed(plan, of, own, at)
+            plan = _timed(plan, of, own, at, in_bucket)
         except UserError as err:
             refusals.append(str(err))
     local = not in_bucket and cluster.nodes == 1
@@ -185,19 +188,23 @@ def _make(
     return replace(plan, refusals=tuple(refusals))
 
 
-def _timed(plan: Plan, of: Sizes, own: Work, at: Placement) -> Plan:
-    """The plan with its step, hours and money."""
+def _timed(plan: Plan, of: Sizes, own: Work, at: Placement, in_bucket: bool) -> Plan:
+    """The plan with its step, hours, traffic and money."""
     train, cluster, c = plan.config.train, plan.cluster, plan.constants
     step = speed.step(train, own, at, c)
     scaling = speed.scaling(train, own, at, c, WORKERS)
     validation = speed.validation(plan.config, of, own, at, c)
-    stages = speed.timed(plan.config, of, cluster, step, validation, c)
-    plan = replace(plan, step=step, scaling=scaling, validation=validation, stages=stages)
+    saves = speed.checkpoints(train, of, step, c)
+    stages = speed.timed(plan.config, of, cluster, step, saves, validation, c)
+    traffic = speed.traffic(train, stages if in_bucket else (), of.steps, own, at, cluster)
+    plan = replace(plan, step=step, scaling=scaling, checkpoints=saves, traffic=traffic)
+    plan = replace(plan, validation=validation, stages=stages)
     seconds = [s.seconds for s in stages if s.seconds is not None]
     if len(seconds) < len(stages):
         return plan
     hours = sum(seconds) / 3600
-    return replace(plan, hours=hours, money=cluster.money(hours, training_hours=seconds[-1] / 3600))
+    machines = cluster.money(hours, training_hours=seconds[-1] / 3600)
+    return replace(plan, hours=hours, money=machines + traffic.money)
 
 
 def worker_memory(cfg: Planned, own: Work, workers: int, gpu: bool, c: Constants) -> WorkerMemory:

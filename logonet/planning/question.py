@@ -58,6 +58,8 @@ class Question:
         node: what a node has, by hand.
         nodes: how many.
         spot: at the spot price.
+        zones: availability zones that the nodes are spread over; 0 for what --cluster says, else 1.
+        nat: nodes reach the store through a NAT gateway.
         prices: YAML of machines and prices; empty for the package's examples.
         constants: measured numbers, as --probe stores them; where it goes with --probe.
         probe: measure them first, on the cluster at RAY_ADDRESS or on this machine, in about so many seconds.
@@ -77,6 +79,8 @@ class Question:
     node: tyro.conf.OmitArgPrefixes[NodeArgs] = field(default_factory=NodeArgs)
     nodes: int = 1
     spot: tyro.conf.FlagCreatePairsOff[bool] = False
+    zones: int = 0
+    nat: tyro.conf.FlagCreatePairsOff[bool] = False
     prices: str = ""
     constants: str = ""
     probe: float = 0.0

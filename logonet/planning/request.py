@@ -172,6 +172,12 @@ def _some(found: list[manifest.Source]) -> list[manifest.Source]:
 def find_cluster(asked: Question) -> Cluster:
     """The cluster in a file, nodes of one kind by flags, the Ray cluster at RAY_ADDRESS, or this machine."""
     table = hardware.prices(asked.prices)
+    found = _find_cluster(asked, table)
+    zones, nat = asked.zones or found.zones, asked.nat or found.nat
+    return replace(found, zones=zones, nat=nat, traffic_prices=table.traffic)
+
+
+def _find_cluster(asked: Question, table: hardware.Prices) -> Cluster:
     if asked.cluster:
         return hardware.read_cluster(asked.cluster, table)
     node = {name: value for name, value in vars(asked.node).items() if value is not None}

@@ -6,6 +6,7 @@ Shapes: P crops, C channels, N clusterers, V codes of all clusterers, T = C*X*Y,
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections import Counter
@@ -219,8 +220,13 @@ class Network:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of one worker, always float32; what an all-reduce moves."""
+        """Of one worker, always float32."""
         return 4 * sum(map(math.prod, self.trainable.values()))
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of a worker's gradients as they are sent."""
+        return self.gradient_bytes // (2 if self.train.gradient_compression == "bf16" else 1)
 
     @property
     def model_file(self) -> int:
@@ -469,10 +475,7 @@ def training_counts(train: training.Config, num_samples: int, net: Network) -> T
     """What any training on ``num_samples`` samples does and keeps."""
     per_epoch = train.steps_per_epoch or -(-num_samples // train.global_batch)
     steps = per_epoch * train.epochs
-    # A checkpoint at the end of every epoch, and at every so many steps in between.
-    ends, every = {per_epoch * (e + 1) for e in range(train.epochs)}, train.checkpoint_every_steps
-    saves = len(ends | set(range(every, steps + 1, every) if every else ()))
-    checkpoint = net.checkpoint_bytes
+    saves, checkpoint = len(checkpoint_steps(train, per_epoch)), net.checkpoint_bytes
     files = {
         "checkpoint": checkpoint,
         "checkpoint_model": net.checkpoint_model_file,
@@ -481,8 +484,31 @@ def training_counts(train: training.Config, num_samples: int, net: Network) -> T
         "final_method": net.model_file,
         "gradients": net.gradient_bytes,
     }
-    kept = min(saves, train.keep_checkpoints) * checkpoint
+    most = steps if train.checkpoint_every_s else saves  # a clock may add some
+    kept = min(most, train.keep_checkpoints) * checkpoint
     return TrainingCounts(per_epoch, steps, saves * checkpoint, kept, files)
+
+
+def checkpoint_steps(train: training.Config, per_epoch: int, overdue_steps: float = math.inf) -> list[int]:
+    """The steps after which the loop writes a checkpoint, if each validation is better than those before.
+
+    Args:
+        per_epoch: steps of an epoch.
+        overdue_steps: steps in which a checkpoint becomes ``train.checkpoint_every_s`` old.
+    """
+    steps, every, validate = (
+        per_epoch * train.epochs,
+        train.checkpoint_every_steps,
+        train.validate_every_epochs,
+    )
+    found = {steps} | set(range(every, steps, every) if every else ())
+    epochs = 1 if not train.checkpoint_every_s else validate
+    found |= set(range(epochs * per_epoch, steps, epochs * per_epoch) if epochs else ())
+    if train.checkpoint_every_s and overdue_steps < steps:
+        each = math.ceil(overdue_steps)
+        for before, after in itertools.pairwise([0, *sorted(found)]):
+            found |= set(range(before + each, after, each))
+    return sorted(found)
 
 
 def _shards_bytes(scans: Sequence[Scan], per_scan: int, shape: Sequence[int]) -> int:

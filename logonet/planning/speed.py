@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 
@@ -20,7 +20,7 @@ from logonet.distributed.cluster import Resources, divide
 from logonet.pipelines import Finetuning
 from logonet.planning.hardware import Cluster, Machine
 from logonet.planning.memory import Work
-from logonet.planning.sizes import Planned, Sizes, Stage
+from logonet.planning.sizes import Planned, Sizes, Stage, checkpoint_steps
 from logonet.storage import object_store
 
 # Assumed of GPUs where the constants are a CPU's: a share of the data sheet's peak, and a ring over PCIe.
@@ -209,7 +209,7 @@ def step(train: training.Config, work: Work, at: Placement, c: Constants) -> Ste
     n = at.workers
     rate = min(rate, at.machine.network_bytes_s) if at.nodes > 1 else rate
     turns = 1.0 if at.gpu else max(1.0, n / at.cpus)
-    hop_s = at.machine.latency_s + work.network.gradient_bytes / (n * rate)
+    hop_s = at.machine.latency_s + work.network.sent_bytes / (n * rate)
     allreduce_s = turns * 2 * (n - 1) * hop_s
     # A flat all-reduce follows the computation; DDP's goes on during the backward pass, two thirds of it.
     hidden_s = 0.0 if flat_sync(train, at.gpu) else 2 / 3 * compute_s
@@ -249,6 +249,73 @@ def validation(cfg: Planned, of: Sizes, work: Work, at: Placement, c: Constants)
     return Validation(of.validations, len(of.windows), sum(of.windows), compute_s + read_s)
 
 
+@dataclass(frozen=True)
+class Checkpoints:
+    """Checkpoints are written while training goes on; the next one waits until the one before is written.
+
+    Attributes:
+        times: in a run.
+        interval_s: from one to the next, on average.
+        writing_s: of one.
+        waited_s: how long training waits for them, altogether.
+    """
+
+    times: int
+    interval_s: float
+    writing_s: float
+    waited_s: float
+
+
+def checkpoints(train: training.Config, of: Sizes, one: Step, c: Constants) -> Checkpoints:
+    """Time the checkpoints of a run whose steps take ``one``."""
+    times = len(checkpoint_steps(train, of.steps_per_epoch, train.checkpoint_every_s / one.total_s))
+    training_s, writing_s = of.steps * one.total_s, of.network.checkpoint_bytes / c.store_write_bytes_s
+    waited_s = max(0.0, times * writing_s - training_s)
+    return Checkpoints(times, (training_s + waited_s) / times, writing_s, waited_s)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of a run on the network, and what is paid for them.
+
+    Attributes:
+        nodes_bytes: between nodes: gradients of all steps, and samples on their way from data tasks to workers.
+        zones_bytes: of these, between zones.
+        store_bytes: from and to the store, over all stages.
+        money: of what goes between zones or through a NAT gateway.
+        zones_money, nat_money: what three zones, and a NAT gateway, would cost.
+    """
+
+    nodes_bytes: float
+    zones_bytes: float
+    store_bytes: float
+    money: float
+    zones_money: float
+    nat_money: float
+
+
+ZONES = 3  # of a region, at least
+
+
+def traffic(
+    train: training.Config, stages: Sequence[Stage], steps: int, work: Work, at: Placement, cluster: Cluster
+) -> Traffic:
+    """Count what moves. Nodes are spread over the zones evenly, and know nothing of them when they meet."""
+    n, prices = at.workers, cluster.traffic_prices
+    # Gradients take a ring: each node passes on twice all but an n-th of them. A data task may be on any node.
+    ring = at.nodes * 2 * (n - 1) / n * work.network.sent_bytes if at.nodes > 1 else 0.0
+    samples = train.global_batch * work.sample_bytes * (1 - 1 / cluster.nodes)
+    nodes_bytes, store_bytes = steps * (ring + samples), sum(s.read + s.written for s in stages)
+
+    def across(zones: int) -> float:
+        return nodes_bytes * (1 - 1 / min(zones, cluster.nodes))
+
+    zones_bytes = across(cluster.zones)
+    zones_money, nat_money = across(ZONES) * prices.zones_per_gb / 1e9, store_bytes * prices.nat_per_gb / 1e9
+    money = zones_bytes * prices.zones_per_gb / 1e9 + cluster.nat * nat_money
+    return Traffic(nodes_bytes, zones_bytes, store_bytes, money, zones_money, nat_money)
+
+
 def node_read_bytes_s(machine: Machine, nodes: int, c: Constants) -> float:
     """What one of ``nodes`` nodes reads from the store; a single one may have the store on its own disk."""
     return c.store_node_bytes_s if nodes == 1 else min(c.store_node_bytes_s, machine.network_bytes_s)
@@ -271,7 +338,13 @@ def scaling(
 
 
 def timed(
-    cfg: Planned, of: Sizes, cluster: Cluster, one: Step, validation: Validation | None, c: Constants
+    cfg: Planned,
+    of: Sizes,
+    cluster: Cluster,
+    one: Step,
+    saves: Checkpoints,
+    validation: Validation | None,
+    c: Constants,
 ) -> tuple[Stage, ...]:
     """All stages with their seconds."""
     cores = max(1.0, cluster.cpus)
@@ -295,12 +368,8 @@ def timed(
         updates = [k * (fits.iterations + 2 + math.log(k)) for k in of.cluster_sizes]
         fits_s = [distances * n / c.kmeans_flop_s for n in updates]
         cpu_s["clusterers"] = max(sum(fits_s) / cores, *fits_s, 0.0)
-    # A checkpoint is written while training goes on; the next one waits until it is written.
-    steps = cfg.train.checkpoint_every_steps or of.steps_per_epoch
-    writing_s = of.network.checkpoint_bytes / c.store_write_bytes_s
-    needs = {one.waits_for: steps * one.total_s, "checkpoints": writing_s}
-    interval_s, training_waits_for = slowest(needs)
-    training_s = of.steps / steps * interval_s
+    training_s = saves.times * saves.interval_s
+    training_waits_for = "checkpoints" if saves.waited_s else one.waits_for
     if validation is not None:  # while it goes on no step is made
         validating_s = validation.times * validation.seconds
         _, training_waits_for = slowest({training_waits_for: training_s, "validation": validating_s})
@@ -308,12 +377,14 @@ def timed(
     # A lost spot node costs a start and, on average, half of what lies between two checkpoints.
     spot_nodes = sum(p.nodes for p in cluster.pools if p.spot)
     losses = spot_nodes * cluster.preemptions_per_node_h * training_s / 3600
-    training_s = c.start_s + training_s + losses * (c.start_s + interval_s / 2)
+    training_s = c.start_s + training_s + losses * (c.start_s + saves.interval_s / 2)
     out = []
     for stage in of.stages:
         seconds: float | None
         if stage is of.stages[-1]:
             seconds, waits_for = training_s, training_waits_for
+            by_the_clock = saves.times - len(checkpoint_steps(cfg.train, of.steps_per_epoch))
+            stage = replace(stage, written=stage.written + by_the_clock * of.network.checkpoint_bytes)
         elif stage.name == "clusterers" and unknown:
             seconds, waits_for = None, unknown
         else:

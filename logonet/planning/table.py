@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from logonet.planning.planner import Plan, gib
+from logonet.planning.speed import ZONES
 
 MOVED = ["read", "written", "kept", "node_shared", "driver"]
 
@@ -44,6 +45,22 @@ def text(plan: Plan) -> str:
             f"validation  {duration(found.seconds)} for {found.windows:,} windows of {found.scans:,} scans, "
             f"{found.times:,} times"
         )
+    if saves := plan.checkpoints:
+        lines.append(
+            f"checkpoints {saves.times:,}, one every {duration(saves.interval_s)}; writing takes "
+            f"{duration(saves.writing_s)} each and {duration(saves.times * saves.writing_s)} altogether, "
+            f"of which training waits {duration(saves.waited_s)}"
+        )
+    if moved := plan.traffic:
+        tb = [f"{n / 1e12:,.1f} TB" for n in (moved.nodes_bytes, moved.zones_bytes, moved.store_bytes)]
+        lines.append(
+            f"traffic     {tb[0]} between nodes, {tb[1]} of it between zones; {tb[2]} from and to the store"
+        )
+        if moved.zones_money or moved.money:
+            lines.append(
+                f"traffic     costs {moved.money:,.2f} {plan.cluster.currency}; in {ZONES} zones it would cost "
+                f"{moved.zones_money:,.2f}, and the store behind a NAT gateway {moved.nat_money:,.2f}"
+            )
     cost = f", {plan.money:,.2f} {plan.cluster.currency}" if plan.money else ""
     lines.append(f"altogether  {duration(plan.hours and 3600 * plan.hours)}{cost}")
     lines += [f"note        {note}" for note in plan.notes]

@@ -33,7 +33,7 @@ def paper() -> Pretraining:
 
 def paper_finetune() -> Finetuning:
     """The paper's Table 3: LoGoNet (normal), two random 96^3 crops of each of 16 cases a step, AdamW 1e-4, 5000 epochs.
-    Data: labelled CTs. Hardware: 16 GPUs. Hours: 8.8 on 16 x A100 by logonet plan (30 CTs of 512 x 512 x 150). Hours
+    Data: labelled CTs. Hardware: 16 GPUs. Hours: 0.3 on 16 x A100 by logonet plan (30 CTs of 512 x 512 x 150). Hours
     and result: not reproduced by us yet.
     Table 3's "batch size 2 per GPU" is read as the two crops of one case; if it means two cases, set
     train.batch_size=2 train.global_batch=32.
@@ -48,7 +48,7 @@ def paper_finetune() -> Finetuning:
 def btcv() -> Finetuning:
     """Table 4: BTCV, 13 organs, mean Dice .854 from scratch and .875 pretrained. Layout: MONAI's dataset_0.json, or
     imagesTr and labelsTr with img0001 to img0040. Six of 30 validate, as in MONAI's list; five runs are
-    train.seed=0 .. 4. Hardware: 16 GPUs. Hours: 8.8 on 16 x A100 by logonet plan. Verified here: on phantoms at smoke
+    train.seed=0 .. 4. Hardware: 16 GPUs. Hours: 0.3 on 16 x A100 by logonet plan. Verified here: on phantoms at smoke
     scale.
     """
     return replace(paper_finetune(), data=_datasets.data(_datasets.BTCV), split=_datasets.BTCV_SPLIT)
@@ -76,7 +76,7 @@ def _msd(task: str) -> Callable[[], Finetuning]:
         return replace(cfg, split=split, cases=replace(cfg.cases, intensity="zscore"))
 
     recipe.__doc__ = f"""Table 5: {what} with the settings of Table 3. Layout: MSD's {folder}; its test scans have no
-    public labels, so a fifth of the subjects tests. Two runs are train.seed=0, 1. Hardware: 16 GPUs. Hours: 8.8 on
+    public labels, so a fifth of the subjects tests. Two runs are train.seed=0, 1. Hardware: 16 GPUs. Hours: 0.3 on
     16 x A100 by logonet plan. Verified here: on phantoms at smoke scale.
     """
     return recipe

@@ -25,7 +25,7 @@ DICE = {
 }
 # On one A100, by `logonet plan`.
 HOURS = {
-    "synapse": {"unetr": 17.5, "swinunetr": 10.9, "nnformer": 5.3},
+    "synapse": {"unetr": 4.2, "swinunetr": 5.7, "nnformer": 5.3},
     "acdc": {"unetr": 5.9, "swinunetr": 8.2, "nnformer": 1.2},
     "brats": {"unetr": 11.4, "swinunetr": 15.6, "nnformer": 1.8},
 }

@@ -33,7 +33,7 @@ def _pretraining(size_vox: Any, spacing_mm: Any, epochs: int, **changes: Any) ->
 
 def synapse() -> Pretraining:
     """Tables 1, 3 and 4: nnFormer's encoder on Synapse's 18 training CTs, crops of 128 x 128 x 64, 1000 epochs of
-    batches of 2. Layout: img0001 to img0040. Hardware: one GPU with 10 GB. Hours: 2.5 on 1 x A10G by logonet plan.
+    batches of 2. Layout: img0001 to img0040. Hardware: one GPU with 10 GB. Hours: 0.5 on 1 x A10G by logonet plan.
     Verified here: on phantoms at smoke scale.
     method.framework=byol is BPROT; method.w=1, method.rotate=false and method.mask=false are Table 4's ablations.
     Swin UNETR: backbone={name: swinunetr, patch: [2,2,1]}; UNETR: backbone={name: unetr, img_size: [128,128,64],

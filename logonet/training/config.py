@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
@@ -16,6 +16,7 @@ from logonet.core.config import (
     NonNegative,
     Positive,
     Section,
+    to_dict,
 )
 from logonet.core.errors import UserError
 from logonet.inference import sliding_window
@@ -59,7 +60,10 @@ class Config(Section, key="train"):
         gradient_sync: "ddp", "flat" (one all-reduce of all gradients) or "auto": ddp on CUDA, flat on CPU.
         gradient_compression: "bf16" sends gradients in half the bytes, and rounds them to 8 bits of precision; it pays
             where workers are joined by Ethernet. With gradient_sync=ddp only.
-        checkpoint_every_steps: also within an epoch; None: at the end of each.
+        checkpoint_every_s: write a checkpoint after the step in which the last one becomes so many seconds old; 0: at
+            each epoch's end. A validation that is the best so far has one too, and so has the end. When they are
+            written changes no result, so fingerprints leave this out.
+        checkpoint_every_steps: also after each so many steps.
         keep_checkpoints: newest ones kept.
         validate_every_epochs: measure Dice on the validation cases this often, and at the end; 0 never does.
         patience: stop after this many validations without a better one; None trains to the end.
@@ -92,6 +96,7 @@ class Config(Section, key="train"):
     compile: bool = False
     gradient_sync: Literal["auto", "ddp", "flat"] = "auto"
     gradient_compression: Literal["none", "bf16"] = field(default="none", metadata=OMIT_DEFAULT)
+    checkpoint_every_s: NonNegative = field(default=600.0, metadata=OMIT_DEFAULT)
     checkpoint_every_steps: Count | None = None
     keep_checkpoints: Count = 2
     validate_every_epochs: Natural = 0
@@ -114,6 +119,10 @@ class Config(Section, key="train"):
             value, most = getattr(self, name), getattr(self, limit)
             if value > most:
                 raise UserError(f"train.{name} is {value}; it must be at most train.{limit} ({most})")
+
+    def identity(self) -> dict[str, Any]:
+        """What of it decides a result."""
+        return to_dict(replace(self, checkpoint_every_s=Config.checkpoint_every_s))
 
 
 @dataclass(frozen=True)

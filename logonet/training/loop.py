@@ -57,7 +57,8 @@ SHOWN = {
     "peak_memory_mb": "peak {peak_memory_mb:,.0f} MB",
 }
 AVERAGE = "average/"  # before the names of averaged weights in a checkpoint; no module's name has a slash
-GO_ON, SAVE, LEAVE = range(3)  # what is due at a step's end; LEAVE saves too
+# What is due at a step's end: nothing, a checkpoint behind training's back, one that is waited for, or one and the end.
+GO_ON, CHECKPOINT, SAVE, LEAVE = range(4)
 
 
 class Left(Exception):
@@ -228,7 +229,7 @@ class Loop:
         steps_per_epoch = self.schedule.steps_per_epoch
         timed = self._timed(iter(batches))
         bar = bar or tqdm(disable=True)
-        started = time.monotonic()
+        started = saved = time.monotonic()
         save_s = 0.0
         while not self.finished():
             step_started = time.monotonic()
@@ -256,17 +257,22 @@ class Loop:
             self.timing["samples"] += self.cfg.global_batch
             bar.update(1)
             epoch_done = self.step % steps_per_epoch == 0
-            every = self.cfg.checkpoint_every_steps
+            every, every_s = self.cfg.checkpoint_every_steps, self.cfg.checkpoint_every_s
+            save = every is not None and self.step % every == 0
             if epoch_done:
                 self.timing["wall_s"] = time.monotonic() - started
                 self._end_epoch()
                 started = time.monotonic()  # validating and probing are not training
-            due = self._due(interruptions, time.monotonic() - step_started, save_s)
-            if due or epoch_done or (every is not None and self.step % every == 0):
+                # Each best has its checkpoint, so that those that are kept never name more bests than are kept.
+                save = save or not every_s or self.finished() or best_step(self.history) == self.step
+            overdue = self.rank == 0 and 0 < every_s <= time.monotonic() - saved
+            due = self._due(interruptions, time.monotonic() - step_started, save_s, overdue)
+            if save or due:
+                saved = time.monotonic()
                 state = self.state()
                 if self.rank == 0:
                     self.writer.save(state)
-            if due:
+            if due >= SAVE:
                 save_started = time.monotonic()
                 self.writer.wait()
                 save_s = time.monotonic() - save_started
@@ -300,13 +306,15 @@ class Loop:
         at_epochs_end = self.step % self.schedule.steps_per_epoch == 0
         return self.step >= self.total_steps or (at_epochs_end and out_of_patience(self.history, self.cfg))
 
-    def _due(self, interruptions: Interruptions | None, step_s: float, save_s: float) -> int:
-        """The most urgent of what the ranks think is due, the same on every rank."""
-        if interruptions is None:
-            return GO_ON
-        own, own_ask = interruptions.due(step_s, save_s)
-        due, ask = self.communicator.maximum([own, int(own_ask)])
-        if ask:
+    def _due(self, interruptions: Interruptions | None, step_s: float, save_s: float, overdue: bool) -> int:
+        """The most urgent of what the ranks think is due, the same on every rank.
+
+        Args:
+            overdue: whether this rank wants a checkpoint because the last one is old.
+        """
+        own, own_ask = (GO_ON, False) if interruptions is None else interruptions.due(step_s, save_s)
+        due, ask = self.communicator.maximum([max(own, CHECKPOINT if overdue else GO_ON), int(own_ask)])
+        if interruptions is not None and ask:
             interruptions.ask()
         return due
 
