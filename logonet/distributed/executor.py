@@ -15,7 +15,7 @@ import numpy as np
 
 from logonet.core.config import Component
 from logonet.core.execution import Workers, attempt
-from logonet.distributed import cluster, ray_compat
+from logonet.distributed import cluster, gauges, ray_compat
 from logonet.distributed.cluster import ResourceAllocation, Resources
 
 if TYPE_CHECKING:  # these import torch, which data tasks do without
@@ -80,6 +80,7 @@ class RayExecutor:
                 lambda batch: _Call(*constructor)(batch), batch_size=None, num_cpus=given.cpus_per_task
             )
         else:
+            ray_compat.quiet_actor_pools()
             on_models = workers == "model actors"
             # While crops are labelled no training runs yet: all CPUs but one may work. Actors on every CPU would starve
             # the tasks that feed them.
@@ -96,6 +97,10 @@ class RayExecutor:
         for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
             for i, blob in zip(batch["id"], batch["answer"]):
                 yield int(i), pickle.loads(blob)
+
+    def quarantined(self, stage: str, scans: int) -> None:
+        """A gauge for Prometheus."""
+        gauges.put("quarantined_scans", scans, stage=stage)
 
     def side_by_side(
         self, fn: Callable[[RayExecutor, Any], Any], items: Sequence[Any], at_once: int = 0
