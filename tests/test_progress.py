@@ -33,7 +33,9 @@ def test_a_reading_is_of_the_steps_since_the_last_and_changes_no_weight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unwatched, few = run(tmp_path / "unwatched")
-    assert [r.step for r in few] == [e["step"] for e in unwatched.history]  # epochs are shorter than what it waits
+    assert [r.step for r in few] == [
+        e["step"] for e in unwatched.history
+    ]  # epochs are shorter than what it waits
     assert " left" not in capsys.readouterr().out
 
     losses = []
@@ -49,7 +51,9 @@ def test_a_reading_is_of_the_steps_since_the_last_and_changes_no_weight(
     loop, readings = run(tmp_path / "watched")
     assert [r.step for r in readings] == list(range(1, loop.total_steps + 1))
     assert [r.loss for r in readings[0::2]] == pytest.approx(losses[0::2])
-    assert [r.loss for r in readings[1::2]] == [e["loss"] for e in loop.history]  # an epoch's last step has its entry
+    assert [r.loss for r in readings[1::2]] == [
+        e["loss"] for e in loop.history
+    ]  # an epoch's last step has its entry
     assert readings[0].remaining_s > readings[-1].remaining_s == 0
     assert all(0 <= r.data_wait_share <= 1 and r.samples_per_s > 0 for r in readings)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]

@@ -39,7 +39,7 @@ RAY_SETTINGS = {
     # A preempted machine has as little as 30 s; Ray's own 5 s would be a sixth of them.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
-# On a cluster of 'ray start', whose dashboard then tells of runs (/api/train/v2/runs/v1). It takes a process on the head.
+# On a cluster of 'ray start': its dashboard then tells of runs (/api/train/v2/runs/v1), from a process on the head.
 CLUSTER_SETTINGS = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     # What tracks it reads a setting of Ray Data's that Ray will drop.
