@@ -6,7 +6,7 @@ NNUNET := build/nnunet
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo sweep chaos test test-all test-real test-chaos faults fuzz test-cuda test-nnunet lint audit bench gpu-site docs clean
+.PHONY: help setup demo sweep chaos test test-all test-real test-chaos faults fuzz test-cuda test-nnunet test-services lint audit bench gpu-site docs clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -39,7 +39,7 @@ test: setup      ## the default tests: CPU only, about 9 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: setup  ## also the slow ones
-	$(BIN)/python -m pytest -m 'not real and not chaos and not faults and not fuzz and not cuda and not nnunet'
+	$(BIN)/python -m pytest -m 'not real and not chaos and not faults and not fuzz and not cuda and not nnunet and not services'
 
 test-real: setup ## real scans through 'ray job submit' with 16 workers; wants ../shared/data
 	$(BIN)/python -m pytest -m real
@@ -62,6 +62,9 @@ $(NNUNET)/.done: constraints-nnunet.txt
 
 test-nnunet: setup $(NNUNET)/.done ## the released nnU-Net finetunes our checkpoints, on phantoms
 	LOGONET_NNUNET=$(abspath $(NNUNET)) $(BIN)/python -m pytest -m nnunet tests/test_nnunet.py
+
+test-services: setup ## MLflow on PostgreSQL and S3, Prometheus on a submitted job; wants Debian's postgresql and prometheus
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m services tests/test_services.py
 
 fuzz: setup      ## damaged scans, lists, settings, weights and checkpoints: a sentence or quarantine, never more
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fuzz -rP tests/test_fuzz.py

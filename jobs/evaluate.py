@@ -50,7 +50,7 @@ def main(args: Args) -> None:
     if args.classes:
         given = {**config.to_dict(cfg), "classes": config.read_yaml(args.classes, "--classes")}
         cfg = config.from_dict(pipelines.Evaluation, given, "evaluation")
-    with cluster.connected(args.resources):
+    with cluster.connected(args.resources, tracked=True):
         model, executor = cli.absolute_model(args.model), RayExecutor(args.resources)
         pipelines.evaluate_model(cfg, model, data, root, executor, args.experiment)
 

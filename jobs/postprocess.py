@@ -45,7 +45,7 @@ def main(args: Args) -> None:
     data = cli.absolute(args.data, "--data") if args.data else ""
     args.resources.fixed("a post-processing")
     cfg = pipelines.Evaluation(infer=args.infer)
-    with cluster.connected(args.resources):
+    with cluster.connected(args.resources, tracked=True):
         model, executor = cli.absolute_model(args.model), RayExecutor(args.resources)
         pipelines.postprocess(cfg, model, data, root, executor, args.experiment)
 

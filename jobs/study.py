@@ -87,7 +87,7 @@ def main(args: Args) -> None:
     name = os.path.splitext(os.path.basename(args.study))[0]
     # Without logs: of many runs at once nobody could read them.
     room = cluster.room(args.resources, args.concurrent)
-    with contextlib.nullcontext() if args.local else cluster.connected(room, logs=False):
+    with contextlib.nullcontext() if args.local else cluster.connected(room, logs=False, tracked=True):
         executor = LocalExecutor() if args.local else RayExecutor(args.resources)
         where = data, root, executor, args.experiment
         done = pipelines.run_study(

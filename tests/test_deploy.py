@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pathlib
 import re
 import shlex
 import tomllib
+import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
@@ -227,6 +229,85 @@ def test_on_premise_only_a_token_joins_and_the_dashboard_is_not_open(on_premise)
         assert 1024 < int(port) < 32768
     for kind in ("head_run_options", "worker_run_options"):
         assert any(option.startswith("--shm-size=") for option in on_premise["docker"][kind])
+
+
+# ------------------------------------------------------------------------------- MLflow and monitoring
+
+
+def mlflow_parts() -> dict[tuple[str, str], dict[str, Any]]:
+    """Of kubernetes.yaml, by kind and name."""
+    parts = yaml.safe_load_all((DEPLOY / "mlflow" / "kubernetes.yaml").read_text())
+    return {(part["kind"], part["metadata"]["name"]): part for part in parts}
+
+
+def test_kubernetes_and_compose_accept_mlflow():
+    from check_jsonschema.builtin_schemas import get_builtin_schema
+
+    for part in mlflow_parts().values():
+        kubernetes_validate.validate(part, KUBERNETES, strict=True)
+    compose = yaml.safe_load((DEPLOY / "mlflow" / "compose.yaml").read_text())
+    schema = get_builtin_schema("vendor.compose-spec")
+    jsonschema.validate(compose, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**compose, "services": {"mlflow": {"imgae": "i"}}}, schema)
+
+
+def test_mlflow_is_the_same_server_on_both_and_where_the_clusters_look_for_it():
+    parts = mlflow_parts()
+    compose = yaml.safe_load((DEPLOY / "mlflow" / "compose.yaml").read_text())["services"]
+    for name, kind in (("postgres", "StatefulSet"), ("mlflow", "Deployment")):
+        (there,) = parts[kind, name]["spec"]["template"]["spec"]["containers"]
+        settings = {e["name"]: e["value"] for e in there["env"]} | {"PGDATA": None}
+        assert settings.keys() == {"PGDATA", *compose[name]["environment"]}
+        assert there["image"] == compose[name]["image"]
+        (port,) = parts["Service", name]["spec"]["ports"]
+        assert port["port"] == there["ports"][0]["containerPort"]
+        same = [
+            "MLFLOW_BACKEND_STORE_URI",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION",
+            "POSTGRES_USER",
+            "POSTGRES_DB",
+        ]
+        assert all(settings.get(key) == compose[name]["environment"].get(key) for key in same)
+    assert compose["mlflow"]["image"] == f"registry.example.com/logonet-mlflow:{VERSION}"
+    (*_, config) = yaml.safe_load_all((DEPLOY / "kuberay" / "settings.yaml").read_text())
+    url = urllib.parse.urlsplit(config["data"]["MLFLOW_TRACKING_URI"])
+    assert url.hostname == "mlflow.mlflow.svc"  # service, namespace
+    assert url.port == 5000
+    assert f"{url.hostname}:*" in settings["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+    for file in (DEPLOY / "on-premise.yaml", ROOT / "cluster.yaml"):
+        (uri,) = re.findall(r"--env MLFLOW_TRACKING_URI=http://(\S+):5000", file.read_text())
+        assert f"{uri}:*" in compose["mlflow"]["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+
+
+def test_mlflows_image_installs_through_the_constraints_and_is_not_root():
+    text = (DEPLOY / "mlflow" / "Dockerfile").read_text()
+    assert re.findall(r"^COPY (.+)$", text, re.MULTILINE) == ["constraints.txt /tmp/"]
+    (packages,) = re.findall(r"pip install --constraint /tmp/constraints.txt (.+?) \\", text)
+    assert set(packages.split()) <= pins().keys()
+    assert f"FROM python:{PYTHON}-slim" in text
+    assert re.findall(r"^USER (\d+)$", text, re.MULTILINE) == ["1000"]
+
+
+def test_grafana_draws_every_metric_of_ours_and_no_other():
+    from logonet.distributed import gauges
+
+    board = json.loads((DEPLOY / "monitoring" / "grafana.json").read_text())
+    panels = board["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in panels)
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(set(cells)) == len(cells)  # no panel covers another
+    assert max(x for x, _ in cells) < 24
+    queries = " ".join(target["expr"] for panel in panels for target in panel["targets"])
+    counters = {f"{name}_total" for name in gauges.COUNTERS}
+    assert set(re.findall(r"ray_logonet_(\w+)", queries)) == gauges.GAUGES.keys() | counters
+    documented = set(re.findall(r"`ray_logonet_(\w+)`", (ROOT / "docs" / "cluster.md").read_text()))
+    assert documented == gauges.GAUGES.keys() | counters
 
 
 # --------------------------------------------------------------------------------------------- image

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import resource
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +16,10 @@ import pytest
 from faultproxy import FaultProxy
 
 from logonet.core.errors import UserError
-from logonet.distributed import doctor, ray_compat
+from logonet.distributed import cluster, doctor, ray_compat
 from logonet.distributed.doctor import GIB, Check
 from logonet.storage import object_store
+from logonet.tracking import tracking_uri
 from tools.s3server import S3Server
 
 
@@ -179,6 +182,49 @@ def test_a_tracking_server_that_is_down_is_only_a_warning(tmp_path: Path) -> Non
     assert "start it" in checks[-1].mend
 
 
+@pytest.mark.parametrize(("machines", "want"), [(1, "ok"), (2, "fail")])
+def test_a_file_of_runs_is_for_one_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machines: int, want: str
+) -> None:
+    import ray
+
+    def nodes() -> list[dict[str, Any]]:
+        return [
+            {"Alive": True, "Resources": {"CPU": 2.0}, "NodeManagerAddress": f"10.0.0.{i}"}
+            for i in range(machines)
+        ]
+
+    def everywhere(root: str, token: str, tracking: Any) -> Iterator[Check]:
+        for i in range(machines):
+            yield from (replace(check, node=f"n{i}") for check in doctor.node_checks(root, token, tracking))
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", nodes)
+    monkeypatch.setattr(doctor, "_all_nodes", everywhere)
+    monkeypatch.setenv("LOGONET_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    checks = doctor.preflight(str(tmp_path), tracking=tracking_uri)
+    found = [c for c in checks if c.what == "tracking server"]
+    assert [c.status for c in found] == [want] * machines
+    with contextlib.ExitStack() as stack:
+        if want == "fail":
+            assert all("MLFLOW_TRACKING_URI" in c.mend for c in found)
+            stack.enter_context(pytest.raises(UserError, match="set MLFLOW_TRACKING_URI to a server"))
+        cluster.check_tracking()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    cluster.check_tracking()
+
+
+def test_a_head_without_cpus_waits_for_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    head = {"Alive": True, "Resources": {"memory": 1.0}, "NodeManagerAddress": "10.0.0.1"}
+    monkeypatch.setattr(ray, "nodes", lambda: [head])
+    assert cluster.machines() == 2
+    monkeypatch.setattr(ray, "nodes", lambda: [{**head, "Resources": {"CPU": 1.0}}])
+    assert cluster.machines() == 1
+
+
 def test_the_table_shows_every_check(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,13 +262,13 @@ def two_nodes(bucket: str) -> Iterator[Any]:
 
 @pytest.mark.slow
 def test_every_node_of_a_cluster_answers(two_nodes: Any, bucket: str) -> None:
-    checks = doctor.preflight(object_store.join(bucket, "runs"))
+    checks = doctor.preflight(object_store.join(bucket, "runs"), tracking=lambda: "http://tracker")
     names = {c.node for c in checks}
     assert len(names) == 2
     for name in names:
         mine = [c for c in checks if c.node == name]
         assert status(mine, "store shared") == status(mine, "store by") == "ok"
-        assert status(mine, "version of") == "ok"
+        assert status(mine, "version of") == status(mine, "tracking server") == "ok"
 
 
 @pytest.mark.slow

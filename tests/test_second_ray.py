@@ -52,6 +52,7 @@ def test_a_run_knows_its_own_ray(tmp_path: Path) -> None:
         assert head.poll() is None  # the other goes on
         assert "Traceback" not in said
         assert "multiple active Ray instances" not in said
+        assert "constructor arguments" not in said
     finally:
         head.send_signal(signal.SIGTERM)  # with --block it stops what it started
         head.wait(timeout=60)

@@ -106,7 +106,7 @@ def job(
             if not getattr(args, flag):
                 raise UserError(f"--{flag} is missing; see {name} --help")
         args = replace(args, data=absolute(args.data, "--data"), root=absolute(args.root, "--root"))
-        with cluster.connected(room(args), logs):
+        with cluster.connected(room(args), logs, tracked=True):
             run(cfg, args)
 
 

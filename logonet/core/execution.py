@@ -30,6 +30,9 @@ class Executor(Protocol):
                 "data actors" on the CPUs of the data tasks, "model actors" with a training worker's CPUs and GPU.
         """
 
+    def quarantined(self, stage: str, scans: int) -> None:
+        """Show where the run is watched that ``stage`` cannot use ``scans`` scans."""
+
 
 class InProcess:
     """Runs everything in this process, one item after the other; a debugger can follow."""
@@ -41,6 +44,9 @@ class InProcess:
     ) -> Iterator[tuple[int, Any]]:
         for i, item in enumerate(items):
             yield i, fn(item, *shared)
+
+    def quarantined(self, stage: str, scans: int) -> None:
+        """Nobody watches this process."""
 
 
 def attempt(fn: Fn, *args: Any) -> Any:

@@ -149,6 +149,7 @@ def run(
             done += 1
             note(row, done, len(items))
         object_store.delete_prefix(object_store.join(output, ATTEMPTS, attempt))
+    executor.quarantined("predict", sum(rows[item.name].status == QUARANTINED for item in items))
     return [rows[item.name] for item in items]
 
 

@@ -44,6 +44,12 @@ RAY_SETTINGS = {
     # A preempted machine has as little as 30 s; Ray's own 5 s would be a sixth of them.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
+# On a cluster of 'ray start': its dashboard then tells of runs (/api/train/v2/runs/v1), from a process on the head.
+CLUSTER_SETTINGS = {
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    # What tracks it reads a setting of Ray Data's that Ray will drop.
+    "PYTHONWARNINGS": "ignore:`ExecutionOptions.exclude_resources`",
+}
 # glibc gives large blocks back to the system when they are freed, and the system clears each page of the next one: a
 # sixth of a step's processor time. With these a process keeps what it has had once, a fifth more at its peak.
 KEEP_MEMORY = {
@@ -54,6 +60,7 @@ KEEP_MEMORY = {
 # What worker processes need of the driver's environment. Never credentials: those come from the usual
 # AWS chain on every node, and a job's runtime environment can be read on Ray's dashboard.
 PASSED_ON = (
+    "RAY_ADDRESS",  # or a worker that asks the dashboard would look for a Ray on its machine, and may find another
     "AWS_ENDPOINT_URL_S3",
     "AWS_ENDPOINT_URL",
     "AWS_DEFAULT_REGION",
@@ -63,6 +70,11 @@ PASSED_ON = (
     "LOGONET_CACHE_GB",
     "MLFLOW_TRACKING_URI",
     HIDE_NAMES,
+)
+
+
+SET_TRACKING = (
+    "set MLFLOW_TRACKING_URI to a server that all nodes reach; deploy/mlflow starts one (docs/cluster.md)"
 )
 
 
@@ -170,7 +182,7 @@ def _env_vars() -> dict[str, str]:
     """What to pass on, less what may hold a password and what the job's submitter set, which Ray refuses twice."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     given = ((job.get("runtime_env") or {}).get("env_vars") or {}).keys()
-    names = [n for n in (*PASSED_ON, *RAY_SETTINGS) if n in os.environ and n not in given]
+    names = [n for n in (*PASSED_ON, *RAY_SETTINGS, *CLUSTER_SETTINGS) if n in os.environ and n not in given]
     return {n: os.environ[n] for n in names if not holds_credentials(os.environ[n])}
 
 
@@ -191,13 +203,17 @@ def _loopback_interface() -> str:
 
 
 @contextlib.contextmanager
-def connected(resources: Resources, logs: bool = True) -> Iterator[None]:
+def connected(resources: Resources, logs: bool = True, tracked: bool = False) -> Iterator[None]:
     """Join the cluster at ``RAY_ADDRESS``, or start a Ray of our own and stop it at the end.
 
     Args:
         logs: show here what workers print; without, it is in Ray's log files only.
+        tracked: MLflow will record what is done.
+
+    Raises:
+        UserError: no cluster answers, or ``tracked`` in a file that its nodes do not share.
     """
-    for name, value in RAY_SETTINGS.items():
+    for name, value in (RAY_SETTINGS | (CLUSTER_SETTINGS if address() else {})).items():
         os.environ.setdefault(name, value)
     # Ray's coming default (tasks without GPUs keep CUDA_VISIBLE_DEVICES as it is); set, it stops asking.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -235,6 +251,8 @@ def connected(resources: Resources, logs: bool = True) -> Iterator[None]:
         ) from None
     quiet()
     try:
+        if tracked:
+            check_tracking()
         yield
     finally:
         ray.shutdown()
@@ -250,6 +268,27 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def machines() -> int:
+    """How many machines the connected cluster has now; one more than there are where all work is for others to come."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    to_come = not any(node["Resources"].get("CPU") for node in alive)
+    return len({node["NodeManagerAddress"] for node in alive}) + to_come
+
+
+def check_tracking() -> None:
+    """UserError where MLflow's runs would lie in a file on one of several machines."""
+    from logonet.tracking import tracking_uri
+
+    uri = tracking_uri()
+    if uri.startswith("sqlite:") and machines() > 1:
+        raise UserError(
+            f"MLflow's runs would be recorded in {uri}, which is a file of each machine by itself, and the Ray cluster "
+            f"has several machines; {SET_TRACKING}"
+        )
 
 
 def node_resources() -> list[dict[str, float]]:

@@ -19,10 +19,10 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from logonet.core.errors import UserError
-from logonet.distributed import ray_compat
+from logonet.distributed import cluster, ray_compat
 from logonet.storage import object_store
 
 Status = Literal["ok", "warn", "fail"]
@@ -62,7 +62,7 @@ def preflight(root_uri: str, *, nodes: bool = True, tracking: Callable[[], str] 
 
     Args:
         root_uri: where the run will keep its artifacts; a few objects are written there and deleted.
-        tracking: contacts the tracking server and returns its address, or raises UserError.
+        tracking: contacts the tracking server and returns its address, or raises UserError; called on every node.
     """
     import ray
 
@@ -75,20 +75,17 @@ def preflight(root_uri: str, *, nodes: bool = True, tracking: Callable[[], str] 
         token = ""
     try:
         everywhere = nodes and ray.is_initialized()
-        checks += _all_nodes(root_uri, token) if everywhere else node_checks(root_uri, token)
+        here = root_uri, token, tracking
+        checks += _all_nodes(*here) if everywhere else node_checks(*here)
     finally:
         if token:
             object_store.delete(token)
-    if tracking is not None:
-        node, what = socket.gethostname(), "tracking server"
-        try:
-            checks.append(Check(node, what, tracking()))
-        except UserError as err:
-            checks.append(Check(node, what, "not reached", "warn", f"{err}; runs go on without it"))
+    if everywhere and cluster.machines() > 1:
+        checks = [_not_in_a_file(check) for check in checks]
     return _agree(checks)
 
 
-def node_checks(root_uri: str, token: str) -> list[Check]:
+def node_checks(root_uri: str, token: str, tracking: Callable[[], str] | None = None) -> list[Check]:
     """What can be said from where this runs.
 
     Args:
@@ -98,25 +95,27 @@ def node_checks(root_uri: str, token: str) -> list[Check]:
     found = [*_machine(), *_gpu(), *_versions()]
     if token:
         found += [_shared(root_uri, token), *_round_trip_check(root_uri)]
+    if tracking is not None:
+        found.append(_tracking_server(tracking))
     return [replace(check, node=node) for check in found]
 
 
 # ---------------------------------------------------------------------------------------------- nodes
 
 
-def _all_nodes(root_uri: str, token: str) -> Iterator[Check]:
+def _all_nodes(root_uri: str, token: str, tracking: Callable[[], str] | None) -> Iterator[Check]:
     import ray
     from ray.exceptions import GetTimeoutError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # No CPU is asked for: a node that is busy, or reserved, is checked as well.
-    task = ray.remote(num_cpus=0, max_retries=0)(node_checks)
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(node_checks)  # Ray's stub knows no defaults
     answers = {}
     for node in ray.nodes():
         if node["Alive"]:
             name = f"{node['NodeManagerHostname']}/{node['NodeID'][:6]}"  # one machine may run several
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            answers[name] = task.options(scheduling_strategy=here).remote(root_uri, token)
+            answers[name] = task.options(scheduling_strategy=here).remote(root_uri, token, tracking)
     for name, answer in answers.items():
         try:
             yield from (replace(check, node=name) for check in ray.get(answer, timeout=NODE_TIMEOUT_S))
@@ -187,6 +186,25 @@ def _versions() -> Iterator[Check]:
             yield Check("", f"version of {package}", importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             yield Check("", f"version of {package}", "not installed", "fail", SAME_SOFTWARE)
+
+
+# ------------------------------------------------------------------------------------------- tracking
+
+TRACKING = "tracking server"
+
+
+def _tracking_server(contact: Callable[[], str]) -> Check:
+    try:
+        return Check("", TRACKING, contact())
+    except UserError as err:
+        return Check("", TRACKING, "not reached", "warn", f"{err}; runs go on without it")
+
+
+def _not_in_a_file(check: Check) -> Check:
+    """Where there are several machines, each would have a file of its own."""
+    if check.what != TRACKING or not check.value.startswith("sqlite:"):
+        return check
+    return replace(check, status="fail", mend=cluster.SET_TRACKING)
 
 
 # ---------------------------------------------------------------------------------------------- store

@@ -16,7 +16,7 @@ import numpy as np
 
 from logonet.core.config import Component
 from logonet.core.execution import Workers, attempt
-from logonet.distributed import cluster, ray_compat
+from logonet.distributed import cluster, gauges, ray_compat
 from logonet.distributed.cluster import ResourceAllocation, Resources
 
 if TYPE_CHECKING:  # these import torch, which data tasks do without
@@ -85,6 +85,8 @@ class RayExecutor:
             [{"id": i, "item": cloudpickle.dumps(item)} for i, item in enumerate(items)],
             override_num_blocks=min(len(items), MAX_TASKS),
         )
+        if workers != "tasks":
+            ray_compat.quiet_actor_pools()
         if workers == "model actors":
             given = self.model_allocation
             answers = rows.map_batches(
@@ -125,6 +127,10 @@ class RayExecutor:
     def _stage_cpus(self) -> tuple[float, float]:
         given = self._given
         return (given.cpus_per_task, given.cpus) if given else cluster.stage_cpus(self.resources)
+
+    def quarantined(self, stage: str, scans: int) -> None:
+        """A gauge for Prometheus."""
+        gauges.put("quarantined_scans", scans, stage=stage)
 
     def side_by_side(
         self, fn: Callable[[RayExecutor, Any], Any], items: Sequence[Any], at_once: int = 0

@@ -7,13 +7,13 @@ does it and not a promise; `tests/test_feed.py` holds it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from logonet.distributed import cluster
+from logonet.distributed import cluster, gauges, ray_compat
 from logonet.distributed.cluster import ResourceAllocation
 from logonet.training.communicator import Communicator
 from logonet.training.dataset import Dataset
@@ -30,6 +30,7 @@ def batches(
     allocation: ResourceAllocation,
     communicator: Communicator,
     ready: Callable[[Iterator[dict[str, np.ndarray]]], Iterator[Any]] = iter,
+    queued: Callable[[int], None] = lambda size_bytes: None,
 ) -> Iterator[Any]:
     """The prepared batches at ``positions``, in order; skipped steps are never read.
 
@@ -40,6 +41,7 @@ def batches(
         dataset_ref: [reference to the dataset in Ray's object store].
         ready: what the batches go through, such as `to_tensors`, a window at a time: it may run ahead of the steps, and
             the ranks could not meet at the end of a window if some were further ahead.
+        queued: told, as a batch is taken, the bytes of those that wait behind it.
     """
     cluster.quiet()
     dataset = opened(dataset_ref[0])
@@ -47,16 +49,16 @@ def batches(
     for window in _windows(positions, dataset.row_bytes * rows):
         own = _streams(dataset_ref, window, allocation) if positions.rank == 0 else None
         streams = communicator.broadcast(own)
-        blocks = streams[positions.rank].iter_batches(
-            batch_size=None, prefetch_batches=BLOCKS_AHEAD, batch_format="numpy"
-        )
-        yield from ready(_split(blocks, rows))
+        yield from ready(_split(streams[positions.rank], rows, queued))
 
 
-def _split(blocks: Iterable[dict[str, np.ndarray]], rows: int) -> Iterator[dict[str, np.ndarray]]:
-    for block in blocks:
+def _split(stream: Any, rows: int, queued: Callable[[int], None]) -> Iterator[dict[str, np.ndarray]]:
+    for block in stream.iter_batches(batch_size=None, prefetch_batches=BLOCKS_AHEAD, batch_format="numpy"):
         group = {key: value[0] for key, value in block.items()}  # a block is one row
-        for begin in range(0, len(next(iter(group.values()))), rows):
+        length, size_bytes = len(next(iter(group.values()))), sum(value.nbytes for value in group.values())
+        for begin in range(0, length, rows):
+            rest = max(0, length - begin - rows) / length
+            queued(ray_compat.prefetched_bytes(stream) + int(rest * size_bytes))
             yield {key: value[begin : begin + rows] for key, value in group.items()}
 
 
@@ -111,6 +113,7 @@ def _streams(dataset_ref: Any, window: _Window, allocation: ResourceAllocation) 
 
     def prepare(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         samples = opened(dataset_ref[0])[window.block(int(row["id"][0]))]
+        gauges.cache()
         return {key: value[None] for key, value in samples.items()}
 
     world = window.positions.world

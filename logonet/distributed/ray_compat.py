@@ -179,6 +179,56 @@ def drain(until_s: float, node_id: str = "") -> list[str]:
     return told
 
 
+# ------------------------------------------------------------------------- lines in red that mean nothing
+
+
+def quiet_actor_pools() -> None:
+    """Ray Data's next pool of actors starts without Ray's word on restarts."""
+    from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
+
+    _unheard(ActorPoolMapOperator, "_start_actor")
+
+
+def quiet_controller() -> Any:
+    """A callback for Ray Train's controller, whose watcher of preemptions starts without Ray's word on restarts."""
+    from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    class Quiet(ControllerCallback):
+        def after_controller_start(self, train_run_context: Any) -> None:
+            _unheard(PreemptionCallback, "after_worker_group_start")
+
+    return Quiet()
+
+
+def _unheard(owner: Any, name: str) -> None:
+    """The next call of ``owner``'s method says nothing on standard error; later ones do.
+
+    Ray's core warns, once a process and in red, of an actor that may restart with arguments that are references, for
+    these may go out of scope. Ray's own libraries start actors so, and hold the references as long as the actors live
+    (ray-project/ray#57733). It comes from C++, past sys.stderr.
+    """
+    method = getattr(owner, name)
+
+    def once(*args: Any) -> Any:
+        setattr(owner, name, method)
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        try:
+            return method(*args)
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)
+
+    setattr(owner, name, once)
+
+
+def prefetched_bytes(stream: Any) -> int:
+    """Of the blocks that an iterator over a split of a Ray Data stream has been given and nobody has taken from it."""
+    return stream._iter_stats.iter_prefetched_bytes
+
+
 # ---------------------------------------------------------------------------------------------- one machine
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ import torch
 from logonet import methods
 from logonet.core.config import Component
 from logonet.core.errors import Stopped, UserError
-from logonet.distributed import feed, preemption, ray_compat
+from logonet.core.redaction import redact
+from logonet.distributed import feed, gauges, preemption, ray_compat
 from logonet.distributed.cluster import (
     ResourceAllocation,
     Resources,
@@ -79,8 +82,11 @@ def fit(
     check_workers(job.train, job.method, resources)
     if job.train.validate_every_epochs and not dataset.validation:
         raise UserError("there are no labelled cases to validate on; set train.validate_every_epochs=0")
-    # References in lists: Ray would otherwise put the values themselves into every worker's arguments.
-    config = {"job": job, "dataset": [ray.put(dataset)], "allocation": allocation}
+    # References in lists: Ray would otherwise put the values themselves into every worker's arguments, and keep them as
+    # text. The dashboard's /api/train/v2/runs/v1 shows this mapping, hence the texts.
+    config = {"job": [ray.put(job)], "dataset": [ray.put(dataset)], "allocation": allocation}
+    config |= {"artifact": redact(job.uri), "network": job.backbone.name, "method": job.method.name}
+    config["train"] = asdict(job.train)
     config["progress"] = sys.stdout.isatty()
     elastic = resources.least < resources.most
     num_workers: Any = (resources.least, resources.most) if elastic else allocation.workers
@@ -97,7 +103,7 @@ def fit(
             stop.set()
             ray_compat.tell(run)
 
-        watchers = [ray_compat.end_with("alone")]
+        watchers = [ray_compat.end_with("alone"), ray_compat.quiet_controller()]
         watchers += [ray_compat.leave_before_resizing(run)] if elastic else []
         trainer = TorchTrainer(
             train_worker,  # type: ignore[arg-type]  # it may return a value; Ray's annotation forgets that
@@ -159,13 +165,14 @@ def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _train(config: dict[Any, Any]) -> dict[str, Any]:
+    import ray
     import ray.train
     from ray.train.torch import get_device
 
     quiet()
     # Ray reports every metric through the root logger, which it sets to INFO in its workers.
     logging.getLogger().setLevel(logging.WARNING)
-    job: Job = config["job"]
+    job: Job = ray.get(config["job"][0])
     allocation: ResourceAllocation = config["allocation"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -176,6 +183,7 @@ def _train(config: dict[Any, Any]) -> dict[str, Any]:
 
         tracker = Tracker(**job.tracking)
         tracker.log_files(job.files)
+    name = job.tracking["run_name"] if job.tracking else job.fingerprint[:8]
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # collectives of Python objects go through the current device
@@ -185,13 +193,19 @@ def _train(config: dict[Any, Any]) -> dict[str, Any]:
     loop.restore()
     positions = MicroBatches(dataset.schedule, job.train.batch_size, loop.step, loop.total_steps, rank, world)
     batches = feed.batches(
-        config["dataset"], positions, allocation, communicator, lambda arrays: to_tensors(arrays, device)
+        config["dataset"],
+        positions,
+        allocation,
+        communicator,
+        lambda arrays: to_tensors(arrays, device),
+        lambda size_bytes: gauges.put("queued_bytes", size_bytes, run=name, rank=str(rank)),
     )
     bar = ray_compat.progress_bar(loop.total_steps, loop.step) if config["progress"] and rank == 0 else None
+    watch = functools.partial(gauges.training, name, rank)
     notices = preemption.Notices(config["run"], rank, ray.train.get_preemption_info)
     try:
         with notices.listening():
-            history = loop.run(batches, ray.train.report, tracker, notices, bar)
+            history = loop.run(batches, ray.train.report, tracker, notices, bar, watch)
     except (Diverged, torch.OutOfMemoryError):
         if tracker is not None:
             tracker.close("FAILED", timeout_s=15)

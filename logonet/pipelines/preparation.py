@@ -84,6 +84,7 @@ def import_scans(
         return Made(files, counts)
 
     artifact = run_stage(root, "manifest", cfg, {}, make, lambda a: (table or _opened(a)).summary())
+    executor.quarantined("manifest", artifact.facts["quarantined"])
     table = table or _opened(artifact)
     if not table.scans:
         raise UserError(
@@ -160,6 +161,7 @@ def make_crops(
 
     own, parents = config.to_dict(cfg), {"manifest": table.id}
     artifact = run_stage(root, "crops", own, parents, make, lambda a: f"{a.facts['crops']} crops")
+    executor.quarantined("crops", artifact.facts["quarantined"])
     return crop_shards.CropTable.open(artifact), artifact
 
 
@@ -182,6 +184,7 @@ def make_scans(
     artifact = run_stage(
         root, "prepared", own, {"manifest": table.id}, make, lambda a: f"{a.facts['scans']} scans"
     )
+    executor.quarantined("prepared", artifact.facts["quarantined"])
     where = artifact.uri_of(SCANS_FILE)
     return parquet.from_parquet(artifact.read(SCANS_FILE), prepared_scans.Ref, where), artifact.fingerprint
 
@@ -329,4 +332,5 @@ def make_cases(
         return f"{artifact.facts['cases']} labelled scans, {len(artifact.facts['classes'])} classes"
 
     artifact = run_stage(root, "cases", own, {"manifest": table.id}, make, describe)
+    executor.quarantined("cases", artifact.facts["quarantined"])
     return prepared_scans.Table.from_json(config.parse_json(artifact.read("cases.json"))), artifact

@@ -39,6 +39,7 @@ class _Cache:
     folder: Path
     budget_bytes: int
     written_bytes: int = 0  # by this process since it last looked
+    reads: dict[str, int] = field(default_factory=lambda: {"hit": 0, "miss": 0})  # by this process
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def path(self, sha256: str) -> Path:
@@ -136,10 +137,18 @@ def read(uri: str, *, start: int, length: int, sha256: str | None) -> bytes:
     if cache is None or sha256 is None:
         return object_store.read(uri, start=start, length=length, sha256=sha256)
     data = cache.get(sha256, length)
+    with cache.lock:
+        cache.reads["miss" if data is None else "hit"] += 1
     if data is None:
         data = bytes(object_store.read(uri, start=start, length=length, sha256=sha256))
         cache.put(sha256, data)
     return data
+
+
+def reads() -> dict[str, int]:
+    """How often this process has found what it wanted ("hit"), and how often not ("miss")."""
+    cache = _opened(folder(), os.environ.get(GB, ""))
+    return dict(cache.reads) if cache else {}
 
 
 def clear() -> int:

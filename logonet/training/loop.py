@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
@@ -36,6 +36,7 @@ from logonet.training import checkpoints, encoder_use, linear_probe, optimizers
 from logonet.training.building import build_method, load_initial
 from logonet.training.communicator import Communicator
 from logonet.training.config import Job, accumulation, micro_batches
+from logonet.training.progress import TELL_S, WATCH_S, Meter, Pace, Reading
 from logonet.training.schedule import SampleSchedule, lr_at, shard_micro_batches
 from logonet.training.step import MAX_EMBEDDINGS, Diverged, add_metrics, autocast_of, reduce_metrics, step
 from logonet.training.validation import best_step, case_dice, out_of_patience
@@ -206,14 +207,18 @@ class Loop:
         tracker: Any = None,
         interruptions: Interruptions | None = None,
         bar: Any = None,
+        watch: Callable[[Reading], None] = lambda reading: None,
     ) -> list[dict[str, Any]]:
         """Train to the end; returns the history (one mapping per epoch).
+
+        Rank 0 prints a line for each epoch, and within one every minute.
 
         Args:
             batches: this rank's micro-batches from step ``self.step`` on, on ``device``.
             report: called with the scalars of each epoch.
             tracker: a `logonet.tracking.Tracker`, or what else has its ``sync``.
             bar: of progress, as tqdm's.
+            watch: called on every rank with a reading every few seconds, and at each epoch's end.
 
         Raises:
             Diverged: a gradient or a validation's logits are not finite.
@@ -231,6 +236,8 @@ class Loop:
         bar = bar or tqdm(disable=True)
         started = saved = time.monotonic()
         save_s = 0.0
+        pace = Pace(self)
+        meters = tell, monitor = Meter(self, pace, TELL_S), Meter(self, pace, WATCH_S)
         while not self.finished():
             step_started = time.monotonic()
             optimizers.set_rates(self.optimizer, self.step, self.cfg, steps_per_epoch)
@@ -262,9 +269,19 @@ class Loop:
             if epoch_done:
                 self.timing["wall_s"] = time.monotonic() - started
                 self._end_epoch()
+                last = self.history[-1]
+                rates = last["samples_per_s"], last["data_wait_share"]
+                watch(Reading(self.step, last["loss"], *rates, pace.remaining_s()))
                 started = time.monotonic()  # validating and probing are not training
                 # Each best has its checkpoint, so that those that are kept never name more bests than are kept.
                 save = save or not every_s or self.finished() or best_step(self.history) == self.step
+                for meter in meters:
+                    meter.restart()
+            else:
+                if (read := monitor.reading()) is not None:
+                    watch(read)
+                if self.rank == 0 and (read := tell.reading()) is not None:
+                    print(read.line(self.total_steps, unit_of(self.partial)), flush=True)
             overdue = self.rank == 0 and 0 < every_s <= time.monotonic() - saved
             due = self._due(interruptions, time.monotonic() - step_started, save_s, overdue)
             if save or due:
@@ -421,8 +438,12 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 
+def unit_of(metrics: Mapping[str, Any]) -> str:
+    """What a run with these metrics counts as its samples."""
+    return "cases" if "train_dice" in metrics else "crops"
+
+
 def epoch_line(entry: dict[str, Any], epochs: int) -> str:
     """What a log shows of one epoch."""
-    unit = "cases" if "train_dice" in entry else "crops"
-    values = {"accuracy_floor": math.nan, **entry, "epochs": epochs, "unit": unit}
+    values = {"accuracy_floor": math.nan, **entry, "epochs": epochs, "unit": unit_of(entry)}
     return "  ".join(text.format_map(values) for key, text in SHOWN.items() if key in entry)
