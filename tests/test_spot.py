@@ -228,12 +228,16 @@ def scenario(run: Run, cluster: Any, on_four: int) -> None:
     assert f"resumed after step {planned:,} of" in run.said().rpartition("2 workers")[2]
 
     # As on AWS: a page of the machine's metadata service, and the watch that the deploy files start.
-    noticed = time.time() + NOTICE_S
-    with metadata({AWS: aws_page(noticed)}, "aws") as base:
-        logonet = str(Path(sys.executable).parent / "logonet")
+    logonet, pages = str(Path(sys.executable).parent / "logonet"), dict[str, str]()
+    with metadata(pages, "aws") as base:
         command = [logonet, "spot-watch", "--metadata", base, "--node-id", going.node_id]
         env = {**os.environ, "RAY_ADDRESS": cluster.address}
-        subprocess.run(command, check=True, timeout=NOTICE_S, env=env)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as watch:
+            assert watch.stdout is not None
+            assert "watching" in watch.stdout.readline()
+            noticed = time.time() + NOTICE_S
+            pages[AWS] = aws_page(noticed)
+            assert watch.wait(timeout=NOTICE_S) == 0
     time.sleep(max(0.0, noticed - time.time()))
     assert "workers were asked to go" in run.said(), run.said()[-4000:]
     left = max(step for step, world in run.worlds().items() if world == 4)

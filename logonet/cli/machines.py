@@ -55,7 +55,9 @@ def spot_watch(metadata: str = spot_notice.METADATA, node_id: str = "") -> None:
             flush=True,
         )
 
-    spot_notice.watch(spot_notice.cloud(metadata), drain)
+    deadline = spot_notice.cloud(metadata)
+    print(f"watching {metadata} for the notice of a spot machine", flush=True)
+    spot_notice.watch(deadline, drain)
 
 
 @dataclass(frozen=True)
