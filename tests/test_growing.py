@@ -48,7 +48,7 @@ ray.train.torch.TorchTrainer = Trainer
 resources = cluster.Resources(workers=2, gpu={gpu}, wait_s={wait_s})
 cfg = training.Config(global_batch=2, batch_size=1, validate_every_epochs=0)
 job = SimpleNamespace(train=cfg, method=Component("mae3d"), fingerprint="f", tracking=None)
-with sentences(), cluster.connected(resources):
+with sentences(), cluster.connected(resources, logs=False):
     executor = RayExecutor(resources)
     {code}
 """
@@ -110,15 +110,15 @@ def test_empty_pools(growing: GrowingCluster, tmp_path: Path) -> None:
         print(kind, sum(1 for _ in executor.stream(time.sleep, [0.5] * 60, workers=kind)), gpus(), flush=True)"""
     code, said = Run(growing, tmp_path / "log", f"{stage}\n    {TRAIN}").end()
     assert code == 0, said
-    assert "data actors 60 0\ntasks 60 0\n" in said.replace("\r", "")
+    assert "data actors 60 0\ntasks 60 0\n" in said
     assert "waiting up to 120 s for nodes for 2 workers, 1 GPU each\n" in said
     assert "\n2 workers x 6 CPUs, 1 GPU each\ntraining\n" in said
     wait(lambda: asked_nothing(growing), 60)
 
 
 def test_what_a_pool_can_start(growing: GrowingCluster, tmp_path: Path) -> None:
-    code = "print([ray_compat.comes(b) for b in ({{'GPU': 1}}, {{'GPU': 2}}, {{'CPU': 4}}, {{'CPU': 4, 'TPU': 1}})])"
-    code = code.replace("{{", "{").replace("}}", "}")
+    bundles = [{"GPU": 1}, {"GPU": 2}, {"CPU": 4}, {"CPU": 4, "TPU": 1}]
+    code = f"print([ray_compat.comes(bundle) for bundle in {bundles}])"
     ended, said = Run(growing, tmp_path / "log", code).end()
     assert ended == 0, said
     assert "[True, False, True, False]" in said
