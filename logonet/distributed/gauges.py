@@ -9,10 +9,14 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from logonet.storage import node_cache
-from logonet.training.progress import WATCH_S, Reading
+
+if TYPE_CHECKING:
+    from logonet.training.progress import Reading  # data tasks read this file and do without torch
+
+REPEAT_S = 10.0  # Ray forgets a gauge that was not set for 20 s
 
 # name -> what it says, and its labels; counters only go up, and Prometheus adds "_total" to their names.
 GAUGES = {
@@ -55,11 +59,11 @@ def put(name: str, value: float, **labels: str) -> None:
 
 @functools.cache
 def _repeating() -> None:
-    """Repeat all gauges: Ray forgets one that was not set for 20 s, and an epoch's end may take longer."""
+    """Repeat all gauges: an epoch's end may take longer than Ray remembers them."""
 
     def repeat() -> None:
         while True:
-            time.sleep(WATCH_S)
+            time.sleep(REPEAT_S)
             if ray.is_initialized():
                 for (name, labels), value in list(_standing.items()):
                     _metric(name).set(value, dict(labels))
