@@ -73,7 +73,10 @@ class Run:
         return text in self.log.read_text()
 
     def end(self) -> tuple[int, str]:
-        return self.process.wait(timeout=200), self.log.read_text()
+        try:
+            return self.process.wait(timeout=200), self.log.read_text()
+        finally:
+            self.process.kill()
 
 
 def wait(until: Callable[[], bool], seconds: float = 120) -> float:
