@@ -66,7 +66,7 @@ class GrowingCluster:
         config = {
             "cluster_name": "growing",
             "max_workers": sum(most for _, most in pools.values()),
-            "idle_timeout_minutes": 0.1,
+            "idle_timeout_minutes": 0.5,  # more than Ray Data takes to begin on a busy machine
             "upscaling_speed": 100.0,
             "provider": provider,
             "available_node_types": types,
