@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from logonet.data import prepared_scans
 from logonet.data.volume import Volume
@@ -18,6 +20,11 @@ from logonet.training.local import LocalExecutor
 from tools.chaos import timeless as timeless
 
 HERE = LocalExecutor(device="cpu")
+
+
+def of_each_kind(names: Iterable[str], *some: str) -> list[Any]:
+    """All ``names`` as parameters of a test, of which those beside ``some`` are slow ones."""
+    return [pytest.param(name, marks=[] if name in some else pytest.mark.slow) for name in names]
 
 
 def on_ray(workers: int = 2) -> RayExecutor:

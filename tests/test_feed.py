@@ -72,7 +72,7 @@ def take_all(
     ("world", "micro_batches", "slow"),
     [
         pytest.param(1, 5, (), marks=pytest.mark.slow),
-        (2, 3, (0,)),
+        pytest.param(2, 3, (0,), marks=pytest.mark.slow),
         pytest.param(2, 4, (1,), marks=pytest.mark.slow),
         pytest.param(16, 16, (0, 7), marks=pytest.mark.slow),
         (16, 24, (15,)),

@@ -336,6 +336,7 @@ def test_a_model_is_judged_on_its_own_validation_cases(
         evaluate(replace(QUICK, on="val"), registered[0], scans, root)
 
 
+@pytest.mark.slow
 def test_an_ensemble_and_its_post_processing_from_validation_to_registry(
     finetuned: Artifact, frozen: Artifact, root: str
 ) -> None:

@@ -80,8 +80,10 @@ def test_training_learns_and_logs_what_it_must(whole: Loop) -> None:
         assert entry["peak_memory_mb"] > 0
 
 
-@pytest.mark.parametrize("every", [None, 1])
-@pytest.mark.parametrize("die_at_step", [3, 5])
+@pytest.mark.parametrize(
+    ("die_at_step", "every"),
+    [(3, None), (5, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, 1), (5, None)))],
+)
 def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(
     crops: TrainingDataset,
     whole: Loop,
@@ -163,7 +165,7 @@ def test_accumulated_micro_batches_equal_one_batch(crops: TrainingDataset, tmp_p
         assert torch.equal(grad, seen[name]), name
 
 
-@pytest.mark.parametrize("at_step", [3, 4])  # in the middle of epoch 2 and at its end
+@pytest.mark.parametrize("at_step", [3, pytest.param(4, marks=pytest.mark.slow)])  # in epoch 2 and at its end
 def test_sigterm_stores_the_step_and_the_run_goes_on_from_it(
     crops: TrainingDataset, whole: Loop, tmp_path: Path, at_step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

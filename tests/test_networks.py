@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HERE
+from helpers import HERE, of_each_kind
 
 from logonet import networks, pipelines, training
 from logonet.clustering import kmeans
@@ -168,7 +168,7 @@ def assert_comes_back(finetuned: Artifact) -> None:
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", networks.names())
+@pytest.mark.parametrize("name", of_each_kind(networks.names(), "logonet", "resenc", "unetr"))
 def test_by_name_from_scans_to_the_registry(name: str, scans: str, root: str) -> None:
     pretrained, finetuned = two_steps_of_each(name, scans, root)
     assert_trained(pretrained, finetuned)

@@ -123,7 +123,9 @@ def test_every_parameter_of_an_encoder_has_a_level(name: str) -> None:
 # -------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if "average" in name else pytest.mark.slow) for name in SETTINGS]
+)
 def test_a_killed_run_resumes_to_the_bit(
     name: str, crops: TrainingDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

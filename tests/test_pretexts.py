@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HERE
+from helpers import HERE, of_each_kind
 
 from logonet import methods, networks, pipelines, training
 from logonet.clustering import kmeans
@@ -116,7 +116,7 @@ def of_method(root: str, stage: str, name: str) -> Artifact:
     return one
 
 
-@pytest.mark.parametrize("name", PRETEXTS)
+@pytest.mark.parametrize("name", of_each_kind(PRETEXTS, "masked_clusters", "simmim", "simclr"))
 def test_a_pretext_by_name_hands_its_encoder_on(name: str, scans: str, root: str) -> None:
     pipelines.pretrain(pretraining({"name": name}, backbone_for(name)), scans, root, HERE, None)
     pretrained = of_method(root, "pretrain", name)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def run(folder: Path) -> tuple[LocalLoop, list[Reading]]:
     """A run of two steps an epoch, and what it has told."""
-    loop, readings = LocalLoop(crops_dataset(folder / "crops"), a_job(str(folder / "run"))), []
+    loop, readings = LocalLoop(crops_dataset(folder / "crops"), a_job(str(folder / "run"), epochs=2)), []
     loop.restore()
     positions = MicroBatches(loop.schedule, loop.cfg.batch_size, loop.step, loop.total_steps)
     loop.run(to_tensors(local_batches(loop.dataset, positions), loop.device), watch=readings.append)
@@ -58,6 +58,6 @@ def test_a_reading_is_of_the_steps_since_the_last_and_changes_no_weight(
     assert all(0 <= r.data_wait_share <= 1 and r.samples_per_s > 0 for r in readings)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(lines) == len(loop.history)
-    pattern = r"step 1/8  loss \d\.\d{4}  [\d.]+ crops/s, \d+% waiting for data  0:\d\d:\d\d left"
+    pattern = r"step 1/4  loss \d\.\d{4}  [\d.]+ crops/s, \d+% waiting for data  0:\d\d:\d\d left"
     assert re.fullmatch(pattern, lines[0])
     assert all(torch.equal(v, loop.method.state_dict()[k]) for k, v in unwatched.method.state_dict().items())

@@ -267,7 +267,8 @@ def test_ranks_on_one_machine_meet_on_its_loopback_interface(ray_local: None) ->
     assert gloo.startswith("lo")
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_gpu_that_is_too_small_ends_the_run_with_a_sentence(
     workers: int, crops: TrainingDataset, ray_local: None, tmp_path: Path
 ) -> None:
