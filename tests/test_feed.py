@@ -72,10 +72,10 @@ def take_all(
     ("world", "micro_batches", "slow"),
     [
         pytest.param(1, 5, (), marks=pytest.mark.slow),
-        pytest.param(2, 3, (0,), marks=pytest.mark.slow),
+        (2, 3, (0,)),
         pytest.param(2, 4, (1,), marks=pytest.mark.slow),
         pytest.param(16, 16, (0, 7), marks=pytest.mark.slow),
-        (16, 24, (15,)),
+        pytest.param(16, 24, (15,), marks=pytest.mark.slow),
     ],
 )
 def test_every_rank_gets_its_own_batches_in_order(

@@ -60,7 +60,7 @@ print(json.dumps(losses))
 
 @pytest.mark.parametrize(
     "names",
-    [["masked_clusters", "supervised"], pytest.param(methods.names(), marks=pytest.mark.slow)],
+    [["masked_clusters"], pytest.param(methods.names(), marks=pytest.mark.slow)],
     ids=["the paper's", "all"],
 )
 def test_methods_take_two_steps_where_ray_cannot_be_imported(names: list[str], tmp_path: Path) -> None:

@@ -293,6 +293,7 @@ def test_probing_changes_no_bit_of_the_training(
     assert history[-1]["probe_dice_floor"] == history[1]["probe_dice_floor"] != last["probe_dice"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_that_is_probed_equals_an_uninterrupted_one(
     crops: TrainingDataset,
     probed: Loop,

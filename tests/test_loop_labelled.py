@@ -297,11 +297,11 @@ def test_a_best_has_a_checkpoint_at_once_however_young_the_last_one_is(
 @pytest.mark.parametrize(
     ("every", "patience", "dice", "epochs"),
     [
-        (1, 3, [0.2, 0.5, 0.4, 0.45, 0.5, 0.9, 0.9, 0.9], 5),
+        pytest.param(1, 3, [0.2, 0.5, 0.4, 0.45, 0.5, 0.9, 0.9, 0.9], 5, marks=pytest.mark.slow),
         (1, 1, [0.5, 0.4, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9], 2),
         (2, 2, [0.0, 0.5, 0.0, 0.4, 0.0, 0.3, 0.0, 0.9], 6),
         (3, 1, [0.0, 0.0, 0.5, 0.0, 0.0, 0.6, 0.0, 0.1], 8),  # validated at the end too
-        (1, 4, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], 8),
+        pytest.param(1, 4, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], 8, marks=pytest.mark.slow),
     ],
 )
 def test_patience_ends_a_run_and_a_resumed_one_at_the_same_epoch(
