@@ -35,7 +35,7 @@ sweep: setup     ## the paper's Table 14 on phantoms: 9 trials, killed with SIGK
 chaos: setup     ## 20 kills of every stage, compared with the undisturbed run; goes on where it was
 	$(BIN)/logonet chaos
 
-test: setup      ## the default tests: CPU only, about 9 minutes on 2 cores
+test: setup      ## the default tests: CPU only, about 10 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: setup  ## also the slow ones
