@@ -6,7 +6,7 @@ NNUNET := build/nnunet
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo sweep chaos test test-all test-real test-chaos faults fuzz test-cuda test-nnunet test-services lint audit bench gpu-site docs clean
+.PHONY: help setup demo sweep chaos test test-all test-real test-chaos drill docs-run faults fuzz test-cuda test-nnunet test-services lint audit bench gpu-site docs clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -39,13 +39,19 @@ test: setup      ## the default tests: CPU only, about 10 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: setup  ## also the slow ones
-	$(BIN)/python -m pytest -m 'not real and not chaos and not faults and not fuzz and not cuda and not nnunet and not services'
+	$(BIN)/python -m pytest -m 'not real and not chaos and not faults and not fuzz and not cuda and not nnunet and not services and not docs_run'
 
 test-real: setup ## real scans through 'ray job submit' with 16 workers; wants ../shared/data
 	$(BIN)/python -m pytest -m real
 
 test-chaos: setup ## kills drivers and workers, tears checkpoints, and compares bit for bit
 	$(BIN)/python -m pytest -m chaos
+
+drill: setup     ## machines with claimed GPUs come and go, the head is lost; ends with a page of what happened when
+	$(BIN)/python -m tools.drill
+
+docs-run: setup  ## starts the cluster of docs/cluster.md on three machines of their own, and runs its commands; wants root
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m docs_run tests/test_docs_run.py
 
 faults: setup    ## whole pipelines through a store of which one request in twenty fails, and what that costs
 	$(BIN)/python -m pytest -m faults
@@ -103,5 +109,5 @@ docs: $(VENV)/.done ## the site, in site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:           ## environments, caches and the demo's folder
-	rm -rf $(VENV) $(STORE) .venv-audit demo-run sweep-run chaos-run site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(STORE) .venv-audit demo-run sweep-run chaos-run drill-run site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,64 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import time
-from collections.abc import Iterator
-from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from typing import Any
 
 import pytest
 
 from logonet.core.errors import UserError
 from logonet.distributed import spot_notice
+from tools.drill import AWS, aws_page, metadata
 
-AWS = "/latest/meta-data/spot/instance-action"
 GCP = "/computeMetadata/v1/instance/preempted"
-
-
-@contextlib.contextmanager
-def metadata(pages: dict[str, str], cloud: str) -> Iterator[str]:
-    """A service with ``pages``, which may change; what is asked without the cloud's own header is refused."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_PUT(self) -> None:
-            asked = self.path == "/latest/api/token" and self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
-            self.answer("token" if cloud == "aws" and asked else None)
-
-        def do_GET(self) -> None:
-            own = {
-                "aws": ("X-aws-ec2-metadata-token", "token"),
-                "gcp": ("Metadata-Flavor", "Google"),
-                "": ("Host", ""),
-            }
-            header, value = own[cloud]
-            self.answer(pages.get(self.path) if self.headers[header] == value else None)
-
-        def answer(self, text: str | None) -> None:
-            self.send_response(404 if text is None else 200)
-            self.end_headers()
-            self.wfile.write((text or "").encode())
-
-        def log_message(self, *args: Any) -> None:
-            """Tests are quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def aws_page(unix_s: float) -> str:
-    at = datetime.fromtimestamp(unix_s, UTC)
-    return json.dumps({"action": "terminate", "time": f"{at:%Y-%m-%dT%H:%M:%SZ}"})
 
 
 def test_aws_says_when_the_machine_goes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,38 +235,60 @@ class Raylets:
 
     Args:
         head_cpus: for data tasks, while a node is away.
+        resources: of a node, as Ray's ``Cluster.add_node`` takes them.
     """
 
-    def __init__(self, nodes: int, head_cpus: int = 1) -> None:
+    def __init__(self, nodes: int, head_cpus: int = 1, **resources: Any) -> None:
         from ray.cluster_utils import Cluster
+
+        self.resources = resources or {"num_cpus": 2}
 
         # Ray's own file of "the cluster of this machine" must not lead others here; short, for the sockets' names.
         self.temp = tempfile.mkdtemp(prefix="chaos-", dir="/tmp")
         with mock.patch.dict(os.environ, RAY_TMPDIR=self.temp):
             self.cluster = Cluster(shutdown_at_exit=False)
             try:
-                self._add(
-                    head_cpus, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=free_ports()
-                )
-                self.nodes = [self._add(2) for _ in range(nodes)]
+                dashboard = {"dashboard_host": "127.0.0.1", "dashboard_port": free_ports()}
+                self._add(num_cpus=head_cpus, include_dashboard=True, **dashboard)
+                self.nodes: list[Any] = []
+                for _ in range(nodes):
+                    self.add()
             except BaseException:
                 self.stop()
                 raise
         self.address = self.cluster.address
 
-    def _add(self, cpus: int, **options: Any) -> Any:
+    def _add(self, **options: Any) -> Any:
         # The agent's own port lies where Linux takes ports for connections; named, it is not taken by chance.
         options |= {"node_ip_address": HOST, "dashboard_agent_listen_port": free_ports()}
         memory = OBJECT_STORE_MIB << 20
-        return self.cluster.add_node(num_cpus=cpus, object_store_memory=memory, **options)
+        return self.cluster.add_node(object_store_memory=memory, **options)
+
+    def add(self) -> Any:
+        """A new node."""
+        self.nodes.append(self._add(**self.resources))
+        return self.nodes[-1]
+
+    def lose(self, index: int) -> int:
+        """SIGKILL a node's raylet and its workers, as a machine goes; the raylet's pid."""
+        node = self.nodes.pop(index)
+        raylet = node.all_processes["raylet"][0].process
+        kill(raylet, patience_s=0)
+        self.cluster.remove_node(node, allow_graceful=False)
+        return raylet.pid
 
     def replace(self, index: int) -> int:
-        """SIGKILL a node's raylet and its workers, as a machine goes, and start a new node; the raylet's pid."""
-        raylet = self.nodes[index].all_processes["raylet"][0].process
-        kill(raylet, patience_s=0)
-        self.cluster.remove_node(self.nodes[index], allow_graceful=False)
-        self.nodes[index] = self._add(2)
-        return raylet.pid
+        """`lose` a node, and start a new one in its place; the raylet's pid."""
+        pid = self.lose(index)
+        self.nodes.insert(index, self._add(**self.resources))
+        return pid
+
+    def lose_head(self) -> None:
+        """SIGKILL all processes of the head, and with them the cluster's memory of itself."""
+        for running in self.cluster.head_node.all_processes.values():
+            for info in running:
+                kill(info.process, patience_s=0)
+        self.cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
 
     def workers(self) -> list[psutil.Process]:
         """Processes that work for a run, on whatever node, in a fixed order of names."""

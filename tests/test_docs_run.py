@@ -1,0 +1,244 @@
+"""docs/cluster.md on machines of its own kind: its units start a cluster, its commands and sentences are true there.
+
+    make docs-run
+
+Three machines (tests/machines.py) as the page's "Machines of your own" has them, a real S3 server and a real MLflow
+server beside them. Commands are read from the page, so that one that is changed there is run here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import secrets
+import shlex
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from machines import HERE, Machine, machines
+
+from logonet.data import phantom
+from logonet.storage import object_store
+from tools import s3server
+from tools.chaos import kill
+from tools.s3server import S3Server, free_ports, launch
+
+pytestmark = [pytest.mark.docs_run, pytest.mark.timeout(1800)]
+REPO = Path(__file__).parents[1]
+PAGE = (REPO / "docs/cluster.md").read_text()
+BIN = Path(sys.executable).parent
+DASHBOARD = "http://127.0.0.1:8265"
+SHORT = "train.epochs=2 train.steps_per_epoch=8 train.warmup_epochs=0 crops.per_scan=2 split=null"
+
+
+def blocks(language: str, after: str) -> list[str]:
+    """The code blocks of the page's section ``after``, with lines that go on joined."""
+    section = PAGE.split(f"\n## {after}\n")[1].split("\n## ")[0]
+    found = re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    return [block.replace("\\\n", " ") for block in found]
+
+
+def command(start: str, after: str) -> list[str]:
+    """The words of the command of section ``after`` that begins so."""
+    lines = (line for block in blocks("bash", after) for line in block.splitlines())
+    return shlex.split(next(line for line in lines if line.startswith(start)))
+
+
+def start_commands() -> tuple[str, str, dict[str, str]]:
+    """What systemd starts on the head and on the other machines, and the environment that the units set."""
+    head, worker = blocks("ini", "Machines of your own")
+    lines = [re.search(r"^ExecStart=(.*)$", unit, re.MULTILINE) for unit in (head, worker)]
+    env = dict(re.findall(r"^Environment=(\w+)=(.*)$", head + worker, re.MULTILINE))
+    starts = [" ".join(line[1].split()) for line in lines if line]
+    return starts[0], starts[1], env
+
+
+class Cluster:
+    """The machines, the head first, and how a user on the head talks to the cluster."""
+
+    def __init__(self, nodes: list[Machine], logs: Path, token: str) -> None:
+        self.nodes, self.head, self.logs, self.token = nodes, nodes[0], logs, token
+        self.head_start, self.worker_start, self.env = start_commands()
+
+    def start(self, index: int) -> None:
+        line = self.worker_start if index else self.head_start
+        line = line.replace("<head>", self.head.address).replace("/opt/logonet/.venv/bin", str(BIN))
+        # Two cores that all three share; a real machine tells Ray of its own.
+        line += f" --node-ip-address={self.nodes[index].address} --object-store-memory={150 << 20}"
+        line += " --num-cpus=3" * (index > 0)
+        shell = f"ulimit -n 65536; exec {line}"  # LimitNOFILE
+        self.nodes[index].start(self.logs / f"node-{index}.log", "sh", "-c", shell)
+
+    def submit(self, *words: str, options: tuple[str, ...] = (), limit_s: float = 600) -> str:
+        """What ``ray job submit`` prints."""
+        done = self.head.run("ray", "job", "submit", *options, "--", *words, limit_s=limit_s, **self.client())
+        return done.stdout
+
+    def client(self) -> dict[str, str]:
+        return {"RAY_ADDRESS": DASHBOARD}
+
+    def get(self, path: str) -> Any:
+        """What the dashboard answers, asked on the head."""
+        asks = f"curl -sf -H 'Authorization: Bearer {self.token}' {DASHBOARD}{path}"
+        return json.loads(self.head.run("sh", "-c", asks).stdout)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    token = secrets.token_hex(16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3server, "HOST", HERE)  # where all machines reach it
+        env = {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "HOME": "/tmp",
+            "LANG": "C.UTF-8",
+            "PYTHONPATH": str(REPO),
+        }
+        env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "OMP_NUM_THREADS": "1"}
+        env |= {"RAY_USAGE_STATS_ENABLED": "0", **start_commands()[2]}
+        with machines(3, env) as nodes, S3Server(folder / "s3") as store:
+            port = free_ports()
+            uri = f"http://{HERE}:{port}"
+            server = [str(BIN / "mlflow"), "server", "--host", HERE, "--port", str(port), "--workers", "1"]
+            server += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+            server += ["--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")]
+            server += ["--allowed-hosts", f"{HERE}:{port}"]
+            mlflow = launch(server, str(folder / "mlflow.log"))
+            try:
+                for node in nodes:
+                    node.env |= {**store.env(), "MLFLOW_TRACKING_URI": uri}
+                for name, value in store.env().items():
+                    patch.setenv(name, value)
+                object_store.create_bucket("s3://bucket")
+                phantom.write_dataset("s3://bucket/scans", 4, size_vox=(40, 40, 40))
+                made = Cluster(nodes, folder, token)
+                for index in range(3):
+                    made.start(index)
+                until = time.monotonic() + 240
+                while len(made.head.run("ray", "list", "nodes", **made.client()).stdout.split("ALIVE")) < 4:
+                    assert time.monotonic() < until, (folder / "node-0.log").read_text()[-3000:]
+                    time.sleep(2)
+                with urllib.request.urlopen(f"{uri}/health", timeout=20) as reply:
+                    assert reply.status == 200
+                yield made
+            finally:
+                kill(mlflow, patience_s=5)
+
+
+def pretraining(*more: str) -> list[str]:
+    """The page's command on AWS, with a recipe for two cores."""
+    words = command("ray job submit -- python", "AWS")
+    job = words[words.index("--") + 1 :]
+    for name, value in (("--recipe", "demo"), ("--workers", "2"), ("--gpu", "False")):
+        job[job.index(name) + 1] = value
+    return [*job, "--object-store-mb", "300", *(w for s in SHORT.split() for w in ("--set", s)), *more]
+
+
+def test_both_ways_to_start_are_one() -> None:
+    """The units start what the launcher's file for the same machines starts."""
+    told = yaml.safe_load((REPO / "deploy/on-premise.yaml").read_text())
+    head, worker, env = start_commands()
+    ours = [re.sub(r"^\S+/ray", "ray", line).replace(" --block", "") for line in (head, worker)]
+    theirs = [told[f"{part}_start_ray_commands"][1] for part in ("head", "worker")]
+    theirs[0] = theirs[0].replace(" --autoscaling-config=~/ray_bootstrap_config.yaml", "")
+    theirs[1] = theirs[1].replace("$RAY_HEAD_IP", "<head>")
+    assert [sorted(line.split()) for line in ours] == [sorted(line.split()) for line in theirs]
+    assert f"--env RAY_JOB_STOP_WAIT_TIME_S={env['RAY_JOB_STOP_WAIT_TIME_S']}" in str(told["docker"])
+
+
+def test_doctor_looks_at_every_node(cluster: Cluster) -> None:
+    said = cluster.submit(*command("ray job submit -- logonet", "Before the first run")[4:])
+    assert "succeeded" in said, said
+    assert all(node.address in said for node in cluster.nodes), said
+
+
+def test_a_job_pretrains_and_shows_itself(cluster: Cluster) -> None:
+    said = cluster.submit(*pretraining())
+    assert "succeeded" in said, said
+    assert "2 workers x" in said, said
+    assert re.search(r"epoch 2/2 .*samples|epoch 2/2 .*waiting for data", said), said
+    runs = cluster.get("/api/train/v2/runs/v1")
+    (run,) = runs["train_runs"]
+    assert run["status"] == "FINISHED"
+    assert object_store.exists(
+        object_store.join(re.search(r"s3://bucket/runs/pretrain/\w+", said)[0], "manifest.json")
+    )  # type: ignore[index]
+    again = cluster.submit(*pretraining())
+    assert "already there" in again.splitlines()[-12:].__str__(), again
+
+
+def test_a_stopped_job_saves_its_step_and_goes_on(cluster: Cluster) -> None:
+    longer = pretraining("--set", "train.epochs=40", "--set", "train.seed=1")
+    said = cluster.submit(*longer, options=("--no-wait",))
+    job = re.search(r"raysubmit_\w+", said)[0]  # type: ignore[index]
+    logs = functools.partial(cluster.head.run, "ray", "job", "logs", job, **cluster.client())
+    until = time.monotonic() + 300
+    while "epoch 1/40" not in logs().stdout:
+        assert time.monotonic() < until, logs().stdout
+        time.sleep(2)
+    cluster.head.run("ray", "job", "stop", job, **cluster.client())
+    stopped = logs().stdout
+    step = int(re.search(r"stopped after step (\d+)", stopped)[1])  # type: ignore[index]
+    resumed = cluster.submit(*longer, options=("--no-wait", "--submission-id", "again"))
+    assert "again" in resumed, resumed
+    logs = functools.partial(cluster.head.run, "ray", "job", "logs", "again", **cluster.client())
+    while f"resumed after step {step}" not in logs().stdout:
+        assert time.monotonic() < until + 200, logs().stdout
+        time.sleep(2)
+    # A machine is shut down in order: its unit's end drains the node, and training goes on without it.
+    (ray,) = [p for p in cluster.nodes[2].run("pgrep", "-f", "ray start --block").stdout.split()][-1:]
+    cluster.nodes[2].run("kill", "-TERM", ray)
+    until = time.monotonic() + 300
+    while "workers were asked to go" not in logs().stdout:
+        assert time.monotonic() < until, logs().stdout
+        time.sleep(2)
+    cluster.start(2)  # Restart=always
+    cluster.head.run("ray", "job", "stop", "again", **cluster.client())
+
+
+def expected(start: str) -> str:
+    """What the page's last table says one sees, of the row that begins so, without what varies."""
+    rows = re.findall(r"^\| (.+?) \|", PAGE.split("## When it does not start")[1], re.MULTILINE)
+    (row,) = [row for row in rows if row.strip("`").startswith(start)]
+    return re.sub(r"\b[NM]\b", r"[0-9.]+", re.escape(row.strip("`")).replace(r"\.\.\.", ".*"))
+
+
+def test_what_one_sees_when_it_does_not_start(cluster: Cluster, tmp_path: Path) -> None:
+    big = tmp_path / "big"
+    big.mkdir()
+    (big / "scan.raw").write_bytes(os.urandom(110 << 20))
+    away = {"env_vars": {"MLFLOW_TRACKING_URI": ""}}
+    seen = {
+        "N workers x M": cluster.submit(*pretraining("--workers", "2", "--cpus-per-worker", "3")),
+        "the cluster found no room": cluster.submit(*pretraining("--gpu", "True", "--wait-s", "3")),
+        "MLflow's runs": cluster.submit(*pretraining(), options=("--runtime-env-json", json.dumps(away))),
+        "--data ": cluster.submit(*pretraining("--data", "scans")),
+    }
+    no_token = {"RAY_AUTH_TOKEN": "", **cluster.client()}
+    seen["Authentication required"] = cluster.head.run("ray", "job", "list", **no_token).stdout
+    for start, said in seen.items():
+        assert re.search(expected(start), said), f"{start}: {said[-3000:]}"
+
+
+def test_a_watch_without_a_metadata_service_says_so(cluster: Cluster) -> None:
+    done = cluster.nodes[1].run("logonet", "spot-watch", limit_s=60)
+    assert done.returncode != 0
+    assert "169.254.169.254" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_the_bill_is_what_the_page_says(cluster: Cluster) -> None:
+    """Its last row, without what the page adds to it."""
+    row = [line.split("|") for line in PAGE.splitlines() if line.startswith("| 4 x g5.12xlarge")][0]
+    said = cluster.head.run(*command("logonet plan", "What a run costs")).stdout
+    assert row[5].strip() in said, said
+    assert row[6].strip() in said, said
