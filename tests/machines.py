@@ -23,8 +23,10 @@ HERE = f"{NET}.1"  # the address of this machine for the others
 class Machine:
     """Commands run in it as root, with the environment ``env`` and little else."""
 
-    def __init__(self, keeper: subprocess.Popen[bytes], address: str, env: Mapping[str, str]) -> None:
-        self.keeper, self.address, self.env = keeper, address, dict(env)
+    def __init__(
+        self, name: str, keeper: subprocess.Popen[bytes], address: str, env: Mapping[str, str]
+    ) -> None:
+        self.name, self.keeper, self.address, self.env = name, keeper, address, dict(env)
         until = time.monotonic() + 20
         while not (inside := psutil.Process(keeper.pid).children()):
             assert time.monotonic() < until, "unshare has started nothing"
@@ -32,7 +34,7 @@ class Machine:
         self.pid = inside[0].pid
 
     def words(self, *command: str) -> list[str]:
-        return ["nsenter", "--target", str(self.pid), "--net", "--mount", "--pid", "--", *command]
+        return ["nsenter", "--target", str(self.pid), "--net", "--mount", "--uts", "--pid", "--", *command]
 
     def run(self, *command: str, limit_s: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
         """A command to its end; stdout and stderr are in ``stdout``."""
@@ -76,9 +78,10 @@ def machines(count: int, env: Mapping[str, str]) -> Iterator[list[Machine]]:
             ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 ip("-n", name, "link", "set", device, "up")
-            words = ["ip", "netns", "exec", name, "unshare", "--mount", "--pid", "--fork", "--mount-proc"]
-            words += ["--kill-child", "sh", "-c", "mount -t tmpfs tmpfs /tmp && exec sleep infinity"]
-            made.append(Machine(subprocess.Popen(words), address, env))
+            words = ["ip", "netns", "exec", name, "unshare", "--mount", "--uts", "--pid", "--fork"]
+            words += ["--mount-proc", "--kill-child", "sh", "-c"]
+            words += [f"hostname {name} && mount -t tmpfs tmpfs /tmp && exec sleep infinity"]
+            made.append(Machine(name, subprocess.Popen(words), address, env))
         yield made
     finally:
         for machine in made:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from logonet.distributed import ray_compat
 
 REPO = Path(__file__).parents[1]
 TRAIN = "ray.train.v2._internal.execution"
@@ -108,3 +111,9 @@ def test_private_parts_of_ray_are_used_in_one_file() -> None:
         for file in (REPO / folder).rglob("*.py")
     }
     assert [name for name, found in uses.items() if found] == ["logonet/distributed/ray_compat.py"]
+
+
+def test_the_interface_that_has_an_address() -> None:
+    name = ray_compat.interface_of("127.0.0.1")
+    assert name in {name for _, name in socket.if_nameindex()}
+    assert ray_compat.interface_of("192.0.2.1") is None  # of documentation, nobody's

@@ -285,10 +285,11 @@ class Raylets:
 
     def lose_head(self) -> None:
         """SIGKILL all processes of the head, and with them the cluster's memory of itself."""
-        for running in self.cluster.head_node.all_processes.values():
+        head: Any = self.cluster.head_node
+        for running in list(head.all_processes.values()):
             for info in running:
                 kill(info.process, patience_s=0)
-        self.cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        head.kill_all_processes(check_alive=False, allow_graceful=False)
 
     def workers(self) -> list[psutil.Process]:
         """Processes that work for a run, on whatever node, in a fixed order of names."""

@@ -10,14 +10,16 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from logonet.distributed import ray_compat, trainer
 
 
 def train_worker(config: dict[Any, Any]) -> dict[str, Any]:
     """As the trainer's, on the CPU."""
-    from ray.air._internal import device_manager
+    import ray.train.torch
 
-    device_manager._torch_device_manager = device_manager.CPUTorchDeviceManager()
+    ray.train.torch.get_device = lambda: torch.device("cpu")
     return trainer.train_worker(config)
 
 

@@ -276,6 +276,46 @@ def without_dashboard() -> None:
     logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def interface_of(address: str) -> str | None:
+    """The network interface of this machine that has ``address``."""
+    import psutil
+
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, given in interfaces if address in {a.address for a in given}), None)
+
+
+def speak_as_ray() -> None:
+    """Run in a training worker: gloo takes the interface of the address that Ray knows this machine by.
+
+    Left alone, it takes the address that the machine's own name resolves to. That often is a loopback one, such as
+    Debian's 127.0.1.1, where no worker on another machine reaches it.
+    """
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == here)
+    if interface := interface_of(address):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def cluster_torch_config() -> Any:
+    """A ``TorchConfig`` for workers on several machines."""
+    from ray.train.torch import TorchConfig
+    from ray.train.torch import config as ray_torch
+
+    class Backend(ray_torch._TorchBackend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(speak_as_ray)
+            super().on_start(worker_group, backend_config)
+
+    class ClusterTorchConfig(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return Backend
+
+    return ClusterTorchConfig()
+
+
 def local_torch_config() -> Any:
     """A ``TorchConfig`` for workers that are all on one machine: they meet through a file, on the loopback interface.
 

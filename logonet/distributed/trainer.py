@@ -77,7 +77,7 @@ def fit(
     import ray
     import ray.exceptions
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     check_workers(job.train, job.method, resources)
     if job.train.validate_every_epochs and not dataset.validation:
@@ -108,7 +108,9 @@ def fit(
         trainer = TorchTrainer(
             train_worker,  # type: ignore[arg-type]  # it may return a value; Ray's annotation forgets that
             train_loop_config={**config, "run": run},
-            torch_config=ray_compat.local_torch_config() if on_loopback() else TorchConfig(),
+            torch_config=(
+                ray_compat.local_torch_config() if on_loopback() else ray_compat.cluster_torch_config()
+            ),
             scaling_config=ScalingConfig(  # type: ignore[call-arg]  # Ray's stub is of its older ScalingConfig
                 num_workers=num_workers,
                 elastic_resize_monitor_interval_s=resources.resize_every_s,
