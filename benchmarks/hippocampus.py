@@ -92,12 +92,14 @@ def main(args: Args) -> None:
     root = Path(args.dir).resolve()
     root.mkdir(parents=True, exist_ok=True)
     data = str(Path(args.data).resolve()) + "/"
-    pretrained, pretrain_s = job(args, "pretrain", "pretrain", "--recipe", "hippocampus", "--data", data)
+    pretrained, pretrain_s = job(
+        args, "pretrain", "pretrain", "--recipe", "hippocampus_logonet", "--data", data
+    )
     rows, scores = [], {}
     for fraction in FRACTIONS:
         for label in ("logonet + pretraining", *NETWORKS):
             net = label.split(" ")[0]
-            words = ["--recipe", "hippocampus", "--data", data, *SHORT, f"split.fraction={fraction}"]
+            words = ["--recipe", "hippocampus_logonet", "--data", data, *SHORT, f"split.fraction={fraction}"]
             if NETWORKS[net]:
                 words += [f"backbone={json.dumps({'name': net, **NETWORKS[net]})}"]
             if "pretraining" in label:

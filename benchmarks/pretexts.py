@@ -113,7 +113,7 @@ def pretrained(args: Args, run: Run, root: str) -> Artifact | None:
     """The run's pretraining. Every one is probed at its end."""
     if run.method is None:
         return None
-    base = recipes.PRETRAINING["hippocampus"]()
+    base = recipes.PRETRAINING["hippocampus_logonet"]()
     cfg = replace(
         base,
         split=split(1.0),
@@ -127,7 +127,7 @@ def pretrained(args: Args, run: Run, root: str) -> Artifact | None:
 
 
 def finetuned(args: Args, run: Run, root: str, init: Artifact | None) -> Artifact:
-    base = recipes.FINETUNING["hippocampus"]()
+    base = recipes.FINETUNING["hippocampus_logonet"]()
     method = {**base.method, **run.objective}
     cfg = replace(
         base,

@@ -380,7 +380,7 @@ def test_finetunings_recipes_are_listed(monkeypatch: pytest.MonkeyPatch, capsys:
         assert f"{name}\n    {' '.join((make.__doc__ or '').split())}\n" in said
 
 
-@pytest.mark.parametrize("name", ["demo", "hippocampus"])
+@pytest.mark.parametrize("name", ["demo", "hippocampus_logonet"])
 def test_a_shown_config_is_whole_and_can_be_given_back(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -85,10 +85,22 @@ class Cluster:
     def client(self) -> dict[str, str]:
         return {"RAY_ADDRESS": DASHBOARD}
 
+    def alive(self) -> int:
+        """How many machines the cluster has."""
+        return self.head.run("ray", "list", "nodes", **self.client()).stdout.count("ALIVE")
+
     def get(self, path: str) -> Any:
         """What the dashboard answers, asked on the head."""
         asks = f"curl -sf -H 'Authorization: Bearer {self.token}' {DASHBOARD}{path}"
         return json.loads(self.head.run("sh", "-c", asks).stdout)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=20) as reply:
+            return reply.status == 200
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +136,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 for index in range(3):
                     made.start(index)
                 until = time.monotonic() + 240
-                while len(made.head.run("ray", "list", "nodes", **made.client()).stdout.split("ALIVE")) < 4:
+                while not (made.alive() == 3 and answers(f"{uri}/health")):
                     assert time.monotonic() < until, (folder / "node-0.log").read_text()[-3000:]
                     time.sleep(2)
-                with urllib.request.urlopen(f"{uri}/health", timeout=20) as reply:
-                    assert reply.status == 200
                 yield made
             finally:
                 kill(mlflow, patience_s=5)

@@ -72,7 +72,7 @@ def put(files: list[Path], prefix: str) -> None:
     [
         # Unlabelled images, so no split; two epochs, since docs/results.md has the whole run.
         (
-            "hippocampus",
+            "hippocampus_logonet",
             "Task04_Hippocampus/imagesTr",
             200,
             ["split=null", "train.epochs=2", "train.warmup_epochs=1", "train.batch_size=1"],

@@ -20,7 +20,7 @@ from logonet.sweep import space
 from logonet.sweep.space import Key, Space
 
 SPACES = Path(__file__).parents[1] / "jobs" / "spaces"
-RECIPE_OF = {"paper": "paper", "table14": "paper", "hippocampus": "hippocampus", "phantoms": "demo"}
+RECIPE_OF = {"paper": "paper", "table14": "paper", "hippocampus": "hippocampus_logonet", "phantoms": "demo"}
 
 
 def resolve(values: dict[str, Any]) -> pipelines.Pretraining:
