@@ -37,7 +37,7 @@ PAGE = (REPO / "docs/cluster.md").read_text()
 BIN = Path(sys.executable).parent
 DASHBOARD = "http://127.0.0.1:8265"
 SHORT = (
-    "train.epochs=2 train.steps_per_epoch=4 train.global_batch=2 train.batch_size=1 train.warmup_epochs=0 "
+    "train.epochs=2 train.steps_per_epoch=4 train.global_batch=4 train.batch_size=2 train.warmup_epochs=0 "
 )
 SHORT += "crops.per_scan=2 clusterers.n=2 clusterers.iterations=10 split=null"
 
