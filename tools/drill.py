@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 NODE_CPUS, NODE_GPUS = 4, 2
 NOTICE_S = 60  # AWS gives 120
 LIMIT_S = 400.0  # for any one thing to happen
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 AWS = "/latest/meta-data/spot/instance-action"
 COLOURS = {1: drawing.GREY, 2: drawing.ORANGE, 3: drawing.SKY, 4: drawing.BLUE}
 
@@ -112,14 +113,14 @@ class Run:
         return value
 
     def checkpoints(self) -> dict[int, tuple[float, Artifact]]:
-        """Step -> when it was first seen, and the checkpoint."""
+        """Step -> when it was written, and the checkpoint."""
         parts = "/checkpoints/step-", f"/{artifacts.MANIFEST}"
         for entry in object_store.listing(object_store.join(self.root, "pretrain")):
             if parts[0] not in entry.uri or not entry.uri.endswith(parts[1]):
                 continue
             step = int(entry.uri.removesuffix(parts[1]).rpartition("-")[2])
             if step not in self.stored and (made := artifacts.find(entry.uri.removesuffix(parts[1]))):
-                self.stored[step] = time.time(), made
+                self.stored[step] = datetime.fromisoformat(made.created_at).timestamp(), made
         return self.stored
 
     def worlds(self) -> dict[int, int]:
@@ -136,8 +137,9 @@ class Run:
         return timeless(found[max(found)][1].facts["history"]) if found else []
 
     def weights(self, step: int) -> dict[str, np.ndarray]:
-        """Of the model after ``step``."""
-        return safetensors.numpy.load(self.checkpoints()[step][1].read("model.safetensors"))
+        """Of the model after ``step``, without batch norm's running statistics, which are those of one worker."""
+        found = safetensors.numpy.load(self.checkpoints()[step][1].read("model.safetensors"))
+        return {k: v for k, v in found.items() if not k.endswith(STATISTICS)}
 
     def workers(self) -> list[psutil.Process]:
         """Training workers of a Ray that the run has started itself."""
