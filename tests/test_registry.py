@@ -125,6 +125,16 @@ def test_a_run_holds_params_tags_metrics_and_files(client, tmp_path):
     assert (folder / "pictures" / "loss.png").read_bytes() == b"\x89PNG"
 
 
+def test_names_that_mlflow_refuses_are_written_otherwise(client):
+    """A study's pretext may have a comma in its name, and a dataset's class brackets."""
+    t = tracker("names", params={"pretexts": {"pooled head, encoder": "x"}})
+    t.sync([{"epoch": 0, "step": 0, "loss": 1.0, "dice/ventricle (left)": 0.5}])
+    assert t.close(timeout_s=60)
+    (run,) = runs(client, "names")
+    assert run.data.params == {"pretexts.pooled head_ encoder": "x"}
+    assert run.data.metrics["dice/ventricle _left_"] == 0.5
+
+
 def test_a_resumed_job_continues_its_run(client):
     first = tracker("resumed", tags={"logonet.command": "pretrain"})
     first.sync(history(2))

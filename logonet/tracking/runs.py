@@ -116,7 +116,7 @@ class Tracker:
         set_defaults()  # here, not only in the thread: setenv is not safe while other threads call getenv
         self._uri = tracking_uri()
         self._named = redact(self._uri)
-        self._params = {key: _param(key, value) for key, value in config.flat(self.params).items()}
+        self._params = {_name(key): _param(key, value) for key, value in config.flat(self.params).items()}
         own = {FINGERPRINT_TAG: self.fingerprint, "logonet.version": logonet.__version__}
         self._tags = clean_tags({**own, **self.tags})
         # What to deliver. The thread only reads these, and they are replaced, never changed in place.
@@ -229,7 +229,8 @@ class Tracker:
                     self._client.log_artifacts(self._run_id, folder)
             self._sent = dict(files)
         step = int(history[-1]["step"]) if history else 0
-        new = {k: v for k, v in final.items() if run.data.metrics.get(k) != v and math.isfinite(v)}
+        named = {_name(k): v for k, v in final.items()}
+        new = {k: v for k, v in named.items() if run.data.metrics.get(k) != v and math.isfinite(v)}
         self._log_metrics([(name, value, int(time.time() * 1000), step) for name, value in new.items()])
         if status is not None and (run.info.status != status or missing):
             self._client.set_terminated(self._run_id, status)
@@ -341,6 +342,11 @@ def clean_tags(tags: Mapping[str, Any]) -> dict[str, str]:
     return {key: redact(str(value)) for key, value in tags.items() if value is not None}
 
 
+def _name(key: str) -> str:
+    """A key as MLflow takes it: without commas and brackets, which names of classes and of a study's settings have."""
+    return re.sub(r"[^\w .:/-]", "_", key)
+
+
 def _param(key: str, value: Any) -> str:
     """A value as MLflow shows it: lists and None as JSON, and no secrets."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
@@ -353,9 +359,9 @@ def _metrics(entry: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         if name in ("epoch", "step", "unix_s") or value is None:
             continue
         if isinstance(value, Sequence):
-            yield from ((f"{name}/{i:03d}", float(item)) for i, item in enumerate(value))
+            yield from ((f"{_name(name)}/{i:03d}", float(item)) for i, item in enumerate(value))
         else:
-            yield name, float(value)
+            yield _name(name), float(value)
 
 
 def write_files(folder: str, files: Mapping[str, bytes]) -> None:
