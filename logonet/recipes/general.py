@@ -143,8 +143,8 @@ def small_finetune() -> Finetuning:
 def hippocampus_finetune() -> Finetuning:
     """The MSD hippocampus MR scans, 160 to train and 40 to test, on a 2-core machine: a DynUNet of 3.2 M parameters,
     deep supervision, a crop of 40 x 56 x 40 of each of 4 cases a step, nnU-Net's augmentation, batch Dice, 4,000 steps,
-    averaged weights; 83 minutes of one core. Augmentation was chosen on the validation cases of fold 0. Dice on the test
-    cases: 0.889, mirrored 0.890.
+    averaged weights; 83 minutes of one core. Augmentation was chosen on the validation cases of fold 0. Dice on the
+    test cases: 0.889, mirrored 0.890.
     """
     # Left and right hippocampus are one class here, and each scan shows one of them, so nothing is against mirroring.
     options = {"augment": config.to_dict(augment.nnunet()), "batch_dice": True}
