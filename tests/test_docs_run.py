@@ -92,6 +92,17 @@ class Cluster:
         """How many machines the cluster has."""
         return self.head.run("ray", "list", "nodes", **self.client()).stdout.count("ALIVE")
 
+    def log(self, job: str) -> str:
+        """What a job has printed so far."""
+        return self.head.run("ray", "job", "logs", job, **self.client()).stdout
+
+    def wait_for(self, text: str, job: str) -> None:
+        """Until ``job`` has printed ``text``."""
+        until = time.monotonic() + 600
+        while text not in (said := self.log(job)):
+            assert time.monotonic() < until, said
+            time.sleep(2)
+
     def get(self, path: str) -> Any:
         """What the dashboard answers, asked on the head."""
         asks = f"curl -sf -H 'Authorization: Bearer {self.token}' {DASHBOARD}{path}"
@@ -194,27 +205,16 @@ def test_a_stopped_job_saves_its_step_and_goes_on(cluster: Cluster) -> None:
     longer = pretraining("--set", "train.epochs=40", "--set", "train.seed=1")
     said = cluster.submit(*longer, options=("--no-wait",))
     job = re.search(r"raysubmit_\w+", said)[0]  # type: ignore[index]
-    logs = functools.partial(cluster.head.run, "ray", "job", "logs", job, **cluster.client())
-    until = time.monotonic() + 600
-    while "epoch 1/40" not in logs().stdout:
-        assert time.monotonic() < until, logs().stdout
-        time.sleep(2)
+    cluster.wait_for("epoch 1/40", job)
     cluster.head.run("ray", "job", "stop", job, **cluster.client())
-    stopped = logs().stdout
-    step = int(re.search(r"stopped after step (\d+)", stopped)[1])  # type: ignore[index]
+    step = int(re.search(r"stopped after step (\d+)", cluster.log(job))[1])  # type: ignore[index]
     resumed = cluster.submit(*longer, options=("--no-wait", "--submission-id", "again"))
     assert "again" in resumed, resumed
-    logs = functools.partial(cluster.head.run, "ray", "job", "logs", "again", **cluster.client())
-    while f"resumed after step {step}" not in logs().stdout:
-        assert time.monotonic() < until + 200, logs().stdout
-        time.sleep(2)
+    cluster.wait_for(f"resumed after step {step}", "again")
     # A machine is shut down in order: its unit's end drains the node, and training goes on without it.
     (ray,) = [p for p in cluster.nodes[2].run("pgrep", "-f", "ray start --block").stdout.split()][-1:]
     cluster.nodes[2].run("kill", "-TERM", ray)
-    until = time.monotonic() + 600
-    while "workers were asked to go" not in logs().stdout:
-        assert time.monotonic() < until, logs().stdout
-        time.sleep(2)
+    cluster.wait_for("workers were asked to go", "again")
     cluster.start(2)  # Restart=always
     cluster.head.run("ray", "job", "stop", "again", **cluster.client())
 

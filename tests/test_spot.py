@@ -14,7 +14,7 @@ from logonet.data import phantom
 from tools import drill
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
-EPOCHS, STEPS = 3, 10
+EPOCHS = 3  # of ten steps
 
 
 def test_machines_come_and_go_and_the_head_is_lost(tmp_path: Path) -> None:
@@ -30,16 +30,13 @@ def test_sigterm_to_a_worker_and_to_the_driver(tmp_path: Path, monkeypatch: pyte
     """A fixed number of workers: bit for bit what it would have been."""
     monkeypatch.setenv("LOGONET_HOME", str(tmp_path / "home"))
     scans = phantom.write_dataset(str(tmp_path / "scans"), 4, size_vox=(40, 40, 40))
-    job = ["jobs/pretrain.py", "--recipe", "demo", "--data", scans, "--experiment", "spot", "--workers", "2"]
-    for setting in drill.settings(EPOCHS, STEPS):
-        job += ["--set", setting]
+    job = drill.pretraining(scans, "spot", EPOCHS)
 
-    def start(name: str) -> drill.Run:
-        return drill.Run(str(tmp_path / name), str(tmp_path / f"{name}.log"), *job)
+    def start() -> drill.Run:
+        return drill.Run(str(tmp_path / "root"), str(tmp_path / "root.log"), *job, "--workers", "2")
 
-    undisturbed = start("undisturbed")
-    undisturbed.end()
-    run = start("root")
+    undisturbed = drill.undisturbed(str(tmp_path), 2, job)
+    run = start()
     try:
         run.wait_for(lambda: run.world_reached(2), "2 workers stored a step")
         run.workers()[-1].send_signal(signal.SIGTERM)
@@ -48,13 +45,12 @@ def test_sigterm_to_a_worker_and_to_the_driver(tmp_path: Path, monkeypatch: pyte
         run.wait_for(lambda: f"resumed after step {first:,} of" in run.said(), "the run went on")
         run.wait_for(lambda: run.world_reached(2, first), "2 workers stored another step")
         second = run.stop()
-        run = start("root")
+        run = start()
         run.end()
     finally:
         run.kill()
-        undisturbed.kill()
     print("left after steps", first, "and", second)
     assert f"resumed after step {second:,} of" in run.said()
     assert run.history() == undisturbed.history()
-    ours, theirs = (one.weights(EPOCHS * STEPS) for one in (run, undisturbed))
+    ours, theirs = (one.weights(10 * EPOCHS) for one in (run, undisturbed))
     assert drill.apart(ours, theirs) == 0

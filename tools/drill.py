@@ -56,13 +56,13 @@ AWS = "/latest/meta-data/spot/instance-action"
 COLOURS = {1: drawing.GREY, 2: drawing.ORANGE, 3: drawing.SKY, 4: drawing.BLUE}
 
 
-def settings(epochs: int, steps_per_epoch: int = 10) -> list[str]:
-    """Of a short pretraining, as a job takes them."""
-    return [
+def pretraining(scans: str, experiment: str, epochs: int) -> list[str]:
+    """The words of a short pretraining of ``epochs`` of ten steps, after the interpreter."""
+    settings = [
         "split=null",
         "crops.per_scan=3",
         f"train.epochs={epochs}",
-        f"train.steps_per_epoch={steps_per_epoch}",
+        "train.steps_per_epoch=10",
         "train.global_batch=10",  # five batches, which 2 and 4 workers share unequally
         "train.batch_size=2",
         "train.lr=1e-4",  # AdamW begins with signs of gradients: at 1e-3 rounding makes 1 % by epoch 3
@@ -70,6 +70,8 @@ def settings(epochs: int, steps_per_epoch: int = 10) -> list[str]:
         "train.checkpoint_every_steps=2",
         "train.keep_checkpoints=1000",
     ]
+    words = ["jobs/pretrain.py", "--recipe", "demo", "--data", scans, "--experiment", experiment]
+    return [*words, *(word for setting in settings for word in ("--set", setting))]
 
 
 class Run:
@@ -148,13 +150,10 @@ class Run:
 
     def end(self, limit_s: float = 1200.0) -> None:
         """Wait for the end."""
-        until = time.monotonic() + limit_s
-        while self.process.poll() is None and time.monotonic() < until:
-            self.checkpoints()
-            time.sleep(0.5)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(limit_s)
         if self.process.poll() != 0:
             raise UserError(f"the run did not end well (status {self.process.returncode}); see {self.log}")
-        self.checkpoints()
 
     def stop(self) -> int:
         """SIGTERM to the driver; returns the step that it left after."""
@@ -304,14 +303,8 @@ def spot_notice(node_id: str, address: str) -> None:
 def apart(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
     """The distance of two networks' weights, relative to their length."""
     assert one.keys() == other.keys()
-    squares = [
-        (
-            float(np.square(one[k].astype(np.float64) - other[k]).sum()),
-            float(np.square(one[k].astype(np.float64)).sum()),
-        )
-        for k in one
-    ]
-    return float(np.sqrt(sum(a for a, _ in squares) / sum(b for _, b in squares)))
+    ours, theirs = (np.concatenate([w[k].ravel() for k in one], dtype=np.float64) for w in (one, other))
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(ours))
 
 
 def losses_apart(found: Sequence[dict[str, Any]], expected: Sequence[dict[str, Any]]) -> list[float]:
@@ -327,10 +320,15 @@ def losses_apart(found: Sequence[dict[str, Any]], expected: Sequence[dict[str, A
     return [abs(a["loss"] / b["loss"] - 1) for a, b in zip(found, expected)]
 
 
+def beginning(events: Sequence[Event]) -> float:
+    """Where the page's time begins, somewhat before the first thing that happened."""
+    return events[0].unix_s - 30
+
+
 @drawing.picture
 def picture(run: Run, events: Sequence[Event]) -> Figure:
     """Steps over time, coloured by the number of workers, and what happened."""
-    began = events[0].unix_s - 30
+    began = beginning(events)
     points = sorted((at, step, made.facts["world"]) for step, (at, made) in run.checkpoints().items())
     fig = drawing.figure(
         9, 4, "What happened when", "A point is a stored checkpoint; a grey line is a thing done."
@@ -357,7 +355,7 @@ def picture(run: Run, events: Sequence[Event]) -> Figure:
 
 def page(run: Run, events: Sequence[Event], facts: dict[str, Any], typed: str) -> str:
     """What happened when, as one HTML page."""
-    began = events[0].unix_s - 30
+    began = beginning(events)
     table = pd.DataFrame(
         [
             {
@@ -402,9 +400,7 @@ def drill(folder: str, epochs: int) -> Outcome:
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
     scans = phantom.write_dataset(os.path.join(folder, "scans"), 4, size_vox=(40, 40, 40))
-    job = ["jobs/pretrain.py", "--recipe", "demo", "--data", scans, "--experiment", "drill"]
-    for setting in settings(epochs):
-        job += ["--set", setting]
+    job = pretraining(scans, "drill", epochs)
     elastic = ["-m", "tools.fake_gpus", *job, "--workers", "2:4", "--gpu", "True", "--resize-every-s", "10"]
     with contextlib.ExitStack() as stack:
         mlflow = TrackingServer(folder)
@@ -435,14 +431,13 @@ def drill(folder: str, epochs: int) -> Outcome:
         left = under_way.events[-1].stored
         ray.lose_head()
         under_way.run.kill()
-        stored, ray = under_way.run.stored, cluster()
+        ray = cluster()
         run = under_way.run = start(ray)
-        run.stored = stored
         under_way.goes_on(4, left)
         run.end()
         ray.stop()
         # What rounding alone makes of training: a number of workers that never changes, and another.
-        compared = _compare(run, *(_undisturbed(folder, workers, job) for workers in (2, 4)))
+        compared = _compare(run, *(undisturbed(folder, workers, job) for workers in (2, 4)))
         typed = " ".join(["python", *elastic, "--root", run.root]).replace(f"{folder}/", "")
         events = under_way.events
         object_store.write(os.path.join(folder, "index.html"), page(run, events, compared, typed).encode())
@@ -463,7 +458,7 @@ def main(dir: str = "drill-run", epochs: int = 10) -> None:
     print(os.path.join(folder, "index.html"))
 
 
-def _undisturbed(folder: str, workers: int, job: Sequence[str]) -> Run:
+def undisturbed(folder: str, workers: int, job: Sequence[str]) -> Run:
     """The same training on a Ray of its own, to which nothing happens."""
     print(f"{workers} workers, to which nothing happens", flush=True)
     root = os.path.join(folder, f"undisturbed-{workers}")

@@ -298,9 +298,20 @@ def speak_as_ray() -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
+def _torch_config(backend: type) -> Any:
+    """A ``TorchConfig`` whose workers ``backend`` brings together."""
+    from ray.train.torch import TorchConfig
+
+    class OwnTorchConfig(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return backend
+
+    return OwnTorchConfig()
+
+
 def cluster_torch_config() -> Any:
     """A ``TorchConfig`` for workers on several machines."""
-    from ray.train.torch import TorchConfig
     from ray.train.torch import config as ray_torch
 
     class Backend(ray_torch._TorchBackend):
@@ -308,12 +319,7 @@ def cluster_torch_config() -> Any:
             worker_group.execute(speak_as_ray)
             super().on_start(worker_group, backend_config)
 
-    class ClusterTorchConfig(TorchConfig):
-        @property
-        def backend_cls(self) -> Any:
-            return Backend
-
-    return ClusterTorchConfig()
+    return _torch_config(Backend)
 
 
 def local_torch_config() -> Any:
@@ -323,7 +329,6 @@ def local_torch_config() -> Any:
     whoever connects. Between machines there is no other way. On one there is a file that only its owner can open.
     """
     import ray
-    from ray.train.torch import TorchConfig
     from ray.train.torch import config as ray_torch
 
     class Backend(ray_torch._TorchBackend):
@@ -351,12 +356,7 @@ def local_torch_config() -> Any:
             super().on_shutdown(worker_group, backend_config)
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    class LocalTorchConfig(TorchConfig):
-        @property
-        def backend_cls(self) -> Any:
-            return Backend
-
-    return LocalTorchConfig()
+    return _torch_config(Backend)
 
 
 def progress_bar(total: int, done: int) -> Any:

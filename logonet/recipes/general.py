@@ -38,6 +38,7 @@ def small() -> Pretraining:
 
 HIPPOCAMPUS_SPLIT = splits.Config(test_share=0.2, fold=None)  # 40 of 200 test, 160 train
 HIPPOCAMPUS_CROP = (40, 56, 40)  # nnU-Net's; the scans have about 35 x 51 x 35 voxels of 1 mm
+LOGONET_CROP = (32, 64, 32)  # of the same scans: its sides are multiples of 32
 _LEVELS = {
     "filters": [24, 48, 96, 192],
     "kernel_size": [[3, 3, 3]] * 4,
@@ -76,7 +77,7 @@ def hippocampus_logonet() -> Pretraining:
     """
     return Pretraining(
         split=HIPPOCAMPUS_SPLIT,
-        crops=cropping.Config(size_vox=(32, 64, 32), per_scan=2),
+        crops=cropping.Config(size_vox=LOGONET_CROP, per_scan=2),
         clusterers=kmeans.Config(n=16, k_min=8, k_max=40, iterations=100),
         backbone=SMALL_LOGONET,
         method=MASKED_CLUSTERS,
@@ -174,7 +175,7 @@ def hippocampus_logonet_finetune() -> Finetuning:
     options = {"augment": config.to_dict(augment.Config(flip_prob=0.5)), "batch_dice": True}
     return Finetuning(
         split=HIPPOCAMPUS_SPLIT,
-        crops=prepared_scans.CropSampling(size_vox=(32, 64, 32), per_case=1),
+        crops=prepared_scans.CropSampling(size_vox=LOGONET_CROP, per_case=1),
         backbone=SMALL_LOGONET,
         method=Component("supervised", options),
         train=replace(SHORT, epochs=16, steps_per_epoch=100, global_batch=4, batch_size=2, lr=2e-3, ema=0.99),
