@@ -23,7 +23,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from ray.core.generated.autoscaler_pb2 import DEAD
 
 from logonet.distributed import cluster, ray_compat
-from tools.s3server import free_ports
+from tools.processes import free_ports
 
 HEAD = "ray.head.default"
 NO_CAPACITY = (

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tools.chaos import kill
+from tools.processes import kill
 
 REPO = Path(__file__).parents[1]
 NET = "10.77.5"

@@ -24,8 +24,9 @@ from logonet.core import seeding
 from logonet.data import phantom
 from logonet.storage import artifacts
 from logonet.sweep import records
-from tools import chaos
-from tools.chaos import kill, timeless
+from tools import chaos, processes
+from tools.chaos import timeless
+from tools.processes import kill
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
 REPO = Path(__file__).parents[1]
@@ -62,7 +63,7 @@ def launch(root: Path, job: list[str], address: str | None = None) -> subprocess
     env = chaos.clean_environment(LOGONET_HOME=str(root / "home"))
     if address is not None:
         env["RAY_ADDRESS"] = address
-    return chaos.launch(command, str(root.parent / f"{root.name}.log"), env=env, cwd=REPO)
+    return processes.launch(command, str(root.parent / f"{root.name}.log"), env=env, cwd=REPO)
 
 
 def finish(process: subprocess.Popen[bytes], root: Path) -> tuple[list[dict[str, Any]], str]:

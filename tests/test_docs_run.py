@@ -28,8 +28,8 @@ from machines import HERE, Machine, machines
 from logonet.data import phantom
 from logonet.storage import object_store
 from tools import s3server
-from tools.chaos import kill
-from tools.s3server import S3Server, free_ports, launch
+from tools.mlflow_server import MLflowServer
+from tools.s3server import S3Server
 
 pytestmark = [pytest.mark.docs_run, pytest.mark.timeout(1800)]
 REPO = Path(__file__).parents[1]
@@ -132,31 +132,22 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "OMP_NUM_THREADS": "1"}
         # Otherwise 15: whatever else runs here would go first.
         env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", **start_commands()[2]}
-        with machines(3, env) as nodes, S3Server(folder / "s3") as store:
-            port = free_ports()
-            uri = f"http://{HERE}:{port}"
-            server = [str(BIN / "mlflow"), "server", "--host", HERE, "--port", str(port), "--workers", "1"]
-            server += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-            server += ["--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")]
-            server += ["--allowed-hosts", f"{HERE}:{port}"]
-            mlflow = launch(server, str(folder / "mlflow.log"))
-            try:
-                for node in nodes:
-                    node.env |= {**store.env(), "MLFLOW_TRACKING_URI": uri}
-                for name, value in store.env().items():
-                    patch.setenv(name, value)
-                object_store.create_bucket("s3://bucket")
-                phantom.write_dataset("s3://bucket/scans", 4, size_vox=(40, 40, 40))
-                made = Cluster(nodes, folder, token)
-                for index in range(3):
-                    made.start(index)
-                until = time.monotonic() + 240
-                while not (made.alive() == 3 and answers(f"{uri}/health")):
-                    assert time.monotonic() < until, (folder / "node-0.log").read_text()[-3000:]
-                    time.sleep(2)
-                yield made
-            finally:
-                kill(mlflow, patience_s=5)
+        mlflow = MLflowServer(str(folder), HERE)
+        with machines(3, env) as nodes, S3Server(folder / "s3") as store, mlflow:
+            for node in nodes:
+                node.env |= {**store.env(), "MLFLOW_TRACKING_URI": mlflow.uri}
+            for name, value in store.env().items():
+                patch.setenv(name, value)
+            object_store.create_bucket("s3://bucket")
+            phantom.write_dataset("s3://bucket/scans", 4, size_vox=(40, 40, 40))
+            made = Cluster(nodes, folder, token)
+            for index in range(3):
+                made.start(index)
+            until = time.monotonic() + 240
+            while not (made.alive() == 3 and answers(f"{mlflow.uri}/health")):
+                assert time.monotonic() < until, (folder / "node-0.log").read_text()[-3000:]
+                time.sleep(2)
+            yield made
 
 
 def pretraining(*more: str) -> list[str]:

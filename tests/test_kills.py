@@ -21,6 +21,7 @@ from logonet.core.errors import UserError
 from logonet.storage import artifacts, object_store
 from logonet.sweep import records
 from tools import chaos
+from tools.mlflow_server import MLflowServer
 
 
 def test_the_plan_has_every_kind_and_depends_on_seed_and_stage_alone() -> None:
@@ -191,9 +192,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., chaos.
             chaos, "command", lambda stage, cfg, root, name: [sys.executable, str(script), root, mode]
         )
         ray: Any = SimpleNamespace(address="none", nodes=[None], workers=lambda: [])
-        doer = chaos.Chaos(
-            ChaosArgs(dir=str(tmp_path), limit_s=limit_s), ray, chaos.TrackingServer(str(tmp_path))
-        )
+        doer = chaos.Chaos(ChaosArgs(dir=str(tmp_path), limit_s=limit_s), ray, MLflowServer(str(tmp_path)))
         kills = [chaos.Kill(i, kind, False, 0.0, 0.0, 0.3) for i, kind in enumerate(kinds)]
         expected = {"pretrain/0123/method.safetensors": hashlib.sha256(b"0").hexdigest()}
         return doer.round("pretrain", kills, 0, expected)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pathlib
 import shutil
-import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +14,7 @@ import pytest
 from logonet import tracking
 from logonet.core.errors import UserError
 from logonet.tracking import Tracker, download, lineage, register, set_alias
+from tools.mlflow_server import MLflowServer
 
 FILES = {"config.json": b'{"k": 3}', "weights.safetensors": b"\x00" * 1000, "more/notes.json": b"[]"}
 TAGS = {"logonet.manifest": "m1", "logonet.pretrain": "p1"}
@@ -256,25 +253,13 @@ def test_models_of_a_sqlite_registry_go_to_the_bucket(
 
 @pytest.mark.slow
 def test_a_server_that_proxies_its_artifacts(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     for key, value in tracking.MLFLOW_DEFAULTS.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "7")  # with MLflow's own growing pauses
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
-    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
-    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with open(tmp_path / "server.log", "wb") as out:
-        server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=out)
-    try:
+    with MLflowServer(str(tmp_path)) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
         uri = put("proxied", kind="segmentation")
         assert put("proxied", kind="segmentation") == uri == "models:/proxied/1"
         assert contents(download("models:/proxied@candidate", str(tmp_path / "cache"))) == FILES
         with pytest.raises(UserError, match="unknown registered model 'proxie'"):
             lineage("models:/proxie/1")
-    finally:
-        server.terminate()
-        server.wait(30)

@@ -7,7 +7,6 @@ import math
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from logonet import tracking
 from logonet.core.errors import UserError
 from logonet.core.redaction import command_line
 from logonet.tracking import Tracker
+from tools.mlflow_server import MLflowServer
 
 PARAMS = {"train": {"lr": 1e-4, "epochs": 4, "amp": True}, "method": {"name": "masked", "sizes": [1, 2]}}
 
@@ -382,10 +382,8 @@ def test_artifacts_of_a_sqlite_run_go_to_the_bucket(client, bucket):
 def test_a_run_catches_up_with_a_server_that_comes_late(tmp_path, monkeypatch, caplog):
     from mlflow import MlflowClient
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    server = MLflowServer(str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     for key in tracking.MLFLOW_DEFAULTS:
         monkeypatch.setenv(key, tracking.MLFLOW_DEFAULTS[key])
     t = tracker("late", artifact_root=str(tmp_path / "not-used-with-a-server"))
@@ -394,16 +392,10 @@ def test_a_run_catches_up_with_a_server_that_comes_late(tmp_path, monkeypatch, c
     while not caplog.messages:  # the first try has failed
         time.sleep(0.05)
 
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
-    command += ["--artifacts-destination", str(tmp_path / "artifacts")]
-    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with open(tmp_path / "server.log", "wb") as out:
-        server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=out)
-    try:
+    with server:
         t.sync(history(4))
-        assert t.close(timeout_s=120), (tmp_path / "server.log").read_text()
-        client = MlflowClient(tracking_uri=f"http://127.0.0.1:{port}")
+        assert t.close(timeout_s=120), pathlib.Path(server.log).read_text()
+        client = MlflowClient(tracking_uri=server.uri)
         assert points(client, "late") == [(0, 5.0), (10, 4.0), (20, 3.0), (30, 2.0)]
         assert points(client, "late", "accuracy_clusterer/000") == [(10 * e, 0.1 * e) for e in range(4)]
         (run,) = runs(client, "late")
@@ -411,9 +403,6 @@ def test_a_run_catches_up_with_a_server_that_comes_late(tmp_path, monkeypatch, c
         got = client.download_artifacts(run.info.run_id, "pictures/early.png", str(tmp_path))
         assert pathlib.Path(got).read_bytes() == b"early"
         assert not (tmp_path / "not-used-with-a-server").exists()
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 def test_check_names_the_server_or_says_it_is_away(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from logonet.data import phantom
-from tools.s3server import free_ports
+from tools.processes import free_ports
 
 REPO = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

@@ -29,7 +29,7 @@ import yaml
 from logonet import tracking
 from logonet.data import phantom
 from logonet.storage import object_store
-from tools.s3server import free_ports
+from tools.processes import free_ports
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 REPO = Path(__file__).parents[1]

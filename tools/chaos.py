@@ -39,7 +39,8 @@ from logonet.core.errors import UserError
 from logonet.data import phantom
 from logonet.storage import artifacts, object_store
 from logonet.sweep import records
-from tools.s3server import free_ports, launch
+from tools.mlflow_server import MLflowServer
+from tools.processes import free_ports, kill, launch
 
 REPOSITORY = str(Path(__file__).parents[1])
 Stage = Literal["pretrain", "cluster", "finetune", "predict", "sweep"]
@@ -206,19 +207,6 @@ def _rows(root: str) -> dict[str, dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------ processes
 
 
-def kill(process: subprocess.Popen[bytes], patience_s: float = 20.0) -> None:
-    """SIGKILL the process, then, by pid, whatever of its own outlives it by ``patience_s``."""
-    children: list[psutil.Process] = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    _, alive = psutil.wait_procs(children, timeout=patience_s)
-    for child in alive:
-        child.kill()
-    psutil.wait_procs(alive, timeout=20)
-
-
 def clean_environment(**values: str) -> dict[str, str]:
     """This environment without what would lead Ray or MLflow elsewhere, and with ``values``."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
@@ -308,27 +296,6 @@ class Raylets:
 
 def _title(process: psutil.Process) -> str:
     return " ".join(process.cmdline()).strip()
-
-
-class TrackingServer:
-    """A real MLflow server on loopback, with its database in ``folder``."""
-
-    def __init__(self, folder: str) -> None:
-        port = free_ports()
-        self.uri, self.log = f"http://127.0.0.1:{port}", os.path.join(folder, "mlflow.log")
-        self.command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-        self.command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-        self.command += ["--default-artifact-root", os.path.join(folder, "mlflow-artifacts")]
-
-    def start(self) -> None:
-        """Without waiting: tracking must bear that."""
-        # Its own worker processes, for jobs that nobody gives it, cost a gigabyte.
-        env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        self.process = launch(self.command, self.log, env={**os.environ, **env})
-
-    def kill(self) -> int:
-        kill(self.process)
-        return self.process.pid
 
 
 class Disk:
@@ -507,7 +474,7 @@ class Result:
 class Chaos:
     """A cluster, a tracking server, and what is done to them while a stage's command runs."""
 
-    def __init__(self, cfg: ChaosArgs, ray: Raylets, mlflow: TrackingServer) -> None:
+    def __init__(self, cfg: ChaosArgs, ray: Raylets, mlflow: MLflowServer) -> None:
         self.cfg, self.ray, self.mlflow = cfg, ray, mlflow
 
     def start(self, stage: Stage, root: str) -> subprocess.Popen[bytes]:
@@ -684,7 +651,7 @@ def run(cfg: ChaosArgs) -> list[Result]:
     with contextlib.ExitStack() as stack:
         # Whatever ends this process in order ends what it has started.
         stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)))
-        mlflow = TrackingServer(cfg.dir)
+        mlflow = MLflowServer(cfg.dir)
         env = clean_environment(LOGONET_HOME=os.path.join(cfg.dir, "home"), MLFLOW_TRACKING_URI=mlflow.uri)
         stack.enter_context(mock.patch.dict(os.environ, env, clear=True))
         mlflow.start()

@@ -22,7 +22,7 @@ from logonet.data import phantom
 from logonet.storage import object_store
 from logonet.sweep import outcome, records
 from logonet.sweep.records import Trial
-from tools.chaos import kill
+from tools.processes import kill
 
 SPACE = "jobs/spaces/phantoms.yaml"
 NAME = "phantoms"

@@ -42,8 +42,10 @@ from logonet.data import phantom
 from logonet.reporting import drawing
 from logonet.storage import artifacts, object_store
 from logonet.storage.artifacts import Artifact
-from tools.chaos import Raylets, TrackingServer, clean_environment, kill, timeless
-from tools.s3server import S3Server, launch
+from tools.chaos import Raylets, clean_environment, timeless
+from tools.mlflow_server import MLflowServer
+from tools.processes import kill, launch
+from tools.s3server import S3Server
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -403,7 +405,7 @@ def drill(folder: str, epochs: int) -> Outcome:
     job = pretraining(scans, "drill", epochs)
     elastic = ["-m", "tools.fake_gpus", *job, "--workers", "2:4", "--gpu", "True", "--resize-every-s", "10"]
     with contextlib.ExitStack() as stack:
-        mlflow = TrackingServer(folder)
+        mlflow = MLflowServer(folder)
         env = clean_environment(LOGONET_HOME=os.path.join(folder, "home"), MLFLOW_TRACKING_URI=mlflow.uri)
         # Otherwise 15, and the times would be those of whatever else runs here.
         env["RAY_worker_niceness"] = "0"

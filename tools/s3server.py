@@ -17,26 +17,23 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
-import random
 import secrets
 import signal
 import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from logonet.core.errors import UserError
+from tools.processes import are_free, free_ports, launch
 
 HOST = "127.0.0.1"
 REGION = "us-east-1"
 ACCOUNT, USER = "logonet", "admin"  # together the access key
 BACKENDS = ("object", "container", "account")  # on the three ports after the proxy's
-# Below the kernel's ephemeral range (32768 up), so that no outgoing connection takes a port meanwhile.
-PORTS = range(20000, 32000, 1 + len(BACKENDS))
-PORT_TRIES = 100
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 10
 SWIFT = Path(__file__).with_name("swift")
@@ -103,10 +100,11 @@ class S3Server:
             ) from None
         self._secret = self._kept("secret", lambda: secrets.token_urlsafe(24))
         if not self.port:
-            self.port = int(self._kept("port", lambda: str(free_ports())))
-            if not _is_free(self.port):
-                self.port = free_ports()
-        if not _is_free(self.port):  # Swift would wait, and the check of its health would meet another server
+            self.port = int(self._kept("port", lambda: str(free_ports(HOST))))
+            if not are_free(HOST, self.port):
+                self.port = free_ports(HOST)
+        # Swift would wait, and the check of its health would meet another server.
+        if not are_free(HOST, self.port):
             last = self.port + len(BACKENDS)
             raise UserError(f"ports {self.port} to {last} are not all free; name others")
         (etc / "port").write_text(str(self.port))
@@ -196,13 +194,6 @@ class S3Server:
             return False
 
 
-def launch(command: Sequence[str], log: str, **options: Any) -> subprocess.Popen[bytes]:
-    """A process in a group of its own, so that a Ctrl-C is ours to handle; its output is appended to ``log``."""
-    with open(log, "ab") as out:
-        options |= {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "start_new_session": True}
-        return subprocess.Popen(command, **options)
-
-
 def store_python() -> str:
     """The interpreter of the environment that Swift is installed in.
 
@@ -222,28 +213,6 @@ def store_python() -> str:
     raise UserError(
         "the S3 server is not installed in .venv-store; run 'make setup' or set LOGONET_STORE_PYTHON"
     )
-
-
-def free_ports() -> int:
-    """The first port of a free block of four.
-
-    Raises:
-        UserError: when none is found.
-    """
-    # The system's randomness, not the project's: two servers started with one seed must not collide.
-    for port in random.SystemRandom().sample(PORTS, PORT_TRIES):
-        if _is_free(port):
-            return port
-    raise UserError(f"no four free ports between {PORTS.start} and {PORTS.stop}; name one with --port")
-
-
-def _is_free(port: int) -> bool:
-    try:
-        for offset in range(1 + len(BACKENDS)):
-            socket.create_server((HOST, port + offset)).close()  # past TIME_WAIT, as the servers do
-    except OSError:
-        return False
-    return True
 
 
 def serve(directory: str, port: int | None = None) -> None:
