@@ -165,18 +165,21 @@ def _apart(rows_MP: np.ndarray, block: Sequence[int], alike_NM: np.ndarray) -> n
     return (size_N1 < CROWD) | (left_NM >= scan_hash.SAME * np.sqrt(np.maximum(scale_NM, 1e-12)))
 
 
-def refused(found: Sequence[Leak], num_cases: int, rule: LeakRule, hint: str = "") -> list[str]:
-    """Ids of the test cases that leak, in order.
+def refused(
+    found: Sequence[Leak], num_cases: int, rule: LeakRule, hint: str = "", *, cases: str = "test cases"
+) -> list[str]:
+    """Ids of the cases to be judged on that leak, in order.
 
     Args:
         hint: where to look further, for the error.
+        cases: what the error calls them.
 
     Raises:
         UserError: there are some, and ``rule`` is "refuse".
     """
     leaking = sorted({leak.scan_id for leak in found})
     if leaking and rule == "refuse":
-        known = f"{len(leaking)} of {num_cases} test cases are known to training or pretraining, such as {leaking[0]}"
+        known = f"{len(leaking)} of {num_cases} {cases} are known to training or pretraining, such as {leaking[0]}"
         ways = f"set leaks=exclude to leave them out or leaks=allow to keep them{hint}"
         raise UserError(f"{known} ({found[0].kind}: {found[0].detail}); {ways}")
     return leaking

@@ -196,7 +196,9 @@ def _without_leaks(
     allowed = provenance.VALIDATION if cfg.on == "val" else ""
     seen = [trace for trace in provenance.from_bytes(chosen.seen) if provenance.role(trace) != allowed]
     found = leakage.find(provenance.anonymous(scans), seen)
-    leaking = leakage.refused(found, len(scans), cfg.leaks)
+    leaking = leakage.refused(
+        found, len(scans), cfg.leaks, cases="test cases" if cfg.on == "test" else "validation cases"
+    )
     if not leaking or cfg.leaks == "allow":
         return scans, found
     say("leaks", f"{len(leaking)} contaminated cases left out")
