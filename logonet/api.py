@@ -97,6 +97,7 @@ def train_local(
     Raises:
         UserError: an unknown name or key, scans that cannot be used...
         Diverged: training cannot continue.
+        Stopped: SIGTERM came; the step is stored, and the same call with the same ``root`` goes on from there.
 
     Example:
         >>> run = logonet.train_local("simclr", scans=4, settings=["train.epochs=1", "train.batch_size=2"])

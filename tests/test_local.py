@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from helpers import timeless
 
 import logonet
-from logonet import methods
-from logonet.core.errors import UserError
+from logonet import methods, networks, training
+from logonet.core.errors import Stopped, UserError
 from logonet.data import phantom, volume
 from logonet.storage import artifacts
 
@@ -125,6 +129,40 @@ def test_pretrained_weights_reach_the_finetuning(
     handover = json.loads(finetuned.artifact.read("transfer.json"))
     assert handover["encoder_share"] == 1.0
     assert finetuned.artifact.parents["pretrain"] == pretrained.artifact.fingerprint
+
+
+def test_sigterm_stores_the_step_and_the_same_call_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = (*PRETRAINING, "train.steps_per_epoch=5", "train.checkpoint_every_s=600")
+    network = {"name": "dynunet", **networks.tiny("dynunet")}
+
+    def train(root: str) -> logonet.LocalRun:
+        return logonet.train_local(
+            "simclr", network, 2, settings=settings, root=str(tmp_path / root), device="cpu"
+        )
+
+    real_step, steps = training.step, 0
+
+    def counted_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(*args, **kwargs)
+
+    monkeypatch.setattr("logonet.training.loop.step", counted_step)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped after step 3"):
+        train("stopped")
+    assert signal.getsignal(signal.SIGTERM) is before
+    resumed = train("stopped")
+    assert steps == 5
+    undisturbed = train("undisturbed")
+    assert timeless(resumed.history) == timeless(undisturbed.history)
+    expected = undisturbed.network.state_dict()
+    for name, tensor in resumed.network.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_a_model_segments_a_file_and_an_array_alike(

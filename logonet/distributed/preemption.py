@@ -9,48 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from logonet.core import sigterm
 from logonet.distributed import ray_compat
 from logonet.training.loop import GO_ON, LEAVE, SAVE
 
 ASK_EVERY_S = 1.0
 LEAST_MARGIN_S = 5.0  # before a machine goes, beside what steps and saving take
-
-
-# ---------------------------------------------------------------------------------------------------- SIGTERM
-
-
-def _on_sigterm(then: Callable[[], None]) -> Any:
-    """Call ``then`` at the first SIGTERM; the second does what it did before, which is returned. Main thread only."""
-    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
-
-    def heard(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, before)
-        then()
-
-    signal.signal(signal.SIGTERM, heard)
-    return before
-
-
-@contextlib.contextmanager
-def sigterm(then: Callable[[], None]) -> Iterator[None]:
-    """Call ``then`` at SIGTERM, in this block. Off the main thread, as in a sweep's trial, there is nothing to hear."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = _on_sigterm(then)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-# ------------------------------------------------------------------------------------------------------ a rank
 
 
 class Notices:
@@ -76,7 +45,7 @@ class Notices:
             # Ray Train runs us in a thread, and Python lets only the main one set handlers: that runs actors' methods.
             _LISTENERS[self.run] = self._sigterm
             ray_compat.in_main_thread(_listen, self.run)
-        with sigterm(self._sigterm.set):
+        with sigterm.listening(self._sigterm.set):
             yield
 
     def due(self, step_s: float, save_s: float) -> tuple[int, bool]:
@@ -123,4 +92,4 @@ _LISTENERS: dict[str, threading.Event] = {}
 
 
 def _listen(run: str) -> None:
-    _on_sigterm(_LISTENERS[run].set)
+    sigterm.listen(_LISTENERS[run].set)

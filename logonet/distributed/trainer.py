@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from logonet import methods
+from logonet.core import sigterm
 from logonet.core.config import Component
 from logonet.core.errors import Stopped, UserError
 from logonet.core.redaction import redact
@@ -128,7 +129,7 @@ def fit(
             ),
         )
         try:
-            with preemption.sigterm(told):
+            with sigterm.listening(told):
                 result: Any = trainer.fit()  # Ray's stub lacks return_value, what rank 0 returned
         except ray.exceptions.RayActorError as err:  # a worker's death never comes here
             raise LeaderLost(

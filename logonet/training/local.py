@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -12,13 +13,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from logonet.core import sigterm
 from logonet.core.config import Component
+from logonet.core.errors import Stopped
 from logonet.core.execution import InProcess, attempt
 from logonet.training import checkpoints
 from logonet.training.batches import to_tensors
 from logonet.training.config import Config, Job, accumulation
 from logonet.training.dataset import Dataset
-from logonet.training.loop import Loop
+from logonet.training.loop import GO_ON, LEAVE, Left, Loop
 from logonet.training.schedule import MicroBatches
 from logonet.training.step import memory_watched
 from logonet.training.validation import best_step
@@ -64,12 +67,37 @@ class LocalExecutor(InProcess):
         Raises:
             Diverged: a gradient or a validation's logits are not finite.
             OutOfMemory: the GPU's memory is too small.
+            Stopped: SIGTERM came, which only the main thread hears; the step that was under way is stored.
         """
         loop = Loop(job, dataset.schedule, device=self.device, validation=dataset.validation)
         loop.restore()
         positions = MicroBatches(dataset.schedule, job.train.batch_size, loop.step, loop.total_steps)
         batches = to_tensors(local_batches(dataset, positions, self.num_workers), self.device)
-        return finish(job, loop, loop.run(batches))
+        asked = Asked()
+        with sigterm.listening(asked.event.set):
+            try:
+                history = loop.run(batches, interruptions=asked)
+            except Left as left:
+                raise Stopped(
+                    f"stopped after step {left.step:,}, which is stored; the same call goes on from there"
+                ) from None
+        return finish(job, loop, history)
+
+
+class Asked:
+    """Whether this process was asked to leave; one of `logonet.training.loop.Interruptions`."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def due(self, step_s: float, save_s: float) -> tuple[int, bool]:
+        return (LEAVE if self.event.is_set() else GO_ON), False
+
+    def ask(self) -> None:
+        """There is nobody to ask."""
+
+    def left(self) -> None:
+        """There is nobody to tell."""
 
 
 def local_batches(
