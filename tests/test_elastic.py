@@ -110,6 +110,29 @@ def test_what_the_user_gives_a_worker_must_leave_something() -> None:
     assert cluster.range_that_fits([(4, 1)], Workers(1, 3), given=2.0) == (1, 2.0, 2.0)
 
 
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "most", "given", "workers", "per_worker"),
+    [
+        ([2, 2, 1], 0, 2, 1.0, 2, 1.0),  # a node may be full: no data tasks feed the actors
+        ([2], 0, 2, 1.0, 1, 1.0),  # as many as find room
+        ([8, 8], 0, 16, 4.0, 3, 4.0),
+        ([8, 8], 0, 3, 0.0, 3, 4.0),
+        ([8, 8], 1, 4, 0.0, 2, 6.0),
+    ],
+)
+def test_a_pool_of_actors_takes_the_room_that_there_is(
+    cpus: list[int], gpus: int, most: int, given: float, workers: int, per_worker: float
+) -> None:
+    nodes = [{"CPU": float(n), "GPU": float(gpus)} for n in cpus]
+    found = cluster.divide(nodes, Resources(Workers(1, most), cpus_per_worker=given), pool=True)
+    assert (found.workers, found.cpus_per_worker, found.use_gpu) == (workers, per_worker, gpus > 0)
+
+
+def test_a_pool_of_actors_without_room_for_one_is_refused() -> None:
+    with pytest.raises(UserError, match="1 worker x 8 CPUs do not fit on nodes with 4, 4 CPUs"):
+        cluster.divide([{"CPU": 4.0}] * 2, Resources(Workers(1, 4), cpus_per_worker=8.0), pool=True)
+
+
 # ------------------------------------------------------------------------------------------------ how it deals
 
 

@@ -298,20 +298,23 @@ def node_resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def allocate(resources: Resources) -> ResourceAllocation:
+def allocate(resources: Resources, pool: bool = False) -> ResourceAllocation:
     """Divide the connected cluster for training, when it has nodes for the least of the workers: waits for them.
+
+    Args:
+        pool: for a pool of actors and not for training; see `divide`.
 
     Raises:
         UserError: the workers can never be placed, or their nodes did not come.
     """
     if address() is None:
         # A Ray of our own has more logical CPUs than the machine has cores, so that every worker finds a place.
-        return divide(node_resources(), resources, os.cpu_count() or 1)
+        return divide(node_resources(), resources, os.cpu_count() or 1, pool)
     grows = ray_compat.grows()
     gpus = sum(node.get("GPU", 0.0) for node in node_resources())
     if resources.gpu is None:
         if gpus and not grows:
-            return divide(node_resources(), resources)
+            return divide(node_resources(), resources, pool=pool)
         resources = replace(resources, gpu=gpus > 0 or ray_compat.comes({"GPU": 1.0}))
     # How many CPUs a worker gets is known when its node is there.
     bundle = worker_bundle(resources.cpus_per_worker or 1.0, bool(resources.gpu))
@@ -319,7 +322,7 @@ def allocate(resources: Resources) -> ResourceAllocation:
     with held([bundle] * resources.least, what, resources.wait_s):
         if grows:  # nodes come and go: each by itself must leave something to the data tasks
             resources = replace(resources, workers=Workers(resources.least, resources.most))
-        return divide(node_resources(), resources)
+        return divide(node_resources(), resources, pool=pool)
 
 
 def stage_cpus(resources: Resources) -> tuple[float, float]:
@@ -399,12 +402,17 @@ def held(
 
 
 def divide(
-    nodes: list[dict[str, float]], resources: Resources, cores: int | None = None
+    nodes: list[dict[str, float]], resources: Resources, cores: int | None = None, pool: bool = False
 ) -> ResourceAllocation:
     """Divide a cluster of ``nodes``, each with its resources as Ray names them.
 
     Args:
         cores: of the machine, where ``nodes`` is a Ray of our own.
+        pool: for a pool of actors, which Ray Data places where there is room and which no data tasks feed. So no node
+            must keep CPUs for these, as `range_that_fits` wants for the workers of a training.
+
+    Raises:
+        UserError: the workers do not fit.
     """
     workers = resources.least
     if workers < 1:
@@ -418,7 +426,14 @@ def divide(
     use_gpu = gpus >= workers if resources.gpu is None else resources.gpu
     homes = [n.get("CPU", 0.0) for n in nodes if n.get("GPU", 0.0) > 0 or not use_gpu]
     spare_cpus = math.inf
-    if isinstance(resources.workers, Workers):
+    if pool:
+        workers, per_worker = pool_that_fits(
+            cpus,
+            homes,
+            min(resources.most, int(gpus)) if use_gpu else resources.most,
+            resources.cpus_per_worker,
+        )
+    elif isinstance(resources.workers, Workers):
         places = [(n.get("CPU", 0.0), n.get("GPU", 0.0) if use_gpu else math.inf) for n in nodes]
         asked = resources.workers, resources.cpus_per_worker
         workers, per_worker, spare_cpus = range_that_fits(places, *asked)
@@ -513,10 +528,18 @@ def cpus_of_worker(cpus: float, homes: list[float], workers: int, asked: float =
     per_worker = asked or float(next(whole, most))
     if per_worker * workers >= cpus or sum(int(cpu / per_worker + 1e-9) for cpu in homes) < workers:
         raise UserError(
-            f"{workers} workers x {per_worker:g} CPUs do not fit on nodes with {', '.join(f'{c:g}' for c in homes)} "
+            f"{describe(workers, per_worker, False)} do not fit on nodes with {', '.join(f'{c:g}' for c in homes)} "
             f"CPUs beside the data tasks; use --cpus-per-worker {most:.2g} or less, or fewer workers"
         )
     return per_worker
+
+
+def pool_that_fits(cpus: float, homes: list[float], most: int, asked: float = 0.0) -> tuple[int, float]:
+    """How many of up to ``most`` actors find room, and logical CPUs of each; the rest as `cpus_of_worker`."""
+    for workers in range(most, 1, -1):
+        with contextlib.suppress(UserError):
+            return workers, cpus_of_worker(cpus, homes, workers, asked)
+    return 1, cpus_of_worker(cpus, homes, 1, asked)
 
 
 def range_that_fits(

@@ -56,7 +56,7 @@ class RayExecutor:
     def model_allocation(self) -> ResourceAllocation:
         """What actors with a model get: they begin when there is room for one."""
         some = cluster.Workers(1, self.resources.most)
-        return self._given or cluster.allocate(replace(self.resources, workers=some))
+        return self._given or cluster.allocate(replace(self.resources, workers=some), pool=True)
 
     @property
     def device(self) -> str:
