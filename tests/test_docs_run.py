@@ -132,8 +132,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "OMP_NUM_THREADS": "1"}
         # Otherwise 15: whatever else runs here would go first.
         env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", **start_commands()[2]}
-        mlflow = MLflowServer(str(folder), HERE)
-        with machines(3, env) as nodes, S3Server(folder / "s3") as store, mlflow:
+        with (
+            machines(3, env) as nodes,
+            S3Server(folder / "s3") as store,
+            MLflowServer(str(folder), HERE) as mlflow,
+        ):
             for node in nodes:
                 node.env |= {**store.env(), "MLFLOW_TRACKING_URI": mlflow.uri}
             for name, value in store.env().items():
