@@ -541,7 +541,7 @@ def test_test_cases_that_pretraining_has_seen(
     # Judging it is refused all the same, and so it is on its validation cases, which pretraining has seen too.
     with pytest.raises(UserError, match="1 of 2 test cases are known to training"):
         evaluate(QUICK, allowed.uri, "", root)
-    with pytest.raises(UserError, match="2 of 2 test cases are known to training"):
+    with pytest.raises(UserError, match="2 of 2 validation cases are known to training"):
         evaluate(replace(QUICK, on="val"), allowed.uri, "", root)
 
 

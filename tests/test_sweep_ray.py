@@ -131,7 +131,7 @@ def test_trials_fail_stop_and_go_on_each_by_itself(bucket: str, ray_local: None)
 def test_a_trial_that_can_never_fit_is_one_sentence(bucket: str, scans: str) -> None:
     tried = sweep(bucket, scans, {"search": {"method.phi1": {"grid": [0.1, 0.2]}}})
     resources = Resources(workers=1, cpus_per_worker=64)
-    with pytest.raises(UserError, match=r"1 workers x 64 CPUs do not fit .* fewer workers"):
+    with pytest.raises(UserError, match=r"1 worker x 64 CPUs do not fit .* fewer workers"):
         searching.run(tried, resources, Budget())
     assert list(object_store.listing(tried.uri)) == [], "a sweep that cannot run was begun"
     with pytest.raises(UserError, match=r"64 trials of 1 workers do not fit .* --concurrent [123] "):
