@@ -1,4 +1,4 @@
-"""A real MLflow server on SQLite, for the demo, the drills and the tests."""
+"""A real MLflow server on SQLite, for the drills and the tests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MLflowServer:
 
     def kill(self) -> int:
         """SIGKILL; its pid."""
-        kill(self.process)
+        kill(self.process, patience_s=0)  # its own processes never end by themselves
         return self.process.pid
 
     def __enter__(self) -> MLflowServer:

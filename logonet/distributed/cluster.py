@@ -427,12 +427,8 @@ def divide(
     homes = [n.get("CPU", 0.0) for n in nodes if n.get("GPU", 0.0) > 0 or not use_gpu]
     spare_cpus = math.inf
     if pool:
-        workers, per_worker = pool_that_fits(
-            cpus,
-            homes,
-            min(resources.most, int(gpus)) if use_gpu else resources.most,
-            resources.cpus_per_worker,
-        )
+        most = min(resources.most, int(gpus)) if use_gpu else resources.most
+        workers, per_worker = pool_that_fits(cpus, homes, most, resources.cpus_per_worker)
     elif isinstance(resources.workers, Workers):
         places = [(n.get("CPU", 0.0), n.get("GPU", 0.0) if use_gpu else math.inf) for n in nodes]
         asked = resources.workers, resources.cpus_per_worker
