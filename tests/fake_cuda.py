@@ -9,7 +9,6 @@ shows of what type and on which device everything is, and where the host would w
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import importlib.util
 import json
 import sys
@@ -27,13 +26,13 @@ if __name__ == "__main__":  # before anything imports torch, which looks once fo
 
 import pytest
 import torch
-from loops import LocalLoop, a_job, crops_dataset, killed_at
+from loops import LARGER, LocalLoop, a_job_of, crops_dataset, killed_at
 from test_methods import batch_for, config_for, module_on
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from logonet import networks, training
+from logonet import training
 from logonet.training.loop import Loop
 from logonet.training.step import autocast_of
 
@@ -102,9 +101,8 @@ def step(name: str, backbone: str) -> None:
 def resume(backbone: str) -> None:
     """A run that began on a CPU goes on with everything where a GPU's optimizer and convolutions want it."""
     with tempfile.TemporaryDirectory() as folder:
-        crops = crops_dataset(Path(folder))
-        job = a_job(folder, epochs=1, steps_per_epoch=2, checkpoint_every_steps=1)
-        job = dataclasses.replace(job, backbone={"name": backbone, **networks.tiny(backbone)})
+        crops = crops_dataset(Path(folder), LARGER)
+        job = a_job_of(backbone, folder, epochs=1, steps_per_epoch=2, checkpoint_every_steps=1)
         before = LocalLoop(crops, job)
         killed_at(pytest.MonkeyPatch(), before, at_step=1)
         with pytest.MonkeyPatch.context() as patched, FakeTensorMode(allow_non_fake_inputs=True):

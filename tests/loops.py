@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import prepared_case, stored_case, timeless, tiny_backbone
+from helpers import prepared_case, stored_case, timeless
 
 from logonet import methods, networks, training
 from logonet.core.config import Component
@@ -25,10 +25,12 @@ from logonet.training.local import local_batches
 from logonet.training.loop import Interruptions, Loop
 from logonet.training.schedule import MicroBatches, SampleSchedule
 
-SIZE = (32, 32, 32)
+SIZE = (16, 16, 16)
+LARGER = (32, 32, 32)  # what LoGoNet and others need
 SIZES = (5, 7)
 FACTS = DataSpec(size_vox=SIZE, cluster_sizes=SIZES, majority_labels=(0, 0))
 LABELLED_SIZE = (16, 16, 16)
+LARGER = (32, 32, 32)  # what LoGoNet and others need
 CLASSES = ("background", "liver", "spleen")
 LABELLED_FACTS = DataSpec(size_vox=LABELLED_SIZE, num_classes=len(CLASSES))
 SUPERVISED = {"augment": {"flip_prob": 0.5}}
@@ -59,24 +61,24 @@ class LocalLoop(Loop):
         )
 
 
-def crops_dataset(folder: Path) -> TrainingDataset:
+def crops_dataset(folder: Path, size_vox: tuple[int, int, int] = SIZE) -> TrainingDataset:
     """Six crops with made-up labels."""
     rng = np.random.default_rng(0)
-    ramp = np.linspace(0, 1, SIZE[2])
+    ramp = np.linspace(0, 1, size_vox[2])
     refs: list[crop_shards.CropRef] = []
     label_refs: list[crop_shards.CropRef] = []
     labels = []
     for n in range(3):
         crops_RCXYZ = []
         for _ in range(2):
-            noise = rng.random((1, *SIZE)) * 0.2
+            noise = rng.random((1, *size_vox)) * 0.2
             crops_RCXYZ.append(((ramp * rng.uniform(0.4, 0.8) + noise) * 65535).astype(np.uint16))
             labels.append(np.array([np.floor(ramp * (k - 1)) for k in SIZES], np.uint16))
         refs += crop_shards.write_shard(str(folder), f"scan{n}", crops_RCXYZ)
         label_refs += crop_shards.write_shard(f"{folder}/labels", f"scan{n}", labels[-2:])
-    table = crop_shards.CropTable(str(folder), Rows.of(refs, crop_shards.CropRef), SIZE, 1)
+    table = crop_shards.CropTable(str(folder), Rows.of(refs, crop_shards.CropRef), size_vox, 1)
     rows = Rows.of(label_refs, crop_shards.CropRef)
-    label_table = crop_shards.LabelTable(f"{folder}/labels", rows, len(SIZES), SIZE[2])
+    label_table = crop_shards.LabelTable(f"{folder}/labels", rows, len(SIZES), size_vox[2])
     cfg = methods.config("masked_clusters", {"phi1": 0.2})
     schedule = SampleSchedule(len(table), 4, seed=0)
     return TrainingDataset("masked_clusters", cfg, schedule, table, label_table)
@@ -105,12 +107,19 @@ def a_job(uri: str, **settings: Any) -> training.Job:
         "epochs": 4,
         "global_batch": 4,
         "batch_size": 2,
-        "lr": 1e-3,
+        "lr": 3e-3,
         "warmup_epochs": 1,
         "checkpoint_every_s": 0,
     }
     cfg = training.Config(**{**values, **settings})
-    return training.Job(uri, "a" * 16, tiny_backbone(), {"name": "masked_clusters", "phi1": 0.2}, cfg, FACTS)
+    return training.Job(uri, "a" * 16, dynunet(), {"name": "masked_clusters", "phi1": 0.2}, cfg, FACTS)
+
+
+def a_job_of(name: str, uri: str, **settings: Any) -> training.Job:
+    """On crops of LARGER."""
+    facts = dataclasses.replace(FACTS, size_vox=LARGER)
+    backbone = {"name": name, **networks.tiny(name)}
+    return dataclasses.replace(a_job(uri, **settings), backbone=backbone, data_spec=facts)
 
 
 def dynunet() -> dict[str, Any]:

@@ -18,10 +18,12 @@ import torch
 from helpers import timeless
 from loops import (
     FACTS,
+    LARGER,
     SIZES,
     Killed,
     LocalLoop,
     a_job,
+    a_job_of,
     a_probe,
     assert_same_run,
     crops_dataset,
@@ -221,10 +223,11 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence(crops: TrainingDataset,
     ("name", "count"), [("ulkanet", 2), pytest.param("logonet", 4, marks=pytest.mark.slow)]
 )
 def test_a_compiled_network_takes_the_same_steps(
-    crops: TrainingDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, count: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, count: int
 ) -> None:
     """Through the tracer alone, so that no compiler is needed. LoGoNet's eight local nets are compiled once."""
     graphs: list[Any] = []
+    crops = crops_dataset(tmp_path, LARGER)
 
     def eager(graph: Any, inputs: Any) -> Any:
         graphs.append(graph)
@@ -234,8 +237,7 @@ def test_a_compiled_network_takes_the_same_steps(
     settings = {"epochs": 1, "steps_per_epoch": 1, "global_batch": 2, "warmup_epochs": 0, "lr": 1e-7}
 
     def history(compiled: bool) -> list[dict[str, Any]]:
-        job = a_job(f"{tmp_path}/{compiled}", compile=compiled, **settings)
-        job = dataclasses.replace(job, backbone={"name": name, **networks.tiny(name)})
+        job = a_job_of(name, f"{tmp_path}/{compiled}", compile=compiled, **settings)
         return LocalLoop(crops, job).train()
 
     plain, compiled = history(False), history(True)

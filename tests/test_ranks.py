@@ -15,7 +15,7 @@ from helpers import HERE, tiny_backbone
 from loops import (
     CLASSES,
     FACTS,
-    SIZE,
+    LARGER,
     a_job,
     a_probe,
     crops_dataset,
@@ -178,7 +178,7 @@ def test_two_ranks_share_the_validation_cases_and_measure_what_one_does(
     """With batch norm, whose running statistics differ between ranks: those of rank 0 are the ones that are saved."""
     import ray
 
-    big = DataSpec(size_vox=SIZE, num_classes=len(CLASSES))
+    big = DataSpec(size_vox=LARGER, num_classes=len(CLASSES))
     job = dataclasses.replace(labelled_job(str(tmp_path)), backbone=tiny_backbone(), data_spec=big)
 
     @ray.remote(num_cpus=1)
