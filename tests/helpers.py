@@ -44,6 +44,13 @@ def tiny_backbone() -> dict[str, Any]:
     return {"name": "logonet", **logonet.TINY}
 
 
+def quick_backbone() -> dict[str, Any]:
+    """Takes crops of 16^3; a step has a tenth of the time of one of `tiny_backbone` on crops of 32^3."""
+    from logonet import networks
+
+    return {"name": "dynunet", **networks.tiny("dynunet")}
+
+
 def losses_of(module: Any, batch: Any, lr: float) -> list[float]:
     """Of 20 steps of AdamW on one batch."""
     import torch

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import prepared_case, stored_case, timeless
+from helpers import prepared_case, quick_backbone, stored_case, timeless
 
 from logonet import methods, networks, training
 from logonet.core.config import Component
@@ -112,7 +112,7 @@ def a_job(uri: str, **settings: Any) -> training.Job:
         "checkpoint_every_s": 0,
     }
     cfg = training.Config(**{**values, **settings})
-    return training.Job(uri, "a" * 16, dynunet(), {"name": "masked_clusters", "phi1": 0.2}, cfg, FACTS)
+    return training.Job(uri, "a" * 16, quick_backbone(), {"name": "masked_clusters", "phi1": 0.2}, cfg, FACTS)
 
 
 def a_job_of(name: str, uri: str, **settings: Any) -> training.Job:
@@ -122,16 +122,12 @@ def a_job_of(name: str, uri: str, **settings: Any) -> training.Job:
     return dataclasses.replace(a_job(uri, **settings), backbone=backbone, data_spec=facts)
 
 
-def dynunet() -> dict[str, Any]:
-    return {"name": "dynunet", **networks.tiny("dynunet")}
-
-
 def labelled_job(uri: str, init: training.Init | None = None, **settings: Any) -> training.Job:
     values = {"epochs": 4, "global_batch": 2, "lr": 3e-3, "warmup_epochs": 1, "validate_every_epochs": 1}
     values["checkpoint_every_s"] = 0
     cfg = training.Config(**{**values, **settings})
     method = {"name": "supervised", **SUPERVISED}
-    return training.Job(uri, "a" * 16, dynunet(), method, cfg, LABELLED_FACTS, init=init)
+    return training.Job(uri, "a" * 16, quick_backbone(), method, cfg, LABELLED_FACTS, init=init)
 
 
 def assert_same_run(loop: Loop, expected: Loop) -> None:
@@ -165,7 +161,9 @@ def other_weights(folder: str) -> training.Init:
     """Weights that no fresh network has, as a file."""
     torch.manual_seed(99)
     spec = dataclasses.replace(LABELLED_FACTS, num_classes=5)
-    net: Any = training.build_method(Component.of(dynunet(), "backbone"), Component("supervised"), spec)
+    net: Any = training.build_method(
+        Component.of(quick_backbone(), "backbone"), Component("supervised"), spec
+    )
     uri = f"{folder}/backbone.safetensors"
     blob = checkpoints._tensor_bytes(net.backbone.state_dict())
     return training.Init(uri, object_store.write(uri, blob).sha256)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from helpers import tiny_backbone
+from helpers import quick_backbone
 
 from logonet import pipelines, tracking, training
 from logonet.clustering import kmeans
@@ -29,9 +29,9 @@ def pretraining(**training_options: Any) -> pipelines.Pretraining:
     options = {"epochs": 1, "global_batch": 2, "batch_size": 2, "lr": 3e-3, "warmup_epochs": 0}
     return pipelines.Pretraining(
         split=SPLIT,
-        crops=cropping.Config(size_vox=(32, 32, 32), per_scan=2),
+        crops=cropping.Config(size_vox=(16, 16, 16), per_scan=2),
         clusterers=kmeans.Config(n=2, k_min=2, k_max=3, iterations=3),
-        backbone=tiny_backbone(),
+        backbone=quick_backbone(),
         method={"name": "masked_clusters", "phi1": 0.2, "final_relu": False},
         train=training.Config(**(options | training_options)),
         probe=linear_probe.Config(
@@ -43,7 +43,7 @@ def pretraining(**training_options: Any) -> pipelines.Pretraining:
 def finetuning() -> pipelines.Finetuning:
     return pipelines.Finetuning(
         split=SPLIT,
-        crops=CropSampling(size_vox=(32, 32, 32)),
+        crops=CropSampling(size_vox=(16, 16, 16)),
         train=training.Config(epochs=1, steps_per_epoch=1, global_batch=1, lr=1e-3, warmup_epochs=0),
     )
 

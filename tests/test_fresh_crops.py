@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import HERE, stored_case, tiny_backbone
+from helpers import HERE, quick_backbone, stored_case
 
 from logonet import pipelines, training
 from logonet.clustering import kmeans
@@ -163,9 +163,9 @@ def test_a_dataset_travels_with_the_labeller_it_was_built_with(
 def pretraining(**data: Any) -> pipelines.Pretraining:
     return pipelines.Pretraining(
         data=classes.Config(**data),
-        crops=replace(CROPS, size_vox=(32, 32, 32)),
+        crops=replace(CROPS, size_vox=(16, 16, 16)),
         clusterers=kmeans.Config(n=2, k_min=3, k_max=4, iterations=3),
-        backbone=tiny_backbone(),
+        backbone=quick_backbone(),
         method={"name": "masked_clusters", "phi1": 0.2, "final_relu": False},
         train=training.Config(epochs=2, global_batch=3, batch_size=3, lr=3e-3, warmup_epochs=0),
     )
