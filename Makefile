@@ -66,7 +66,7 @@ $(NNUNET)/.done: constraints-nnunet.txt
 	$(NNUNET)/bin/python -m pip install --quiet -c constraints-nnunet.txt nnunetv2
 	touch $@
 
-test-nnunet: setup $(NNUNET)/.done ## the released nnU-Net finetunes our checkpoints, on phantoms
+test-nnunet: setup $(NNUNET)/.done ## the released nnU-Net finetunes our checkpoints, on phantoms and on real scans where they are
 	LOGONET_NNUNET=$(abspath $(NNUNET)) $(BIN)/python -m pytest -m nnunet tests/test_nnunet.py
 
 test-services: setup ## MLflow on PostgreSQL and S3, Prometheus on a submitted job; wants Debian's postgresql and prometheus

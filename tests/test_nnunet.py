@@ -384,9 +384,13 @@ class nnUNetTrainer_short(nnUNetTrainer_logonet):
 
 @pytest.mark.nnunet
 @pytest.mark.timeout(1800)
-@BOTH
-def test_the_released_nnunet_finetunes_the_checkpoint(encoder: str, tmp_path: Path) -> None:
-    """Its own commands on six phantoms: plan, preprocess, and an epoch of two steps, from our weights."""
+@pytest.mark.parametrize(
+    ("encoder", "scans"), [("residual", "phantoms"), ("plain", "phantoms"), ("plain", "hippocampus")]
+)
+def test_the_released_nnunet_finetunes_the_checkpoint(
+    encoder: str, scans: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Its own commands on six scans: plan, preprocess, and an epoch of two steps, from our weights."""
     place = os.environ.get("LOGONET_NNUNET", str(REPO / "build/nnunet"))
     folders = {f"nnUNet_{part}": str(tmp_path / part) for part in ("raw", "preprocessed", "results")}
     out = tmp_path / "out"
@@ -407,15 +411,21 @@ def test_the_released_nnunet_finetunes_the_checkpoint(encoder: str, tmp_path: Pa
     raw = tmp_path / "raw/Dataset001_Phantoms"
     for part in ("imagesTr", "labelsTr"):
         (raw / part).mkdir(parents=True)
-    for i in range(6):
-        scan, labels_XYZ = phantom.phantom(i, (26, 20, 12), SPACING_MM, classes=3)
-        for name, array_XYZ in (
-            (f"imagesTr/case{i}_0000", scan.array_CXYZ[0]),
-            (f"labelsTr/case{i}", labels_XYZ),
-        ):
-            (raw / f"{name}.nii.gz").write_bytes(volume.encode_nifti(array_XYZ, scan.affine))
+    if scans == "phantoms":
+        for i in range(6):
+            scan, labels_XYZ = phantom.phantom(i, (26, 20, 12), SPACING_MM, classes=3)
+            for name, array_XYZ in (
+                (f"imagesTr/case{i}_0000", scan.array_CXYZ[0]),
+                (f"labelsTr/case{i}", labels_XYZ),
+            ):
+                (raw / f"{name}.nii.gz").write_bytes(volume.encode_nifti(array_XYZ, scan.affine))
+    else:
+        real = request.getfixturevalue("shared_data") / "Task04_Hippocampus"
+        for i, labels in enumerate(sorted((real / "labelsTr").glob("hippo*.nii.gz"))[:6]):
+            shutil.copy(real / "imagesTr" / labels.name, raw / f"imagesTr/case{i}_0000.nii.gz")
+            shutil.copy(labels, raw / f"labelsTr/case{i}.nii.gz")
     dataset = {
-        "channel_names": {"0": "CT"},
+        "channel_names": {"0": "CT" if scans == "phantoms" else "MRI"},
         "labels": {"background": 0, "first": 1, "second": 2},
         "numTraining": 6,
         "file_ending": ".nii.gz",
