@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from loops import crops_dataset
 
-from logonet.distributed import feed
+from logonet.distributed import cluster, feed
 from logonet.distributed.cluster import ResourceAllocation
 from logonet.training.local import local_batches
 from logonet.training.schedule import MicroBatches, SampleSchedule
@@ -101,8 +101,14 @@ def test_every_rank_gets_its_own_batches_in_order(
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_batches_from_ray_are_those_of_a_plain_loader(tmp_path: Path, ray_local: None, world: int) -> None:
+    """With no more CPUs free than a data task asks for, as beside workers that have all the others."""
+    import ray
+
     crops = crops_dataset(tmp_path)
-    for rank, got in enumerate(take_all(crops, world, 1, 1, 4)):
+    workers = {"CPU": ray.cluster_resources()["CPU"] - ALLOCATION.cpus_per_data_task}
+    with cluster.held([workers], "workers", wait_s=60):
+        dealt = take_all(crops, world, 1, 1, 4)
+    for rank, got in enumerate(dealt):
         here = list(local_batches(crops, MicroBatches(crops.schedule, 1, 1, 4, rank, world)))
         assert len(got) == len(here) > 0
         for a, b in zip(got, here):

@@ -231,6 +231,12 @@ def test_no_trial_is_stopped_at_its_last_epoch() -> None:
         asha.on_trial_result(None, One, {"t": epochs, "objective": 0.9})
         assert asha.on_trial_result(None, Two, {"t": epochs, "objective": 0.1}) == "CONTINUE"
 
+        class Resumed:  # from a checkpoint beyond all rungs
+            trial_id = "resumed"
+
+        asha.on_trial_add(None, Resumed)
+        assert asha.on_trial_result(None, Resumed, {"t": epochs, "objective": 0.1}) == "CONTINUE"
+
 
 @pytest.mark.parametrize(
     ("name", "expected"), [("probe", 0.5), ("effective_rank", 7.0), ("accuracy", 0.25), ("finetune", 0.625)]

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import tenacity
-from helpers import HERE, timeless
+from helpers import HERE, timeless, tiny_backbone
 from sweeps import ONE, finished, pretraining, runs_of, sweep, versions, write_scans
 
 from logonet import pipelines
 from logonet.clustering import kmeans
 from logonet.core.errors import UserError
-from logonet.data import phantom, splits
+from logonet.data import cropping, phantom, splits
 from logonet.distributed import cluster, ray_compat
 from logonet.distributed.cluster import Resources
 from logonet.storage import artifacts, object_store
@@ -38,6 +38,8 @@ def larger(**training_options: Any) -> pipelines.Pretraining:
     """With enough to learn that a good learning rate can be told from a bad one."""
     return replace(
         pretraining(**training_options),
+        crops=cropping.Config(size_vox=(32, 32, 32), per_scan=2),
+        backbone=tiny_backbone(),
         split=splits.Config(test_share=0.25, folds=3),
         clusterers=kmeans.Config(n=3, k_min=3, k_max=6, iterations=5),
         probe=None,

@@ -21,7 +21,7 @@ from logonet.training.schedule import MicroBatches
 
 BLOCK_BYTES = 32 << 20  # prepared samples of one block, which one task makes
 BLOCKS_AHEAD = 2  # blocks that a rank has fetched or on their way before it needs them
-WINDOW_BLOCKS = 2000  # of one stream: Ray makes the read tasks of all blocks before the first runs
+WINDOW_BLOCKS = 2000  # of one stream: the numbers of all blocks are put into the object store before the first is made
 
 
 def batches(
@@ -118,9 +118,9 @@ def _streams(dataset_ref: Any, window: _Window, allocation: ResourceAllocation) 
 
     world = window.positions.world
     count = window.count * world
-    stream = ray.data.range(count, override_num_blocks=count).map_batches(
-        prepare, batch_size=None, num_cpus=allocation.cpus_per_data_task
-    )
+    # Not ray.data.range: its read tasks want a whole CPU each, which may never be free beside the workers.
+    numbers = ray.data.from_items([{"id": number} for number in range(count)], override_num_blocks=count)
+    stream = numbers.map_batches(prepare, batch_size=None, num_cpus=allocation.cpus_per_data_task)
     stream.context.execution_options.preserve_order = True
     return stream.streaming_split(world, equal=False)
 

@@ -159,14 +159,26 @@ class Recorder(tune.Callback):
 # ------------------------------------------------------------------------------- early stopping, suggestions
 
 
+class Halving(ASHAScheduler):  # type: ignore[misc]
+    """Leaves alone what has come to its last epoch: a trial that resumes beyond a rung is judged at its next result."""
+
+    def __init__(self, last: int, first: int, reduction: float) -> None:
+        super().__init__("t", "objective", "max", last, first, reduction, stop_last_trials=False)
+        self.last = last
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result.get("t", 0) > self.last:  # the first result of a trial says where it writes
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
+
+
 def scheduler(sweep: Sweep, trials: Iterable[Trial]) -> TrialScheduler:
     """Successive halving that knows the trials that ended in calls before."""
     cfg = sweep.config
     # The last rung lies before the last epoch: a trial stopped there would be lost for nothing.
     if not cfg.stop_early or sweep.epochs <= cfg.grace_epochs:
         return FIFOScheduler()
-    last, first = sweep.epochs - 1, cfg.grace_epochs
-    asha: Any = ASHAScheduler("t", "objective", "max", last, first, cfg.reduction, stop_last_trials=False)
+    asha: Any = Halving(sweep.epochs - 1, cfg.grace_epochs, cfg.reduction)
     for trial in (t for t in trials if t.ended):
         ended = SimpleNamespace(trial_id=f"ended-{trial.index}")  # all that the scheduler looks at
         asha.on_trial_add(None, ended)
