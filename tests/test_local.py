@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tenacity
 import torch
 from helpers import timeless
 
@@ -163,6 +164,45 @@ def test_sigterm_stores_the_step_and_the_same_call_goes_on(
     expected = undisturbed.network.state_dict()
     for name, tensor in resumed.network.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+SIDE_BY_SIDE = """
+import sys, time
+from pathlib import Path
+from logonet.core.errors import Stopped
+from logonet.training import local
+
+folder = Path(sys.argv[1])
+
+def wait(executor, item):
+    (folder / f"begun-{item}").touch()
+    while not local._LEAVING.is_set():
+        time.sleep(0.02)
+    return item
+
+if __name__ == "__main__":
+    ended = []
+    try:
+        for i, answer in local.LocalExecutor().side_by_side(wait, range(9), 2):
+            ended.append(answer)
+    except Stopped as err:
+        print(sorted(ended), err)
+"""
+
+
+def test_sigterm_to_a_study_reaches_its_processes(tmp_path: Path) -> None:
+    """What runs comes to its end, and nothing else begins."""
+    (tmp_path / "script.py").write_text(SIDE_BY_SIDE)
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as running:
+        for attempt in tenacity.Retrying(stop=tenacity.stop_after_delay(120), wait=tenacity.wait_fixed(0.05)):
+            with attempt:
+                assert len(list(tmp_path.glob("begun-*"))) == 2
+        running.terminate()
+        said, _ = running.communicate(timeout=120)
+    assert len(list(tmp_path.glob("begun-*"))) == 2
+    assert "the same call goes on from there" in said
 
 
 def test_a_model_segments_a_file_and_an_array_alike(

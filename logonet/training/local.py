@@ -50,15 +50,35 @@ class LocalExecutor(InProcess):
 
         Args:
             at_once: so many calls, each in a process of its own; 0 or 1 calls here, one after the other.
+
+        Raises:
+            Stopped: SIGTERM came. What trained has stored its step, what else ran has come to its end.
         """
         if at_once < 2:
             for i, item in enumerate(items):
                 yield i, attempt(fn, self, item)
             return
-        with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
-            position = {pool.submit(fn, self, item): i for i, item in enumerate(items)}
-            for done in as_completed(position):
-                yield position[done], attempt(done.result)
+        asked = threading.Event()
+
+        def ask_children() -> None:
+            asked.set()
+            for child in multiprocessing.active_children():
+                child.terminate()
+
+        spawn = multiprocessing.get_context("spawn")
+        with (
+            ProcessPoolExecutor(at_once, spawn, initializer=_listen) as pool,
+            sigterm.listening(ask_children),
+        ):
+            position = {pool.submit(_unless_leaving, fn, self, item): i for i, item in enumerate(items)}
+            try:
+                for done in as_completed(position):
+                    yield position[done], attempt(done.result)
+                if asked.is_set():
+                    raise Stopped(STOPPED)
+            except Stopped:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     @memory_watched()
     def train(self, job: Job, dataset: Dataset) -> dict[str, Any]:
@@ -82,6 +102,24 @@ class LocalExecutor(InProcess):
                     f"stopped after step {left.step:,}, which is stored; the same call goes on from there"
                 ) from None
         return finish(job, loop, history)
+
+
+STOPPED = "stopped; the same call goes on from there"
+_LEAVING = threading.Event()  # of a process of `LocalExecutor.side_by_side`
+
+
+def _listen() -> None:
+    sigterm.listen(_LEAVING.set)
+
+
+def _unless_leaving(fn: Callable[[Any, Any], Any], executor: LocalExecutor, item: Any) -> Any:
+    if _LEAVING.is_set():
+        raise Stopped(STOPPED)
+    try:
+        return fn(executor, item)
+    except Stopped:
+        _LEAVING.set()  # or the call that waits in this process's queue would begin
+        raise
 
 
 class Asked:
