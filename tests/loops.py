@@ -30,7 +30,6 @@ LARGER = (32, 32, 32)  # what LoGoNet and others need
 SIZES = (5, 7)
 FACTS = DataSpec(size_vox=SIZE, cluster_sizes=SIZES, majority_labels=(0, 0))
 LABELLED_SIZE = (16, 16, 16)
-LARGER = (32, 32, 32)  # what LoGoNet and others need
 CLASSES = ("background", "liver", "spleen")
 LABELLED_FACTS = DataSpec(size_vox=LABELLED_SIZE, num_classes=len(CLASSES))
 SUPERVISED = {"augment": {"flip_prob": 0.5}}

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import tenacity
 import torch
-from helpers import timeless
+from helpers import quick_backbone, timeless
 
 import logonet
-from logonet import methods, networks, training
+from logonet import methods, training
 from logonet.core.errors import Stopped, UserError
 from logonet.data import phantom, volume
 from logonet.storage import artifacts
@@ -136,11 +136,10 @@ def test_sigterm_stores_the_step_and_the_same_call_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     settings = (*PRETRAINING, "train.steps_per_epoch=5", "train.checkpoint_every_s=600")
-    network = {"name": "dynunet", **networks.tiny("dynunet")}
 
     def train(root: str) -> logonet.LocalRun:
         return logonet.train_local(
-            "simclr", network, 2, settings=settings, root=str(tmp_path / root), device="cpu"
+            "simclr", quick_backbone(), 2, settings=settings, root=str(tmp_path / root), device="cpu"
         )
 
     real_step, steps = training.step, 0

@@ -21,9 +21,7 @@ from logonet.training.schedule import MicroBatches
 
 BLOCK_BYTES = 32 << 20  # prepared samples of one block, which one task makes
 BLOCKS_AHEAD = 2  # blocks that a rank has fetched or on their way before it needs them
-WINDOW_BLOCKS = (
-    2000  # of one stream: the numbers of all blocks are put into the object store before the first is made
-)
+WINDOW_BLOCKS = 2000  # of one stream: Ray holds the numbers of all blocks before the first is made
 
 
 def batches(

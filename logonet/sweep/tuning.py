@@ -159,8 +159,8 @@ class Recorder(tune.Callback):
 # ------------------------------------------------------------------------------- early stopping, suggestions
 
 
-class Halving(ASHAScheduler):  # type: ignore[misc]
-    """Leaves alone what has come to its last epoch: a trial that resumes beyond a rung is judged at its next result."""
+class Halving(ASHAScheduler):
+    """Stops no trial at its last epoch; ASHA would, where a checkpoint is ahead of the trial's record by a rung."""
 
     def __init__(self, last: int, first: int, reduction: float) -> None:
         super().__init__("t", "objective", "max", last, first, reduction, stop_last_trials=False)

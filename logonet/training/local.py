@@ -74,11 +74,11 @@ class LocalExecutor(InProcess):
             try:
                 for done in as_completed(position):
                     yield position[done], attempt(done.result)
-                if asked.is_set():
-                    raise Stopped(STOPPED)
             except Stopped:
                 pool.shutdown(cancel_futures=True)
                 raise
+        if asked.is_set():
+            raise Stopped(STOPPED)
 
     @memory_watched()
     def train(self, job: Job, dataset: Dataset) -> dict[str, Any]:
