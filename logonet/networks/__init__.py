@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from logonet.core.config import Component, from_dict, unknown
 from logonet.core.errors import UserError
+from logonet.networks._bf16 import mend_autocast
 
 Triple = tuple[int, int, int]
 OPTIONAL = ("encode_hidden", "encode_visible")
@@ -95,6 +96,8 @@ def under(name: str, prefixes: Iterable[str]) -> bool:
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """In "bf16" in bfloat16, in "fp32" not, and in "auto" on CUDA alone."""
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    if bf16 and device.type == "cpu":
+        mend_autocast()
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
