@@ -1,9 +1,10 @@
 """Convolutions in bfloat16 on a CPU, of maps that are no longer than the kernel.
 
-Their weights' gradients torch 2.13 (oneDNN) gets wrong on processors with AVX512-BF16: it writes beyond its buffers,
-and the gradient is finite and wrong, or infinite, or the process crashes. Seen for kernels of 3, 5 and 7, strides 1 and 2,
-dense and depthwise, straight and transposed; never where each side is longer than the kernel's. Such maps have few
-voxels, so they are convolved in float32 and the result is rounded, as bfloat16's kernels do.
+Their weights' gradients torch 2.13 (oneDNN) gets wrong on processors with AVX512-BF16: it writes beyond its
+buffers, and the gradient is finite and wrong, or infinite, or the process crashes. Seen for kernels of 3, 5 and
+7, strides 1 and 2, dense and depthwise, straight and transposed; never where each side is longer than the
+kernel's. Such maps have few voxels, so they are convolved in float32 and the result is rounded, as bfloat16's
+kernels do.
 """
 
 from __future__ import annotations
