@@ -162,7 +162,7 @@ def hippocampus_finetune() -> Finetuning:
             batch_size=4,
             lr=2e-3,
             ema=0.99,
-            precision="bf16",  # on a CPU with AMX a third of the time
+            precision="bf16",  # on a CPU with bfloat16 arithmetic a third of the time
         ),
     )
 
