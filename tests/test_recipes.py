@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,21 @@ def test_a_finetuning_resolves_and_says_what_it_is(recipe: str, scale: Any) -> N
     cfg = recipes.scaled(recipes.FINETUNING[recipe](), scale)
     assert pipelines.resolve_finetuning(cfg).backbone.name == cfg.backbone.name
     assert len(recipes.FINETUNING[recipe].__doc__ or "") > 100
+
+
+@pytest.mark.parametrize("recipe", recipes.FINETUNING)
+def test_the_encoder_rests_first_where_weights_are_handed_over_and_no_paper_says_otherwise(
+    recipe: str,
+) -> None:
+    cfg = recipes.FINETUNING[recipe]()
+    pretrained = replace(cfg, init=replace(cfg.init, weights="backbone.safetensors"))
+    rests = (
+        min(cfg.train.warmup_epochs, cfg.train.epochs / 8) if recipe in recipes.general.FINETUNING else 0.0
+    )
+    assert pipelines.resolve_finetuning(pretrained).train.frozen_epochs == rests
+    assert pipelines.resolve_finetuning(cfg).train.frozen_epochs == 0.0
+    at_once = replace(pretrained, train=replace(cfg.train, encoder_frozen_epochs=0.0))
+    assert pipelines.resolve_finetuning(at_once).train.frozen_epochs == 0.0
 
 
 def test_smoke_scale_changes_size_and_length_alone() -> None:

@@ -116,7 +116,8 @@ def resolve_finetuning(cfg: Finetuning, weights: InitialWeights | None = None) -
     backbone = backbone.resolve(networks.config, "backbone")
     rows = cfg.train.batch_size * cfg.crops.per_case
     training.dry_run(backbone, method, DataSpec(size_vox=cfg.crops.size_vox, num_classes=2, batch_size=rows))
-    return replace(cfg, backbone=backbone, method=method)
+    train = cfg.train.settled(pretrained=bool(cfg.init.weights))
+    return replace(cfg, backbone=backbone, method=method, train=train)
 
 
 # ------------------------------------------------------------------------------------- split and cases
@@ -241,6 +242,8 @@ def finetune(
             net = networks.from_component(cfg.backbone, data_spec.in_channels, data_spec.num_classes)
             handover = training.load_initial(net, init)
             say("transfer", handover.summary())
+            if rests := cfg.train.frozen_epochs:
+                say("transfer", f"the encoder rests in the first {rests:g} epochs (train.encoder_frozen_epochs)")
             if weights.preparation and weights.preparation != Preprocessing.of(cfg.cases):
                 say("transfer", f"scans are prepared otherwise than for these weights: {weights.preparation}")
             if weights.seen is None:

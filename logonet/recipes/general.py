@@ -123,7 +123,7 @@ PRETRAINING = {f.__name__: f for f in (small, hippocampus, hippocampus_logonet, 
 
 
 # All vary this.
-SHORT = training.Config(global_batch=2, lr=3e-4, warmup_epochs=1, grad_clip=1.0)
+SHORT = training.Config(global_batch=2, lr=3e-4, warmup_epochs=1, grad_clip=1.0, encoder_frozen_epochs="auto")
 
 
 def small_finetune() -> Finetuning:

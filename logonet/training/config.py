@@ -50,12 +50,12 @@ class Config(Section, key="train"):
         encoder_lr_scale, head_lr_scale: factors of the learning rate of the encoder, and of the classifier and what a
             method adds to the network.
         layer_decay: another factor for each level of the encoder, from the coarsest to the finest.
-        encoder_frozen_epochs: as many epochs come first in which the encoder rests and the others warm up.
+        encoder_frozen_epochs: as many epochs come first in which the encoder rests and the others warm up. "auto": in a
+            finetuning of pretrained weights as many as the warm-up has, an eighth of the epochs at most; else none.
         ema: decay of an average of the weights over the steps, which is then what is validated and kept; 0 takes none.
         grad_clip: largest gradient norm; None does not clip.
         precision: "bf16" (autocast), "fp32", or "auto": bf16 on CUDA, fp32 on CPU, so that a run that moves from
-            one to the other changes its arithmetic. On CPU bf16 is for trying out: torch 2.13's gradient of a
-            3x3x3 convolution is then garbage where a feature is exactly 2 voxels long along the first axis.
+            one to the other changes its arithmetic.
         compile: torch.compile the network.
         gradient_sync: "ddp", "flat" (one all-reduce of all gradients) or "auto": ddp on CUDA, flat on CPU.
         gradient_compression: "bf16" sends gradients in half the bytes, and rounds them to 8 bits of precision; it pays
@@ -89,7 +89,7 @@ class Config(Section, key="train"):
     encoder_lr_scale: NonNegative = field(default=1.0, metadata=OMIT_DEFAULT)
     head_lr_scale: NonNegative = field(default=1.0, metadata=OMIT_DEFAULT)
     layer_decay: Fraction = field(default=1.0, metadata=OMIT_DEFAULT)
-    encoder_frozen_epochs: NonNegative = field(default=0.0, metadata=OMIT_DEFAULT)
+    encoder_frozen_epochs: NonNegative | Literal["auto"] = field(default=0.0, metadata=OMIT_DEFAULT)
     ema: Beta = field(default=0.0, metadata=OMIT_DEFAULT)
     grad_clip: Positive | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -111,14 +111,26 @@ class Config(Section, key="train"):
             raise UserError(
                 "train.gradient_compression works in DDP's hooks; set train.gradient_sync=ddp too"
             )
-        for name, limit in (
-            ("min_lr", "lr"),
-            ("warmup_epochs", "epochs"),
-            ("encoder_frozen_epochs", "epochs"),
+        for name, value, limit in (
+            ("min_lr", self.min_lr, "lr"),
+            ("warmup_epochs", self.warmup_epochs, "epochs"),
+            ("encoder_frozen_epochs", self.frozen_epochs, "epochs"),
         ):
-            value, most = getattr(self, name), getattr(self, limit)
+            most = getattr(self, limit)
             if value > most:
                 raise UserError(f"train.{name} is {value}; it must be at most train.{limit} ({most})")
+
+    @property
+    def frozen_epochs(self) -> float:
+        """``encoder_frozen_epochs`` as a number; "auto" is 0 from random weights."""
+        return 0.0 if self.encoder_frozen_epochs == "auto" else self.encoder_frozen_epochs
+
+    def settled(self, *, pretrained: bool) -> Config:
+        """With a number for an ``encoder_frozen_epochs`` of "auto"."""
+        if self.encoder_frozen_epochs != "auto":
+            return self
+        frozen = min(self.warmup_epochs, self.epochs / 8) if pretrained else 0.0
+        return replace(self, encoder_frozen_epochs=frozen)
 
     def identity(self) -> dict[str, Any]:
         """What of it decides a result."""

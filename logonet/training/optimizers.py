@@ -81,7 +81,7 @@ def groups_of(
             scale = cfg.encoder_lr_scale * cfg.layer_decay ** (num_levels - levels.get(own, num_levels - 1))
         elif not in_network or under(own, network.head_prefixes):
             scale = cfg.head_lr_scale
-        frozen = in_encoder and cfg.encoder_frozen_epochs > 0
+        frozen = in_encoder and cfg.frozen_epochs > 0
         found[name] = Group(scale, frozen, cfg.decay_norms or p.ndim > 1)
     return found
 
@@ -114,7 +114,7 @@ def encoder_levels(network: Network, size_vox: Size) -> dict[str, int]:
 def set_rates(optimizer: torch.optim.Optimizer, step: int, cfg: Config, steps_per_epoch: int) -> None:
     """Give every group its learning rate at ``step``."""
     lr = lr_at(step, cfg, steps_per_epoch)
-    frozen = step < round(cfg.encoder_frozen_epochs * steps_per_epoch)
+    frozen = step < round(cfg.frozen_epochs * steps_per_epoch)
     for group in optimizer.param_groups:
         group["lr"] = 0.0 if frozen and group["encoder"] else lr * group["lr_scale"]
 

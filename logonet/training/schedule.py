@@ -96,8 +96,7 @@ def lr_at(step: int, cfg: Config, steps_per_epoch: int) -> float:
     Epochs in which the encoder is frozen come first and are a linear warm-up of their own.
     """
     total, warmup, frozen = (
-        round(epochs * steps_per_epoch)
-        for epochs in (cfg.epochs, cfg.warmup_epochs, cfg.encoder_frozen_epochs)
+        round(epochs * steps_per_epoch) for epochs in (cfg.epochs, cfg.warmup_epochs, cfg.frozen_epochs)
     )
     if step < frozen:
         return cfg.lr * (step + 1) / frozen
