@@ -243,10 +243,7 @@ def finetune(
             handover = training.load_initial(net, init)
             say("transfer", handover.summary())
             if rests := cfg.train.frozen_epochs:
-                say(
-                    "transfer",
-                    f"the encoder rests in the first {rests:g} epochs (train.encoder_frozen_epochs)",
-                )
+                say("transfer", f"the encoder rests for {rests:g} epochs (train.encoder_frozen_epochs)")
             if weights.preparation and weights.preparation != Preprocessing.of(cfg.cases):
                 say("transfer", f"scans are prepared otherwise than for these weights: {weights.preparation}")
             if weights.seen is None:
