@@ -38,6 +38,7 @@ class Args:
         root: folder or s3:// prefix that holds every stage's artifacts; the same root goes on.
         unlabelled: scans to pretrain on; empty for the training cases of --data.
         set: keys of the study, such as seeds=[0,1,2]; may be repeated.
+        only: a network or pretext of the study to run, without the others of its kind; may be repeated.
         resources: what a single run may use; never changes a result.
         concurrent: runs side by side; 0 takes as many as the cluster has room for.
         local: train in --concurrent processes of this machine, without Ray, which is quicker where runs are short; set
@@ -51,6 +52,7 @@ class Args:
     root: str
     unlabelled: str = ""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
     resources: tyro.conf.OmitArgPrefixes[Resources] = field(default_factory=Resources)
     concurrent: Annotated[int, tyro.conf.arg(aliases=["--concurrency"])] = 0
     local: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -76,7 +78,7 @@ def _base(base: Base, known: Mapping[str, Callable[[], Any]]) -> Any:
 
 
 def main(args: Args) -> None:
-    study = read(object_store.read_text(args.study), args.study, args.set)
+    study = read(object_store.read_text(args.study), args.study, args.set).only(args.only)
     runs = planned(study, apart=bool(args.unlabelled))
     if args.list_runs:
         print("\n".join(run.name for run in runs))

@@ -131,6 +131,20 @@ def test_the_product_of_all_axes_is_planned_on_one_split_a_fold() -> None:
             assert (own.backbone, own.method.name) == (tuned.backbone, "simmim")
 
 
+def test_a_part_of_a_study_has_the_same_runs() -> None:
+    study = read(
+        networks={"unet": UNET, "logonet": LOGONET}, pretexts={"scratch": None, "simmim": SIMMIM, "byol": []}
+    )
+    assert study.only([]) == study
+    of_one = {run.name: run for run in runs_of(study) if run.network == "unet" and run.pretext != "byol"}
+    assert {run.name: run for run in runs_of(study.only(["simmim", "unet", "scratch"]))} == of_one
+    assert set(study.only(["logonet"]).pretexts) == set(study.pretexts)
+    with pytest.raises(UserError, match="did you mean 'simmim'"):
+        study.only(["simmin"])
+    with pytest.raises(UserError, match="baseline"):
+        study.only(["byol"])
+
+
 def test_a_pretext_says_how_it_is_handed_over() -> None:
     encoder = [*SIMMIM, "finetuning.init.parts=encoder", "finetuning.train.layer_decay=0.5"]
     runs = runs_of(read(pretexts={"whole": SIMMIM, "encoder": encoder}, baseline={}))

@@ -117,6 +117,19 @@ class Study(Section, key="study"):
             if name not in known[axis]:
                 raise UserError(config.unknown(f"{axis} of study.baseline", name, known[axis]))
 
+    def only(self, names: Sequence[str]) -> Study:
+        """The study with those of its networks and pretexts that ``names`` has; of an axis without any, all.
+
+        Raises:
+            UserError: a name is of neither, or the baseline is not among them.
+        """
+        for name in names:
+            if name not in (known := [*self.networks, *self.pretexts]):
+                raise UserError(config.unknown("network or pretext of the study", name, known))
+        networks = {name: self.networks[name] for name in self.networks if name in names}
+        pretexts = {name: self.pretexts[name] for name in self.pretexts if name in names}
+        return replace(self, networks=networks or self.networks, pretexts=pretexts or self.pretexts)
+
     @property
     def labels(self) -> dict[str, dict[str, Any]]:
         """Name of each number of labels -> keys of the split."""
