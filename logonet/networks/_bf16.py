@@ -46,7 +46,7 @@ def _convolve(
     operator: Callable[..., Tensor], x_BCXYZ: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any
 ) -> Tensor:
     low = torch.get_autocast_dtype("cpu")
-    short = any(1 < kernel >= side for side, kernel in zip(x_BCXYZ.shape[2:], weight.shape[2:]))
+    short = any(kernel > 1 and side <= kernel for side, kernel in zip(x_BCXYZ.shape[2:], weight.shape[2:]))
     dtype = torch.float32 if short else low
     with torch.autocast("cpu", enabled=False):
         tensors = (t if t is None else t.to(dtype) for t in (x_BCXYZ, weight, bias))

@@ -123,11 +123,12 @@ class Study(Section, key="study"):
         Raises:
             UserError: a name is of neither, or the baseline is not among them.
         """
+        known = {*self.networks, *self.pretexts}
         for name in names:
-            if name not in (known := [*self.networks, *self.pretexts]):
+            if name not in known:
                 raise UserError(config.unknown("network or pretext of the study", name, known))
-        networks = {name: self.networks[name] for name in self.networks if name in names}
-        pretexts = {name: self.pretexts[name] for name in self.pretexts if name in names}
+        networks = {name: settings for name, settings in self.networks.items() if name in names}
+        pretexts = {name: settings for name, settings in self.pretexts.items() if name in names}
         return replace(self, networks=networks or self.networks, pretexts=pretexts or self.pretexts)
 
     @property
